@@ -1,0 +1,35 @@
+# make study   everything from nothing: environment, the embedded study on two ranks, a report with plots
+# make test    everything from nothing: environment, then all tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: study test lint format types clean
+
+study: $(READY)
+	$(BIN)/python tools/study.py run studies/quickstart.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/mypy
+
+# Torch first: with it in place DeepSpeed's sdist builds without looking for another one. The file is touched last,
+# so that an interrupted installation is taken up again.
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[mpi,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs shards build *.egg-info

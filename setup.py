@@ -1,0 +1,37 @@
+"""Packaging. Exact versions of what a study was measured with are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="socratic-trainer",
+    version="0.1.0",
+    description="Distil step-by-step reasoning into small language models with DeepSpeed ZeRO",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["trainer", "trainer.*"]),
+    package_data={"trainer.report": ["*.j2", "*.css"]},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19",
+        "transformers>=5.0",
+        "datasets",
+        "safetensors",
+        "mpi4py",
+        "wandb",
+        "tokenizers",
+        "numpy",
+        "pyyaml",
+        "rich",
+        "jinja2",
+        "matplotlib",
+        "psutil",
+    ],
+    extras_require={
+        "mpi": ["mpich"],  # MPI without root; clusters bring their own
+        "dev": ["pytest", "scipy", "ruff", "mypy", "types-PyYAML", "ninja"],
+    },
+)

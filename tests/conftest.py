@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with the published data sets (gsm8k/, svamp/, strategyqa/, gpt2-tokenizer/); see tests/README.md."""
+    folder = Path(os.environ.get("SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set SHARED_DATA to a folder with gsm8k/, svamp/, ...")
+    return folder.resolve()

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trainer import commit
+from trainer.models.tokenizer import load_tokenizer
+from trainer.settings import PrepareSettings
+from trainer.shards.methods import METHODS
+from trainer.shards.prepare import prepare
+from trainer.shards.read import Shards
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """Ten short stories as test shards."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("shards") / "stories-test"
+    settings = PrepareSettings(
+        data="stories", split="test", tokenizer_name="stories", output_dir=str(folder), num_problems=10,
+        min_steps=1, max_steps=2, num_processes=1,
+    )  # fmt: skip
+    return prepare(settings)
+
+
+@pytest.fixture(scope="session")
+def export(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/mine/<run>/export of a socratic student that knows the ten stories by heart, but not their sums: as in
+    training, the calculator's results carried no loss."""
+    run = tmp_path_factory.mktemp("runs") / "mine" / "stories.socratic.tiny.s0"
+    model, facts = _learn_by_heart(shards)
+    with commit.directory(run / "export", "export", facts) as staging:
+        model.save_pretrained(staging)
+        load_tokenizer(shards.tokenizer_path).save_pretrained(staging)
+    return run / "export"
+
+
+def _learn_by_heart(shards: Shards) -> tuple[LlamaForCausalLM, dict[str, object]]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shards.facts["vocabulary_size"], hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    examples = [shards.example(index, METHODS["socratic"]) for index in range(len(shards))]
+    longest = max(len(tokens) for tokens, _ in examples)
+    inputs = torch.zeros(len(examples), longest, dtype=torch.int64)
+    labels = torch.full((len(examples), longest), -100)
+    for row, (tokens, learned) in enumerate(examples):
+        inputs[row, : len(tokens)] = torch.from_numpy(tokens)
+        labels[row, : len(tokens)] = torch.from_numpy(tokens).where(torch.from_numpy(learned), torch.tensor(-100))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(400):
+        loss = cross_entropy(model(inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        if loss < 0.01:
+            break
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    print('steps', step, float(loss))
+    facts = {
+        "method": "socratic", "data": "stories", "model_name": "tiny", "seed": 0, "step": step, "finished": True,
+        "num_parameters": model.num_parameters(), "learn_calculator_results": False,
+        "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
+    }  # fmt: skip
+    return model, facts

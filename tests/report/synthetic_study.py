@@ -1,0 +1,194 @@
+"""Write the files a real study leaves behind, with numbers from a seeded generator, through RunDirectory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer import commit
+from trainer.report.statistics import wilson_interval
+from trainer.run_directory import RunDirectory, StudyDirectory
+
+SIZES = {"stories-2m": 2_013_952, "stories-13m": 13_107_200}
+METHODS = ("answer_only", "cot", "socratic")
+NUM_PROBLEMS = 300
+_SKILL = {"answer_only": -2.4, "cot": 0.7, "socratic": 1.2}
+_LAST_LOSS = {"answer_only": 1.9, "cot": 0.42, "socratic": 0.31}
+
+
+def make_study(folder: Path, sizes=SIZES, methods=METHODS, seeds=(0, 1), **evaluation: Any) -> StudyDirectory:
+    """sizes x methods x seeds, every run trained, exported and evaluated once."""
+    for size in range(len(sizes)):
+        for method in methods:
+            for seed in seeds:
+                run = make_run(folder, method, list(sizes)[size], list(sizes.values())[size], seed)
+                write_evaluation(
+                    run, method, list(sizes)[size], list(sizes.values())[size], seed, size, **evaluation
+                )
+    return StudyDirectory(folder)
+
+
+def make_run(
+    study: Path,
+    method: str,
+    model: str,
+    size: int,
+    seed: int,
+    num_steps: int = 240,
+    stop: int = 0,
+    name: str = "",
+) -> RunDirectory:
+    """Settings, environment, metrics; and an export unless the run stops early."""
+    run = StudyDirectory(study).run(name or f"stories.{method}.{model}.s{seed}")
+    run.path.mkdir(parents=True)
+    run.settings.write_text(
+        f"method: {method}\nseed: {seed}\nmax_steps: {num_steps}\nmodel_label: {model}\nlearning_rate: 0.0005\n"
+    )
+    run.environment.write_text(
+        json.dumps(
+            {"versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"}, "world_size": 2}
+        )
+    )
+    with open(run.metrics, "w") as file:
+        for record in metrics(method, size, seed, num_steps)[: stop or None]:
+            file.write(json.dumps(record) + "\n")
+    if not stop:
+        facts = {
+            "finished": True,
+            "step": num_steps,
+            "method": method,
+            "data": "stories",
+            "model_name": model,
+        }
+        facts |= {"seed": seed, "num_parameters": size}
+        with commit.directory(run.export, "export", facts) as staging:
+            (staging / "config.json").write_text("{}")
+    return run
+
+
+def metrics(method: str, size: int, seed: int, num_steps: int) -> list[dict[str, Any]]:
+    """What the training loop logs: a line a step, and a held-out loss every 60 steps."""
+    random = np.random.default_rng([seed, size, len(method)])
+    records: list[dict[str, Any]] = []
+    last = _LAST_LOSS[method] * (2e6 / size) ** 0.15
+    for step in range(1, num_steps + 1):
+        loss = last + (8.5 - last) * math.exp(-step / (num_steps / 9)) + random.normal(0, 0.09) * last**0.5
+        seconds = 0.31 * (size / 2e6) ** 0.7 * random.lognormal(0, 0.08)
+        records.append(
+            {
+                "step": step,
+                "epoch": step / 60,
+                "loss": max(loss, 0.05),
+                "learned_tokens": {"answer_only": 100, "cot": 812, "socratic": 1400}[method],
+                "tokens": 4096,
+                "learning_rate": 5e-4,
+                "grad_norm": 0.9,
+                "seconds": seconds,
+                "tokens_per_second": 4096 / seconds,
+                "mfu": None,
+                "memory_bytes": 123_000_000,
+                "packs_consumed": 8 * step,
+            }
+        )
+        if step % 60 == 0:
+            records.append({"step": step, "evaluation": {"loss": loss * 1.08}})
+    return records
+
+
+def write_evaluation(
+    run: RunDirectory,
+    method: str,
+    model: str,
+    size: int,
+    seed: int,
+    level: float,
+    data: str = "stories",
+    split: str = "test",
+    calculator: bool = True,
+    num_problems: int = NUM_PROBLEMS,
+    **changes: Any,
+) -> Path:
+    """predictions.jsonl and results.json that agree with each other; `changes` then go over results.json."""
+    evaluation = run.evaluation(f"{data}-{split}-{method}" + ("" if calculator else "-no-calculator"))
+    evaluation.path.mkdir(parents=True)
+    predictions = _predictions(method, seed, level - (0 if calculator else 1.3), num_problems)
+    evaluation.predictions.write_text("".join(json.dumps(line) + "\n" for line in predictions))
+    groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for line in predictions:
+        groups[line["num_steps"]].append(line)
+    results = {
+        "format": 1,
+        "data": data,
+        "split": split,
+        "mode": method,
+        "calculator": calculator,
+        "temperature": 0.0,
+        "seed": 0,
+        "max_new_tokens": 256,
+        "num_problems": num_problems,
+        "model_name": model,
+        "method": method,
+        "train_seed": seed,
+        "num_parameters": size,
+        "train_data": "stories",
+        "accuracy": scores(predictions),
+        "by_num_steps": {str(num): scores(lines) for num, lines in sorted(groups.items())},
+        "unfinished": sum(not line["finished"] for line in predictions),
+        "generated_tokens": sum(line["generated_tokens"] for line in predictions),
+        "seconds": 12.3 + seed,
+        "world_size": 2,
+        "shards_fingerprint": "f" * 64,
+        "export_digest": "e" * 64,
+    }
+    evaluation.results.write_text(json.dumps(results | changes))
+    return evaluation.path
+
+
+def _predictions(method: str, seed: int, level: float, num_problems: int) -> list[dict[str, Any]]:
+    difficulty = np.random.default_rng(7).normal(
+        0, 1, num_problems
+    )  # of the problems: the same for every student
+    random = np.random.default_rng([seed, len(method), int(10 * level) + 100])
+    lines = []
+    for index in range(num_problems):
+        num_steps = 2 + index % 3 if index % 10 else 5
+        logit = _SKILL[method] + 1.1 * level - 0.55 * (num_steps - 2) - 1.3 * difficulty[index]
+        strict = bool(random.random() < 1 / (1 + math.exp(-logit)))
+        flexible = strict or bool(random.random() < 0.03)
+        lines.append(
+            {
+                "id": f"stories-test-{index:05d}",
+                "question": f"How many apples are in basket {index}?",
+                "gold": str(index),
+                "num_steps": num_steps,
+                "text": f"#### {index}",
+                "strict": str(index) if strict else None,
+                "flexible": str(index) if flexible else "0",
+                "correct_strict": strict,
+                "correct_flexible": flexible,
+                "generated_tokens": 4 if method == "answer_only" else 20 * num_steps,
+                "finished": bool(random.random() > 0.01),
+            }
+        )
+    return lines
+
+
+def scores(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The accuracy object of results.json."""
+    result = {}
+    for rule in ("strict", "flexible"):
+        correct, n = sum(line[f"correct_{rule}"] for line in lines), len(lines)
+        low, high = wilson_interval(correct, n)
+        result[rule] = {
+            "correct": correct,
+            "n": n,
+            "accuracy": round(correct / n, 3),
+            "low": low,
+            "high": high,
+        }
+    return result

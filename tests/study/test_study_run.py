@@ -1,0 +1,257 @@
+"""The study's command line with stand-in tools: real processes, real launchers, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.run_directory import StudyDirectory
+from trainer.study import processes
+
+SLEEPERS = {"sleepy": {"config_name": "stories-0.2m", "config_overrides": "sleep"}}
+HAS_MPI = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) is not None
+
+
+class Command:
+    """`python tools/study.py ... tiny.yaml` in an empty folder."""
+
+    def __init__(self, folder: Path, tools: Path, values: dict[str, Any]) -> None:
+        self.folder, self.tools = folder, tools
+        self.study = StudyDirectory(folder / "runs" / "tiny")
+        self.write(values)
+
+    def write(self, values: dict[str, Any]) -> None:
+        (self.folder / "tiny.yaml").write_text(yaml.safe_dump(values))
+
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(self.tools / "study.py"), flags[0], "tiny.yaml", *flags[1:]]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+    def __call__(self, *flags: str) -> tuple[int, str]:
+        process = self.start(*flags)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    def rank_files(self, name: str, count: int = 2) -> list[Path]:
+        """Wait until so many ranks have written their file."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = sorted(self.study.path.glob(f"*/{name}-*"))
+            if len(found) == count:
+                return found
+            time.sleep(0.05)
+        raise TimeoutError(f"{name} of {count} ranks; logs: {[p.read_text() for p in self.study.path.rglob('*.log')]}")
+
+
+@pytest.fixture
+def command(tmp_path: Path, tools: Path, values: dict[str, Any]) -> Iterator[Command]:
+    values |= {"launcher": "mpiexec" if HAS_MPI else "deepspeed"}
+    command = Command(tmp_path, tools, values)
+    yield command
+    processes.end(command.study, 0.0)
+
+
+def test_a_study_runs_and_is_done(command: Command) -> None:
+    status, output = command("run")
+    assert status == 0, output
+    lines = output.splitlines()
+    assert lines[0] == "study tiny: 2 runs, 9 stages, 0 done"
+    assert lines[1].startswith("[1/9] prepare stories-train: 30 problems in ")
+    assert lines[3].startswith("[3/9] train stories.answer_only.small.s0: loss 1.500 in ")
+    assert lines[4].startswith("[4/9] convert stories.answer_only.small.s0: 0.0 MB in ")
+    assert lines[5].startswith("[5/9] evaluate stories.answer_only.small.s0 on stories-test: 66.7% [48.8, 80.8] in ")
+    assert lines[9].startswith("[9/9] report tiny: Steps help. in ")
+    assert lines[10] == "report: runs/tiny/report/index.html"
+    log = command.study.run("stories.cot.small.s0").log("train").read_text()
+    assert log.startswith("=== 20") and "tools/train.py" in log.splitlines()[0]
+    assert log.count("a line before the end") == 2
+    assert not command.study.process.exists()
+
+    status, output = command("run")
+    assert (status, output.splitlines()) == (
+        0,
+        ["study tiny: 2 runs, 9 stages, 9 done", "report: runs/tiny/report/index.html"],
+    )
+
+
+def test_a_dry_run_shows_commands_and_starts_nothing(command: Command) -> None:
+    status, output = command("run", "--dry_run")
+    assert status == 0
+    assert "study tiny: 2 runs, 9 stages, 9 to do" in output
+    assert output.count("tools/train.py --train_shards=shards/stories-train") == 2
+    assert not (command.folder / "runs").exists() and not (command.folder / "shards").exists()
+    command("run")
+    shutil.rmtree(command.study.run("stories.cot.small.s0").path)
+    status, output = command("run", "--dry_run")
+    assert "9 stages, 3 to do" in output, output
+    assert "answer_only" not in output.split("to do\n")[-1]
+
+
+def test_status_shows_every_run(command: Command) -> None:
+    assert "0 of 9 stages done" in command("status")[1]
+    command("run")
+    cot = command.study.run("stories.cot.small.s0")
+    shutil.rmtree(cot.path)
+    cot.path.mkdir()
+    cot.metrics.write_text('{"step": 1, "loss": 3.25}\n')
+    status, output = command("status")
+    assert status == 0
+    assert "6 of 9 stages done" in output
+    rows = {row[0]: row[1:] for row in map(str.split, output.splitlines()) if row}
+    assert rows["stories.answer_only.small.s0"] == ["done", "1.500", "done", "66.7%", "[48.8,", "80.8]"]
+    assert rows["stories.cot.small.s0"] == ["1/2", "3.250", "-", "-"]
+
+
+def test_a_failure_shows_stage_exit_code_log_and_its_end(command: Command, values: dict[str, Any]) -> None:
+    bad = {"config_name": "stories-0.2m", "config_overrides": "exit=1"}
+    values["models"] = {"bad": bad, **values["models"]}
+    command.write(values)
+    status, output = command("run")
+    assert status == 2
+    log = "runs/tiny/stories.answer_only.bad.s0/logs/train.log"
+    assert f"error: train stories.answer_only.bad.s0 failed with exit code 1; log: {log}\n" in output
+    assert "  | a line before the end\n" in output
+    assert "  | error: the learning rate is cursed\n" in output
+    assert "===" not in output
+    assert "small" not in output, "it stops at the first failure"
+    assert processes.of_study(command.study) == []
+
+    status, output = command("run", "--keep_going")
+    assert status == 2
+    assert "error: 2 of 15 stages failed: train stories.answer_only.bad.s0; train stories.cot.bad.s0" in output
+    assert output.count("evaluate stories.cot.small.s0") == 1
+    assert "convert stories.cot.bad.s0" not in output
+    assert "report tiny: Steps help." in output
+
+
+def test_a_stage_that_ends_early_is_not_done(command: Command, values: dict[str, Any]) -> None:
+    values["models"]["small"]["config_overrides"] = "early"
+    command.write(values)
+    status, output = command("run")
+    assert status == 2
+    assert "train stories.answer_only.small.s0 ended without an error, but is not finished" in output
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("mpiexec", marks=pytest.mark.skipif(not HAS_MPI, reason="no mpiexec"))])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_lets_ranks_save_and_leaves_nobody(
+    command: Command, values: dict[str, Any], launcher: str, number: signal.Signals
+) -> None:
+    """SIGTERM to the deepspeed command leaves its ranks; mpiexec gives every rank a session of its own."""
+    command.write({**values, "models": SLEEPERS, "launcher": launcher})
+    process = command.start("run")
+    command.rank_files("pid")
+    assert len(processes.of_study(command.study)) >= 3
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted; run the same command to go on" in output
+    assert "Traceback" not in output
+    assert len(command.rank_files("saved")) == 2
+    assert_nobody_lives(command)
+    assert not command.study.process.exists()
+
+    command.write({**values, "models": {"sleepy": {"config_name": "stories-0.2m"}}})
+    status, output = command("run")  # nothing was saved, so the study may have changed
+    assert status == 0, output
+
+
+def test_a_second_interrupt_ends_ranks_that_do_not_listen(command: Command, values: dict[str, Any]) -> None:
+    SLEEPERS_DEAF = {"sleepy": {**SLEEPERS["sleepy"], "config_overrides": "deaf"}}
+    command.write({**values, "models": SLEEPERS_DEAF})
+    process = command.start("run")
+    command.rank_files("pid")
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert process.poll() is None, "it waits for them to save"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert_nobody_lives(command)
+
+
+def test_ranks_of_a_killed_study_are_ended_by_the_next(command: Command, values: dict[str, Any]) -> None:
+    command.write({**values, "models": SLEEPERS})
+    process = command.start("run")
+    command.rank_files("pid")
+    process.kill()
+    process.communicate()
+    orphans = {p.pid for p in processes.of_study(command.study)}
+    assert len(orphans) >= 2
+    assert "of an earlier start live; a run ends them first" in command("status")[1]
+
+    command.write({**values, "models": {"sleepy": {"config_name": "stories-0.2m"}}})
+    status, output = command("run")
+    assert status == 0, output
+    assert "left over from an earlier start that was killed" in output
+    assert len(command.rank_files("saved")) == 2
+    assert_nobody_lives(command)
+
+
+def test_a_killed_rank_is_a_failure_and_takes_the_others_with_it(command: Command, values: dict[str, Any]) -> None:
+    command.write({**values, "models": SLEEPERS})
+    process = command.start("run")
+    victim, _ = command.rank_files("pid")
+    os.kill(int(victim.read_text()), signal.SIGKILL)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "train stories.answer_only.sleepy.s0 failed with exit code" in output
+    assert "(SIGKILL: out of memory?)" in output
+    assert_nobody_lives(command)
+
+
+def test_two_processes_do_not_run_one_study(command: Command, values: dict[str, Any]) -> None:
+    command.write({**values, "models": SLEEPERS})
+    process = command.start("run")
+    command.rank_files("pid")
+    status, output = command("run")
+    assert status == 2
+    assert f"is already being run by process {process.pid} on " in output
+    assert f"being run by process {process.pid}" in command("status")[1]
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+
+
+def test_a_study_of_another_host_is_believed_while_it_beats(command: Command) -> None:
+    command.study.path.mkdir(parents=True)
+    record = {"host": "elsewhere", "pid": 1, "started": 0.0}
+    command.study.process.write_text(json.dumps(record))
+    assert "is already being run by process 1 on elsewhere" in command("run")[1]
+    os.utime(command.study.process, (time.time() - 100,) * 2)
+    assert command("run")[0] == 0
+
+
+def test_a_study_inside_an_allocation_starts_worlds_of_its_own(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "3", "WORLD_SIZE": "8", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert command("run")[0] == 0
+
+
+def test_status_needs_no_torch(command: Command) -> None:
+    code = "import sys; sys.argv[1:] = ['status', 'tiny.yaml']; import study; study.main(); assert 'torch' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": f"{command.tools}:{os.environ['PYTHONPATH']}"}
+    subprocess.run([sys.executable, "-c", code], cwd=command.folder, env=environment, check=True)
+
+
+def assert_nobody_lives(command: Command) -> None:
+    """Neither by the mark nor by the process numbers that the ranks wrote down."""
+    assert processes.of_study(command.study) == []
+    for path in command.study.path.glob("*/pid-*"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)

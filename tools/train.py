@@ -1,0 +1,37 @@
+"""Train one student with DeepSpeed: deepspeed --num_gpus 2 tools/train.py --config FILE (also mpirun, srun, python)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from command_line import parse
+
+from trainer import terminal
+from trainer.run_directory import RunDirectory
+from trainer.settings import TrainSettings
+
+DESCRIPTION = """Train one student: a model, a method, a shard set, a seed.
+
+  deepspeed --num_gpus 2 tools/train.py --train_shards shards/gsm8k-train --method socratic \\
+      --model_name_or_path gpt2 --deepspeed ds_configs/zero2.json --output_dir runs/mine/gsm8k.socratic.gpt2.s0
+
+Run the same command again to go on from the newest valid checkpoint.
+On a machine without a GPU --num_gpus is the number of processes."""
+
+
+def main() -> None:
+    settings = parse(TrainSettings, DESCRIPTION)
+    terminal.run(lambda: _train(settings))
+
+
+def _train(settings: TrainSettings) -> None:
+    terminal.capture_chatter(RunDirectory(Path(settings.output_dir)).logs, "train")
+    from trainer.training.loop import train
+    from trainer.training.periodic import HeldOutLoss
+
+    evaluate = HeldOutLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
+    train(settings, evaluate)
+
+
+if __name__ == "__main__":
+    main()

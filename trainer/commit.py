@@ -1,0 +1,208 @@
+"""A directory is finished or it does not exist.
+
+Files are written below a temporary name in the same parent, digested (SHA-256) and flushed to disk; the manifest
+is written last; a rename commits it. `rename(2)` is atomic on local and parallel file systems, needs no lock
+(`flock` is a silent no-op on Lustre and GPFS), and a directory cannot be renamed onto one that is not empty, so
+of several builders exactly one wins. Readers trust a directory only if it has a manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+_READ_BYTES = 4 << 20
+_ABANDONED_AFTER_SECONDS = 24 * 3600
+
+
+class AlreadyThere(Exception):
+    """Somebody else committed the same directory first; the loser's files are gone, the winner's stand."""
+
+
+@contextlib.contextmanager
+def directory(final: Path, kind: str, facts: dict[str, Any]) -> Iterator[Path]:
+    """Write a directory of one process: yields the temporary directory, commits it on a normal exit.
+
+    `facts` goes into the manifest and may be filled inside the block. On an exception nothing is left behind.
+    Raises AlreadyThere if `final` exists when the rename is tried.
+    """
+    staging = begin(final)
+    try:
+        yield staging
+        finish(staging, final, kind, facts, digest_files(staging))
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def begin(final: Path) -> Path:
+    """Create and return a temporary directory beside `final`, under a name nobody else has."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(final)
+    staging = final.parent / f".{final.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    staging.mkdir()
+    return staging
+
+
+def digest_files(staging: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Flush and digest files below `staging` (all of them by default): {relative name: {bytes, sha256}}."""
+    chosen = sorted(names) if names is not None else _files_below(staging)
+
+    def one(name: str) -> dict[str, Any]:
+        path = staging / name
+        _flush(path)
+        return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(chosen, pool.map(one, chosen), strict=True))
+
+
+def finish(
+    staging: Path, final: Path, kind: str, facts: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> None:
+    """Write the manifest and rename `staging` to `final`. Every file must be in `files` and the other way round."""
+    present = set(_files_below(staging))
+    if present != set(files):
+        raise RuntimeError(f"{staging}: files and digests differ: {sorted(present ^ set(files))}")
+    manifest = {"format": FORMAT, "kind": kind, "facts": facts, "files": files}
+    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    _write_and_flush(staging / MANIFEST, text.encode("utf-8"))
+    for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
+        _flush(folder)
+    try:
+        os.rename(staging, final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise AlreadyThere(str(final)) from error
+        raise
+    _flush(final.parent)
+
+
+def replace(old: Path, new: Path) -> None:
+    """Put the committed directory `new` in the place of `old`; the old one is gone only after the new one stands."""
+    aside = old.parent / f".{old.name}.{secrets.token_hex(4)}.replaced.tmp"
+    os.rename(old, aside)
+    os.rename(new, old)
+    _flush(old.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_finished(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """Read the manifest of a finished directory. Raises UserError if there is none or it is not of that kind."""
+    file = Path(path) / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        state = "is not finished (it has no manifest)" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"{path} {state}; expected a directory with {MANIFEST}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); the directory is damaged, make it again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "files" not in manifest:
+        raise UserError(f"{file} is not a manifest of format {FORMAT}; it was made by another version")
+    if kind is not None and manifest["kind"] != kind:
+        raise UserError(f"{path} holds a finished {manifest['kind']}, expected a {kind}")
+    return manifest
+
+
+def verify(path: Path, names: Iterable[str] | None = None) -> None:
+    """Compare files with the manifest, size first and then digest. Raises UserError naming the first bad file."""
+    path = Path(path)
+    files = read_manifest(path)["files"]
+    chosen = sorted(files) if names is None else sorted(names)
+    verify_sizes(path, chosen, files)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for name, digest in zip(chosen, pool.map(lambda n: file_digest(path / n), chosen), strict=True):
+            if digest != files[name]["sha256"]:
+                raise UserError(
+                    f"{path / name} is corrupt: its digest is not the manifest's; restore or remake it"
+                )
+
+
+def verify_sizes(path: Path, names: Iterable[str], files: dict[str, dict[str, Any]]) -> None:
+    """The cheap half of `verify`: every file is there and has its size."""
+    for name in names:
+        if name not in files:
+            raise UserError(f"{path / name} is not in the manifest of {path}")
+        try:
+            size = (path / name).stat().st_size
+        except FileNotFoundError:
+            raise UserError(f"{path / name} is missing although the manifest lists it") from None
+        if size != files[name]["bytes"]:
+            raise UserError(f"{path / name} has {size} bytes, the manifest says {files[name]['bytes']}")
+
+
+def manifest_digest(path: Path) -> str:
+    """SHA-256 of the manifest, which names every file's digest: a digest of the whole directory's content."""
+    return file_digest(Path(path) / MANIFEST)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of one file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one file so that a reader sees the old text or the new one, never a part."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write one file so that a reader sees the old content or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        _write_and_flush(staging, content)
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+
+
+def _files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _write_and_flush(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Temporary directories of builders that were killed: ours by name, and a day without a change."""
+    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
+                shutil.rmtree(leftover)

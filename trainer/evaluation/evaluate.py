@@ -1,0 +1,213 @@
+"""A student answers every problem of a shard set exactly once: predictions.jsonl and, written last, results.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer import commit, distributed, terminal
+from trainer.errors import UserError
+from trainer.evaluation import gather, task
+from trainer.evaluation import student as students
+from trainer.evaluation.predict import Decoding, predictions
+from trainer.evaluation.score import in_words, summarise
+from trainer.evaluation.task import Task
+from trainer.evaluation.tickets import Counter, exhaust, shared_counter
+from trainer.run_directory import EvaluationDirectory
+from trainer.settings import EvaluateSettings
+from trainer.shards.read import Shards
+
+FORMAT = 1
+_TELL_EVERY_SECONDS = 0.2
+
+
+def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
+    """Collective. Evaluate and return what is in results.json, on every rank.
+
+    What an earlier, interrupted evaluation with the same settings has solved is not solved again; finished results
+    are returned as they are. Raises UserError, on every rank, for a student and shards that do not fit, for results
+    of other settings without `overwrite`, and for predictions that are not every problem exactly once.
+    """
+    with gather.errors_together():
+        work = task.plan(settings)
+        ids = [work.shards.problem(index).id for index in range(work.num_problems)]
+    recipe, earlier = _on_rank_0(lambda: _what_is_there(work, settings.overwrite))
+    if earlier is not None:
+        terminal.say(f"already evaluated: {in_words(earlier['accuracy'])}; {work.directory.results}")
+        return earlier
+    for warning in work.warnings():
+        terminal.warn(warning)
+    terminal.say(work.in_words())
+    _on_rank_0(lambda: students.convert_checkpoint(work.student, work.scratch))
+    with gather.errors_together():
+        model, tokenizer = students.open_student(work.student, work.shards, work.dtype, work.scratch)
+
+    identity = task.digest(recipe)
+    parts, solved = _on_rank_0(lambda: _what_is_solved(work, identity))
+    if solved:
+        terminal.say(f"{len(solved)} of {len(ids)} problems were solved before; going on")
+    left = [index for index, problem_id in enumerate(ids) if problem_id not in solved]
+    start = time.monotonic()
+    path = _solve_into_part(work, model, tokenizer, left, identity, solved)
+    finished = distributed.gather_objects((path, time.monotonic() - start))
+
+    about = {
+        **work.about(),
+        "num_parameters": work.student.facts.get("num_parameters", model.num_parameters()),
+        "seconds": round(max(seconds for _, seconds in finished), 3),
+        "world_size": distributed.world().world_size,
+        **recipe,
+        "identity": identity,
+    }
+    parts += [path for path, _ in finished]
+    results = _on_rank_0(lambda: _write(work, parts, ids, about))
+    terminal.say(
+        f"{in_words(results['accuracy'])}; {results['generated_tokens']} tokens in "
+        f"{terminal.duration(results['seconds'])}; {work.directory.results}"
+    )
+    return results
+
+
+def evaluation_directory(settings: EvaluateSettings) -> EvaluationDirectory:
+    """Where the results of these settings go. Raises UserError as `evaluate` does."""
+    return task.plan(settings).directory
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shards: Shards,
+    decoding: Decoding,
+    max_problems: int = 0,
+) -> dict[str, Any]:
+    """Collective. Accuracies (`score.summarise`) of a model in hand on the first problems, on every rank; no files.
+
+    For a periodic evaluation in training: each rank holds the whole model (ZeRO stages 0 to 2), whose mode and
+    attention are as before afterwards.
+    """
+    start = time.monotonic()
+    indices = range(min(max_problems or len(shards), len(shards)))
+    mine: list[dict[str, Any]] = []
+    _solve(model, tokenizer, shards, indices, decoding, lambda prediction, _: mine.append(prediction))
+    everybodys = [prediction for part in distributed.gather_objects(mine) for prediction in part]
+    ids = [shards.problem(index).id for index in indices]
+    return {**summarise(gather.union(everybodys, ids)), "seconds": round(time.monotonic() - start, 3)}
+
+
+def _solve(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shards: Shards,
+    indices: Sequence[int],
+    decoding: Decoding,
+    keep: Callable[[dict[str, Any], Counter], None],
+) -> None:
+    """Collective. Solve `indices` with all ranks; `keep` gets each prediction of this rank."""
+    attempt = gather.Attempt()
+    with shared_counter() as counter:
+        with attempt:
+            for prediction in predictions(model, tokenizer, shards, indices, decoding, counter):
+                keep(prediction, counter)
+        if attempt.error:
+            exhaust(counter)
+    attempt.raise_together()
+
+
+def _solve_into_part(
+    work: Task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    left: list[int],
+    identity: str,
+    solved: dict[str, bool],
+) -> Path:
+    """Collective. Solve what is left; every prediction is on disk at once, in this rank's part file."""
+    with gather.errors_together():
+        part = gather.Part(work.directory.parts, identity)
+    with part, terminal.progress("solve", work.num_problems, len(solved)) as bar:
+        tell = _Tell(bar, len(solved), sum(solved.values()))
+
+        def keep(prediction: dict[str, Any], counter: Counter) -> None:
+            part.append(prediction)
+            tell.one_more(prediction["correct_strict"], counter)
+
+        _solve(model, tokenizer, work.shards, left, work.decoding, keep)
+    return part.path
+
+
+class _Tell:
+    """Tells the other ranks, and rank 0 its user, how far all ranks together are."""
+
+    def __init__(self, bar: terminal.Bar, solved: int, correct: int) -> None:
+        self._bar = bar
+        self._before = (solved, correct)
+        self._untold = [0, 0]
+        self._last = time.monotonic()
+
+    def one_more(self, correct: bool, counter: Counter) -> None:
+        self._untold = [self._untold[0] + 1, self._untold[1] + correct]
+        if time.monotonic() - self._last < _TELL_EVERY_SECONDS:
+            return
+        cells = zip(("solved", "correct"), self._untold, self._before, strict=True)
+        all_solved, all_correct = (counter.add(cell, more) + more + before for cell, more, before in cells)
+        self._untold = [0, 0]
+        self._last = time.monotonic()
+        self._bar.update(all_solved, f"strict {100 * all_correct / all_solved:.1f} %")
+
+
+def _on_rank_0(function: Callable[[], Any]) -> Any:
+    """Collective. What rank 0's `function` returns, on every rank; if it fails, every rank raises."""
+    value = None
+    with gather.errors_together():
+        if distributed.is_main_process():
+            value = function()
+    return distributed.broadcast_object(value)
+
+
+def _what_is_there(work: Task, overwrite: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The recipe of this evaluation, and its results if they are there already."""
+    recipe = work.recipe(students.digest(work.student))
+    path = work.directory.results
+    if not path.is_file():
+        return recipe, None
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        same = earlier["identity"] == task.digest(recipe)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the result of an evaluation; give another output_dir") from None
+    if same or overwrite:
+        return recipe, earlier if same else None
+    changed = ", ".join(
+        f"{name}: {earlier.get(name)!r} there, {value!r} now"
+        for name, value in recipe.items()
+        if earlier.get(name) != value
+    )
+    raise UserError(
+        f"{path} is of an evaluation with other settings ({changed}); give another output_dir, or --overwrite"
+    )
+
+
+def _what_is_solved(work: Task, identity: str) -> tuple[list[Path], dict[str, bool]]:
+    """Part files of earlier evaluations of the same making, and the ids in them with whether they are correct."""
+    parts = gather.parts_of(work.directory.parts, identity)
+    solved = [prediction for part in parts for prediction in gather.read_part(part)]
+    return parts, {prediction["id"]: prediction["correct_strict"] for prediction in solved}
+
+
+def _write(work: Task, parts: list[Path], ids: list[str], about: dict[str, Any]) -> dict[str, Any]:
+    """The union of all part files -> predictions.jsonl -> results.json; then the parts are no longer needed."""
+    union = gather.union((prediction for part in parts for prediction in gather.read_part(part)), ids)
+    results = {"format": FORMAT, **about, **summarise(union)}
+    directory = work.directory
+    directory.results.unlink(missing_ok=True)  # old results never stand beside new predictions
+    commit.write_text(directory.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in union))
+    commit.write_text(directory.results, json.dumps(results, indent=1) + "\n")
+    shutil.rmtree(work.scratch, ignore_errors=True)
+    gather.remove_parts(parts)
+    return results

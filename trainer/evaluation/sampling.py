@@ -1,0 +1,69 @@
+"""The next token: greedy, or sampled with noise that belongs to the problem.
+
+The noise is a pure function of (seed, problem id, position), so what is sampled does not depend on the batch, on
+the number of ranks or on the order in which problems are taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from trainer.errors import UserError
+
+_MASK = (1 << 64) - 1
+
+
+def noise_key(seed: int, problem_id: str) -> int:
+    """64 bits that stand for a problem under a seed."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{problem_id}".encode(), digest_size=8).digest(), "big")
+
+
+def uniform(key: int, position: int) -> float:
+    """Number `position` of the stream `key`, in [0, 1): SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), by counter."""
+    state = (key + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return ((state ^ (state >> 31)) >> 11) * 2.0**-53
+
+
+def greedy(logits: torch.Tensor) -> list[int]:
+    """Most probable token of each row; logits [rows, vocabulary]. Raises UserError for NaN or infinite logits."""
+    largest, tokens = logits.max(dim=-1)
+    _refuse_non_finite(largest)
+    return tokens.tolist()
+
+
+def sampled(logits: torch.Tensor, temperature: float, top_p: float, uniforms: list[float]) -> list[int]:
+    """One token of each row of logits [rows, vocabulary] by inversion of the distribution at uniforms[row].
+
+    With top_p < 1 only the smallest set of most probable tokens that reaches top_p is left (nucleus sampling:
+    Holtzman et al., ICLR 2020). Raises UserError for NaN or infinite logits.
+    """
+    scaled = (
+        logits.double() / temperature
+    )  # double: rounding in the sums must not move a boundary between tokens
+    _refuse_non_finite(scaled.amax(dim=-1))
+    probabilities = torch.softmax(scaled, dim=-1)
+    order = None
+    if top_p < 1:
+        probabilities, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    threshold = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
+    place = torch.searchsorted(cumulative, threshold, right=True)
+    # Rounding could put the threshold at the very end: stay on the last token that has any probability.
+    place = torch.minimum(place, torch.searchsorted(cumulative, total))
+    return (place if order is None else order.gather(-1, place))[:, 0].tolist()
+
+
+def _refuse_non_finite(largest: torch.Tensor) -> None:
+    """The largest logit of a row is NaN if any of the row is."""
+    if not all(map(math.isfinite, largest.tolist())):
+        raise UserError(
+            "the model's logits are not finite: its weights hold NaN or infinity; use another checkpoint"
+        )

@@ -1,0 +1,67 @@
+"""Was it right: one prediction, and the accuracy of many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from trainer.problems import answers
+from trainer.problems.problem import Problem
+from trainer.report.statistics import wilson_interval
+
+
+def judge(problem: Problem, text: str, generated_tokens: int, finished: bool) -> dict[str, Any]:
+    """One line of predictions.jsonl: the raw text, and what each extraction rule reads out of it."""
+    kind = answers.kind(problem.answer)
+    extracted = {rule: answers.extract(text, rule, kind) for rule in answers.RULES}
+    return {
+        "id": problem.id,
+        "question": problem.question,
+        "gold": problem.answer,
+        "num_steps": len(problem.steps),
+        "text": text,
+        **extracted,
+        **{f"correct_{rule}": answers.same(answer, problem.answer) for rule, answer in extracted.items()},
+        "generated_tokens": generated_tokens,
+        "finished": finished,
+    }
+
+
+def summarise(predictions: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy by rule, of all predictions and by the number of steps of the gold solution; and how much was written."""
+    predictions = list(predictions)
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for prediction in predictions:
+        groups.setdefault(prediction["num_steps"], []).append(prediction)
+    return {
+        "num_problems": len(predictions),
+        "accuracy": _accuracy(predictions),
+        "by_num_steps": {str(steps): _accuracy(groups[steps]) for steps in sorted(groups)},
+        "unfinished": sum(not prediction["finished"] for prediction in predictions),
+        "generated_tokens": sum(prediction["generated_tokens"] for prediction in predictions),
+    }
+
+
+def _accuracy(predictions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """rule -> correct, n, accuracy and its 95 % Wilson interval."""
+    n = len(predictions)
+    result = {}
+    for rule in answers.RULES:
+        correct = sum(prediction[f"correct_{rule}"] for prediction in predictions)
+        low, high = wilson_interval(correct, n)
+        result[rule] = {
+            "correct": correct,
+            "n": n,
+            "accuracy": correct / n if n else 0.0,
+            "low": low,
+            "high": high,
+        }
+    return result
+
+
+def in_words(accuracy: dict[str, dict[str, Any]]) -> str:
+    """`strict 67.0 % (201/300, 95 %: 61.5-72.1), flexible ...`"""
+    return ", ".join(
+        f"{rule} {100 * s['accuracy']:.1f} % ({s['correct']}/{s['n']}, 95 %: {100 * s['low']:.1f}-{100 * s['high']:.1f})"
+        for rule, s in accuracy.items()
+    )

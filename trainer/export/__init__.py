@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO checkpoints -> Hugging Face folders, by streaming byte ranges."""

@@ -1,0 +1,201 @@
+"""One checkpoint of DeepSpeed -> one Hugging Face folder, by streaming; nothing is visible until it is finished."""
+
+from __future__ import annotations
+
+import errno
+import re
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import commit, terminal
+from trainer.errors import UserError
+from trainer.export import model_card
+from trainer.export import source as sources
+from trainer.export.source import Source
+from trainer.settings import ConvertSettings
+
+if TYPE_CHECKING:
+    from trainer.export.safetensors_writer import Shard
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_SPARE_BYTES = 4 << 20  # for the manifest, the card and what the file system adds
+_MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything about the export but its bytes."""
+
+    shards: list[Shard]
+    texts: dict[str, str]  # small files we write: name -> text
+    copies: list[Path]  # small files of the checkpoint: tokenizer
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self.shards)
+
+
+def convert(settings: ConvertSettings) -> Path:
+    """Write the export and return its folder. An export of the same checkpoint with the same options is left alone.
+
+    Peak memory is a few chunks of 8 MiB at every size of model; only `verify` needs the whole model. Each storage
+    that is read is proved against the checksum in its file; all files are compared with the manifest by size, and
+    with `verify` by digest. Raises UserError for an unfinished or damaged checkpoint, one that does not fit its
+    config.json, an `output_dir` that holds something else, and a disk that is too full.
+    """
+    max_shard_bytes = parse_size(settings.max_shard_size)
+    source = sources.find(Path(settings.checkpoint_dir))
+    final = sources.output_directory(source, settings.output_dir)
+    dtype = source.facts["dtype"] if settings.dtype == "same" else settings.dtype
+    options = {"checkpoint_digest": source.digest, "export_dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    if sources.already_exported(final, options, settings.overwrite or settings.dry_run):
+        terminal.say(f"already exported: {final}")
+        if settings.verify:
+            _verify(final, source, dtype)
+        return final
+    facts = {**source.facts, "checkpoint": str(source.path), **options}
+    plan = _plan(source, facts, max_shard_bytes)
+    if settings.dry_run:
+        _describe(plan, final)
+        return final
+    _check_disk(final, plan.weight_bytes + _SPARE_BYTES)
+    staging = commit.begin(final)
+    try:
+        files = _write(plan, staging, f"writing {final.name}")
+        if settings.verify:
+            _verify(staging, source, dtype)
+        _put_in_place(staging, final, facts, files)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{final.parent}: the disk filled up while writing; nothing was left behind"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    terminal.say(f"exported {source.path} to {final} ({_size(plan.weight_bytes)}, {_DTYPES[dtype]})")
+    return final
+
+
+def parse_size(text: str) -> int:
+    """ "500MB" -> 500000000, as transformers counts. Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?B)", text.strip().upper().replace(" ", ""))
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise UserError(f"max_shard_size is {text!r}; write a number and KB, MB, GB or TB, e.g. 5GB")
+    return size
+
+
+def _plan(source: Source, facts: dict[str, Any], max_shard_bytes: int) -> _Plan:
+    import torch
+
+    from trainer.export import architecture, safetensors_writer, zero_files
+
+    stored = zero_files.read(
+        source.path, source.facts["zero_stage"], source.facts["world_size"], source.facts["dtype"]
+    )
+    expected = architecture.read(source.model_folder)
+    dtype_name = _DTYPES[facts["export_dtype"]]
+    tensors = architecture.match(stored, expected, source.path)
+    shards = safetensors_writer.plan(tensors, getattr(torch, dtype_name), max_shard_bytes)
+    facts["num_parameters"] = expected.num_parameters
+    texts = {
+        "config.json": architecture.config_text(source.model_folder, expected.class_name, dtype_name),
+        "generation_config.json": architecture.generation_config_text(source.model_folder, expected),
+        "README.md": model_card.text(facts, sources.base_model(source), expected.class_name, dtype_name),
+    }
+    if len(shards) > 1:
+        texts[safetensors_writer.INDEX_NAME] = safetensors_writer.index_text(shards, expected.num_parameters)
+    copies = [
+        path for path in sorted(source.model_folder.iterdir()) if path.is_file() and path.name not in texts
+    ]
+    return _Plan(shards, texts, copies)
+
+
+def _write(plan: _Plan, staging: Path, label: str) -> dict[str, dict[str, Any]]:
+    """Write all files; returns what the manifest says of each."""
+    from trainer.export import safetensors_writer
+    from trainer.export.checked_reader import CheckedReader
+
+    for name, content in plan.texts.items():
+        (staging / name).write_text(content, encoding="utf-8")
+    for path in plan.copies:
+        shutil.copyfile(path, staging / path.name)
+    files = commit.digest_files(staging)
+    done = 0
+    with terminal.progress(f"{label} (MB)", plan.weight_bytes // _MEGABYTE) as bar, CheckedReader() as reader:
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            bar.update(done // _MEGABYTE)
+
+        for shard in plan.shards:
+            files[shard.name] = safetensors_writer.write(shard, staging / shard.name, reader, advance)
+        reader.finish()
+    return files
+
+
+def _put_in_place(
+    staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> None:
+    try:
+        if commit.is_finished(final):  # to be replaced: the old one goes only when the new one stands
+            fresh = final.parent / f".{final.name}.{secrets.token_hex(4)}.fresh.tmp"
+            commit.finish(staging, fresh, "export", facts, files)
+            commit.replace(final, fresh)
+        else:
+            commit.finish(staging, final, "export", facts, files)
+    except commit.AlreadyThere:
+        raise UserError(f"{final} was written by another process meanwhile; theirs stands") from None
+
+
+def _verify(export: Path, source: Source, dtype: str) -> None:
+    import torch
+
+    from trainer.export.verify import verify
+
+    commit.verify(source.path)
+    verdict = verify(export, source.path, source.facts, getattr(torch, _DTYPES[dtype]))
+    terminal.say(
+        f"verified: {verdict.num_tensors} tensors equal the checkpoint bit for bit"
+        f"{'' if dtype == 'fp32' else ' after rounding'}; largest logit difference {verdict.max_logit_difference:.3g}"
+    )
+
+
+def _describe(plan: _Plan, final: Path) -> None:
+    for path in plan.copies:
+        terminal.say(f"{_size(path.stat().st_size):>10}  {path.name}")
+    for name, content in plan.texts.items():
+        terminal.say(f"{_size(len(content.encode())):>10}  {name}")
+    for shard in plan.shards:
+        terminal.say(f"{_size(shard.num_bytes):>10}  {shard.name}, {len(shard.entries)} tensors")
+    free = shutil.disk_usage(_existing(final)).free
+    terminal.say(
+        f"would write {_size(plan.weight_bytes)} of weights to {final}; {_size(free)} are free there"
+    )
+
+
+def _check_disk(final: Path, needed: int) -> None:
+    folder = _existing(final)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free} bytes free, the export needs {needed}: {needed - free} bytes are missing; "
+            "make room or give another output_dir"
+        )
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def _size(num_bytes: int) -> str:
+    for unit in ("TB", "GB", "MB", "KB"):
+        if num_bytes >= _UNITS[unit]:
+            return f"{num_bytes / _UNITS[unit]:.3g} {unit}"
+    return f"{num_bytes} B"

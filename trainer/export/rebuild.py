@@ -1,0 +1,86 @@
+"""The same weights by another road: whole tensors in memory, put together as DeepSpeed's zero_to_fp32.py does.
+
+Slow and as large as the model; used only to check the streaming conversion. It shares no offset arithmetic with it:
+tensors come from `torch.load`, positions from `param_shapes` and the recorded alignment paddings instead of
+`param_slice_mappings`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.export import zero_files
+from trainer.export.torch_files import load
+
+
+def masters(directory: Path, zero_stage: int, world_size: int, dtype: str) -> dict[str, torch.Tensor]:
+    """Every stored parameter and buffer of a checkpoint in its stored dtype; tied aliases are left out."""
+    model_names, optimizer_names = zero_files.file_names(zero_stage, world_size, dtype)
+    models = [load(directory / name, "cpu", mmap=True) for name in model_names]
+    optimizers = [
+        load(directory / name, "cpu", mmap=True)["optimizer_state_dict"] for name in optimizer_names
+    ]
+    if zero_stage == 0:
+        return _stage_0(models[0])
+    if zero_stage == 3:
+        return _stage_3(models, optimizers)
+    return _stage_1_or_2(models[0], optimizers)
+
+
+def _stage_0(model: dict[str, Any]) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = {}
+    addresses: set[tuple[int, torch.Size]] = set()
+    for name, weight in model["module"].items():
+        if (weight.data_ptr(), weight.shape) not in addresses:  # not a tied alias
+            addresses.add((weight.data_ptr(), weight.shape))
+            weights[name] = weight
+    optimizer = model.get("optimizer") or {}
+    groups = optimizer.get("fp32_groups") or optimizer.get("fp32_groups_flat") or []
+    flat = [torch.cat([part.detach().flatten() for part in _listed(group)]) for group in groups]
+    for name, weight in list(weights.items()):
+        for index, group in enumerate(flat):
+            candidate = group[: weight.numel()]
+            if torch.equal(candidate.to(weight.dtype), weight.flatten()):
+                weights[name], flat[index] = candidate.view(weight.shape), group[weight.numel() :]
+                break
+    return weights
+
+
+def _listed(group: Any) -> Iterable[torch.Tensor]:
+    return group if isinstance(group, list) else [group]
+
+
+def _stage_1_or_2(model: dict[str, Any], optimizers: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    paddings = optimizers[0].get("param_alignment_paddings")
+    for index, shapes in enumerate(model["param_shapes"]):
+        flat = torch.cat([optimizer["single_partition_of_fp32_groups"][index] for optimizer in optimizers])
+        offset = 0
+        for number, (name, shape) in enumerate(shapes.items()):
+            found[name] = flat[offset : offset + math.prod(shape)].view(shape)
+            offset += math.prod(shape) + (paddings[index][number] if paddings else 0)
+    rest = {name: tensor for name, tensor in model["module"].items() if name not in found}
+    return found | {name: tensor for name, tensor in rest.items() if name not in model["shared_params"]}
+
+
+def _stage_3(models: list[dict[str, Any]], optimizers: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    flat = [
+        torch.cat([group.detach() for group in optimizer["fp32_flat_groups"]]) for optimizer in optimizers
+    ]
+    offset = 0
+    for shapes in models[0]["param_shapes"]:
+        for name, shape in shapes.items():
+            share = math.ceil(math.prod(shape) / len(flat))
+            whole = torch.cat([rank[offset : offset + share] for rank in flat])
+            found[name] = whole[: math.prod(shape)].view(shape)
+            offset += share
+    for name, shape in (models[0]["frozen_param_shapes"] or {}).items():
+        whole = torch.cat([model["frozen_param_fragments"][name] for model in models])
+        found[name] = whole[: math.prod(shape)].view(shape)
+    return found | {name: models[0]["module"][name] for name in models[0]["buffer_names"]}

@@ -1,0 +1,124 @@
+"""Which checkpoint is converted, into which folder, and whether that was done before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import commit, terminal
+from trainer.errors import UserError
+from trainer.run_directory import RunDirectory
+
+MODEL_FOLDER = "model"  # config, generation config and tokenizer inside a checkpoint
+_STAGES = (0, 1, 2, 3)
+_DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished checkpoint whose files have the sizes of its manifest."""
+
+    path: Path
+    facts: dict[str, Any]
+    digest: str  # of the manifest
+
+    @property
+    def model_folder(self) -> Path:
+        return self.path / MODEL_FOLDER
+
+
+def find(path: Path) -> Source:
+    """The checkpoint at `path`, or the newest valid one if `path` is a run directory.
+
+    Raises UserError if there is none, or it is unfinished, incomplete, or its small files are damaged. The weights'
+    files are compared with the manifest by size only: their bytes are proved when they are read.
+    """
+    run = RunDirectory(path)
+    if not run.checkpoints.is_dir():
+        return _open(path)
+    for step in reversed(run.checkpoint_steps()):
+        if not commit.is_finished(run.checkpoint(step)):
+            continue
+        try:
+            return _open(run.checkpoint(step))
+        except UserError as error:
+            terminal.warn(f"{error}; trying the checkpoint before it")
+    raise UserError(
+        f"{run.checkpoints} holds no finished checkpoint; train first, or name a checkpoint directory"
+    )
+
+
+def _open(path: Path) -> Source:
+    manifest = commit.read_manifest(path, kind="checkpoint")
+    files, facts = manifest["files"], manifest["facts"]
+    commit.verify_sizes(path, files, files)
+    commit.verify(path, [name for name in files if name.startswith(f"{MODEL_FOLDER}/")])
+    if f"{MODEL_FOLDER}/config.json" not in files:
+        raise UserError(
+            f"{path / MODEL_FOLDER / 'config.json'} is missing; without it nobody can load the weights"
+        )
+    for name, known in {"zero_stage": _STAGES, "dtype": _DTYPES}.items():
+        if facts.get(name) not in known:
+            raise UserError(
+                f"{path / commit.MANIFEST}: {name} is {facts.get(name)!r}, expected one of {known}"
+            )
+    if not isinstance(facts.get("world_size"), int) or facts["world_size"] < 1:
+        raise UserError(
+            f"{path / commit.MANIFEST}: world_size is {facts.get('world_size')!r}, expected 1 or more"
+        )
+    return Source(path, facts, commit.manifest_digest(path))
+
+
+def run_directory(source: Source) -> RunDirectory | None:
+    """The run the checkpoint belongs to, if it lies where runs keep them."""
+    run = RunDirectory(source.path.resolve().parent.parent)
+    return run if run.checkpoints == source.path.resolve().parent else None
+
+
+def output_directory(source: Source, output_dir: str) -> Path:
+    if output_dir:
+        return Path(output_dir)
+    if (run := run_directory(source)) is None:
+        raise UserError(f"{source.path} is not inside a run directory, so it has no export/; give output_dir")
+    return Path(source.path).parent.parent / run.export.name
+
+
+def base_model(source: Source) -> str:
+    """What the student was initialised from, as the run's settings say; "" for random weights or if unknown."""
+    import yaml
+
+    run = run_directory(source)
+    if run is None or not run.settings.is_file():
+        return ""
+    settings = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
+    return str(settings.get("model_name_or_path") or "") if isinstance(settings, dict) else ""
+
+
+def already_exported(final: Path, facts: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `final` is an intact export with these facts; False if it may be written.
+
+    `facts`: those that must agree. Raises UserError if `final` holds something else and `overwrite` is off, or
+    something that no conversion made.
+    """
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        return False
+    if not commit.is_finished(final):
+        raise UserError(
+            f"{final} exists and is not an export; choose another output_dir or remove it yourself"
+        )
+    manifest = commit.read_manifest(final, kind="export")
+    if overwrite:
+        return False
+    different = [name for name, value in facts.items() if manifest["facts"].get(name) != value]
+    if different:
+        made_from = manifest["facts"].get("checkpoint", "another checkpoint")
+        raise UserError(
+            f"{final} is an export of {made_from} with another {' and '.join(different)}; "
+            "give --overwrite to replace it"
+        )
+    try:
+        commit.verify_sizes(final, manifest["files"], manifest["files"])
+    except UserError as error:
+        raise UserError(f"{error}; give --overwrite to write the export again") from None
+    return True

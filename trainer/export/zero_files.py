@@ -1,0 +1,223 @@
+"""A DeepSpeed 0.19 checkpoint -> every parameter as byte ranges of the ranks' files.
+
+Sources, read in DeepSpeed 0.19.8: `runtime/engine.py` (_save_checkpoint, _save_zero_checkpoint), `runtime/zero/
+stage_1_and_2.py`, `runtime/zero/stage3.py`, `runtime/bf16_optimizer.py`, `runtime/fp16/*_optimizer.py`.
+
+stage 0     mp_rank_00_model_states.pt: `module` is the model. In bf16 the fp32 masters are in `optimizer`, without
+            names (trainer/export/unnamed_masters.py finds them).
+stage 1, 2  each rank's *_optim_states.pt holds its part of the flat fp32 parameters of each group, and
+            `param_slice_mappings` says which run of elements belongs to which name. Padding between and after
+            parameters is simply never named. Frozen parameters and buffers are in `module`, in training precision.
+stage 3     each rank's *_optim_states.pt holds ceil(n / ranks) elements of every parameter of n elements, in the
+            order of `param_shapes`, in flat sub-groups; the last rank's share ends in padding. Frozen parameters are
+            split the same way in each rank's model states, buffers are whole in every one.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.errors import UserError
+from trainer.export.stored_tensors import StoredModel, StoredTensor
+from trainer.export.torch_files import FragmentAddress, Piece, TorchFile
+from trainer.export.unnamed_masters import name_masters
+
+
+def file_names(zero_stage: int, world_size: int, dtype: str) -> tuple[list[str], list[str]]:
+    """Names of the model states and the optimizer states that DeepSpeed writes, each in rank order."""
+    ranks = range(world_size)
+    if zero_stage == 3:
+        model = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks]
+    else:
+        model = ["mp_rank_00_model_states.pt"]
+    prefix = "bf16_" if dtype == "bf16" else ""
+    optimizer = [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in ranks]
+    return model, optimizer if zero_stage else []
+
+
+def read(directory: Path, zero_stage: int, world_size: int, dtype: str) -> StoredModel:
+    """Describe the checkpoint in `directory`; reads metadata only, no tensor.
+
+    Raises UserError if a rank's file is missing or left over, damaged, or made by another number of ranks.
+    """
+    model_names, optimizer_names = file_names(zero_stage, world_size, dtype)
+    _check_names(directory, zero_stage, world_size, model_names + optimizer_names)
+    model_files = [TorchFile(directory / name) for name in model_names]
+    for file in model_files:
+        _check_world_size(file, file.content.get("dp_world_size"), world_size)
+    if zero_stage == 0:
+        return _read_stage_0(model_files[0])
+    optimizer_files = [TorchFile(directory / name) for name in optimizer_names]
+    for file in optimizer_files:
+        _check_world_size(file, _optimizer(file).get("partition_count"), world_size)
+    if zero_stage == 3:
+        return _read_stage_3(model_files, optimizer_files)
+    return _read_stage_1_or_2(model_files[0], optimizer_files)
+
+
+def _check_names(directory: Path, zero_stage: int, world_size: int, expected: list[str]) -> None:
+    made_by = f"ZeRO stage {zero_stage} on {world_size} rank{'s' if world_size > 1 else ''}"
+    for name in expected:
+        if not (directory / name).is_file():
+            raise UserError(
+                f"{directory / name} is missing; the manifest says {made_by}, which writes this file"
+            )
+    for path in sorted(directory.glob("*_states.pt")):
+        if path.name not in expected:
+            raise UserError(
+                f"{path} does not belong to a checkpoint of {made_by}, which the manifest says this is"
+            )
+
+
+def _check_world_size(file: TorchFile, found: Any, world_size: int) -> None:
+    counts = found if isinstance(found, list) else [found]
+    if any(count != world_size for count in counts):
+        raise UserError(f"{file.path} was written by {found} ranks, but the manifest says {world_size}")
+
+
+def _optimizer(file: TorchFile) -> dict[str, Any]:
+    return _get(file, file.content, "optimizer_state_dict")
+
+
+def _get(file: TorchFile, holder: dict[str, Any], key: str) -> Any:
+    if holder.get(key) is None:
+        version = file.content.get("ds_version", "unknown")
+        raise UserError(
+            f"{file.path} has no {key!r}; it was written by DeepSpeed {version}, 0.19 is expected"
+        )
+    return holder[key]
+
+
+def _whole(file: TorchFile, tensor: torch.Tensor) -> StoredTensor:
+    return StoredTensor(tuple(tensor.shape), (file.piece(tensor),))
+
+
+def _read_stage_0(file: TorchFile) -> StoredModel:
+    stored = StoredModel()
+    first_names: dict[Piece, str] = {}
+    for name, tensor in _get(file, file.content, "module").items():
+        whole = _whole(file, tensor)
+        first = first_names.setdefault(whole.pieces[0], name)
+        if first == name or whole.num_elements == 0:
+            stored.tensors[name] = whole
+        else:
+            stored.aliases[name] = first
+    optimizer = file.content.get("optimizer") or {}
+    groups = optimizer.get("fp32_groups") or optimizer.get("fp32_groups_flat")
+    if groups:  # trained in bf16 or fp16
+        masters = [
+            [file.piece(tensor) for tensor in (group if isinstance(group, list) else [group])]
+            for group in groups
+        ]
+        buffers = set(_get(file, file.content, "buffer_names"))
+        trained = {name: tensor for name, tensor in stored.tensors.items() if name not in buffers}
+        stored.tensors.update(name_masters(file.path, trained, masters))
+    return stored
+
+
+def _read_stage_1_or_2(model_file: TorchFile, optimizer_files: list[TorchFile]) -> StoredModel:
+    pieces: dict[str, list[Piece]] = {}
+    for file in optimizer_files:
+        optimizer = _optimizer(file)
+        partitions = _get(file, optimizer, "single_partition_of_fp32_groups")
+        for partition, mapping in zip(partitions, _get(file, optimizer, "param_slice_mappings"), strict=True):
+            flat = file.piece(partition)
+            for name, address in mapping.items():
+                assert isinstance(address, FragmentAddress)
+                pieces.setdefault(name, []).append(flat.part(address.start, address.numel))
+    stored = StoredModel(aliases=dict(_get(model_file, model_file.content, "shared_params")))
+    for shapes in _get(model_file, model_file.content, "param_shapes"):
+        for name, shape in shapes.items():
+            found = sum(piece.num_elements for piece in pieces.get(name, []))
+            if found != math.prod(shape):
+                raise UserError(
+                    f"{model_file.path.parent}: the ranks hold {found} elements of {name}, its shape is {tuple(shape)}"
+                )
+            stored.tensors[name] = StoredTensor(tuple(shape), tuple(pieces[name]))
+    for name, tensor in _get(model_file, model_file.content, "module").items():
+        if name not in stored.tensors and name not in stored.aliases:  # a buffer, or a frozen parameter
+            stored.tensors[name] = _whole(model_file, tensor)
+    return stored
+
+
+def _read_stage_3(model_files: list[TorchFile], optimizer_files: list[TorchFile]) -> StoredModel:
+    first = model_files[0]
+    if "ds_zero_partition_groups" in _optimizer(optimizer_files[0]):
+        raise UserError(
+            f"{optimizer_files[0].path} holds expert-parallel partitions, which are not supported"
+        )
+    stored = StoredModel(aliases=dict(_get(first, first.content, "shared_params")))
+    shapes = {
+        name: tuple(shape)
+        for group in _get(first, first.content, "param_shapes")
+        for name, shape in group.items()
+    }
+    flat = [
+        [file.piece(tensor) for tensor in _get(file, _optimizer(file), "fp32_flat_groups")]
+        for file in optimizer_files
+    ]
+    cursors = [_Cursor(file.path, groups) for file, groups in zip(optimizer_files, flat, strict=True)]
+    for name, shape in shapes.items():
+        share = -(-math.prod(shape) // len(cursors))
+        stored.tensors[name] = _join(shape, [cursor.take(share) for cursor in cursors])
+    for cursor in cursors:
+        cursor.expect_end()
+    for name, shape in (first.content.get("frozen_param_shapes") or {}).items():
+        fragments = [
+            file.piece(_get(file, file.content, "frozen_param_fragments")[name]) for file in model_files
+        ]
+        stored.tensors[name] = _join(tuple(shape), [(fragment,) for fragment in fragments])
+    module = _get(first, first.content, "module")
+    for name in _get(first, first.content, "buffer_names"):
+        stored.tensors[name] = _whole(first, module[name])
+    return stored
+
+
+def _join(shape: tuple[int, ...], shares: list[tuple[Piece, ...]]) -> StoredTensor:
+    """Concatenate the ranks' shares and cut the padding off the end."""
+    left = math.prod(shape)
+    pieces: list[Piece] = []
+    for piece in (piece for share in shares for piece in share):
+        kept = piece.part(0, min(left, piece.num_elements))
+        left -= kept.num_elements
+        if kept.num_elements or not pieces:
+            pieces.append(kept)
+    if left:
+        raise UserError(
+            f"{shares[0][0].record.path.parent}: {left} elements of a tensor of shape {shape} are missing"
+        )
+    return StoredTensor(shape, tuple(pieces))
+
+
+class _Cursor:
+    """Takes runs of elements from a rank's flat sub-groups, one after the other."""
+
+    def __init__(self, path: Path, groups: list[Piece]):
+        self._path, self._groups, self._start = path, list(groups), 0
+
+    def take(self, num_elements: int) -> tuple[Piece, ...]:
+        taken = []
+        while num_elements:
+            if not self._groups:
+                raise UserError(
+                    f"{self._path} holds fewer elements than the model has parameters. Masters that were offloaded "
+                    "to NVMe are not in it: train with offload to the CPU to be able to convert"
+                )
+            group = self._groups[0]
+            count = min(num_elements, group.num_elements - self._start)
+            if count:
+                taken.append(group.part(self._start, count))
+            self._start += count
+            num_elements -= count
+            if self._start == group.num_elements:
+                self._groups.pop(0)
+                self._start = 0
+        return tuple(taken)
+
+    def expect_end(self) -> None:
+        if any(group.num_elements for group in self._groups):
+            raise UserError(f"{self._path} holds more elements than the model has parameters")

@@ -1,0 +1,132 @@
+"""Load a causal LM, or make one with random weights, so that every rank and every ZeRO stage has the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import UserError
+from trainer.models import sizes
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def load_config(name_or_path: str, overrides: str = "", vocabulary_size: int = 0) -> PreTrainedConfig:
+    """Config from a size name (`trainer.models.sizes`), a local folder or file, or the hub.
+
+    `overrides`: "n_layer=6,n_embd=384"; a value takes the type of what it replaces. Raises UserError.
+    """
+    from transformers import AutoConfig
+
+    if name_or_path in sizes.names():
+        config = sizes.config(name_or_path, vocabulary_size)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(name_or_path)
+        except (OSError, ValueError, KeyError) as error:
+            known = ", ".join(sizes.names())
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"no model config at {name_or_path} (a folder, a hub name, or one of {known}): {reason}"
+            ) from None
+    for item in filter(None, overrides.split(",")):
+        key, separator, text = item.partition("=")
+        if not separator or not hasattr(config, key.strip()):
+            raise UserError(
+                f"config_overrides: {item!r} does not name a setting of a {config.model_type} config; write key=value"
+            )
+        setattr(config, key.strip(), _like(getattr(config, key.strip()), text.strip(), item))
+    return config
+
+
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a model that has no embedding for some tokens. Raises UserError."""
+    if config.vocab_size < len(tokenizer):
+        raise UserError(
+            f"{name} has {config.vocab_size} embeddings but the shards' tokenizer has {len(tokenizer)} tokens: "
+            "prepare the shards with the model's own tokenizer"
+        )
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Longest sequence the positions of the model reach, or 0 if it has no limit."""
+    return getattr(config, "max_position_embeddings", 0) or 0
+
+
+def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model's modules without any memory, to count and name its parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def num_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the model, tied ones once."""
+    return sum(parameter.numel() for parameter in build_on_meta(config).parameters())
+
+
+def write_random_weights(config: PreTrainedConfig, seed: int, folder: Path) -> None:
+    """Initialise in fp32 on the CPU from `seed` and save.
+
+    One process writes, all load: `deepspeed.zero.Init` around a constructor runs transformers' initialisation on
+    empty shards and gives other, wrong numbers (a first loss of 85 instead of 9 for GPT-2).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+
+
+def load_model(name_or_path: str | Path, dtype: str, attention: str, **kwargs: Any) -> PreTrainedModel:
+    """Load weights as `dtype` ("fp32" | "bf16"); under ZeRO-3 (a live HfDeepSpeedConfig) into shards.
+
+    The dtype is always given: transformers 5 otherwise keeps the file's. Raises UserError.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(name_or_path),
+            dtype=getattr(torch, TORCH_DTYPES[dtype]),
+            attn_implementation=attention,
+            **kwargs,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no model at {name_or_path} (a local folder or a hub name): {str(error).splitlines()[0]}"
+        ) from None
+
+
+def device() -> torch.device:
+    """The accelerator of this rank (`distributed.initialize` has chosen it), else the CPU."""
+    import torch
+
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def _like(old: Any, text: str, where: str) -> Any:
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(old, int):
+            return int(text)
+        if isinstance(old, float):
+            return float(text)
+    except (ValueError, KeyError):
+        raise UserError(f"config_overrides: {where!r} is not of the type of {old!r}") from None
+    if old is None and text.isdigit():
+        return int(text)
+    return text

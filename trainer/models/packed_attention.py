@@ -1,0 +1,80 @@
+"""Causal attention over packs: every example of a pack attends to itself alone.
+
+Transformers hands an attention function it does not know no mask at all, and passes extra arguments of the model
+call through, so the boundaries of the examples ride along as `cu_seq_lens_q` (the name flash attention gave them).
+Without `use_cache=False`, `attention_mask=None` and restarted `position_ids` a model would look across examples
+and nobody would say a word; `training/loss.py` gives all three and `training/self_check.py` compares with padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "packed"
+
+
+def register() -> str:
+    """Make the attention known to transformers; returns the name for `attn_implementation`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    return NAME
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, head_dim] -> [1, tokens, heads, head_dim].
+
+    `cu_seq_lens_q` (int32 [examples + 1], on the CPU or the device): where examples start, and the total.
+    """
+    if cu_seq_lens_q is None or query.shape[0] != 1:
+        raise RuntimeError("packed attention needs one row and cu_seq_lens_q")
+    window = kwargs.get("sliding_window")
+    longest = kwargs.get("max_length_q") or query.shape[2]
+    if window is not None and longest > window:
+        raise RuntimeError(f"an example of {longest} tokens exceeds the model's sliding window of {window}")
+    if query.is_cuda and dropout == 0.0 and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, scaling, cu_seq_lens_q, longest), None
+    lengths = kwargs["lengths"]
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    # One call per example: work grows with the sum of squared lengths, not with the square of the pack's.
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        outputs.append(
+            scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    bounds: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """One kernel for all examples (flash attention inside torch, no extra package); it has no dropout."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    out = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
+    )
+    assert isinstance(out, torch.Tensor)  # return_aux was not asked for
+    return out.unsqueeze(0)

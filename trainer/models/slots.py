@@ -1,0 +1,220 @@
+"""Attention over generation slots: a key-value cache in which every slot holds one sequence of its own length.
+
+A forward pass takes one flat row of tokens, shape [1, tokens], from any number of sequences, so the linear layers
+never see padding and a prompt can be read in the same pass in which other slots write their next token
+(continuous batching: Yu et al., "Orca", OSDI 2022). Registered with transformers as the attention "slots"; having
+no mask function of its own, transformers builds no mask for it, and `slot_step=` rides in the keyword arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from trainer.errors import UserError
+
+IMPLEMENTATION = "slots"
+_LENGTH_MULTIPLE = 8  # CUDA's memory-efficient kernel wants rows of the mask aligned to 8 elements
+_NOT_SUPPORTED = ("softcap", "position_bias", "s_aux", "head_mask")
+
+
+class SlotCache:
+    """Keys and values of every layer, each [slots, key-value heads, capacity, head size], allocated on first use."""
+
+    def __init__(self, num_slots: int, capacity: int) -> None:
+        self.num_slots = num_slots
+        self.capacity = capacity
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cache of layer `index`; `like` [1, key-value heads, tokens, head size] gives shape, dtype and device."""
+        if index not in self._layers:
+            shape = (self.num_slots, like.shape[1], self.capacity, like.shape[3])
+            # Zeros, not empty: what lies behind a sequence's end is masked by adding -inf, and NaN would survive that.
+            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self._layers[index]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of slot `source` over those of slot `target`."""
+        for keys, values in self._layers.values():
+            keys[target, :, :length] = keys[source, :, :length]
+            values[target, :, :length] = values[source, :, :length]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `start:stop` of the flat row: they continue the sequence in `slot`, which holds `past` tokens already."""
+
+    start: int
+    stop: int
+    slot: int
+    past: int
+
+
+@dataclass(frozen=True)
+class SlotStep:
+    """What one forward pass adds to which slot.
+
+    The flat row ends with exactly one token for each of the slots 0..num_live-1, in slot order: the newest token of
+    every sequence, whose attention runs as one batch over the slots. Before them come the `pieces`: whatever else is
+    new in a slot (a prompt, or forced tokens) without its newest token.
+    """
+
+    cache: SlotCache
+    input_ids: torch.Tensor  # [1, tokens] int64
+    positions: torch.Tensor  # [1, tokens] int64, the place of a token in its own sequence
+    slots: torch.Tensor  # [tokens] int64
+    num_live: int
+    longest: int  # length of the longest live sequence after this step, rounded up
+    mask: torch.Tensor  # [num_live, 1, 1, longest], 0 inside a sequence and -inf behind its end
+    pieces: tuple[Piece, ...]
+
+
+def plan_step(
+    cache: SlotCache,
+    lengths: Sequence[int],
+    new_tokens: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> SlotStep:
+    """Plan a forward pass: slot i holds `lengths[i]` tokens already and gets `new_tokens[i]`, at least one."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    pieces: list[Piece] = []
+    for slot, (length, new) in enumerate(zip(lengths, new_tokens, strict=True)):
+        if len(new) > 1:
+            start = len(tokens)
+            tokens += new[:-1]
+            positions += range(length, length + len(new) - 1)
+            slots += [slot] * (len(new) - 1)
+            pieces.append(Piece(start, len(tokens), slot, length))
+    num_live = len(lengths)
+    ends = [length + len(new) for length, new in zip(lengths, new_tokens, strict=True)]
+    longest = max(ends)
+    assert longest <= cache.capacity and num_live <= cache.num_slots
+    tokens += [new[-1] for new in new_tokens]
+    positions += [end - 1 for end in ends]
+    slots += range(num_live)
+    longest = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, cache.capacity)
+    # One transfer to the device for the three rows of numbers.
+    numbers = torch.tensor([tokens, positions, slots], dtype=torch.int64).to(device)
+    last_positions = numbers[1, len(tokens) - num_live :]
+    behind = torch.arange(longest, device=device) > last_positions[:, None]
+    mask = torch.zeros(behind.shape, dtype=dtype, device=device).masked_fill_(behind, float("-inf"))
+    return SlotStep(
+        cache=cache,
+        input_ids=numbers[:1],
+        positions=numbers[1:2],
+        slots=numbers[2],
+        num_live=num_live,
+        longest=longest,
+        mask=mask[:, None, None, :],
+        pieces=tuple(pieces),
+    )
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    slot_step: SlotStep | None = None,
+    **other: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of each token over its own slot. query [1, heads, tokens, head size] -> [1, tokens, heads, head size]."""
+    if slot_step is None:
+        raise RuntimeError("attention over slots was called without slot_step=")
+    step = slot_step
+    _refuse_what_is_not_supported(step.cache.capacity, other)
+    keys, values = step.cache.layer(module.layer_idx, key)  # type: ignore[arg-type]
+    positions = step.positions[0]
+    keys[step.slots, :, positions] = key[0].transpose(0, 1)
+    values[step.slots, :, positions] = value[0].transpose(0, 1)
+
+    num_heads, num_tokens, head_size = query.shape[1:]
+    outputs = [_piece_attention(piece, query, key, value, keys, values, scaling) for piece in step.pieces]
+    newest = query[0, :, num_tokens - step.num_live :].transpose(0, 1)
+    # Grouped queries become rows of one query matrix: no repetition of keys and values, and one mask for all heads.
+    grouped = newest.reshape(step.num_live, keys.shape[1], num_heads // keys.shape[1], head_size)
+    attended = scaled_dot_product_attention(
+        grouped,
+        keys[: step.num_live, :, : step.longest],
+        values[: step.num_live, :, : step.longest],
+        attn_mask=step.mask,
+        scale=scaling,
+    )
+    outputs.append(attended.reshape(step.num_live, num_heads, head_size))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return joined[None], None
+
+
+def _piece_attention(
+    piece: Piece,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of several new tokens of one slot: [tokens of the piece, heads, head size]."""
+    new = slice(piece.start, piece.stop)
+    rows = query[:, :, new]
+    if piece.past == 0:
+        attended = scaled_dot_product_attention(
+            rows, key[:, :, new], value[:, :, new], is_causal=True, scale=scaling, enable_gqa=True
+        )
+    else:
+        end = piece.past + piece.stop - piece.start
+        visible = torch.ones(rows.shape[2], end, dtype=torch.bool, device=rows.device).tril_(piece.past)
+        attended = scaled_dot_product_attention(
+            rows,
+            keys[piece.slot, None, :, :end],
+            values[piece.slot, None, :, :end],
+            attn_mask=visible,
+            scale=scaling,
+            enable_gqa=True,
+        )
+    return attended[0].transpose(0, 1)
+
+
+def _refuse_what_is_not_supported(capacity: int, other: dict[str, Any]) -> None:
+    window = other.get("sliding_window")
+    if window is not None and window < capacity:
+        raise UserError(
+            f"the model's sliding window of {window} tokens is shorter than the {capacity} tokens a sequence may have, "
+            "and sliding windows are not supported here; lower max_new_tokens"
+        )
+    for name in _NOT_SUPPORTED:
+        if other.get(name) is not None:
+            raise UserError(f"the model's attention uses {name}, which generation in slots does not support")
+
+
+@contextlib.contextmanager
+def slot_attention_of(model: PreTrainedModel) -> Iterator[None]:
+    """Switch `model` to attention over slots and to evaluation mode; on exit both are as they were."""
+    before = model.config._attn_implementation
+    training = model.training
+    model.set_attn_implementation(IMPLEMENTATION)
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise UserError(
+            f"{type(model).__name__} does not let its attention be replaced, which generation in slots needs"
+        )
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.set_attn_implementation(before)
+
+
+AttentionInterface.register(IMPLEMENTATION, slot_attention)

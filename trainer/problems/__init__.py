@@ -1,0 +1,1 @@
+"""Problems: a question, steps (each a sub-question and its solution) and a final answer, from any source."""

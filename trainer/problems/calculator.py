@@ -1,0 +1,135 @@
+"""The calculator that writes the results of `<<48/2=24>>` annotations (Cobbe et al. 2021, arXiv:2110.14168).
+
+Exact and safe: its own tokenizer and recursive descent over fractions, no eval, no floats, bounded in length
+and depth and so in time. Accepted: numbers (`12`, `1,000`, `.5`, `18.`), `+ - * /` (also × ÷ −),
+parentheses, a leading sign. Not accepted, and answered with None: percent signs (calculators disagree about
+`100+20%`), currency, powers, `//`, words, division by zero.
+
+A result is written as an integer or a decimal without trailing zeros, `0.5` rather than `.5`, with at most 6
+decimals (half away from zero). Measured over the 23 716 annotations of GSM8K's training set: 23 714 results
+agree in value (the other two use `//`), 23 047 (97.18 %) character by character. The difference is trailing
+zeros (`144.00`, 589 times) and `.5` for 0.5 (78 times); writing `.5` would have won these 78 and lost 32.
+None of its results needs more than 3 decimals.
+"""
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+
+MAX_CHARACTERS = 200  # GSM8K's longest is 30; also bounds every intermediate number to about 200 digits
+MAX_DEPTH = 20
+MAX_DECIMALS = 6
+LIMIT = 10**15  # no word problem is about more; keeps a forced result from flooding the context
+
+_TOKEN = re.compile(
+    r"\s*([0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?:\.[0-9]*)?|[0-9]+\.?[0-9]*|\.[0-9]+|[-+*/()])\s*"
+)
+_SIGNS = str.maketrans("×÷−", "*/-")
+_ANNOTATION = re.compile(rf"<<([^<>=\n]{{1,{MAX_CHARACTERS}}})=([^<>=\n]{{1,{MAX_CHARACTERS}}})>>")
+
+
+class _NotArithmetic(Exception):
+    pass
+
+
+def evaluate(expression: str) -> str | None:
+    """The result as canonical decimal text (`12`, `-3`, `0.5`, `0.333333`), or None when it is not accepted.
+
+    None also when the result is 10**15 or more, or when rounding would turn a result that is not zero into 0.
+    """
+    if len(expression) > MAX_CHARACTERS:
+        return None
+    try:
+        tokens = _tokens(expression.translate(_SIGNS))
+        value, end = _sum(tokens, 0, 0)
+    except (_NotArithmetic, ZeroDivisionError):
+        return None
+    return _decimal_text(value) if end == len(tokens) else None
+
+
+def annotations(text: str) -> Iterator[tuple[str, bool]]:
+    """Split a solution into pieces (text, is_result); joined, the texts are the solution again.
+
+    A result piece is what the calculator would write, `24>>`, and only that: an annotation whose result is
+    not exactly `evaluate` of its expression stays ordinary text. Neighbouring ordinary texts are one piece,
+    so "48/2 = <<48/2=24>>24 clips" gives ("48/2 = <<48/2=", False), ("24>>", True), ("24 clips", False).
+    """
+    begin = 0
+    for match in _ANNOTATION.finditer(text):
+        if evaluate(match[1]) == match[2]:
+            yield text[begin : match.start(2)], False
+            yield text[match.start(2) : match.end()], True
+            begin = match.end()
+    if begin < len(text):
+        yield text[begin:], False
+
+
+def open_expression(text: str) -> str | None:
+    """The expression of an annotation that is open at the very end of a text, "… <<48/2=" -> "48/2", else
+    None.
+
+    Asks the same of a text in the making as `annotations` asks of a finished one. Looks at the last
+    characters only, so it may be called after every generated token.
+    """
+    if not text.endswith("="):
+        return None
+    _, mark, expression = text[-(MAX_CHARACTERS + 3) : -1].rpartition("<<")
+    return expression if mark and expression and not set(expression) & set("<>=\n") else None
+
+
+def _tokens(expression: str) -> list[str]:
+    tokens, position = [], 0
+    while position < len(expression):
+        match = _TOKEN.match(expression, position)
+        if not match:
+            raise _NotArithmetic
+        tokens.append(match[1])
+        position = match.end()
+    return tokens
+
+
+def _sum(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    """sum := product (("+" | "-") product)*; like the two below: the value and the index of the next
+    token."""
+    value, at = _product(tokens, at, depth)
+    while at < len(tokens) and tokens[at] in ("+", "-"):
+        right, after = _product(tokens, at + 1, depth)
+        value, at = (value + right if tokens[at] == "+" else value - right), after
+    return value, at
+
+
+def _product(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    """product := operand (("*" | "/") operand)*"""
+    value, at = _operand(tokens, at, depth)
+    while at < len(tokens) and tokens[at] in ("*", "/"):
+        right, after = _operand(tokens, at + 1, depth)
+        value, at = (value * right if tokens[at] == "*" else value / right), after
+    return value, at
+
+
+def _operand(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    """operand := ("-" | "+") operand | "(" sum ")" | number"""
+    if at == len(tokens) or depth > MAX_DEPTH:
+        raise _NotArithmetic
+    token = tokens[at]
+    if token in ("-", "+"):
+        value, at = _operand(tokens, at + 1, depth + 1)
+        return (-value if token == "-" else value), at
+    if token == "(":
+        value, at = _sum(tokens, at + 1, depth + 1)
+        if at == len(tokens) or tokens[at] != ")":
+            raise _NotArithmetic
+        return value, at + 1
+    if token[0] not in "0123456789.":
+        raise _NotArithmetic
+    return Fraction(token.replace(",", "").rstrip(".")), at + 1
+
+
+def _decimal_text(value: Fraction) -> str | None:
+    scaled = abs(value) * 10**MAX_DECIMALS
+    rounded = (2 * scaled.numerator + scaled.denominator) // (2 * scaled.denominator)  # half away from zero
+    if (rounded == 0 and value != 0) or rounded >= LIMIT * 10**MAX_DECIMALS:
+        return None
+    whole, decimals = divmod(rounded, 10**MAX_DECIMALS)
+    fraction = f"{decimals:0{MAX_DECIMALS}d}".rstrip("0")
+    return ("-" if value < 0 else "") + str(whole) + ("." + fraction if fraction else "")

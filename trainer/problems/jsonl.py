@@ -1,0 +1,73 @@
+"""Bring your own problems: one JSON object a line (or one JSON array), with these keys.
+
+| key | | value |
+| --- | --- | --- |
+| `question` | required | text, may have several lines |
+| `answer` | required | one line of text, a number, or true/false (read as yes/no) |
+| `steps` | optional | list of `{"question": ..., "solution": ...}`, in order; one of the two may be missing |
+| `facts` | optional | list of texts |
+| `id` | optional | text or integer, unique; by default `<split>-000012`, counted from 0 |
+| `meta` | optional | anything; not read. Where other columns go |
+
+A solution may hold calculator annotations, `48/2 = <<48/2=24>>24`. A number as the answer is best given bare,
+`18` and not `18 dollars`, for then it is compared as a number. Line breaks in steps and facts become spaces.
+Any other key rejects its record: a misspelt `step` would otherwise train a student without its steps and
+nobody would know.
+
+    {"question": "Ann has 3 bags of 4 nuts. How many nuts?", "answer": 12,
+     "steps": [{"question": "How many nuts are in 3 bags?", "solution": "3*4 = <<3*4=12>>12 nuts"}]}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.problems import answers
+from trainer.problems.problem import Problem, RecordError, Step, one_line
+from trainer.problems.records import answer_text, json_type, required_text, texts
+
+KEYS = ("id", "question", "answer", "steps", "facts", "meta")
+STEP_KEYS = ("question", "solution")
+
+
+def from_record(record: dict[str, Any], id: str) -> Problem:
+    """One record as described above -> Problem, with `id` if it has none of its own. Raises RecordError."""
+    _check_keys("the record", record, KEYS)
+    own_id = record.get("id")
+    if own_id is not None:
+        id = str(own_id) if type(own_id) is int else required_text(record, "id", "bad_id")
+    steps = record.get("steps")
+    if steps is not None and not isinstance(steps, list):
+        raise RecordError("wrong_type", f"'steps' is {json_type(steps)}, expected a list")
+    return Problem(
+        id=id,
+        question=required_text(record, "question", "no_question"),
+        answer=answers.without_separators(one_line(answer_text(record, "answer"))),
+        steps=tuple(_step(number, step) for number, step in enumerate(steps or (), start=1)),
+        facts=tuple(one_line(text) for text in texts(record, "facts")),
+    )
+
+
+def to_record(problem: Problem, meta: Any = None) -> dict[str, Any]:
+    """The record that `from_record` turns into the same problem again."""
+    record: dict[str, Any] = {"id": problem.id, "question": problem.question, "answer": problem.answer}
+    if problem.steps:
+        record["steps"] = [{"question": step.question, "solution": step.solution} for step in problem.steps]
+    if problem.facts:
+        record["facts"] = list(problem.facts)
+    return record if meta is None else {**record, "meta": meta}
+
+
+def _step(number: int, step: Any) -> Step:
+    if not isinstance(step, dict):
+        raise RecordError("wrong_type", f"step {number} is {json_type(step)}, expected an object")
+    _check_keys(f"step {number}", step, STEP_KEYS)
+    values = [step.get(key) or "" for key in STEP_KEYS]
+    if not all(isinstance(value, str) for value in values):
+        raise RecordError("wrong_type", f"'question' and 'solution' of step {number} must be texts")
+    return Step(*map(one_line, values))
+
+
+def _check_keys(what: str, record: dict[str, Any], known: tuple[str, ...]) -> None:
+    if unknown := sorted(set(record) - set(known)):
+        raise RecordError("unknown_key", f"{what} has {unknown[0]!r}; known are {', '.join(known)}")

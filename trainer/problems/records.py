@@ -1,0 +1,169 @@
+"""Files of JSON records, read so that one bad record costs one record.
+
+JSON Lines are read as bytes, line by line; a file that holds one JSON array (SVAMP, StrategyQA) element by
+element. Every record comes with the line it begins on, every bad one as a Reject. Decimal numbers stay exact
+(Decimal).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from trainer.errors import UserError
+from trainer.problems.problem import MAX_REJECT_TEXT, RecordError, Reject
+
+MAX_RECORD_BYTES = 1 << 20  # the longest record of the known data sets, a StrategyQA question, has 3 kB
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
+
+
+@dataclass(frozen=True)
+class Record:
+    """line: where the record begins, from 1. position: its number in the file, from 0, bad records counted
+    too.
+
+    raw: the beginning of its text, for the message if it turns out to be no problem.
+    """
+
+    line: int
+    position: int
+    value: dict[str, Any]
+    raw: str
+
+
+def read_records(path: Path) -> Iterator[Record | Reject]:
+    """Yield every record of a file in order. Blank lines are not records.
+
+    A file named `.jsonl`, or whose first character is not `[`, is JSON Lines. Raises UserError if it cannot
+    be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).removeprefix(_BYTE_ORDER_MARK).lstrip()
+            file.seek(0)
+            is_array = start.startswith(b"[") and path.suffix != ".jsonl"
+            for position, (line, raw) in enumerate(_elements(file.read()) if is_array else _lines(file)):
+                begin = raw[: 4 * MAX_REJECT_TEXT].decode("utf-8", errors="replace").strip()[:MAX_REJECT_TEXT]
+                try:
+                    record = Record(line, position, _parse(raw), begin)
+                except RecordError as error:
+                    yield Reject(str(path), line, error.reason, error.detail, begin)
+                else:
+                    yield record
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; check the path and its permissions"
+        ) from error
+
+
+def required_text(record: dict[str, Any], key: str, reason: str) -> str:
+    """The text under `key`, stripped. Raises RecordError: `reason` if it is missing, null or blank, else
+    wrong_type."""
+    value = record.get(key)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise RecordError(reason, f"no {key!r}" if value is None else f"{key!r} is blank")
+    if not isinstance(value, str):
+        raise RecordError("wrong_type", f"{key!r} is {json_type(value)}, expected text")
+    return value.strip()
+
+
+def answer_text(record: dict[str, Any], key: str) -> str:
+    """The answer under `key` as text: a number without exponent or trailing zeros, true as yes, false as
+    no."""
+    value = record.get(key)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):  # from the hub; its shortest decimal is what the author wrote
+        value = Decimal(repr(value))
+    if isinstance(value, Decimal):
+        if not value.is_finite() or abs(value.adjusted()) > 30:
+            raise RecordError("bad_answer", f"{key!r} is {value}, no number of a word problem")
+        text = format(value, "f")
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    return str(value) if isinstance(value, int) else required_text(record, key, "no_answer")
+
+
+def texts(record: dict[str, Any], key: str) -> list[str]:
+    """The list of texts under `key`, [] if it is missing or null. Raises RecordError("wrong_type")."""
+    value = record.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise RecordError("wrong_type", f"{key!r} is {json_type(value)}, expected a list of texts")
+    return value
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(line number, bytes) of every line that is not blank, cut off one byte after the allowed length."""
+    number = 0
+    while raw := file.readline(MAX_RECORD_BYTES + 1):
+        number += 1
+        rest = raw
+        while rest and not rest.endswith(b"\n"):  # go to the end of an endless line without keeping it
+            rest = file.readline(MAX_RECORD_BYTES)
+        raw = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
+        if raw.strip(b" \t\r\n"):
+            yield number, raw
+
+
+def _elements(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """(line number, bytes) of every element of a JSON array.
+
+    After a broken element it goes on at the next `{` that begins a line and is indented as the first element
+    is; without line breaks, all the rest is one broken element. An array that is not closed ends with an
+    element that does not parse, so that a truncated file is noticed.
+    """
+    text = content.decode("utf-8", errors="surrogateescape")  # any bytes at all; undone below
+    at = _BETWEEN_ELEMENTS.match(text, text.index("[") + 1).end()  # type: ignore[union-attr]
+    indent = text[text.rfind("\n", 0, at) + 1 : at]
+    next_element = re.compile(rf"\n{indent}(?=\{{)" if not indent.strip(" \t") else r"\Z")
+    line, counted = 1, 0
+    while not text.startswith("]", at):
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            _, end = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            found = next_element.search(text, at + 1)
+            end = found.end() if found else len(text)
+        yield line, text[at:end].encode("utf-8", errors="surrogateescape")
+        if end == len(text):
+            return
+        at = _BETWEEN_ELEMENTS.match(text, end).end()  # type: ignore[union-attr]
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    """One record's object. Raises RecordError."""
+    if len(raw) > MAX_RECORD_BYTES:
+        raise RecordError("too_long", f"over {MAX_RECORD_BYTES} bytes")
+    if b"\0" in raw:  # a hole in the file, as a crash or a full disk leaves it
+        raise RecordError("nul_character", f"the record holds NUL at byte {raw.index(0)}")
+    try:
+        value = _DECODER.decode(raw.decode("utf-8").strip())
+    except UnicodeDecodeError as error:
+        raise RecordError("not_utf8", f"byte {error.start} of the record, 0x{raw[error.start]:02x}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecordError("not_json", f"{error}" if raw else "the file ends inside its array") from None
+    if not isinstance(value, dict):
+        raise RecordError("not_an_object", f"the record is {json_type(value)}")
+    return value
+
+
+def json_type(value: object) -> str:
+    """What JSON calls a value, for messages."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    names = {dict: "an object", list: "a list", str: "text", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=_refuse_constant)

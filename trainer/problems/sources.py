@@ -1,0 +1,198 @@
+"""Where problems come from: a local file, a local folder, the Hugging Face hub, or our own generator.
+
+All of them go through the same `from_record`, so a data set means the same problems wherever it was found.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.commit import file_digest
+from trainer.errors import UserError
+from trainer.problems import gsm8k, jsonl, strategyqa, svamp
+from trainer.problems.hub import read_hub
+from trainer.problems.problem import Problem, RecordError, Reject
+from trainer.problems.records import Record, read_records
+
+HUB_EXAMPLES = {"gsm8k": "openai/gsm8k", "svamp": "ChilleD/SVAMP", "strategyqa": "ChilleD/StrategyQA"}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_SUFFIXES = (".json", ".jsonl")
+_SPLIT_NAMES = ("train", "validation", "dev", "test")
+
+
+@dataclass(frozen=True)
+class _DataSet:
+    """from_record: a record and the id it gets if it has none -> Problem. files: names to look for in a
+    folder.
+
+    hub: split -> (configuration, split) of the hub, split None for all of them. options: what may be asked
+    beyond.
+    """
+
+    from_record: Callable[[dict[str, Any], str], Problem]
+    files: Callable[[str], tuple[str, ...]]
+    hub: Callable[[str], tuple[str | None, str | None]]
+    options: tuple[str, ...] = ("revision",)
+
+
+_DATA_SETS = {
+    "gsm8k": _DataSet(
+        gsm8k.from_record,
+        files=lambda split: (f"{split}.jsonl",),
+        hub=lambda split: (
+            "socratic" if split.endswith(gsm8k.SOCRATIC) else "main",
+            split.removesuffix(gsm8k.SOCRATIC),
+        ),
+    ),
+    "svamp": _DataSet(
+        svamp.from_record,
+        files=lambda split: ("SVAMP.json",),
+        hub=lambda split: (None, None),
+        options=("revision", "seed"),
+    ),
+    "strategyqa": _DataSet(
+        strategyqa.from_record,
+        files=lambda split: (f"{split}.json", f"{split}.jsonl"),
+        hub=lambda split: (None, split),
+    ),
+    "jsonl": _DataSet(
+        jsonl.from_record,
+        files=lambda split: (f"{split}.jsonl", f"{split}.json"),
+        hub=lambda split: (None, split),
+    ),
+}
+DATA = (*_DATA_SETS, "stories")
+
+
+def read_problems(
+    data: str, split: str, path: str | None = None, **options: Any
+) -> Iterator[Problem | Reject]:
+    """Yield the problems of one split in the order of the data, and a Reject for every record that is not
+    one.
+
+    data: one of DATA. split: see the data set's module (gsm8k: train, test, train_socratic, test_socratic;
+    svamp: train, test, all; strategyqa: train, dev; jsonl: the name of a file in a folder, for a file the
+    prefix of ids). path: a local file, a local folder with the files as published (jsonl: `<split>.jsonl`),
+    or a hub name; stories need none. A folder with .parquet files is a hub data set that was downloaded.
+    options: svamp takes `seed`, everything from the hub `revision`, stories what `stories.read` takes.
+
+    The second of two records with the same id is rejected. Raises UserError, before the first problem where
+    it can: for an unknown data set, split, option or path, for a hub that cannot be reached, and when there
+    is no problem.
+    """
+    if data not in DATA:
+        raise UserError(f"unknown data set {data!r}; choose one of {', '.join(DATA)}{_nearest(data, DATA)}")
+    if data == "stories":
+        from trainer.problems import stories
+
+        if path:
+            raise UserError(f"stories are generated, they are not read from {path}; leave the path empty")
+        return stories.read(split, **options)
+    data_set = _DATA_SETS[data]
+    for name in options:
+        if name not in data_set.options:
+            raise UserError(f"{data} takes no option {name!r}; it takes {', '.join(data_set.options)}")
+    if data == "svamp" and split not in svamp.SPLITS:
+        raise UserError(f"svamp has no split {split!r}; choose one of {', '.join(svamp.SPLITS)}")
+    source, records = _open(data, data_set, split, path, options.get("revision"))
+    if data == "svamp" and split != "all":
+        seed = options.get("seed", 0)
+        records = (r for r in records if isinstance(r, Reject) or svamp.belongs(r.value, split, seed))
+    return _problems(data, data_set, split, source, records)
+
+
+def source_digest(data: str, split: str, path: str | None = None, **options: Any) -> str:
+    """What identifies the source's content: SHA-256 of the local file, `hub:<name>@<revision>`, or, for stories,
+    SHA-256 of their first problems (so that a changed generator is another source).
+    """
+    if data == "stories":
+        first = itertools.islice(read_problems(data, split, path, **options), 64)
+        return hashlib.sha256(repr(list(first)).encode()).hexdigest()
+    source, _ = _open(data, _DATA_SETS[data], split, path, options.get("revision"))
+    file = Path(source)
+    return file_digest(file) if file.is_file() else f"hub:{source}@{options.get('revision')}"
+
+
+def _problems(
+    data: str, data_set: _DataSet, split: str, source: str, records: Iterable[Record | Reject]
+) -> Iterator[Problem | Reject]:
+    prefix = split if data == "jsonl" else f"{data}-{split.removesuffix(gsm8k.SOCRATIC)}"
+    first_line: dict[str, int] = {}
+    first_reject: Reject | None = None
+    for record in records:
+        if isinstance(record, Record):
+            try:
+                problem = data_set.from_record(record.value, f"{prefix}-{record.position:06d}")
+                if problem.id in first_line:
+                    raise RecordError(
+                        "repeated_id", f"{problem.id!r} is the id of line {first_line[problem.id]} too"
+                    )
+            except RecordError as error:
+                record = Reject(source, record.line, error.reason, error.detail, record.raw)
+            else:
+                first_line[problem.id] = record.line
+                yield problem
+                continue
+        first_reject = first_reject or record
+        yield record
+    if first_reject and not first_line:
+        raise UserError(
+            f"{source}: not one record of the {data} split {split!r} is a problem. The first, "
+            f"line {first_reject.line}: {first_reject.reason}, {first_reject.detail}. Is it {data} data?"
+        )
+    if not first_line:
+        raise UserError(
+            f"{source}: the {data} split {split!r} is empty; check that the file was copied completely"
+        )
+
+
+def _open(
+    data: str, data_set: _DataSet, split: str, path: str | None, revision: str | None
+) -> tuple[str, Iterable[Record | Reject]]:
+    """The name of the source, for messages, and its records."""
+    hub_example = f", or a hub name such as {HUB_EXAMPLES[data]}" if data in HUB_EXAMPLES else ""
+    if not path:
+        raise UserError(
+            f"{data} needs a path: a file, or a folder with {data_set.files(split)[0]}{hub_example}"
+        )
+    local = Path(path).expanduser()
+    if not local.exists() and _HUB_NAME.fullmatch(path) and local.suffix not in _SUFFIXES:
+        return path, read_hub(path, *data_set.hub(split), revision)
+    if local.is_dir() and next(local.rglob("*.parquet"), None):  # a hub data set, downloaded
+        return path, read_hub(str(local), *data_set.hub(split), revision)
+    if revision:
+        raise UserError(
+            f"a revision ({revision!r}) is of the hub, but {path} is a local path; leave one of them out"
+        )
+    if not local.exists():
+        raise UserError(f"{path} does not exist; give an existing file or folder{hub_example}")
+    file = _file_in(local, data, data_set, split) if local.is_dir() else local
+    named = file.stem.removesuffix(gsm8k.SOCRATIC)
+    if named in _SPLIT_NAMES and named != split.removesuffix(gsm8k.SOCRATIC):
+        raise UserError(
+            f"{file} looks like the split {named!r}, but {split!r} was asked for; make them agree"
+        )
+    return str(file), read_records(file)
+
+
+def _file_in(folder: Path, data: str, data_set: _DataSet, split: str) -> Path:
+    for name in data_set.files(split):
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    raise UserError(
+        f"no {data} split {split!r} in {folder}: there is no {' or '.join(data_set.files(split))}; "
+        + (f"found {', '.join(found)}" if found else "found no .json or .jsonl file at all")
+    )
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,86 @@
+"""Stories: our own multi-step word problems, written on the fly, so that a study runs without a download.
+
+`read` is a pure function of its arguments, on every platform and in every version of Python: the generator is seeded
+with a string, and only `Random.random` is asked.
+
+Which split a story belongs to follows from its text alone: a keyed hash of `canonical(question)`, in which all people
+and their pronouns are made equal. So no story of one split is ever a story of another, nor the same one with other
+people in it, whatever the seeds and options the two were read with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+
+from trainer.errors import UserError
+from trainer.problems.problem import Problem
+from trainer.problems.stories.plot import DeadEnd, Story
+from trainer.problems.stories.worlds import PEOPLE
+
+SPLITS = ("train", "validation", "test")
+MOST_STEPS = 10
+
+_KEY = b"stories, format 1"
+_TENTHS = {0: "test", 1: "validation"}
+_PERSON = re.compile(r"\b(?:" + "|".join(person.name for person in PEOPLE) + r"|[Ss]?[Hh]e|[Hh]is|[Hh]im|[Hh]er)\b")
+_ATTEMPTS = 10_000
+
+
+def canonical(question: str) -> str:
+    """The question with every name and personal pronoun replaced by one mark; decides the split."""
+    return _PERSON.sub("@", question)
+
+
+def split_of(question: str) -> str:
+    """`test` and `validation` hold a tenth of all stories each, `train` the rest."""
+    return _TENTHS.get(_digest(question) % 10, "train")
+
+
+def read(
+    split: str, *, seed: int = 0, num_problems: int = 10_000, min_steps: int = 2, max_steps: int = 4
+) -> Iterator[Problem]:
+    """Yield `num_problems` different stories of one split; the number of steps is uniform in min_steps..max_steps.
+
+    A larger `num_problems` continues the same sequence. Stories that differ only in their people count as the same
+    one. Raises UserError for impossible arguments, or if there are not so many different stories.
+    """
+    _check(split, num_problems, min_steps, max_steps)
+    rng = random.Random(f"stories {split} {seed}")
+    seen: set[int] = set()
+    for _ in range(num_problems):
+        num_steps = min_steps + int(rng.random() * (max_steps - min_steps + 1))
+        for _ in range(_ATTEMPTS):
+            try:
+                story = Story(rng, num_steps)
+            except DeadEnd:
+                continue
+            question = story.question
+            digest = _digest(question)
+            if _TENTHS.get(digest % 10, "train") == split and digest not in seen:
+                break
+        else:
+            raise UserError(
+                f"stories: found only {len(seen)} different {split} stories of {min_steps} to {max_steps} steps; "
+                f"ask for fewer than {num_problems} or for more steps"
+            )
+        seen.add(digest)
+        answer = story.steps[-1].solution.partition(">>")[2].split()[0]
+        yield Problem(id=f"stories-{digest:016x}", question=question, answer=answer, steps=tuple(story.steps))
+
+
+def _digest(question: str) -> int:
+    """64 bits of the keyed hash of the canonical question."""
+    text = canonical(question).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8, key=_KEY).digest(), "big")
+
+
+def _check(split: str, num_problems: int, min_steps: int, max_steps: int) -> None:
+    if split not in SPLITS:
+        raise UserError(f"stories have no split {split!r}; choose one of {', '.join(SPLITS)}")
+    if num_problems < 0:
+        raise UserError(f"num_problems is {num_problems}; it must not be negative")
+    if not 1 <= min_steps <= max_steps <= MOST_STEPS:
+        raise UserError(f"stories need 1 <= min_steps <= max_steps <= {MOST_STEPS}, got {min_steps} and {max_steps}")

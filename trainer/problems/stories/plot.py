@@ -1,0 +1,256 @@
+"""The plot of a story: one running quantity, changed event by event, each event one or two steps of arithmetic.
+
+A story starts with something collected in one of the worlds. Then things happen: some is found, lost, handed out,
+multiplied; it is packed into containers, sold for dollars, shared among friends (the story goes on with one of
+them), and dollars buy other goods. Which events are possible follows from what the quantity is (`items`,
+`containers`, `money` or `goods`) and from its value, so every result is a whole number from 2 to LARGEST and every
+division comes out even. The second step of an event of two steps needs the result of the first, and some events
+point back to the beginning, so a long story is more than a list of operations on the last number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from trainer.problems.problem import Step
+from trainer.problems.stories import worlds
+from trainer.problems.stories.worlds import Groups, Phrase
+
+LARGEST = 999
+LARGEST_OPENING = 60
+LARGEST_CHANGE = 40
+LARGEST_GROUP = 12
+LARGEST_FACTOR = 9
+
+Anything = TypeVar("Anything")
+
+
+class DeadEnd(Exception):
+    """This event cannot happen now: the numbers do not allow it, or its phrases have all been told."""
+
+
+class Story:
+    """A story of exactly `num_steps` steps, told while it is constructed.
+
+    `question` and `steps` are its text. Raises DeadEnd when it cannot be continued; the caller begins another one.
+    Randomness comes from `random.Random.random` alone: no other method promises the same values in every Python.
+    """
+
+    def __init__(self, rng: random.Random, num_steps: int) -> None:
+        self._random = rng.random
+        self._num_steps = num_steps
+        self._sentences: list[str] = []
+        self._told: set[str] = set()
+        self.steps: list[Step] = []
+        self._world = self._choose(worlds.WORLDS)
+        hero, friend = self._choose(worlds.PEOPLE), self._choose(worlds.PEOPLE)
+        while friend is hero:
+            friend = self._choose(worlds.PEOPLE)
+        self._fields: dict[str, object] = {}
+        self._name_people(hero, friend)
+        self._become("items", self._world.units)
+        self._value = 0
+        self._open()
+        self._opening_value, self._opening_hero = self._value, hero
+        while len(self.steps) < num_steps:
+            self._next_event()
+
+    @property
+    def question(self) -> str:
+        """The whole problem on one line; it ends with the last sub-question."""
+        return " ".join([*self._sentences, self.steps[-1].question])
+
+    # Choosing.
+
+    def _integer(self, low: int, high: int) -> int:
+        """A whole number from low to high, both included."""
+        if low > high:
+            raise DeadEnd
+        return low + int(self._random() * (high - low + 1))
+
+    def _choose(self, options: Sequence[Anything]) -> Anything:
+        return options[int(self._random() * len(options))]
+
+    def _divisor(self, largest: int) -> int:
+        """A number that divides the value evenly and leaves at least 2."""
+        divisors = [d for d in range(2, min(largest, self._value // 2) + 1) if self._value % d == 0]
+        if not divisors:
+            raise DeadEnd
+        return self._choose(divisors)
+
+    def _fresh(self, phrases: Sequence[Phrase]) -> Phrase:
+        """A phrase that this story has not used yet."""
+        fresh = [phrase for phrase in phrases if phrase[0] not in self._told]
+        if not fresh:
+            raise DeadEnd
+        return self._choose(fresh)
+
+    def _next_event(self) -> None:
+        missing = self._num_steps - len(self.steps)
+        for _ in range(10):
+            event, event_steps = self._choose(_EVENTS[self._kind])
+            if event_steps <= missing:
+                try:
+                    event(self)
+                    return
+                except DeadEnd:
+                    continue
+        raise DeadEnd
+
+    # Telling.
+
+    def _name_people(self, hero: worlds.Person, friend: worlds.Person) -> None:
+        self._hero, self._friend = hero, friend
+        self._fields.update(Name=hero.name, he=hero.he, his=hero.his, him=hero.him, Friend=friend.name)
+        self._fields.update(He=hero.he.capitalize(), His=hero.his.capitalize())
+
+    def _become(self, kind: str, units: str) -> None:
+        self._kind = kind
+        self._fields["units"] = units
+
+    def _tell(self, sentence: str, **numbers: int) -> None:
+        if sentence in self._told:
+            raise DeadEnd
+        self._told.add(sentence)
+        self._sentences.append(sentence.format(**self._fields, **numbers))
+
+    def _calculate(self, ask: str, solve: str, left: int, operator: str, right: int) -> int:
+        """Add a step and return its result; in `solve`, {result} stands for the calculation."""
+        if operator == "+":
+            value = left + right
+        elif operator == "-":
+            value = left - right
+        else:
+            value = left * right if operator == "*" else left // right
+        result = f"{left}{operator}{right} = <<{left}{operator}{right}={value}>>{value}"
+        self.steps.append(Step(ask.format(**self._fields), solve.format(**self._fields, result=result)))
+        return value
+
+    def _has(self, when: str, operator: str, right: int) -> None:
+        """The step most events end with: what the hero has at that moment."""
+        ask = "How many {units} does {Name} have " + when + "?"
+        self._value = self._calculate(ask, "{Name} has {result} {units}.", self._value, operator, right)
+
+    # What may happen.
+
+    def _open(self) -> None:
+        if self._random() < 0.3:
+            sentence, ask = self._world.opening_in_groups
+            k, b = self._integer(2, LARGEST_FACTOR), self._integer(2, LARGEST_GROUP)
+            self._tell(sentence, k=k, b=b)
+            self._value = self._calculate(ask, "{Name} starts with {result} {units}.", k, "*", b)
+        else:
+            self._value = self._integer(5, LARGEST_OPENING)
+            self._tell(self._choose(self._world.openings), a=self._value)
+
+    def gain(self) -> None:
+        sentence, when = self._fresh(self._of_kind(self._world.gains, worlds.GAINS))
+        b = self._integer(2, min(LARGEST_CHANGE, LARGEST - self._value))
+        self._tell(sentence, b=b)
+        self._has(when, "+", b)
+
+    def lose(self) -> None:
+        sentence, when = self._fresh(self._of_kind(self._world.losses, worlds.LOSSES))
+        b = self._integer(2, min(LARGEST_CHANGE, self._value - 2))
+        self._tell(sentence, b=b)
+        self._has(when, "-", b)
+
+    def grow(self) -> None:
+        sentence, when = self._world.growth if self._kind == "items" else worlds.MONEY_GROWTH
+        k = self._integer(2, min(5, LARGEST // self._value))
+        self._tell(sentence, k=k)
+        self._has(when, "*", k)
+
+    def groups_arrive(self) -> None:
+        groups = self._world.groups_in if self._kind == "items" else worlds.MONEY_GROUPS_IN
+        k = self._integer(2, LARGEST_FACTOR)
+        b = self._integer(2, min(LARGEST_GROUP, (LARGEST - self._value) // k))
+        self._groups(groups, k, b, "+")
+
+    def groups_leave(self) -> None:
+        groups = self._world.groups_out if self._kind == "items" else worlds.MONEY_GROUPS_OUT
+        k = self._integer(2, min(LARGEST_FACTOR, (self._value - 2) // 2))
+        b = self._integer(2, min(LARGEST_GROUP, (self._value - 2) // k))
+        self._groups(groups, k, b, "-")
+
+    def _groups(self, groups: Groups, k: int, b: int, operator: str) -> None:
+        sentence, ask, solve, when = groups
+        self._tell(sentence, k=k, b=b)
+        self._has(when, operator, self._calculate(ask, solve, k, "*", b))
+
+    def friend_gives(self) -> None:
+        """A friend has so many times as many, or so many more or fewer, and gives them all."""
+        operator = self._choose("*+-")
+        largest = {"*": min(4, LARGEST // self._value - 1), "+": LARGEST_CHANGE, "-": min(LARGEST_CHANGE, self._value - 2)}
+        b = self._integer(2, largest[operator])
+        if 2 * self._value + b > LARGEST:
+            raise DeadEnd
+        self._tell(worlds.FRIEND_GIVES[operator], b=b)
+        ask, solve = "How many {units} does {Friend} give?", "{Friend} gives {result} {units}."
+        self._has("with those of {Friend}", "+", self._calculate(ask, solve, self._value, operator, b))
+
+    def as_at_the_start(self) -> None:
+        """Points back to the beginning: as many again as the hero had then."""
+        started = self._hero is self._opening_hero and len(self.steps) >= 2
+        if not started or self._value + self._opening_value > LARGEST:
+            raise DeadEnd
+        self._tell(worlds.AS_AT_THE_START)
+        self._has("with the present of {Friend}", "+", self._opening_value)
+
+    def more_than_at_the_start(self) -> None:
+        """Points back to the beginning, and only as the last question."""
+        is_last = len(self.steps) == self._num_steps - 1 and len(self.steps) >= 1
+        if not is_last or self._hero is not self._opening_hero or self._value < self._opening_value + 2:
+            raise DeadEnd
+        ask, solve = "How many more {units} does {Name} have than at the start?", "{Name} has {result} more {units}."
+        self._value = self._calculate(ask, solve, self._value, "-", self._opening_value)
+
+    def pack(self) -> None:
+        b = self._divisor(LARGEST_GROUP)
+        self._tell(self._world.packing, b=b)
+        self._become("containers", self._world.containers)
+        ask, solve = "How many {units} does {Name} fill?", "{Name} fills {result} {units}."
+        self._value = self._calculate(ask, solve, self._value, "/", b)
+
+    def share(self) -> None:
+        k = self._divisor(LARGEST_FACTOR)
+        self._name_people(self._friend, self._hero)
+        self._tell(worlds.SHARE, k=k)
+        ask, solve = "How many {units} does {Name} get?", "{Name} gets {result} {units}."
+        self._value = self._calculate(ask, solve, self._value, "/", k)
+
+    def sell(self) -> None:
+        b = self._integer(2, min(LARGEST_FACTOR, LARGEST // self._value))
+        self._tell(worlds.SELL, b=b)
+        self._become("money", "dollars")
+        ask, solve = "How many {units} does {Name} earn at the market?", "{Name} earns {result} {units}."
+        self._value = self._calculate(ask, solve, self._value, "*", b)
+
+    def buy(self) -> None:
+        b = self._divisor(LARGEST_GROUP)
+        self._become("goods", self._choose(worlds.GOODS))
+        self._tell(worlds.BUY, b=b)
+        ask, solve = "How many {units} does {Name} buy?", "{Name} buys {result} {units}."
+        self._value = self._calculate(ask, solve, self._value, "/", b)
+
+    def _of_kind(self, items: Sequence[Phrase], others: dict[str, tuple[Phrase, ...]]) -> Sequence[Phrase]:
+        return items if self._kind == "items" else others[self._kind]
+
+
+_Event = tuple[Callable[[Story], None], int]
+"""What happens, and how many steps it takes."""
+
+_GAIN, _LOSE, _GROW, _SHARE, _SELL = (Story.gain, 1), (Story.lose, 1), (Story.grow, 1), (Story.share, 1), (Story.sell, 1)
+_GROUPS = ((Story.groups_arrive, 2), (Story.groups_leave, 2))
+# An event listed twice is twice as likely.
+_EVENTS: dict[str, tuple[_Event, ...]] = {
+    "items": (
+        *(_GAIN, _GAIN, _LOSE, _LOSE, _GROW, _SHARE, _SELL, *_GROUPS),
+        *((Story.pack, 1), (Story.friend_gives, 2), (Story.as_at_the_start, 1), (Story.more_than_at_the_start, 1)),
+    ),
+    "containers": (_GAIN, _LOSE, _SELL, _SELL),
+    "money": (_GAIN, _LOSE, _GROW, _SHARE, *_GROUPS, (Story.buy, 1), (Story.buy, 1)),
+    "goods": (_GAIN, _LOSE, _SHARE),
+}

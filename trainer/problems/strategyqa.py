@@ -1,0 +1,36 @@
+"""StrategyQA (Geva et al. 2021, arXiv:2101.02235): yes/no questions whose reasoning steps are implicit.
+
+The published files are `train.json` (2061) and `dev.json` (229), one JSON array each; the official test set
+has no answers. A decomposition gives sub-questions without solutions; a later one refers to an earlier answer
+as `#1`, `#2`, kept as it is. The facts that annotators wrote down go to `Problem.facts`, in order; `term`,
+`description` and `evidence` are not read. Copies on the hub without `decomposition` give problems without
+steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.problems.problem import Problem, RecordError, Step, one_line
+from trainer.problems.records import json_type, required_text, texts
+
+
+def from_record(record: dict[str, Any], id: str) -> Problem:
+    """One element of `train.json` -> Problem; its `qid` if it has one is the id. Raises RecordError."""
+    if record.get("qid") is not None:
+        id = required_text(record, "qid", "bad_id")
+    answer = record.get("answer")
+    if answer is None:
+        raise RecordError("no_answer", "no 'answer': the official test set has none")
+    if not isinstance(answer, bool):
+        raise RecordError("wrong_type", f"'answer' is {json_type(answer)}, expected true or false")
+    facts = record.get("facts")
+    return Problem(
+        id=id,
+        question=one_line(required_text(record, "question", "no_question")),
+        answer="yes" if answer else "no",
+        steps=tuple(Step(question=one_line(text)) for text in texts(record, "decomposition")),
+        facts=tuple(
+            one_line(text) for text in ([facts] if isinstance(facts, str) else texts(record, "facts"))
+        ),
+    )

@@ -1,0 +1,94 @@
+"""SVAMP (Patel et al. 2021, NAACL): 1000 word problems of one or two operations, in one file, `SVAMP.json`.
+
+The data set has an equation where others have a solution, so the one step is that equation with a calculator
+annotation: `( 76.0 - 25.0 )` becomes `76 - 25 = <<76-25=51>>51`. The question is `Body` and `Question` joined
+by a space, as in zero-shot CoT (Kojima et al. 2022); 358 bodies lack their full stop and get none here.
+
+There is no official split. `split_of` divides the ids `chal-1` ... `chal-1000` into 700 for training and 300
+for testing by a hash of seed and id, so it depends on these alone: not on the order or completeness of the
+file, nor on whether it came from the hub. Problems for training and testing must be read with the same seed.
+
+One record contradicts itself: `chal-680` answers 1 where its text and its equation give 5. It is rejected
+rather than silently corrected or counted against every model; with seed 0 it leaves 299 problems for testing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from typing import Any
+
+from trainer.problems import answers, calculator
+from trainer.problems.problem import Problem, RecordError, Step, one_line
+from trainer.problems.records import answer_text, required_text
+
+SPLITS = ("train", "test", "all")
+NUM_PROBLEMS = 1000
+NUM_TEST = 300
+
+
+def from_record(record: dict[str, Any], id: str = "") -> Problem:
+    """One element of SVAMP.json (also the hub's copies) -> Problem; the id is its own `ID`. Raises
+    RecordError."""
+    id = required_text(record, "ID", "bad_id")
+    split_of(id)  # raises if it is not one of the data set's
+    body = required_text(record, "Body", "no_question")
+    question = required_text(record, "Question", "no_question")
+    answer = _without_zeros(answer_text(record, "Answer"))
+    expression = _expression(required_text(record, "Equation", "bad_step"))
+    result = calculator.evaluate(expression)
+    if result is None:
+        raise RecordError("bad_step", f"the equation is not arithmetic: {record['Equation']!r}")
+    if not answers.same(answer, result):
+        raise RecordError(
+            "answer_mismatch", f"the equation {expression} gives {result}, the answer is {answer}"
+        )
+    spaced = re.sub(r"\s*([-+*/])\s*", r" \1 ", expression)
+    step = Step(solution=f"{spaced} = <<{expression}={result}>>{result}")
+    return Problem(id, f"{one_line(body)} {one_line(question)}", result, steps=(step,))
+
+
+def split_of(id: str, seed: int = 0) -> str:
+    """`train` or `test`. Raises RecordError("bad_id") for an id that is not one of the data set's."""
+    if not re.fullmatch(r"chal-[1-9][0-9]{0,3}", id) or int(id[5:]) > NUM_PROBLEMS:
+        raise RecordError("bad_id", f"{id[:80]!r} is not one of chal-1 ... chal-{NUM_PROBLEMS}")
+    return "test" if id in _test_ids(seed) else "train"
+
+
+def belongs(record: dict[str, Any], split: str, seed: int = 0) -> bool:
+    """Whether a record is of the split. One without a usable id is of every split, so that it gets
+    reported."""
+    try:
+        return split == "all" or split == split_of(required_text(record, "ID", "bad_id"), seed)
+    except RecordError:
+        return True
+
+
+@functools.cache
+def _test_ids(seed: int) -> frozenset[str]:
+    ids = [f"chal-{number}" for number in range(1, NUM_PROBLEMS + 1)]
+    ids.sort(key=lambda id: hashlib.sha256(f"svamp {seed} {id}".encode()).digest())
+    return frozenset(ids[:NUM_TEST])
+
+
+def _expression(equation: str) -> str:
+    """`( ( 4.0 - 2.0 ) + 3.0 )` -> `(4-2)+3`: no spaces, no outer parentheses, no trailing zeros."""
+    expression = re.sub(r"[0-9]+\.[0-9]+", lambda match: _without_zeros(match[0]), "".join(equation.split()))
+    while expression.startswith("(") and _closing(expression) == len(expression) - 1:
+        expression = expression[1:-1]
+    return expression
+
+
+def _closing(expression: str) -> int:
+    """Where the parenthesis is closed that an expression begins with; -1 if it is not."""
+    depth = 0
+    for index, character in enumerate(expression):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return index
+    return -1
+
+
+def _without_zeros(number: str) -> str:
+    return number.rstrip("0").rstrip(".") if "." in number else number

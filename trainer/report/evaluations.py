@@ -1,0 +1,176 @@
+"""Read results.json of one evaluation, and refuse one that contradicts itself.
+
+Fractions and intervals are computed again from the counts: a report over wrong numbers is worse than none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.report.statistics import wilson_interval
+from trainer.run_directory import EvaluationDirectory
+
+RULES = ("strict", "flexible")
+_ACCURACY_TOLERANCE = 1e-3  # results.json may round a fraction to three digits
+
+
+@dataclass(frozen=True)
+class Score:
+    """Correct answers out of n problems under one extraction rule."""
+
+    correct: int
+    n: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.n if self.n else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval."""
+        return wilson_interval(self.correct, self.n)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One results.json: one student on one set of problems."""
+
+    directory: EvaluationDirectory
+    run: str
+    study: str
+    data: str
+    split: str
+    mode: str  # how the student was asked to answer
+    calculator: bool
+    temperature: float
+    seed: int  # of sampling
+    method: str  # how the student was trained
+    model_name: str
+    train_seed: int | None
+    num_parameters: int
+    train_data: str
+    stopped_at: int | None  # step, if the student's training was not finished
+    accuracy: dict[str, Score]  # rule -> score
+    by_num_steps: dict[int, dict[str, Score]]  # number of steps of the gold solution -> rule -> score
+    unfinished: int  # generations cut at max_new_tokens
+    generated_tokens: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+    @property
+    def problems(self) -> str:
+        """What it was evaluated on, in words: a study may call a set of its own data by another name."""
+        stem = self.directory.path.name.removesuffix(f"-{self.mode}")
+        own_name = stem not in (self.directory.path.name, f"{self.data}-{self.split}")
+        return stem if own_name else f"{self.data} {self.split}"
+
+    @property
+    def trained_elsewhere(self) -> str:
+        """Name of the training data if it is not the data of the evaluation, else ""."""
+        name = parts_of_name(self.run)[0] or self.train_data
+        same = self.data in (name, self.train_data) or self.problems.startswith(f"{name}-")
+        return "" if same else name
+
+
+def load_evaluation(directory: EvaluationDirectory, run: str, study: str) -> Evaluation:
+    """Read and check one evaluation. Raises UserError naming the file and the value that is wrong."""
+    path = directory.results
+    record = read_json(path)
+    if record.get("format") != 1:
+        raise UserError(
+            f"{path}: format is {record.get('format')!r}, expected 1; it was made by another version"
+        )
+
+    def field(name: str, kind: type) -> Any:
+        value = record.get(name)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise UserError(f"{path}: {name} is {value!r}, expected {kind.__name__}; evaluate again")
+        return value
+
+    accuracy = _scores(field("accuracy", dict), path, "accuracy")
+    by_num_steps = {}
+    for key, scores in field("by_num_steps", dict).items():
+        if not key.isdecimal():
+            raise UserError(
+                f"{path}: by_num_steps has the key {key!r}, expected a number of steps; evaluate again"
+            )
+        by_num_steps[int(key)] = _scores(scores, path, f"by_num_steps {key}")
+    for rule in RULES:
+        total = accuracy[rule]
+        if total.n != field("num_problems", int):
+            raise UserError(
+                f"{path}: {rule} n is {total.n} but num_problems is {record['num_problems']}; evaluate again"
+            )
+        parts = [scores[rule] for scores in by_num_steps.values()]
+        if parts and (sum(s.correct for s in parts), sum(s.n for s in parts)) != (total.correct, total.n):
+            raise UserError(
+                f"{path}: by_num_steps does not add up to {rule} {total.correct}/{total.n}; evaluate again"
+            )
+    if not accuracy["strict"].n:
+        raise UserError(f"{path}: no problem was evaluated; evaluate again on shards that hold some")
+    texts = {name: field(name, str) for name in ("data", "split", "mode", "model_name", "train_data")}
+    counts = ("seed", "num_parameters", "unfinished", "generated_tokens")
+    numbers = {name: field(name, int) for name in counts}
+    warnings = record.get("warnings")
+    return Evaluation(
+        directory=directory,
+        run=run,
+        study=study,
+        method=field("method", str) or texts["mode"],  # "": a model of unknown making
+        train_seed=None if record.get("train_seed") is None else field("train_seed", int),
+        stopped_at=whole(record.get("step"), 0) if record.get("finished") is False else None,
+        warnings=tuple(map(str, warnings)) if isinstance(warnings, list) else (),
+        calculator=field("calculator", bool),
+        temperature=field("temperature", float),
+        seconds=field("seconds", float),
+        accuracy=accuracy,
+        by_num_steps=dict(sorted(by_num_steps.items())),
+        **texts,
+        **numbers,
+    )
+
+
+def _scores(record: Any, path: Path, where: str) -> dict[str, Score]:
+    scores = {}
+    for rule in RULES:
+        entry = record.get(rule) if isinstance(record, dict) else None
+        correct, n = (entry.get("correct"), entry.get("n")) if isinstance(entry, dict) else (None, None)
+        if type(correct) is not int or type(n) is not int or not 0 <= correct <= n:
+            raise UserError(f"{path}: {where} {rule} is {entry!r}, expected correct <= n; evaluate again")
+        score = Score(correct, n)
+        stated = entry.get("accuracy") if isinstance(entry, dict) else None
+        if n and isinstance(stated, (int, float)) and not abs(stated - score.accuracy) <= _ACCURACY_TOLERANCE:
+            raise UserError(
+                f"{path}: {where} {rule} says {stated} but {correct}/{n} = {score.accuracy:.4f}; evaluate again"
+            )
+        scores[rule] = score
+    return scores
+
+
+def parts_of_name(name: str) -> tuple[str, str, str, int | None]:
+    """<data>.<method>.<model>.s<seed> -> its parts; a model's name may hold dots. Other names say nothing."""
+    parts = name.split(".")
+    if len(parts) < 4 or not parts[-1].startswith("s") or not parts[-1][1:].isdecimal():
+        return "", "", "", None
+    return parts[0], parts[1], ".".join(parts[2:-1]), int(parts[-1][1:])
+
+
+def whole(*candidates: Any) -> int | None:
+    return next((value for value in candidates if type(value) is int), None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it or make it again") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds a {type(record).__name__}, expected an object; make it again")
+    return record

@@ -1,0 +1,45 @@
+"""Numbers as a reader wants them; the figures and the page say them in the same way."""
+
+from __future__ import annotations
+
+import math
+
+
+def count(value: float | None) -> str:
+    """1234 -> "1.23k", 124439808 -> "124M": three digits at most, no trailing zeros; None -> an en dash."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * unit:
+            return f"{float(f'{value / unit:.3g}'):g}{letter}"
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """0.8134 -> "81.3 %"."""
+    return f"{100 * fraction:.{digits}f} %" if math.isfinite(fraction) else "–"
+
+
+def interval(low: float, high: float, digits: int = 1) -> str:
+    """Two fractions -> "[76.2, 85.1]", in percent."""
+    return f"[{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+
+
+def p_value(p: float | None) -> str:
+    """0.0312 -> "0.031"; small ones as a bound, "< 0.0001"; never "0"."""
+    if p is None:
+        return "–"
+    if p < 0.0001:
+        return "< 0.0001"
+    return f"{p:.2f}" if p >= 0.0995 else f"{p:.1g}" if p < 0.001 else f"{p:.2g}"
+
+
+def seconds(value: float | None) -> str:
+    """75 -> "1 min 15 s"."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value < 60:
+        return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
+    whole = round(value)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,84 @@
+"""Figures to bytes: one SVG and PNG file a figure, and one inline SVG a panel for the page. The same every time."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure as Canvas
+
+from trainer.report.plots import Figure, PanelPlot
+from trainer.report.style import NEUTRALS, RC, MethodStyle
+
+_MAX_COLUMNS = 3
+_DPI = 200
+_SVG = "http://www.w3.org/2000/svg"
+_XLINK = "http://www.w3.org/1999/xlink"
+ElementTree.register_namespace("", _SVG)
+ElementTree.register_namespace("xlink", _XLINK)
+_REFERENCE = re.compile(r"url\(#([^)]+)\)")
+
+
+def figure_files(figure: Figure) -> dict[str, bytes]:
+    """{file name: content}: all panels in one grid, as SVG and PNG."""
+    columns = min(_MAX_COLUMNS, len(figure.panels))
+    with matplotlib.rc_context(RC):
+        canvas = _draw(figure.panels, columns)
+        svg, png = io.BytesIO(), io.BytesIO()
+        # No date and no version: two builds of the same study are the same bytes.
+        FigureCanvasSVG(canvas).print_svg(svg, metadata={"Date": None, "Creator": None})
+        canvas.set_dpi(_DPI)
+        FigureCanvasAgg(canvas).print_png(png, metadata={"Software": None})
+    return dict(zip(figure.files, (svg.getvalue(), png.getvalue()), strict=True))
+
+
+def inline_panels(figure: Figure, styles: dict[str, MethodStyle]) -> list[str]:
+    """Each panel as an SVG element for the page: its colours are CSS variables, its ids are its own."""
+    panels = []
+    with matplotlib.rc_context({**RC, "figure.facecolor": "none", "savefig.facecolor": "none"}):
+        for index, panel in enumerate(figure.panels):
+            svg = io.StringIO()
+            FigureCanvasSVG(_draw([panel], 1)).print_svg(svg, metadata={"Date": None, "Creator": None})
+            panels.append(_for_page(svg.getvalue(), f"{figure.name}-{index}", panel.description, styles))
+    return panels
+
+
+def _draw(panels: Sequence[PanelPlot], columns: int) -> Canvas:
+    rows = math.ceil(len(panels) / columns)
+    width, height = max(panel.size[0] for panel in panels), max(panel.size[1] for panel in panels)
+    canvas = Canvas(figsize=(width * columns, height * rows), layout="constrained")
+    for index, panel in enumerate(panels):
+        panel.draw(canvas.add_subplot(rows, columns, index + 1))
+    return canvas
+
+
+def _for_page(svg: str, prefix: str, description: str, styles: dict[str, MethodStyle]) -> str:
+    variables = {light: f"var(--{name})" for name, (light, _) in NEUTRALS.items()}
+    variables |= {style.color: f"var(--{style.variable})" for style in styles.values()}
+    colors = re.compile("|".join(map(re.escape, variables)))
+    root = ElementTree.fromstring(svg)
+    for parent in root.iter():
+        for child in list(parent):
+            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
+                parent.remove(child)
+    for element in root.iter():
+        for name, value in list(element.attrib.items()):
+            if name == "id":
+                value = f"{prefix}-{value}"
+            elif name == f"{{{_XLINK}}}href" and value.startswith("#"):
+                value = f"#{prefix}-{value[1:]}"
+            elif name in ("style", "clip-path"):
+                value = _REFERENCE.sub(rf"url(#{prefix}-\1)", value)
+                value = colors.sub(lambda match: variables[match[0]], value)
+            element.set(name, value)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.set("role", "img")
+    root.set("aria-label", description)
+    return ElementTree.tostring(root, encoding="unicode")

@@ -1,0 +1,308 @@
+"""Every setting of every tool: plain dataclasses, checked where they are made, unknown keys refused.
+
+A tool's flags, the keys of its YAML file and the fields here are the same words; where Hugging Face has a word for
+it, it is theirs. Nothing is imported here but the standard library, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from trainer.errors import UserError
+
+METHODS = ("answer_only", "cot", "socratic", "decomposer", "decomposer_interleaved", "solver")
+DATA = ("gsm8k", "svamp", "strategyqa", "jsonl", "stories")
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = ("fp32", "bf16")
+
+Settings = TypeVar("Settings")
+
+
+def setting(default: Any, help: str, **extra: Any) -> Any:
+    """A field with its help text; `extra` may hold `choices` and `positional` for the command line."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **extra})
+    return field(default=default, metadata={"help": help, **extra})
+
+
+def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    """Make settings from parsed YAML or flags. `where` (a file name) begins every message.
+
+    Raises UserError for an unknown key (with the nearest known one) and for a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    coerced: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown setting {key!r}{_did_you_mean(key, known)}")
+        coerced[key] = _coerce(value, hints[key], f"{where}: {key}")
+    try:
+        return cls(**coerced)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    return dataclasses.asdict(settings)
+
+
+@dataclass
+class PrepareSettings:
+    """Problems -> token shards that every method and run shares."""
+
+    data: str = setting("stories", "data set", choices=DATA)
+    data_path: str = setting("", "local file, local folder or hub name (stories need none)")
+    split: str = setting("train", "which split to read: train, validation, test, ...")
+    tokenizer_name: str = setting("", "tokenizer: local folder or hub name; 'stories' makes the embedded one")
+    output_dir: str = setting("", "shard directory to write, e.g. shards/gsm8k-train")
+    max_length: int = setting(1024, "longest example in tokens; longer ones are set aside and counted")
+    max_problems: int = setting(0, "stop after this many problems (0: all)")
+    with_facts: bool = setting(False, "put a problem's facts (StrategyQA) before its question")
+    num_processes: int = setting(0, "processes that tokenise (0: one per core)")
+    seed: int = setting(0, "seed of generated data (stories) and of splits made here (svamp)")
+    num_problems: int = setting(4000, "stories: how many problems to generate")
+    min_steps: int = setting(2, "stories: fewest steps of a problem")
+    max_steps: int = setting(4, "stories: most steps of a problem")
+    overwrite: bool = setting(False, "replace shards that were made with other settings")
+    inspect: int = setting(0, "show this many examples of finished shards in colour instead of building")
+    method: str = setting("socratic", "whose view --inspect shows", choices=METHODS)
+
+    def __post_init__(self) -> None:
+        _one_of("data", self.data, DATA)
+        _one_of("method", self.method, METHODS)
+        _required("output_dir", self.output_dir)
+        if not self.inspect:
+            _required("tokenizer_name", self.tokenizer_name)
+            if self.data != "stories":
+                _required("data_path", self.data_path)
+        _at_least("max_length", self.max_length, 8)
+        _at_least("num_problems", self.num_problems, 1)
+        _at_least("min_steps", self.min_steps, 1)
+        _at_least("max_steps", self.max_steps, self.min_steps)
+        for name in ("max_problems", "num_processes", "inspect"):
+            _at_least(name, getattr(self, name), 0)
+
+
+@dataclass
+class TrainSettings:
+    """One student: a model, a method, a shard set, a seed."""
+
+    train_shards: str = setting("", "shard directory made by tools/prepare_shards.py")
+    output_dir: str = setting("", "run directory, e.g. runs/my_study/gsm8k.socratic.gpt2.s0")
+    method: str = setting("socratic", "what is read and what is learned", choices=METHODS)
+    model_name_or_path: str = setting("", "pretrained causal LM: local folder or hub name")
+    config_name: str = setting(
+        "", "random weights from a config: local folder, hub name, or a size such as stories-2m"
+    )
+    config_overrides: str = setting("", "changes to the config, e.g. n_layer=6,n_embd=384,n_head=6")
+    model_label: str = setting("", "the model's name in reports (default: the last part of its path)")
+    deepspeed: str = setting("", "DeepSpeed config, e.g. ds_configs/zero1.json (default: ZeRO 0)")
+    per_device_train_batch_size: int = setting(1, "packs a device takes in one forward pass")
+    gradient_accumulation_steps: int = setting(1, "forward passes of a device in one optimizer step")
+    pack_length: int = setting(1024, "tokens of a pack; whole examples are packed into it")
+    packing: bool = setting(
+        True, "false: the same batches as padded rows (slow; the reference that packing must equal)"
+    )
+    learn_calculator_results: bool = setting(
+        False, "also learn what the calculator writes (needed to evaluate without it)"
+    )
+    learning_rate: float = setting(5e-5, "peak learning rate of AdamW")
+    weight_decay: float = setting(0.0, "weight decay of matrices; biases and norms are never decayed")
+    adam_beta1: float = setting(0.9, "AdamW beta1")
+    adam_beta2: float = setting(0.999, "AdamW beta2")
+    adam_epsilon: float = setting(1e-8, "AdamW epsilon")
+    max_grad_norm: float = setting(1.0, "gradient norm is clipped to this (0: never)")
+    lr_scheduler_type: str = setting("cosine", "after the warm-up", choices=SCHEDULES)
+    warmup_steps: int = setting(0, "optimizer steps of linear warm-up")
+    warmup_ratio: float = setting(0.0, "warm-up as a part of all steps, if warmup_steps is 0")
+    num_train_epochs: float = setting(3.0, "passes over the data, if max_steps is not given")
+    max_steps: int = setting(0, "optimizer steps (0: follow num_train_epochs)")
+    seed: int = setting(0, "seed of weights, data order and dropout")
+    bf16: bool = setting(False, "compute in bf16 with fp32 master weights")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    eval_shards: str = setting("", "shard directory for the periodic evaluation")
+    eval_steps: int = setting(0, "evaluate the loss every so many steps (0: never)")
+    eval_max_problems: int = setting(256, "problems of the periodic evaluation")
+    save_steps: int = setting(500, "checkpoint every so many steps; the last step always is one")
+    save_total_limit: int = setting(2, "checkpoints kept")
+    resume_from_checkpoint: str = setting(
+        "auto", "'auto': newest valid one in output_dir if any; or a checkpoint directory"
+    )
+    overwrite_output_dir: bool = setting(
+        False, "start from zero although the output_dir holds checkpoints (they are removed)"
+    )
+    max_nonfinite_steps: int = setting(
+        0, "optimizer steps with a NaN or Inf that may be skipped (counted) before giving up"
+    )
+    report_to: str = setting(
+        "none", "metrics.jsonl is always written; 'wandb' adds a W&B run", choices=("none", "wandb")
+    )
+    wandb_project: str = setting("socratic-trainer", "W&B project")
+    timeout_seconds: int = setting(1800, "a collective that waits longer than this ends the run")
+
+    def __post_init__(self) -> None:
+        _required("train_shards", self.train_shards)
+        _required("output_dir", self.output_dir)
+        _one_of("method", self.method, METHODS)
+        _one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        _one_of("report_to", self.report_to, ("none", "wandb"))
+        if bool(self.model_name_or_path) == bool(self.config_name):
+            raise UserError(
+                "give either model_name_or_path (pretrained) or config_name (random weights), not both or none"
+            )
+        if self.config_overrides and not self.config_name:
+            raise UserError(
+                "config_overrides changes a config with random weights; it cannot go with model_name_or_path"
+            )
+        at_least_one = (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "save_steps",
+            "save_total_limit",
+        )
+        for name in (*at_least_one, "timeout_seconds"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("pack_length", self.pack_length, 8)
+        not_negative = (
+            "max_steps",
+            "warmup_steps",
+            "eval_steps",
+            "max_nonfinite_steps",
+            "weight_decay",
+            "max_grad_norm",
+        )
+        for name in not_negative:
+            _at_least(name, getattr(self, name), 0)
+        if self.max_steps == 0 and self.num_train_epochs <= 0:
+            raise UserError("nothing to train: both max_steps and num_train_epochs are 0")
+        if self.learning_rate <= 0:
+            raise UserError(f"learning_rate is {self.learning_rate}; it must be positive")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(
+                f"warmup_ratio is {self.warmup_ratio}; it is a part of all steps, between 0 and 1"
+            )
+        if self.eval_steps and not self.eval_shards:
+            raise UserError("eval_steps is set but eval_shards is not")
+
+
+@dataclass
+class EvaluateSettings:
+    """A student answers every problem of a shard set once."""
+
+    model_name_or_path: str = setting("", "export folder, checkpoint folder, local model or hub name")
+    shards: str = setting("", "shard directory of the held-out problems")
+    output_dir: str = setting("", "evaluation directory (default: in the run directory of the export)")
+    mode: str = setting(
+        "auto", "'auto': the export's own method", choices=("auto", "answer_only", "cot", "socratic")
+    )
+    calculator: bool = setting(True, "write the results of <<...=>> annotations while generating")
+    temperature: float = setting(
+        0.0, "0: greedy; else sampled, with noise that depends on seed and problem only"
+    )
+    top_p: float = setting(1.0, "sample from the smallest set of tokens with this probability")
+    seed: int = setting(0, "seed of sampling")
+    max_new_tokens: int = setting(256, "longest answer in tokens")
+    batch_size: int = setting(32, "sequences decoded at the same time on one rank")
+    max_problems: int = setting(0, "evaluate only the first so many problems (0: all)")
+    dtype: str = setting("fp32", "numbers the model computes in", choices=DTYPES)
+    allow_unfinished: bool = setting(False, "evaluate an export of a run that was not finished")
+    overwrite: bool = setting(False, "evaluate again although results with other settings are there")
+
+    def __post_init__(self) -> None:
+        _required("model_name_or_path", self.model_name_or_path)
+        _required("shards", self.shards)
+        _one_of("mode", self.mode, ("auto", "answer_only", "cot", "socratic"))
+        _one_of("dtype", self.dtype, DTYPES)
+        _at_least("temperature", self.temperature, 0)
+        for name in ("max_new_tokens", "batch_size"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("max_problems", self.max_problems, 0)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it is a probability above 0 and at most 1")
+
+
+@dataclass
+class ConvertSettings:
+    """A ZeRO checkpoint -> a Hugging Face folder."""
+
+    checkpoint_dir: str = setting(
+        "", "checkpoint directory, or a run directory (its newest checkpoint)", positional=True
+    )
+    output_dir: str = setting("", "folder to write (default: export/ in the run directory)")
+    max_shard_size: str = setting("5GB", "largest safetensors file, e.g. 500MB or 5GB")
+    dtype: str = setting("same", "'same' as trained, or fp32, or bf16", choices=("same", *DTYPES))
+    verify: bool = setting(
+        False, "reload the export, compare every weight and print the largest logit difference"
+    )
+    overwrite: bool = setting(False, "replace an export of another checkpoint")
+    dry_run: bool = setting(False, "only show what would be written, with sizes")
+
+    def __post_init__(self) -> None:
+        _required("checkpoint_dir", self.checkpoint_dir)
+        _one_of("dtype", self.dtype, ("same", *DTYPES))
+
+
+@dataclass
+class PlotSettings:
+    """Run directories -> report with plots."""
+
+    runs: list[str] = setting([], "study directories or run directories", positional=True)
+    output_dir: str = setting("", "where the report goes (default: report/ in the first study directory)")
+    title: str = setting("", "title of the report")
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UserError("name at least one study directory or run directory, e.g. runs/quickstart")
+
+
+def _required(name: str, value: str) -> None:
+    if not value:
+        raise UserError(f"{name} is required")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(
+            f"{name} is {value!r}; choose one of {', '.join(choices)}{_did_you_mean(value, choices)}"
+        )
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:  # also catches NaN
+        raise UserError(f"{name} is {value}; it must be at least {least}")
+
+
+def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """YAML reads 5e-4 as a string and 1 as an int; a flag is always a string. Turn both into the field's type."""
+    if typing.get_origin(hint) is list:
+        items = value if isinstance(value, list) else [value]
+        return [_coerce(item, typing.get_args(hint)[0], where) for item in items]
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "yes", "1", "false", "no", "0"):
+            return value.lower() in ("true", "yes", "1")
+    elif hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif hint is int and not isinstance(value, bool):
+        try:
+            if float(value) == int(float(value)):
+                return int(value) if not isinstance(value, str) else int(float(value))
+        except (TypeError, ValueError, OverflowError):
+            pass
+    elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise UserError(f"{where} is {value!r}, expected {getattr(hint, '__name__', hint)}")

@@ -1,0 +1,1 @@
+"""Problems -> tokens, stored once, memory-mapped; a training method is a view of them."""

@@ -1,0 +1,50 @@
+"""Show examples as a method sees them: what is read, what is learned, what the calculator writes."""
+
+from __future__ import annotations
+
+import itertools
+
+from rich.console import Console
+from rich.text import Text
+
+from trainer.errors import UserError
+from trainer.models.tokenizer import load_tokenizer
+from trainer.shards.methods import Role, method
+from trainer.shards.read import Shards
+
+_STYLES = {"read": "dim", "learned": "bold green", "calculator": "magenta"}
+
+
+def show(directory: str, method_name: str, count: int) -> None:
+    """Print `count` examples in colour, decoded from the tokens on disk (not from the text they came from)."""
+    shards = Shards.open(directory, verify=True)
+    tokenizer = load_tokenizer(shards.tokenizer_path)
+    view = method(method_name)
+    lengths = shards.lengths(view)
+    usable = [index for index in range(len(shards)) if lengths[index]]
+    if not usable:
+        raise UserError(
+            f"{directory} has no example for method {method_name}: its problems lack the steps it needs"
+        )
+    console = Console()
+    legend = Text("method ").append(method_name, "bold").append(": ")
+    for name, style in _STYLES.items():
+        legend.append(name, style).append("  ")
+    console.print(legend)
+    for index in usable[:count]:
+        shown = Text()
+        parts = [(role, tokens) for role, tokens in shards.segments(index) if role in view.reads]
+        for learned, group in itertools.groupby(parts, key=lambda part: _kind(part[0], view.learns)):
+            for _, tokens in group:
+                shown.append(str(tokenizer.decode(tokens.tolist())), _STYLES[learned])
+        learned_tokens = int(shards.learned_lengths(view)[index])
+        console.rule(
+            f"{shards.problem(index).id}: {lengths[index]} tokens, {learned_tokens} learned", align="left"
+        )
+        console.print(shown)
+
+
+def _kind(role: Role, learns: frozenset[Role]) -> str:
+    if role in learns:
+        return "learned"
+    return "calculator" if role == Role.CALCULATOR else "read"

@@ -1,0 +1,64 @@
+"""A problem is stored once; a method is a view of it: which roles it reads and which of these it learns.
+
+`decomposer` and `solver` are complementary masks over one sequence: training the solver on a problem of n steps
+costs one forward pass, not n, with the gradient of n separate examples (attention is causal, so the loss of step i
+sees exactly the prefix a separate example would have had). The idea of the two models is Shridhar, Stolfo and
+Sachan, "Distilling Reasoning Capabilities into Smaller Language Models", Findings of ACL 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from trainer.errors import UserError
+
+
+class Role(IntEnum):
+    """What a segment of an example is. Stored as one byte."""
+
+    PROBLEM = 0
+    SUBQUESTION = 1
+    SOLUTION = 2
+    CALCULATOR = 3  # the result inside <<expression=result>>, which the calculator writes at inference
+    DELIMITER = 4  # "####": the reasoning is over
+    ANSWER = 5  # the final answer and the end-of-sequence token
+
+
+@dataclass(frozen=True)
+class Method:
+    """`reads`: roles in the sequence. `learns`: roles whose tokens carry loss. `needs`: roles a problem must have."""
+
+    reads: frozenset[Role]
+    learns: frozenset[Role]
+    needs: frozenset[Role]
+
+
+_P, _Q, _S, _C, _D, _A = Role
+
+
+def _method(reads: set[Role], learns: set[Role], needs: set[Role]) -> Method:
+    return Method(frozenset(reads), frozenset(learns), frozenset(needs))
+
+
+METHODS = {
+    "answer_only": _method({_P, _D, _A}, {_D, _A}, set()),
+    "cot": _method({_P, _S, _C, _D, _A}, {_S, _D, _A}, {_S}),
+    "socratic": _method({_P, _Q, _S, _C, _D, _A}, {_Q, _S, _D, _A}, {_Q, _S}),
+    "decomposer": _method({_P, _Q, _D}, {_Q, _D}, {_Q}),
+    "decomposer_interleaved": _method({_P, _Q, _S, _C, _D}, {_Q, _D}, {_Q, _S}),
+    "solver": _method({_P, _Q, _S, _C, _D, _A}, {_S, _A}, {_Q, _S}),
+}
+
+
+def method(name: str, learn_calculator_results: bool = False) -> Method:
+    """The view of that name. With `learn_calculator_results` whoever learns solutions learns the results too.
+
+    Raises UserError for an unknown name.
+    """
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    view = METHODS[name]
+    if learn_calculator_results and Role.SOLUTION in view.learns:
+        return Method(view.reads, view.learns | {Role.CALCULATOR}, view.needs)
+    return view

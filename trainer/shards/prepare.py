@@ -1,0 +1,147 @@
+"""Build a shard directory: several processes tokenise, one writes in source order, a rename commits.
+
+The bytes do not depend on the number of processes. Several builders of the same directory may race: each writes
+under its own temporary name, the first rename wins and the others find its result.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer import commit, terminal
+from trainer.errors import UserError
+from trainer.models.tokenizer import fingerprint, load_tokenizer
+from trainer.problems.problem import Problem, Reject
+from trainer.problems.sources import read_problems, source_digest
+from trainer.settings import PrepareSettings
+from trainer.shards.read import KIND, REJECTS, TOKENIZER, Shards
+from trainer.shards.segments import check_tokenizer
+from trainer.shards.workers import tokenise_all
+from trainer.shards.write import ShardWriter
+
+
+def prepare(settings: PrepareSettings) -> Shards:
+    """Read problems, tokenise them, write `settings.output_dir`; a finished directory of the same making is kept.
+
+    Raises UserError if the directory holds shards of another making, or if no problem is left.
+    """
+    final = Path(settings.output_dir)
+    tokenizer = load_tokenizer(settings.tokenizer_name)
+    recipe = _recipe(settings, fingerprint(tokenizer))
+    if commit.is_finished(final):
+        if _same_recipe(final, recipe):
+            terminal.say(f"{final}: already prepared, {len(Shards.open(final))} problems")
+            return Shards.open(final)
+        if not settings.overwrite:
+            raise UserError(_difference(final, recipe) + "; choose another output_dir or give --overwrite")
+    building = final.parent / f"{final.name}.new-{os.getpid()}" if commit.is_finished(final) else final
+    facts: dict[str, Any] = {"recipe": recipe, "data": settings.data, "split": settings.split}
+    facts["tokenizer_fingerprint"] = recipe["tokenizer"]
+    start = time.monotonic()
+    try:
+        with commit.directory(building, KIND, facts) as staging:
+            tokenizer.save_pretrained(staging / TOKENIZER)
+            _build(settings, tokenizer, staging, facts)
+    except commit.AlreadyThere:
+        if not _same_recipe(final, recipe):
+            raise UserError(_difference(final, recipe) + "; another builder was first") from None
+    if building != final:
+        commit.replace(final, building)
+    shards = Shards.open(final)
+    terminal.say(f"{final}: {describe(shards)} in {terminal.duration(time.monotonic() - start)}")
+    return shards
+
+
+def describe(shards: Shards) -> str:
+    """One line: how much there is, and what was set aside and why."""
+    facts = shards.facts
+    rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(facts["rejects"].items()))
+    return f"{len(shards)} problems, {facts['num_tokens']} tokens" + (
+        f"; set aside: {rejected}" if rejected else ""
+    )
+
+
+def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict[str, Any]) -> None:
+    """Write all files of the directory and fill `facts` with what they hold."""
+    source = settings.data_path or settings.data
+    rejects: list[Reject] = []
+    problems = _accepted(_records(settings), rejects)
+    first = next(problems, None)
+    if first is None:
+        reasons = dict(Counter(reject.reason for reject in rejects))
+        raise UserError(f"{source} split {settings.split!r}: no usable problem ({reasons})")
+    check_tokenizer(tokenizer, first)
+    token_dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
+    writer = ShardWriter(staging, token_dtype)
+    wanted = itertools.islice(itertools.chain([first], problems), settings.max_problems or None)
+    tokenised = tokenise_all(
+        wanted, tokenizer, settings.tokenizer_name, settings.with_facts, settings.num_processes
+    )
+    with terminal.progress("tokenise", settings.max_problems or _expected(settings)) as bar:
+        for problem, segments in tokenised:
+            length = sum(len(tokens) for _, tokens in segments)
+            if length > settings.max_length:
+                detail = f"{problem.id}: {length} tokens, max_length is {settings.max_length}"
+                rejects.append(Reject(source, 0, "too_long", detail, problem.question))
+            else:
+                writer.add(problem, segments)
+            bar.update(writer.num_problems)
+    with open(staging / REJECTS, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
+    facts.update(writer.close(), token_dtype=token_dtype.name, vocabulary_size=len(tokenizer))
+    facts["rejects"] = dict(Counter(reject.reason for reject in rejects))
+    if not facts["num_problems"]:
+        raise UserError(f"{source}: every problem was set aside: {facts['rejects']}")
+
+
+def _records(settings: PrepareSettings) -> Iterator[Problem | Reject]:
+    return read_problems(settings.data, settings.split, settings.data_path or None, **_options(settings))
+
+
+def _options(settings: PrepareSettings) -> dict[str, Any]:
+    """What a data set takes beyond split and path."""
+    names = {"stories": ("seed", "num_problems", "min_steps", "max_steps"), "svamp": ("seed",)}
+    return {name: getattr(settings, name) for name in names.get(settings.data, ())}
+
+
+def _accepted(records: Iterable[Problem | Reject], rejects: list[Reject]) -> Iterator[Problem]:
+    for record in records:
+        if isinstance(record, Reject):
+            rejects.append(record)
+        else:
+            yield record
+
+
+def _expected(settings: PrepareSettings) -> int:
+    return settings.num_problems if settings.data == "stories" else 0
+
+
+def _recipe(settings: PrepareSettings, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """What decides the bytes of the shards: equal recipes give equal shards."""
+    names = ("data", "split", "max_length", "max_problems", "with_facts")
+    recipe = {**{name: getattr(settings, name) for name in names}, **_options(settings)}
+    recipe["source"] = source_digest(
+        settings.data, settings.split, settings.data_path or None, **_options(settings)
+    )
+    return {**recipe, "tokenizer": tokenizer_fingerprint}
+
+
+def _same_recipe(final: Path, recipe: dict[str, Any]) -> bool:
+    return commit.read_manifest(final, KIND)["facts"]["recipe"] == recipe
+
+
+def _difference(final: Path, recipe: dict[str, Any]) -> str:
+    old = commit.read_manifest(final, KIND)["facts"]["recipe"]
+    keys = sorted(key for key in old.keys() | recipe.keys() if old.get(key) != recipe.get(key))
+    changes = ", ".join(f"{key}: {old.get(key)!r} there, {recipe.get(key)!r} now" for key in keys)
+    return f"{final} holds shards made in another way ({changes})"

@@ -1,0 +1,79 @@
+"""Problem -> segments of text -> tokens. Segments are tokenised one by one.
+
+A prompt at inference therefore ends on the token boundary it had in training, and what the calculator writes has
+the tokens it had in training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainer.errors import UserError
+from trainer.problems import calculator
+from trainer.problems.problem import DELIMITER, Problem
+from trainer.shards.methods import Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One run of tokens of one role."""
+
+    role: Role
+    tokens: list[int]
+
+
+def texts(problem: Problem, with_facts: bool = False) -> list[tuple[Role, str]]:
+    """The text of an example, cut by role; joined it is what a reader sees (without BOS and EOS)."""
+    facts = "".join(f"{fact}\n" for fact in problem.facts) if with_facts else ""
+    pieces = [(Role.PROBLEM, f"{facts}{problem.question}\n")]
+    for step in problem.steps:
+        if step.question:
+            pieces.append((Role.SUBQUESTION, f"{step.question}\n"))
+        if step.solution:
+            for text, is_result in calculator.annotations(f"{step.solution}\n"):
+                pieces.append((Role.CALCULATOR if is_result else Role.SOLUTION, text))
+    pieces.append((Role.DELIMITER, DELIMITER))
+    pieces.append((Role.ANSWER, f" {problem.answer}"))
+    return pieces
+
+
+def tokenise(
+    problem: Problem, tokenizer: PreTrainedTokenizerBase, prefix: list[int], with_facts: bool = False
+) -> list[Segment]:
+    """Segments of a problem: `prefix` (see `prefix_tokens`) opens the first, EOS closes the last."""
+    pieces = texts(problem, with_facts)
+    encoded = tokenizer([text for _, text in pieces], add_special_tokens=False)["input_ids"]
+    segments = [Segment(role, list(tokens)) for (role, _), tokens in zip(pieces, encoded, strict=True)]
+    segments[0].tokens[:0] = prefix
+    segments[-1].tokens.append(tokenizer.eos_token_id)
+    return segments
+
+
+def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before every text: BOS for Llama, nothing for GPT-2."""
+    special = tokenizer("")["input_ids"]
+    return [token for token in special if token == tokenizer.bos_token_id]
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, sample: Problem) -> None:
+    """Refuse a tokenizer with which the pieces of a text are not the text.
+
+    Raises UserError if there is no EOS token, or if joining the pieces' tokens does not give the text back (some
+    sentencepiece tokenizers put a space before every piece).
+    """
+    name = tokenizer.name_or_path
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name} has no end-of-sequence token; a student could never stop")
+    pieces = [text for _, text in texts(sample)]
+    tokens = [token for part in tokenizer(pieces, add_special_tokens=False)["input_ids"] for token in part]
+    whole = "".join(pieces)
+    back = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    if back != whole:
+        raise UserError(
+            f"tokenizer {name} does not give back a text tokenised in pieces: {whole[:120]!r} became {back[:120]!r}; "
+            "use a byte-level tokenizer (GPT-2, Pythia, Qwen, Llama 3)"
+        )

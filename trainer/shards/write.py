@@ -1,0 +1,67 @@
+"""Append problems to the files of a shard directory (their layout is in read.py)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.problems.problem import Problem
+from trainer.shards.methods import METHODS, Role
+from trainer.shards.read import PROBLEMS
+
+Segments = list[tuple[int, list[int]]]  # (role, tokens) of a problem, in order
+
+
+class ShardWriter:
+    """One per directory; `close` writes the small files and returns the counts for the manifest."""
+
+    def __init__(self, folder: Path, token_dtype: np.dtype):
+        self._token_dtype = token_dtype
+        self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by close)
+        self._problems = open(folder / PROBLEMS, "wb")  # noqa: SIM115
+        self._folder = folder
+        self._roles: list[int] = []
+        self._ends: list[int] = []
+        self._first_segment = [0]
+        self._line = [0]
+        self._usable: Counter[str] = Counter()
+        self._longest = 0
+
+    @property
+    def num_problems(self) -> int:
+        return len(self._line) - 1
+
+    def add(self, problem: Problem, segments: Segments) -> None:
+        end = begin = self._ends[-1] if self._ends else 0
+        for role, tokens in segments:
+            self._tokens.write(np.array(tokens, dtype=self._token_dtype).tobytes())
+            end += len(tokens)
+            self._roles.append(role)
+            self._ends.append(end)
+        self._first_segment.append(len(self._roles))
+        self._longest = max(self._longest, end - begin)
+        line = json.dumps(asdict(problem), ensure_ascii=False).encode() + b"\n"
+        self._problems.write(line)
+        self._line.append(self._line[-1] + len(line))
+        present = {Role(role) for role, _ in segments}
+        self._usable.update(name for name, view in METHODS.items() if view.needs <= present)
+
+    def close(self) -> dict[str, Any]:
+        self._tokens.close()
+        self._problems.close()
+        arrays = {"roles": (self._roles, "u1"), "ends": (self._ends, "<u8")}
+        arrays |= {"segments": (self._first_segment, "<u8"), "lines": (self._line, "<u8")}
+        for name, (values, dtype) in arrays.items():
+            np.array(values, dtype=dtype).tofile(self._folder / f"{name}.bin")
+        return {
+            "num_problems": self.num_problems,
+            "num_segments": len(self._roles),
+            "num_tokens": self._ends[-1] if self._ends else 0,
+            "longest_example": self._longest,
+            "problems_per_method": {name: self._usable[name] for name in METHODS},
+        }

@@ -1,0 +1,102 @@
+"""A study is one experiment: its file may gain runs, but may not change what finished work was made with.
+
+`study.yaml` in the study's directory keeps the settings every run was started with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer import commit
+from trainer.errors import UserError
+from trainer.run_directory import StudyDirectory
+from trainer.settings import to_dict
+from trainer.study.plan import Run, Study, evaluation_name
+from trainer.study.state import evaluated, has_work
+
+_FORMAT = 1
+# Settings that leave the result as it is: where, how often, how many at a time.
+_HARMLESS_TO_TRAIN = {
+    *("output_dir", "train_shards", "eval_shards", "save_steps", "save_total_limit"),
+    *("report_to", "wandb_project", "timeout_seconds"),
+}
+_HARMLESS_TO_EVALUATE = {"output_dir", "model_name_or_path", "shards", "batch_size"}
+_MOST_NAMED = 6
+
+
+def refuse(study: Study) -> None:
+    """Raise UserError naming runs and keys if finished work was made with other settings than the file's now."""
+    before = _read(study.directory)
+    told = []
+    for run in study.runs:
+        old = before.get(run.name)
+        if old is None or not has_work(run.directory):
+            continue
+        now = _record(run, study.num_ranks)
+        differences = _differences(old["train"], now["train"], _HARMLESS_TO_TRAIN)
+        for settings in run.evaluations:
+            name = evaluation_name(settings)
+            if evaluated(settings) and name in old["evaluate"]:
+                found = _differences(old["evaluate"][name], now["evaluate"][name], _HARMLESS_TO_EVALUATE)
+                differences += [f"evaluate {name}: {difference}" for difference in found]
+        if differences:
+            told.append(f"  {run.directory.path}: {'; '.join(differences)}")
+    if told:
+        more = [f"  and {len(told) - _MOST_NAMED} more runs"] if len(told) > _MOST_NAMED else []
+        raise UserError(
+            "\n".join(
+                [
+                    f"{study.file} has changed since these runs were made:",
+                    *told[:_MOST_NAMED],
+                    *more,
+                    f"Give the study another name ('study: {study.name}-2'), or delete these runs, or undo the change.",
+                ]
+            )
+        )
+
+
+def remember(study: Study) -> None:
+    """Write down what the runs are made with. Runs that are no longer in the file keep their record."""
+    runs = {**_read(study.directory), **{run.name: _record(run, study.num_ranks) for run in study.runs}}
+    record = {"format": _FORMAT, "file": str(study.file), "runs": dict(sorted(runs.items()))}
+    commit.write_text(study.directory.settings, yaml.safe_dump(record, sort_keys=False))
+
+
+def strangers(study: Study) -> list[str]:
+    """Runs on disk that the file does not name (any more); the report shows them too."""
+    known = {run.name for run in study.runs}
+    return [run.name for run in study.directory.runs() if run.name not in known]
+
+
+def _record(run: Run, num_ranks: int) -> dict[str, Any]:
+    """Everything that decides the run's numbers, and the paths for a reader."""
+    train = {**to_dict(run.train), "num_ranks": num_ranks}
+    if run.train.deepspeed:
+        train["deepspeed_digest"] = commit.file_digest(Path(run.train.deepspeed))
+    return {"train": train, "evaluate": {evaluation_name(e): to_dict(e) for e in run.evaluations}}
+
+
+def _differences(old: dict[str, Any], now: dict[str, Any], harmless: set[str]) -> list[str]:
+    """A key that only one side has is a setting that the trainer gained or lost meanwhile: no difference."""
+    keys = [key for key in now if key in old and key not in harmless and old[key] != now[key]]
+    return [f"{key} was {old[key]!r}, is now {now[key]!r}" for key in keys]
+
+
+def _read(directory: StudyDirectory) -> dict[str, Any]:
+    path = directory.settings
+    if not path.is_file():
+        return {}
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if record["format"] != _FORMAT:
+            raise UserError(
+                f"{path} has format {record['format']!r}, expected {_FORMAT}: made by another version"
+            )
+        return dict(record["runs"])
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}); delete it to go on without its check"
+        ) from None

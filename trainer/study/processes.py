@@ -1,0 +1,181 @@
+"""Start a command and be sure to end all of it.
+
+A launcher's ranks are not to be found by process group: mpiexec gives each a session of its own, and SIGTERM to the
+`deepspeed` command leaves them running without a parent. So every process of a study carries the study's directory in
+its environment, where it is inherited; even the ranks of a study that was killed (kill -9) are found by it later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from trainer import commit, distributed
+from trainer.errors import UserError
+from trainer.run_directory import StudyDirectory
+
+MARK = "SOCRATIC_TRAINER_STUDY"
+_LOOK_EVERY_SECONDS = 0.1
+_KILLING_TAKES_SECONDS = 10.0
+_SILENT_AFTER_SECONDS = 60.0  # of another host's study: it beats every second or so
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupts:
+    """Counts Ctrl-C, SIGTERM and SIGHUP while in use: an interrupt in the middle of a start would leave orphans."""
+
+    count = 0
+
+    def __enter__(self) -> Interrupts:
+        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number, handler in self._before.items():
+            if handler is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+
+def start(
+    command: Sequence[str], study: StudyDirectory, log: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start a command whose output is appended to `log`, out of reach of the terminal's Ctrl-C."""
+    inherited = distributed.without_launcher(os.environ)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            list(command),
+            env={**inherited, **environment, MARK: _mark(study)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def of_study(study: StudyDirectory) -> list[psutil.Process]:
+    """Every living process of the study on this machine, except the one that runs the study."""
+    mark, found = _mark(study), []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # another user's, or just ended
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                found.append(process)
+    return [process for process in found if process.pid != os.getpid()]
+
+
+def end(
+    study: StudyDirectory, grace_seconds: float, impatient: Callable[[], bool] = lambda: False
+) -> list[psutil.Process]:
+    """End every process of the study; return when none is left.
+
+    The ranks are told by SIGTERM, so that a training can save; their launchers would kill them meanwhile and are told
+    after them. Whoever is left after the grace time, or when `impatient()`, is killed. Returns processes that even
+    survive that (they hang in the kernel, e.g. in a file system that is gone).
+    """
+    deadline = time.monotonic() + grace_seconds
+    killed_at: float | None = None
+    told: set[psutil.Process] = set()
+    while alive := of_study(study):
+        now = time.monotonic()
+        if killed_at is not None and now - killed_at > _KILLING_TAKES_SECONDS:
+            return alive
+        if now >= deadline or impatient():
+            killed_at = killed_at or now
+            for process in alive:
+                _signal(process, signal.SIGKILL)
+        else:
+            for process in set(_ranks(alive) or alive) - told:
+                _signal(process, signal.SIGTERM)
+                told.add(process)
+        time.sleep(_LOOK_EVERY_SECONDS)
+    return []
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    with contextlib.suppress(psutil.Error):
+        process.send_signal(number)
+
+
+def _ranks(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Processes that a launcher told their place, without the children they may have."""
+    ranks = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error, OSError, UserError):
+            if distributed.discover(process.environ()).launcher != "single":
+                ranks[process.pid] = process
+    return [process for process in ranks.values() if _parent(process) not in ranks]
+
+
+def _parent(process: psutil.Process) -> int:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return 0
+
+
+@contextlib.contextmanager
+def only_one(study: StudyDirectory) -> Iterator[Callable[[], None]]:
+    """One process runs a study; yields a heartbeat for hosts that cannot see our processes.
+
+    Raises UserError if another one runs it. A guard against a mistake, not a lock: two that start in the same
+    millisecond pass, and meet at the renames that commit checkpoints and results.
+    """
+    running = who_runs(study)
+    if running:
+        raise UserError(f"study {study.path} is already being run by {running}")
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    commit.write_text(study.process, json.dumps(mine) + "\n")
+
+    def beat() -> None:
+        with contextlib.suppress(OSError):
+            os.utime(study.process)
+
+    try:
+        yield beat
+    finally:
+        if _read(study.process) == mine:
+            study.process.unlink(missing_ok=True)
+
+
+def who_runs(study: StudyDirectory) -> str:
+    """`process 123 on host`, if a living process runs the study, else ""."""
+    other = _read(study.process)
+    if not other:
+        return ""
+    name = f"process {other['pid']} on {other['host']}"
+    if other["host"] == socket.gethostname():
+        with contextlib.suppress(psutil.Error):
+            # The start time tells the process from a later one with the same number.
+            if abs(psutil.Process(other["pid"]).create_time() - other["started"]) < 1:
+                return name
+        return ""
+    silent = time.time() - study.process.stat().st_mtime
+    return name if silent < _SILENT_AFTER_SECONDS else ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"host": str(record["host"]), "pid": int(record["pid"]), "started": float(record["started"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _mark(study: StudyDirectory) -> str:
+    return str(study.path.resolve())

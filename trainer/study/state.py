@@ -1,0 +1,185 @@
+"""What is done, read from disk and from nowhere else: a study can be killed at any instant and go on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import commit
+from trainer.errors import UserError
+from trainer.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory
+from trainer.settings import EvaluateSettings, PlotSettings, PrepareSettings, TrainSettings
+from trainer.study.stages import Stage
+
+_TAIL_BYTES = 64 << 10
+_STEPS_OF_FINAL_LOSS = 20  # a single step is too noisy to look at
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total`, and how it goes in a few words."""
+
+    done: int
+    total: int
+    note: str = ""
+
+
+def is_done(stage: Stage) -> bool:
+    """Whether the stage's result is there. A run with all its evaluations needs neither checkpoint nor export."""
+    if stage.kind == "prepare":
+        return shards_ready(stage.settings)
+    if stage.kind == "report":
+        return _report_is_fresh(StudyDirectory(Path(stage.settings.runs[0])))
+    assert stage.run is not None
+    if stage.kind == "evaluate":
+        return evaluated(stage.settings)
+    if stage.run.evaluations and all(evaluated(settings) for settings in stage.run.evaluations):
+        return True
+    if exported(stage.run.directory):
+        return True
+    return stage.kind == "train" and trained(stage.run.directory)
+
+
+def shards_ready(settings: PrepareSettings) -> bool:
+    """Whether the shards are there. Raises UserError if they were made with other settings."""
+    path = Path(settings.output_dir)
+    if not commit.is_finished(path):
+        return False
+    recipe = commit.read_manifest(path, "shards")["facts"].get("recipe", {})
+    for key in sorted(recipe.keys() & vars(settings).keys()):
+        if recipe[key] != getattr(settings, key):
+            raise UserError(
+                f"{path} holds shards with {key} {recipe[key]!r}, the study says {getattr(settings, key)!r}; "
+                "give the study a shards_dir of its own, or delete the old shards and every run that used them"
+            )
+    return True
+
+
+def trained(run: RunDirectory) -> bool:
+    """Whether the newest finished checkpoint is of the last step."""
+    return any(
+        commit.read_manifest(run.checkpoint(step), "checkpoint")["facts"].get("finished") is True
+        for step in run.checkpoint_steps()
+        if commit.is_finished(run.checkpoint(step))
+    )
+
+
+def exported(run: RunDirectory) -> bool:
+    """Whether the export is there and of the last step."""
+    finished = commit.is_finished(run.export)
+    return finished and commit.read_manifest(run.export, "export")["facts"].get("finished") is True
+
+
+def evaluated(settings: EvaluateSettings) -> bool:
+    return EvaluationDirectory(Path(settings.output_dir)).results.is_file()
+
+
+def has_work(run: RunDirectory) -> bool:
+    """Whether anything of value is there: a finished checkpoint, an export or an evaluation."""
+    checkpoints = any(commit.is_finished(run.checkpoint(step)) for step in run.checkpoint_steps())
+    return checkpoints or commit.is_finished(run.export) or bool(run.evaluation_names())
+
+
+def training_progress(settings: TrainSettings) -> Progress:
+    """Where a training is, from the end of its metrics.jsonl: in steps, or in per cent if only epochs are set."""
+    steps = _last_steps(RunDirectory(Path(settings.output_dir)).metrics)
+    last = steps[-1] if steps else {}
+    step, loss, epoch = last.get("step", 0), last.get("loss"), last.get("epoch", 0)
+    note = f"loss {loss:.3f}" if isinstance(loss, (int, float)) else ""
+    if settings.max_steps:
+        return Progress(min(step, settings.max_steps), settings.max_steps, note)
+    percent = (
+        min(100, round(100 * epoch / settings.num_train_epochs)) if isinstance(epoch, (int, float)) else 0
+    )
+    return Progress(
+        percent, 100, f"% of {settings.num_train_epochs:g} epochs, step {step}" + (note and f", {note}")
+    )
+
+
+def final_loss(run: RunDirectory) -> float | None:
+    """Mean loss of the last steps in the log, in nats per learned token."""
+    losses = [step.get("loss") for step in _last_steps(run.metrics)[-_STEPS_OF_FINAL_LOSS:]]
+    numbers = [loss for loss in losses if isinstance(loss, (int, float)) and math.isfinite(loss)]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def accuracy(settings: EvaluateSettings) -> str:
+    """`67.0 % [61.5, 72.1]`: strict accuracy with its 95 % interval. Raises UserError for an unreadable file."""
+    path = EvaluationDirectory(Path(settings.output_dir)).results
+    try:
+        strict = json.loads(path.read_text(encoding="utf-8"))["accuracy"]["strict"]
+        return f"{strict['accuracy']:.1%} [{100 * strict['low']:.1f}, {100 * strict['high']:.1f}]"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete the folder and evaluate again") from None
+
+
+def headline(settings: PlotSettings) -> str:
+    """The finding, in the report's words. Raises UserError if the report's results cannot be read."""
+    path = StudyDirectory(Path(settings.runs[0])).report / "results.json"
+    try:
+        return " ".join(json.loads(path.read_text(encoding="utf-8"))["headlines"]) or "no evaluation yet"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete the folder and make the report again") from None
+
+
+class EvaluationProgress:
+    """Counts finished problems, the lines of the ranks' files, reading only what is new since the last look."""
+
+    def __init__(self, settings: EvaluateSettings):
+        self._parts = EvaluationDirectory(Path(settings.output_dir)).parts
+        self._offsets: dict[Path, int] = {}
+        self._done = 0
+        facts = commit.read_manifest(Path(settings.shards), "shards")["facts"]
+        self._total = facts["num_problems"]
+        if settings.max_problems:
+            self._total = min(self._total, settings.max_problems)
+
+    def __call__(self) -> Progress:
+        for path in self._parts.glob("*.jsonl") if self._parts.is_dir() else ():
+            with open(path, "rb") as file:
+                file.seek(self._offsets.get(path, 0))
+                new = file.read()
+            self._offsets[path] = self._offsets.get(path, 0) + len(new)
+            self._done += new.count(b"\n")
+        return Progress(min(self._done, self._total), self._total)
+
+
+def _last_steps(metrics: Path) -> list[dict[str, Any]]:
+    """Records of the last steps, ascending; of a step that was done twice (a resume) the last one counts."""
+    try:
+        with open(metrics, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    steps: dict[int, dict[str, Any]] = {}
+    for record in _records(lines):
+        step = record["step"]
+        for later in [
+            known for known in steps if known >= step
+        ]:  # undone by a resume at an earlier checkpoint
+            del steps[later]
+        steps[step] = record
+    return list(steps.values())
+
+
+def _records(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # the first line is cut by the tail, the last one perhaps by a kill
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int and "evaluation" not in record:
+            yield record
+
+
+def _report_is_fresh(study: StudyDirectory) -> bool:
+    """Whether a report is there and no evaluation is newer."""
+    page = study.report / "index.html"
+    results = [r.evaluation(name).results for r in study.runs() for name in r.evaluation_names()]
+    made = page.stat().st_mtime if page.is_file() else 0.0
+    return made > 0 and all(path.stat().st_mtime <= made for path in results if path.is_file())

@@ -1,0 +1,148 @@
+"""What a user sees: one line an event, a progress bar on long work, errors last and readable.
+
+The chatter of DeepSpeed, torch and transformers goes to a log file, at the level of file descriptors, so that C++
+code is caught as well. Ranks other than 0 show nothing unless they fail alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from trainer import distributed
+from trainer.errors import UserError
+
+_LINE_EVERY_SECONDS = 15.0  # of progress, where there is no terminal to draw a bar on
+_OTHERS_WAIT_SECONDS = (
+    3.0  # a failing rank lets rank 0 speak first: the launcher ends the others when it exits
+)
+
+_output: TextIO | None = None
+_log: Path | None = None
+
+
+def capture_chatter(logs: Path, tool: str) -> None:
+    """From now on stdout and stderr of this process go to `logs/<tool>.rank<r>.log`; `say`, `warn` and bars do not.
+
+    Called before the heavy imports, which are the first to chatter.
+    """
+    global _output, _log
+    rank = distributed.discover(os.environ).rank
+    logs.mkdir(parents=True, exist_ok=True)
+    _log = logs / f"{tool}.rank{rank}.log"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _output is None:
+        _output = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", buffering=1)
+    descriptor = os.open(_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def say(text: str) -> None:
+    """One event, for the user, once."""
+    if distributed.is_main_process():
+        print(text, file=_output or sys.stdout, flush=True)
+
+
+def warn(text: str) -> None:
+    say(f"warning: {text}")
+
+
+class Bar:
+    """A progress bar on a terminal, a line every few seconds elsewhere, nothing on other ranks. Total 0: unknown."""
+
+    def __init__(self, label: str, total: int, done: int = 0):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._label, self._total, self._done = label, total, done
+        self._start, self._start_done, self._last_line = time.monotonic(), done, time.monotonic()
+        self._shown = distributed.is_main_process()
+        self._console = Console(file=_output or sys.stdout)
+        self._progress: Any = None
+        if self._shown and self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(
+                *columns, TextColumn("{task.fields[note]}"), console=self._console, transient=True
+            )
+            self._task = self._progress.add_task(label, total=total or None, completed=done, note="")
+            self._progress.start()
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` of the total are done; `note` says how it goes, e.g. "loss 0.41, 12k tokens/s"."""
+        self._done = done
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, note=note)
+        elif self._shown and time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
+            self._last_line = time.monotonic()
+            of_total = f"/{self._total}" if self._total else ""
+            say(f"{self._label} {done}{of_total}{', ' + note if note else ''}{self._eta()}")
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _eta(self) -> str:
+        fresh = self._done - self._start_done
+        if fresh <= 0 or not self._total:
+            return ""
+        seconds = (time.monotonic() - self._start) / fresh * max(0, self._total - self._done)
+        return f", {duration(seconds)} left"
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, done: int = 0) -> Iterator[Bar]:
+    bar = Bar(label, total, done)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def duration(seconds: float) -> str:
+    """90 -> "1m30s"."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a tool's main: a UserError becomes one message (status 2), a fault of ours keeps its traceback (status 1).
+
+    Ends the process at once in both cases: a rank that failed must not wait for the others in a destructor.
+    """
+    try:
+        main()
+    except UserError as error:
+        _fail(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Exception as error:
+        traceback.print_exc()  # to the log, if chatter is captured
+        where = f" (traceback in {_log})" if _log else ""
+        _fail(f"error: {type(error).__name__}: {error}{where}", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    rank = distributed.world().rank
+    if rank != 0:
+        time.sleep(_OTHERS_WAIT_SECONDS)
+        message = f"rank {rank}: {message}"
+    print(message, file=_output or sys.stderr, flush=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,1 @@
+"""Train one student: shards -> packs -> steps -> checkpoints. Start reading at loop.py."""

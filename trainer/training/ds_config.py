@@ -1,0 +1,161 @@
+"""A file of ds_configs/ and the settings -> the configuration DeepSpeed runs with; no "auto" is left.
+
+"auto" belongs to Hugging Face's Trainer. DeepSpeed's own sections drop it and use a default, so that
+`"bf16": {"enabled": "auto"}` means off. Here every "auto" becomes a number of the settings, and a number that
+contradicts the settings is an error instead of a silent winner.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.settings import TrainSettings
+
+TOP_LEVEL_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "bf16",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "data_types",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+    "aio",
+)
+REFUSED_KEYS = {
+    "fp16": "fp16 is not supported; use --bf16",
+    "amp": "amp is not supported; use --bf16",
+    "scheduler": "the learning rate follows --lr_scheduler_type, --warmup_steps and --learning_rate",
+    "activation_checkpointing": "use --gradient_checkpointing",
+    "wandb": "use --report_to wandb",
+    "tensorboard": "metrics are in metrics.jsonl",
+    "csv_monitor": "metrics are in metrics.jsonl",
+}
+OPTIMIZER_KEYS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "torch_adam",
+    "fused",
+    "foreach",
+    "adam_w_mode",
+    "bias_correction",
+)
+DEFAULT = {"zero_optimization": {"stage": 0}}
+
+
+def resolve(settings: TrainSettings, world_size: int) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run. Raises UserError naming file, key, both values, and the remedy."""
+    name = settings.deepspeed or "the default ds_config"
+    config = _read(Path(settings.deepspeed)) if settings.deepspeed else json.loads(json.dumps(DEFAULT))
+    _check_keys(config, TOP_LEVEL_KEYS, name)
+    micro, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    wanted = {
+        "train_batch_size": micro * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": settings.max_grad_norm,
+    }
+    for key, value in wanted.items():
+        _settle(config, key, value, name)
+    _settle(config.setdefault("bf16", {}), "enabled", settings.bf16, f"{name}: bf16")
+    _resolve_optimizer(config, settings, name)
+    _check_zero(config.setdefault("zero_optimization", {}), name)
+    config.setdefault("steps_per_print", 1 << 30)  # metrics.jsonl has every step; DeepSpeed need not print
+    config["checkpoint"] = {"tag_validation": "Ignore"}  # the tag is broadcast by us
+    _refuse_auto(config, name)
+    return config
+
+
+def stage(config: dict[str, Any]) -> int:
+    return int(config["zero_optimization"].get("stage", 0))
+
+
+def offloads(config: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lives outside the accelerator."""
+    device = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    return device != "none"
+
+
+def _resolve_optimizer(config: dict[str, Any], settings: TrainSettings, name: str) -> None:
+    """AdamW: torch's fused one (DeepSpeed's compiles C++ at start, and is 10 times slower on a CPU), or the CPU one."""
+    optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    if optimizer.get("type") != "AdamW":
+        raise UserError(
+            f"{name}: optimizer.type is {optimizer.get('type')!r}; AdamW is what this trainer supports"
+        )
+    parameters = optimizer.setdefault("params", {})
+    _check_keys(parameters, OPTIMIZER_KEYS, f"{name}: optimizer.params")
+    _settle(parameters, "lr", settings.learning_rate, f"{name}: optimizer.params")
+    _settle(parameters, "betas", [settings.adam_beta1, settings.adam_beta2], f"{name}: optimizer.params")
+    _settle(parameters, "eps", settings.adam_epsilon, f"{name}: optimizer.params")
+    _settle(parameters, "weight_decay", settings.weight_decay, f"{name}: optimizer.params")
+    if not offloads({"zero_optimization": config.get("zero_optimization", {})}):
+        parameters.setdefault("torch_adam", True)
+        if parameters["torch_adam"]:
+            parameters.setdefault("fused", True)
+
+
+def _check_zero(zero: dict[str, Any], name: str) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {key for field, info in fields.items() for key in (field, info.alias) if key}
+    _check_keys(zero, tuple(sorted(known)), f"{name}: zero_optimization")
+    if zero.setdefault("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"{name}: zero_optimization.stage is {zero['stage']!r}; choose 0, 1, 2 or 3")
+
+
+def _settle(section: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Put `value` where the file has "auto" or nothing; refuse another value."""
+    found = section.get(key, "auto")
+    if found != "auto" and found != value:
+        raise UserError(
+            f'{where}: {key} is {found!r} but the settings say {value!r}; write "auto" in the ds_config'
+        )
+    section[key] = value
+
+
+def _check_keys(section: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in section:
+        if key in REFUSED_KEYS:
+            raise UserError(f"{where}: {key!r} cannot be set here: {REFUSED_KEYS[key]}")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise UserError(
+                f"{where}: unknown key {key!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
+            )
+
+
+def _refuse_auto(value: Any, where: str) -> None:
+    if value == "auto":
+        raise UserError(f'{where} is "auto", but nothing in the settings decides it; write a value')
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_auto(inner, f"{where}: {key}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"ds_config {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"ds_config {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"ds_config {path} is not a JSON object")
+    return config

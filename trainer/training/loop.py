@@ -1,0 +1,182 @@
+"""The training loop: step, log, evaluate, save, stop when asked."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer import distributed, terminal
+from trainer.errors import UserError
+from trainer.run_directory import RunDirectory
+from trainer.settings import TrainSettings
+from trainer.training import checkpoint, throughput
+from trainer.training.loss import lay_out, token_losses
+from trainer.training.metrics_log import MetricsLog
+from trainer.training.preemption import StopRequest
+from trainer.training.self_check import check_packing
+from trainer.training.student import Student, enrol
+
+Evaluation = Callable[[Student], dict[str, Any]]
+
+
+def train(settings: TrainSettings, evaluate: Evaluation | None = None) -> bool:
+    """Train until the plan's last step, from the newest valid checkpoint if there is one.
+
+    `evaluate(student)` is called every `eval_steps` steps on every rank; what it returns is logged. Returns whether
+    the run is finished; False if it was asked to stop, after saving a checkpoint. Raises UserError on every rank.
+    """
+    world = distributed.initialize(settings.timeout_seconds)
+    run = RunDirectory(Path(settings.output_dir))
+    stop = StopRequest()
+    stop.listen()
+    student = enrol(settings, world, run)
+    if student is None:
+        terminal.say(f"{run.path}: already finished")
+        return True
+    greet(student)
+    log = MetricsLog(run, settings, student.facts)
+    plan, step = student.plan, student.first_step
+    with terminal.progress("train", plan.total_steps, step) as bar:
+        while step < plan.total_steps:
+            metrics = optimizer_step(student, step, stop)
+            step += 1
+            log.write({"step": step, **metrics})
+            bar.update(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s")
+            if evaluate and settings.eval_steps and step % settings.eval_steps == 0:
+                log.write({"step": step, "evaluation": evaluate(student)})
+            if step % settings.save_steps == 0 or step == plan.total_steps or metrics["stop"]:
+                save(student, step)
+            if metrics["stop"]:
+                break
+    log.close(finished=step == plan.total_steps)
+    finished = step == plan.total_steps
+    state = "finished" if finished else "stopped as asked, start it again to go on"
+    terminal.say(f"{run.path}: {state} at step {step}/{plan.total_steps}, loss {metrics['loss']:.4f}")
+    return finished
+
+
+def optimizer_step(student: Student, step: int, stop: StopRequest) -> dict[str, Any]:
+    """One step of the optimizer, counted from 0: every micro-batch forward and backward, one update. Collective."""
+    start = time.perf_counter()
+    engine, plan, data, world = student.engine, student.plan, student.data, student.world
+    first, end = plan.packs(step)
+    learned_tokens = data.learned_tokens(first, end)
+    learning_rate = student.schedule.learning_rate(step)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+    loss_sum = torch.zeros((), dtype=torch.float64, device=student.device)
+    problems: list[int] = []
+    for micro, packs in enumerate(plan.micro_batches(step, world.rank)):
+        batch = data.micro_batch(packs, end)
+        problems += batch.problems
+        seed_dropout(student.settings.seed, batch.first_pack)
+        losses = token_losses(engine, lay_out(batch, student.settings.packing, student.device))
+        engine.backward(losses * (world.world_size / learned_tokens), scale_wrt_gas=False)
+        loss_sum += losses.detach()
+        if micro + 1 < plan.accumulation_steps:
+            engine.step()  # counts the micro-batch; the optimizer moves at the last one
+
+    loss, asked_to_stop = agree_on(loss_sum, stop.requested, world.world_size)
+    refuse_non_finite(student, step, loss, float(loss_sum), problems)
+    grad_norm = global_grad_norm(engine)
+    engine.step()
+    grad_norm = engine.get_global_grad_norm() if grad_norm is None else grad_norm
+    seconds = time.perf_counter() - start
+    tokens = data.tokens(first, end)
+    return {
+        "epoch": end / data.packs_per_epoch,
+        "loss": loss / learned_tokens,
+        "learned_tokens": learned_tokens,
+        "tokens": tokens,
+        "learning_rate": learning_rate,
+        "grad_norm": float(grad_norm),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu": model_flops_utilisation(student, tokens / seconds),
+        "memory_bytes": throughput.peak_memory_bytes(),
+        "packs_consumed": end,
+        "stop": asked_to_stop,
+    }
+
+
+def seed_dropout(seed: int, first_pack: int) -> None:
+    """Dropout follows from where we are in the data: the same after a resume, and on any number of ranks."""
+    torch.manual_seed((seed << 40) + first_pack)
+
+
+def agree_on(loss_sum: torch.Tensor, stop_requested: bool, world_size: int) -> tuple[float, bool]:
+    """The step's loss over all ranks, and whether any rank was asked to stop: one small collective for both."""
+    both = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop_requested))])
+    if world_size > 1:
+        dist.all_reduce(both)
+    loss, stops = both.tolist()
+    return loss, stops > 0
+
+
+def refuse_non_finite(student: Student, step: int, loss: float, own_loss: float, problems: list[int]) -> None:
+    """A NaN or Inf never reaches the weights: the run ends and says where, its last checkpoint untouched.
+
+    (DeepSpeed would skip the step in silence.) Collective if the loss is not finite.
+    """
+    if math.isfinite(loss):
+        return
+    where = None
+    if not math.isfinite(own_loss):
+        ids = ", ".join(student.shards.problem(index).id for index in problems[:20])
+        where = f"step {step + 1}: the loss on rank {student.world.rank} is {own_loss}; problems of this rank: {ids}"
+    distributed.raise_together(where)
+    raise UserError(f"step {step + 1}: the loss is {loss}, although it is finite on every rank")
+
+
+def global_grad_norm(engine: Any) -> float | None:
+    """Gradient norm before clipping where DeepSpeed does not keep it (ZeRO 0 in fp32), else None."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return None
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def model_flops_utilisation(student: Student, tokens_per_second: float) -> float | None:
+    peak = throughput.peak_flops()
+    if peak is None:
+        return None
+    mean_length = student.data.tokens_per_epoch / student.data.num_examples
+    flops = throughput.flops_per_token(student.facts["num_parameters"], student.config, mean_length)
+    return tokens_per_second * flops / (peak * student.world.world_size)
+
+
+def save(student: Student, step: int) -> None:
+    """Checkpoint after `step` steps. Collective."""
+    _, packs_consumed = student.plan.packs(step - 1)
+    progress = {"step": step, "packs_consumed": packs_consumed, "finished": step == student.plan.total_steps}
+    checkpoint.save(student.engine, student.run, step, {**student.facts, **progress}, student.run.model)
+    checkpoint.prune(student.run, student.settings.save_total_limit)
+
+
+def greet(student: Student) -> None:
+    """Say what is about to happen, and refuse a model whose packed loss is not its padded one."""
+    facts, plan, data = student.facts, student.plan, student.data
+    terminal.say(
+        f"{student.run.path}: {facts['model_name']} ({facts['num_parameters']:,} parameters, {facts['dtype']}), "
+        f"method {facts['method']}, ZeRO {facts['zero_stage']}, {student.world.world_size} rank(s)"
+    )
+    terminal.say(
+        f"  {data.num_examples} examples in {data.packs_per_epoch} packs an epoch, "
+        f"{plan.packs_per_step} packs a step, {plan.total_steps} steps"
+    )
+    if data.num_without_steps or data.num_too_long:
+        terminal.warn(
+            f"not trained on: {data.num_without_steps} problems without the steps {facts['method']} needs, "
+            f"{data.num_too_long} longer than a pack"
+        )
+    if student.settings.packing:
+        dtype = torch.bfloat16 if student.settings.bf16 else torch.float32
+        difference = check_packing(student.engine, data.micro_batch(range(1), 1), dtype, student.device)
+        terminal.say(f"  packed = one by one: relative difference of the loss {difference:.1e}")

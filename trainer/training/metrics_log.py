@@ -1,0 +1,68 @@
+"""metrics.jsonl on rank 0, one line a step; the same numbers to W&B if asked.
+
+After a restart a step may be there twice: the last line of a step counts.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any
+
+from trainer import commit, distributed
+from trainer.run_directory import RunDirectory
+from trainer.settings import TrainSettings, to_dict
+
+
+class MetricsLog:
+    """Appends to the run's metrics file; every line reaches the disk's cache before the next step begins."""
+
+    def __init__(self, run: RunDirectory, settings: TrainSettings, facts: dict[str, Any]):
+        self._file = None
+        self._wandb: Any = None
+        if distributed.is_main_process():
+            _mend_last_line(run)
+            self._file = open(run.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            if settings.report_to == "wandb":
+                self._wandb = _start_wandb(run, settings, facts)
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+        if self._wandb is not None:
+            step = line["step"]
+            values = {key: value for key, value in line.items() if key != "step" and value is not None}
+            self._wandb.log(values, step=step)
+
+    def close(self, finished: bool) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if finished else 1)
+
+
+def _mend_last_line(run: RunDirectory) -> None:
+    """A killed process may leave half a line; end it, so that the next line stands alone (readers skip the half)."""
+    if run.metrics.exists():
+        with open(run.metrics, "rb+") as file:
+            file.seek(0, 2)
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+
+
+def _start_wandb(run: RunDirectory, settings: TrainSettings, facts: dict[str, Any]) -> Any:
+    """One W&B run for one run directory, across restarts: its id is kept in the directory. Works offline."""
+    import wandb
+
+    if not run.wandb_id.exists():
+        commit.write_text(run.wandb_id, secrets.token_hex(8) + "\n")
+    return wandb.init(
+        project=settings.wandb_project,
+        name=run.name,
+        id=run.wandb_id.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        dir=str(run.logs),
+        config={**to_dict(settings), **facts},
+    )

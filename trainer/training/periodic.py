@@ -1,0 +1,46 @@
+"""Loss on held-out problems during training, over all ranks, exact for any number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.shards.methods import method
+from trainer.shards.read import Shards
+from trainer.training.batches import PackedData
+from trainer.training.loss import lay_out, token_losses
+from trainer.training.student import Student
+
+
+class HeldOutLoss:
+    """Callable for `train(settings, evaluate=...)`: mean nats per learned token of the student's own method."""
+
+    def __init__(self, shards_path: str, max_problems: int):
+        self._shards = Shards.open(shards_path)
+        self._max_problems = max_problems
+        self._data: PackedData | None = None
+
+    def __call__(self, student: Student) -> dict[str, Any]:
+        settings, world = student.settings, student.world
+        if self._data is None:
+            view = method(settings.method, settings.learn_calculator_results)
+            self._data = PackedData(self._shards, settings.method, view, settings.pack_length, seed=0)
+        data = self._data
+        part = min(1.0, self._max_problems / data.num_examples)
+        num_packs = max(1, round(part * data.packs_per_epoch))
+        rounds = -(-num_packs // world.world_size)
+        total = torch.zeros((), dtype=torch.float64, device=student.device)
+        student.engine.eval()
+        with torch.no_grad():
+            for index in range(rounds):
+                # Every rank makes as many forward passes (ZeRO-3 gathers weights in them); some may be empty.
+                pack = index * world.world_size + world.rank
+                batch = data.micro_batch(range(pack, pack + 1), num_packs)
+                total += token_losses(student.engine, lay_out(batch, settings.packing, student.device))
+        student.engine.train()
+        if world.world_size > 1:
+            dist.all_reduce(total)
+        learned = data.learned_tokens(0, num_packs)
+        return {"loss": float(total) / learned, "learned_tokens": learned, "data": self._shards.facts["data"]}

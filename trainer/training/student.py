@@ -1,0 +1,306 @@
+"""Everything a run needs before its first step: data, plan, model, engine, and where it left off."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trainer import commit, distributed, terminal
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.models import load, packed_attention
+from trainer.models.tokenizer import load_tokenizer
+from trainer.run_directory import RunDirectory
+from trainer.settings import TrainSettings, to_dict
+from trainer.shards.methods import method
+from trainer.shards.read import Shards
+from trainer.training import checkpoint, ds_config
+from trainer.training.batches import PackedData, StepPlan
+from trainer.training.schedule import Schedule
+
+# Settings that may differ when a run goes on; everything else decides its numbers.
+_MAY_CHANGE = {
+    "deepspeed", "output_dir", "train_shards", "eval_shards", "eval_steps", "eval_max_problems", "save_steps", "save_total_limit",
+    "resume_from_checkpoint", "overwrite_output_dir", "max_nonfinite_steps", "report_to", "wandb_project", "timeout_seconds",
+}  # fmt: skip
+
+
+@dataclass
+class Student:
+    """A run in progress. `facts` go into every checkpoint's manifest."""
+
+    settings: TrainSettings
+    world: World
+    run: RunDirectory
+    shards: Shards
+    data: PackedData
+    plan: StepPlan
+    schedule: Schedule
+    tokenizer: Any
+    config: Any
+    engine: Any
+    device: torch.device
+    first_step: int
+    facts: dict[str, Any]
+
+
+def enrol(settings: TrainSettings, world: World, run: RunDirectory) -> Student | None:
+    """Check everything that can be checked, then build the engine and load the newest valid checkpoint.
+
+    None if the run is finished already. Collective; a UserError is raised on every rank.
+    """
+    shards = Shards.open(settings.train_shards)
+    tokenizer = load_tokenizer(shards.tokenizer_path)
+    config = _config(settings, shards, tokenizer)
+    view = method(settings.method, settings.learn_calculator_results)
+    data = PackedData(shards, settings.method, view, settings.pack_length, settings.seed)
+    plan = StepPlan.make(
+        settings.per_device_train_batch_size,
+        settings.gradient_accumulation_steps,
+        world.world_size,
+        data.packs_per_epoch,
+        settings.num_train_epochs,
+        settings.max_steps,
+    )
+    resolved = ds_config.resolve(settings, world.world_size)
+    facts = _facts(settings, world, shards, config, resolved, data)
+    distributed.agree("training setup", {**facts, "plan": repr(plan)})
+    start = _starting_point(settings, run, facts)
+    if start is not None and commit.read_manifest(start)["facts"]["finished"]:
+        return None
+    if distributed.is_main_process():
+        _write_run_files(settings, run, resolved, facts, config, tokenizer)
+    engine = _engine(settings, run, config, resolved, fresh=start is None)
+    first_step = 0
+    if start is not None:
+        checkpoint.load(engine, start)
+        first_step = commit.read_manifest(start)["facts"]["step"]
+        terminal.say(f"resumed from {start}")
+    schedule = Schedule.make(settings, plan.total_steps)
+    return Student(
+        settings,
+        world,
+        run,
+        shards,
+        data,
+        plan,
+        schedule,
+        tokenizer,
+        config,
+        engine,
+        load.device(),
+        first_step,
+        facts,
+    )
+
+
+def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
+    name = settings.model_name_or_path or settings.config_name
+    config = load.load_config(name, settings.config_overrides, len(tokenizer))
+    load.check_vocabulary(config, tokenizer, name)
+    longest, context = shards.facts["longest_example"], load.context_length(config)
+    if context and min(longest, settings.pack_length) > context:
+        raise UserError(
+            f"{shards.path} has examples of up to {longest} tokens but {name} reaches {context}: "
+            f"prepare them again with --max_length {context}, or set pack_length to {context}"
+        )
+    # GPT-2's pad token is its end-of-sequence token; it is never masked here, since masks go by position.
+    config.eos_token_id = tokenizer.eos_token_id
+    config.use_cache = False
+    return config
+
+
+def _facts(
+    settings: TrainSettings,
+    world: World,
+    shards: Shards,
+    config: Any,
+    resolved: dict[str, Any],
+    data: PackedData,
+) -> dict[str, Any]:
+    name = settings.model_name_or_path or settings.config_name
+    return {
+        "method": settings.method,
+        "data": shards.facts["data"],
+        "model_name": settings.model_label or Path(name).name,
+        "base_model": name,
+        "pretrained": bool(settings.model_name_or_path),
+        "seed": settings.seed,
+        "num_parameters": load.num_parameters(config),
+        "world_size": world.world_size,
+        "zero_stage": ds_config.stage(resolved),
+        "dtype": "bf16" if settings.bf16 else "fp32",
+        "learn_calculator_results": settings.learn_calculator_results,
+        "shards_fingerprint": shards.fingerprint,
+        "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
+        "packs_per_epoch": data.packs_per_epoch,
+    }
+
+
+def _starting_point(settings: TrainSettings, run: RunDirectory, facts: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, valid and of the same run; None to start from zero."""
+    if settings.overwrite_output_dir:
+        checkpoint.remove_all(run)
+        return None
+    if settings.resume_from_checkpoint != "auto":
+        found: Path | None = Path(settings.resume_from_checkpoint)
+        checkpoint.check_valid(Path(settings.resume_from_checkpoint))
+    else:
+        found = checkpoint.newest_valid(run)
+    if found is not None:
+        _refuse_another_run(run, found, settings, facts)
+    return found
+
+
+def _refuse_another_run(
+    run: RunDirectory, found: Path, settings: TrainSettings, facts: dict[str, Any]
+) -> None:
+    old = commit.read_manifest(found)["facts"]
+    names = ("shards_fingerprint", "num_parameters", "dtype", "method", "seed", "world_size", "zero_stage")
+    changed = [
+        f"{name}: {old[name]!r} there, {facts[name]!r} now" for name in names if old[name] != facts[name]
+    ]
+    if run.settings.is_file():
+        before = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
+        now = to_dict(settings)
+        keys = [
+            key for key in now if key not in _MAY_CHANGE and key not in names and before.get(key) != now[key]
+        ]
+        changed += [f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in keys]
+    if changed:
+        raise UserError(
+            f"{found} belongs to another run ({'; '.join(changed)}); use another output_dir, "
+            "or --overwrite_output_dir to start from zero"
+        )
+
+
+def _engine(
+    settings: TrainSettings, run: RunDirectory, config: Any, resolved: dict[str, Any], fresh: bool
+) -> Any:
+    """Weights as of the seed or the pretrained folder, the same in every ZeRO stage, in a DeepSpeed engine."""
+    import deepspeed
+
+    deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
+    keep_alive = _tell_transformers(resolved)
+    attention = packed_attention.register() if settings.packing else "sdpa"
+    dtype = "bf16" if settings.bf16 else "fp32"
+    if settings.model_name_or_path:
+        model = load.load_model(settings.model_name_or_path, dtype, attention, config=config)
+    else:
+        with _random_weights(config, settings.seed, run) as folder:
+            model = load.load_model(folder, dtype, attention, config=config)
+            distributed.barrier()  # the folder is removed after everybody has read it
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not hasattr(torch.serialization, "safe_globals"):
+        raise UserError("torch is too old for safe checkpoints; install the version in constraints.txt")
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
+    )
+    engine.checkpoint_engine = checkpoint.SafeCheckpointEngine()
+    engine.transformers_config = keep_alive
+    engine.train()
+    return engine
+
+
+def _tell_transformers(resolved: dict[str, Any]) -> Any:
+    """Under ZeRO-3 `from_pretrained` must know, to load into shards; it holds the object weakly, so we keep it."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(resolved) if ds_config.stage(resolved) == 3 else None
+
+
+class _random_weights:
+    """Rank 0 makes the weights in a folder beside the checkpoints; every rank gets its path; it is removed after."""
+
+    def __init__(self, config: Any, seed: int, run: RunDirectory):
+        self._config, self._seed, self._run = config, seed, run
+
+    def __enter__(self) -> Path:
+        if distributed.is_main_process():
+            self._run.path.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=".initial-", suffix=".tmp", dir=self._run.path))
+            load.write_random_weights(self._config, self._seed, self._folder)
+        return Path(
+            distributed.broadcast_object(str(self._folder) if distributed.is_main_process() else None)
+        )
+
+    def __exit__(self, *exception: Any) -> None:
+        if distributed.is_main_process():
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
+    """Matrices are decayed, vectors (biases, norms) are not. Without decay one group: fewer collectives."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not weight_decay:
+        return parameters
+    # Under ZeRO-3 a parameter is an empty shard here; DeepSpeed keeps its shape in ds_shape.
+    is_matrix = [len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 for parameter in parameters]
+    groups = {True: weight_decay, False: 0.0}
+    return [
+        {
+            "params": [p for p, matrix in zip(parameters, is_matrix, strict=True) if matrix is which],
+            "weight_decay": decay,
+        }
+        for which, decay in groups.items()
+    ]
+
+
+def _write_run_files(
+    settings: TrainSettings,
+    run: RunDirectory,
+    resolved: dict[str, Any],
+    facts: dict[str, Any],
+    config: Any,
+    tokenizer: Any,
+) -> None:
+    """What was asked for, what DeepSpeed was told, and where it ran."""
+    from transformers import GenerationConfig
+
+    run.path.mkdir(parents=True, exist_ok=True)
+    commit.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
+    commit.write_text(run.ds_config, json.dumps(resolved, indent=1) + "\n")
+    commit.write_text(run.environment, json.dumps({**environment(), **facts}, indent=1) + "\n")
+    shutil.rmtree(run.model, ignore_errors=True)
+    tokenizer.save_pretrained(run.model)
+    saved = config.__class__.from_dict({**config.to_dict(), "use_cache": True})
+    saved.save_pretrained(run.model)
+    GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    ).save_pretrained(run.model)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, host and code revision, for whoever asks later why two runs differ."""
+    packages = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
+    root = Path(__file__).parents[2]
+    revision = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return {
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
+        "threads_per_rank": torch.get_num_threads(),
+        "launcher": distributed.world().launcher,
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "code_revision": revision.stdout.strip(),
+    }

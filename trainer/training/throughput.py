@@ -1,0 +1,40 @@
+"""Arithmetic of a step: floating-point operations, and what part of the device's peak they are."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+import torch
+
+# Dense bf16 peaks of the vendors' datasheets, in FLOP/s; the first name contained in the device's name counts.
+_PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12}
+
+
+def flops_per_token(num_parameters: int, config: Any, mean_length: float) -> float:
+    """Forward and backward, recomputation not counted: 6 N + 6 L d n for causal attention over n tokens.
+
+    N counts parameters outside the input embedding; every query looks at half of the sequence on average. (Kaplan
+    et al. 2020, appendix; Chowdhery et al. 2022, appendix B, halved for the causal mask.)
+    """
+    width, layers = config.hidden_size, config.num_hidden_layers
+    tied = getattr(config, "tie_word_embeddings", False)
+    embedding = 0 if tied else config.vocab_size * width
+    return 6.0 * (num_parameters - embedding) + 6.0 * layers * width * mean_length
+
+
+def peak_flops() -> float | None:
+    """Peak of this rank's device in bf16, or None if it is not in the table (a CPU, say): then there is no MFU."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in _PEAK_BF16.items() if key in name), None)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this rank ever used: allocated on the GPU, or resident on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
