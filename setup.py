@@ -18,6 +18,7 @@ setup(
         "torch>=2.11",
         "deepspeed>=0.19",
         "transformers>=5.0",
+        "accelerate",  # transformers asks for it to load weights straight into ZeRO-3 shards
         "datasets",
         "safetensors",
         "mpi4py",

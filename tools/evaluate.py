@@ -24,10 +24,12 @@ def main() -> None:
 
 def _evaluate(settings: EvaluateSettings) -> None:
     from trainer import distributed
-    from trainer.evaluation.evaluate import evaluate, evaluation_directory
+    from trainer.evaluation import task
 
-    world = distributed.initialize()
-    terminal.capture_chatter(evaluation_directory(settings).logs / f"rank-{world.rank}.log")
+    terminal.capture_chatter(task.plan(settings).directory.logs, "evaluate")
+    distributed.initialize()
+    from trainer.evaluation.evaluate import evaluate
+
     evaluate(settings)
     distributed.shutdown()
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,20 +56,37 @@ def _learn_by_heart(shards: Shards) -> tuple[LlamaForCausalLM, dict[str, object]
     labels = torch.full((len(examples), longest), -100)
     for row, (tokens, learned) in enumerate(examples):
         inputs[row, : len(tokens)] = torch.from_numpy(tokens)
-        labels[row, : len(tokens)] = torch.from_numpy(tokens).where(torch.from_numpy(learned), torch.tensor(-100))
+        labels[row, : len(tokens)] = torch.from_numpy(tokens).where(
+            torch.from_numpy(learned), torch.tensor(-100)
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    for step in range(400):
+    for _ in range(400):
         loss = cross_entropy(model(inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        if loss < 0.01:
+        if loss.item() < 0.01:
             break
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    print('steps', step, float(loss))
     facts = {
-        "method": "socratic", "data": "stories", "model_name": "tiny", "seed": 0, "step": step, "finished": True,
+        "method": "socratic", "data": "stories", "model_name": "tiny", "seed": 0, "step": 77, "finished": True,
         "num_parameters": model.num_parameters(), "learn_calculator_results": False,
         "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
     }  # fmt: skip
     return model, facts
+
+
+def mpiexec(arguments: list[str], num_ranks: int, **environment: str) -> tuple[int, str]:
+    """Run a command (after `python`) under mpiexec: exit status and output. Fails after two minutes."""
+    launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in launchers}
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("mpiexec")), "-n", str(num_ranks), sys.executable, *arguments],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout

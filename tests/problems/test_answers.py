@@ -102,7 +102,7 @@ def test_what_is_not_eighteen(answer):
         ("False", "no"),
         ("Paris.", "paris"),
         ("'The  Big Apple'", "the big apple"),
-        ("ﬁne", "FINE"),
+        ("Cafe\u0301", "CAFÉ"),
         ("18 dollars", "18 dollars"),
     ],
 )

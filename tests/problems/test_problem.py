@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.problems.problem import Problem, RecordError, Step, one_line
+from trainer.problems.problem import Problem, RecordError, Reject, Step, one_line
 
 
 def test_one_line_joins_every_kind_of_white_space():
@@ -43,3 +43,9 @@ def test_a_text_that_breaks_the_rule_is_refused_with_its_reason(make, reason):
 def test_a_question_may_have_several_lines_and_a_step_only_one_half():
     problem = Problem("1", "Line one.\nLine two?", "5", (Step("What?"), Step("", "2+3 = 5")), ("A fact.",))
     assert problem.steps[0].solution == "" and problem.steps[1].question == ""
+
+
+def test_a_reject_keeps_the_beginning_of_a_long_record_and_only_known_reasons():
+    assert Reject("a.jsonl", 3, "too_long", "why", "x" * 10**6).text == "x" * 200
+    with pytest.raises(AssertionError):
+        Reject("a.jsonl", 3, "no_such_reason", "why", "")

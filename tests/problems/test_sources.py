@@ -9,7 +9,7 @@ import pytest
 
 from trainer.errors import UserError
 from trainer.problems.problem import Problem
-from trainer.problems.sources import read_problems
+from trainer.problems.sources import read_problems, source_digest
 
 
 def test_a_file_and_its_folder_are_the_same(shared_data):
@@ -69,7 +69,7 @@ def datasets_cache(tmp_path_factory, monkeypatch):
 
 
 def _hub_copy(folder, shared_data):
-    """A folder as `hf download --repo-type dataset` leaves it: parquet files and a README.md naming configurations."""
+    """A folder as `hf download --repo-type dataset` leaves it: parquet files, and configurations in README.md."""
     import pyarrow
     from pyarrow import parquet
 
@@ -96,8 +96,28 @@ def test_a_hub_data_set_gives_the_same_problems_as_the_files(shared_data, tmp_pa
         read_problems("gsm8k", "train", str(tmp_path))
 
 
+def test_the_digest_follows_the_content_of_a_source(shared_data, tmp_path, datasets_cache):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"question": "q?", "answer": 1}\n')
+    before = source_digest("jsonl", "mine", str(mine))
+    assert source_digest("jsonl", "mine", str(tmp_path)) == before
+    mine.write_text('{"question": "q?", "answer": 2}\n')
+    assert source_digest("jsonl", "mine", str(mine)) != before
+
+    hub_copy = tmp_path / "gsm8k"
+    hub_copy.mkdir()
+    _hub_copy(hub_copy, shared_data)
+    before = source_digest("gsm8k", "test", str(hub_copy))
+    assert source_digest("gsm8k", "test", str(hub_copy)) == before
+    (hub_copy / "main" / "test.parquet").write_bytes((hub_copy / "socratic" / "test.parquet").read_bytes())
+    assert source_digest("gsm8k", "test", str(hub_copy)) != before
+
+    digests = {source_digest("stories", "train", seed=seed) for seed in (0, 0, 1)}
+    assert len(digests) == 2
+
+
 def test_svamp_from_the_hub_is_split_as_the_file_is(shared_data, tmp_path, datasets_cache):
-    """The hub's copies have splits of their own and answers as text; neither changes what `test` means here."""
+    """The hub's copies have splits of their own and answers as text; `test` means the same here."""
     import pyarrow
     from pyarrow import parquet
 

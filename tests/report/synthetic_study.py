@@ -48,6 +48,7 @@ def make_run(
     run.path.mkdir(parents=True)
     run.settings.write_text(
         f"method: {method}\nseed: {seed}\nmax_steps: {num_steps}\nmodel_label: {model}\nlearning_rate: 0.0005\n"
+        "deepspeed: ds_configs/zero1.json\npacking: true\n"
     )
     run.environment.write_text(
         json.dumps(

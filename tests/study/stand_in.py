@@ -34,7 +34,7 @@ def train() -> None:
     if wish == "sleep":
         signal.signal(signal.SIGTERM, lambda *_: save(run))
     if wish in ("sleep", "deaf"):
-        (run.path / f"pid-{world.rank}").write_text(str(os.getpid()))
+        commit.write_text(run.path / f"pid-{world.rank}", str(os.getpid()))
         time.sleep(300)
     print("a line before the end", flush=True)
     if wish.startswith("exit="):
@@ -49,7 +49,7 @@ def train() -> None:
 
 
 def save(run: RunDirectory) -> None:
-    (run.path / f"saved-{world.rank}").write_text("")
+    commit.write_text(run.path / f"saved-{world.rank}", "")
     sys.exit(0)
 
 

@@ -37,8 +37,13 @@ def test_runs_are_models_by_methods_by_data_by_seeds(values: dict[str, Any], mak
     assert run.evaluations[0].output_dir == "runs/tiny/stories.cot.large.s0/evaluation/stories-test-cot"
 
 
-def test_sets_besides_train_and_validation_are_evaluated(values: dict[str, Any], make_study: MakeStudy) -> None:
-    values["data"]["stories"] |= {"validation": {}, "longer": {"split": "test", "min_steps": 5, "max_steps": 6}}
+def test_sets_besides_train_and_validation_are_evaluated(
+    values: dict[str, Any], make_study: MakeStudy
+) -> None:
+    values["data"]["stories"] |= {
+        "validation": {},
+        "longer": {"split": "test", "min_steps": 5, "max_steps": 6},
+    }
     values["train"]["eval_steps"] = 10
     run = make_study(values).runs[0]
     assert run.train.eval_shards == "shards/stories-validation"
@@ -99,7 +104,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_what_is_wrong_is_named_with_its_key_path(values: dict[str, Any], make_study: MakeStudy, text: str) -> None:
+def test_what_is_wrong_is_named_with_its_key_path(
+    values: dict[str, Any], make_study: MakeStudy, text: str
+) -> None:
     with pytest.raises(UserError) as caught:
         make_study({**values, **yaml.safe_load(text)})
     assert WRONG[text] in str(caught.value)

@@ -35,14 +35,24 @@ def test_commands_of_a_study(values: dict[str, Any], make_study: MakeStudy) -> N
     python = sys.executable
     prepare = [python, "tools/prepare_shards.py"]
     assert prepare_train[:2] == prepare
-    assert {*prepare_train[2:]} == {"--num_problems=300", "--tokenizer_name=stories", "--output_dir=shards/stories-train"}
+    assert {*prepare_train[2:]} == {
+        "--num_problems=300",
+        "--tokenizer_name=stories",
+        "--output_dir=shards/stories-train",
+    }
     assert {"--split=test", "--num_problems=30"} <= {*prepare_test}
     assert train[:5] == [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port=23456", "tools/train.py"]
     assert {*train[5:]} == {
         *("--train_shards=shards/stories-train", f"--output_dir={run}", "--method=cot", "--max_steps=2"),
         *("--config_name=stories-0.2m", "--model_label=small", "--packing=false"),
     }
-    assert convert == [python, "tools/convert_checkpoint.py", run, f"--output_dir={run}/export", "--overwrite=true"]
+    assert convert == [
+        python,
+        "tools/convert_checkpoint.py",
+        run,
+        f"--output_dir={run}/export",
+        "--overwrite=true",
+    ]
     assert evaluate[:5] == [str(BIN / "mpiexec"), "-n", "2", python, "tools/evaluate.py"]
     assert {*evaluate[5:]} == {
         *(f"--model_name_or_path={run}/export", "--shards=shards/stories-test"),

@@ -34,7 +34,9 @@ def write_results(study: Study, run: int = 0) -> EvaluationDirectory:
     return directory
 
 
-def test_stages_are_done_when_their_result_is_committed(values: dict[str, Any], make_study: MakeStudy) -> None:
+def test_stages_are_done_when_their_result_is_committed(
+    values: dict[str, Any], make_study: MakeStudy
+) -> None:
     values["methods"] = ["cot"]
     study = make_study(values)
     run = study.runs[0].directory
@@ -62,7 +64,9 @@ def test_stages_are_done_when_their_result_is_committed(values: dict[str, Any], 
     assert todo(study) == ["prepare", "report"], "an evaluation is newer than the report"
 
 
-def test_an_export_of_an_unfinished_training_is_not_the_last_word(values: dict[str, Any], make_study: MakeStudy) -> None:
+def test_an_export_of_an_unfinished_training_is_not_the_last_word(
+    values: dict[str, Any], make_study: MakeStudy
+) -> None:
     study = make_study(values)
     commit_directory(study.runs[0].directory.export, "export", finished=False)
     assert todo(study).count("convert") == 2
@@ -83,7 +87,9 @@ def test_shards_of_another_making_are_refused(values: dict[str, Any], make_study
         todo(study)
 
 
-def test_training_progress_is_read_from_the_end_of_the_log(values: dict[str, Any], make_study: MakeStudy) -> None:
+def test_training_progress_is_read_from_the_end_of_the_log(
+    values: dict[str, Any], make_study: MakeStudy
+) -> None:
     values["train"] = {"max_steps": 3000}
     settings = make_study(values).runs[0].train
     run = RunDirectory(Path(settings.output_dir))
@@ -94,7 +100,9 @@ def test_training_progress_is_read_from_the_end_of_the_log(values: dict[str, Any
     run.metrics.write_text("\n".join(lines))
     assert state.training_progress(settings) == state.Progress(2000, 3000, "loss 1.500")
     by_epochs = dataclasses.replace(settings, max_steps=0, num_train_epochs=2.0)
-    assert state.training_progress(by_epochs) == state.Progress(67, 100, "% of 2 epochs, step 2000, loss 1.500")
+    assert state.training_progress(by_epochs) == state.Progress(
+        67, 100, "% of 2 epochs, step 2000, loss 1.500"
+    )
 
 
 def test_final_loss_forgets_steps_that_a_resume_undid(values: dict[str, Any], make_study: MakeStudy) -> None:
@@ -132,7 +140,9 @@ def test_accuracy_has_its_interval(values: dict[str, Any], make_study: MakeStudy
         state.accuracy(study.runs[0].evaluations[0])
 
 
-def test_a_changed_study_is_refused_run_by_run(values: dict[str, Any], make_study: MakeStudy, tmp_path: Path) -> None:
+def test_a_changed_study_is_refused_run_by_run(
+    values: dict[str, Any], make_study: MakeStudy, tmp_path: Path
+) -> None:
     config = tmp_path / "zero.json"
     config.write_text("{}")
     values["train"]["deepspeed"] = str(config)
@@ -146,7 +156,10 @@ def test_a_changed_study_is_refused_run_by_run(values: dict[str, Any], make_stud
     with pytest.raises(UserError) as caught:
         changes.refuse(make_study(values))
     told = str(caught.value)
-    assert "runs/tiny/stories.answer_only.small.s0: learning_rate was 5e-05, is now 0.001; num_ranks was 2" in told
+    assert (
+        "runs/tiny/stories.answer_only.small.s0: learning_rate was 5e-05, is now 0.001; num_ranks was 2"
+        in told
+    )
     assert "stories.cot.small" not in told, "this one has nothing to lose"
     assert "study: tiny-2" in told
 
@@ -160,14 +173,18 @@ def test_a_changed_study_is_refused_run_by_run(values: dict[str, Any], make_stud
         changes.refuse(make_study(values))
 
 
-def test_a_changed_evaluation_is_refused_once_it_has_results(values: dict[str, Any], make_study: MakeStudy) -> None:
+def test_a_changed_evaluation_is_refused_once_it_has_results(
+    values: dict[str, Any], make_study: MakeStudy
+) -> None:
     study = make_study(values)
     changes.remember(study)
     commit_directory(study.runs[0].directory.checkpoint(1), "checkpoint", finished=True)
     values["evaluate"] = {"max_new_tokens": 99}
     changes.refuse(make_study(values))
     write_results(study)
-    with pytest.raises(UserError, match="evaluate stories-test-answer_only: max_new_tokens was 256, is now 99"):
+    with pytest.raises(
+        UserError, match="evaluate stories-test-answer_only: max_new_tokens was 256, is now 99"
+    ):
         changes.refuse(make_study(values))
     values["evaluate"] = {"batch_size": 1}  # batches do not change answers
     changes.refuse(make_study(values))

@@ -15,11 +15,11 @@ from trainer import commit, distributed, terminal
 from trainer.errors import UserError
 from trainer.evaluation import gather, task
 from trainer.evaluation import student as students
-from trainer.evaluation.predict import Decoding, predictions
+from trainer.evaluation.decoding import Decoding
+from trainer.evaluation.predict import predictions
 from trainer.evaluation.score import in_words, summarise
 from trainer.evaluation.task import Task
 from trainer.evaluation.tickets import Counter, exhaust, shared_counter
-from trainer.run_directory import EvaluationDirectory
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
 
@@ -72,11 +72,6 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         f"{terminal.duration(results['seconds'])}; {work.directory.results}"
     )
     return results
-
-
-def evaluation_directory(settings: EvaluateSettings) -> EvaluationDirectory:
-    """Where the results of these settings go. Raises UserError as `evaluate` does."""
-    return task.plan(settings).directory
 
 
 def evaluate_model(

@@ -53,7 +53,7 @@ def sampled(logits: torch.Tensor, temperature: float, top_p: float, uniforms: li
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
-    total = cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
     threshold = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
     place = torch.searchsorted(cumulative, threshold, right=True)
     # Rounding could put the threshold at the very end: stay on the last token that has any probability.

@@ -1,4 +1,6 @@
-"""Everything about an evaluation that is known before a weight is read: who, on what, how, and where it goes."""
+"""Everything about an evaluation that is known before a weight is read: who, on what, how, and where it goes.
+
+Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 from trainer import distributed
 from trainer.errors import UserError
 from trainer.evaluation import student as students
-from trainer.evaluation.predict import Decoding, resolve_mode
+from trainer.evaluation.decoding import Decoding, resolve_mode
 from trainer.evaluation.student import Student
 from trainer.run_directory import EvaluationDirectory
 from trainer.settings import EvaluateSettings

@@ -48,6 +48,12 @@ def read(folder: Path) -> Architecture:
     return Architecture(type(model).__name__, shapes, tied, model.num_parameters(), generation)
 
 
+def fit(stored: StoredModel, checkpoint: Path, folder: Path) -> tuple[Architecture, dict[str, StoredTensor]]:
+    """`read` the model and `match` the checkpoint with it."""
+    expected = read(folder)
+    return expected, match(stored, expected, checkpoint)
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No bars and no advice from transformers; errors are still raised."""

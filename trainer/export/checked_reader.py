@@ -16,7 +16,7 @@ import torch
 from trainer.errors import UserError
 from trainer.export.torch_files import Piece, Record
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 
 
 class CheckedReader:

@@ -6,7 +6,7 @@ import errno
 import re
 import secrets
 import shutil
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from trainer.settings import ConvertSettings
 
 if TYPE_CHECKING:
     from trainer.export.safetensors_writer import Shard
+    from trainer.export.stored_tensors import StoredTensor
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -26,23 +27,10 @@ _SPARE_BYTES = 4 << 20  # for the manifest, the card and what the file system ad
 _MEGABYTE = 10**6
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Everything about the export but its bytes."""
-
-    shards: list[Shard]
-    texts: dict[str, str]  # small files we write: name -> text
-    copies: list[Path]  # small files of the checkpoint: tokenizer
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(shard.num_bytes for shard in self.shards)
-
-
 def convert(settings: ConvertSettings) -> Path:
     """Write the export and return its folder. An export of the same checkpoint with the same options is left alone.
 
-    Peak memory is a few chunks of 8 MiB at every size of model; only `verify` needs the whole model. Each storage
+    Peak memory is a few chunks of 16 MiB at every size of model; only `verify` needs the whole model. Each storage
     that is read is proved against the checksum in its file; all files are compared with the manifest by size, and
     with `verify` by digest. Raises UserError for an unfinished or damaged checkpoint, one that does not fit its
     config.json, an `output_dir` that holds something else, and a disk that is too full.
@@ -58,26 +46,8 @@ def convert(settings: ConvertSettings) -> Path:
             _verify(final, source, dtype)
         return final
     facts = {**source.facts, "checkpoint": str(source.path), **options}
-    plan = _plan(source, facts, max_shard_bytes)
-    if settings.dry_run:
-        _describe(plan, final)
-        return final
-    _check_disk(final, plan.weight_bytes + _SPARE_BYTES)
-    staging = commit.begin(final)
-    try:
-        files = _write(plan, staging, f"writing {final.name}")
-        if settings.verify:
-            _verify(staging, source, dtype)
-        _put_in_place(staging, final, facts, files)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{final.parent}: the disk filled up while writing; nothing was left behind"
-        ) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    terminal.say(f"exported {source.path} to {final} ({_size(plan.weight_bytes)}, {_DTYPES[dtype]})")
+    with ThreadPoolExecutor(1) as background:
+        _stream(settings, source, final, facts, background)
     return final
 
 
@@ -90,54 +60,107 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _plan(source: Source, facts: dict[str, Any], max_shard_bytes: int) -> _Plan:
+def _stream(
+    settings: ConvertSettings,
+    source: Source,
+    final: Path,
+    facts: dict[str, Any],
+    background: ThreadPoolExecutor,
+) -> None:
+    """Plan, write, verify, commit.
+
+    The checkpoint alone says what is to be written. Whether the model class agrees is asked in the background, since
+    importing transformers takes longer than writing a small model; its answer is awaited before the commit.
+    """
     import torch
 
     from trainer.export import architecture, safetensors_writer, zero_files
 
-    stored = zero_files.read(
-        source.path, source.facts["zero_stage"], source.facts["world_size"], source.facts["dtype"]
-    )
-    expected = architecture.read(source.model_folder)
+    stored = zero_files.read(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
+    fit = background.submit(architecture.fit, stored, source.path, source.model_folder)
     dtype_name = _DTYPES[facts["export_dtype"]]
-    tensors = architecture.match(stored, expected, source.path)
-    shards = safetensors_writer.plan(tensors, getattr(torch, dtype_name), max_shard_bytes)
-    facts["num_parameters"] = expected.num_parameters
-    texts = {
-        "config.json": architecture.config_text(source.model_folder, expected.class_name, dtype_name),
-        "generation_config.json": architecture.generation_config_text(source.model_folder, expected),
-        "README.md": model_card.text(facts, sources.base_model(source), expected.class_name, dtype_name),
-    }
-    if len(shards) > 1:
-        texts[safetensors_writer.INDEX_NAME] = safetensors_writer.index_text(shards, expected.num_parameters)
-    copies = [
-        path for path in sorted(source.model_folder.iterdir()) if path.is_file() and path.name not in texts
-    ]
-    return _Plan(shards, texts, copies)
+
+    def plan(tensors: dict[str, StoredTensor]) -> list[Shard]:
+        return safetensors_writer.plan(tensors, getattr(torch, dtype_name), facts["max_shard_bytes"])
+
+    if settings.dry_run:
+        _describe(plan(fit.result()[1]), final)
+        return
+    shards = plan(stored.tensors)
+    _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
+    staging = commit.begin(final)
+    try:
+        files = _write_weights(shards, staging, fit)
+        expected, tensors = fit.result()
+        if tensors != stored.tensors:  # the class saves tied weights under another name, or twice
+            for shard in shards:
+                (staging / shard.name).unlink()
+            shards = plan(tensors)
+            _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
+            files = _write_weights(shards, staging, fit)
+        facts["num_parameters"] = expected.num_parameters
+        texts = {
+            "config.json": architecture.config_text(source.model_folder, expected.class_name, dtype_name),
+            "generation_config.json": architecture.generation_config_text(source.model_folder, expected),
+            "README.md": model_card.text(facts, sources.base_model(source), expected.class_name, dtype_name),
+        }
+        if len(shards) > 1:
+            texts[safetensors_writer.INDEX_NAME] = safetensors_writer.index_text(
+                shards, expected.num_parameters
+            )
+        files |= _write_small_files(texts, source.model_folder, staging)
+        if settings.verify:
+            _verify(staging, source, facts["export_dtype"])
+        _put_in_place(staging, final, facts, files)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{final.parent}: the disk filled up while writing; nothing was left behind"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    terminal.say(f"exported {source.path} to {final} ({_size(_weight_bytes(shards))}, {dtype_name})")
 
 
-def _write(plan: _Plan, staging: Path, label: str) -> dict[str, dict[str, Any]]:
-    """Write all files; returns what the manifest says of each."""
+def _write_weights(shards: list[Shard], staging: Path, fit: Future[Any]) -> dict[str, dict[str, Any]]:
+    """Write the safetensors files, as long as the model class has not refused; returns what the manifest says."""
     from trainer.export import safetensors_writer
     from trainer.export.checked_reader import CheckedReader
 
-    for name, content in plan.texts.items():
-        (staging / name).write_text(content, encoding="utf-8")
-    for path in plan.copies:
-        shutil.copyfile(path, staging / path.name)
-    files = commit.digest_files(staging)
-    done = 0
-    with terminal.progress(f"{label} (MB)", plan.weight_bytes // _MEGABYTE) as bar, CheckedReader() as reader:
+    files, done = {}, 0
+    with (
+        terminal.progress("MB written", _weight_bytes(shards) // _MEGABYTE) as bar,
+        CheckedReader() as reader,
+    ):
 
         def advance(num_bytes: int) -> None:
             nonlocal done
             done += num_bytes
             bar.update(done // _MEGABYTE)
+            if fit.done():
+                fit.result()
 
-        for shard in plan.shards:
+        for shard in shards:
             files[shard.name] = safetensors_writer.write(shard, staging / shard.name, reader, advance)
         reader.finish()
     return files
+
+
+def _write_small_files(texts: dict[str, str], model_folder: Path, staging: Path) -> dict[str, dict[str, Any]]:
+    """Write `texts` by name and copy what else lies in the checkpoint's model folder: the tokenizer."""
+    for path in sorted(model_folder.iterdir()):
+        if (
+            path.is_file()
+            and not path.name.startswith("model")
+            and path.suffix not in (".bin", ".pt", ".safetensors")
+        ):
+            shutil.copyfile(path, staging / path.name)
+    for name, content in texts.items():
+        (staging / name).write_text(content, encoding="utf-8")
+    return commit.digest_files(
+        staging, [path.name for path in staging.iterdir() if path.suffix != ".safetensors"]
+    )
 
 
 def _put_in_place(
@@ -167,17 +190,11 @@ def _verify(export: Path, source: Source, dtype: str) -> None:
     )
 
 
-def _describe(plan: _Plan, final: Path) -> None:
-    for path in plan.copies:
-        terminal.say(f"{_size(path.stat().st_size):>10}  {path.name}")
-    for name, content in plan.texts.items():
-        terminal.say(f"{_size(len(content.encode())):>10}  {name}")
-    for shard in plan.shards:
+def _describe(shards: list[Shard], final: Path) -> None:
+    for shard in shards:
         terminal.say(f"{_size(shard.num_bytes):>10}  {shard.name}, {len(shard.entries)} tensors")
     free = shutil.disk_usage(_existing(final)).free
-    terminal.say(
-        f"would write {_size(plan.weight_bytes)} of weights to {final}; {_size(free)} are free there"
-    )
+    terminal.say(f"would write {_size(_weight_bytes(shards))} to {final}; {_size(free)} are free there")
 
 
 def _check_disk(final: Path, needed: int) -> None:
@@ -192,6 +209,10 @@ def _check_disk(final: Path, needed: int) -> None:
 
 def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def _weight_bytes(shards: list[Shard]) -> int:
+    return sum(shard.num_bytes for shard in shards)
 
 
 def _size(num_bytes: int) -> str:

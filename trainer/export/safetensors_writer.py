@@ -105,7 +105,7 @@ def index_text(shards: list[Shard], num_parameters: int) -> str:
 
 
 def write(shard: Shard, path: Path, reader: CheckedReader, advance: Callable[[int], None]) -> dict[str, Any]:
-    """Write one file through two buffers of 8 MiB; returns {"bytes", "sha256"}, the file being on disk by then.
+    """Write one file through two buffers of 16 MiB; returns {"bytes", "sha256"}, the file being on disk by then.
 
     One thread reads and writes, one digests, one pushes finished pages to disk, so that the flush at the end has
     little left to do. `advance` is told of every written byte.

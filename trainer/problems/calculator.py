@@ -21,9 +21,7 @@ MAX_DEPTH = 20
 MAX_DECIMALS = 6
 LIMIT = 10**15  # no word problem is about more; keeps a forced result from flooding the context
 
-_TOKEN = re.compile(
-    r"\s*([0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?:\.[0-9]*)?|[0-9]+\.?[0-9]*|\.[0-9]+|[-+*/()])\s*"
-)
+_TOKEN = re.compile(r"\s*([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+\.?[0-9]*|\.[0-9]+|[-+*/()])\s*")
 _SIGNS = str.maketrans("×÷−", "*/-")
 _ANNOTATION = re.compile(rf"<<([^<>=\n]{{1,{MAX_CHARACTERS}}})=([^<>=\n]{{1,{MAX_CHARACTERS}}})>>")
 

@@ -30,10 +30,10 @@ def read_hub(
         parts = list(loaded.values()) if isinstance(loaded, DatasetDict) else [loaded]
     except Exception as error:  # a dozen unrelated classes of four packages; all are about this one name
         raise UserError(
-            f"cannot load {name} (configuration {configuration}, split {split}, revision {revision}) as a hub data "
-            f"set: {type(error).__name__}: {str(error).strip()}\n"
-            "A local file or folder of that name would have been read instead. Without internet, run this once on "
-            "a machine that has it (with the same HF_HOME, then set HF_HUB_OFFLINE=1), or give a path to the files."
+            f"cannot load {name} (configuration {configuration}, split {split}, revision {revision}) as a hub "
+            f"data set: {type(error).__name__}: {str(error).strip()}\n"
+            "A local file or folder of that name would have been read instead. Without internet, run this once "
+            "on a machine that has it (same HF_HOME, then set HF_HUB_OFFLINE=1), or give a path to the files."
         ) from error
     return _rows(parts)
 

@@ -17,7 +17,7 @@ REASONS = {
     "not_utf8": "the bytes are not UTF-8, or a text holds half of a surrogate pair",
     "not_json": "the record is not JSON",
     "not_an_object": "the record is JSON, but not an object",
-    "too_long": "the record is longer than any problem",
+    "too_long": "the record is longer than any problem, or its example than max_length tokens",
     "nul_character": "a text holds the character NUL",
     "unknown_key": "the record has a key that the format does not know",
     "wrong_type": "a value has another type than the format says",
@@ -108,7 +108,7 @@ class Reject:
     """A record that was left out, so that nothing is left out in silence.
 
     source: file or hub name. line: the record's first line in it, from 1 (a hub data set: its row, from 1).
-    reason: a key of REASONS. detail: what was found. text: the raw record's first 200 characters.
+    reason: a key of REASONS. detail: what was found. text: the raw record, cut off after 200 characters.
     """
 
     source: str
@@ -119,7 +119,7 @@ class Reject:
 
     def __post_init__(self) -> None:
         assert self.reason in REASONS, self.reason
-        assert len(self.text) <= MAX_REJECT_TEXT, len(self.text)
+        object.__setattr__(self, "text", self.text[:MAX_REJECT_TEXT])
 
 
 def one_line(text: str) -> str:

@@ -109,15 +109,20 @@ def read_problems(
 
 
 def source_digest(data: str, split: str, path: str | None = None, **options: Any) -> str:
-    """What identifies the source's content: SHA-256 of the local file, `hub:<name>@<revision>`, or, for stories,
-    SHA-256 of their first problems (so that a changed generator is another source).
+    """What identifies the source's content: SHA-256 of the local file or of a downloaded folder's parquet
+    files, `hub:<name>@<revision>`, or, for stories, SHA-256 of their first problems (so that a changed generator is
+    another source).
     """
     if data == "stories":
         first = itertools.islice(read_problems(data, split, path, **options), 64)
         return hashlib.sha256(repr(list(first)).encode()).hexdigest()
     source, _ = _open(data, _DATA_SETS[data], split, path, options.get("revision"))
-    file = Path(source)
-    return file_digest(file) if file.is_file() else f"hub:{source}@{options.get('revision')}"
+    local = Path(source).expanduser()
+    if local.is_dir():
+        files = sorted(local.rglob("*.parquet"))
+        listing = "".join(f"{file.relative_to(local).as_posix()} {file_digest(file)}\n" for file in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+    return file_digest(local) if local.is_file() else f"hub:{source}@{options.get('revision')}"
 
 
 def _problems(

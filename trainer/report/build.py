@@ -9,6 +9,7 @@ from trainer import commit
 from trainer.errors import UserError
 from trainer.report import plots, tables
 from trainer.report.comparisons import compare
+from trainer.report.format import clean
 from trainer.report.headline import headline
 from trainer.report.html import FigureOnPage, page
 from trainer.report.render import figure_files, inline_panels
@@ -34,7 +35,7 @@ def build_report(study_dirs: Sequence[str | Path], output_dir: str | Path = "", 
     headlines = [headline(panel) for panel in panels]
     comparisons = compare(panels)
     styles = method_styles(run.method for run in runs)
-    title = title or ", ".join(dict.fromkeys(run.study for run in runs))
+    title = clean(title) or ", ".join(dict.fromkeys(run.study for run in runs))
     figures = [
         plots.accuracy_vs_parameters(panels, styles),
         plots.accuracy_by_num_steps(panels, styles),

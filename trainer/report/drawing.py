@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from trainer.report.format import shorten
 from trainer.report.metrics import Floats
 from trainer.report.style import INK, MUTED, PAPER, MethodStyle
 from trainer.report.summary import Estimate
 
+_TITLE_LENGTH = 46  # characters that fit above a panel
+_NAME_LENGTH = 22  # characters beside one
 _LABEL_GAP = 0.075  # of the axes' height, between two lines of text
 
 
@@ -38,27 +41,35 @@ def draw_points(
         edgecolors=PAPER,
         linewidths=0.6,
         zorder=3,
+        clip_on=False,  # a dot at 0 % stands on the axis
     )
 
 
 def headings(axes: Axes, title: str, quantity: str) -> None:
     """The panel's title and, below it instead of turned at the side, what the vertical axis measures."""
-    at: dict[str, Any] = {
-        "xy": (0, 1),
-        "xycoords": "axes fraction",
-        "textcoords": "offset points",
-        "annotation_clip": False,
-    }
-    axes.annotate(title, xytext=(0, 19), fontsize=9, fontweight="bold", color=INK, **at)
-    axes.annotate(quantity, xytext=(0, 8), fontsize=7.5, color=MUTED, **at)
+    at: dict[str, Any] = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
+    # The layout keeps the title's height free; by its width, a long one would squeeze the axes to nothing.
+    axes.annotate(" ", xytext=(0, 19), fontsize=9, annotation_clip=False, **at)
+    text = axes.annotate(
+        shorten(title, _TITLE_LENGTH),
+        xytext=(0, 19),
+        fontsize=9,
+        fontweight="bold",
+        color=INK,
+        annotation_clip=False,
+        **at,
+    )
+    text.set_in_layout(False)
+    axes.annotate(quantity, xytext=(0, 8), fontsize=7.5, color=MUTED, annotation_clip=False, **at)
 
 
 def percent_axis(axes: Axes, highest: float) -> None:
-    """From 0 to a little above the highest value, in percent."""
-    top = min(1.0, max(0.05, 1.06 * highest))
+    """From 0 to a little above the highest value, or to 100 % if it is close, in percent."""
+    top = max(0.05, 1.06 * highest)
+    top = 1.0 if top > 0.92 else top
     axes.set_ylim(0, top)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None, symbol=" %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
 
 
 def label_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -71,7 +82,7 @@ def label_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     wanted = [axes.transLimits.transform(axes.transScale.transform((1.0, value)))[1] for value, _, _ in ends]
     for height, (_, text, color) in zip(spread([float(h) for h in wanted], _LABEL_GAP), ends, strict=True):
         axes.annotate(
-            text,
+            shorten(text, _NAME_LENGTH),
             xy=(1, height),
             xycoords="axes fraction",
             xytext=(5, 0),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.report.format import clean
 from trainer.report.statistics import wilson_interval
 from trainer.run_directory import EvaluationDirectory
 
@@ -65,8 +66,9 @@ class Evaluation:
     @property
     def problems(self) -> str:
         """What it was evaluated on, in words: a study may call a set of its own data by another name."""
-        stem = self.directory.path.name.removesuffix(f"-{self.mode}")
-        own_name = stem not in (self.directory.path.name, f"{self.data}-{self.split}")
+        name = clean(self.directory.path.name)
+        stem = name.removesuffix(f"-{self.mode}")
+        own_name = stem not in (name, f"{self.data}-{self.split}")
         return stem if own_name else f"{self.data} {self.split}"
 
     @property
@@ -115,7 +117,9 @@ def load_evaluation(directory: EvaluationDirectory, run: str, study: str) -> Eva
             )
     if not accuracy["strict"].n:
         raise UserError(f"{path}: no problem was evaluated; evaluate again on shards that hold some")
-    texts = {name: field(name, str) for name in ("data", "split", "mode", "model_name", "train_data")}
+    texts: dict[str, Any] = {
+        name: clean(field(name, str)) for name in ("data", "split", "mode", "model_name", "train_data")
+    }
     counts = ("seed", "num_parameters", "unfinished", "generated_tokens")
     numbers = {name: field(name, int) for name in counts}
     warnings = record.get("warnings")
@@ -123,10 +127,10 @@ def load_evaluation(directory: EvaluationDirectory, run: str, study: str) -> Eva
         directory=directory,
         run=run,
         study=study,
-        method=field("method", str) or texts["mode"],  # "": a model of unknown making
+        method=clean(field("method", str)) or texts["mode"],  # "": a model of unknown making
         train_seed=None if record.get("train_seed") is None else field("train_seed", int),
         stopped_at=whole(record.get("step"), 0) if record.get("finished") is False else None,
-        warnings=tuple(map(str, warnings)) if isinstance(warnings, list) else (),
+        warnings=tuple(clean(str(warning)) for warning in warnings) if isinstance(warnings, list) else (),
         calculator=field("calculator", bool),
         temperature=field("temperature", float),
         seconds=field("seconds", float),

@@ -43,3 +43,15 @@ def seconds(value: float | None) -> str:
     whole = round(value)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut the middle out of a text of more than `limit` characters: its beginning and its end tell names apart."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}…{text[-((limit - 1) // 2) :]}"
+
+
+def clean(text: str) -> str:
+    """Replace what cannot stand in a page or an SVG: control characters, line ends, undecodable bytes of a path."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)

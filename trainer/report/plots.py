@@ -23,7 +23,7 @@ from trainer.report.drawing import (
     spread,
     thin,
 )
-from trainer.report.format import count
+from trainer.report.format import count, shorten
 from trainer.report.results import Run
 from trainer.report.style import INK, MUTED, PAPER, MethodStyle
 from trainer.report.summary import Cell, Estimate, Panel, estimate, method_rank
@@ -32,7 +32,7 @@ Styles = dict[str, MethodStyle]
 Rows = dict[tuple[int, str], dict[str, list[Run]]]  # (num_parameters, model) -> method -> runs
 _PANEL_SIZE = (3.7, 2.75)  # inches
 _NUM_RAW_BINS = 250  # a long loss curve is thinned to so many bins, each with its smallest and largest loss
-_LOG_RATIO = 8  # losses that span more than this are shown on a log axis
+_LOG_RATIO = 8  # losses and speeds that span more than this are shown on a log axis
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,9 @@ def _draw_throughput(rows: Rows, styles: Styles, axes: Axes) -> None:
     speeds = []
     for (_, model), methods in sorted(rows.items()):
         text: dict[str, Any] = {"color": INK, "fontweight": "bold", "ha": "right", "va": "center"}
-        axes.annotate(model, (0, place), (-4, 0), ("axes fraction", "data"), "offset points", **text)
+        axes.annotate(
+            shorten(model, 30), (0, place), (-4, 0), ("axes fraction", "data"), "offset points", **text
+        )
         place += 1
         for method in sorted(methods, key=method_rank):
             style = styles[method]
@@ -242,16 +244,22 @@ def _draw_throughput(rows: Rows, styles: Styles, axes: Axes) -> None:
                 linewidths=0.6,
             )
             ticks.append((place, method))
-            speeds += [q[2] for q in found]
+            speeds += [speed for q in found for speed in q]
             place += 1
         place += 0.4
     axes.set_ylim(place - 0.9, -0.6)
-    axes.set_xlim(0, 1.08 * max(speeds) or 1.0)
+    if min(speeds) > 0 and max(speeds) / min(speeds) > _LOG_RATIO:
+        axes.set_xscale("log")
+        axes.set_xlim(min(speeds) / 1.5, max(speeds) * 1.5)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(speeds) / min(speeds) < 300 else (1,)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(0, 1.08 * max(speeds) or 1.0)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.yaxis.set_major_locator(FixedLocator([where for where, _ in ticks]))
-    axes.set_yticklabels([method for _, method in ticks])
+    axes.set_yticklabels([shorten(method, 30) for _, method in ticks])
     for label, (_, method) in zip(axes.get_yticklabels(), ticks, strict=True):
         label.set_color(styles[method].color)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.grid(True, axis="both")
     axes.set_xlabel("tokens per second", loc="right", color=MUTED)

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.report.format import clean
 from trainer.report.results import Run
-from trainer.settings import TrainSettings
 
 # Of environment.json. Hosts, commands and job numbers stay in the run directories: a report is passed around.
 _ENVIRONMENT = (
     *("versions", "python", "device", "launcher", "world_size", "threads_per_rank", "zero_stage", "dtype"),
     "code_revision",
 )
-# Of settings.yaml: these name the run (the tables have them), say where things are, or change no number.
-_NOT_SHOWN = {
-    *("method", "seed", "model_label", "config_name", "model_name_or_path", "config_overrides"),
-    *("output_dir", "train_shards", "eval_shards", "resume_from_checkpoint", "overwrite_output_dir"),
-    *("report_to", "wandb_project", "timeout_seconds", "save_steps", "save_total_limit"),
-}
+# Of settings.yaml: what decides the numbers and is not in the run's name. What is off or empty is not shown.
+_SETTINGS = (
+    *(
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "pack_length",
+        "packing",
+        "learning_rate",
+    ),
+    *(
+        "lr_scheduler_type",
+        "warmup_steps",
+        "warmup_ratio",
+        "weight_decay",
+        "max_grad_norm",
+        "num_train_epochs",
+    ),
+    *("max_steps", "bf16", "learn_calculator_results", "gradient_checkpointing", "deepspeed"),
+)
 
 
 def shared_facts(runs: Sequence[Run]) -> dict[str, str]:
-    """What all started runs have in common: settings that are not at their default, versions and machine."""
+    """What all started runs have in common: settings, versions and machine."""
     facts = [_facts(run) for run in runs if run.settings or run.environment]
     first = facts[0] if facts else {}
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in facts)}
@@ -41,29 +53,24 @@ def remarks(runs: Sequence[Run]) -> list[tuple[str, str]]:
     for run in runs:
         metrics = run.metrics
         counted = (
-            (
-                metrics.broken_lines,
-                "unreadable line(s) in the training log, left out (cut by a kill while writing)",
-            ),
-            (
-                metrics.undone_steps,
-                "step(s) undone and trained again after a resume; the last line of each counts",
-            ),
-            (metrics.non_finite_losses, "step(s) without a finite loss"),
+            (metrics.broken_lines, "unreadable lines in the training log, cut by a kill and left out"),
+            (metrics.undone_steps, "steps undone and trained again after a resume"),
+            (metrics.non_finite_losses, "steps without a finite loss"),
         )
-        found += [(run.name, f"{number} {text}") for number, text in counted if number]
+        found += [(run.name, f"{text}: {number}") for number, text in counted if number]
         for evaluation in run.evaluations:
-            found += [(f"{run.name}, {evaluation.directory.path.name}", text) for text in evaluation.warnings]
+            found += [
+                (f"{run.name}, {clean(evaluation.directory.path.name)}", text) for text in evaluation.warnings
+            ]
     return found
 
 
 def _facts(run: Run) -> dict[str, str]:
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
-    settings = {
-        name: value
-        for name, value in run.settings.items()
-        if name not in _NOT_SHOWN and value != defaults.get(name)
-    }
+    settings = {name: run.settings[name] for name in _SETTINGS if run.settings.get(name)}
+    if "max_steps" in settings:
+        settings.pop("num_train_epochs", None)  # max_steps wins
+    if "deepspeed" in settings:  # the file; its version is called the same
+        settings["DeepSpeed config"] = settings.pop("deepspeed")
     environment = {name: run.environment[name] for name in _ENVIRONMENT if name in run.environment}
     return _flatten(settings) | _flatten(environment)
 
@@ -74,6 +81,8 @@ def _flatten(record: dict[str, Any]) -> dict[str, str]:
     for name, value in record.items():
         if isinstance(value, dict):
             facts |= _flatten(value)
+        elif isinstance(value, bool):
+            facts[clean(str(name))] = "yes" if value else "no"
         elif isinstance(value, (str, int, float)) and str(value):
-            facts[str(name)] = str(value)
+            facts[clean(str(name))] = clean(str(value))
     return facts

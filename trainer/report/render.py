@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
+import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from trainer.report.plots import Figure, PanelPlot
-from trainer.report.style import NEUTRALS, RC, MethodStyle
+from trainer.report.style import NEUTRALS, PAPER, RC, MethodStyle
 
 _MAX_COLUMNS = 3
 _DPI = 200
@@ -28,7 +31,7 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 def figure_files(figure: Figure) -> dict[str, bytes]:
     """{file name: content}: all panels in one grid, as SVG and PNG."""
     columns = min(_MAX_COLUMNS, len(figure.panels))
-    with matplotlib.rc_context(RC):
+    with _matplotlib(PAPER):
         canvas = _draw(figure.panels, columns)
         svg, png = io.BytesIO(), io.BytesIO()
         # No date and no version: two builds of the same study are the same bytes.
@@ -41,7 +44,7 @@ def figure_files(figure: Figure) -> dict[str, bytes]:
 def inline_panels(figure: Figure, styles: dict[str, MethodStyle]) -> list[str]:
     """Each panel as an SVG element for the page: its colours are CSS variables, its ids are its own."""
     panels = []
-    with matplotlib.rc_context({**RC, "figure.facecolor": "none", "savefig.facecolor": "none"}):
+    with _matplotlib("none"):
         for index, panel in enumerate(figure.panels):
             svg = io.StringIO()
             FigureCanvasSVG(_draw([panel], 1)).print_svg(svg, metadata={"Date": None, "Creator": None})
@@ -52,10 +55,21 @@ def inline_panels(figure: Figure, styles: dict[str, MethodStyle]) -> list[str]:
 def _draw(panels: Sequence[PanelPlot], columns: int) -> Canvas:
     rows = math.ceil(len(panels) / columns)
     width, height = max(panel.size[0] for panel in panels), max(panel.size[1] for panel in panels)
-    canvas = Canvas(figsize=(width * columns, height * rows), layout="constrained")
+    canvas = Canvas(
+        figsize=(width * columns, height * rows), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06)
+    )
     for index, panel in enumerate(panels):
         panel.draw(canvas.add_subplot(rows, columns, index + 1))
     return canvas
+
+
+@contextlib.contextmanager
+def _matplotlib(background: str) -> Iterator[None]:
+    """Our settings, and no warning about names in scripts that the font lacks: the page's own fonts have them."""
+    settings = {**RC, "figure.facecolor": background, "savefig.facecolor": background}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def _for_page(svg: str, prefix: str, description: str, styles: dict[str, MethodStyle]) -> str:

@@ -14,6 +14,7 @@ import yaml
 from trainer import commit
 from trainer.errors import UserError
 from trainer.report.evaluations import Evaluation, load_evaluation, parts_of_name, read_json, whole
+from trainer.report.format import clean
 from trainer.report.metrics import Metrics, read_metrics
 from trainer.run_directory import RunDirectory, StudyDirectory
 
@@ -23,6 +24,7 @@ class Run:
     """One run directory. Facts that nobody wrote down are "" or None."""
 
     directory: RunDirectory
+    name: str
     study: str
     data: str
     method: str
@@ -36,10 +38,6 @@ class Run:
     settings: dict[str, Any]
     settings_digest: str
     unfinished: str  # "" or what is missing
-
-    @property
-    def name(self) -> str:
-        return self.directory.name
 
 
 def load_runs(directories: list[Path]) -> list[Run]:
@@ -93,24 +91,28 @@ def _name_models(runs: list[Run]) -> list[Run]:
 
 
 def _load_run(directory: RunDirectory, planned: set[str]) -> Run:
-    study = directory.path.resolve().parent.name
+    name, study = clean(directory.name), clean(directory.path.resolve().parent.name)
     settings = _read_settings(directory.settings)
     environment = read_json(directory.environment) if directory.environment.is_file() else {}
     facts = environment | _facts(directory)
-    data, method, model_name, seed = parts_of_name(directory.name)
-    names = sorted({name for name in directory.evaluation_names() if not name.startswith(".")} | planned)
-    there = [name for name in names if directory.evaluation(name).results.is_file()]
-    evaluations = [load_evaluation(directory.evaluation(name), directory.name, study) for name in there]
+    data, method, model_name, seed = parts_of_name(name)
+    parts = {part for part in directory.evaluation_names() if not part.startswith(".")} | planned
+    there = [part for part in sorted(parts) if directory.evaluation(part).results.is_file()]
+    evaluations = [load_evaluation(directory.evaluation(part), name, study) for part in there]
     first = evaluations[0] if evaluations else None
+
+    def said(fact: str, otherwise: Any) -> str:
+        return clean(str(facts.get(fact) or otherwise))
+
     run = Run(
         directory=directory,
+        name=name,
         study=study,
-        data=data or str(facts.get("data") or (first.train_data if first else "")),
-        method=(first.method if first else "")
-        or str(facts.get("method") or settings.get("method") or method),
+        data=clean(data or str(facts.get("data") or (first.train_data if first else ""))),
+        method=first.method if first else said("method", settings.get("method") or method),
         model_name=first.model_name
         if first
-        else str(facts.get("model_name") or settings.get("model_label") or model_name or directory.name),
+        else said("model_name", settings.get("model_label") or model_name or name),
         seed=whole(first and first.train_seed, facts.get("seed"), settings.get("seed"), seed),
         num_parameters=first.num_parameters if first else whole(facts.get("num_parameters")),
         max_steps=whole(settings.get("max_steps")) or None,
@@ -122,9 +124,7 @@ def _load_run(directory: RunDirectory, planned: set[str]) -> Run:
         unfinished="",
     )
     _refuse_mixed_evaluations(run, settings)
-    return replace(
-        run, unfinished=_what_is_missing(run, facts, [name for name in names if name not in there])
-    )
+    return replace(run, unfinished=clean(_what_is_missing(run, facts, sorted(parts - set(there)))))
 
 
 def _facts(directory: RunDirectory) -> dict[str, Any]:

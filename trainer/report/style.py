@@ -66,8 +66,6 @@ RC: dict[Any, Any] = {
     "axes.unicode_minus": False,
     "grid.color": GRID,
     "grid.linewidth": 0.7,
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelsize": 7.5,

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from trainer.report.evaluations import Evaluation, Score
+from trainer.report.format import clean
 from trainer.report.results import Run
 from trainer.report.statistics import mean_and_standard_error, wilson_interval
 
@@ -104,7 +105,9 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     )
     for evaluation in evaluations:
         title = titles[evaluation.directory.path]
-        name = evaluation.directory.path.name if same[title, evaluation.run, evaluation.seed] > 1 else ""
+        name = (
+            clean(evaluation.directory.path.name) if same[title, evaluation.run, evaluation.seed] > 1 else ""
+        )
         cell = (evaluation.num_parameters, evaluation.model_name, evaluation.method)
         grouped[(*title, name)][cell].append(evaluation)
     result = []

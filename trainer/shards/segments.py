@@ -46,7 +46,10 @@ def tokenise(
 ) -> list[Segment]:
     """Segments of a problem: `prefix` (see `prefix_tokens`) opens the first, EOS closes the last."""
     pieces = texts(problem, with_facts)
-    encoded = tokenizer([text for _, text in pieces], add_special_tokens=False)["input_ids"]
+    # A text that spells "<|endoftext|>" is text: it must not end the sequence.
+    encoded = tokenizer(
+        [text for _, text in pieces], add_special_tokens=False, split_special_tokens=True
+    )["input_ids"]
     segments = [Segment(role, list(tokens)) for (role, _), tokens in zip(pieces, encoded, strict=True)]
     segments[0].tokens[:0] = prefix
     segments[-1].tokens.append(tokenizer.eos_token_id)

@@ -63,6 +63,8 @@ def run(study: Study, tools: Path, keep_going: bool = False) -> int:
                 broken.add(_gives(stage))
         if failures:
             raise UserError(f"{len(failures)} of {len(todo)} stages failed: {'; '.join(failures)}")
+        for headline in state.headlines(study.directory):
+            terminal.say(headline)
         terminal.say(f"report: {study.directory.report / 'index.html'}")
     return 0
 
@@ -101,7 +103,7 @@ def _do(
             f"{stage.label} ended without an error, but is not finished (was it told to stop?); run the same command "
             f"to go on; log: {stage.log}\n{_tail(stage.log, log_start)}"
         )
-    terminal.say(f"{place} {stage.label}: {_result(stage)} in {terminal.duration(time.monotonic() - start)}")
+    terminal.say(f"{place} {stage.label}: {_result(stage)} ({terminal.duration(time.monotonic() - start)})")
     return ""
 
 
@@ -122,9 +124,10 @@ def _watch(
                 return None
             if time.monotonic() - shown >= _SHOW_EVERY_SECONDS:
                 shown = time.monotonic()
-                progress = look()
-                bar.update(progress.done, progress.note)
                 beat()
+                progress = look()
+                if progress != first:  # while a stage is starting, there is nothing to tell
+                    bar.update(progress.done, progress.note)
             time.sleep(_LOOK_EVERY_SECONDS)
     return child.returncode
 
@@ -145,7 +148,7 @@ def _result(stage: Stage) -> str:
     if stage.kind == "evaluate":
         return state.accuracy(stage.settings)
     if stage.kind == "report":
-        return state.headline(stage.settings)
+        return "done"
     manifest = commit.read_manifest(Path(stage.settings.output_dir))
     if stage.kind == "prepare":
         return f"{manifest['facts']['num_problems']} problems"

@@ -12,7 +12,7 @@ from typing import Any
 from trainer import commit
 from trainer.errors import UserError
 from trainer.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory
-from trainer.settings import EvaluateSettings, PlotSettings, PrepareSettings, TrainSettings
+from trainer.settings import EvaluateSettings, PrepareSettings, TrainSettings
 from trainer.study.stages import Stage
 
 _TAIL_BYTES = 64 << 10
@@ -117,11 +117,11 @@ def accuracy(settings: EvaluateSettings) -> str:
         raise UserError(f"{path} is damaged ({error}); delete the folder and evaluate again") from None
 
 
-def headline(settings: PlotSettings) -> str:
-    """The finding, in the report's words. Raises UserError if the report's results cannot be read."""
-    path = StudyDirectory(Path(settings.runs[0])).report / "results.json"
+def headlines(study: StudyDirectory) -> list[str]:
+    """The findings, in the report's words, one for each set of problems. Raises UserError if they cannot be read."""
+    path = study.report / "results.json"
     try:
-        return " ".join(json.loads(path.read_text(encoding="utf-8"))["headlines"]) or "no evaluation yet"
+        return [str(line) for line in json.loads(path.read_text(encoding="utf-8"))["headlines"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete the folder and make the report again") from None
 

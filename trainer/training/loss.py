@@ -58,21 +58,26 @@ def lay_out(batch: MicroBatch, packing: bool, device: torch.device) -> Packed | 
 def token_losses(model: torch.nn.Module, batch: Packed | Padded) -> torch.Tensor:
     """Forward pass; the sum of the losses of the learned tokens, in nats, fp32, with its graph."""
     if isinstance(batch, Packed):
-        logits = model(
-            input_ids=batch.tokens,
-            position_ids=batch.positions,
-            attention_mask=None,
-            use_cache=False,
-            cu_seq_lens_q=batch.bounds,
-            max_length_q=max(batch.lengths),
-            lengths=batch.lengths,
-            logits_to_keep=batch.predicting,
-        ).logits[0]
+        logits = packed_logits(model, batch)
         return cross_entropy(logits.float(), batch.labels, ignore_index=IGNORED, reduction="sum")
     logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
     return cross_entropy(
         logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
+
+
+def packed_logits(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
+    """Forward pass of a pack, the head at the predicting positions only: logits [L, vocabulary]."""
+    return model(
+        input_ids=batch.tokens,
+        position_ids=batch.positions,
+        attention_mask=None,
+        use_cache=False,
+        cu_seq_lens_q=batch.bounds,
+        max_length_q=max(batch.lengths),
+        lengths=batch.lengths,
+        logits_to_keep=batch.predicting,
+    ).logits[0]
 
 
 def _pack(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.device) -> Packed:

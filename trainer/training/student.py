@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -83,7 +85,7 @@ def enrol(settings: TrainSettings, world: World, run: RunDirectory) -> Student |
         return None
     if distributed.is_main_process():
         _write_run_files(settings, run, resolved, facts, config, tokenizer)
-    engine = _engine(settings, run, config, resolved, fresh=start is None)
+    engine = _engine(settings, run, config, resolved)
     first_step = 0
     if start is not None:
         checkpoint.load(engine, start)
@@ -187,22 +189,17 @@ def _refuse_another_run(
         )
 
 
-def _engine(
-    settings: TrainSettings, run: RunDirectory, config: Any, resolved: dict[str, Any], fresh: bool
-) -> Any:
+def _engine(settings: TrainSettings, run: RunDirectory, config: Any, resolved: dict[str, Any]) -> Any:
     """Weights as of the seed or the pretrained folder, the same in every ZeRO stage, in a DeepSpeed engine."""
     import deepspeed
 
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
-    keep_alive = _tell_transformers(resolved)
-    attention = packed_attention.register() if settings.packing else "sdpa"
     dtype = "bf16" if settings.bf16 else "fp32"
-    if settings.model_name_or_path:
-        model = load.load_model(settings.model_name_or_path, dtype, attention, config=config)
-    else:
-        with _random_weights(config, settings.seed, run) as folder:
-            model = load.load_model(folder, dtype, attention, config=config)
-            distributed.barrier()  # the folder is removed after everybody has read it
+    attention = packed_attention.register() if settings.packing else "sdpa"
+    with _weights(settings, config, run) as weights:
+        with _into_shards(resolved):
+            model = load.load_model(weights, dtype, attention, config=config)
+        distributed.barrier()  # a temporary folder is removed after everybody has read it
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not hasattr(torch.serialization, "safe_globals"):
@@ -211,36 +208,45 @@ def _engine(
         model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
     )
     engine.checkpoint_engine = checkpoint.SafeCheckpointEngine()
-    engine.transformers_config = keep_alive
     engine.train()
     return engine
 
 
-def _tell_transformers(resolved: dict[str, Any]) -> Any:
-    """Under ZeRO-3 `from_pretrained` must know, to load into shards; it holds the object weakly, so we keep it."""
-    from transformers.integrations import HfDeepSpeedConfig
+@contextlib.contextmanager
+def _into_shards(resolved: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, inside this block, `from_pretrained` loads into shards: no rank ever holds the whole model.
 
-    return HfDeepSpeedConfig(resolved) if ds_config.stage(resolved) == 3 else None
+    Transformers finds the configuration through a weak reference, hence the variable.
+    """
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    held = HfDeepSpeedConfig(resolved) if ds_config.stage(resolved) == 3 else None
+    try:
+        yield
+    finally:
+        del held
+        unset_hf_deepspeed_config()
 
 
-class _random_weights:
-    """Rank 0 makes the weights in a folder beside the checkpoints; every rank gets its path; it is removed after."""
+@contextlib.contextmanager
+def _weights(settings: TrainSettings, config: Any, run: RunDirectory) -> Iterator[str]:
+    """Where every rank loads its first weights: the pretrained model, or a folder rank 0 fills from the seed.
 
-    def __init__(self, config: Any, seed: int, run: RunDirectory):
-        self._config, self._seed, self._run = config, seed, run
-
-    def __enter__(self) -> Path:
+    The folder must be written before transformers is told of ZeRO-3, which would save empty shards.
+    """
+    if settings.model_name_or_path:
+        yield settings.model_name_or_path
+        return
+    folder = ""
+    if distributed.is_main_process():
+        run.path.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=".initial-", suffix=".tmp", dir=run.path)
+        load.write_random_weights(config, settings.seed, Path(folder))
+    try:
+        yield distributed.broadcast_object(folder)
+    finally:
         if distributed.is_main_process():
-            self._run.path.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=".initial-", suffix=".tmp", dir=self._run.path))
-            load.write_random_weights(self._config, self._seed, self._folder)
-        return Path(
-            distributed.broadcast_object(str(self._folder) if distributed.is_main_process() else None)
-        )
-
-    def __exit__(self, *exception: Any) -> None:
-        if distributed.is_main_process():
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:

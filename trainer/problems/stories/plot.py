@@ -131,7 +131,7 @@ class Story:
     def _has(self, when: str, operator: str, right: int) -> None:
         """The step most events end with: what the hero has at that moment."""
         ask = "How many {units} does {Name} have " + when + "?"
-        self._value = self._calculate(ask, "{Name} has {result} {units}.", self._value, operator, right)
+        self._value = self._calculate(ask, "{He} has {result} {units}.", self._value, operator, right)
 
     # What may happen.
 
@@ -140,7 +140,7 @@ class Story:
             sentence, ask = self._world.opening_in_groups
             k, b = self._integer(2, LARGEST_FACTOR), self._integer(2, LARGEST_GROUP)
             self._tell(sentence, k=k, b=b)
-            self._value = self._calculate(ask, "{Name} starts with {result} {units}.", k, "*", b)
+            self._value = self._calculate(ask, "{He} starts with {result} {units}.", k, "*", b)
         else:
             self._value = self._integer(5, LARGEST_OPENING)
             self._tell(self._choose(self._world.openings), a=self._value)
@@ -204,35 +204,35 @@ class Story:
         is_last = len(self.steps) == self._num_steps - 1 and len(self.steps) >= 1
         if not is_last or self._hero is not self._opening_hero or self._value < self._opening_value + 2:
             raise DeadEnd
-        ask, solve = "How many more {units} does {Name} have than at the start?", "{Name} has {result} more {units}."
+        ask, solve = "How many more {units} does {Name} have than at the start?", "{He} has {result} more {units}."
         self._value = self._calculate(ask, solve, self._value, "-", self._opening_value)
 
     def pack(self) -> None:
         b = self._divisor(LARGEST_GROUP)
         self._tell(self._world.packing, b=b)
         self._become("containers", self._world.containers)
-        ask, solve = "How many {units} does {Name} fill?", "{Name} fills {result} {units}."
+        ask, solve = "How many {units} does {Name} fill?", "{He} fills {result} {units}."
         self._value = self._calculate(ask, solve, self._value, "/", b)
 
     def share(self) -> None:
         k = self._divisor(LARGEST_FACTOR)
         self._name_people(self._friend, self._hero)
         self._tell(worlds.SHARE, k=k)
-        ask, solve = "How many {units} does {Name} get?", "{Name} gets {result} {units}."
+        ask, solve = "How many {units} does {Name} get?", "{He} gets {result} {units}."
         self._value = self._calculate(ask, solve, self._value, "/", k)
 
     def sell(self) -> None:
         b = self._integer(2, min(LARGEST_FACTOR, LARGEST // self._value))
         self._tell(worlds.SELL, b=b)
         self._become("money", "dollars")
-        ask, solve = "How many {units} does {Name} earn at the market?", "{Name} earns {result} {units}."
+        ask, solve = "How many {units} does {Name} earn at the market?", "{He} earns {result} {units}."
         self._value = self._calculate(ask, solve, self._value, "*", b)
 
     def buy(self) -> None:
         b = self._divisor(LARGEST_GROUP)
         self._become("goods", self._choose(worlds.GOODS))
         self._tell(worlds.BUY, b=b)
-        ask, solve = "How many {units} does {Name} buy?", "{Name} buys {result} {units}."
+        ask, solve = "How many {units} does {Name} buy?", "{He} buys {result} {units}."
         self._value = self._calculate(ask, solve, self._value, "/", b)
 
     def _of_kind(self, items: Sequence[Phrase], others: dict[str, tuple[Phrase, ...]]) -> Sequence[Phrase]:

@@ -312,7 +312,7 @@ MONEY_GROWTH: Phrase = (
 MONEY_GROUPS_IN: Groups = (
     "Then {he} works for {k} days and earns {b} dollars a day.",
     "How many dollars does {Name} earn in these days?",
-    "{Name} earns {result} dollars.",
+    "{He} earns {result} dollars.",
     "after the days of work",
 )
 MONEY_GROUPS_OUT: Groups = (

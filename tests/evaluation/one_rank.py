@@ -1,0 +1,57 @@
+"""One rank of test_launched.py: `evaluate` as the tool calls it, with a fault put in: `one_rank.py FAULT FLAGS...`.
+
+FAULT: "none"; "kill:R:N", rank R is killed in the middle of writing its prediction number N (from 0); "fail:R:N", it
+raises instead; "unwritable:R", rank R cannot make its part file.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainer import distributed, terminal
+from trainer.evaluation import gather
+from trainer.settings import EvaluateSettings
+
+ONE_LINE = b'{"id": "half a li'
+
+
+def put_in(fault: str) -> None:
+    kind, *numbers = fault.split(":")
+    if kind == "none" or distributed.world().rank != int(numbers[0]):
+        return
+    append, written = gather.Part.append, []
+
+    def faulty(part: gather.Part, prediction: dict[str, Any]) -> None:
+        if len(written) == int(numbers[1]):
+            if kind == "fail":
+                raise ZeroDivisionError("a fault of ours")
+            with open(part.path, "ab") as file:
+                file.write(ONE_LINE)
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(part, prediction)
+        written.append(prediction)
+
+    def unwritable(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    setattr(gather.Part, *(("__init__", unwritable) if kind == "unwritable" else ("append", faulty)))
+
+
+def main() -> None:
+    fault, model, shards, output_dir = sys.argv[1:]
+    settings = EvaluateSettings(model_name_or_path=model, shards=shards, output_dir=output_dir, batch_size=2)
+    distributed.initialize(timeout_seconds=60)
+    from trainer.evaluation.evaluate import evaluate
+
+    put_in(fault)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    evaluate(settings)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    terminal.run(main)

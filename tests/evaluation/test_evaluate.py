@@ -1,0 +1,198 @@
+"""The whole evaluation in one process: files, going on after an interruption, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from trainer import commit
+from trainer.errors import UserError
+from trainer.evaluation import gather, task
+from trainer.evaluation.decoding import Decoding
+from trainer.evaluation.evaluate import evaluate, evaluate_model
+from trainer.models.tokenizer import load_tokenizer
+from trainer.report.results import load_runs
+from trainer.run_directory import EvaluationDirectory, RunDirectory
+from trainer.settings import EvaluateSettings
+from trainer.shards.read import Shards
+
+
+def settings(export: Path, shards: Shards, **changes: Any) -> EvaluateSettings:
+    return EvaluateSettings(
+        **{"model_name_or_path": str(export), "shards": str(shards.path), "batch_size": 4, **changes}
+    )
+
+
+def remade(export: Path, folder: Path, **facts: Any) -> Path:
+    """The same student, whose manifest says something else."""
+    old = commit.read_manifest(export)["facts"]
+    with commit.directory(folder / "export", "export", {**old, **facts}) as staging:
+        shutil.copytree(export, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(commit.MANIFEST))
+    return folder / "export"
+
+
+def read(directory: EvaluationDirectory) -> tuple[bytes, dict[str, Any]]:
+    """Predictions as they stand, and the results without what was measured."""
+    results = json.loads(directory.results.read_text())
+    return directory.predictions.read_bytes(), {
+        name: value for name, value in results.items() if name not in ("seconds", "world_size")
+    }
+
+
+def test_results_and_predictions(export: Path, shards: Shards, tmp_path: Path) -> None:
+    student = remade(export, tmp_path / "mine" / "stories.socratic.tiny.s0")
+    results = evaluate(settings(student, shards))
+    run = RunDirectory(student.parent)
+    directory = run.evaluation("stories-test-socratic")
+    assert json.loads(directory.results.read_text()) == results
+    assert results["accuracy"]["strict"]["correct"] == results["num_problems"] == len(shards) == 10
+    assert {
+        "mode": "socratic",
+        "calculator": True,
+        "train_seed": 0,
+        "world_size": 1,
+    }.items() <= results.items()
+    lines = [json.loads(line) for line in directory.predictions.read_text().splitlines()]
+    assert [line["id"] for line in lines] == [shards.problem(index).id for index in range(10)]
+    assert sum(line["generated_tokens"] for line in lines) == results["generated_tokens"]
+    assert not directory.parts.exists()
+
+    without = evaluate(settings(run.path, shards, calculator=False))  # a run directory stands for its export
+    assert (
+        without["accuracy"]["strict"]["correct"] < 10 and "learn_calculator_results" in without["warnings"][0]
+    )
+    assert (run.evaluations / "stories-test-socratic-no_calculator" / "results.json").is_file()
+
+    run.settings.write_text("method: socratic\nseed: 0\n")
+    (loaded,) = load_runs([run.path])  # the report reads them
+    assert {(e.mode, e.calculator, e.model_name) for e in loaded.evaluations} == {
+        ("socratic", True, "tiny"),
+        ("socratic", False, "tiny"),
+    }
+
+
+def test_slots_do_not_matter(export: Path, shards: Shards, tmp_path: Path) -> None:
+    for changes in ({}, {"temperature": 1.0, "top_p": 0.95, "seed": 3}):
+        for slots in (1, 16):
+            where = tmp_path / f"{slots}{len(changes)}"
+            evaluate(settings(export, shards, batch_size=slots, output_dir=str(where), **changes))
+        one, many = (EvaluationDirectory(tmp_path / f"{slots}{len(changes)}") for slots in (1, 16))
+        assert read(one) == read(many)
+
+
+def test_goes_on_after_an_interruption(
+    export: Path,
+    shards: Shards,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    undisturbed, killed = (EvaluationDirectory(tmp_path / name) for name in ("undisturbed", "killed"))
+    evaluate(settings(export, shards, output_dir=str(undisturbed.path)))
+    append = gather.Part.append
+    appended: list[str] = []
+
+    def interrupted(part: gather.Part, prediction: dict[str, Any]) -> None:
+        if len(appended) == 4:
+            raise KeyboardInterrupt
+        append(part, prediction)
+        appended.append(prediction["id"])
+
+    monkeypatch.setattr(gather.Part, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(settings(export, shards, output_dir=str(killed.path)))
+    monkeypatch.setattr(gather.Part, "append", lambda p, x: (append(p, x), appended.append(x["id"])))
+    assert not killed.results.exists() and len(list(killed.parts.iterdir())) == 1
+
+    evaluate(
+        settings(export, shards, output_dir=str(tmp_path / "killed"), seed=1)
+    )  # other settings: from the start
+    assert len(appended) == 14 and len(list(killed.parts.iterdir())) == 1
+    killed.results.unlink()
+    evaluate(settings(export, shards, output_dir=str(killed.path)))
+    assert len(appended) == 20 and sorted(appended[:4] + appended[14:]) == sorted(set(appended))
+    assert "4 of 10 problems were solved before" in capsys.readouterr().out
+    assert read(killed) == read(undisturbed) and not killed.parts.exists()
+
+
+def test_finished_results_are_kept(
+    export: Path, shards: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = str(tmp_path / "there")
+    first = evaluate(settings(export, shards, output_dir=where))
+    assert evaluate(settings(export, shards, output_dir=where, batch_size=1)) == first
+    assert "already evaluated: strict 100.0 %" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"other settings .max_new_tokens: 256 there, 9 now.*--overwrite"):
+        evaluate(settings(export, shards, output_dir=where, max_new_tokens=9))
+    cut = evaluate(
+        settings(export, shards, output_dir=where, max_new_tokens=9, overwrite=True, max_problems=7)
+    )
+    assert cut["unfinished"] == cut["num_problems"] == 7 and cut["accuracy"]["strict"]["correct"] == 0
+    (tmp_path / "there" / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="not the result of an evaluation"):
+        evaluate(settings(export, shards, output_dir=where))
+
+
+def test_two_evaluations_of_one_directory_are_noticed(export: Path, shards: Shards, tmp_path: Path) -> None:
+    changed = settings(export, shards, output_dir=str(tmp_path))
+    work = task.plan(changed)
+    identity = task.digest(work.recipe(commit.manifest_digest(export)))
+    before = gather.parts_of
+    with gather.Part(work.directory.parts, identity) as other:
+        # The other process has not solved anything when we look, and the same problem as we in the end.
+        other.append({"id": shards.problem(0).id, "correct_strict": True})
+        other.append({"id": shards.problem(0).id, "correct_strict": True})
+    assert before(work.directory.parts, identity) == [other.path]
+    with pytest.raises(UserError, match=f"'{shards.problem(0).id}' occur more than once"):
+        evaluate(changed)
+    assert not work.directory.results.exists()
+
+
+def test_what_does_not_fit_is_refused(export: Path, shards: Shards, tmp_path: Path) -> None:
+    stopped = remade(export, tmp_path / "stopped", finished=False, step=5)
+    with pytest.raises(UserError, match=r"stopped at step 5 before its end.*--allow_unfinished"):
+        evaluate(settings(stopped, shards))
+    results = evaluate(settings(stopped, shards, allow_unfinished=True, max_problems=1))
+    assert results["finished"] is False and "stopped at step 5" in results["warnings"][0]
+    foreign = remade(export, tmp_path / "foreign", tokenizer_fingerprint="0" * 64)
+    with pytest.raises(UserError, match="not trained with the tokenizer"):
+        evaluate(settings(foreign, shards))
+    flipped = remade(export, tmp_path / "flipped")
+    weights = bytearray((flipped / "model.safetensors").read_bytes())
+    weights[-100] ^= 1
+    (flipped / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"model\.safetensors is corrupt"):
+        evaluate(settings(flipped, shards))
+    with pytest.raises(UserError, match="half of a pair"):
+        evaluate(settings(remade(export, tmp_path / "solver", method="solver"), shards))
+    with pytest.raises(UserError, match="export does not exist"):
+        evaluate(settings(tmp_path / "nothing" / "export", shards))
+    elsewhere = remade(export, tmp_path / "x").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="say where the results go with output_dir"):
+        evaluate(settings(elsewhere, shards))
+
+
+def test_a_plain_model_folder(export: Path, shards: Shards, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(export, folder, ignore=shutil.ignore_patterns(commit.MANIFEST))
+    where = str(tmp_path / "out")
+    with pytest.raises(UserError, match="give mode: answer_only, cot, socratic"):
+        evaluate(settings(folder, shards, output_dir=where))
+    results = evaluate(settings(folder, shards, output_dir=where, mode="cot", dtype="bf16"))
+    assert (results["method"], results["train_seed"], results["model_name"]) == ("", None, "plain")
+    assert results["num_parameters"] == commit.read_manifest(export)["facts"]["num_parameters"]
+    assert results["accuracy"]["strict"]["correct"] >= 8
+    direct = evaluate(settings(folder, shards, output_dir=f"{where}2", mode="answer_only", max_new_tokens=6))
+    assert direct["impose_answer"] and direct["mode"] == "answer_only"
+
+
+def test_a_model_in_training_is_evaluated_in_passing(export: Path, shards: Shards) -> None:
+    model = AutoModelForCausalLM.from_pretrained(export, dtype="float32", attn_implementation="eager").train()
+    summary = evaluate_model(model, load_tokenizer(export), shards, Decoding("socratic"), max_problems=6)
+    assert summary["accuracy"]["strict"]["correct"] == summary["num_problems"] == 6
+    assert model.training and model.config._attn_implementation == "eager"

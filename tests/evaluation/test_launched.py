@@ -1,0 +1,92 @@
+"""Real ranks through the real launch paths: the same files as one process, whoever is killed or fails on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run, run_well
+from tests.evaluation.conftest import mpiexec
+from tests.evaluation.test_evaluate import read, settings
+from trainer.evaluation.evaluate import evaluate
+from trainer.evaluation.gather import read_part
+from trainer.run_directory import EvaluationDirectory
+from trainer.shards.read import Shards
+
+COMMAND = ["-m", "tests.evaluation.one_rank"]
+TWO_HOSTS = {"MPIR_CVAR_NOLOCAL": "1"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    export: Path, shards: Shards, tmp_path_factory: pytest.TempPathFactory
+) -> EvaluationDirectory:
+    """What one process makes of it."""
+    directory = EvaluationDirectory(tmp_path_factory.mktemp("undisturbed") / "evaluation")
+    evaluate(settings(export, shards, output_dir=str(directory.path)))
+    return directory
+
+
+def flags(export: Path, shards: Shards, output_dir: Path) -> list[str]:
+    return [
+        "--model_name_or_path", str(export), "--shards", str(shards.path), "--output_dir", str(output_dir),
+        "--batch_size", "2",
+    ]  # fmt: skip
+
+
+def test_three_ranks_by_environment(
+    export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory
+) -> None:
+    output = run_well(["tools/evaluate.py", *flags(export, shards, tmp_path)], 3)
+    assert "strict 100.0 % (10/10" in output and "3 x 2 slots" in output
+    assert read(EvaluationDirectory(tmp_path)) == read(undisturbed)
+
+
+def test_two_ranks_under_mpi(
+    export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory
+) -> None:
+    pytest.importorskip("mpi4py")
+    status, output = mpiexec(["tools/evaluate.py", *flags(export, shards, tmp_path)], 2)
+    assert status == 0 and output.count("strict 100.0 % (10/10") == 1, output
+    assert read(EvaluationDirectory(tmp_path)) == read(undisturbed)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_costs_time_only(
+    export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory, killed: int
+) -> None:
+    arguments = [*COMMAND, f"kill:{killed}:2", str(export), str(shards.path), str(tmp_path)]
+    outcomes = run(arguments, 2, timeout=100)
+    assert all(outcome.status != 0 for outcome in outcomes), outcomes
+    directory = EvaluationDirectory(tmp_path)
+    parts = {part.name[: len("rank-0")]: list(read_part(part)) for part in directory.parts.iterdir()}
+    assert len(parts[f"rank-{killed}"]) == 2 and not directory.results.exists()
+    evaluate(settings(export, shards, output_dir=str(tmp_path)))
+    assert read(directory) == read(undisturbed)
+
+
+def test_a_killed_rank_under_mpi(
+    export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory
+) -> None:
+    pytest.importorskip("mpi4py")
+    arguments = [*COMMAND, "kill:1:1", str(export), str(shards.path), str(tmp_path)]
+    status, output = mpiexec(arguments, 2, **TWO_HOSTS)
+    assert status != 0, output
+    evaluate(settings(export, shards, output_dir=str(tmp_path)))
+    assert read(EvaluationDirectory(tmp_path)) == read(undisturbed)
+
+
+def test_a_fault_on_one_rank_is_told_by_all(export: Path, shards: Shards, tmp_path: Path) -> None:
+    arguments = [*COMMAND, "fail:1:1", str(export), str(shards.path), str(tmp_path)]
+    outcomes = run(arguments, 2, timeout=100)
+    assert [outcome.status for outcome in outcomes] == [2, 2]
+    assert all("error: rank 1: ZeroDivisionError: a fault of ours" in o.output for o in outcomes), outcomes
+    assert "Traceback" in outcomes[1].output and "Traceback" not in outcomes[0].output
+
+
+def test_a_fault_on_one_rank_under_mpi(export: Path, shards: Shards, tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    arguments = [*COMMAND, "unwritable:1", str(export), str(shards.path), str(tmp_path)]
+    status, output = mpiexec(arguments, 2, **TWO_HOSTS)
+    assert status != 0 and "error: rank 1: OSError: [Errno 28] No space left on device" in output

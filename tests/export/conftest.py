@@ -1,0 +1,108 @@
+"""Checkpoints of real DeepSpeed processes, made once for all tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import commit
+
+WORKER = Path(__file__).with_name("make_checkpoints.py")
+REPOSITORY = WORKER.parent.parent.parent
+TIMEOUT_SECONDS = 900
+
+
+def _case(world_size: int, model: str, stage: int, dtype: str, name: str = "", **more: Any) -> dict[str, Any]:
+    suffix = f"-{name}" if name else ""
+    return {
+        "name": f"{model}-zero{stage}-{dtype}-{world_size}ranks{suffix}",
+        "world_size": world_size, "model": model, "stage": stage, "dtype": dtype, **more,
+    }  # fmt: skip
+
+
+_FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}  # stage 1 in bf16: another optimizer class
+_SMALL_SUB_GROUPS = {"zero_optimization": {"sub_group_size": 500}}
+_ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
+
+CASES = [
+    *(_case(2, "gpt2", stage, dtype) for stage in range(4) for dtype in ("fp32", "bf16")),
+    *(_case(2, "qwen2", stage, dtype) for stage in range(4) for dtype in ("fp32", "bf16")),
+    *(_case(1, "gpt2", stage, dtype) for stage in range(4) for dtype in ("fp32", "bf16")),
+    *(_case(2, "gpt2", stage, "bf16", "frozen", frozen=True, groups=True) for stage in range(4)),
+    _case(2, "gpt2", 1, "fp32", "frozen", frozen=True),
+    _case(2, "gpt2", 3, "fp32", "frozen", frozen=True, groups=True, ds_config=_SMALL_SUB_GROUPS),
+    _case(2, "gpt2", 1, "bf16", "accumulation", groups=True, ds_config=_FP32_ACCUMULATION),
+    _case(2, "qwen2", 2, "fp32", "robin", groups=True, ds_config=_ROUND_ROBIN),
+    _case(2, "gpt2", 1, "fp32", "buffers", buffer=True),
+    _case(2, "gpt2", 3, "bf16", "buffers", buffer=True),
+]
+CONVERTIBLE = [case["name"] for case in CASES if not case.get("buffer")]
+BY_NAME = {case["name"]: case for case in CASES}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a run directory a case: `<name>/checkpoints/step-000002`, `<name>/masters.safetensors`."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    for world_size in (1, 2):
+        cases = folder / f"cases-{world_size}.json"
+        cases.write_text(json.dumps([case for case in CASES if case["world_size"] == world_size]))
+        _train(folder, cases, world_size)
+    return folder
+
+
+def _train(folder: Path, cases: Path, world_size: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    logs = [folder / f"rank-{rank}-of-{world_size}.log" for rank in range(world_size)]
+    processes = []
+    for rank, log in enumerate(logs):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1",
+        }  # fmt: skip
+        with open(log, "w") as output:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(WORKER), str(folder), str(cases)],
+                    env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=REPOSITORY,
+                )  # fmt: skip
+            )
+    try:
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(TIMEOUT_SECONDS) == 0, log.read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def checkpoint_copy(made: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a checkpoint in a run directory of its own, to be damaged; returns the checkpoint directory."""
+
+    def copy(name: str) -> Path:
+        run = tmp_path / "run"
+        shutil.copytree(made / name / "checkpoints" / "step-000002", run / "checkpoints" / "step-000002")
+        return run / "checkpoints" / "step-000002"
+
+    return copy
+
+
+def rewrite_manifest(checkpoint: Path, **facts: Any) -> None:
+    """Give a changed checkpoint a manifest that fits it, as a forger or a careless copy would."""
+    old = commit.read_manifest(checkpoint)
+    (checkpoint / commit.MANIFEST).unlink()
+    staging = checkpoint.rename(checkpoint.with_name("staging"))
+    commit.finish(staging, checkpoint, "checkpoint", old["facts"] | facts, commit.digest_files(staging))

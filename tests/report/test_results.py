@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_study import make_run, make_study, write_evaluation
+
+from trainer import commit
+from trainer.errors import UserError
+from trainer.report.comparisons import compare
+from trainer.report.headline import headline
+from trainer.report.results import load_runs
+from trainer.report.statistics import mcnemar
+from trainer.report.summary import panels
+from trainer.run_directory import RunDirectory, StudyDirectory
+
+
+def _one(folder: Path, **changes: Any) -> RunDirectory:
+    run = make_run(folder, "cot", "stories-2m", 2_013_952, seed=0)
+    write_evaluation(run, "cot", "stories-2m", 2_013_952, 0, 0, **changes)
+    return run
+
+
+def _spoil(run: RunDirectory, change: Callable[[dict[str, Any]], None]) -> Path:
+    path = run.evaluation("stories-test-cot").results
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_a_study_is_read_as_it_was_written(study: StudyDirectory) -> None:
+    runs = {run.name: run for run in load_runs([study.path])}
+    assert len(runs) == 13
+    run = runs["stories.socratic.stories-13m.s1"]
+    assert (run.data, run.method, run.model_name, run.seed) == ("stories", "socratic", "stories-13m", 1)
+    assert run.num_parameters == 13_107_200 and run.max_steps == 240 and run.unfinished == ""
+    assert len(run.metrics.steps) == 240 and run.metrics.total_learned_tokens == 240 * 1400
+    results = json.loads(run.evaluations[0].directory.results.read_text())
+    for rule in ("strict", "flexible"):
+        score, stated = run.evaluations[0].accuracy[rule], results["accuracy"][rule]
+        assert (score.correct, score.n) == (stated["correct"], stated["n"])
+        assert score.interval == pytest.approx((stated["low"], stated["high"]))
+
+
+def test_unfinished_runs_are_kept_with_what_is_missing(study: StudyDirectory) -> None:
+    trained = make_run(study.path, "cot", "stories-2m", 2_013_952, seed=3)
+    shutil.rmtree(trained.export)
+    with commit.directory(trained.checkpoint(240), "checkpoint", {"finished": True, "step": 240}):
+        pass
+    make_run(study.path, "cot", "stories-2m", 2_013_952, seed=4)
+    make_run(study.path, "cot", "stories-2m", 2_013_952, seed=5).evaluation("stories-test-cot").parts.mkdir(
+        parents=True
+    )
+    planned = {
+        name: {"train": {}, "evaluate": {"stories-test-cot": {}}} for name in ("stories.cot.stories-2m.s6",)
+    }
+    study.settings.write_text(json.dumps({"format": 1, "runs": planned}))  # JSON is YAML
+    missing = {run.name: run.unfinished for run in load_runs([study.path]) if run.unfinished}
+    assert missing == {
+        "stories.cot.stories-13m.s2": "training stopped at step 91 of 240, no checkpoint",
+        "stories.cot.stories-2m.s3": "trained, not exported",
+        "stories.cot.stories-2m.s4": "not evaluated",
+        "stories.cot.stories-2m.s5": "evaluation missing: stories-test-cot",
+        "stories.cot.stories-2m.s6": "not started",
+    }
+    unnamed = next(run for run in load_runs([study.path]) if run.name == "stories.cot.stories-13m.s2")
+    assert unnamed.num_parameters == 13_107_200 and unnamed.metrics.broken_lines == 1
+
+
+def test_a_run_whose_export_was_deleted_after_its_evaluation_is_finished(tmp_path: Path) -> None:
+    run = _one(tmp_path / "study")
+    shutil.rmtree(run.export)
+    assert load_runs([run.path])[0].unfinished == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["accuracy"]["strict"].update(correct=301), "correct <= n"),
+        (lambda r: r["accuracy"]["strict"].update(accuracy=0.9), "strict says 0.9 but"),
+        (lambda r: r["accuracy"].pop("flexible"), "accuracy flexible is None"),
+        (lambda r: r.update(num_problems=299), "num_problems is 299"),
+        (lambda r: r["by_num_steps"].pop("2"), "by_num_steps does not add up"),
+        (lambda r: r["by_num_steps"].update(many=r["accuracy"]), "the key 'many'"),
+        (lambda r: r.update(seconds="soon"), "seconds is 'soon', expected float"),
+        (lambda r: r.update(format=2), "format is 2, expected 1"),
+        (lambda r: r.update(method="socratic"), "method is 'socratic' but .*settings.yaml says 'cot'"),
+        (lambda r: r.update(train_seed=1), "train_seed is 1 but .*settings.yaml says 0"),
+    ],
+)
+def test_contradictory_results_are_refused(
+    tmp_path: Path, change: Callable[[dict], None], message: str
+) -> None:
+    path = _spoil(_one(tmp_path / "study"), change)
+    with pytest.raises(UserError, match=message) as error:
+        load_runs([tmp_path / "study"])
+    assert str(path) in str(error.value)
+
+
+def test_unreadable_results_and_wrong_folders_are_refused(tmp_path: Path) -> None:
+    run = _one(tmp_path / "study")
+    run.evaluation("stories-test-cot").results.write_text('{"format": 1, "accu')
+    with pytest.raises(UserError, match=r"results\.json cannot be read"):
+        load_runs([run.path])
+    with pytest.raises(UserError, match="is not a directory"):
+        load_runs([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no runs"):
+        load_runs([tmp_path / "empty"])
+
+
+def test_evaluations_of_one_run_are_of_one_student(tmp_path: Path) -> None:
+    run = _one(tmp_path / "study")
+    write_evaluation(run, "cot", "stories-2m", 2_013_952, 0, 0, data="svamp", num_parameters=7)
+    with pytest.raises(UserError, match="num_parameters is 7 but"):
+        load_runs([run.path])
+
+
+def test_seeds_do_not_narrow_the_interval(study: StudyDirectory) -> None:
+    (panel,) = panels(load_runs([study.path]))
+    assert panel.title == "stories test" and panel.methods == ["answer_only", "cot", "socratic"]
+    assert [model for _, model in panel.models] == ["stories-2m", "stories-13m"]
+    for cell in panel.cells:
+        estimate, scores = cell.estimate, cell.scores()
+        assert estimate.n == 300 and estimate.num_seeds == 2 and estimate.standard_error is not None
+        assert estimate.mean == pytest.approx((scores[0].accuracy + scores[1].accuracy) / 2)
+        assert min(s.interval[0] for s in scores) <= estimate.low < estimate.mean < estimate.high
+        assert estimate.high <= max(s.interval[1] for s in scores)
+
+
+def test_what_makes_accuracies_incomparable_makes_panels(tmp_path: Path) -> None:
+    run = _one(tmp_path / "study")
+    student = ("cot", "stories-2m", 2_013_952, 0, 0)
+    write_evaluation(run, *student, calculator=False)
+    write_evaluation(run, *student, data="svamp")
+    write_evaluation(run, *student, split="hard", mode="answer_only")
+    write_evaluation(run, *student, split="half", step=120, finished=False)
+    sampled = write_evaluation(run, *student, data="warm", temperature=0.7, train_data="stories")
+    sampled.rename(sampled.with_name("warm-test-cot-t0.7-s0"))
+    titles = [panel.title for panel in panels(load_runs([run.path]))]
+    assert titles == [
+        "stories test",
+        "stories half · stopped at step 120",
+        "stories hard · asked for answer_only",
+        "stories test · no calculator",
+        "svamp test · trained on stories",
+        "warm test · trained on stories · temperature 0.7",
+    ]
+
+
+def test_the_same_student_asked_twice_is_not_two_seeds(tmp_path: Path) -> None:
+    run = _one(tmp_path / "study")
+    copy = write_evaluation(run, "cot", "stories-2m", 2_013_952, 0, 1, calculator=False)
+    record = json.loads((copy / "results.json").read_text())
+    (copy / "results.json").write_text(json.dumps(record | {"calculator": True}))
+    found = panels(load_runs([run.path]))
+    assert [panel.title for panel in found] == [
+        "stories test · stories-test-cot",
+        "stories test · stories-test-cot-no-calculator",
+    ]
+    assert all(cell.estimate.num_seeds == 1 for panel in found for cell in panel.cells)
+
+
+def test_studies_are_joined_unless_a_run_is_in_both(tmp_path: Path) -> None:
+    make_study(tmp_path / "small", sizes={"a": 1000}, methods=("cot",), seeds=(0,))
+    make_study(tmp_path / "large", sizes={"b": 9000}, methods=("cot",), seeds=(0,))
+    make_study(tmp_path / "again", sizes={"a": 1000}, methods=("cot",), seeds=(0,))
+    (panel,) = panels(load_runs([tmp_path / "small", tmp_path / "large"]))
+    assert panel.models == [(1000, "a"), (9000, "b")]
+    apart = panels(load_runs([tmp_path / "small", tmp_path / "again"]))
+    assert [panel.title for panel in apart] == ["again · stories test", "small · stories test"]
+
+
+def test_the_headline_is_computed_from_the_largest_model(study: StudyDirectory) -> None:
+    (panel,) = panels(load_runs([study.path]))
+    text = str(headline(panel))
+    best = max(panel.of_model((13_107_200, "stories-13m")), key=lambda cell: cell.estimate.mean).estimate
+    said = f"{100 * best.mean:.0f} % [{100 * best.low:.0f}, {100 * best.high:.0f}]"
+    assert text.startswith(f"On stories test, with 13.1M parameters: socratic {said}, cot ")
+    assert text.endswith("(n = 300, mean of 2 seeds). No two of the 95 % intervals overlap.")
+
+
+def test_overlapping_intervals_are_named(tmp_path: Path) -> None:
+    for method, level in (("answer_only", 0.0), ("cot", 0.45), ("socratic", 0.0)):
+        run = make_run(tmp_path / "study", method, "m", 1000, 0)
+        write_evaluation(run, method, "m", 1000, 0, level)
+    (panel,) = panels(load_runs([tmp_path / "study"]))
+    assert str(headline(panel)).endswith("intervals of socratic and cot overlap; no others do.")
+
+
+def test_comparisons_count_problem_by_problem(study: StudyDirectory) -> None:
+    found = compare(panels(load_runs([study.path])))
+    assert len(found) == 2 * 2 * 3 and not any(comparison.refusal for comparison in found)
+    one = next(
+        c for c in found if (c.model_name, c.seed, c.first, c.second) == ("stories-13m", 1, "cot", "socratic")
+    )
+    correct = []
+    for method in ("cot", "socratic"):
+        path = study.run(f"stories.{method}.stories-13m.s1").evaluation(f"stories-test-{method}").predictions
+        correct.append([json.loads(line)["correct_strict"] for line in path.read_text().splitlines()])
+    pairs = list(zip(*correct, strict=True))
+    b, c = pairs.count((True, False)), pairs.count((False, True))
+    assert (one.only_first, one.only_second, one.n) == (b, c, 300)
+    assert (one.both, one.neither) == (pairs.count((True, True)), pairs.count((False, False)))
+    assert one.p == mcnemar(b, c) and one.p_holm is not None and one.p <= one.p_holm <= 1
+
+
+def test_different_problems_are_not_compared(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "study", sizes={"m": 1000}, seeds=(0,)).path
+    shorter = StudyDirectory(folder).run("stories.answer_only.m.s0")
+    shutil.rmtree(shorter.evaluations)
+    write_evaluation(shorter, "answer_only", "m", 1000, 0, 0, num_problems=290)
+    changed = (
+        StudyDirectory(folder).run("stories.socratic.m.s0").evaluation("stories-test-socratic").predictions
+    )
+    changed.write_text(changed.read_text().replace("basket 17?", "basket 18?"))
+    refusals = [comparison.refusal for comparison in compare(panels(load_runs([folder])))]
+    assert refusals == [
+        "different problems: 0 only in the first, 10 only in the second",
+        "different problems: 0 only in the first, 10 only in the second",
+        "different problems: 1 of the same id differ in question or answer",
+    ]
+    changed.unlink()
+    assert compare(panels(load_runs([folder])))[2].refusal == "predictions missing"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda lines: lines[:-1], "of 299 strict correct, but .*results.json says"),
+        (lambda lines: [*lines[:-1], lines[0]], "line 300: id 'stories-test-00000' occurs twice"),
+        (lambda lines: [*lines[:-1], lines[-1][:40]], "line 300: not JSON"),
+        (lambda lines: [*lines[:-1], '{"id": 7}'], "line 300: not a prediction"),
+    ],
+)
+def test_predictions_that_do_not_fit_the_results_are_refused(
+    tmp_path: Path, edit: Callable[[list[str]], list[str]], message: str
+) -> None:
+    path = _one(tmp_path / "study").evaluation("stories-test-cot").predictions
+    path.write_text("\n".join(edit(path.read_text().splitlines())) + "\n")
+    with pytest.raises(UserError, match=message) as error:
+        compare(panels(load_runs([tmp_path / "study"])))
+    assert str(path) in str(error.value)

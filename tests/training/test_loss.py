@@ -1,0 +1,158 @@
+"""Packed and padded give the same loss and gradient in every architecture; the solver's one pass is n examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from trainer.errors import UserError
+from trainer.models import packed_attention
+from trainer.shards.methods import Role, method
+from trainer.shards.read import Shards
+from trainer.training.batches import MicroBatch
+from trainer.training.loss import lay_out, token_losses
+from trainer.training.self_check import check_packing
+
+CPU = torch.device("cpu")
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+CONFIGS = {
+    "gpt2": GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    ),
+    "pythia": GPTNeoXConfig(**SMALL),
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8),
+    "mistral": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None),
+}
+
+
+def _model(name: str, vocabulary: int, attention: str) -> Any:
+    config = CONFIGS[name]
+    config.vocab_size = vocabulary
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, key, None)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+
+
+def _batch(shards: Shards, name: str = "socratic", count: int = 5) -> MicroBatch:
+    return MicroBatch(0, list(range(count)), [shards.example(index, method(name)) for index in range(count)])
+
+
+def _gradient(model: Any, batch: MicroBatch, packing: bool) -> tuple[float, torch.Tensor]:
+    model.zero_grad()
+    loss = token_losses(model, lay_out(batch, packing, CPU))
+    loss.backward()
+    return float(loss.detach()), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_is_padded(name: str, stories: Shards) -> None:
+    vocabulary = stories.facts["vocabulary_size"]
+    batch = _batch(stories)
+    loss, gradient = _gradient(_model(name, vocabulary, packed_attention.register()), batch, packing=True)
+    padded_loss, padded_gradient = _gradient(_model(name, vocabulary, "eager"), batch, packing=False)
+    assert loss == pytest.approx(padded_loss, rel=1e-6)
+    assert torch.linalg.norm(gradient - padded_gradient) < 1e-5 * torch.linalg.norm(padded_gradient)
+
+
+def test_an_empty_batch_has_no_loss_and_no_gradient(stories: Shards) -> None:
+    model = _model("llama", stories.facts["vocabulary_size"], packed_attention.register())
+    loss, gradient = _gradient(model, MicroBatch(0, [], []), packing=True)
+    assert loss == 0
+    assert not gradient.any()
+
+
+def _separate_solver_examples(shards: Shards, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """One example a step, as a trainer without masks would write them: everything before is read, one part learned."""
+    learns = method("solver").learns
+    parts = shards.segments(index)
+    # The pieces of one solution (text, calculator, text) belong to one step; the answer is the last example.
+    examples, before, current = [], [], []
+
+    def close() -> None:
+        if current:
+            tokens = np.concatenate([t for t, _ in before + current])
+            learned = np.concatenate(
+                [np.zeros(len(t), bool) for t, _ in before] + [np.full(len(t), m) for t, m in current]
+            )
+            examples.append((tokens.astype(np.int64), learned))
+            before.extend(current)
+            current.clear()
+
+    for role, tokens in parts:
+        if role in learns or role == Role.CALCULATOR:
+            current.append((tokens, role in learns))
+        else:
+            close()
+            before.append((tokens, False))
+    close()
+    return examples
+
+
+def test_solver_in_one_pass_is_n_separate_examples(stories: Shards) -> None:
+    model = _model("gpt2", stories.facts["vocabulary_size"], packed_attention.register())
+    for index in range(3):
+        separate = _separate_solver_examples(stories, index)
+        assert len(separate) == len(stories.problem(index).steps) + 1
+        together = MicroBatch(0, [index], [stories.example(index, method("solver"))])
+        loss, gradient = _gradient(model, together, packing=True)
+        apart_loss, apart_gradient = _gradient(model, MicroBatch(0, [], separate), packing=True)
+        assert loss == pytest.approx(apart_loss, rel=1e-6)
+        assert torch.linalg.norm(gradient - apart_gradient) < 1e-5 * torch.linalg.norm(gradient)
+
+
+def test_a_model_that_ignores_boundaries_is_refused(stories: Shards) -> None:
+    model = _model("llama", stories.facts["vocabulary_size"], packed_attention.register())
+    assert check_packing(model, _batch(stories), torch.float32, CPU) < 1e-5
+
+    def looks_everywhere(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        kwargs["lengths"] = [query.shape[2]]
+        return packed_attention.attend(module, query, key, value, mask, **kwargs)
+
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("looks_everywhere", looks_everywhere)
+    wrong = _model("llama", stories.facts["vocabulary_size"], "looks_everywhere")
+    with pytest.raises(UserError, match="sees across the examples"):
+        check_packing(wrong, _batch(stories), torch.float32, CPU)
+
+
+def test_positions_that_do_not_restart_are_refused(stories: Shards) -> None:
+    model = _model("gpt2", stories.facts["vocabulary_size"], packed_attention.register())
+
+    def counts_on(module: Any, arguments: tuple, keywords: dict[str, Any]) -> tuple:
+        length = keywords["input_ids"].shape[1]
+        return arguments, {**keywords, "position_ids": torch.arange(length).unsqueeze(0)}
+
+    model.register_forward_pre_hook(counts_on, with_kwargs=True)
+    with pytest.raises(UserError, match="positions do not restart"):
+        check_packing(model, _batch(stories), torch.float32, CPU)
+
+
+def test_a_sliding_window_shorter_than_an_example_is_refused(stories: Shards) -> None:
+    query = torch.zeros(1, 2, 8, 4)
+    with pytest.raises(RuntimeError, match="sliding window"):
+        packed_attention.attend(
+            torch.nn.Module(),
+            query,
+            query,
+            query,
+            None,
+            cu_seq_lens_q=torch.tensor([0, 8]),
+            max_length_q=8,
+            sliding_window=4,
+        )
