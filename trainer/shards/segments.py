@@ -47,9 +47,9 @@ def tokenise(
     """Segments of a problem: `prefix` (see `prefix_tokens`) opens the first, EOS closes the last."""
     pieces = texts(problem, with_facts)
     # A text that spells "<|endoftext|>" is text: it must not end the sequence.
-    encoded = tokenizer(
-        [text for _, text in pieces], add_special_tokens=False, split_special_tokens=True
-    )["input_ids"]
+    encoded = tokenizer([text for _, text in pieces], add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
     segments = [Segment(role, list(tokens)) for (role, _), tokens in zip(pieces, encoded, strict=True)]
     segments[0].tokens[:0] = prefix
     segments[-1].tokens.append(tokenizer.eos_token_id)

@@ -51,8 +51,9 @@ class SafeCheckpointEngine(CheckpointEngine):
             torch.save(state_dict, path)
             self.written.append(Path(path))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            free = shutil.disk_usage(Path(path).parent).free
-            self.error = f"could not write {path}: {str(error).splitlines()[0]} ({free} bytes are free there)"
+            self.error = (
+                f"could not write {path}: {str(error).splitlines()[0]}{_free_bytes(Path(path).parent)}"
+            )
 
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals(SAFE_CLASSES):
@@ -148,6 +149,10 @@ def _damage(path: Path) -> str | None:
     except UserError as error:
         problem = str(error)
     return next((text for text in distributed.gather_objects(problem) if text), None)
+
+
+def _free_bytes(folder: Path) -> str:
+    return f" ({shutil.disk_usage(folder).free} bytes are free there)" if folder.is_dir() else ""
 
 
 def _remove(path: Path) -> None:

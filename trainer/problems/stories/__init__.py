@@ -25,7 +25,9 @@ MOST_STEPS = 10
 
 _KEY = b"stories, format 1"
 _TENTHS = {0: "test", 1: "validation"}
-_PERSON = re.compile(r"\b(?:" + "|".join(person.name for person in PEOPLE) + r"|[Ss]?[Hh]e|[Hh]is|[Hh]im|[Hh]er)\b")
+_PERSON = re.compile(
+    r"\b(?:" + "|".join(person.name for person in PEOPLE) + r"|[Ss]?[Hh]e|[Hh]is|[Hh]im|[Hh]er)\b"
+)
 _ATTEMPTS = 10_000
 
 
@@ -83,4 +85,6 @@ def _check(split: str, num_problems: int, min_steps: int, max_steps: int) -> Non
     if num_problems < 0:
         raise UserError(f"num_problems is {num_problems}; it must not be negative")
     if not 1 <= min_steps <= max_steps <= MOST_STEPS:
-        raise UserError(f"stories need 1 <= min_steps <= max_steps <= {MOST_STEPS}, got {min_steps} and {max_steps}")
+        raise UserError(
+            f"stories need 1 <= min_steps <= max_steps <= {MOST_STEPS}, got {min_steps} and {max_steps}"
+        )

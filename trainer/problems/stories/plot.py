@@ -183,7 +183,11 @@ class Story:
     def friend_gives(self) -> None:
         """A friend has so many times as many, or so many more or fewer, and gives them all."""
         operator = self._choose("*+-")
-        largest = {"*": min(4, LARGEST // self._value - 1), "+": LARGEST_CHANGE, "-": min(LARGEST_CHANGE, self._value - 2)}
+        largest = {
+            "*": min(4, LARGEST // self._value - 1),
+            "+": LARGEST_CHANGE,
+            "-": min(LARGEST_CHANGE, self._value - 2),
+        }
         b = self._integer(2, largest[operator])
         if 2 * self._value + b > LARGEST:
             raise DeadEnd
@@ -204,7 +208,10 @@ class Story:
         is_last = len(self.steps) == self._num_steps - 1 and len(self.steps) >= 1
         if not is_last or self._hero is not self._opening_hero or self._value < self._opening_value + 2:
             raise DeadEnd
-        ask, solve = "How many more {units} does {Name} have than at the start?", "{He} has {result} more {units}."
+        ask, solve = (
+            "How many more {units} does {Name} have than at the start?",
+            "{He} has {result} more {units}.",
+        )
         self._value = self._calculate(ask, solve, self._value, "-", self._opening_value)
 
     def pack(self) -> None:
@@ -242,13 +249,24 @@ class Story:
 _Event = tuple[Callable[[Story], None], int]
 """What happens, and how many steps it takes."""
 
-_GAIN, _LOSE, _GROW, _SHARE, _SELL = (Story.gain, 1), (Story.lose, 1), (Story.grow, 1), (Story.share, 1), (Story.sell, 1)
+_GAIN, _LOSE, _GROW, _SHARE, _SELL = (
+    (Story.gain, 1),
+    (Story.lose, 1),
+    (Story.grow, 1),
+    (Story.share, 1),
+    (Story.sell, 1),
+)
 _GROUPS = ((Story.groups_arrive, 2), (Story.groups_leave, 2))
 # An event listed twice is twice as likely.
 _EVENTS: dict[str, tuple[_Event, ...]] = {
     "items": (
         *(_GAIN, _GAIN, _LOSE, _LOSE, _GROW, _SHARE, _SELL, *_GROUPS),
-        *((Story.pack, 1), (Story.friend_gives, 2), (Story.as_at_the_start, 1), (Story.more_than_at_the_start, 1)),
+        *(
+            (Story.pack, 1),
+            (Story.friend_gives, 2),
+            (Story.as_at_the_start, 1),
+            (Story.more_than_at_the_start, 1),
+        ),
     ),
     "containers": (_GAIN, _LOSE, _SELL, _SELL),
     "money": (_GAIN, _LOSE, _GROW, _SHARE, *_GROUPS, (Story.buy, 1), (Story.buy, 1)),

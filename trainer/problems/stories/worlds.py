@@ -29,9 +29,9 @@ class Person:
     him: str
 
 
-PEOPLE = tuple(Person(name, "she", "her", "her") for name in ("Mia", "Ada", "Ruth", "Nora", "Lena", "Zoe")) + tuple(
-    Person(name, "he", "his", "him") for name in ("Tom", "Ben", "Omar", "Leo", "Finn", "Ivan")
-)
+PEOPLE = tuple(
+    Person(name, "she", "her", "her") for name in ("Mia", "Ada", "Ruth", "Nora", "Lena", "Zoe")
+) + tuple(Person(name, "he", "his", "him") for name in ("Tom", "Ben", "Omar", "Leo", "Finn", "Ivan"))
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,10 @@ WORLDS = (
             ("{b} lanterns catch fire and are lost.", "after the fire"),
             ("{He} presents {b} lanterns to the hospital.", "after the present to the hospital"),
         ),
-        growth=("The whole town helps, and soon {he} has {k} times as many lanterns.", "with the help of the town"),
+        growth=(
+            "The whole town helps, and soon {he} has {k} times as many lanterns.",
+            "with the help of the town",
+        ),
         groups_in=(
             "The school sends {k} classes with {b} lanterns each.",
             "How many lanterns do the classes bring?",
@@ -277,7 +280,10 @@ WORLDS = (
 # What may happen in every world. First to packed containers, to dollars, and to the goods that dollars buy.
 GAINS: dict[str, tuple[Phrase, ...]] = {
     "containers": (
-        ("In the cellar there are {b} more {units} like these, and {he} adds them.", "with those from the cellar"),
+        (
+            "In the cellar there are {b} more {units} like these, and {he} adds them.",
+            "with those from the cellar",
+        ),
         ("{Friend} brings {b} more {units} of the same kind.", "with those of {Friend}"),
     ),
     "money": (

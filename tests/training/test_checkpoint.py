@@ -1,0 +1,88 @@
+"""The newest valid checkpoint is found by looking, damaged ones are named, and a pickle is never run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import commit
+from trainer.errors import UserError
+from trainer.run_directory import RunDirectory
+from trainer.training import checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory(tmp_path)
+    for step in (10, 20, 30):
+        with commit.directory(run.checkpoint(step), checkpoint.KIND, {"step": step}) as staging:
+            torch.save({"step": step}, staging / "weights.pt")
+    return run
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_newest_is_found_without_a_hint(run: RunDirectory) -> None:
+    assert checkpoint.newest_valid(run) == run.checkpoint(30)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "unfinished"])
+def test_a_damaged_one_is_named_and_passed_over(
+    run: RunDirectory, damage: str, capsys: pytest.CaptureFixture
+) -> None:
+    file = run.checkpoint(30) / "weights.pt"
+    if damage == "flipped":
+        _flip(file)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (run.checkpoint(30) / commit.MANIFEST).unlink()
+    assert checkpoint.newest_valid(run) == run.checkpoint(20)
+    assert "step-000030" in capsys.readouterr().out
+
+
+def test_none_valid_is_an_error_and_none_at_all_is_not(run: RunDirectory, tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        _flip(run.checkpoint(step) / "weights.pt")
+    with pytest.raises(UserError, match="--overwrite_output_dir"):
+        checkpoint.newest_valid(run)
+    assert checkpoint.newest_valid(RunDirectory(tmp_path / "fresh")) is None
+
+
+def test_old_ones_are_pruned_newest_stay(run: RunDirectory) -> None:
+    (run.checkpoints / ".step-000040.half.tmp").mkdir()
+    checkpoint.prune(run, keep=2)
+    assert run.checkpoint_steps() == [20, 30]
+
+
+class _Malicious:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("planted",)
+
+
+def test_a_malicious_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "planted.pt").write_bytes(pickle.dumps(_Malicious()))
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint.SafeCheckpointEngine().load(str(tmp_path / "planted.pt"))
+    torch.save(_Malicious(), tmp_path / "zipped.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint.SafeCheckpointEngine().load(str(tmp_path / "zipped.pt"))
+    assert not (tmp_path / "planted").exists()
+
+
+def test_a_failed_write_is_kept_not_raised(tmp_path: Path) -> None:
+    """The other ranks wait in a collective of DeepSpeed's; raising here would leave them there."""
+    writer = checkpoint.SafeCheckpointEngine()
+    writer.save({"weights": torch.zeros(8)}, str(tmp_path / "no such folder" / "weights.pt"))
+    assert writer.error is not None and "weights.pt" in writer.error
+    writer.save({}, str(tmp_path / "other.pt"))  # after a failure nothing more is written
+    assert not (tmp_path / "other.pt").exists()
