@@ -20,7 +20,7 @@ ALLOWED = {
     "export": {"models"},
     "evaluation": {"problems", "models", "shards", "export", "report.statistics"},
     "report": set(),
-    "study": {"report"},
+    "study": {"models.sizes"},
 }
 BESIDE = {"errors", "commit", "run_directory", "distributed", "terminal", "settings"}
 # What a folder may import of the files beside the folders, if not all of them.

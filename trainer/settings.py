@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -180,8 +181,8 @@ class TrainSettings:
             _at_least(name, getattr(self, name), 0)
         if self.max_steps == 0 and self.num_train_epochs <= 0:
             raise UserError("nothing to train: both max_steps and num_train_epochs are 0")
-        if self.learning_rate <= 0:
-            raise UserError(f"learning_rate is {self.learning_rate}; it must be positive")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate is {self.learning_rate}; it must be a positive number")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(
                 f"warmup_ratio is {self.warmup_ratio}; it is a part of all steps, between 0 and 1"

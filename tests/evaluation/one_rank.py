@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 from trainer import distributed, terminal
 from trainer.evaluation import gather
 from trainer.settings import EvaluateSettings
 
-ONE_LINE = b'{"id": "half a li'
+HALF_A_LINE = b'{"id": "half a li'
 
 
 def put_in(fault: str) -> None:
@@ -30,7 +29,7 @@ def put_in(fault: str) -> None:
             if kind == "fail":
                 raise ZeroDivisionError("a fault of ours")
             with open(part.path, "ab") as file:
-                file.write(ONE_LINE)
+                file.write(HALF_A_LINE)
             os.kill(os.getpid(), signal.SIGKILL)
         append(part, prediction)
         written.append(prediction)
@@ -48,7 +47,6 @@ def main() -> None:
     from trainer.evaluation.evaluate import evaluate
 
     put_in(fault)
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
     evaluate(settings)
     distributed.shutdown()
 

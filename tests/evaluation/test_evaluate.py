@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
 
 from trainer import commit
 from trainer.errors import UserError
 from trainer.evaluation import gather, task
 from trainer.evaluation.decoding import Decoding
 from trainer.evaluation.evaluate import evaluate, evaluate_model
+from trainer.models import packed_attention
+from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 from trainer.report.results import load_runs
 from trainer.run_directory import EvaluationDirectory, RunDirectory
@@ -139,17 +141,15 @@ def test_finished_results_are_kept(
 
 
 def test_two_evaluations_of_one_directory_are_noticed(export: Path, shards: Shards, tmp_path: Path) -> None:
-    changed = settings(export, shards, output_dir=str(tmp_path))
-    work = task.plan(changed)
+    ours = settings(export, shards, output_dir=str(tmp_path))
+    work = task.plan(ours)
     identity = task.digest(work.recipe(commit.manifest_digest(export)))
-    before = gather.parts_of
-    with gather.Part(work.directory.parts, identity) as other:
-        # The other process has not solved anything when we look, and the same problem as we in the end.
-        other.append({"id": shards.problem(0).id, "correct_strict": True})
-        other.append({"id": shards.problem(0).id, "correct_strict": True})
-    assert before(work.directory.parts, identity) == [other.path]
-    with pytest.raises(UserError, match=f"'{shards.problem(0).id}' occur more than once"):
-        evaluate(changed)
+    first = shards.problem(0).id
+    for _ in range(2):  # two processes that both looked before the other had written
+        with gather.Part(work.directory.parts, identity) as part:
+            part.append({"id": first, "correct_strict": True})
+    with pytest.raises(UserError, match=f"'{first}' occur more than once"):
+        evaluate(ours)
     assert not work.directory.results.exists()
 
 
@@ -192,7 +192,14 @@ def test_a_plain_model_folder(export: Path, shards: Shards, tmp_path: Path) -> N
 
 
 def test_a_model_in_training_is_evaluated_in_passing(export: Path, shards: Shards) -> None:
-    model = AutoModelForCausalLM.from_pretrained(export, dtype="float32", attn_implementation="eager").train()
+    attention = packed_attention.register()
+    model = load_model(export, "fp32", attention).train()
+    model.gradient_checkpointing_enable()
     summary = evaluate_model(model, load_tokenizer(export), shards, Decoding("socratic"), max_problems=6)
     assert summary["accuracy"]["strict"]["correct"] == summary["num_problems"] == 6
-    assert model.training and model.config._attn_implementation == "eager"
+    assert model.training and model.config._attn_implementation == attention
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data[:0]
+    with pytest.raises(UserError, match="ZeRO-3"):
+        evaluate_model(model, load_tokenizer(export), shards, Decoding("socratic"))

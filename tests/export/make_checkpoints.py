@@ -76,7 +76,9 @@ def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
     masters = {}
     for name, parameter in engine.module.named_parameters():
         full = None
-        if parameter.requires_grad:
+        if (
+            parameter.requires_grad and not engine.zero_round_robin_gradients()
+        ):  # with it, DeepSpeed's is wrong
             full = deepspeed.utils.safe_get_full_fp32_param(parameter)
         if full is None:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):

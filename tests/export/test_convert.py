@@ -55,12 +55,15 @@ def test_fp32_export_is_what_deepspeed_itself_reconstructs(name: str, made: Path
     theirs = get_fp32_state_dict_from_zero_checkpoint(str(made / name / "checkpoints"), tag="step-000002")
     ours = load_file(export_of(made, name, tmp_path, dtype="fp32") / "model.safetensors")
     lost_by_deepspeed = set(ours) - set(theirs)
-    assert not lost_by_deepspeed or "zero1" in name and "frozen" in name
+    case = BY_NAME[name]
+    assert bool(lost_by_deepspeed) == (case["stage"] == 1 and bool(case.get("frozen")))  # a bug of theirs
     for parameter in set(ours) - lost_by_deepspeed:
         assert_same_bits(ours[parameter], theirs[parameter].float())
 
 
-@pytest.mark.parametrize("name", ["gpt2-zero1-fp32-2ranks", "qwen2-zero3-bf16-2ranks", "gpt2-zero0-bf16-1ranks"])
+@pytest.mark.parametrize(
+    "name", ["gpt2-zero1-fp32-2ranks", "qwen2-zero3-bf16-2ranks", "gpt2-zero0-bf16-1ranks"]
+)
 def test_bf16_export_is_the_masters_rounded_to_nearest(name: str, made: Path, tmp_path: Path) -> None:
     export = export_of(made, name, tmp_path, dtype="bf16", verify=True)
     written = load_file(export / "model.safetensors")
@@ -109,7 +112,8 @@ def test_folder_is_laid_out_as_save_pretrained_does(made: Path, tmp_path: Path) 
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="6KB")
     ours, theirs = (
-        json.loads((folder / safetensors_writer.INDEX_NAME).read_text()) for folder in (export, tmp_path / "theirs")
+        json.loads((folder / safetensors_writer.INDEX_NAME).read_text())
+        for folder in (export, tmp_path / "theirs")
     )
     assert ours["metadata"] == theirs["metadata"]
     assert set(ours["weight_map"]) == set(theirs["weight_map"])
@@ -120,7 +124,9 @@ def test_folder_is_laid_out_as_save_pretrained_does(made: Path, tmp_path: Path) 
             assert opened.metadata() == {"format": "pt"}
             names = list(opened.keys())
         assert len(names) == 1 or file.stat().st_size < 6000 + 2000  # the header comes on top
-    left, right = (json.loads((folder / "config.json").read_text()) for folder in (export, tmp_path / "theirs"))
+    left, right = (
+        json.loads((folder / "config.json").read_text()) for folder in (export, tmp_path / "theirs")
+    )
     assert {key: left[key] for key in ("dtype", "architectures")} == {
         key: right[key] for key in ("dtype", "architectures")
     }

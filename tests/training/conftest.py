@@ -52,10 +52,14 @@ def settings(shards: Shards, output_dir: Path, **changes: Any) -> dict[str, Any]
     return {**values, **changes}
 
 
-def train_many(folder: Path, runs: list[dict[str, Any]], num_ranks: int) -> None:
+def train_many(
+    folder: Path, runs: list[dict[str, Any]], num_ranks: int, *flags: str, **environment: str
+) -> str:
+    """Train runs one after another in the same processes; returns what rank 0 printed."""
     file = folder / f"runs-{num_ranks}.json"
     file.write_text(json.dumps(runs), encoding="utf-8")
-    run_well(["-m", "tests.training.train_many", str(file)], num_ranks, timeout=400)
+    command = ["-m", "tests.training.train_many", str(file), *flags]
+    return run_well(command, num_ranks, timeout=600, **environment)
 
 
 def trajectory(output_dir: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import settings, train_many, trajectory
+from trainer.run_directory import RunDirectory
 from trainer.shards.read import Shards
 
 STORED = Path(__file__).parent.parent / "trajectories" / "stories_llama.json"
@@ -45,13 +46,16 @@ BF16 = {
 }
 
 
+HELD_OUT = {"eval_steps": 3, "eval_max_problems": 20}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, stories: Shards) -> Path:
     folder = tmp_path_factory.mktemp("trajectories")
     for num_ranks, group in ((1, ONE_RANK), (2, TWO_RANKS | BF16)):
-        train_many(
-            folder, [settings(stories, folder / name, **extra) for name, extra in group.items()], num_ranks
-        )
+        evaluated = {**HELD_OUT, "eval_shards": str(stories.path)}
+        runs = [settings(stories, folder / name, **extra, **evaluated) for name, extra in group.items()]
+        train_many(folder, runs, num_ranks)
     return folder
 
 
@@ -81,3 +85,17 @@ def test_trajectory_is_the_stored_one(runs: Path) -> None:
     for (loss, norm), (stored_loss, stored_norm) in zip(found, stored, strict=True):
         assert loss == pytest.approx(stored_loss, rel=1e-5)
         assert norm == pytest.approx(stored_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in (ONE_RANK | TWO_RANKS) if name != "reference"])
+def test_same_held_out_loss(runs: Path, name: str) -> None:
+    expected, found = _held_out(runs / "reference"), _held_out(runs / name)
+    assert [line["step"] for line in found] == [3, 6]
+    for one, other in zip(expected, found, strict=True):
+        assert other["evaluation"]["loss"] == pytest.approx(one["evaluation"]["loss"], rel=2e-6)
+        assert other["evaluation"]["learned_tokens"] == one["evaluation"]["learned_tokens"] > 0
+
+
+def _held_out(run: Path) -> list[dict]:
+    lines = map(json.loads, RunDirectory(run).metrics.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if "evaluation" in line]

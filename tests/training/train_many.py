@@ -1,4 +1,7 @@
-"""Train several runs one after another in the same processes (imports are slow): python train_many.py RUNS.json"""
+"""Train several runs one after another in the same processes (imports are slow): python train_many.py RUNS.json
+
+Ends at the first error, or, with --collect, prints "run <n>: <message>" for each error a user would have seen.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,25 @@ import sys
 from pathlib import Path
 
 from trainer import distributed, terminal
+from trainer.errors import UserError
 from trainer.settings import TrainSettings, from_dict
 
 
 def main() -> None:
     from trainer.training.loop import train
+    from trainer.training.periodic import HeldOutLoss
 
-    for values in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        train(from_dict(TrainSettings, values, sys.argv[1]))
+    for number, values in enumerate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
+        settings = from_dict(TrainSettings, values, sys.argv[1])
+        evaluate = (
+            HeldOutLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
+        )
+        try:
+            train(settings, evaluate)
+        except UserError as error:
+            if "--collect" not in sys.argv:
+                raise
+            print(f"run {number}: {error}")
     distributed.shutdown()
 
 

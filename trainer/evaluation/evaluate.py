@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import trainer
 from trainer import commit, distributed, terminal
 from trainer.errors import UserError
 from trainer.evaluation import gather, task
@@ -37,6 +38,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     with gather.errors_together():
         work = task.plan(settings)
         ids = [work.shards.problem(index).id for index in range(work.num_problems)]
+    distributed.agree(
+        "evaluation", {**work.recipe(""), "student": work.student.facts, "code": trainer.__version__}
+    )
     recipe, earlier = _on_rank_0(lambda: _what_is_there(work, settings.overwrite))
     if earlier is not None:
         terminal.say(f"already evaluated: {in_words(earlier['accuracy'])}; {work.directory.results}")
@@ -84,8 +88,10 @@ def evaluate_model(
     """Collective. Accuracies (`score.summarise`) of a model in hand on the first problems, on every rank; no files.
 
     For a periodic evaluation in training: each rank holds the whole model (ZeRO stages 0 to 2), whose mode and
-    attention are as before afterwards.
+    attention are as before afterwards. Raises UserError for a model in pieces (ZeRO-3).
     """
+    if any(parameter.numel() == 0 for parameter in model.parameters()):
+        raise UserError("ZeRO-3 leaves no rank a whole model to generate with; evaluate its export instead")
     start = time.monotonic()
     indices = range(min(max_problems or len(shards), len(shards)))
     mine: list[dict[str, Any]] = []

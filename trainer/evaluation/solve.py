@@ -62,11 +62,11 @@ class Writer:
         # The text is decoded only after a token that can complete `<<48/2=`.
         self.calculator_triggers = tokens_ending_in_equals(tokenizer) if use_calculator else frozenset()
 
-    def calculated(self, tokens: list[int]) -> list[int]:
+    def calculated(self, tokens: list[int]) -> tuple[int, ...]:
         """If the text ends in an open annotation the calculator accepts: the tokens of its result and `>>`."""
         expression = calculator.open_expression(self.text(tokens))
         result = calculator.evaluate(expression) if expression is not None else None
-        return _tokens_of(self.tokenizer, f"{result}>>") if result is not None else []
+        return _tokens_of(self.tokenizer, f"{result}>>") if result is not None else ()
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of generated tokens, without the end token."""
@@ -93,5 +93,5 @@ def tokens_ending_in_equals(tokenizer: PreTrainedTokenizerBase) -> frozenset[int
 
 
 @lru_cache(maxsize=4096)
-def _tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,8 +1,7 @@
 """The same weights by another road: whole tensors in memory, put together as DeepSpeed's zero_to_fp32.py does.
 
-Slow and as large as the model; used only to check the streaming conversion. It shares no offset arithmetic with it:
-tensors come from `torch.load`, positions from `param_shapes` and the recorded alignment paddings instead of
-`param_slice_mappings`.
+As large as the model; used only to check the streaming conversion. It shares no code with it beyond file names: tensors
+come whole from `torch.load`, are concatenated, cut and, in stages 1 and 2, compared with the model's own weights.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from trainer.errors import UserError
 from trainer.export import zero_files
 from trainer.export.torch_files import load
 
@@ -63,6 +63,10 @@ def _stage_1_or_2(model: dict[str, Any], optimizers: list[dict[str, Any]]) -> di
         offset = 0
         for number, (name, shape) in enumerate(shapes.items()):
             found[name] = flat[offset : offset + math.prod(shape)].view(shape)
+            if not torch.equal(found[name].to(model["module"][name].dtype), model["module"][name]):
+                raise UserError(
+                    f"{name}: the fp32 weights of the optimizer do not round to the model's weights"
+                )
             offset += math.prod(shape) + (paddings[index][number] if paddings else 0)
     rest = {name: tensor for name, tensor in model["module"].items() if name not in found}
     return found | {name: tensor for name, tensor in rest.items() if name not in model["shared_params"]}

@@ -23,11 +23,8 @@ import torch
 from trainer.errors import UserError
 
 
-class FragmentAddress:
-    """Stand-in for `deepspeed.utils.tensor_fragment.fragment_address`: a range of a flat partition, in elements."""
-
-    numel: int
-    start: int
+class _FragmentAddress:
+    pass
 
 
 class _LossScaler:
@@ -43,7 +40,7 @@ def _zero_stage(value: int) -> int:
 
 
 _STAND_INS: list[Any] = [
-    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
     (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_zero_stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),

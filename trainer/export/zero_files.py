@@ -4,10 +4,12 @@ Sources, read in DeepSpeed 0.19.8: `runtime/engine.py` (_save_checkpoint, _save_
 stage_1_and_2.py`, `runtime/zero/stage3.py`, `runtime/bf16_optimizer.py`, `runtime/fp16/*_optimizer.py`.
 
 stage 0     mp_rank_00_model_states.pt: `module` is the model. In bf16 the fp32 masters are in `optimizer`, without
-            names (trainer/export/unnamed_masters.py finds them).
-stage 1, 2  each rank's *_optim_states.pt holds its part of the flat fp32 parameters of each group, and
-            `param_slice_mappings` says which run of elements belongs to which name. Padding between and after
-            parameters is simply never named. Frozen parameters and buffers are in `module`, in training precision.
+            names (trainer/export/rounding.py finds them).
+stage 1, 2  each rank's *_optim_states.pt holds its part of each group's flat fp32 parameters; `param_shapes` gives
+            their order and `param_alignment_paddings` the gaps. Frozen parameters and buffers are in `module`, in
+            training precision, beside a copy of all others, which serves to check the layout on samples. (The map
+            from names to elements that DeepSpeed saves, `param_slice_mappings`, and `safe_get_full_fp32_param`,
+            which uses it, are wrong when `round_robin_gradients` is on.)
 stage 3     each rank's *_optim_states.pt holds ceil(n / ranks) elements of every parameter of n elements, in the
             order of `param_shapes`, in flat sub-groups; the last rank's share ends in padding. Frozen parameters are
             split the same way in each rank's model states, buffers are whole in every one.
@@ -22,9 +24,9 @@ from typing import Any
 import torch
 
 from trainer.errors import UserError
+from trainer.export.rounding import check_samples, name_masters
 from trainer.export.stored_tensors import StoredModel, StoredTensor
-from trainer.export.torch_files import FragmentAddress, Piece, TorchFile
-from trainer.export.unnamed_masters import name_masters
+from trainer.export.torch_files import Piece, TorchFile
 
 
 def file_names(zero_stage: int, world_size: int, dtype: str) -> tuple[list[str], list[str]]:
@@ -120,27 +122,26 @@ def _read_stage_0(file: TorchFile) -> StoredModel:
 
 
 def _read_stage_1_or_2(model_file: TorchFile, optimizer_files: list[TorchFile]) -> StoredModel:
-    pieces: dict[str, list[Piece]] = {}
-    for file in optimizer_files:
-        optimizer = _optimizer(file)
-        partitions = _get(file, optimizer, "single_partition_of_fp32_groups")
-        for partition, mapping in zip(partitions, _get(file, optimizer, "param_slice_mappings"), strict=True):
-            flat = file.piece(partition)
-            for name, address in mapping.items():
-                assert isinstance(address, FragmentAddress)
-                pieces.setdefault(name, []).append(flat.part(address.start, address.numel))
+    paddings = _optimizer(optimizer_files[0]).get("param_alignment_paddings")
     stored = StoredModel(aliases=dict(_get(model_file, model_file.content, "shared_params")))
-    for shapes in _get(model_file, model_file.content, "param_shapes"):
-        for name, shape in shapes.items():
-            found = sum(piece.num_elements for piece in pieces.get(name, []))
-            if found != math.prod(shape):
-                raise UserError(
-                    f"{model_file.path.parent}: the ranks hold {found} elements of {name}, its shape is {tuple(shape)}"
-                )
-            stored.tensors[name] = StoredTensor(tuple(shape), tuple(pieces[name]))
-    for name, tensor in _get(model_file, model_file.content, "module").items():
-        if name not in stored.tensors and name not in stored.aliases:  # a buffer, or a frozen parameter
+    for index, shapes in enumerate(_get(model_file, model_file.content, "param_shapes")):
+        partitions = [
+            file.piece(_get(file, _optimizer(file), "single_partition_of_fp32_groups")[index])
+            for file in optimizer_files
+        ]
+        cursor = _Cursor(model_file.path.parent, partitions)
+        for number, (name, shape) in enumerate(shapes.items()):
+            stored.tensors[name] = StoredTensor(tuple(shape), cursor.take(math.prod(shape)))
+            cursor.take(paddings[index][number] if paddings else 0)
+        cursor.expect_end(2 * len(optimizer_files))  # BF16_Optimizer saves the padding to twice the ranks
+    trained = dict(stored.tensors)
+    module = _get(model_file, model_file.content, "module")
+    for name, tensor in module.items():
+        if name not in trained and name not in stored.aliases:  # a buffer, or a frozen parameter
             stored.tensors[name] = _whole(model_file, tensor)
+    check_samples(
+        model_file.path, {name: (tensor, model_file.piece(module[name])) for name, tensor in trained.items()}
+    )
     return stored
 
 
@@ -198,14 +199,15 @@ class _Cursor:
 
     def __init__(self, path: Path, groups: list[Piece]):
         self._path, self._groups, self._start = path, list(groups), 0
+        self._nothing = groups[0].part(0, 0)
 
     def take(self, num_elements: int) -> tuple[Piece, ...]:
         taken = []
         while num_elements:
             if not self._groups:
                 raise UserError(
-                    f"{self._path} holds fewer elements than the model has parameters. Masters that were offloaded "
-                    "to NVMe are not in it: train with offload to the CPU to be able to convert"
+                    f"{self._path} holds fewer elements than the model has parameters; fp32 weights that were "
+                    "offloaded to NVMe are not in it: train with offload to the CPU to be able to convert"
                 )
             group = self._groups[0]
             count = min(num_elements, group.num_elements - self._start)
@@ -216,8 +218,9 @@ class _Cursor:
             if self._start == group.num_elements:
                 self._groups.pop(0)
                 self._start = 0
-        return tuple(taken)
+        return tuple(taken) or (self._nothing,)
 
-    def expect_end(self) -> None:
-        if any(group.num_elements for group in self._groups):
+    def expect_end(self, padding: int = 0) -> None:
+        """Fail if more than `padding` elements are left."""
+        if sum(group.num_elements for group in self._groups) - self._start > padding:
             raise UserError(f"{self._path} holds more elements than the model has parameters")

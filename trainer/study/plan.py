@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer import commit
 from trainer.errors import UserError
+from trainer.models import sizes
 from trainer.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory
 from trainer.settings import (
     DATA,
@@ -144,6 +145,11 @@ def _run(
     train = from_dict(TrainSettings, settings, f"{where}: run {directory.name}")
     for key in ("model_name_or_path", "config_name"):
         _refuse_missing(getattr(train, key), f"{where}: models.{model_name}: {key}")
+    if train.config_name.startswith("stories-") and train.config_name not in sizes.names():
+        raise UserError(
+            f"{where}: models.{model_name}: config_name: there is no size {train.config_name!r}; "
+            f"choose one of {', '.join(sizes.names())}"
+        )
     if train.deepspeed and not Path(train.deepspeed).is_file():
         raise UserError(f"{where}: train: deepspeed: there is no file {train.deepspeed}")
 

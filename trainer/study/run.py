@@ -38,7 +38,7 @@ def run(study: Study, tools: Path, keep_going: bool = False) -> int:
     todo = stages.of_study(study)
     with processes.only_one(study.directory) as beat, processes.Interrupts() as interrupts:
         changes.remember(study)
-        _end_leftovers(study)
+        _end_leftovers(study, interrupts)
         done = sum(state.is_done(stage) for stage in todo)
         terminal.say(f"study {study.name}: {len(study.runs)} runs, {len(todo)} stages, {done} done")
         if strangers := changes.strangers(study):
@@ -46,12 +46,9 @@ def run(study: Study, tools: Path, keep_going: bool = False) -> int:
         failures: list[str] = []
         broken: set[str] = set()  # runs and shards that cannot be had
         for number, stage in enumerate(todo, 1):
-            if state.is_done(stage):
-                continue
-            if _needs(stage) & broken or (stage.kind == "report" and not _anything_to_report(study)):
-                continue
-            place = f"[{number}/{len(todo)}]"
-            failure = _do(stage, study, tools, place, beat, interrupts)
+            failure, place = "", f"[{number}/{len(todo)}]"
+            if not interrupts.count and not _needs(stage) & broken and not state.is_done(stage):
+                failure = _do(stage, study, tools, place, beat, interrupts)
             if interrupts.count:
                 terminal.say("interrupted; run the same command to go on")
                 return INTERRUPTED
@@ -84,15 +81,13 @@ def _do(
     log_start = _begin_log(stage.log, command)
     environment = stages.environment(stage, cores)
     child = processes.start(command, study.directory, stage.log, environment)
-    code = _watch(child, stage, place, beat, interrupts)
+    try:
+        code = _watch(child, stage, place, beat, interrupts)
+    except BaseException:
+        processes.end(study.directory, _GRACE_SECONDS)
+        raise
     if code != 0:
-        if interrupts.count:
-            terminal.say(f"ending {stage.label}; Ctrl-C once more ends it without saving")
-        told = interrupts.count
-        grace = _GRACE_SECONDS if told else _CLEAN_UP_SECONDS
-        survivors = processes.end(study.directory, grace, lambda: interrupts.count > told)
-        for survivor in survivors:
-            terminal.warn(f"process {survivor.pid} cannot be killed; it hangs in the kernel")
+        _end(stage, study, interrupts)
         child.poll()
     if interrupts.count:
         return ""
@@ -105,6 +100,16 @@ def _do(
         )
     terminal.say(f"{place} {stage.label}: {_result(stage)} ({terminal.duration(time.monotonic() - start)})")
     return ""
+
+
+def _end(stage: Stage, study: Study, interrupts: processes.Interrupts) -> None:
+    """After an interrupt let the stage save and end it; after a failure end what is left of it."""
+    told = interrupts.count
+    if told:
+        terminal.say(f"ending {stage.label}; Ctrl-C once more ends it without saving")
+    grace = _GRACE_SECONDS if told else _CLEAN_UP_SECONDS
+    for survivor in processes.end(study.directory, grace, lambda: interrupts.count > told):
+        terminal.warn(f"process {survivor.pid} cannot be killed; it hangs in the kernel")
 
 
 def _watch(
@@ -156,6 +161,7 @@ def _result(stage: Stage) -> str:
 
 
 def _needs(stage: Stage) -> set[str]:
+    """A run's stages need its shards and one another; the report shows what there is."""
     return {stage.run.name} | stage.run.shards if stage.run else set()
 
 
@@ -163,17 +169,13 @@ def _gives(stage: Stage) -> str:
     return stage.run.name if stage.run else str(getattr(stage.settings, "output_dir", ""))
 
 
-def _anything_to_report(study: Study) -> bool:
-    return bool(study.directory.runs())
-
-
-def _end_leftovers(study: Study) -> None:
+def _end_leftovers(study: Study, interrupts: processes.Interrupts) -> None:
     """Ranks of a study that was killed itself still train; two trainings must not write one directory."""
     leftovers = processes.of_study(study.directory)
     if leftovers:
         numbers = ", ".join(str(process.pid) for process in leftovers)
         terminal.say(f"ending processes {numbers}, left over from an earlier start that was killed")
-        processes.end(study.directory, _GRACE_SECONDS)
+        processes.end(study.directory, _GRACE_SECONDS, lambda: interrupts.count > 0)
 
 
 def _begin_log(log: Path, command: list[str]) -> int:
@@ -195,7 +197,8 @@ def _tail(log: Path, start: int) -> str:
 
 def _describe(code: int | None) -> str:
     """Launchers pass on the death of a rank by signal n as 128 + n or as 256 - n."""
-    number = 0 if code is None else -code if code < 0 else code - 128 if code < 192 else 256 - code
+    code = code or 0
+    number = -code if code < 0 else code - 128 if code < 192 else 256 - code if code < 255 else 0
     try:
         name = signal.Signals(number).name
     except ValueError:

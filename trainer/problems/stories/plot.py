@@ -23,6 +23,7 @@ LARGEST_OPENING = 60
 LARGEST_CHANGE = 40
 LARGEST_GROUP = 12
 LARGEST_FACTOR = 9
+STEPS_BEFORE_LOOKING_BACK = 3
 
 Anything = TypeVar("Anything")
 
@@ -197,22 +198,25 @@ class Story:
 
     def as_at_the_start(self) -> None:
         """Points back to the beginning: as many again as the hero had then."""
-        started = self._hero is self._opening_hero and len(self.steps) >= 2
-        if not started or self._value + self._opening_value > LARGEST:
+        if not self._start_is_far() or self._value + self._opening_value > LARGEST:
             raise DeadEnd
         self._tell(worlds.AS_AT_THE_START)
         self._has("with the present of {Friend}", "+", self._opening_value)
 
     def more_than_at_the_start(self) -> None:
         """Points back to the beginning, and only as the last question."""
-        is_last = len(self.steps) == self._num_steps - 1 and len(self.steps) >= 1
-        if not is_last or self._hero is not self._opening_hero or self._value < self._opening_value + 2:
+        is_last = len(self.steps) == self._num_steps - 1
+        if not is_last or not self._start_is_far() or self._value < self._opening_value + 2:
             raise DeadEnd
         ask, solve = (
             "How many more {units} does {Name} have than at the start?",
             "{He} has {result} more {units}.",
         )
         self._value = self._calculate(ask, solve, self._value, "-", self._opening_value)
+
+    def _start_is_far(self) -> bool:
+        """Whether the hero of the beginning is still the hero, and some steps have passed since."""
+        return self._hero is self._opening_hero and len(self.steps) >= STEPS_BEFORE_LOOKING_BACK
 
     def pack(self) -> None:
         b = self._divisor(LARGEST_GROUP)
@@ -249,26 +253,17 @@ class Story:
 _Event = tuple[Callable[[Story], None], int]
 """What happens, and how many steps it takes."""
 
-_GAIN, _LOSE, _GROW, _SHARE, _SELL = (
-    (Story.gain, 1),
-    (Story.lose, 1),
-    (Story.grow, 1),
-    (Story.share, 1),
-    (Story.sell, 1),
-)
+_GAIN, _LOSE, _GROW, _SHARE = (Story.gain, 1), (Story.lose, 1), (Story.grow, 1), (Story.share, 1)
+_SELL, _BUY, _PACK = (Story.sell, 1), (Story.buy, 1), (Story.pack, 1)
 _GROUPS = ((Story.groups_arrive, 2), (Story.groups_leave, 2))
+_LOOK_BACK = ((Story.as_at_the_start, 1), (Story.more_than_at_the_start, 1))
 # An event listed twice is twice as likely.
 _EVENTS: dict[str, tuple[_Event, ...]] = {
     "items": (
-        *(_GAIN, _GAIN, _LOSE, _LOSE, _GROW, _SHARE, _SELL, *_GROUPS),
-        *(
-            (Story.pack, 1),
-            (Story.friend_gives, 2),
-            (Story.as_at_the_start, 1),
-            (Story.more_than_at_the_start, 1),
-        ),
+        *(_GAIN, _GAIN, _LOSE, _LOSE, _GROW, _SHARE, _SELL, _PACK),
+        *(*_GROUPS, (Story.friend_gives, 2), *_LOOK_BACK),
     ),
     "containers": (_GAIN, _LOSE, _SELL, _SELL),
-    "money": (_GAIN, _LOSE, _GROW, _SHARE, *_GROUPS, (Story.buy, 1), (Story.buy, 1)),
+    "money": (_GAIN, _LOSE, _GROW, _SHARE, *_GROUPS, _BUY, _BUY),
     "goods": (_GAIN, _LOSE, _SHARE),
 }

@@ -1,10 +1,11 @@
-"""ZeRO stage 0 in bf16 or fp16: fp32 masters without names, found by what they round to.
+"""The model's own weights, saved beside the fp32 masters, are exactly the masters rounded: a proof of who is who.
 
-DeepSpeed's FP16 optimizers (it uses them for bf16 too) save masters as `fp32_groups`, lists of tensors, or
-`fp32_groups_flat`, one flat tensor a group, in the order of the optimizer's groups, and nothing says which parameter
-is which. But the model's own weights, saved beside them, are exactly the masters rounded. Within a group the
-parameters keep the order of the model; so walking through the model, each parameter is the next one of that group
-whose elements round to it, bit for bit.
+It gives names to masters that have none, and shows on samples that a layout was read right.
+
+ZeRO stage 0 in bf16 or fp16: DeepSpeed's FP16 optimizers (used for bf16 too) save masters as `fp32_groups`, lists of
+tensors, or `fp32_groups_flat`, one flat tensor a group, in the order of the optimizer's groups, without a name. Within
+a group the parameters keep the order of the model; so, walking through the model, each parameter is the next one of
+that group whose elements round to it, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from trainer.errors import UserError
 from trainer.export.checked_reader import CHUNK_BYTES, CheckedReader
 from trainer.export.stored_tensors import StoredTensor
 from trainer.export.torch_files import Piece
+
+_SAMPLE_ELEMENTS = 256
 
 
 def name_masters(
@@ -50,11 +53,34 @@ def name_masters(
     return found
 
 
+def check_samples(path: Path, pairs: dict[str, tuple[StoredTensor, Piece]]) -> None:
+    """Compare the first and the last elements of each piece of a master with the model's own copy of it.
+
+    Raises UserError naming a parameter that does not agree: then the layout is not the one this converter knows.
+    """
+    with CheckedReader(checksums=False) as reader:
+        for name, (master, low) in pairs.items():
+            if low.num_elements != master.num_elements:
+                raise UserError(
+                    f"{path}: {name} has {low.num_elements} elements, its fp32 weights {master.num_elements}"
+                )
+            start = 0
+            for piece in master.pieces:
+                count = min(_SAMPLE_ELEMENTS, piece.num_elements)
+                for offset in {0, piece.num_elements - count}:
+                    if not _rounds_to(reader, piece.part(offset, count), low.part(start + offset, count)):
+                        raise UserError(
+                            f"{path}: the fp32 weights that should be {name} do not round to it; the checkpoint is "
+                            "damaged, or of a DeepSpeed version that lays them out in another way"
+                        )
+                start += piece.num_elements
+
+
 def _rounds_to(reader: CheckedReader, master: Piece, low: Piece) -> bool:
     step = CHUNK_BYTES // master.dtype.itemsize
     for start in range(0, low.num_elements, step):
         count = min(step, low.num_elements - start)
-        rounded = reader.tensor(master, start, count).to(low.dtype).view(torch.int16)
-        if not torch.equal(rounded, reader.tensor(low, start, count).view(torch.int16)):
+        rounded = reader.tensor(master, start, count).to(low.dtype)
+        if not torch.equal(rounded.view(torch.uint8), reader.tensor(low, start, count).view(torch.uint8)):
             return False
     return True
