@@ -114,4 +114,4 @@ def test_ranks_under_mpiexec() -> None:
     command = [str(mpiexec) if mpiexec.exists() else "mpiexec", "-n", "2", sys.executable, "-c", RANKS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mpi 2 rank 1: it broke") == 2
+    assert done.stdout.count("mpi 2 rank 1: it broke") == 2, done.stdout + done.stderr

@@ -30,16 +30,18 @@ class World:
     launcher: str = "single"
 
 
-_world = World()
+_world: World | None = None  # set by initialize
 
 
 def initialize(timeout_seconds: int = 1800) -> World:
     """Find our place, complete the environment, set threads and device, and open the process group.
 
-    Gloo carries CPU tensors and NCCL CUDA ones. Without a launcher no group is opened and everything below works
-    for one process. Raises UserError for a contradictory environment.
+    Gloo carries CPU tensors and NCCL CUDA ones. A process without a launcher is a world of one. A second call
+    changes nothing. Raises UserError for a contradictory environment.
     """
     global _world
+    if _world is not None:
+        return _world
     import torch
     import torch.distributed as dist
 
@@ -127,15 +129,20 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def world() -> World:
-    return _world
+    """Who we are; before `initialize` (an early error must be told once, not by every rank) as the launcher says."""
+    return _world or discover(os.environ)
 
 
 def is_main_process() -> bool:
-    return _world.rank == 0
+    return world().rank == 0
+
+
+def _alone() -> bool:
+    return _world is None or _world.world_size == 1
 
 
 def barrier() -> None:
-    if _world.world_size > 1:
+    if not _alone():
         import torch.distributed as dist
 
         dist.barrier()
@@ -143,7 +150,7 @@ def barrier() -> None:
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank (a small picklable object; it comes from our own processes only)."""
-    if _world.world_size == 1:
+    if _alone():
         return value
     import torch.distributed as dist
 
@@ -154,11 +161,11 @@ def broadcast_object(value: Any) -> Any:
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
-    if _world.world_size == 1:
+    if _alone():
         return [value]
     import torch.distributed as dist
 
-    values: list[Any] = [None] * _world.world_size
+    values: list[Any] = [None] * world().world_size
     dist.all_gather_object(values, value)
     return values
 
@@ -173,10 +180,12 @@ def raise_together(error: str | None) -> None:
 
 def shutdown() -> None:
     """Close the process group, if there is one."""
+    global _world
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+    _world = None
 
 
 def free_port() -> int:

@@ -138,7 +138,10 @@ def run(main: Callable[[], object]) -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    rank = distributed.world().rank
+    try:
+        rank = distributed.world().rank
+    except UserError:  # the environment is what is wrong
+        rank = 0
     if rank != 0:
         time.sleep(_OTHERS_WAIT_SECONDS)
         message = f"rank {rank}: {message}"

@@ -77,7 +77,7 @@ def test_flipped_bytes_in_the_weights_of_any_rank(checkpoint_copy: Copy) -> None
     content = torch.load(file, weights_only=False)  # our own file
     (partition,) = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
     data = bytearray(file.read_bytes())
-    position = data.index(partition.numpy().tobytes()) + partition.nbytes // 2
+    position = data.index(partition.detach().numpy().tobytes()) + partition.nbytes // 2
     data[position] ^= 0x10
     file.write_bytes(data)
     refused(checkpoint, f"{RANK_1} is corrupt: .* fails its checksum")
@@ -94,7 +94,7 @@ def test_flipped_byte_in_the_description(checkpoint_copy: Copy) -> None:
 
 def test_truncated_file(checkpoint_copy: Copy) -> None:
     checkpoint = checkpoint_copy(ZERO3)
-    (file,) = checkpoint.glob("*rank_0*optim_states.pt")
+    (file,) = checkpoint.glob("*pp_rank_0_*optim_states.pt")
     os.truncate(file, file.stat().st_size - 1000)
     refused(checkpoint, f"{file.name} has .* bytes, the manifest says")
     rewrite_manifest(checkpoint)
@@ -131,7 +131,7 @@ def test_planted_pickle_is_refused_and_never_run(name: str, checkpoint_copy: Cop
     rewrite_manifest(checkpoint)
     message = refused(checkpoint, "is refused: it asks for (posix|nt).system")
     assert name in message and not marker.exists()
-    pickle.loads(pickle.dumps(_Planted(f"touch {marker}")))  # the weapon does work
+    torch.load(checkpoint / name, weights_only=False)  # the weapon does work
     assert marker.exists()
 
 
@@ -173,7 +173,7 @@ def test_checkpoint_that_does_not_fit_its_config(change: dict, pattern: str, che
     checkpoint = checkpoint_copy(ZERO3)
     path = checkpoint / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refused(checkpoint, "is corrupt")
+    refused(checkpoint, "config.json has .* bytes, the manifest says")
     rewrite_manifest(checkpoint)
     refused(checkpoint, pattern)
 
@@ -214,7 +214,7 @@ def test_existing_exports(checkpoint_copy: Copy, capsys: pytest.CaptureFixture) 
     assert json.loads((export / "config.json").read_text())["dtype"] == "bfloat16"
     commit.verify(export)
     os.truncate(export / "model.safetensors", 100)
-    with pytest.raises(UserError, match="has 100 bytes.*--overwrite to write the export again"):
+    with pytest.raises(UserError, match=r"has 100 bytes.*--overwrite to write the export again"):
         convert(ConvertSettings(str(checkpoint), dtype="bf16"))
     assert [path.name for path in export.parent.iterdir() if path.name.startswith(".")] == []
 

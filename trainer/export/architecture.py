@@ -121,6 +121,4 @@ def generation_config_text(folder: Path, expected: Architecture) -> str:
 
 
 def _json(config: dict[str, Any]) -> str:
-    if config.get("use_cache") is False:  # off for training on packs; whoever generates wants it on
-        config["use_cache"] = True
     return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -102,7 +102,7 @@ def _stream(
         texts = {
             "config.json": architecture.config_text(source.model_folder, expected.class_name, dtype_name),
             "generation_config.json": architecture.generation_config_text(source.model_folder, expected),
-            "README.md": model_card.text(facts, sources.base_model(source), expected.class_name, dtype_name),
+            "README.md": model_card.text(facts, expected.class_name, dtype_name),
         }
         if len(shards) > 1:
             texts[safetensors_writer.INDEX_NAME] = safetensors_writer.index_text(

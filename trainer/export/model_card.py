@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 _METHODS = {
@@ -53,11 +54,12 @@ these safetensors files{rounding}. MANIFEST.json has the SHA-256 of every file, 
 """
 
 
-def text(facts: dict[str, Any], base_model: str, class_name: str, export_dtype: str) -> str:
+def text(facts: dict[str, Any], class_name: str, export_dtype: str) -> str:
     """The model card. `facts`: those of the export's manifest; `export_dtype`: "float32" or "bfloat16"."""
+    base_model = str(facts.get("base_model") or facts.get("model_name", "unknown"))
     front_matter = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     lines = [f"{key}: {value}" for key, value in front_matter.items()]
-    if base_model:
+    if facts.get("pretrained") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model):  # a hub name, not a path
         lines.append(f"base_model: {json.dumps(base_model)}")
     lines += ["tags:", "- reasoning", "- distillation", "- deepspeed", "- socratic-trainer"]
     method = str(facts.get("method", ""))
@@ -74,7 +76,7 @@ def text(facts: dict[str, Any], base_model: str, class_name: str, export_dtype: 
         class_name=class_name,
         parameters=f"{facts['num_parameters']:,}",
         learned=_METHODS.get(method, "what its training data shows"),
-        base_model=base_model or f"none (random weights, {facts.get('model_name', 'unknown')})",
+        base_model=f"`{base_model}`{'' if facts.get('pretrained') else ', random weights'}",
         method=method,
         data=facts.get("data", "unknown"),
         step=f"{facts['step']:,}",

@@ -69,11 +69,20 @@ def check_samples(path: Path, pairs: dict[str, tuple[StoredTensor, Piece]]) -> N
                 count = min(_SAMPLE_ELEMENTS, piece.num_elements)
                 for offset in {0, piece.num_elements - count}:
                     if not _rounds_to(reader, piece.part(offset, count), low.part(start + offset, count)):
+                        _prove_whole(piece, low)
                         raise UserError(
                             f"{path}: the fp32 weights that should be {name} do not round to it; the checkpoint is "
-                            "damaged, or of a DeepSpeed version that lays them out in another way"
+                            "mixed from two, or of a DeepSpeed version that lays them out in another way"
                         )
                 start += piece.num_elements
+
+
+def _prove_whole(*pieces: Piece) -> None:
+    """Raise UserError naming the file if one of these lies in a corrupt storage."""
+    with CheckedReader() as reader:
+        for piece in pieces:
+            reader.tensor(piece, 0, 1)
+        reader.finish()
 
 
 def _rounds_to(reader: CheckedReader, master: Piece, low: Piece) -> bool:

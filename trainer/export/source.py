@@ -70,29 +70,14 @@ def _open(path: Path) -> Source:
     return Source(path, facts, commit.manifest_digest(path))
 
 
-def run_directory(source: Source) -> RunDirectory | None:
-    """The run the checkpoint belongs to, if it lies where runs keep them."""
-    run = RunDirectory(source.path.resolve().parent.parent)
-    return run if run.checkpoints == source.path.resolve().parent else None
-
-
 def output_directory(source: Source, output_dir: str) -> Path:
+    """`output_dir`, or else the export folder of the run whose checkpoints this one lies among."""
     if output_dir:
         return Path(output_dir)
-    if (run := run_directory(source)) is None:
+    run = RunDirectory(source.path.absolute().parent.parent)
+    if run.checkpoints != source.path.absolute().parent:
         raise UserError(f"{source.path} is not inside a run directory, so it has no export/; give output_dir")
-    return Path(source.path).parent.parent / run.export.name
-
-
-def base_model(source: Source) -> str:
-    """What the student was initialised from, as the run's settings say; "" for random weights or if unknown."""
-    import yaml
-
-    run = run_directory(source)
-    if run is None or not run.settings.is_file():
-        return ""
-    settings = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
-    return str(settings.get("model_name_or_path") or "") if isinstance(settings, dict) else ""
+    return run.export
 
 
 def already_exported(final: Path, facts: dict[str, Any], overwrite: bool) -> bool:
