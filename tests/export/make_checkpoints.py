@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, Qwen2Config
 
 from trainer import commit
+from trainer.models import architecture
 
 STEPS = 2
 VOCABULARY = 97  # odd sizes, so that every kind of padding occurs
@@ -110,6 +111,8 @@ def make(case: dict[str, Any], output: Path, rank: int, world_size: int) -> None
         config.save_pretrained(staging / "model")
         if model.generation_config is not None:
             model.generation_config.save_pretrained(staging / "model")
+        if case["model"] == "qwen2":  # as training does; without it the export asks the model class itself
+            architecture.record(staging / "model")
         (staging / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}\n')
         facts = {
             "step": STEPS, "packs_consumed": STEPS, "world_size": world_size, "zero_stage": case["stage"],

@@ -15,6 +15,7 @@ from trainer.errors import UserError
 from trainer.export import model_card
 from trainer.export import source as sources
 from trainer.export.source import Source
+from trainer.models import architecture
 from trainer.settings import ConvertSettings
 
 if TYPE_CHECKING:
@@ -74,34 +75,35 @@ def _stream(
     """
     import torch
 
-    from trainer.export import architecture, safetensors_writer, zero_files
+    from trainer.export import safetensors_writer, zero_files
+    from trainer.export.fit import config_text, fit, generation_config_text
 
     stored = zero_files.read(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
-    fit = background.submit(architecture.fit, stored, source.path, source.model_folder)
+    fitting = background.submit(fit, stored, source.path, source.model_folder)
     dtype_name = _DTYPES[facts["export_dtype"]]
 
     def plan(tensors: dict[str, StoredTensor]) -> list[Shard]:
         return safetensors_writer.plan(tensors, getattr(torch, dtype_name), facts["max_shard_bytes"])
 
     if settings.dry_run:
-        _describe(plan(fit.result()[1]), final)
+        _describe(plan(fitting.result()[1]), final)
         return
     shards = plan(stored.tensors)
     _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
     staging = commit.begin(final)
     try:
-        files = _write_weights(shards, staging, fit)
-        expected, tensors = fit.result()
+        files = _write_weights(shards, staging, fitting)
+        expected, tensors = fitting.result()
         if tensors != stored.tensors:  # the class saves tied weights under another name, or twice
             for shard in shards:
                 (staging / shard.name).unlink()
             shards = plan(tensors)
             _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
-            files = _write_weights(shards, staging, fit)
+            files = _write_weights(shards, staging, fitting)
         facts["num_parameters"] = expected.num_parameters
         texts = {
-            "config.json": architecture.config_text(source.model_folder, expected.class_name, dtype_name),
-            "generation_config.json": architecture.generation_config_text(source.model_folder, expected),
+            "config.json": config_text(source.model_folder, expected.class_name, dtype_name),
+            "generation_config.json": generation_config_text(source.model_folder, expected),
             "README.md": model_card.text(facts, expected.class_name, dtype_name),
         }
         if len(shards) > 1:
@@ -123,7 +125,7 @@ def _stream(
     terminal.say(f"exported {source.path} to {final} ({_size(_weight_bytes(shards))}, {dtype_name})")
 
 
-def _write_weights(shards: list[Shard], staging: Path, fit: Future[Any]) -> dict[str, dict[str, Any]]:
+def _write_weights(shards: list[Shard], staging: Path, fitting: Future[Any]) -> dict[str, dict[str, Any]]:
     """Write the safetensors files, as long as the model class has not refused; returns what the manifest says."""
     from trainer.export import safetensors_writer
     from trainer.export.checked_reader import CheckedReader
@@ -138,8 +140,8 @@ def _write_weights(shards: list[Shard], staging: Path, fit: Future[Any]) -> dict
             nonlocal done
             done += num_bytes
             bar.update(done // _MEGABYTE)
-            if fit.done():
-                fit.result()
+            if fitting.done():
+                fitting.result()
 
         for shard in shards:
             files[shard.name] = safetensors_writer.write(shard, staging / shard.name, reader, advance)
@@ -150,11 +152,7 @@ def _write_weights(shards: list[Shard], staging: Path, fit: Future[Any]) -> dict
 def _write_small_files(texts: dict[str, str], model_folder: Path, staging: Path) -> dict[str, dict[str, Any]]:
     """Write `texts` by name and copy what else lies in the checkpoint's model folder: the tokenizer."""
     for path in sorted(model_folder.iterdir()):
-        if (
-            path.is_file()
-            and not path.name.startswith("model")
-            and path.suffix not in (".bin", ".pt", ".safetensors")
-        ):
+        if path.is_file() and path.name != architecture.FILE and not (staging / path.name).exists():
             shutil.copyfile(path, staging / path.name)
     for name, content in texts.items():
         (staging / name).write_text(content, encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 
 from trainer.errors import UserError
 from trainer.export import rebuild
-from trainer.export.architecture import quiet_transformers
+from trainer.models.architecture import quiet_transformers
 
 _NUM_TOKENS = 32
 

@@ -1,7 +1,7 @@
 """Model shapes by name, for students with random weights.
 
-The *stories* sizes are Llama-shaped (rotary positions, gated MLP, tied embeddings): the shape of today's small
-models, and rotary positions learn to copy a number much sooner than learned ones.
+The *stories* shapes are Llama's (rotary positions, gated MLP, tied embeddings), small: rotary positions learn to copy
+a number much sooner than learned ones, heads of 16 sooner than heads of 32, and a base of 500 fits short texts.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import Any
 
 # name -> (layers, width, heads, width of the gated MLP)
 _STORIES = {
-    "stories-0.2m": (2, 64, 4, 192),
-    "stories-1m": (4, 128, 4, 384),
-    "stories-2m": (4, 192, 6, 512),
+    "stories-0.2m": (2, 64, 4, 160),
+    "stories-0.9m": (4, 128, 8, 320),
+    "stories-3m": (6, 192, 12, 512),
 }
+_ROTARY_BASE = 500.0
 
 
 def names() -> list[str]:
@@ -33,6 +34,7 @@ def config(name: str, vocabulary_size: int) -> Any:
         num_key_value_heads=heads,
         intermediate_size=mlp_width,
         max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": _ROTARY_BASE},
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,
