@@ -82,11 +82,11 @@ class Bar:
             self._task = self._progress.add_task(label, total=total or None, completed=done, note="")
             self._progress.start()
 
-    def update(self, done: int, note: str = "") -> None:
-        """`done` of the total are done; `note` says how it goes, e.g. "loss 0.41, 12k tokens/s"."""
-        self._done = done
+    def update(self, done: int, note: str = "", total: int = 0) -> None:
+        """`done` of the total (if it was unknown before: now `total`) are done; `note` says how it goes."""
+        self._done, self._total = done, total or self._total
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, note=note)
+            self._progress.update(self._task, completed=done, total=self._total or None, note=note)
         elif self._shown and time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
             of_total = f"/{self._total}" if self._total else ""

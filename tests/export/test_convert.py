@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.export.conftest import BY_NAME, CONVERTIBLE
+from tests.export.conftest import BY_NAME, CONVERTIBLE, REPOSITORY
 from trainer import commit
 from trainer.export import rebuild, safetensors_writer, zero_files
 from trainer.export.checked_reader import CheckedReader
 from trainer.export.convert import convert
+from trainer.models import architecture
 from trainer.settings import ConvertSettings
 
 
@@ -148,3 +151,27 @@ def test_folder_has_card_manifest_and_tokenizer(made: Path, tmp_path: Path) -> N
     assert card.startswith("---\nlibrary_name: transformers\n") and "ZeRO stage 2, 2 ranks" in card
     assert f"{manifest['facts']['num_parameters']:,} parameters" in card
     assert not list(export.parent.glob(".*"))  # no temporary directory is left
+
+
+def test_recorded_architecture_spares_the_import_of_transformers(made: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from trainer.export.convert import convert
+from trainer.settings import ConvertSettings
+convert(ConvertSettings({str(made / "qwen2-zero3-bf16-2ranks")!r}, {str(tmp_path / "export")!r}))
+assert not {{"transformers", "deepspeed"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+    assert not (tmp_path / "export" / "architecture.json").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen2-zero3-bf16-2ranks", "gpt2-zero3-bf16-2ranks"])
+def test_recorded_architecture_is_that_of_the_class(name: str, made: Path, checkpoint_copy) -> None:
+    folder = checkpoint_copy(name) / "model"
+    built = architecture.build(folder)
+    assert architecture.read(folder) == built
+    architecture.record(folder)
+    assert architecture.read(folder) == built
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
+    assert architecture.read(folder) != built  # the record is of another config

@@ -15,7 +15,7 @@ MakeStudy = Callable[[dict[str, Any]], Study]
 
 
 def test_runs_are_models_by_methods_by_data_by_seeds(values: dict[str, Any], make_study: MakeStudy) -> None:
-    values["models"]["large"] = {"config_name": "stories-2m", "learning_rate": "2e-3"}
+    values["models"]["large"] = {"config_name": "stories-3m", "learning_rate": "2e-3"}
     values["data"]["more"] = {"train": {"data": "stories"}, "test": {"data": "stories"}}
     values["seeds"] = [0, 1]
     study = make_study(values)

@@ -95,14 +95,10 @@ def test_training_progress_is_read_from_the_end_of_the_log(
     run = RunDirectory(Path(settings.output_dir))
     assert state.training_progress(settings) == state.Progress(0, 3000)
     run.path.mkdir(parents=True)
-    lines = [json.dumps({"step": step, "loss": 3000 / step, "epoch": step / 1500}) for step in range(1, 2001)]
+    lines = [json.dumps({"step": step, "total_steps": 2500, "loss": 3000 / step}) for step in range(1, 2001)]
     lines += ['{"step": 2000, "evaluation": {"loss": 1}}', '{"step": 2001, "lo']
     run.metrics.write_text("\n".join(lines))
-    assert state.training_progress(settings) == state.Progress(2000, 3000, "loss 1.500")
-    by_epochs = dataclasses.replace(settings, max_steps=0, num_train_epochs=2.0)
-    assert state.training_progress(by_epochs) == state.Progress(
-        67, 100, "% of 2 epochs, step 2000, loss 1.500"
-    )
+    assert state.training_progress(settings) == state.Progress(2000, 2500, "loss 1.500")
 
 
 def test_final_loss_forgets_steps_that_a_resume_undid(values: dict[str, Any], make_study: MakeStudy) -> None:
@@ -166,7 +162,7 @@ def test_a_changed_study_is_refused_run_by_run(
     del values["train"]["learning_rate"]
     values["num_ranks"] = 2
     values["train"] |= {"save_steps": 7, "timeout_seconds": 60}  # these do not change what is learned
-    values["models"]["large"] = {"config_name": "stories-2m"}
+    values["models"]["large"] = {"config_name": "stories-3m"}
     changes.refuse(make_study(values))
     config.write_text('{"zero_optimization": {"stage": 1}}')
     with pytest.raises(UserError, match="deepspeed_digest was"):

@@ -132,7 +132,7 @@ def _watch(
                 beat()
                 progress = look()
                 if progress != first:  # while a stage is starting, there is nothing to tell
-                    bar.update(progress.done, progress.note)
+                    bar.update(progress.done, progress.note, progress.total)
             time.sleep(_LOOK_EVERY_SECONDS)
     return child.returncode
 

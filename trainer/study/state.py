@@ -85,19 +85,12 @@ def has_work(run: RunDirectory) -> bool:
 
 
 def training_progress(settings: TrainSettings) -> Progress:
-    """Where a training is, from the end of its metrics.jsonl: in steps, or in per cent if only epochs are set."""
+    """Where a training is, from the end of its metrics.jsonl. The total is 0 (unknown) until the first step."""
     steps = _last_steps(RunDirectory(Path(settings.output_dir)).metrics)
     last = steps[-1] if steps else {}
-    step, loss, epoch = last.get("step", 0), last.get("loss"), last.get("epoch", 0)
+    step, total, loss = last.get("step", 0), last.get("total_steps", settings.max_steps), last.get("loss")
     note = f"loss {loss:.3f}" if isinstance(loss, (int, float)) else ""
-    if settings.max_steps:
-        return Progress(min(step, settings.max_steps), settings.max_steps, note)
-    percent = (
-        min(100, round(100 * epoch / settings.num_train_epochs)) if isinstance(epoch, (int, float)) else 0
-    )
-    return Progress(
-        percent, 100, f"% of {settings.num_train_epochs:g} epochs, step {step}" + (note and f", {note}")
-    )
+    return Progress(min(step, total), total, note)
 
 
 def final_loss(run: RunDirectory) -> float | None:

@@ -76,7 +76,7 @@ def _training(run: Run) -> str:
     progress = state.training_progress(run.train)
     if not run.directory.metrics.is_file():
         return "-"
-    return f"{progress.done}/{progress.total}"
+    return f"{progress.done}/{progress.total or '?'}"
 
 
 def _converted(run: Run) -> str:

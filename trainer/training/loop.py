@@ -44,15 +44,15 @@ def train(settings: TrainSettings, evaluate: Evaluation | None = None) -> bool:
     plan, step = student.plan, student.first_step
     with terminal.progress("train", plan.total_steps, step) as bar:
         while step < plan.total_steps:
-            metrics = optimizer_step(student, step, stop)
+            metrics, stopping = optimizer_step(student, step, stop)
             step += 1
-            log.write({"step": step, **metrics})
+            log.write({"step": step, "total_steps": plan.total_steps, **metrics})
             bar.update(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s")
             if evaluate and settings.eval_steps and step % settings.eval_steps == 0:
                 log.write({"step": step, "evaluation": evaluate(student)})
-            if step % settings.save_steps == 0 or step == plan.total_steps or metrics["stop"]:
+            if step % settings.save_steps == 0 or step == plan.total_steps or stopping:
                 save(student, step)
-            if metrics["stop"]:
+            if stopping:
                 break
     log.close(finished=step == plan.total_steps)
     finished = step == plan.total_steps
@@ -61,8 +61,11 @@ def train(settings: TrainSettings, evaluate: Evaluation | None = None) -> bool:
     return finished
 
 
-def optimizer_step(student: Student, step: int, stop: StopRequest) -> dict[str, Any]:
-    """One step of the optimizer, counted from 0: every micro-batch forward and backward, one update. Collective."""
+def optimizer_step(student: Student, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+    """One step of the optimizer, counted from 0: every micro-batch forward and backward, one update. Collective.
+
+    Returns what is logged, and whether any rank was asked to stop.
+    """
     start = time.perf_counter()
     engine, plan, data, world = student.engine, student.plan, student.data, student.world
     first, end = plan.packs(step)
@@ -90,7 +93,7 @@ def optimizer_step(student: Student, step: int, stop: StopRequest) -> dict[str, 
     grad_norm = engine.get_global_grad_norm() if grad_norm is None else grad_norm
     seconds = time.perf_counter() - start
     tokens = data.tokens(first, end)
-    return {
+    metrics = {
         "epoch": end / data.packs_per_epoch,
         "loss": loss / learned_tokens,
         "learned_tokens": learned_tokens,
@@ -102,8 +105,8 @@ def optimizer_step(student: Student, step: int, stop: StopRequest) -> dict[str, 
         "mfu": model_flops_utilisation(student, tokens / seconds),
         "memory_bytes": throughput.peak_memory_bytes(),
         "packs_consumed": end,
-        "stop": asked_to_stop,
     }
+    return metrics, asked_to_stop
 
 
 def seed_dropout(seed: int, first_pack: int) -> None:
