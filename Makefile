@@ -22,12 +22,10 @@ format: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Torch first: with it in place DeepSpeed's sdist builds without looking for another one. The file is touched last,
-# so that an interrupted installation is taken up again.
+# The file is touched last, so that an interrupted installation is taken up again. DeepSpeed comes as source and is
+# built by pip in an environment of its own.
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[mpi,dev]"
 	touch $@
 

@@ -1,4 +1,4 @@
-"""Convert a DeepSpeed ZeRO checkpoint to a Hugging Face folder: python tools/convert_checkpoint.py RUN."""
+"""Convert a ZeRO checkpoint to a Hugging Face folder: python tools/convert_checkpoint.py RUN"""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from command_line import parse
 from trainer import terminal
 from trainer.settings import ConvertSettings
 
-DESCRIPTION = """A DeepSpeed ZeRO checkpoint (any stage, any number of ranks) -> a Hugging Face folder.
+DESCRIPTION = """Convert a DeepSpeed ZeRO checkpoint to a Hugging Face folder: config, safetensors, tokenizer, model card.
 
-  python tools/convert_checkpoint.py runs/mine/gsm8k.socratic.gpt2.s0          its newest checkpoint -> export/
-  python tools/convert_checkpoint.py runs/mine/.../checkpoints/step-000120 --dtype bf16 --output_dir my-model --verify
+  python tools/convert_checkpoint.py runs/quickstart/stories.socratic.0.9m.s0     (its newest checkpoint -> export/)
+  python tools/convert_checkpoint.py runs/.../checkpoints/step-000120 --dtype bf16 --output_dir my-model --verify
 
-Copies byte ranges, so it needs little memory at every size of model. A folder that is already there is replaced only
-with --overwrite, and only when the new one is complete."""
+Bytes are streamed: memory does not grow with the model."""
 
 
 def main() -> None:
