@@ -148,7 +148,7 @@ def test_folder_has_card_manifest_and_tokenizer(made: Path, tmp_path: Path) -> N
     assert manifest["facts"]["checkpoint"].endswith("checkpoints/step-000002")
     assert manifest["facts"]["method"] == "socratic" and manifest["facts"]["finished"] is True
     card = (export / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n") and "ZeRO stage 2, 2 ranks" in card
+    assert card.startswith("---\nlibrary_name: transformers\n") and "ZeRO stage 2, 2 ranks |" in card
     assert f"{manifest['facts']['num_parameters']:,} parameters" in card
     assert not list(export.parent.glob(".*"))  # no temporary directory is left
 

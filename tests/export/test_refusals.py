@@ -256,7 +256,9 @@ def test_checkpoint_outside_a_run_needs_an_output_dir(checkpoint_copy: Copy, tmp
     alone = checkpoint_copy(ZERO1).rename(tmp_path / "alone")
     with pytest.raises(UserError, match="give output_dir"):
         convert(ConvertSettings(str(alone)))
-    assert convert(ConvertSettings(str(alone), str(tmp_path / "out"))).is_dir()
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        commit.verify(convert(ConvertSettings(str(alone), str(tmp_path / name))))
 
 
 def test_full_disk_is_seen_before_writing(tmp_path: Path) -> None:

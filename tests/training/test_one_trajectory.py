@@ -42,7 +42,7 @@ BF16 = {
         "bf16": True,
         "deepspeed": f"ds_configs/zero{stage}.json",
     }
-    for stage in (1, 2, 3)
+    for stage in range(4)
 }
 
 

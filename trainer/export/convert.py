@@ -110,7 +110,7 @@ def _stream(
             texts[safetensors_writer.INDEX_NAME] = safetensors_writer.index_text(
                 shards, expected.num_parameters
             )
-        files |= _write_small_files(texts, source.model_folder, staging)
+        files |= _write_small_files(texts, source.model_folder, staging, set(files))
         if settings.verify:
             _verify(staging, source, facts["export_dtype"])
         _put_in_place(staging, final, facts, files)
@@ -149,16 +149,16 @@ def _write_weights(shards: list[Shard], staging: Path, fitting: Future[Any]) -> 
     return files
 
 
-def _write_small_files(texts: dict[str, str], model_folder: Path, staging: Path) -> dict[str, dict[str, Any]]:
+def _write_small_files(
+    texts: dict[str, str], model_folder: Path, staging: Path, weights: set[str]
+) -> dict[str, dict[str, Any]]:
     """Write `texts` by name and copy what else lies in the checkpoint's model folder: the tokenizer."""
     for path in sorted(model_folder.iterdir()):
-        if path.is_file() and path.name != architecture.FILE and not (staging / path.name).exists():
+        if path.is_file() and path.name not in weights | {architecture.FILE}:
             shutil.copyfile(path, staging / path.name)
     for name, content in texts.items():
         (staging / name).write_text(content, encoding="utf-8")
-    return commit.digest_files(
-        staging, [path.name for path in staging.iterdir() if path.suffix != ".safetensors"]
-    )
+    return commit.digest_files(staging, [path.name for path in staging.iterdir() if path.name not in weights])
 
 
 def _put_in_place(

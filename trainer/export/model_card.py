@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import PurePath
 from typing import Any
 
-_METHODS = {
+_WRITES = {
     "answer_only": "the final answer alone",
-    "cot": "the solution steps and the final answer (chain of thought)",
+    "cot": "the solution step by step, then the final answer (chain of thought)",
     "socratic": "sub-questions, their solutions and the final answer (Socratic chain of thought)",
-    "decomposer": "sub-questions, given the problem",
-    "decomposer_interleaved": "sub-questions, given the problem and the earlier solutions",
-    "solver": "solutions and the final answer, given the sub-questions",
+    "decomposer": "the sub-questions of a problem, all ahead",
+    "decomposer_interleaved": "the next sub-question of a problem, given the solutions so far",
+    "solver": "the solution of each sub-question it is asked, and the final answer",
+}
+_PROMPT = "The prompt is the question and a line break. The text ends with `####` and the final answer."
+_HALF = (
+    "This is one half of a pair: `tools/evaluate.py` drives a decomposer and a solver in turn. The prompt is the question,"
+    "\na line break, and what both have written so far."
+)
+_CALCULATOR = {
+    True: "The model writes the results of its calculations, `<<3*4=12>>`, itself.",
+    False: "Results of calculations are not the model's work: after `<<3*4=` a calculator puts in `12>>`, as "
+    "`tools/evaluate.py`\ndoes. Without it the model guesses.",
 }
 
 _CARD = """\
 # {title}
 
-A {class_name} with {parameters} parameters, trained to write {learned}.
+A {class_name} with {parameters} parameters, trained to write {writes}.
 
 | | |
 | --- | --- |
@@ -30,7 +41,7 @@ A {class_name} with {parameters} parameters, trained to write {learned}.
 | seed | {seed} |
 | trained in | {dtype}, DeepSpeed ZeRO stage {stage}, {ranks} |
 | weights stored in | {export_dtype} |
-| digest of the training tokens | `{shards}` |
+| training tokens | `{shards}` (fingerprint of the shards) |
 
 ## How to load
 
@@ -45,50 +56,44 @@ prompt = tokenizer("A farmer has 3 boxes with 12 eggs each. How many eggs are th
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0]))
 ```
 
-The prompt is the question and a line break. The text ends with `#### ` and the final answer.{calculator}
+{prompt}
+{calculator}
 
 ## How it was made
 
-`tools/convert_checkpoint.py` of Socratic Trainer copied the fp32 master weights of the checkpoint `{checkpoint}` into
-these safetensors files{rounding}. MANIFEST.json has the SHA-256 of every file, and of the checkpoint's manifest.
+`tools/convert_checkpoint.py` of Socratic Trainer copied the master weights of `{checkpoint}`
+into these safetensors files{rounding}.
+`MANIFEST.json` has the SHA-256 of every file, and that of the checkpoint's own manifest.
 """
 
 
 def text(facts: dict[str, Any], class_name: str, export_dtype: str) -> str:
     """The model card. `facts`: those of the export's manifest; `export_dtype`: "float32" or "bfloat16"."""
-    base_model = str(facts.get("base_model") or facts.get("model_name", "unknown"))
-    front_matter = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    lines = [f"{key}: {value}" for key, value in front_matter.items()]
-    if facts.get("pretrained") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model):  # a hub name, not a path
-        lines.append(f"base_model: {json.dumps(base_model)}")
-    lines += ["tags:", "- reasoning", "- distillation", "- deepspeed", "- socratic-trainer"]
-    method = str(facts.get("method", ""))
-    world_size = facts["world_size"]
-    calculator = (
-        " The model writes calculator results itself."
-        if facts.get("learn_calculator_results")
-        else " Between `<<` and `>>` the model leaves the result to a calculator: after `<<3*4=` the text `12>>` is to be"
-        "\nput in for it, as `tools/evaluate.py` does."
-    )
-    trained_in = "bfloat16" if facts["dtype"] == "bf16" else "float32"
+    name, method = str(facts.get("model_name", "model")), str(facts.get("method", "unknown"))
+    base_model, pretrained = str(facts.get("base_model", name)), bool(facts.get("pretrained"))
+    front_matter = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if pretrained and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model):  # a name on the hub, not a path
+        front_matter.append(f"base_model: {json.dumps(base_model)}")
+    front_matter += ["tags:", "- reasoning", "- distillation", "- deepspeed", "- socratic-trainer"]
     card = _CARD.format(
-        title=f"{facts.get('model_name', 'model')}, {method} on {facts.get('data', 'unknown data')}",
+        title=f"{name}, {method} on {facts.get('data', 'unknown data')}",
         class_name=class_name,
         parameters=f"{facts['num_parameters']:,}",
-        learned=_METHODS.get(method, "what its training data shows"),
-        base_model=f"`{base_model}`{'' if facts.get('pretrained') else ', random weights'}",
+        writes=_WRITES.get(method, "what its training data shows"),
+        base_model=f"`{base_model}`{'' if pretrained else ', random weights'}",
         method=method,
         data=facts.get("data", "unknown"),
         step=f"{facts['step']:,}",
         packs=f"{facts.get('packs_consumed', 0):,}",
         seed=facts.get("seed", "unknown"),
-        dtype=trained_in,
+        dtype="bfloat16" if facts["dtype"] == "bf16" else "float32",
         stage=facts["zero_stage"],
-        ranks=f"{world_size} rank{'s' if world_size > 1 else ''}",
+        ranks="1 rank" if facts["world_size"] == 1 else f"{facts['world_size']} ranks",
         export_dtype=export_dtype,
         shards=facts.get("shards_fingerprint", "unknown"),
-        calculator=calculator,
-        checkpoint=facts["checkpoint"],
+        prompt=_HALF if method in ("decomposer", "decomposer_interleaved", "solver") else _PROMPT,
+        calculator=_CALCULATOR[bool(facts.get("learn_calculator_results"))],
+        checkpoint="/".join(PurePath(facts["checkpoint"]).parts[-3:]),
         rounding=", rounded to bfloat16" if export_dtype == "bfloat16" else "",
     )
-    return "---\n" + "\n".join(lines) + "\n---\n\n" + card
+    return "\n".join(["---", *front_matter, "---", "", card])

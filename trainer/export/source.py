@@ -35,7 +35,7 @@ def find(path: Path) -> Source:
     files are compared with the manifest by size only: their bytes are proved when they are read.
     """
     run = RunDirectory(path)
-    if not run.checkpoints.is_dir():
+    if not run.checkpoints.is_dir() and not run.settings.is_file():
         return _open(path)
     for step in reversed(run.checkpoint_steps()):
         if not commit.is_finished(run.checkpoint(step)):

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import platform
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +12,7 @@ import yaml
 from trainer import commit, distributed, terminal
 from trainer.distributed import World
 from trainer.errors import UserError
-from trainer.models import load, packed_attention
+from trainer.models import load
 from trainer.models.tokenizer import load_tokenizer
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings, to_dict
@@ -31,6 +20,8 @@ from trainer.shards.methods import method
 from trainer.shards.read import Shards
 from trainer.training import checkpoint, ds_config
 from trainer.training.batches import PackedData, StepPlan
+from trainer.training.engine import build_engine
+from trainer.training.run_files import write_run_files
 from trainer.training.schedule import Schedule
 
 # Settings that may differ when a run goes on; everything else decides its numbers.
@@ -84,8 +75,8 @@ def enrol(settings: TrainSettings, world: World, run: RunDirectory) -> Student |
     if start is not None and commit.read_manifest(start)["facts"]["finished"]:
         return None
     if distributed.is_main_process():
-        _write_run_files(settings, run, resolved, facts, config, tokenizer)
-    engine = _engine(settings, run, config, resolved)
+        write_run_files(settings, run, resolved, facts, config, tokenizer)
+    engine = build_engine(settings, run, config, resolved)
     first_step = 0
     if start is not None:
         checkpoint.load(engine, start)
@@ -187,126 +178,3 @@ def _refuse_another_run(
             f"{found} belongs to another run ({'; '.join(changed)}); use another output_dir, "
             "or --overwrite_output_dir to start from zero"
         )
-
-
-def _engine(settings: TrainSettings, run: RunDirectory, config: Any, resolved: dict[str, Any]) -> Any:
-    """Weights as of the seed or the pretrained folder, the same in every ZeRO stage, in a DeepSpeed engine."""
-    import deepspeed
-
-    deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
-    dtype = "bf16" if settings.bf16 else "fp32"
-    attention = packed_attention.register() if settings.packing else "sdpa"
-    with _weights(settings, config, run) as weights:
-        with _into_shards(resolved):
-            model = load.load_model(weights, dtype, attention, config=config)
-        distributed.barrier()  # a temporary folder is removed after everybody has read it
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not hasattr(torch.serialization, "safe_globals"):
-        raise UserError("torch is too old for safe checkpoints; install the version in constraints.txt")
-    engine, _, _, _ = deepspeed.initialize(
-        model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
-    )
-    engine.checkpoint_engine = checkpoint.SafeCheckpointEngine()
-    engine.train()
-    return engine
-
-
-@contextlib.contextmanager
-def _into_shards(resolved: dict[str, Any]) -> Iterator[None]:
-    """Under ZeRO-3, inside this block, `from_pretrained` loads into shards: no rank ever holds the whole model.
-
-    Transformers finds the configuration through a weak reference, hence the variable.
-    """
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    held = HfDeepSpeedConfig(resolved) if ds_config.stage(resolved) == 3 else None
-    try:
-        yield
-    finally:
-        del held
-        unset_hf_deepspeed_config()
-
-
-@contextlib.contextmanager
-def _weights(settings: TrainSettings, config: Any, run: RunDirectory) -> Iterator[str]:
-    """Where every rank loads its first weights: the pretrained model, or a folder rank 0 fills from the seed.
-
-    The folder must be written before transformers is told of ZeRO-3, which would save empty shards.
-    """
-    if settings.model_name_or_path:
-        yield settings.model_name_or_path
-        return
-    folder = ""
-    if distributed.is_main_process():
-        run.path.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=".initial-", suffix=".tmp", dir=run.path)
-        load.write_random_weights(config, settings.seed, Path(folder))
-    try:
-        yield distributed.broadcast_object(folder)
-    finally:
-        if distributed.is_main_process():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
-    """Matrices are decayed, vectors (biases, norms) are not. Without decay one group: fewer collectives."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not weight_decay:
-        return parameters
-    # Under ZeRO-3 a parameter is an empty shard here; DeepSpeed keeps its shape in ds_shape.
-    is_matrix = [len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 for parameter in parameters]
-    groups = {True: weight_decay, False: 0.0}
-    return [
-        {
-            "params": [p for p, matrix in zip(parameters, is_matrix, strict=True) if matrix is which],
-            "weight_decay": decay,
-        }
-        for which, decay in groups.items()
-    ]
-
-
-def _write_run_files(
-    settings: TrainSettings,
-    run: RunDirectory,
-    resolved: dict[str, Any],
-    facts: dict[str, Any],
-    config: Any,
-    tokenizer: Any,
-) -> None:
-    """What was asked for, what DeepSpeed was told, and where it ran."""
-    from transformers import GenerationConfig
-
-    run.path.mkdir(parents=True, exist_ok=True)
-    commit.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
-    commit.write_text(run.ds_config, json.dumps(resolved, indent=1) + "\n")
-    commit.write_text(run.environment, json.dumps({**environment(), **facts}, indent=1) + "\n")
-    shutil.rmtree(run.model, ignore_errors=True)
-    tokenizer.save_pretrained(run.model)
-    saved = config.__class__.from_dict({**config.to_dict(), "use_cache": True})
-    saved.save_pretrained(run.model)
-    GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
-    ).save_pretrained(run.model)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, host and code revision, for whoever asks later why two runs differ."""
-    packages = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
-    root = Path(__file__).parents[2]
-    revision = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    return {
-        "versions": {name: version(name) for name in packages},
-        "python": platform.python_version(),
-        "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
-        "threads_per_rank": torch.get_num_threads(),
-        "launcher": distributed.world().launcher,
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "code_revision": revision.stdout.strip(),
-    }

@@ -131,7 +131,7 @@ class Story:
 
     def _has(self, when: str, operator: str, right: int) -> None:
         """The step most events end with: what the hero has at that moment."""
-        ask = "How many {units} does {Name} have " + when + "?"
+        ask = "How many {units} does {he} have " + when + "?"
         self._value = self._calculate(ask, "{He} has {result} {units}.", self._value, operator, right)
 
     # What may happen.
@@ -209,7 +209,7 @@ class Story:
         if not is_last or not self._start_is_far() or self._value < self._opening_value + 2:
             raise DeadEnd
         ask, solve = (
-            "How many more {units} does {Name} have than at the start?",
+            "How many more {units} does {he} have than at the start?",
             "{He} has {result} more {units}.",
         )
         self._value = self._calculate(ask, solve, self._value, "-", self._opening_value)
@@ -222,28 +222,28 @@ class Story:
         b = self._divisor(LARGEST_GROUP)
         self._tell(self._world.packing, b=b)
         self._become("containers", self._world.containers)
-        ask, solve = "How many {units} does {Name} fill?", "{He} fills {result} {units}."
+        ask, solve = "How many {units} does {he} fill?", "{He} fills {result} {units}."
         self._value = self._calculate(ask, solve, self._value, "/", b)
 
     def share(self) -> None:
         k = self._divisor(LARGEST_FACTOR)
         self._name_people(self._friend, self._hero)
         self._tell(worlds.SHARE, k=k)
-        ask, solve = "How many {units} does {Name} get?", "{He} gets {result} {units}."
+        ask, solve = "How many {units} does {Name} get?", "{Name} gets {result} {units}."
         self._value = self._calculate(ask, solve, self._value, "/", k)
 
     def sell(self) -> None:
         b = self._integer(2, min(LARGEST_FACTOR, LARGEST // self._value))
         self._tell(worlds.SELL, b=b)
         self._become("money", "dollars")
-        ask, solve = "How many {units} does {Name} earn at the market?", "{He} earns {result} {units}."
+        ask, solve = "How many {units} does {he} earn at the market?", "{He} earns {result} {units}."
         self._value = self._calculate(ask, solve, self._value, "*", b)
 
     def buy(self) -> None:
         b = self._divisor(LARGEST_GROUP)
         self._become("goods", self._choose(worlds.GOODS))
         self._tell(worlds.BUY, b=b)
-        ask, solve = "How many {units} does {Name} buy?", "{He} buys {result} {units}."
+        ask, solve = "How many {units} does {he} buy?", "{He} buys {result} {units}."
         self._value = self._calculate(ask, solve, self._value, "/", b)
 
     def _of_kind(self, items: Sequence[Phrase], others: dict[str, tuple[Phrase, ...]]) -> Sequence[Phrase]:

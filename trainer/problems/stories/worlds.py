@@ -65,7 +65,7 @@ WORLDS = (
         ),
         opening_in_groups=(
             "{Name} comes home from the sea with {k} nets of {b} shells each.",
-            "How many shells does {Name} bring home?",
+            "How many shells does {he} bring home?",
         ),
         gains=(
             ("Behind the old pier {he} finds {b} more shells.", "after the walk to the pier"),
@@ -101,7 +101,7 @@ WORLDS = (
         ),
         opening_in_groups=(
             "{Name} shakes {k} trees, and {b} apples fall from each tree.",
-            "How many apples fall for {Name}?",
+            "How many apples fall down?",
         ),
         gains=(
             ("Then the wind blows down {b} more apples.", "after the wind"),
@@ -137,7 +137,7 @@ WORLDS = (
         ),
         opening_in_groups=(
             "{Name} bakes {k} trays of muffins with {b} muffins on each tray.",
-            "How many muffins does {Name} bake?",
+            "How many muffins does {he} bake?",
         ),
         gains=(
             ("{His} grandmother sends {b} muffins with raisins.", "with those of the grandmother"),
@@ -173,7 +173,7 @@ WORLDS = (
         ),
         opening_in_groups=(
             "{Name} inherits {k} trunks with {b} books in each trunk.",
-            "How many books does {Name} inherit?",
+            "How many books does {he} inherit?",
         ),
         gains=(
             ("A retired captain donates {b} books about the sea.", "with those of the captain"),
@@ -209,7 +209,7 @@ WORLDS = (
         ),
         opening_in_groups=(
             "{Name} visits {k} henhouses and takes {b} eggs from each.",
-            "How many eggs does {Name} take?",
+            "How many eggs does {he} take?",
         ),
         gains=(
             ("In the hay {he} spots {b} more eggs.", "after searching the hay"),
@@ -245,7 +245,7 @@ WORLDS = (
         ),
         opening_in_groups=(
             "{Name} decorates {k} bridges with {b} lanterns on each bridge.",
-            "How many lanterns does {Name} use?",
+            "How many lanterns does {he} use?",
         ),
         gains=(
             ("The mayor pays for {b} more lanterns.", "with those of the mayor"),
@@ -317,7 +317,7 @@ MONEY_GROWTH: Phrase = (
 )
 MONEY_GROUPS_IN: Groups = (
     "Then {he} works for {k} days and earns {b} dollars a day.",
-    "How many dollars does {Name} earn in these days?",
+    "How many dollars does {he} earn in these days?",
     "{He} earns {result} dollars.",
     "after the days of work",
 )
@@ -333,7 +333,7 @@ FRIEND_GIVES = {
     "-": "{Friend} has {b} fewer {units} than {Name} and gives {him} all of them.",
 }
 AS_AT_THE_START = "As a present {Friend} brings {him} as many {units} as {he} had at the start."
-SHARE = "{Friend} shares the {units} equally among {k} friends. One of them, {Name}, takes {his} share home."
+SHARE = "Then {Friend} shares the {units} equally among {k} friends. One of them, {Name}, takes {his} share home."
 SELL = "At the market {he} sells all the {units} for {b} dollars each."
 BUY = "With all the money {he} buys {units} for {b} dollars each."
 GOODS = ("roses", "pencils", "marbles", "kites")

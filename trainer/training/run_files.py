@@ -1,0 +1,67 @@
+"""What a run leaves beside its checkpoints: what was asked for, what DeepSpeed was told, and where it ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trainer import commit, distributed
+from trainer.run_directory import RunDirectory
+from trainer.settings import TrainSettings, to_dict
+
+
+def write_run_files(
+    settings: TrainSettings,
+    run: RunDirectory,
+    resolved: dict[str, Any],
+    facts: dict[str, Any],
+    config: Any,
+    tokenizer: Any,
+) -> None:
+    """Write them (rank 0): settings, resolved ds_config, environment, and the student's config and tokenizer."""
+    from transformers import GenerationConfig
+
+    run.path.mkdir(parents=True, exist_ok=True)
+    commit.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
+    commit.write_text(run.ds_config, json.dumps(resolved, indent=1) + "\n")
+    commit.write_text(run.environment, json.dumps({**environment(), **facts}, indent=1) + "\n")
+    shutil.rmtree(run.model, ignore_errors=True)
+    tokenizer.save_pretrained(run.model)
+    saved = config.__class__.from_dict({**config.to_dict(), "use_cache": True})
+    saved.save_pretrained(run.model)
+    GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    ).save_pretrained(run.model)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, host and code revision, for whoever asks later why two runs differ."""
+    packages = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
+    root = Path(__file__).parents[2]
+    revision = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return {
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
+        "threads_per_rank": torch.get_num_threads(),
+        "launcher": distributed.world().launcher,
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "code_revision": revision.stdout.strip(),
+    }
