@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from trainer import commit, distributed
+from trainer.models import architecture
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings, to_dict
 
@@ -43,6 +44,7 @@ def write_run_files(
     GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
     ).save_pretrained(run.model)
+    architecture.record(run.model)  # a conversion need not ask transformers for names and shapes again
 
 
 def environment() -> dict[str, Any]:

@@ -333,7 +333,9 @@ FRIEND_GIVES = {
     "-": "{Friend} has {b} fewer {units} than {Name} and gives {him} all of them.",
 }
 AS_AT_THE_START = "As a present {Friend} brings {him} as many {units} as {he} had at the start."
-SHARE = "Then {Friend} shares the {units} equally among {k} friends. One of them, {Name}, takes {his} share home."
+SHARE = (
+    "Then {Friend} shares the {units} equally among {k} friends. One of them, {Name}, takes {his} share home."
+)
 SELL = "At the market {he} sells all the {units} for {b} dollars each."
 BUY = "With all the money {he} buys {units} for {b} dollars each."
 GOODS = ("roses", "pencils", "marbles", "kites")
