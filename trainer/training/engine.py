@@ -22,6 +22,8 @@ def build_engine(settings: TrainSettings, run: RunDirectory, config: Any, resolv
     """Weights as of the seed or the pretrained folder, the same in every ZeRO stage, in a DeepSpeed engine."""
     import deepspeed
 
+    # On a CPU DeepSpeed would compile a C++ extension in every new environment (40 s) for a collective of inference.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
     dtype = "bf16" if settings.bf16 else "fp32"
     attention = packed_attention.register() if settings.packing else "sdpa"
