@@ -102,7 +102,7 @@ class TrainSettings:
     )
     config_overrides: str = setting("", "changes to the config, e.g. n_layer=6,n_embd=384,n_head=6")
     model_label: str = setting("", "the model's name in reports (default: the last part of its path)")
-    deepspeed: str = setting("", "DeepSpeed config, e.g. ds_configs/zero1.json (default: ZeRO 0)")
+    deepspeed: str = setting("", "DeepSpeed config, e.g. ds_configs/zero2.json (default: ZeRO 1)")
     per_device_train_batch_size: int = setting(1, "packs a device takes in one forward pass")
     gradient_accumulation_steps: int = setting(1, "forward passes of a device in one optimizer step")
     pack_length: int = setting(1024, "tokens of a pack; whole examples are packed into it")

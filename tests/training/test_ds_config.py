@@ -24,7 +24,9 @@ def _settings(**changes: object) -> TrainSettings:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_resolved_is_the_golden_one(file: Path) -> None:
     """To accept a change, delete the golden file and run the test."""
-    resolved = resolve(_settings(deepspeed=str(file), bf16=True, weight_decay=0.1), world_size=2)
+    resolved = resolve(
+        _settings(deepspeed=str(file), bf16=file.stem != "zero0", weight_decay=0.1), world_size=2
+    )
     assert "auto" not in json.dumps(resolved)
     golden = GOLDEN / file.name
     if not golden.exists():
@@ -67,6 +69,12 @@ def test_mistakes_are_named(tmp_path: Path, content: dict, message: str) -> None
     with pytest.raises(UserError, match=message) as raised:
         resolve(_settings(deepspeed=str(file)), world_size=1)
     assert "mine.json" in str(raised.value)
+
+
+def test_bf16_at_stage_0_is_refused_because_its_numbers_are_wrong() -> None:
+    with pytest.raises(UserError, match="wrongly in bf16 at ZeRO stage 0"):
+        resolve(_settings(deepspeed=str(ROOT / "ds_configs/zero0.json"), bf16=True), world_size=1)
+    assert resolve(_settings(bf16=True), world_size=1)["zero_optimization"]["stage"] == 1
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"{", "is not JSON"), (b"[]", "is not a JSON object")])

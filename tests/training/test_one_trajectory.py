@@ -15,7 +15,7 @@ STORED = Path(__file__).parent.parent / "trajectories" / "stories_llama.json"
 
 # name: ranks, settings; every one takes 4 packs a step
 ONE_RANK = {
-    "reference": {"gradient_accumulation_steps": 4},
+    "reference": {"gradient_accumulation_steps": 4, "deepspeed": "ds_configs/zero0.json"},
     "micro-batch of 4": {"per_device_train_batch_size": 4},
     "micro-batch of 2": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "padded": {"per_device_train_batch_size": 4, "packing": False},
@@ -42,7 +42,7 @@ BF16 = {
         "bf16": True,
         "deepspeed": f"ds_configs/zero{stage}.json",
     }
-    for stage in range(4)
+    for stage in (1, 2, 3)  # stage 0 is refused: see ds_config.py
 }
 
 
@@ -72,7 +72,7 @@ def test_same_losses_and_gradient_norms(runs: Path, name: str) -> None:
 @pytest.mark.parametrize("name", BF16)
 def test_bf16_stays_near_fp32_and_stages_agree(runs: Path, name: str) -> None:
     for expected, found in zip(trajectory(runs / "reference"), trajectory(runs / name), strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
 def test_trajectory_is_the_stored_one(runs: Path) -> None:
