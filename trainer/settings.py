@@ -137,9 +137,6 @@ class TrainSettings:
     overwrite_output_dir: bool = setting(
         False, "start from zero although the output_dir holds checkpoints (they are removed)"
     )
-    max_nonfinite_steps: int = setting(
-        0, "optimizer steps with a NaN or Inf that may be skipped (counted) before giving up"
-    )
     report_to: str = setting(
         "none", "metrics.jsonl is always written; 'wandb' adds a W&B run", choices=("none", "wandb")
     )
@@ -173,7 +170,6 @@ class TrainSettings:
             "max_steps",
             "warmup_steps",
             "eval_steps",
-            "max_nonfinite_steps",
             "weight_decay",
             "max_grad_norm",
         )

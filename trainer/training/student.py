@@ -27,7 +27,7 @@ from trainer.training.schedule import Schedule
 # Settings that may differ when a run goes on; everything else decides its numbers.
 _MAY_CHANGE = {
     "deepspeed", "output_dir", "train_shards", "eval_shards", "eval_steps", "eval_max_problems", "save_steps", "save_total_limit",
-    "resume_from_checkpoint", "overwrite_output_dir", "max_nonfinite_steps", "report_to", "wandb_project", "timeout_seconds",
+    "resume_from_checkpoint", "overwrite_output_dir", "report_to", "wandb_project", "timeout_seconds",
 }  # fmt: skip
 
 
