@@ -65,10 +65,17 @@ CANNOT_BE_TRAINED = {
     "context": ({"config_overrides": "max_position_embeddings=64"}, "examples of up to"),
     "override": ({"config_overrides": "n_layer=2"}, "'n_layer=2' does not name a setting"),
     "pack": ({"pack_length": 32}, "longer than pack_length 32"),
-    "not finite": (
-        {"learning_rate": 1e20, "max_grad_norm": 0, "max_steps": 20},
-        r"the loss on rank 0 is (nan|inf); problems of this rank: stories",
-    ),
+} | {
+    f"not finite, ZeRO {stage}": (
+        {
+            "learning_rate": 1e20,
+            "max_grad_norm": 0,
+            "max_steps": 20,
+            "deepspeed": f"ds_configs/zero{stage}.json",
+        },
+        r"(the loss on rank 0 is (nan|inf)|the gradient is not finite).*problems of this rank: stories",
+    )
+    for stage in (0, 1, 2)
 }
 
 

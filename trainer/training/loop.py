@@ -88,9 +88,15 @@ def optimizer_step(student: Student, step: int, stop: StopRequest) -> tuple[dict
 
     loss, asked_to_stop = agree_on(loss_sum, stop.requested, world.world_size)
     refuse_non_finite(student, step, loss, float(loss_sum), problems)
-    grad_norm = global_grad_norm(engine)
-    engine.step()
-    grad_norm = engine.get_global_grad_norm() if grad_norm is None else grad_norm
+    grad_norm, skipped = global_grad_norm(engine), engine.skipped_steps
+    if grad_norm is None or math.isfinite(grad_norm):
+        engine.step()
+        grad_norm = engine.get_global_grad_norm() if grad_norm is None else grad_norm
+    if not math.isfinite(grad_norm) or engine.skipped_steps != skipped:
+        ids = name_problems(student, problems)
+        raise UserError(
+            f"step {step + 1}: the gradient is not finite (the loss is {loss / learned_tokens}); {ids}"
+        )
     seconds = time.perf_counter() - start
     tokens = data.tokens(first, end)
     metrics = {
@@ -132,10 +138,14 @@ def refuse_non_finite(student: Student, step: int, loss: float, own_loss: float,
         return
     where = None
     if not math.isfinite(own_loss):
-        ids = ", ".join(student.shards.problem(index).id for index in problems[:20])
-        where = f"step {step + 1}: the loss on rank {student.world.rank} is {own_loss}; problems of this rank: {ids}"
+        ids = name_problems(student, problems)
+        where = f"step {step + 1}: the loss on rank {student.world.rank} is {own_loss}; {ids}"
     distributed.raise_together(where)
     raise UserError(f"step {step + 1}: the loss is {loss}, although it is finite on every rank")
+
+
+def name_problems(student: Student, problems: list[int]) -> str:
+    return "problems of this rank: " + ", ".join(student.shards.problem(index).id for index in problems[:20])
 
 
 def global_grad_norm(engine: Any) -> float | None:
