@@ -73,10 +73,8 @@ def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model
     try:
         engine.save_checkpoint(str(staging.parent), tag=staging.name, save_latest=False)
         if distributed.is_main_process() and not writer.error:
-            for script in (
-                "zero_to_fp32.py",
-                "zero_to_torch.py",
-            ):  # DeepSpeed's; ours is tools/convert_checkpoint.py
+            # DeepSpeed leaves converters beside the checkpoints; ours is tools/convert_checkpoint.py.
+            for script in ("zero_to_fp32.py", "zero_to_torch.py"):
                 (staging.parent / script).unlink(missing_ok=True)
             shutil.copytree(model_files, staging / MODEL)
             writer.written += [path for path in (staging / MODEL).rglob("*") if path.is_file()]
