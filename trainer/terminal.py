@@ -50,7 +50,7 @@ def capture_chatter(logs: Path, tool: str) -> None:
 def say(text: str) -> None:
     """One event, for the user, once."""
     if distributed.is_main_process():
-        print(text, file=_output or sys.stdout, flush=True)
+        _write_line(text, sys.stdout)
 
 
 def warn(text: str) -> None:
@@ -145,7 +145,13 @@ def _fail(message: str, status: int) -> None:
     if rank != 0:
         time.sleep(_OTHERS_WAIT_SECONDS)
         message = f"rank {rank}: {message}"
-    print(message, file=_output or sys.stderr, flush=True)
+    _write_line(message, sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _write_line(text: str, file: TextIO) -> None:
+    """In one write: `print` to an unbuffered file makes two, and another process's line comes between."""
+    (_output or file).write(f"{text}\n")
+    (_output or file).flush()

@@ -36,9 +36,11 @@ def train() -> None:
     if wish in ("sleep", "deaf"):
         commit.write_text(run.path / f"pid-{world.rank}", str(os.getpid()))
         time.sleep(300)
-    print("a line before the end", flush=True)
+    os.write(1, b"a line before the end\n")  # one call: the ranks share the log, and print makes two of a line
+    if wish == "exit=1":
+        os.write(2, b"error: the learning rate is cursed\n")
     if wish.startswith("exit="):
-        sys.exit("error: the learning rate is cursed" if wish == "exit=1" else int(wish[5:]))
+        sys.exit(int(wish[5:]))
     if world.rank == 0 and wish != "early":
         lines = [json.dumps({"step": step, "loss": 2.0 / step, "epoch": step / 2}) for step in (1, 2)]
         commit.write_text(run.metrics, "\n".join(lines) + "\n")
