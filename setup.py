@@ -30,9 +30,16 @@ setup(
         "jinja2",
         "matplotlib",
         "psutil",
+        "openai",  # annotation by a teacher behind any OpenAI-compatible endpoint
+        "sacrebleu",  # quality of a decomposer's sub-questions
     ],
     extras_require={
         "mpi": ["mpich"],  # MPI without root; clusters bring their own
-        "dev": ["pytest", "scipy", "ruff", "mypy", "types-PyYAML", "ninja"],
+        "bertscore": ["bert-score"],  # the report shows it when this and a local model are there
+        "dev": [
+            *("pytest", "scipy", "ruff", "mypy", "types-PyYAML", "ninja"),
+            "playwright",  # drives a Chromium that is already installed
+            "transformers[serving]",  # a real endpoint for the teacher's tests
+        ],
     },
 )

@@ -19,12 +19,12 @@ ALLOWED = {
     "training": {"problems", "models", "shards"},
     "export": {"models"},
     "evaluation": {"problems", "models", "shards", "export", "report.statistics"},
-    "report": set(),
+    "report": {"problems"},
     "study": {"models.sizes"},
 }
-BESIDE = {"errors", "commit", "run_directory", "distributed", "terminal", "settings"}
+BESIDE = {"errors", "commit", "run_directory", "distributed", "terminal", "configuration", "settings"}
 # What a folder may import of the files beside the folders, if not all of them.
-BESIDE_ALLOWED = {"report": {"errors", "commit", "run_directory", "settings"}}
+BESIDE_ALLOWED = {"report": {"errors", "commit", "run_directory", "configuration", "settings"}}
 HEAVY = {"torch", "deepspeed", "transformers", "datasets"}
 WITHOUT_HEAVY = ("report", "study")
 

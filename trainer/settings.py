@@ -6,50 +6,16 @@ it, it is theirs. Nothing is imported here but the standard library, so that `--
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-import typing
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
+from trainer.configuration import at_least, one_of, required, setting
 from trainer.errors import UserError
 
 METHODS = ("answer_only", "cot", "socratic", "decomposer", "decomposer_interleaved", "solver")
 DATA = ("gsm8k", "svamp", "strategyqa", "jsonl", "stories")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("fp32", "bf16")
-
-Settings = TypeVar("Settings")
-
-
-def setting(default: Any, help: str, **extra: Any) -> Any:
-    """A field with its help text; `extra` may hold `choices` and `positional` for the command line."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **extra})
-    return field(default=default, metadata={"help": help, **extra})
-
-
-def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
-    """Make settings from parsed YAML or flags. `where` (a file name) begins every message.
-
-    Raises UserError for an unknown key (with the nearest known one) and for a value of the wrong type.
-    """
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    coerced: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{where}: unknown setting {key!r}{_did_you_mean(key, known)}")
-        coerced[key] = _coerce(value, hints[key], f"{where}: {key}")
-    try:
-        return cls(**coerced)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def to_dict(settings: Any) -> dict[str, Any]:
-    return dataclasses.asdict(settings)
 
 
 @dataclass
@@ -74,19 +40,19 @@ class PrepareSettings:
     method: str = setting("socratic", "whose view --inspect shows", choices=METHODS)
 
     def __post_init__(self) -> None:
-        _one_of("data", self.data, DATA)
-        _one_of("method", self.method, METHODS)
-        _required("output_dir", self.output_dir)
+        one_of("data", self.data, DATA)
+        one_of("method", self.method, METHODS)
+        required("output_dir", self.output_dir)
         if not self.inspect:
-            _required("tokenizer_name", self.tokenizer_name)
+            required("tokenizer_name", self.tokenizer_name)
             if self.data != "stories":
-                _required("data_path", self.data_path)
-        _at_least("max_length", self.max_length, 8)
-        _at_least("num_problems", self.num_problems, 1)
-        _at_least("min_steps", self.min_steps, 1)
-        _at_least("max_steps", self.max_steps, self.min_steps)
+                required("data_path", self.data_path)
+        at_least("max_length", self.max_length, 8)
+        at_least("num_problems", self.num_problems, 1)
+        at_least("min_steps", self.min_steps, 1)
+        at_least("max_steps", self.max_steps, self.min_steps)
         for name in ("max_problems", "num_processes", "inspect"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
 
 
 @dataclass
@@ -144,11 +110,11 @@ class TrainSettings:
     timeout_seconds: int = setting(1800, "a collective that waits longer than this ends the run")
 
     def __post_init__(self) -> None:
-        _required("train_shards", self.train_shards)
-        _required("output_dir", self.output_dir)
-        _one_of("method", self.method, METHODS)
-        _one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
-        _one_of("report_to", self.report_to, ("none", "wandb"))
+        required("train_shards", self.train_shards)
+        required("output_dir", self.output_dir)
+        one_of("method", self.method, METHODS)
+        one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        one_of("report_to", self.report_to, ("none", "wandb"))
         if bool(self.model_name_or_path) == bool(self.config_name):
             raise UserError(
                 "give either model_name_or_path (pretrained) or config_name (random weights), not both or none"
@@ -164,8 +130,8 @@ class TrainSettings:
             "save_total_limit",
         )
         for name in (*at_least_one, "timeout_seconds"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("pack_length", self.pack_length, 8)
+            at_least(name, getattr(self, name), 1)
+        at_least("pack_length", self.pack_length, 8)
         not_negative = (
             "max_steps",
             "warmup_steps",
@@ -174,7 +140,7 @@ class TrainSettings:
             "max_grad_norm",
         )
         for name in not_negative:
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         if self.max_steps == 0 and self.num_train_epochs <= 0:
             raise UserError("nothing to train: both max_steps and num_train_epochs are 0")
         if not 0 < self.learning_rate < math.inf:
@@ -211,14 +177,14 @@ class EvaluateSettings:
     overwrite: bool = setting(False, "evaluate again although results with other settings are there")
 
     def __post_init__(self) -> None:
-        _required("model_name_or_path", self.model_name_or_path)
-        _required("shards", self.shards)
-        _one_of("mode", self.mode, ("auto", "answer_only", "cot", "socratic"))
-        _one_of("dtype", self.dtype, DTYPES)
-        _at_least("temperature", self.temperature, 0)
+        required("model_name_or_path", self.model_name_or_path)
+        required("shards", self.shards)
+        one_of("mode", self.mode, ("auto", "answer_only", "cot", "socratic"))
+        one_of("dtype", self.dtype, DTYPES)
+        at_least("temperature", self.temperature, 0)
         for name in ("max_new_tokens", "batch_size"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("max_problems", self.max_problems, 0)
+            at_least(name, getattr(self, name), 1)
+        at_least("max_problems", self.max_problems, 0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it is a probability above 0 and at most 1")
 
@@ -240,8 +206,8 @@ class ConvertSettings:
     dry_run: bool = setting(False, "only show what would be written, with sizes")
 
     def __post_init__(self) -> None:
-        _required("checkpoint_dir", self.checkpoint_dir)
-        _one_of("dtype", self.dtype, ("same", *DTYPES))
+        required("checkpoint_dir", self.checkpoint_dir)
+        one_of("dtype", self.dtype, ("same", *DTYPES))
 
 
 @dataclass
@@ -255,51 +221,3 @@ class PlotSettings:
     def __post_init__(self) -> None:
         if not self.runs:
             raise UserError("name at least one study directory or run directory, e.g. runs/quickstart")
-
-
-def _required(name: str, value: str) -> None:
-    if not value:
-        raise UserError(f"{name} is required")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(
-            f"{name} is {value!r}; choose one of {', '.join(choices)}{_did_you_mean(value, choices)}"
-        )
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:  # also catches NaN
-        raise UserError(f"{name} is {value}; it must be at least {least}")
-
-
-def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """YAML reads 5e-4 as a string and 1 as an int; a flag is always a string. Turn both into the field's type."""
-    if typing.get_origin(hint) is list:
-        items = value if isinstance(value, list) else [value]
-        return [_coerce(item, typing.get_args(hint)[0], where) for item in items]
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in ("true", "yes", "1", "false", "no", "0"):
-            return value.lower() in ("true", "yes", "1")
-    elif hint is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif hint is int and not isinstance(value, bool):
-        try:
-            if float(value) == int(float(value)):
-                return int(value) if not isinstance(value, str) else int(float(value))
-        except (TypeError, ValueError, OverflowError):
-            pass
-    elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    raise UserError(f"{where} is {value!r}, expected {getattr(hint, '__name__', hint)}")

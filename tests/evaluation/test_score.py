@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from scipy import stats
 
 from trainer.evaluation.score import in_words, judge, summarise
@@ -21,6 +23,7 @@ def test_a_prediction_keeps_the_raw_text_and_both_readings() -> None:
     assert loose == {
         "id": "b", "question": "How many?", "gold": "18", "num_steps": 2, "text": "so it is 18", "strict": None,
         "flexible": "18", "correct_strict": False, "correct_flexible": True, "generated_tokens": 4, "finished": False,
+        "gold_steps": [asdict(step) for step in STEPS[:2]],
     }  # fmt: skip
     yes = judge(problem("c", "yes", 0), "there are 3 of them, so yes", 5, True)
     assert yes["correct_flexible"] and not yes["correct_strict"]

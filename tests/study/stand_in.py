@@ -36,7 +36,9 @@ def train() -> None:
     if wish in ("sleep", "deaf"):
         commit.write_text(run.path / f"pid-{world.rank}", str(os.getpid()))
         time.sleep(300)
-    os.write(1, b"a line before the end\n")  # one call: the ranks share the log, and print makes two of a line
+    os.write(
+        1, b"a line before the end\n"
+    )  # one call: the ranks share the log, and print makes two of a line
     if wish == "exit=1":
         os.write(2, b"error: the learning rate is cursed\n")
     if wish.startswith("exit="):

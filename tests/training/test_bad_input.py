@@ -13,8 +13,9 @@ import yaml
 
 from tests.distributed import Outcome, run
 from tests.training.conftest import settings, train_many, trajectory
+from trainer.configuration import from_dict
 from trainer.run_directory import RunDirectory
-from trainer.settings import TrainSettings, from_dict
+from trainer.settings import TrainSettings
 from trainer.shards.read import Shards
 
 

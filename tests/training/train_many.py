@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from trainer import distributed, terminal
+from trainer.configuration import from_dict
 from trainer.errors import UserError
-from trainer.settings import TrainSettings, from_dict
+from trainer.settings import TrainSettings
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from trainer.problems import answers
@@ -19,6 +20,7 @@ def judge(problem: Problem, text: str, generated_tokens: int, finished: bool) ->
         "question": problem.question,
         "gold": problem.answer,
         "num_steps": len(problem.steps),
+        "gold_steps": [asdict(step) for step in problem.steps],
         "text": text,
         **extracted,
         **{f"correct_{rule}": answers.same(answer, problem.answer) for rule, answer in extracted.items()},

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from trainer import commit
+from trainer.configuration import to_dict
 from trainer.errors import UserError
 from trainer.run_directory import StudyDirectory
-from trainer.settings import to_dict
 from trainer.study.plan import Run, Study, evaluation_name
 from trainer.study.state import evaluated, has_work
 

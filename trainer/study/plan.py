@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import commit
+from trainer.configuration import did_you_mean, from_dict
 from trainer.errors import UserError
 from trainer.models import sizes
 from trainer.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory
@@ -20,7 +20,6 @@ from trainer.settings import (
     EvaluateSettings,
     PrepareSettings,
     TrainSettings,
-    from_dict,
 )
 
 LAUNCHERS = ("auto", "deepspeed", "mpiexec")
@@ -128,7 +127,7 @@ def _run(
         known = [choice for choice in evaluable if choice != "auto"]
         raise UserError(
             f"{where}: methods: {method_name!r} is not a method that can be trained and evaluated alone; "
-            f"choose from {', '.join(known)}{_did_you_mean(method_name, known)}"
+            f"choose from {', '.join(known)}{did_you_mean(method_name, known)}"
         )
     shared = _section(TrainSettings, values, "train", where)
     _check(TrainSettings, model_values, f"{where}: models.{model_name}")
@@ -271,9 +270,4 @@ def _refuse_missing(path: str, where: str) -> None:
 def _refuse_unknown(values: dict[str, Any], known: Iterable[str], where: str) -> None:
     for key in values:
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}{_did_you_mean(str(key), known)}")
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")

@@ -10,8 +10,9 @@ import secrets
 from typing import Any
 
 from trainer import commit, distributed
+from trainer.configuration import to_dict
 from trainer.run_directory import RunDirectory
-from trainer.settings import TrainSettings, to_dict
+from trainer.settings import TrainSettings
 
 
 class MetricsLog:

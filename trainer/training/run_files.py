@@ -17,9 +17,10 @@ import torch
 import yaml
 
 from trainer import commit, distributed
+from trainer.configuration import to_dict
 from trainer.models import architecture
 from trainer.run_directory import RunDirectory
-from trainer.settings import TrainSettings, to_dict
+from trainer.settings import TrainSettings
 
 
 def write_run_files(

@@ -10,12 +10,13 @@ import torch
 import yaml
 
 from trainer import commit, distributed, terminal
+from trainer.configuration import to_dict
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.models import load
 from trainer.models.tokenizer import load_tokenizer
 from trainer.run_directory import RunDirectory
-from trainer.settings import TrainSettings, to_dict
+from trainer.settings import TrainSettings
 from trainer.shards.methods import method
 from trainer.shards.read import Shards
 from trainer.training import checkpoint, ds_config
