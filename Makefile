@@ -1,17 +1,20 @@
 # make study   everything from nothing: environment, the embedded study on two ranks, a report with plots
-# make test    everything from nothing: environment, then all tests
+# make test    everything from nothing: environment, then the tests
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: study test lint format types clean
+.PHONY: study test test-slow lint format types clean
 
 study: $(READY)
 	$(BIN)/python tools/study.py run studies/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -13,7 +13,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["trainer", "trainer.*"]),
-    package_data={"trainer.report": ["*.j2", "*.css"]},
+    package_data={
+        "trainer.teacher": ["prompts/*.j2"],
+        "trainer.report": ["page/*", "targets.yaml"],
+        "trainer.planning": ["*.json"],
+        "trainer.doctor": ["*.txt"],
+    },
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",
@@ -25,6 +30,7 @@ setup(
         "wandb",
         "tokenizers",
         "numpy",
+        "packaging",
         "pyyaml",
         "rich",
         "jinja2",

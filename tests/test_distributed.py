@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import run_well
-from trainer.distributed import World, discover, first_host, threads_per_rank
+from trainer.distributed import (
+    World,
+    device_index,
+    discover,
+    first_host,
+    seconds_left_of_job,
+    threads_per_rank,
+)
 from trainer.errors import UserError
 
 ENVIRONMENTS = {
@@ -32,6 +41,25 @@ ENVIRONMENTS = {
             "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
         },
         World(5, 8, 1, 4, "slurm"),
+    ),
+    "srun, a part of the job's tasks, on a smaller node": (
+        {
+            "SLURM_STEP_ID": "1",
+            "SLURM_PROCID": "4",
+            "SLURM_NTASKS": "16",
+            "SLURM_STEP_NUM_TASKS": "5",
+            "SLURM_LOCALID": "0",
+            "SLURM_NODEID": "1",
+            "SLURM_STEP_TASKS_PER_NODE": "4,1",
+        },
+        World(4, 5, 0, 1, "slurm"),
+    ),
+    "torchrun, one agent a node of srun": (
+        {
+            **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+            **{"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+        },
+        World(5, 8, 1, 4, "env"),
     ),
     "mpich": (
         {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
@@ -64,11 +92,49 @@ def test_place_is_read_from_the_environment(launcher: str) -> None:
             {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"},
             "SLURM_NTASKS=4",
         ),
+        (
+            {
+                **{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+                **{"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+            },
+            "RANK=0 but SLURM_PROCID=1",
+        ),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "two"},
+            "SLURM_STEP_TASKS_PER_NODE='two'",
+        ),
     ],
 )
 def test_contradictions_are_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         discover(environment)
+
+
+def test_a_tool_without_srun_in_a_job_of_several_tasks_is_refused() -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from trainer import distributed, terminal; terminal.run(distributed.initialize)",
+    ]
+    environment = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "SLURM_NTASKS=2, but this process was not started by srun" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [(1, [0, 0, 0, 0]), (4, [0, 1, 2, 3]), (2, [0, 1, 0, 1])],
+    ids=["a site shows each task its own", "all of the node's", "two for each task"],
+)
+def test_devices(visible: int, devices: list[int]) -> None:
+    assert [device_index(local_rank, visible) for local_rank in range(4)] == devices
+
+
+def test_seconds_left_where_slurm_tells_them() -> None:
+    assert seconds_left_of_job({}) is None
+    left = seconds_left_of_job({"SLURM_JOB_ID": "1", "SLURM_JOB_END_TIME": str(int(time.time()) + 1000)})
+    assert left is not None and 500 < left <= 1001
 
 
 def test_threads_are_shared_not_fought_over() -> None:

@@ -16,17 +16,23 @@ ALLOWED = {
     "problems": set(),
     "models": {"problems"},
     "shards": {"problems", "models"},
-    "training": {"problems", "models", "shards"},
-    "export": {"models"},
+    "zero": set(),  # DeepSpeed's files: training reads back what export streams out
+    "training": {"problems", "models", "shards", "zero"},
+    "export": {"models", "zero"},
     "evaluation": {"problems", "models", "shards", "export", "report.statistics"},
+    "teacher": {"problems", "models", "evaluation"},
     "report": {"problems"},
-    "study": {"models.sizes"},
+    "cluster": {"study"},
+    "study": {"teacher.settings", "models.sizes", "models.load", "models.stories_tokenizer", "models.shapes"},
+    "planning": {"models", "shards", "training", "study"},
+    "doctor": set(),
 }
 BESIDE = {"errors", "commit", "run_directory", "distributed", "terminal", "configuration", "settings"}
+BESIDE |= {"preemption", "restarts"}
 # What a folder may import of the files beside the folders, if not all of them.
 BESIDE_ALLOWED = {"report": {"errors", "commit", "run_directory", "configuration", "settings"}}
 HEAVY = {"torch", "deepspeed", "transformers", "datasets"}
-WITHOUT_HEAVY = ("report", "study")
+WITHOUT_HEAVY = ("report", "study", "cluster")
 
 
 def imports(path: Path, only_top: bool = False) -> Iterator[str]:

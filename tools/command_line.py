@@ -78,4 +78,6 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -
         parser.add_argument(f"--{field.name}", nargs="?", const="true", metavar="BOOL", help=text)
     else:
         metavar = "{" + ",".join(choices) + "}" if choices else getattr(hint, "__name__", "value").upper()
-        parser.add_argument(f"--{field.name}", nargs="+" if is_list else None, metavar=metavar, help=text)
+        # a list may be given at once or flag by flag: the second flag must not silently undo the first
+        listed: dict[str, Any] = {"nargs": "+", "action": "extend"} if is_list else {}
+        parser.add_argument(f"--{field.name}", metavar=metavar, help=text, **listed)

@@ -9,7 +9,7 @@ from trainer.settings import ConvertSettings
 
 DESCRIPTION = """Convert a DeepSpeed ZeRO checkpoint to a Hugging Face folder: config, safetensors, tokenizer, model card.
 
-  python tools/convert_checkpoint.py runs/quickstart/stories.socratic.0.9m.s0     (its newest checkpoint -> export/)
+  python tools/convert_checkpoint.py runs/quickstart/stories.socratic.0.7m.s0     (its newest checkpoint -> export/)
   python tools/convert_checkpoint.py runs/.../checkpoints/step-000120 --dtype bf16 --output_dir my-model --verify
 
 Bytes are streamed: memory does not grow with the model."""

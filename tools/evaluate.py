@@ -1,20 +1,31 @@
-"""Evaluate a student: deepspeed --num_gpus 2 tools/evaluate.py --model_name_or_path RUN --shards DIR (also mpiexec, srun, python)."""
+"""Evaluate a student, or a decomposer and a solver: deepspeed --num_gpus 2 tools/evaluate.py ... --shards DIR (also mpiexec, srun, python)."""
 
 from __future__ import annotations
 
 from command_line import parse
 
-from trainer import terminal
+from trainer import distributed, restarts, terminal
+from trainer.preemption import StopRequest
 from trainer.settings import EvaluateSettings
 
-DESCRIPTION = """A student answers every problem of a shard set once; all ranks take problems from one queue.
+DESCRIPTION = """A student, or several together, answer every problem of a shard set once; all ranks take problems from one queue.
 
   deepspeed --num_gpus 2 tools/evaluate.py --model_name_or_path runs/mine/gsm8k.socratic.gpt2.s0/export \\
       --shards shards/gsm8k-test
   mpiexec -n 2 python tools/evaluate.py ...          python tools/evaluate.py ...
 
-Writes predictions.jsonl and results.json into evaluation/<data>-<split>-<mode> of the run directory. Run the same
-command again after an interruption: what is solved is kept."""
+Two models: a decomposer asks the sub-questions, all ahead or in turn with the solutions (as it was trained), and a solver
+solves them. Their sizes may differ, their tokenizer may not; one socratic export can play both. Or the data asks:
+
+  python tools/evaluate.py --decomposer runs/mine/gsm8k.decomposer_interleaved.gpt2.s0/export \\
+      --solver runs/mine/gsm8k.solver.gpt2.s0/export --shards shards/gsm8k-test
+  python tools/evaluate.py --subquestions gold --solver runs/mine/gsm8k.solver.gpt2.s0/export --shards shards/gsm8k-test
+
+A decomposer_operators or _equations is guided by a plan: add --planner EXPORT, or --guidance_from gold.
+
+Writes predictions.jsonl and results.json into evaluation/<data>-<split>-<mode> of the run directory; of a pair, in a run
+beside those of its students, <data>.iterative_interleaved.<model>.s<seed>. Run the same command again after an
+interruption: what is solved is kept."""
 
 
 def main() -> None:
@@ -23,10 +34,13 @@ def main() -> None:
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
-    from trainer import distributed
+    StopRequest().listen()
     from trainer.evaluation import task
 
-    terminal.capture_chatter(task.plan(settings).directory.logs, "evaluate")
+    directory = task.plan(settings).directory
+    terminal.capture_chatter(directory.logs, "evaluate")
+    solved = sum(part.stat().st_size for part in directory.parts.glob("*.jsonl"))
+    restarts.count(directory.restarts, solved, settings.max_restarts)
     distributed.initialize()
     from trainer.evaluation.evaluate import evaluate
 

@@ -7,13 +7,16 @@ from command_line import parse
 from trainer import terminal
 from trainer.settings import PlotSettings
 
-DESCRIPTION = """Make a report: accuracy against parameters, loss curves, throughput, tests between methods.
+DESCRIPTION = """Make a report of studies or runs: what the numbers are, how sure they are, and what went wrong.
 
   python tools/plot_scaling.py runs/quickstart
   python tools/plot_scaling.py runs/small runs/large --output_dir runs/both --title "Two studies"
+  python tools/plot_scaling.py runs/gsm8k --max_examples 10000 --bertscore_model models/roberta-large
 
-Reads run directories and writes one page that opens from disk (index.html), the figures as SVG and PNG, and all
-numbers as CSV and JSON. Needs no torch and no accelerator."""
+Reads run directories and writes one page that opens from disk (index.html: tables, figures, tests between methods,
+predictions to page through), the figures as SVG and PNG, the comparison with the paper as LaTeX and CSV, and all
+numbers as CSV and JSON. The same directories give the same bytes. Needs no accelerator, and torch only for
+BERTScore."""
 
 
 def main() -> None:
@@ -24,7 +27,9 @@ def main() -> None:
 def _plot(settings: PlotSettings) -> None:
     from trainer.report.build import build_report
 
-    page = build_report(settings.runs, settings.output_dir, settings.title)
+    page = build_report(
+        settings.runs, settings.output_dir, settings.title, settings.max_examples, settings.bertscore_model
+    )
     terminal.say(f"report: {page}")
 
 

@@ -1,4 +1,4 @@
-"""Run a study (models x methods x data x seeds) from its file, or show how far it is."""
+"""Run a study (models x methods x data x seeds) from its file, here or on a Slurm cluster, or show how far it is."""
 
 from __future__ import annotations
 
@@ -16,38 +16,44 @@ DESCRIPTION = """\
 Run a study: prepare shards; train, convert and evaluate every run; report.
 What is done is read from disk, so after a failure, Ctrl-C or a crash the same command goes on.
 
-  python tools/study.py run studies/quickstart.yaml
-  python tools/study.py status studies/quickstart.yaml
+  python tools/study.py run|status studies/quickstart.yaml                       (on this machine)
+  python tools/study.py submit studies/quickstart.yaml --cluster cluster.env     (as Slurm jobs)
+  python tools/study.py logs studies/quickstart.yaml stories.cot.0.7m.s0
+  python tools/study.py resubmit studies/quickstart.yaml --failed                (or: cancel)
 """
+COMMANDS = ("run", "status", "submit", "resubmit", "logs", "cancel")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("command", choices=["run", "status"])
-    parser.add_argument("file", type=Path, help="study file, e.g. studies/quickstart.yaml")
-    parser.add_argument("--output_dir", default="", help="folder of the study's directory [the file's; runs]")
-    parser.add_argument("--shards_dir", default="", help="folder of the token shards [the file's; shards]")
-    parser.add_argument(
-        "--num_ranks", type=int, default=0, help="processes a training runs on [the file's; 1]"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="run: only show the stages and their commands")
-    parser.add_argument(
-        "--keep_going", action="store_true", help="run: after a failure go on with other runs"
-    )
+    add = parser.add_argument
+    add("command", choices=COMMANDS)
+    add("file", type=Path, help="study file, e.g. studies/quickstart.yaml")
+    add("run", nargs="?", default="", help="logs: of which run (or shard set, or 'report')")
+    add("--output_dir", default="", help="folder of the study's directory [the file's; runs]")
+    add("--shards_dir", default="", help="folder of the token shards [the file's; shards]")
+    add("--num_ranks", type=int, default=0, help="processes a training runs on [the file's; 1]")
+    add("--dry_run", action="store_true", help="run, submit: only show the commands or batch scripts")
+    add("--keep_going", action="store_true", help="run: after a failure go on with other runs")
+    add("--cluster", type=Path, help="submit: your site's facts, see slurm/cluster.env.example")
+    add("--failed", action="store_true", help="resubmit: what failed, and what waited for it")
     flags = parser.parse_args()
-
     study = load(read_yaml(flags.file), flags.file, flags.output_dir, flags.shards_dir, flags.num_ranks)
     tools = Path(os.path.relpath(Path(__file__).parent))
-    if flags.command == "status" or flags.dry_run:
-        from trainer.study.table import show_plan, show_status
+    if flags.command == "run" and not flags.dry_run:
+        from trainer.study.run import run
 
-        show_status(study) if flags.command == "status" else show_plan(study, tools)
-        return
-    from trainer.study.run import run
+        sys.exit(run(study, tools, flags.keep_going))
+    elif flags.command == "run":
+        from trainer.study.table import show_plan
 
-    sys.exit(run(study, tools, flags.keep_going))
+        show_plan(study, tools)
+    else:
+        from trainer.cluster.command import do
+
+        do(flags.command, study, tools, flags.cluster, flags.dry_run, flags.run, flags.failed)
 
 
 if __name__ == "__main__":

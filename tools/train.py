@@ -6,7 +6,8 @@ from pathlib import Path
 
 from command_line import parse
 
-from trainer import terminal
+from trainer import commit, restarts, terminal
+from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 
@@ -25,12 +26,22 @@ def main() -> None:
 
 
 def _train(settings: TrainSettings) -> None:
-    terminal.capture_chatter(RunDirectory(Path(settings.output_dir)).logs, "train")
+    if settings.dry_run:
+        from trainer.planning.run import dry_run
+
+        raise SystemExit(0 if dry_run(settings) else 1)
+    stop = StopRequest()
+    stop.listen()
+    run = RunDirectory(Path(settings.output_dir))
+    terminal.capture_chatter(run.logs, "train")
+    finished = [step for step in run.checkpoint_steps() if commit.is_finished(run.checkpoint(step))]
+    restarts.count(run.restarts, max(finished, default=0), settings.max_restarts)
     from trainer.training.loop import train
     from trainer.training.periodic import HeldOutLoss
 
     evaluate = HeldOutLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
-    train(settings, evaluate)
+    if not train(settings, evaluate, stop):
+        terminal.go_on_later()
 
 
 if __name__ == "__main__":

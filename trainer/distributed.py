@@ -11,9 +11,11 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from trainer.errors import UserError
@@ -46,6 +48,7 @@ def initialize(timeout_seconds: int = 1800) -> World:
     import torch.distributed as dist
 
     _world = discover(os.environ)
+    _refuse_tasks_without_srun(os.environ, _world)
     if _world.launcher == "mpi":
         address, port = _agree_over_mpi()
     else:
@@ -61,12 +64,30 @@ def initialize(timeout_seconds: int = 1800) -> World:
     torch.set_num_threads(threads_per_rank(os.environ, _world))
     backend = "gloo"
     if torch.cuda.is_available():
-        # A site may show a task one GPU (its own) or all of its node's.
-        torch.cuda.set_device(_world.local_rank if torch.cuda.device_count() > 1 else 0)
+        torch.cuda.set_device(device_index(_world.local_rank, torch.cuda.device_count()))
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    if torch.cuda.is_available():
+        _refuse_shared_devices(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
     return _world
+
+
+def device_index(local_rank: int, num_visible: int) -> int:
+    """A site may show a task one GPU (its own), a few, or all of its node's: the number among those it sees."""
+    return local_rank % num_visible
+
+
+def _refuse_shared_devices(identity: str) -> None:
+    """Collective. Two ranks on one GPU would hang in NCCL or run out of memory."""
+    owners: dict[str, int] = {}
+    for rank, device in enumerate(gather_objects(identity)):
+        if device in owners:
+            raise UserError(
+                f"ranks {owners[device]} and {rank} have the same GPU ({device}): fewer GPUs than ranks on a node; "
+                "ask for one GPU for each task (Slurm: --gpus-per-task=1, or --gpus-per-node as many as tasks)"
+            )
+        owners[device] = rank
 
 
 def discover(environment: Mapping[str, str]) -> World:
@@ -76,15 +97,9 @@ def discover(environment: Mapping[str, str]) -> World:
         _refuse_contradiction(environment, world)
         return world
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        local_size = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-        return _read(
-            {**environment, "_LOCAL": local_size},
-            "slurm",
-            "SLURM_PROCID",
-            "SLURM_NTASKS",
-            "SLURM_LOCALID",
-            "_LOCAL",
-        )
+        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+        names = ("SLURM_PROCID", tasks, "SLURM_LOCALID", "_LOCAL")
+        return _read({**environment, "_LOCAL": str(tasks_on_this_node(environment))}, "slurm", *names)
     if "PMI_RANK" in environment:
         return _read(environment, "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
     if "OMPI_COMM_WORLD_RANK" in environment:
@@ -92,6 +107,45 @@ def discover(environment: Mapping[str, str]) -> World:
         names = (prefix + "RANK", prefix + "SIZE", prefix + "LOCAL_RANK", prefix + "LOCAL_SIZE")
         return _read(environment, "mpi", *names)
     return World()
+
+
+def tasks_on_this_node(environment: Mapping[str, str]) -> int:
+    """Tasks of this srun step here, from Slurm's compressed list: node 2 of `4(x2),1` has 1."""
+    counts: list[int] = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            raise UserError(f"cannot read SLURM_STEP_TASKS_PER_NODE={part!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
+    node = environment.get("SLURM_NODEID", "0")
+    return counts[int(node)] if node.isdigit() and int(node) < len(counts) else counts[0]
+
+
+def restarts_of_job(environment: Mapping[str, str]) -> int:
+    """How often Slurm has started this job again (preempted, requeued, node lost); 0 without Slurm."""
+    count = environment.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdigit() else 0
+
+
+def seconds_left_of_job(environment: Mapping[str, str]) -> float | None:
+    """Seconds until the wall-clock limit of our Slurm job; None if there is no job, or nobody to tell."""
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    end = environment.get("SLURM_JOB_END_TIME", "")  # Slurm 23.02 and later
+    if end.isdigit():
+        return int(end) - time.time()
+    told = _told_by_scontrol("job", environment["SLURM_JOB_ID"])
+    match = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", told)
+    return datetime.fromisoformat(match[1]).timestamp() - time.time() if match else None
+
+
+def _told_by_scontrol(kind: str, name: str) -> str:
+    """What Slurm knows of a job or a node; "" in a container without its commands (--signal still tells the time)."""
+    command = ["scontrol", "--oneliner", "show", kind, name]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def threads_per_rank(environment: Mapping[str, str], world: World) -> int:
@@ -170,12 +224,32 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def any_rank(flag: bool) -> bool:
+    """Collective. Whether the flag is set on any rank; one small reduction on the CPU."""
+    if _alone():
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    flags = torch.tensor([float(flag)])
+    dist.all_reduce(flags)
+    return float(flags) > 0
+
+
 def raise_together(error: str | None) -> None:
     """If any rank has an error, every rank raises it: nobody is left waiting in a collective."""
     errors = [(rank, text) for rank, text in enumerate(gather_objects(error)) if text]
     if errors:
         rank, text = errors[0]
         raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+
+
+def limit_waiting(timeout_seconds: int) -> None:
+    """Give every process group this limit: DeepSpeed's own keep torch's 30 minutes, whatever the first was given."""
+    import torch.distributed as dist
+
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
 def shutdown() -> None:
@@ -220,12 +294,34 @@ def _read(environment: Mapping[str, str], launcher: str, *names: str) -> World:
 
 
 def _refuse_contradiction(environment: Mapping[str, str], found: World) -> None:
-    """RANK set by hand (or left over in a shell) inside an srun step of another size would give N separate runs."""
-    tasks = environment.get("SLURM_NTASKS") if "SLURM_STEP_ID" in environment else None
-    if tasks and tasks.isdigit() and int(tasks) > 1 and int(tasks) != found.world_size:
+    """RANK set by hand, or left over in a shell, inside an srun step: N separate runs, or ranks waiting for ever.
+
+    Right are one task a rank with Slurm's own numbers, and one launcher task a node.
+    """
+    tasks_text = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", ""))
+    if "SLURM_STEP_ID" not in environment or not tasks_text.isdigit() or int(tasks_text) == 1:
+        return
+    tasks, task = int(tasks_text), environment.get("SLURM_PROCID", "")
+    by_launcher = "TORCHELASTIC_RUN_ID" in environment or found.world_size == tasks * found.local_world_size
+    if found.world_size != tasks and not (by_launcher and found.local_world_size > 1):
         raise UserError(
             f"WORLD_SIZE={found.world_size} but SLURM_NTASKS={tasks}: unset RANK and WORLD_SIZE, "
             "or start one launcher task per node"
+        )
+    if found.world_size == tasks and task != str(found.rank) and "TORCHELASTIC_RUN_ID" not in environment:
+        raise UserError(
+            f"RANK={found.rank} but SLURM_PROCID={task}: RANK was left over in the environment; "
+            "unset RANK and WORLD_SIZE, srun sets what is needed"
+        )
+
+
+def _refuse_tasks_without_srun(environment: Mapping[str, str], found: World) -> None:
+    """A tool started in a batch script without srun would be alone, and the job's other tasks idle."""
+    tasks = environment.get("SLURM_NTASKS", "")
+    if found.launcher == "single" and tasks.isdigit() and int(tasks) > 1:
+        raise UserError(
+            f"SLURM_NTASKS={tasks}, but this process was not started by srun and would be alone; "
+            "write srun before the command, or unset SLURM_NTASKS"
         )
 
 
@@ -234,11 +330,26 @@ def _master(environment: Mapping[str, str], found: World) -> tuple[str, int]:
     if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
         return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     if found.launcher == "slurm":
+        # A restarted job takes another port: the old one may still be held by ranks that take long to die.
         job = int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])
-        return first_host(environment["SLURM_STEP_NODELIST"]), 20000 + job % 20000
+        port = 20000 + (job + 13 * restarts_of_job(environment)) % 20000
+        return _address(first_host(environment["SLURM_STEP_NODELIST"])), port
     if found.world_size > 1:
         raise UserError("RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT are not")
     return "127.0.0.1", free_port()
+
+
+def _address(node: str) -> str:
+    """A node's name, or, where names of nodes are not names of hosts, the address Slurm itself uses."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError:
+        pass
+    match = re.search(r"\bNodeAddr=(\S+)", _told_by_scontrol("node", node))
+    if not match:
+        raise UserError(f"the node name {node} does not resolve, and scontrol does not tell its address")
+    return match[1]
 
 
 def first_host(nodelist: str) -> str:
@@ -256,6 +367,30 @@ def _agree_over_mpi() -> tuple[str, int]:
     host, port = MPI.COMM_WORLD.bcast(here, root=0)
     same_host = MPI.COMM_WORLD.allreduce(int(host == socket.gethostname())) == MPI.COMM_WORLD.Get_size()
     return ("127.0.0.1" if same_host else host), port
+
+
+def joined_by_mpi() -> bool:
+    """Collective. Whether MPI joins our ranks as well: under mpiexec, and under `srun --mpi=pmi2` with an MPICH.
+
+    Another MPI may end the process when it meets a PMI it was not built for, so it is not tried.
+    """
+    if world().launcher != "slurm" or "PMI_RANK" not in os.environ:
+        return world().launcher == "mpi"
+    joined = False
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        from mpi4py import MPI
+
+        if "MPICH" in MPI.Get_library_version():
+            if not MPI.Is_initialized():
+                MPI.Init()
+            here = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
+            joined = here == (world().rank, world().world_size)
+    except (ImportError, RuntimeError):  # no mpi4py, or no library that it can load
+        pass
+    return not any_rank(not joined)
 
 
 def agree(what: str, value: Any) -> None:

@@ -9,6 +9,24 @@ from pathlib import Path
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
+def evaluation_name(*parts: str, calculator: bool = True, temperature: float = 0.0, seed: int = 0) -> str:
+    """`<data>-<split>-<mode>`, and what differs from the usual, so that both can stand side by side."""
+    name = list(parts)
+    if not calculator:
+        name += ["no_calculator"]
+    if temperature:
+        name += [f"t{temperature:g}", f"s{seed}"]
+    return "-".join(name)
+
+
+def parts_of_name(name: str) -> tuple[str, str, str, int | None]:
+    """<data>.<method>.<model>.s<seed> -> its parts; a model's name may hold dots. Other names say nothing."""
+    parts = name.split(".")
+    if len(parts) < 4 or not parts[-1].startswith("s") or not parts[-1][1:].isdecimal():
+        return "", "", "", None
+    return parts[0], parts[1], ".".join(parts[2:-1]), int(parts[-1][1:])
+
+
 @dataclass(frozen=True)
 class EvaluationDirectory:
     """`evaluation/<name>/`: predictions of every rank, their union, and the numbers."""
@@ -26,6 +44,11 @@ class EvaluationDirectory:
     @property
     def parts(self) -> Path:
         return self.path / "parts"
+
+    @property
+    def restarts(self) -> Path:
+        """How often a scheduler started the evaluation again."""
+        return self.path / "restarts.json"
 
     @property
     def logs(self) -> Path:
@@ -64,6 +87,11 @@ class RunDirectory:
         return self.path / "model"
 
     @property
+    def restarts(self) -> Path:
+        """How often a scheduler started the training again."""
+        return self.path / "restarts.json"
+
+    @property
     def wandb_id(self) -> Path:
         return self.path / "wandb_id"
 
@@ -74,6 +102,16 @@ class RunDirectory:
     def log(self, stage: str) -> Path:
         """What the stage's process printed, e.g. of "train"."""
         return self.logs / f"{stage}.log"
+
+    @property
+    def lock(self) -> Path:
+        """A directory while a job trains here; who it is stands in its owner.json."""
+        return self.path / "lock"
+
+    @property
+    def heartbeats(self) -> Path:
+        """A small file a rank: where it is and when it last moved."""
+        return self.path / "heartbeats"
 
     @property
     def checkpoints(self) -> Path:
@@ -126,6 +164,11 @@ class StudyDirectory:
         return self.path / "report"
 
     @property
+    def slurm(self) -> Path:
+        """Batch scripts, which jobs were submitted, and what they printed."""
+        return self.path / "slurm"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -138,3 +181,48 @@ class StudyDirectory:
             return []
         found = (RunDirectory(path) for path in sorted(self.path.iterdir()) if path.is_dir())
         return [run for run in found if run.settings.is_file()]
+
+
+def composite_run(method: str, runs: list[RunDirectory]) -> RunDirectory | None:
+    """Where the students of several runs answer together by `method`: a run beside theirs, that trains nothing.
+
+    None if they are not of one study, or differ in data or seed. Models that differ are both in its name.
+    """
+    names = [parts_of_name(run.name) for run in runs]
+    origins = {(run.path.resolve().parent, name[0], name[3]) for run, name in zip(runs, names, strict=True)}
+    if len(origins) != 1:
+        return None
+    data, _, _, seed = names[0]
+    models = "+".join(dict.fromkeys(model for _, _, model, _ in names))
+    return RunDirectory(runs[0].path.parent / f"{data}.{method}.{models}.s{seed}") if data else None
+
+
+@dataclass(frozen=True)
+class AnnotationDirectory:
+    """`annotations/<name>/`: what a teacher answered, and the problems with the steps that were kept."""
+
+    path: Path
+
+    @property
+    def responses(self) -> Path:
+        """Every answer that was paid for, one a line, appended to by every run."""
+        return self.path / "responses.jsonl"
+
+    @property
+    def damaged(self) -> Path:
+        """Half-written lines that were cut off the end of `responses`."""
+        return self.path / "responses.damaged.txt"
+
+    @property
+    def process(self) -> Path:
+        """Which process writes here at the moment."""
+        return self.path / "process.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def result(self) -> Path:
+        """The finished directory: annotated.jsonl, rejected.jsonl, summary.json, ..."""
+        return self.path / "result"

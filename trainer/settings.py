@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from trainer.configuration import at_least, one_of, required, setting
 from trainer.errors import UserError
 
-METHODS = ("answer_only", "cot", "socratic", "decomposer", "decomposer_interleaved", "solver")
+METHODS = (
+    *("answer_only", "cot", "socratic", "decomposer", "decomposer_interleaved", "solver"),
+    *("planner_operators", "decomposer_operators", "decomposer_interleaved_operators"),
+    *("planner_equations", "decomposer_equations", "decomposer_interleaved_equations"),
+)
 DATA = ("gsm8k", "svamp", "strategyqa", "jsonl", "stories")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("fp32", "bf16")
+MODES = ("auto", "answer_only", "cot", "socratic", "few_shot")
 
 
 @dataclass
@@ -27,7 +32,9 @@ class PrepareSettings:
     split: str = setting("train", "which split to read: train, validation, test, ...")
     tokenizer_name: str = setting("", "tokenizer: local folder or hub name; 'stories' makes the embedded one")
     output_dir: str = setting("", "shard directory to write, e.g. shards/gsm8k-train")
-    max_length: int = setting(1024, "longest example in tokens; longer ones are set aside and counted")
+    max_length: int = setting(
+        1024, "longest example in tokens (guidance not counted); longer ones are set aside"
+    )
     max_problems: int = setting(0, "stop after this many problems (0: all)")
     with_facts: bool = setting(False, "put a problem's facts (StrategyQA) before its question")
     num_processes: int = setting(0, "processes that tokenise (0: one per core)")
@@ -108,10 +115,24 @@ class TrainSettings:
     )
     wandb_project: str = setting("socratic-trainer", "W&B project")
     timeout_seconds: int = setting(1800, "a collective that waits longer than this ends the run")
+    silence_seconds: int = setting(
+        300, "a rank without a sign of life for so long is named and the run ended (0: never)"
+    )
+    time_limit_seconds: int = setting(
+        0, "save and end before so many seconds have passed (0: the Slurm job's own limit, if there is one)"
+    )
+    max_restarts: int = setting(
+        5, "restarts by the scheduler without a new checkpoint before the run gives up"
+    )
+    dry_run: bool = setting(False, "only show what memory, disk and time the run would need here")
 
     def __post_init__(self) -> None:
         required("train_shards", self.train_shards)
         required("output_dir", self.output_dir)
+        self.check()
+
+    def check(self) -> None:
+        """Everything but which data and where to; a plan may leave both open. Raises UserError."""
         one_of("method", self.method, METHODS)
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         one_of("report_to", self.report_to, ("none", "wandb"))
@@ -134,6 +155,8 @@ class TrainSettings:
         at_least("pack_length", self.pack_length, 8)
         not_negative = (
             "max_steps",
+            "time_limit_seconds",
+            "max_restarts",
             "warmup_steps",
             "eval_steps",
             "weight_decay",
@@ -155,13 +178,29 @@ class TrainSettings:
 
 @dataclass
 class EvaluateSettings:
-    """A student answers every problem of a shard set once."""
+    """A student, or a decomposer and a solver together, answers every problem of a shard set once."""
 
     model_name_or_path: str = setting("", "export folder, checkpoint folder, local model or hub name")
     shards: str = setting("", "shard directory of the held-out problems")
+    decomposer: str = setting("", "export that asks the sub-questions (decomposer[_interleaved], socratic)")
+    solver: str = setting("", "export that solves them, instead of model_name_or_path (solver, socratic)")
+    subquestions: str = setting(
+        "decomposer", "who asks the solver; 'gold': the data", choices=("decomposer", "gold")
+    )
+    guidance_from: str = setting(
+        "planner",
+        "where a guided decomposer has the plan from; 'gold': the data",
+        choices=("planner", "gold"),
+    )
+    planner: str = setting("", "export that writes the plan of a guided decomposer (planner_*)")
+    max_steps: int = setting(16, "most sub-questions a decomposer asks")
     output_dir: str = setting("", "evaluation directory (default: in the run directory of the export)")
     mode: str = setting(
-        "auto", "'auto': the export's own method", choices=("auto", "answer_only", "cot", "socratic")
+        "auto", "'auto': the export's own method; 'few_shot': any model, shown exemplars", choices=MODES
+    )
+    exemplars: str = setting("", "few_shot: JSONL file of solved problems that come before each problem")
+    model_label: str = setting(
+        "", "the model's name in reports (default: what its training said, or its path)"
     )
     calculator: bool = setting(True, "write the results of <<...=>> annotations while generating")
     temperature: float = setting(
@@ -169,24 +208,54 @@ class EvaluateSettings:
     )
     top_p: float = setting(1.0, "sample from the smallest set of tokens with this probability")
     seed: int = setting(0, "seed of sampling")
-    max_new_tokens: int = setting(256, "longest answer in tokens")
+    max_new_tokens: int = setting(256, "longest answer in tokens, all models of a pair together")
     batch_size: int = setting(32, "sequences decoded at the same time on one rank")
     max_problems: int = setting(0, "evaluate only the first so many problems (0: all)")
     dtype: str = setting("fp32", "numbers the model computes in", choices=DTYPES)
     allow_unfinished: bool = setting(False, "evaluate an export of a run that was not finished")
+    max_restarts: int = setting(
+        5, "restarts by the scheduler without a new answer before the evaluation gives up"
+    )
     overwrite: bool = setting(False, "evaluate again although results with other settings are there")
 
     def __post_init__(self) -> None:
-        required("model_name_or_path", self.model_name_or_path)
         required("shards", self.shards)
-        one_of("mode", self.mode, ("auto", "answer_only", "cot", "socratic"))
+        self._check_who_answers()
+        one_of("mode", self.mode, MODES)
+        if (self.mode == "few_shot") != bool(self.exemplars):
+            raise UserError("mode few_shot and exemplars (a JSONL file of solved problems) go together")
         one_of("dtype", self.dtype, DTYPES)
         at_least("temperature", self.temperature, 0)
-        for name in ("max_new_tokens", "batch_size"):
+        one_of("subquestions", self.subquestions, ("decomposer", "gold"))
+        one_of("guidance_from", self.guidance_from, ("planner", "gold"))
+        for name in ("max_new_tokens", "batch_size", "max_steps"):
             at_least(name, getattr(self, name), 1)
+        at_least("max_restarts", self.max_restarts, 0)
         at_least("max_problems", self.max_problems, 0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it is a probability above 0 and at most 1")
+
+    def _check_who_answers(self) -> None:
+        """One student alone, or a solver with somebody who asks it."""
+        if not self.model_name_or_path and not self.solver:
+            missing = (
+                "a solver as well" if self.decomposer else "model_name_or_path, or decomposer and solver"
+            )
+            raise UserError(f"who answers? Give {missing}")
+        if self.model_name_or_path and (
+            self.solver or self.decomposer or self.planner or self.subquestions == "gold"
+        ):
+            raise UserError(
+                "give either model_name_or_path (one student) or solver (with decomposer), not both"
+            )
+        if self.solver and (self.subquestions == "gold") == bool(self.decomposer):
+            raise UserError(
+                "a solver is asked either by a decomposer (an export) or, with subquestions gold, by the data"
+            )
+        if self.planner and (not self.decomposer or self.guidance_from == "gold"):
+            raise UserError(
+                "a planner guides a decomposer; it has no part with gold sub-questions or gold guidance"
+            )
 
 
 @dataclass
@@ -211,13 +280,65 @@ class ConvertSettings:
 
 
 @dataclass
+class PlanSettings(TrainSettings):
+    """Before a run or a study is submitted: what it needs. Takes every setting of a training, and the hardware."""
+
+    study: str = setting("", "plan all runs of this study file instead of one training")
+    gpu: str = setting("auto", "accelerator, e.g. a100-80gb, h100, cpu (auto: what this machine has)")
+    nodes: int = setting(1, "machines")
+    gpus_per_node: int = setting(1, "accelerators of a machine (with --gpu cpu: processes)")
+    host_memory_gb: float = setting(0.0, "memory of a machine in GB (0: this machine's, or not checked)")
+    disk_gb: float = setting(0.0, "space for the runs in GB (0: what is free at output_dir, if it exists)")
+    mean_length: int = setting(200, "tokens of an example, if no train_shards are given")
+    num_problems: int = setting(0, "examples, if no train_shards are given (0: unknown; give max_steps)")
+    calibrate: str = setting("", "finished run directory: take its measured speed instead of the default one")
+    json: bool = setting(False, "print JSON")
+
+    def __post_init__(self) -> None:
+        if not self.study:
+            self.check()
+        at_least("nodes", self.nodes, 1)
+        at_least("gpus_per_node", self.gpus_per_node, 1)
+        at_least("mean_length", self.mean_length, 2)
+        for name in ("host_memory_gb", "disk_gb", "num_problems"):
+            at_least(name, getattr(self, name), 0)
+
+
+@dataclass
+class DoctorSettings:
+    """Can this machine, or every node of this allocation, train and give right numbers?"""
+
+    output_dir: str = setting(
+        ".", "where runs will be written: space, speed and atomic renames are tested here"
+    )
+    min_free_gb: float = setting(10.0, "less free space than this at output_dir is a failure")
+    known_good: str = setting(
+        "", "known-good versions, name==version lines (default: the ones of this release)"
+    )
+    skip: list[str] = setting([], "groups of checks to leave out, e.g. parity network")
+    json: bool = setting(False, "print JSON")
+
+    def __post_init__(self) -> None:
+        required("output_dir", self.output_dir)
+        at_least("min_free_gb", self.min_free_gb, 0)
+
+
+@dataclass
 class PlotSettings:
     """Run directories -> report with plots."""
 
     runs: list[str] = setting([], "study directories or run directories", positional=True)
     output_dir: str = setting("", "where the report goes (default: report/ in the first study directory)")
     title: str = setting("", "title of the report")
+    max_examples: int = setting(
+        2000, "predictions to page through, shared evenly among evaluations (0: none)"
+    )
+    bertscore_model: str = setting(
+        "",
+        "local model folder that scores sub-questions (needs the extra 'bertscore'; nothing is downloaded)",
+    )
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise UserError("name at least one study directory or run directory, e.g. runs/quickstart")
+        at_least("max_examples", self.max_examples, 0)

@@ -23,6 +23,10 @@ _OTHERS_WAIT_SECONDS = (
     3.0  # a failing rank lets rank 0 speak first: the launcher ends the others when it exits
 )
 
+GO_ON_LATER = (
+    75  # exit status of a tool that was asked to stop and can be started again (EX_TEMPFAIL of sysexits.h)
+)
+
 _output: TextIO | None = None
 _log: Path | None = None
 
@@ -55,6 +59,11 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     say(f"warning: {text}")
+
+
+def alarm(text: str) -> None:
+    """Of any rank, at once: what the others cannot say because they hang."""
+    _write_line(text, sys.stderr)
 
 
 class Bar:
@@ -135,6 +144,13 @@ def run(main: Callable[[], object]) -> None:
         traceback.print_exc()  # to the log, if chatter is captured
         where = f" (traceback in {_log})" if _log else ""
         _fail(f"error: {type(error).__name__}: {error}{where}", 1)
+
+
+def go_on_later() -> None:
+    """End this process with the status that says: I was asked to stop, what is done is kept, start me again."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(GO_ON_LATER)
 
 
 def _fail(message: str, status: int) -> None:

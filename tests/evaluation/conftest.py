@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,26 +34,52 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 @pytest.fixture(scope="session")
-def export(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def export(students: Callable[[str], Path]) -> Path:
     """runs/mine/<run>/export of a socratic student that knows the ten stories by heart, but not their sums: as in
     training, the calculator's results carried no loss."""
-    run = tmp_path_factory.mktemp("runs") / "mine" / "stories.socratic.tiny.s0"
-    model, facts = _learn_by_heart(shards)
-    with commit.directory(run / "export", "export", facts) as staging:
-        model.save_pretrained(staging)
-        load_tokenizer(shards.tokenizer_path).save_pretrained(staging)
-    return run / "export"
+    return students("socratic")
 
 
-def _learn_by_heart(shards: Shards) -> tuple[LlamaForCausalLM, dict[str, object]]:
+@pytest.fixture(scope="session")
+def students(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Exports of one study whose students know by heart what their method learns; each is made when it is asked for."""
+    study = tmp_path_factory.mktemp("runs") / "mine"
+
+    def student(method: str) -> Path:
+        run = study / f"stories.{method}.tiny.s0"
+        if not run.is_dir():
+            model = _learn_by_heart(shards, method)
+            facts = {
+                "method": method, "data": "stories", "model_name": "tiny", "seed": 0, "step": 77, "finished": True,
+                "num_parameters": model.num_parameters(), "learn_calculator_results": False,
+                "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
+            }  # fmt: skip
+            with commit.directory(run / "export", "export", facts) as staging:
+                model.save_pretrained(staging)
+                load_tokenizer(shards.tokenizer_path).save_pretrained(staging)
+        return run / "export"
+
+    return student
+
+
+def remade(export: Path, folder: Path, **facts: Any) -> Path:
+    """The same student, whose manifest says something else."""
+    old = commit.read_manifest(export)["facts"]
+    with commit.directory(folder / "export", "export", {**old, **facts}) as staging:
+        shutil.copytree(export, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(commit.MANIFEST))
+    return folder / "export"
+
+
+def _learn_by_heart(shards: Shards, method: str) -> LlamaForCausalLM:
+    """Sizes differ between the methods, so that nothing can be mistaken for another model's."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=shards.facts["vocabulary_size"], hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0,
+        vocab_size=shards.facts["vocabulary_size"], hidden_size=64, intermediate_size=128 + 8 * len(method),
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    examples = [shards.example(index, METHODS["socratic"]) for index in range(len(shards))]
+    examples = [shards.example(index, METHODS[method]) for index in range(len(shards))]
     longest = max(len(tokens) for tokens, _ in examples)
     inputs = torch.zeros(len(examples), longest, dtype=torch.int64)
     labels = torch.full((len(examples), longest), -100)
@@ -68,12 +97,7 @@ def _learn_by_heart(shards: Shards) -> tuple[LlamaForCausalLM, dict[str, object]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    facts = {
-        "method": "socratic", "data": "stories", "model_name": "tiny", "seed": 0, "step": 77, "finished": True,
-        "num_parameters": model.num_parameters(), "learn_calculator_results": False,
-        "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
-    }  # fmt: skip
-    return model, facts
+    return model
 
 
 def mpiexec(arguments: list[str], num_ranks: int, **environment: str) -> tuple[int, str]:

@@ -1,4 +1,5 @@
-"""One rank of test_launched.py: `evaluate` as the tool calls it, with a fault put in: `one_rank.py FAULT FLAGS...`.
+"""One rank of test_launched.py: `evaluate` as the tool calls it, with a fault put in:
+`one_rank.py FAULT MODEL SHARDS OUTPUT_DIR`. MODEL: a path, or JSON that names the parts of a pair.
 
 FAULT: "none"; "kill:R:N", rank R is killed in the middle of writing its prediction number N (from 0); "fail:R:N", it
 raises instead; "unwritable:R", rank R cannot make its part file.
@@ -6,6 +7,7 @@ raises instead; "unwritable:R", rank R cannot make its part file.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -42,7 +44,8 @@ def put_in(fault: str) -> None:
 
 def main() -> None:
     fault, model, shards, output_dir = sys.argv[1:]
-    settings = EvaluateSettings(model_name_or_path=model, shards=shards, output_dir=output_dir, batch_size=2)
+    who = json.loads(model) if model.startswith("{") else {"model_name_or_path": model}
+    settings = EvaluateSettings(**who, shards=shards, output_dir=output_dir, batch_size=2)
     distributed.initialize(timeout_seconds=60)
     from trainer.evaluation.evaluate import evaluate
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.evaluation.conftest import remade
 from trainer import commit
 from trainer.errors import UserError
 from trainer.evaluation import gather, task
@@ -28,14 +29,6 @@ def settings(export: Path, shards: Shards, **changes: Any) -> EvaluateSettings:
     return EvaluateSettings(
         **{"model_name_or_path": str(export), "shards": str(shards.path), "batch_size": 4, **changes}
     )
-
-
-def remade(export: Path, folder: Path, **facts: Any) -> Path:
-    """The same student, whose manifest says something else."""
-    old = commit.read_manifest(export)["facts"]
-    with commit.directory(folder / "export", "export", {**old, **facts}) as staging:
-        shutil.copytree(export, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(commit.MANIFEST))
-    return folder / "export"
 
 
 def read(directory: EvaluationDirectory) -> tuple[bytes, dict[str, Any]]:
@@ -143,7 +136,7 @@ def test_finished_results_are_kept(
 def test_two_evaluations_of_one_directory_are_noticed(export: Path, shards: Shards, tmp_path: Path) -> None:
     ours = settings(export, shards, output_dir=str(tmp_path))
     work = task.plan(ours)
-    identity = task.digest(work.recipe(commit.manifest_digest(export)))
+    identity = task.digest(work.recipe({"student": commit.manifest_digest(export)}))
     first = shards.problem(0).id
     for _ in range(2):  # two processes that both looked before the other had written
         with gather.Part(work.directory.parts, identity) as part:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,14 @@ from transformers import (
 )
 
 from trainer.errors import UserError
-from trainer.evaluation.engine import Engine
+from trainer.evaluation import engine
+from trainer.evaluation.decoding import STUDENT
+from trainer.evaluation.engine import Engine, Feed
 from trainer.evaluation.generate import chooser, generate
+from trainer.evaluation.language import Language, end_tokens
 from trainer.evaluation.sampling import noise_key
-from trainer.evaluation.solve import Solution, Writer
-from trainer.models.slots import slot_attention_of
+from trainer.evaluation.solution import Rules, Script, Seat, Solution
+from trainer.models.slots import SlotStep, slot_attention_of
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.read import Shards
 
@@ -75,22 +79,37 @@ def solve(
     temperature: float = 0.0,
     order: list[int] | None = None,
     ends: frozenset[int] | None = None,
-) -> dict[int, Solution]:
-    writer = Writer(tokenizer, model, 96, max_new_tokens, use_calculator=False)
-    writer.end_tokens = ends or writer.end_tokens
+) -> dict[int, list[int]]:
+    """Tokens of every text by its index."""
+    seat = Seat(frozenset(), 96, ends or end_tokens(model, tokenizer))
+    rules = Rules(Language(tokenizer), [seat], {STUDENT: 0}, max_new_tokens, calculator=False)
+    written: dict[int, list[int]] = {}
+
+    def free_text(solution: Solution) -> Script[None]:
+        written[solution.index] = []
+
+        def keep(tokens: list[int]) -> bool:
+            written[solution.index] = list(tokens)
+            return False
+
+        yield from solution.write(STUDENT, keep, lambda text: None)
+
     waiting: Iterator[int] = iter(order or range(len(texts)))
 
     def draw() -> Solution | None:
         index = next(waiting, None)
-        return (
-            None if index is None else Solution(index, texts[index], noise_key(5, f"problem {index}"), writer)
-        )
+        if index is None:
+            return None
+        return Solution(index, texts[index], rules, free_text, [noise_key(5, f"problem {index}")])
 
     capacity = min(max(map(len, texts)) + max_new_tokens, 96)
-    ended = list(generate(model, draw, num_slots, capacity, chooser(temperature, 0.9)))
-    solutions = {solution.index: solution for solution in ended}
-    assert len(ended) == len(solutions) == len(texts)
-    return solutions
+    machine = Engine[Solution](0, model, num_slots, capacity, chooser(temperature, 0.9))
+    ended = list(generate([machine], draw, Solution.after, num_slots))
+    assert sorted(solution.index for solution in ended) == list(range(len(texts)))
+    for solution in ended:
+        more = solution.generated.total() - len(written[solution.index])
+        assert more == (solution.stopped == "")  # the end token
+    return written
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -106,62 +125,99 @@ def test_greedy_is_what_transformers_generates(name: str, tokenizer: PreTrainedT
         expected.append(output[0, len(text) :].tolist())
     assert len({len(tokens) for tokens in expected}) > 2
     for num_slots in (1, 5):
-        solutions = solve(model, tokenizer, texts, num_slots, 25, ends=ends)
-        assert [solutions[index].tokens for index in range(len(texts))] == expected
-        assert [solutions[i].finished for i in range(len(texts))] == [t[-1] in ends for t in expected]
+        written = solve(model, tokenizer, texts, num_slots, 25, ends=ends)
+        ours = [[token for token in tokens if token not in ends] for tokens in expected]
+        assert [written[index] for index in range(len(texts))] == ours
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_tokens_read_in_pieces_are_tokens_read_one_by_one() -> None:
-    """Forced tokens go into a slot together, beside slots that read one token or a whole prompt."""
+class Reading:
+    """A text that is read in pieces, each when its turn comes: a number of the step. `seen`: logits after the last."""
 
-    class Feed:
-        def __init__(self, pieces: list[list[int]]) -> None:
-            self.pieces, self.pending, self.length = pieces[1:], pieces[0], 0
+    def __init__(self, text: list[int], pieces: list[int], steps: list[int]) -> None:
+        ends = [sum(pieces[:i]) for i in range(len(pieces) + 1)]
+        self.pieces = [text[a:b] for a, b in pairwise(ends)]
+        self.steps = list(steps)
+        self.feeds = [Feed([])]
+        self.turn: int | None = 1  # another model's
 
-    model = make("qwen2, grouped queries")
-    texts = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [14] * 9, [20, 21, 22, 30, 31, 32, 33, 34, 35]]
-    cuts = [[2, 3, 4], [9], [1, 1, 7]]
+    def begin(self, step: int) -> None:
+        self.turn = 1
+        if self.steps and step == self.steps[0]:
+            self.steps.pop(0)
+            self.feeds[0].pending = self.pieces.pop(0)
+            self.turn = 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parked_slots_and_tokens_read_in_pieces_change_no_logits(name: str) -> None:
+    """Slots that wait for another model lie before, between and behind slots that read one token, a few or a prompt."""
+    model = make(name)
+    texts = [
+        [5, 6, 7, 8, 9, 10, 11, 12, 13],
+        [14] * 9,
+        [20, 21, 22, 30, 31, 32, 33, 34, 35],
+        [40, 41, 42, 43],
+    ]
+    plans = [([2, 3, 4], [0, 1, 5]), ([9], [2]), ([1, 1, 7], [1, 2, 4]), ([1, 3], [0, 6])]
     seen: dict[int, torch.Tensor] = {}
 
     def keep(logits: torch.Tensor, feeds: list[Feed]) -> list[int]:
         for row, feed in zip(logits, feeds, strict=True):
-            if not feed.pieces:
-                seen[id(feed)] = row.clone()
+            seen[id(feed)] = row.clone()
         return [0] * len(feeds)
 
     with slot_attention_of(model):
-        engine = Engine(model, 3, 32, keep)
-        feeds = []
-        for text, lengths in zip(texts, cuts, strict=True):
-            ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-            feeds.append(Feed([text[a:b] for a, b in pairwise(ends)]))
-            engine.add(feeds[-1])
-        while engine.live:
-            engine.step()
-            for slot in reversed(range(len(engine.live))):
-                if engine.live[slot].pieces:
-                    engine.live[slot].pending = engine.live[slot].pieces.pop(0)
-                else:
-                    engine.remove(slot)  # the last slot moves here, keys and values with it
-    for text, feed in zip(texts, feeds, strict=True):
+        machine = Engine[Reading](0, model, 4, 32, keep)
+        readings = [Reading(text, *plan) for text, plan in zip(texts, plans, strict=True)]
+        for reading in readings:
+            machine.add(reading)
+        for step in range(7):
+            for reading in readings:
+                if reading.turn is not None:
+                    reading.begin(step)
+            if machine.num_waiting:
+                assert len(machine.step()) == sum(reading.turn == 0 for reading in readings)
+            for reading in readings:
+                if not reading.steps:
+                    reading.turn = None  # its slot goes to the last one, keys and values with it
+    for text, reading in zip(texts, readings, strict=True):
         with torch.no_grad():
             expected = model(torch.tensor([text])).logits[0, -1]
-        torch.testing.assert_close(seen[id(feed)], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen[id(reading.feeds[0])], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_that_are_too_much_for_one_pass_take_turns(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, texts = make("gpt2"), prompts(8)
+    together = solve(model, tokenizer, texts, num_slots=8)
+    monkeypatch.setattr(engine, "MOST_TOKENS_A_STEP", 20)
+    sizes: list[int] = []
+    plan_step = engine.plan_step
+
+    def counted(*arguments: Any) -> SlotStep:
+        step = plan_step(*arguments)
+        sizes.append(step.input_ids.shape[1])
+        return step
+
+    monkeypatch.setattr(engine, "plan_step", counted)
+    assert solve(model, tokenizer, texts, num_slots=8) == together
+    assert max(sizes) <= max(20, *map(len, texts)) < sum(map(len, texts))
 
 
 def test_a_text_stops_where_the_context_does(tokenizer: PreTrainedTokenizerBase) -> None:
     model = make("gpt2")
-    solution = solve(model, tokenizer, [[1] * 90], 1, ends=frozenset([-1]))[0]
-    assert (len(solution.tokens), solution.finished) == (6, False)
+    assert len(solve(model, tokenizer, [[1] * 90], 1, ends=frozenset([-1]))[0]) == 6
+    assert solve(model, tokenizer, [[1] * 96], 1, ends=frozenset([-1])) == {0: []}
 
 
 def test_samples_belong_to_the_problem_not_to_the_batch(tokenizer: PreTrainedTokenizerBase) -> None:
     model, texts = make("gpt2"), prompts(9)
     reference = solve(model, tokenizer, texts, num_slots=4, temperature=1.0)
     backwards = solve(model, tokenizer, texts, num_slots=2, temperature=1.0, order=list(reversed(range(9))))
-    assert [reference[i].tokens for i in range(9)] == [backwards[i].tokens for i in range(9)]
-    assert reference[0].tokens != solve(model, tokenizer, texts, num_slots=4)[0].tokens
+    assert reference == backwards
+    assert reference[0] != solve(model, tokenizer, texts, num_slots=4)[0]
 
 
 def test_the_model_is_given_back_as_it_was(tokenizer: PreTrainedTokenizerBase) -> None:

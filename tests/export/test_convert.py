@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.export.conftest import BY_NAME, CONVERTIBLE, REPOSITORY
 from trainer import commit
-from trainer.export import rebuild, safetensors_writer, zero_files
-from trainer.export.checked_reader import CheckedReader
+from trainer.export import rebuild, safetensors_writer
 from trainer.export.convert import convert
 from trainer.models import architecture
 from trainer.settings import ConvertSettings
+from trainer.zero import layout
+from trainer.zero.checked_reader import CheckedReader
 
 
 def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
@@ -88,7 +89,7 @@ def test_same_dtype_is_the_one_trained_in(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt2-zero1-fp32-2ranks-buffers", "gpt2-zero3-bf16-2ranks-buffers"])
 def test_buffers_are_written_as_they_are(name: str, made: Path, tmp_path: Path) -> None:
     case = BY_NAME[name]
-    stored = zero_files.read(
+    stored = layout.read(
         made / name / "checkpoints" / "step-000002", case["stage"], case["world_size"], case["dtype"]
     )
     (shard,) = safetensors_writer.plan(stored.tensors, torch.float32, 10**9)

@@ -308,13 +308,14 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     code = """
 import resource, sys, torch
 from pathlib import Path
-from trainer.export import safetensors_writer, zero_files
-from trainer.export.checked_reader import CheckedReader
+from trainer.export import safetensors_writer
+from trainer.zero import layout
+from trainer.zero.checked_reader import CheckedReader
 def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 folder = Path(sys.argv[1])
 torch.zeros(10).to(torch.bfloat16)
 before = peak()
-stored = zero_files.read(folder, 0, 1, "fp32")
+stored = layout.read(folder, 0, 1, "fp32")
 for dtype in (torch.float32, torch.bfloat16):
     (shard,) = safetensors_writer.plan(stored.tensors, dtype, 10**10)
     with CheckedReader() as reader:

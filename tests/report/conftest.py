@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from synthetic_study import make_run, make_study
+from synthetic_study import COMPOSITES, METHODS, make_run, make_study, write_evaluation
 
+from trainer.report.build import build_report
 from trainer.run_directory import StudyDirectory
+
+GPT2 = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
 
 
 @pytest.fixture
@@ -16,3 +20,21 @@ def study(tmp_path: Path) -> StudyDirectory:
     with open(killed.metrics, "a") as file:
         file.write('{"step": 93, "loss": 0.4')
     return study
+
+
+@pytest.fixture(scope="session")
+def whole_study(tmp_path_factory: pytest.TempPathFactory) -> StudyDirectory:
+    """3 sizes x every way to answer, one seed, on 60 problems that are called GSM8K's; some also without calculator."""
+    methods = (*METHODS, *COMPOSITES)
+    about: dict[str, Any] = {"data": "gsm8k", "train_data": "gsm8k", "num_problems": 60}
+    study = make_study(tmp_path_factory.mktemp("runs") / "whole", GPT2, methods, seeds=(0,), **about)
+    for level, (model, size) in enumerate(GPT2.items()):
+        for method in ("cot", "iterative_interleaved"):
+            run = study.run(f"stories.{method}.{model}.s0")
+            write_evaluation(run, method, model, size, 0, level, calculator=False, **about)
+    return study
+
+
+@pytest.fixture(scope="session")
+def whole_report(whole_study: StudyDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_report([whole_study.path], tmp_path_factory.mktemp("report"), max_examples=1000).parent

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from synthetic_answers import answer, possible_mistakes, problems
 
 from trainer import commit
+from trainer.problems import answers
+from trainer.report.methods import PAIRS
 from trainer.report.statistics import wilson_interval
 from trainer.run_directory import RunDirectory, StudyDirectory
 
 SIZES = {"stories-2m": 2_013_952, "stories-13m": 13_107_200}
 METHODS = ("answer_only", "cot", "socratic")
 NUM_PROBLEMS = 300
+COMPOSITES = ("iterative_ahead", "iterative_interleaved", "gold_subquestions", "few_shot")
 _SKILL = {"answer_only": -2.4, "cot": 0.7, "socratic": 1.2}
+_SKILL |= {"iterative_ahead": 0.9, "iterative_interleaved": 1.3, "gold_subquestions": 2.0, "few_shot": -1.2}
 _LAST_LOSS = {"answer_only": 1.9, "cot": 0.42, "socratic": 0.31}
 
 
@@ -25,8 +31,10 @@ def make_study(folder: Path, sizes=SIZES, methods=METHODS, seeds=(0, 1), **evalu
     """sizes x methods x seeds, every run trained, exported and evaluated once."""
     for size in range(len(sizes)):
         for method in methods:
-            for seed in seeds:
-                run = make_run(folder, method, list(sizes)[size], list(sizes.values())[size], seed)
+            for seed in seeds[:1] if method == "few_shot" else seeds:  # what was not trained has no seed
+                model = (list(sizes)[size], list(sizes.values())[size])
+                make = make_asked_run if method in COMPOSITES else make_run
+                run = make(folder, method, *model, seed)
                 write_evaluation(
                     run, method, list(sizes)[size], list(sizes.values())[size], seed, size, **evaluation
                 )
@@ -72,6 +80,16 @@ def make_run(
     return run
 
 
+def make_asked_run(study: Path, method: str, model: str, size: int, seed: int) -> RunDirectory:
+    """A run that only asks other runs' students: the settings of its evaluation are all it has."""
+    run = StudyDirectory(study).run(f"stories.{method}.{model}.s{seed}")
+    run.path.mkdir(parents=True)
+    run.settings.write_text(
+        "decomposer: runs/y/export\nsolver: runs/x/export\nshards: shards/stories-test\nseed: 0\nmax_steps: 16\n"
+    )
+    return run
+
+
 def metrics(method: str, size: int, seed: int, num_steps: int) -> list[dict[str, Any]]:
     """What the training loop logs: a line a step, and a held-out loss every 60 steps."""
     random = np.random.default_rng([seed, size, len(method)])
@@ -112,12 +130,19 @@ def write_evaluation(
     split: str = "test",
     calculator: bool = True,
     num_problems: int = NUM_PROBLEMS,
+    gold_steps: bool = True,
     **changes: Any,
 ) -> Path:
-    """predictions.jsonl and results.json that agree with each other; `changes` then go over results.json."""
+    """predictions.jsonl and results.json that agree with each other; `changes` then go over results.json.
+
+    Without `gold_steps` the predictions are those of an older version.
+    """
     evaluation = run.evaluation(f"{data}-{split}-{method}" + ("" if calculator else "-no-calculator"))
     evaluation.path.mkdir(parents=True)
     predictions = _predictions(method, seed, level - (0 if calculator else 1.3), num_problems)
+    if not gold_steps:
+        for line in predictions:
+            del line["gold_steps"]
     evaluation.predictions.write_text("".join(json.dumps(line) + "\n" for line in predictions))
     groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for line in predictions:
@@ -136,7 +161,9 @@ def write_evaluation(
         "method": method,
         "train_seed": seed,
         "num_parameters": size,
+        "total_parameters": size,
         "train_data": "stories",
+        "calculator_results_given": 2 * num_problems if calculator else 0,
         "accuracy": scores(predictions),
         "by_num_steps": {str(num): scores(lines) for num, lines in sorted(groups.items())},
         "unfinished": sum(not line["finished"] for line in predictions),
@@ -146,6 +173,14 @@ def write_evaluation(
         "shards_fingerprint": "f" * 64,
         "export_digest": "e" * 64,
     }
+    if method in PAIRS:
+        asks = "decomposer_interleaved" if method == "iterative_interleaved" else "decomposer"
+        for role, trained_as in (("decomposer", asks), ("solver", "solver")):
+            results[role] = {"name": f"runs/{role}", "model_name": model, "method": trained_as}
+            results[role] |= {"num_parameters": size, "export_digest": role[0] * 64}
+        results["total_parameters"] = 2 * size
+    if method == "few_shot":
+        results["train_seed"] = None
     evaluation.results.write_text(json.dumps(results | changes))
     return evaluation.path
 
@@ -156,25 +191,30 @@ def _predictions(method: str, seed: int, level: float, num_problems: int) -> lis
     )  # of the problems: the same for every student
     random = np.random.default_rng([seed, len(method), int(10 * level) + 100])
     lines = []
-    for index in range(num_problems):
-        num_steps = 2 + index % 3 if index % 10 else 5
+    for index, problem in enumerate(problems(num_problems)):
+        num_steps = len(problem.steps)
         logit = _SKILL[method] + 1.1 * level - 0.55 * (num_steps - 2) - 1.3 * difficulty[index]
         strict = bool(random.random() < 1 / (1 + math.exp(-logit)))
         flexible = strict or bool(random.random() < 0.03)
+        mistakes = possible_mistakes(method)
+        mistake = "" if strict else mistakes[int(random.integers(len(mistakes)))]
+        text = answer(problem, method, mistake, int(random.integers(num_steps)))
         lines.append(
             {
-                "id": f"stories-test-{index:05d}",
-                "question": f"How many apples are in basket {index}?",
-                "gold": str(index),
+                "id": problem.id,
+                "question": problem.question,
+                "gold": problem.answer,
                 "num_steps": num_steps,
-                "text": f"#### {index}",
-                "strict": str(index) if strict else None,
-                "flexible": str(index) if flexible else "0",
+                "gold_steps": [asdict(step) for step in problem.steps],
+                "text": text,
+                "strict": answers.extract(text, "strict"),
+                "flexible": problem.answer if flexible else "0",
                 "correct_strict": strict,
                 "correct_flexible": flexible,
                 "generated_tokens": 4 if method == "answer_only" else 20 * num_steps,
-                "finished": bool(random.random() > 0.01),
+                "finished": mistake != "no_answer",
             }
+            | ({"stopped": "max_steps" if mistake == "no_answer" else ""} if method in PAIRS else {})
         )
     return lines
 

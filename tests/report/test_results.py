@@ -11,7 +11,8 @@ from synthetic_study import make_run, make_study, write_evaluation
 
 from trainer import commit
 from trainer.errors import UserError
-from trainer.report.comparisons import compare
+from trainer.report.analysis import analyse
+from trainer.report.comparisons import Comparison, compare
 from trainer.report.headline import headline
 from trainer.report.results import load_runs
 from trainer.report.statistics import mcnemar
@@ -23,6 +24,11 @@ def _one(folder: Path, **changes: Any) -> RunDirectory:
     run = make_run(folder, "cot", "stories-2m", 2_013_952, seed=0)
     write_evaluation(run, "cot", "stories-2m", 2_013_952, 0, 0, **changes)
     return run
+
+
+def _comparisons(folder: Path) -> list[Comparison]:
+    found = panels(load_runs([folder]))
+    return compare(found, analyse([evaluation for panel in found for evaluation in panel.evaluations]))
 
 
 def _spoil(run: RunDirectory, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -181,8 +187,10 @@ def test_the_headline_is_computed_from_the_largest_model(study: StudyDirectory) 
     text = str(headline(panel))
     best = max(panel.of_model((13_107_200, "stories-13m")), key=lambda cell: cell.estimate.mean).estimate
     said = f"{100 * best.mean:.0f} % [{100 * best.low:.0f}, {100 * best.high:.0f}]"
-    assert text.startswith(f"On stories test, with 13.1M parameters: socratic {said}, cot ")
-    assert text.endswith("(n = 300, mean of 2 seeds). No two of the 95 % intervals overlap.")
+    assert text.startswith(f"On stories test, with 13.1M parameters: Socratic {said}, CoT ")
+    assert text.endswith(
+        "(n = 300, mean of 2 seeds). The 95 % intervals of Socratic and CoT overlap; no others do."
+    )
 
 
 def test_overlapping_intervals_are_named(tmp_path: Path) -> None:
@@ -190,11 +198,11 @@ def test_overlapping_intervals_are_named(tmp_path: Path) -> None:
         run = make_run(tmp_path / "study", method, "m", 1000, 0)
         write_evaluation(run, method, "m", 1000, 0, level)
     (panel,) = panels(load_runs([tmp_path / "study"]))
-    assert str(headline(panel)).endswith("intervals of socratic and cot overlap; no others do.")
+    assert str(headline(panel)).endswith("intervals of CoT and Socratic overlap; no others do.")
 
 
 def test_comparisons_count_problem_by_problem(study: StudyDirectory) -> None:
-    found = compare(panels(load_runs([study.path])))
+    found = _comparisons(study.path)
     assert len(found) == 2 * 2 * 3 and not any(comparison.refusal for comparison in found)
     one = next(
         c for c in found if (c.model_name, c.seed, c.first, c.second) == ("stories-13m", 1, "cot", "socratic")
@@ -218,22 +226,23 @@ def test_different_problems_are_not_compared(tmp_path: Path) -> None:
     changed = (
         StudyDirectory(folder).run("stories.socratic.m.s0").evaluation("stories-test-socratic").predictions
     )
-    changed.write_text(changed.read_text().replace("basket 17?", "basket 18?"))
-    refusals = [comparison.refusal for comparison in compare(panels(load_runs([folder])))]
+    first, rest = changed.read_text().split("\n", 1)
+    changed.write_text(json.dumps(json.loads(first) | {"question": "Who?"}) + "\n" + rest)
+    refusals = [comparison.refusal for comparison in _comparisons(folder)]
     assert refusals == [
         "different problems: 0 only in the first, 10 only in the second",
         "different problems: 0 only in the first, 10 only in the second",
         "different problems: 1 of the same id differ in question or answer",
     ]
     changed.unlink()
-    assert compare(panels(load_runs([folder])))[2].refusal == "predictions missing"
+    assert _comparisons(folder)[2].refusal == "predictions missing"
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (lambda lines: lines[:-1], "of 299 strict correct, but .*results.json says"),
-        (lambda lines: [*lines[:-1], lines[0]], "line 300: id 'stories-test-00000' occurs twice"),
+        (lambda lines: [*lines[:-1], lines[0]], "line 300: id 'stories-[0-9a-f]+' occurs twice"),
         (lambda lines: [*lines[:-1], lines[-1][:40]], "line 300: not JSON"),
         (lambda lines: [*lines[:-1], '{"id": 7}'], "line 300: not a prediction"),
     ],
@@ -244,5 +253,5 @@ def test_predictions_that_do_not_fit_the_results_are_refused(
     path = _one(tmp_path / "study").evaluation("stories-test-cot").predictions
     path.write_text("\n".join(edit(path.read_text().splitlines())) + "\n")
     with pytest.raises(UserError, match=message) as error:
-        compare(panels(load_runs([tmp_path / "study"])))
+        _comparisons(tmp_path / "study")
     assert str(path) in str(error.value)

@@ -12,7 +12,7 @@ import pytest
 from trainer.study.plan import Study, load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TOOLS = ("prepare_shards", "train", "convert_checkpoint", "evaluate", "plot_scaling")
+TOOLS = ("annotate", "prepare_shards", "train", "convert_checkpoint", "evaluate", "plot_scaling")
 VALUES: dict[str, Any] = {
     "study": "tiny",
     "num_ranks": 2,

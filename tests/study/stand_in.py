@@ -14,15 +14,27 @@ import time
 from pathlib import Path
 
 from trainer import commit, distributed
-from trainer.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory
+from trainer.run_directory import AnnotationDirectory, EvaluationDirectory, RunDirectory, StudyDirectory
 
 flags = dict(part[2:].split("=", 1) for part in sys.argv[1:] if part.startswith("--") and "=" in part)
 world = distributed.discover(os.environ)
 
 
+def annotate() -> None:
+    directory = AnnotationDirectory(Path(flags["output_dir"]))
+    recipe = {"data": "svamp", "style": flags.get("style", "socratic")}
+    facts = {"recipe": recipe, "summary": {"problems": {"annotated": 600, "unannotated": 90}}}
+    with commit.directory(directory.result, "annotations", facts) as staging:
+        (staging / "annotated.jsonl").write_text("{}\n")
+
+
 def prepare_shards() -> None:
-    recipe = {"data": "stories", "num_problems": int(flags.get("num_problems", 4000))}
-    with commit.directory(Path(flags["output_dir"]), "shards", {"recipe": recipe, "num_problems": 30}):
+    path = flags.get("data_path", "")
+    if path.endswith(".jsonl") and not Path(path).is_file():
+        sys.exit(f"error: there is no {path}")
+    recipe = {"data": flags.get("data", "stories"), "num_problems": int(flags.get("num_problems", 4000))}
+    facts = {"recipe": recipe, "num_problems": 30, "vocabulary_size": 1024}
+    with commit.directory(Path(flags["output_dir"]), "shards", facts):
         pass
 
 
@@ -63,7 +75,16 @@ def convert_checkpoint() -> None:
 
 
 def evaluate() -> None:
+    students = [
+        flags[name] for name in ("model_name_or_path", "decomposer", "solver", "planner") if name in flags
+    ]
+    for student in students:
+        if student.endswith("export") and not commit.is_finished(Path(student)):
+            sys.exit(f"error: there is no {student}")
     if world.rank == 0:
+        run = RunDirectory(Path(flags["output_dir"]).parent.parent)
+        if not run.settings.is_file():  # nothing was trained here
+            commit.write_text(run.settings, json.dumps(flags))
         score = {"correct": 20, "n": 30, "accuracy": 20 / 30, "low": 0.488, "high": 0.808}
         results = EvaluationDirectory(Path(flags["output_dir"])).results
         commit.write_text(results, json.dumps({"accuracy": {"strict": score}}))

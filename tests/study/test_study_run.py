@@ -45,7 +45,7 @@ class Command:
 
     def __call__(self, *flags: str) -> tuple[int, str]:
         process = self.start(*flags)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
     def rank_files(self, name: str, count: int = 2) -> list[Path]:
@@ -98,6 +98,9 @@ def test_a_dry_run_shows_commands_and_starts_nothing(command: Command) -> None:
     status, output = command("run", "--dry_run")
     assert status == 0
     assert "study tiny: 2 runs, 9 stages, 9 to do" in output
+    rows = [line.split() for line in output.splitlines()]
+    assert ["small", "stories-0.2m", "(random", "weights)", "160,064", "2", "zero1", "fp32"] in rows
+    assert ["3", "train", "stories.answer_only.small.s0", "to", "do", "2", "300"] in rows
     assert output.count("tools/train.py --train_shards=shards/stories-train") == 2
     assert not (command.folder / "runs").exists() and not (command.folder / "shards").exists()
     command("run")
@@ -255,10 +258,11 @@ def test_a_study_of_another_host_is_believed_while_it_beats(command: Command) ->
 def test_a_study_inside_an_allocation_starts_worlds_of_its_own(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"RANK": "3", "WORLD_SIZE": "8", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}.items():
+    for name, value in {"RANK": "3", "WORLD_SIZE": "8", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert command("run")[0] == 0
+    status, output = command("run")
+    assert status == 0, output
 
 
 def test_status_needs_no_torch(command: Command) -> None:

@@ -12,6 +12,7 @@ from trainer.errors import UserError
 from trainer.settings import ConvertSettings, EvaluateSettings, PlotSettings, PrepareSettings, TrainSettings
 from trainer.study import stages
 from trainer.study.plan import Study
+from trainer.teacher.settings import AnnotateSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -118,7 +119,14 @@ def test_flags_say_what_the_settings_say(
     values["evaluate"] = {"calculator": False, "temperature": 0.7, "seed": 3}
     values["convert"] = {"dtype": "bf16"}
     classes = {"prepare": PrepareSettings, "train": TrainSettings, "convert": ConvertSettings}
-    classes |= {"evaluate": EvaluateSettings, "report": PlotSettings}
+    classes |= {"evaluate": EvaluateSettings, "report": PlotSettings, "annotate": AnnotateSettings}
+    values["annotate"] = {"model_name_or_path": "teacher", "stop": ["\n\n", "-x"]}
+    taught = {"train": {"data": "svamp", "data_path": "a/svamp", "annotate": {}}, "test": {}, "more": {}}
+    values["data"] = {"stories": values["data"]["stories"], "svamp": taught}
+    values["prepare"] |= {"data_path": "a/svamp"}
+    values["data"]["stories"] = {
+        name: {**given, "data_path": ""} for name, given in values["data"]["stories"].items()
+    }
     for stage in stages.of_study(make_study(values)):
         command = stages.command(stage, Path("tools"), "mpiexec")
         start = next(index for index, part in enumerate(command) if part.endswith(".py"))

@@ -13,6 +13,7 @@ from trainer import commit
 from trainer.errors import UserError
 from trainer.run_directory import RunDirectory
 from trainer.training import checkpoint
+from trainer.zero.state import read_state
 
 
 @pytest.fixture
@@ -69,20 +70,30 @@ class _Malicious:
 
 
 def test_a_malicious_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a forger has given it a manifest that fits: nothing in a checkpoint can run code."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "planted.pt").write_bytes(pickle.dumps(_Malicious()))
-    with pytest.raises(pickle.UnpicklingError):
-        checkpoint.SafeCheckpointEngine().load(str(tmp_path / "planted.pt"))
-    torch.save(_Malicious(), tmp_path / "zipped.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        checkpoint.SafeCheckpointEngine().load(str(tmp_path / "zipped.pt"))
+    for number, plant in enumerate((pickle.dumps(_Malicious()), None)):
+        folder = tmp_path / str(number)
+        with commit.directory(folder, checkpoint.KIND, {}) as staging:
+            file = staging / "mp_rank_00_model_states.pt"
+            if plant is None:
+                torch.save({"module": _Malicious()}, file)
+            else:
+                file.write_bytes(plant)
+        checkpoint.check_valid(folder)
+        with pytest.raises(UserError, match=r"mp_rank_00_model_states\.pt"):
+            read_state(folder, 0, 1, "fp32")
     assert not (tmp_path / "planted").exists()
 
 
 def test_a_failed_write_is_kept_not_raised(tmp_path: Path) -> None:
     """The other ranks wait in a collective of DeepSpeed's; raising here would leave them there."""
     writer = checkpoint.SafeCheckpointEngine()
-    writer.save({"weights": torch.zeros(8)}, str(tmp_path / "no such folder" / "weights.pt"))
+    writer.save({"weights": torch.zeros(1000)}, str(tmp_path / "no such folder" / "weights.pt"))
     assert writer.error is not None and "weights.pt" in writer.error
     writer.save({}, str(tmp_path / "other.pt"))  # after a failure nothing more is written
     assert not (tmp_path / "other.pt").exists()
+    torch.save({"weights": torch.zeros(1000)}, tmp_path / "weights.pt")
+    torch.save({}, tmp_path / "empty.pt")
+    sizes = sum((tmp_path / name).stat().st_size for name in ("weights.pt", "empty.pt"))
+    assert abs(writer.unwritten_bytes - sizes) < 1000  # names inside the files differ in length

@@ -60,6 +60,19 @@ def test_numbers_are_those_of_the_settings() -> None:
         ({"optimizer": {"type": "Lion"}}, "optimizer.type is 'Lion'"),
         ({"fp16": {"enabled": True}}, "use --bf16"),
         ({"scheduler": {}}, "lr_scheduler_type"),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"},
+                }
+            },
+            "offload_optimizer to NVMe cannot be checkpointed",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "DeepSpeed does not save all moments",
+        ),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
     ],
 )

@@ -19,7 +19,7 @@ from transformers import (
 
 from trainer.errors import UserError
 from trainer.models import packed_attention
-from trainer.shards.methods import Role, method
+from trainer.shards.methods import GUIDANCE, Role, method
 from trainer.shards.read import Shards
 from trainer.training.batches import MicroBatch
 from trainer.training.loss import lay_out, token_losses
@@ -79,7 +79,7 @@ def test_an_empty_batch_has_no_loss_and_no_gradient(stories: Shards) -> None:
 def _separate_solver_examples(shards: Shards, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """One example a step, as a trainer without masks would write them: everything before is read, one part learned."""
     learns = method("solver").learns
-    parts = shards.segments(index)
+    parts = [(role, tokens) for role, tokens in shards.segments(index) if role not in GUIDANCE]
     # The pieces of one solution (text, calculator, text) belong to one step; the answer is the last example.
     examples, before, current = [], [], []
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -10,68 +11,99 @@ from transformers import PreTrainedModel
 
 from trainer.models.slots import SlotCache, plan_step
 
-
-class Feed(Protocol):
-    """What the engine knows of a sequence."""
-
-    pending: list[int]  # tokens to read before the next one is chosen, at least one
-    length: int  # tokens read already; the engine counts
+MOST_TOKENS_A_STEP = 16384  # bounds the activations when many prompts are read at once
 
 
-SomeFeed = TypeVar("SomeFeed", bound=Feed)
+@dataclass
+class Feed:
+    """One text as one model reads it."""
+
+    pending: list[int]  # tokens given and not read yet
+    noise_key: int = 0
+    length: int = 0  # tokens read already; the engine counts
+    is_over: bool = False  # its model reads no more of it
+
+    @property
+    def num_tokens(self) -> int:
+        return self.length + len(self.pending)
 
 
-class Engine(Generic[SomeFeed]):
-    """Slots 0..len(live)-1 hold one sequence each; `step` reads what is pending and chooses every one's next token.
+class Occupant(Protocol):
+    """What the engines know of a problem on its way."""
 
-    Live slots are always the first ones, so that attention takes them as one block of the cache: a sequence that
+    @property
+    def feeds(self) -> Sequence[Feed]:
+        """One for each engine."""
+
+    @property
+    def turn(self) -> int | None:
+        """The engine whose model is to choose the next token; None: it has ended."""
+
+
+SomeOccupant = TypeVar("SomeOccupant", bound=Occupant)
+Choose = Callable[[torch.Tensor, list[Feed]], list[int]]
+
+
+class Engine(Generic[SomeOccupant]):
+    """One model's slots, one for every problem on its way. `step` reads what is pending and chooses next tokens, for
+    the problems whose turn is this engine's; the others are parked and contribute no tokens.
+
+    Occupied slots are always the first ones, so that attention takes them as one block of the cache: a problem that
     leaves without a successor is replaced by the last one, which costs one copy of its keys and values.
     The caller holds `slot_attention_of(model)` open.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        num_slots: int,
-        capacity: int,
-        choose: Callable[[torch.Tensor, list[SomeFeed]], list[int]],
+        self, seat: int, model: PreTrainedModel, num_slots: int, capacity: int, choose: Choose
     ) -> None:
-        """`capacity`: longest sequence in tokens. `choose`: logits [live, vocabulary] and sequences -> tokens."""
+        """`seat`: which of an occupant's feeds is read here. `capacity`: longest sequence in tokens.
+
+        `choose`: logits [waiting, vocabulary] and their feeds -> tokens.
+        """
+        self.seat = seat
         self.model = model
-        self.cache = SlotCache(num_slots, capacity)
-        self.live: list[SomeFeed] = []
+        self.slots: list[SomeOccupant] = []
+        self._cache = SlotCache(num_slots, capacity)
         self._choose = choose
         self._dtype = model.dtype
         self._device = model.device
 
     @property
-    def num_free(self) -> int:
-        return self.cache.num_slots - len(self.live)
+    def num_waiting(self) -> int:
+        """Problems that wait for a token of this model."""
+        return sum(occupant.turn == self.seat for occupant in self.slots)
 
-    def add(self, sequence: SomeFeed) -> None:
-        """Give a new sequence the next free slot."""
-        assert self.num_free > 0
-        self.live.append(sequence)
-
-    def replace(self, slot: int, sequence: SomeFeed) -> None:
-        """Give the slot of a sequence that has ended to a new one."""
-        self.live[slot] = sequence
-
-    @torch.inference_mode()
-    def remove(self, slot: int) -> None:
-        """Empty the slot of a sequence that has ended; the last sequence moves into it."""
-        last = self.live.pop()
-        if slot < len(self.live):
-            self.cache.copy(len(self.live), slot, last.length)
-            self.live[slot] = last
+    def add(self, occupant: SomeOccupant) -> None:
+        """Give a new problem a slot: one whose problem has left, else the next free one."""
+        for slot, other in enumerate(self.slots):
+            if self._has_left(other):
+                self.slots[slot] = occupant
+                return
+        assert len(self.slots) < self._cache.num_slots
+        self.slots.append(occupant)
 
     @torch.inference_mode()
-    def step(self) -> list[int]:
-        """Read all pending tokens in one forward pass; the next token of each live sequence."""
+    def step(self) -> list[tuple[SomeOccupant, int]]:
+        """Read the pending tokens of waiting problems in one forward pass; each with its next token.
+
+        All that wait take part, unless that were too many tokens for one pass.
+        """
+        self._close_gaps()
+        active: list[int] = []
+        num_tokens = 0
+        for slot, occupant in enumerate(self.slots):
+            if occupant.turn != self.seat:
+                continue
+            num_tokens += len(occupant.feeds[self.seat].pending)
+            if active and num_tokens > MOST_TOKENS_A_STEP:
+                break
+            active.append(slot)
+        feeds = [self.slots[slot].feeds[self.seat] for slot in active]
         step = plan_step(
-            self.cache,
-            [sequence.length for sequence in self.live],
-            [sequence.pending for sequence in self.live],
+            self._cache,
+            active,
+            [feed.length for feed in feeds],
+            [feed.pending for feed in feeds],
             self._dtype,
             self._device,
         )
@@ -79,9 +111,22 @@ class Engine(Generic[SomeFeed]):
             input_ids=step.input_ids,
             position_ids=step.positions,
             use_cache=False,
-            logits_to_keep=step.num_live,
+            logits_to_keep=step.num_newest,
             slot_step=step,
         ).logits[0]
-        for sequence in self.live:
-            sequence.length += len(sequence.pending)
-        return self._choose(logits, self.live)
+        for feed in feeds:
+            feed.length += len(feed.pending)
+            feed.pending = []
+        return list(zip((self.slots[slot] for slot in active), self._choose(logits, feeds), strict=True))
+
+    def _has_left(self, occupant: SomeOccupant) -> bool:
+        return occupant.turn is None or occupant.feeds[self.seat].is_over
+
+    def _close_gaps(self) -> None:
+        """The last problems move into the slots of those that have left."""
+        for slot in reversed(range(len(self.slots))):
+            if self._has_left(self.slots[slot]):
+                last = self.slots.pop()
+                if slot < len(self.slots):
+                    self._cache.copy(len(self.slots), slot, last.feeds[self.seat].length)
+                    self.slots[slot] = last

@@ -1,11 +1,11 @@
-"""A student answers every problem of a shard set exactly once: predictions.jsonl and, written last, results.json."""
+"""Every problem of a shard set is answered exactly once: predictions.jsonl and, written last, results.json."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import trainer
 from trainer import commit, distributed, terminal
 from trainer.errors import UserError
-from trainer.evaluation import gather, task
+from trainer.evaluation import gather, place, record, task
 from trainer.evaluation import student as students
-from trainer.evaluation.decoding import Decoding
+from trainer.evaluation.cast import Actor, Cast
+from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
 from trainer.evaluation.predict import predictions
 from trainer.evaluation.score import in_words, summarise
 from trainer.evaluation.task import Task
@@ -29,41 +30,40 @@ _TELL_EVERY_SECONDS = 0.2
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Collective. Evaluate and return what is in results.json, on every rank.
+    """Collective. Evaluate a student or several together; returns what is in results.json, on every rank.
 
     What an earlier, interrupted evaluation with the same settings has solved is not solved again; finished results
-    are returned as they are. Raises UserError, on every rank, for a student and shards that do not fit, for results
+    are returned as they are. Raises UserError, on every rank, for students and shards that do not fit, for results
     of other settings without `overwrite`, and for predictions that are not every problem exactly once.
     """
     with gather.errors_together():
         work = task.plan(settings)
         ids = [work.shards.problem(index).id for index in range(work.num_problems)]
-    distributed.agree(
-        "evaluation", {**work.recipe(""), "student": work.student.facts, "code": trainer.__version__}
-    )
-    recipe, earlier = _on_rank_0(lambda: _what_is_there(work, settings.overwrite))
+    facts = {part: student.facts for part, student in work.students.items()}
+    distributed.agree("evaluation", {**work.recipe({}), "students": facts, "code": trainer.__version__})
+    digests, earlier = _on_rank_0(lambda: _what_is_there(work, settings.overwrite))
     if earlier is not None:
         terminal.say(f"already evaluated: {in_words(earlier['accuracy'])}; {work.directory.results}")
         return earlier
-    for warning in work.warnings():
+    for warning in record.warnings(work):
         terminal.warn(warning)
-    terminal.say(work.in_words())
-    _on_rank_0(lambda: students.convert_checkpoint(work.student, work.scratch))
+    terminal.say(record.in_words(work))
+    _on_rank_0(lambda: _prepare(work, settings))
     with gather.errors_together():
-        model, tokenizer = students.open_student(work.student, work.shards, work.dtype, work.scratch)
+        cast = _open_cast(work)
 
+    recipe = work.recipe(digests)
     identity = task.digest(recipe)
     parts, solved = _on_rank_0(lambda: _what_is_solved(work, identity))
     if solved:
         terminal.say(f"{len(solved)} of {len(ids)} problems were solved before; going on")
     left = [index for index, problem_id in enumerate(ids) if problem_id not in solved]
     start = time.monotonic()
-    path = _solve_into_part(work, model, tokenizer, left, identity, solved)
+    path = _solve_into_part(work, cast, left, identity, solved)
     finished = distributed.gather_objects((path, time.monotonic() - start))
 
     about = {
-        **work.about(),
-        "num_parameters": work.student.facts.get("num_parameters", model.num_parameters()),
+        **record.about(work, _sizes(work, cast), digests),
         "seconds": round(max(seconds for _, seconds in finished), 3),
         "world_size": distributed.world().world_size,
         **recipe,
@@ -95,25 +95,47 @@ def evaluate_model(
     start = time.monotonic()
     indices = range(min(max_problems or len(shards), len(shards)))
     mine: list[dict[str, Any]] = []
-    _solve(model, tokenizer, shards, indices, decoding, lambda prediction, _: mine.append(prediction))
+    cast = Cast({STUDENT: Actor(model, decoding.mode)}, tokenizer, shards, decoding)
+    _solve(cast, indices, lambda prediction, _: mine.append(prediction))
     everybodys = [prediction for part in distributed.gather_objects(mine) for prediction in part]
     ids = [shards.problem(index).id for index in indices]
     return {**summarise(gather.union(everybodys, ids)), "seconds": round(time.monotonic() - start, 3)}
 
 
-def _solve(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    shards: Shards,
-    indices: Sequence[int],
-    decoding: Decoding,
-    keep: Callable[[dict[str, Any], Counter], None],
-) -> None:
+def _prepare(work: Task, settings: EvaluateSettings) -> None:
+    """What rank 0 writes before anybody loads a model."""
+    for part in work.parts_of_students.values():
+        students.convert_checkpoint(work.students[part], work.scratch(work.students[part]))
+    if work.is_pair or work.decoding.mode == FEW_SHOT:
+        place.write_settings(settings, work.directory)
+
+
+def _open_cast(work: Task) -> Cast:
+    """Every student's weights once on this rank's device, whatever parts it plays."""
+    opened = {
+        name: students.open_student(
+            work.students[part], work.shards, work.dtype, work.scratch(work.students[part])
+        )
+        for name, part in work.parts_of_students.items()
+    }
+    actors = {part: Actor(opened[student.name][0], student.method) for part, student in work.students.items()}
+    tokenizer = next(iter(opened.values()))[1]
+    return Cast(actors, tokenizer, work.shards, work.decoding, work.exemplars)
+
+
+def _sizes(work: Task, cast: Cast) -> dict[str, int]:
+    return {
+        part: student.facts.get("num_parameters", cast.actors[part].model.num_parameters())
+        for part, student in work.students.items()
+    }
+
+
+def _solve(cast: Cast, indices: Sequence[int], keep: Callable[[dict[str, Any], Counter], None]) -> None:
     """Collective. Solve `indices` with all ranks; `keep` gets each prediction of this rank."""
     attempt = gather.Attempt()
     with shared_counter() as counter:
         with attempt:
-            for prediction in predictions(model, tokenizer, shards, indices, decoding, counter):
+            for prediction in predictions(cast, indices, counter):
                 keep(prediction, counter)
         if attempt.error:
             exhaust(counter)
@@ -121,12 +143,7 @@ def _solve(
 
 
 def _solve_into_part(
-    work: Task,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    left: list[int],
-    identity: str,
-    solved: dict[str, bool],
+    work: Task, cast: Cast, left: list[int], identity: str, solved: Mapping[str, bool]
 ) -> Path:
     """Collective. Solve what is left; every prediction is on disk at once, in this rank's part file."""
     with gather.errors_together():
@@ -138,7 +155,7 @@ def _solve_into_part(
             part.append(prediction)
             tell.one_more(prediction["correct_strict"], counter)
 
-        _solve(model, tokenizer, work.shards, left, work.decoding, keep)
+        _solve(cast, left, keep)
     return part.path
 
 
@@ -171,19 +188,21 @@ def _on_rank_0(function: Callable[[], Any]) -> Any:
     return distributed.broadcast_object(value)
 
 
-def _what_is_there(work: Task, overwrite: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The recipe of this evaluation, and its results if they are there already."""
-    recipe = work.recipe(students.digest(work.student))
+def _what_is_there(work: Task, overwrite: bool) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """The students' digests by part, and the results of this evaluation if they are there already."""
+    once = {name: students.digest(work.students[part]) for name, part in work.parts_of_students.items()}
+    digests = {part: once[student.name] for part, student in work.students.items()}
+    recipe = work.recipe(digests)
     path = work.directory.results
     if not path.is_file():
-        return recipe, None
+        return digests, None
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         same = earlier["identity"] == task.digest(recipe)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the result of an evaluation; give another output_dir") from None
     if same or overwrite:
-        return recipe, earlier if same else None
+        return digests, earlier if same else None
     changed = ", ".join(
         f"{name}: {earlier.get(name)!r} there, {value!r} now"
         for name, value in recipe.items()
@@ -209,6 +228,7 @@ def _write(work: Task, parts: list[Path], ids: list[str], about: dict[str, Any])
     directory.results.unlink(missing_ok=True)  # old results never stand beside new predictions
     commit.write_text(directory.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in union))
     commit.write_text(directory.results, json.dumps(results, indent=1) + "\n")
-    shutil.rmtree(work.scratch, ignore_errors=True)
+    for student in work.students.values():
+        shutil.rmtree(work.scratch(student), ignore_errors=True)
     gather.remove_parts(parts)
     return results

@@ -1,67 +1,63 @@
-"""Slot-refill decoding: as soon as a sequence ends, its slot goes to the next problem (see models/slots.py)."""
+"""Slot-refill decoding: as soon as a problem is done, its slots go to the next one (see models/slots.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from transformers import PreTrainedModel
 
 from trainer.evaluation import sampling
-from trainer.evaluation.engine import Engine
-from trainer.evaluation.solve import Solution
+from trainer.evaluation.engine import Choose, Engine, Feed, SomeOccupant
 from trainer.models.slots import slot_attention_of
-
-_MOST_TOKENS_A_STEP = 16384  # bounds the activations when many slots start at once
-
-Choose = Callable[[torch.Tensor, list[Solution]], list[int]]
 
 
 def chooser(temperature: float, top_p: float) -> Choose:
-    """How tokens are chosen: greedily at temperature 0, else sampled with each solution's own noise."""
+    """How tokens are chosen: greedily at temperature 0, else sampled with each feed's own noise."""
 
-    def choose(logits: torch.Tensor, solutions: list[Solution]) -> list[int]:
+    def choose(logits: torch.Tensor, feeds: list[Feed]) -> list[int]:
         if temperature == 0:
             return sampling.greedy(logits)
-        uniforms = [sampling.uniform(solution.noise_key, solution.length) for solution in solutions]
+        uniforms = [sampling.uniform(feed.noise_key, feed.length) for feed in feeds]
         return sampling.sampled(logits, temperature, top_p, uniforms)
 
     return choose
 
 
 def generate(
-    model: PreTrainedModel,
-    draw: Callable[[], Solution | None],
+    engines: Sequence[Engine[SomeOccupant]],
+    draw: Callable[[], SomeOccupant | None],
+    after: Callable[[SomeOccupant, int], None],
     num_slots: int,
-    capacity: int,
-    choose: Choose,
     each_step: Callable[[], object] = lambda: None,
-) -> Iterator[Solution]:
-    """Yield solutions as they end. `draw` gives the next one to start, None when there are no more.
+) -> Iterator[SomeOccupant]:
+    """Yield problems as they end; `num_slots` of them are on their way at the same time.
 
-    `capacity` is the longest sequence (prompt and solution) in tokens; `each_step` is called after each forward
-    pass. The model's attention and mode are as before when the iterator is exhausted or closed.
+    `draw` gives the next one to start, None when there are no more; `after` hands a problem the token that was chosen
+    for it. Of several engines the one for which most problems wait makes the next forward pass: that fills the passes
+    best, and as every problem's work is bounded, nobody waits for ever. `each_step` is called after each forward pass.
+    The models' attention and mode are as before when the iterator is exhausted or closed.
     """
-    with slot_attention_of(model):
-        engine = Engine(model, num_slots, capacity, choose)
+    with contextlib.ExitStack() as stack:
+        for engine in engines:
+            stack.enter_context(slot_attention_of(engine.model))
+        on_their_way = 0
         while True:
-            waiting_tokens = sum(len(solution.pending) for solution in engine.live)
-            while engine.num_free and waiting_tokens < _MOST_TOKENS_A_STEP:
-                solution = draw()
-                if solution is None:
-                    break
-                engine.add(solution)
-                waiting_tokens += len(solution.pending)
-            if not engine.live:
+            while on_their_way < num_slots and (problem := draw()) is not None:
+                if problem.turn is None:  # it could not even start
+                    yield problem
+                    continue
+                for engine in engines:
+                    engine.add(problem)
+                on_their_way += 1
+            if not on_their_way:
                 return
-            tokens = engine.step()
+            busiest = max(engines, key=lambda engine: engine.num_waiting)
+            ended = []
+            for problem, token in busiest.step():
+                after(problem, token)
+                if problem.turn is None:
+                    ended.append(problem)
+            on_their_way -= len(ended)
             each_step()
-            over = [slot for slot, token in enumerate(tokens) if not engine.live[slot].after(token)]
-            ended = [engine.live[slot] for slot in over]
-            for slot in reversed(over):
-                successor = draw()
-                if successor is None:
-                    engine.remove(slot)
-                else:
-                    engine.replace(slot, successor)
             yield from ended

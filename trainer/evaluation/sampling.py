@@ -16,9 +16,10 @@ from trainer.errors import UserError
 _MASK = (1 << 64) - 1
 
 
-def noise_key(seed: int, problem_id: str) -> int:
-    """64 bits that stand for a problem under a seed."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}\0{problem_id}".encode(), digest_size=8).digest(), "big")
+def noise_key(seed: int, problem_id: str, part: str = "") -> int:
+    """64 bits that stand for a problem under a seed, and for one of several models that work at it."""
+    name = f"{seed}\0{problem_id}" + (f"\0{part}" if part else "")
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 def uniform(key: int, position: int) -> float:

@@ -11,8 +11,9 @@ from trainer.problems.problem import Problem
 from trainer.report.statistics import wilson_interval
 
 
-def judge(problem: Problem, text: str, generated_tokens: int, finished: bool) -> dict[str, Any]:
-    """One line of predictions.jsonl: the raw text, and what each extraction rule reads out of it."""
+def judge(problem: Problem, text: str, written: dict[str, Any]) -> dict[str, Any]:
+    """One line of predictions.jsonl: the raw text, what each extraction rule reads out of it, and how it was `written`:
+    at least generated_tokens, calculator_results_given and finished."""
     kind = answers.kind(problem.answer)
     extracted = {rule: answers.extract(text, rule, kind) for rule in answers.RULES}
     return {
@@ -24,8 +25,7 @@ def judge(problem: Problem, text: str, generated_tokens: int, finished: bool) ->
         "text": text,
         **extracted,
         **{f"correct_{rule}": answers.same(answer, problem.answer) for rule, answer in extracted.items()},
-        "generated_tokens": generated_tokens,
-        "finished": finished,
+        **written,
     }
 
 
@@ -40,7 +40,10 @@ def summarise(predictions: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "accuracy": _accuracy(predictions),
         "by_num_steps": {str(steps): _accuracy(groups[steps]) for steps in sorted(groups)},
         "unfinished": sum(not prediction["finished"] for prediction in predictions),
-        "generated_tokens": sum(prediction["generated_tokens"] for prediction in predictions),
+        **{
+            name: sum(prediction[name] for prediction in predictions)
+            for name in ("generated_tokens", "calculator_results_given")
+        },
     }
 
 

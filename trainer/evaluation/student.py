@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +76,21 @@ def digest(student: Student) -> str:
     for path in sorted({path for pattern in _DIGESTED for path in folder.glob(pattern)}):
         hasher.update(f"{path.name} {commit.file_digest(path)}\n".encode())
     return hasher.hexdigest()
+
+
+def check_same_tokenizer(students: Mapping[str, Student]) -> None:
+    """Refuse students that would hand each other tokens of different tokenizers. Raises UserError naming both."""
+    known = [
+        (part, student, student.facts["tokenizer_fingerprint"])
+        for part, student in students.items()
+        if student.facts.get("tokenizer_fingerprint")
+    ]
+    for (part, one, ours), (other_part, other, theirs) in itertools.pairwise(known):
+        if ours != theirs:
+            raise UserError(
+                f"the {part} {one.name} and the {other_part} {other.name} have different tokenizers, and what one writes "
+                "the other has to read; train both on the same shards"
+            )
 
 
 def check(student: Student, shards: Shards, allow_unfinished: bool) -> None:

@@ -6,112 +6,155 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import distributed
 from trainer.errors import UserError
+from trainer.evaluation import place
 from trainer.evaluation import student as students
-from trainer.evaluation.decoding import Decoding, resolve_mode
+from trainer.evaluation.decoding import (
+    ALONE,
+    DECOMPOSER,
+    FEW_SHOT,
+    PLANNER,
+    SOLVER,
+    STUDENT,
+    Decoding,
+    resolve_mode,
+    resolve_pair,
+)
+from trainer.evaluation.few_shot import read_exemplars
 from trainer.evaluation.student import Student
+from trainer.problems.problem import Problem
 from trainer.run_directory import EvaluationDirectory
 from trainer.settings import EvaluateSettings
+from trainer.shards.methods import Role
 from trainer.shards.read import Shards
+
+_PAIR_ONLY = ("max_steps", "guidance", "guidance_from")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One evaluation, checked: the student can read the shards and can be made to write in this mode."""
+    """One evaluation, checked: the students can read the shards and can be made to write in this mode."""
 
-    student: Student
+    students: Mapping[str, Student]  # by part; one may play several
     shards: Shards
     decoding: Decoding
     dtype: str
     max_problems: int  # 0: all
     directory: EvaluationDirectory
+    exemplars: Sequence[Problem] = ()
+    model_label: str = ""
 
     @property
     def num_problems(self) -> int:
         return min(self.max_problems or len(self.shards), len(self.shards))
 
     @property
-    def scratch(self) -> Path:
+    def is_pair(self) -> bool:
+        return self.decoding.mode not in ALONE
+
+    @property
+    def main_part(self) -> str:
+        """Who gives the answer."""
+        return SOLVER if self.is_pair else STUDENT
+
+    @property
+    def shown(self) -> str:
+        """What a model is shown of the data beside the problem, in words."""
+        names = {Role.SUBQUESTION: "sub-questions", Role.OPERATORS: "operators", Role.EQUATIONS: "equations"}
+        return names.get(self.decoding.shown, "") if self.decoding.shown is not None else ""
+
+    @property
+    def parts_of_students(self) -> dict[str, str]:
+        """Every student once, by name: the first part it plays."""
+        first: dict[str, str] = {}
+        for part, student in self.students.items():
+            first.setdefault(student.name, part)
+        return first
+
+    def scratch(self, student: Student) -> Path:
         """For the temporary export of a checkpoint; a killed evaluation finds it again."""
-        return self.directory.parts / "student"
+        return self.directory.parts / self.parts_of_students[student.name]
 
-    def recipe(self, student_digest: str) -> dict[str, Any]:
-        """What decides the predictions. Neither slots nor ranks do."""
+    def recipe(self, digests: Mapping[str, str]) -> dict[str, Any]:
+        """What decides the predictions, with the digests of the students by part. Neither slots nor ranks do."""
         decoding = {name: value for name, value in asdict(self.decoding).items() if name != "batch_size"}
+        if not self.is_pair:
+            decoding = {name: value for name, value in decoding.items() if name not in _PAIR_ONLY}
         problems = {"max_problems": self.max_problems, "shards_fingerprint": self.shards.fingerprint}
-        return {**decoding, "dtype": self.dtype, **problems, "export_digest": student_digest}
-
-    def about(self) -> dict[str, Any]:
-        """Who is evaluated on what; "" or None where a model of unknown making does not say."""
-        facts = self.student.facts
+        exports: dict[str, Any] = {"export_digests": dict(digests)}
+        if self.decoding.mode == FEW_SHOT:
+            problems["exemplars"] = digest({"problems": [asdict(problem) for problem in self.exemplars]})
         return {
-            "data": self.shards.facts["data"],
-            "split": self.shards.facts["split"],
-            "model_name": facts.get("model_name", Path(self.student.name).name),
-            "method": facts.get("method", ""),
-            "train_seed": facts.get("seed"),
-            "train_data": facts.get("data", ""),
-            "step": facts.get("step"),
-            "finished": facts.get("finished"),
-            "warnings": self.warnings(),
+            **decoding,
+            "dtype": self.dtype,
+            **problems,
+            **(exports if self.is_pair else {"export_digest": digests.get(STUDENT, "")}),
         }
-
-    def warnings(self) -> list[str]:
-        """What a reader of the results has to know; it is told and recorded."""
-        facts, found = self.student.facts, []
-        has_steps = self.decoding.mode != "answer_only"
-        if has_steps and not self.decoding.calculator and facts.get("learn_calculator_results") is False:
-            found.append(
-                "the student has no calculator and did not learn the calculator's results (learn_calculator_results)"
-            )
-        if facts.get("finished") is False:
-            found.append(f"the student's training stopped at step {facts.get('step')}, before its end")
-        return found
-
-    def in_words(self) -> str:
-        how = f"temperature {self.decoding.temperature:g}" if self.decoding.temperature else "greedy"
-        calculator = "with calculator" if self.decoding.calculator else "without calculator"
-        slots = f"{distributed.world().world_size} x {self.decoding.batch_size} slots"
-        return (
-            f"{self.student.name} on {self.shards.path}: {self.decoding.mode}, {how}, {calculator}, "
-            f"{self.num_problems} problems, {slots}"
-        )
 
 
 def plan(settings: EvaluateSettings) -> Task:
-    """Raises UserError for a student and shards that do not fit, and if nobody says where the results go."""
+    """Raises UserError for students and shards that do not fit, and if nobody says where the results go."""
     shards = Shards.open(settings.shards)
-    student = students.find(settings.model_name_or_path)
-    students.check(student, shards, settings.allow_unfinished)
-    mode, impose_answer = resolve_mode(settings.mode, student.method)
-    names = ("calculator", "temperature", "top_p", "seed", "max_new_tokens", "batch_size")
-    decoding = Decoding(mode, impose_answer, **{name: getattr(settings, name) for name in names})
-    if settings.output_dir:
-        directory = EvaluationDirectory(Path(settings.output_dir))
-    elif student.run is not None:
-        directory = student.run.evaluation(_name(student, shards, decoding))
+    names = {
+        STUDENT: settings.model_name_or_path,
+        PLANNER: settings.planner,
+        DECOMPOSER: settings.decomposer,
+        SOLVER: settings.solver,
+    }
+    found = _one_of_each({part: students.find(name) for part, name in names.items() if name})
+    students.check_same_tokenizer(found)
+    for student in found.values():
+        students.check(student, shards, settings.allow_unfinished)
+    fields = ("calculator", "temperature", "top_p", "seed", "max_new_tokens", "max_steps", "batch_size")
+    given = {name: getattr(settings, name) for name in fields}
+    if STUDENT in found:
+        mode, impose_answer = resolve_mode(settings.mode, found[STUDENT].method)
+        decoding = Decoding(mode, impose_answer, **given)
     else:
-        raise UserError(f"{student.name} is not in a run directory; say where the results go with output_dir")
-    return Task(student, shards, decoding, settings.dtype, settings.max_problems, directory)
+        if settings.mode != "auto":
+            raise UserError(
+                f"mode {settings.mode} is for one student; the mode of a pair follows from its exports"
+            )
+        mode, guidance = resolve_pair(found, settings.guidance_from)
+        guidance_from = settings.guidance_from if guidance else ""
+        decoding = Decoding(mode, guidance=guidance, guidance_from=guidance_from, **given)
+    directory = place.directory(settings, found, shards, decoding)
+    exemplars = read_exemplars(settings.exemplars) if decoding.mode == FEW_SHOT else []
+    task = Task(
+        *(found, shards, decoding, settings.dtype, settings.max_problems, directory),
+        exemplars=exemplars,
+        model_label=settings.model_label,
+    )
+    if decoding.shown is not None and problems_without_help(task) == task.num_problems:
+        raise UserError(f"{shards.path} holds no {task.shown}; prepare shards of data that has them")
+    return task
+
+
+def _one_of_each(found: Mapping[str, Student]) -> dict[str, Student]:
+    """A student that plays two parts under two names of one folder is one student."""
+    by_folder: dict[Path | str, Student] = {}
+    for student in found.values():
+        by_folder.setdefault(_folder(student), student)
+    return {part: by_folder[_folder(student)] for part, student in found.items()}
+
+
+def _folder(student: Student) -> Path | str:
+    return student.name if student.kind == "model" else Path(student.name).resolve()
+
+
+def problems_without_help(task: Task) -> int:
+    """Problems for which the data lacks what a model is to be shown of it: sub-questions, or a plan."""
+    shown = task.decoding.shown
+    if shown is None:
+        return 0
+    return sum(not len(task.shards.segment_tokens(index, shown)) for index in range(task.num_problems))
 
 
 def digest(recipe: dict[str, Any]) -> str:
     """Identity of an evaluation: equal recipes give equal predictions."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-
-
-def _name(student: Student, shards: Shards, decoding: Decoding) -> str:
-    """`<data>-<split>-<mode>`, and what differs from the usual, so that both can stand side by side."""
-    name = [shards.facts["data"], shards.facts["split"], decoding.mode]
-    if not decoding.calculator:
-        name += ["no_calculator"]
-    if decoding.temperature:
-        name += [f"t{decoding.temperature:g}", f"s{decoding.seed}"]
-    if student.kind == "checkpoint":
-        name += [Path(student.name).name]
-    return "-".join(name)

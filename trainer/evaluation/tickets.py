@@ -120,7 +120,7 @@ def shared_counter() -> Iterator[Counter]:
     counter: Counter
     if world.world_size == 1:
         counter = LocalCounter()
-    elif world.launcher == "mpi":
+    elif distributed.joined_by_mpi():
         counter = WindowCounter()
     else:
         counter = StoreCounter(world)

@@ -20,7 +20,7 @@ from trainer.settings import ConvertSettings
 
 if TYPE_CHECKING:
     from trainer.export.safetensors_writer import Shard
-    from trainer.export.stored_tensors import StoredTensor
+    from trainer.zero.stored_tensors import StoredTensor
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -75,10 +75,11 @@ def _stream(
     """
     import torch
 
-    from trainer.export import safetensors_writer, zero_files
+    from trainer.export import safetensors_writer
     from trainer.export.fit import config_text, fit, generation_config_text
+    from trainer.zero import layout
 
-    stored = zero_files.read(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
+    stored = layout.read(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
     fitting = background.submit(fit, stored, source.path, source.model_folder)
     dtype_name = _DTYPES[facts["export_dtype"]]
 
@@ -128,7 +129,7 @@ def _stream(
 def _write_weights(shards: list[Shard], staging: Path, fitting: Future[Any]) -> dict[str, dict[str, Any]]:
     """Write the safetensors files, as long as the model class has not refused; returns what the manifest says."""
     from trainer.export import safetensors_writer
-    from trainer.export.checked_reader import CheckedReader
+    from trainer.zero.checked_reader import CheckedReader
 
     files, done = {}, 0
     with (

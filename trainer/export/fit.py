@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.export.stored_tensors import StoredModel, StoredTensor
 from trainer.models import architecture
 from trainer.models.architecture import Architecture
+from trainer.zero.stored_tensors import StoredModel, StoredTensor
 
 
 def fit(stored: StoredModel, checkpoint: Path, folder: Path) -> tuple[Architecture, dict[str, StoredTensor]]:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from trainer.errors import UserError
-from trainer.export import zero_files
-from trainer.export.torch_files import load
+from trainer.zero import layout
+from trainer.zero.torch_files import load
 
 
 def masters(directory: Path, zero_stage: int, world_size: int, dtype: str) -> dict[str, torch.Tensor]:
     """Every stored parameter and buffer of a checkpoint in its stored dtype; tied aliases are left out."""
-    model_names, optimizer_names = zero_files.file_names(zero_stage, world_size, dtype)
+    model_names, optimizer_names = layout.file_names(zero_stage, world_size, dtype)
     models = [load(directory / name, "cpu", mmap=True) for name in model_names]
     optimizers = [
         load(directory / name, "cpu", mmap=True)["optimizer_state_dict"] for name in optimizer_names

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from trainer.export.checked_reader import CHUNK_BYTES, CheckedReader
-from trainer.export.stored_tensors import StoredTensor
-from trainer.export.torch_files import Piece
+from trainer.zero.checked_reader import CHUNK_BYTES, CheckedReader
+from trainer.zero.stored_tensors import StoredTensor
+from trainer.zero.torch_files import Piece
 
 INDEX_NAME = "model.safetensors.index.json"
 _FLUSH_EVERY_BYTES = 64 << 20

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trainer import commit
 from trainer.errors import UserError
+from trainer.models import load
 
 FILE = "architecture.json"
 
@@ -47,14 +48,13 @@ def record(folder: Path) -> None:
 
 def build(folder: Path) -> Architecture:
     """Ask the model class. Raises UserError if transformers cannot build the model."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     try:
-        with quiet_transformers(), torch.device("meta"):
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = load.build_on_meta(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'}: transformers cannot build this model: {error}") from None
     everything = dict(model.state_dict())

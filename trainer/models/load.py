@@ -33,6 +33,11 @@ def load_config(name_or_path: str, overrides: str = "", vocabulary_size: int = 0
             raise UserError(
                 f"no model config at {name_or_path} (a folder, a hub name, or one of {known}): {reason}"
             ) from None
+    return override(config, overrides)
+
+
+def override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
+    """Change a config in place: "n_layer=6,n_embd=384". Raises UserError."""
     for item in filter(None, overrides.split(",")):
         key, separator, text = item.partition("=")
         if not separator or not hasattr(config, key.strip()):
@@ -63,7 +68,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def num_parameters(config: PreTrainedConfig) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 # name -> (layers, width, heads, width of the gated MLP)
 _STORIES = {
     "stories-0.2m": (2, 64, 4, 160),
-    "stories-0.9m": (4, 128, 8, 320),
+    "stories-0.7m": (3, 128, 8, 320),
     "stories-3m": (6, 192, 12, 512),
 }
 _ROTARY_BASE = 500.0

@@ -61,51 +61,64 @@ class Piece:
 class SlotStep:
     """What one forward pass adds to which slot.
 
-    The flat row ends with exactly one token for each of the slots 0..num_live-1, in slot order: the newest token of
-    every sequence, whose attention runs as one batch over the slots. Before them come the `pieces`: whatever else is
-    new in a slot (a prompt, or forced tokens) without its newest token.
+    The flat row ends with exactly one token for each slot that takes part, in slot order: the newest token of its
+    sequence, whose attention runs as one batch over the slots. Before them come the `pieces`: whatever else is new in
+    a slot (a prompt, or forced tokens) without its newest token.
+
+    A slot that does not take part (a parked one) has no token in the row. If it lies among the others, it is in the
+    batch of the attention alone, with an empty query whose result is dropped: copying keys and values to have the
+    others side by side would cost more.
     """
 
     cache: SlotCache
     input_ids: torch.Tensor  # [1, tokens] int64
     positions: torch.Tensor  # [1, tokens] int64, the place of a token in its own sequence
     slots: torch.Tensor  # [tokens] int64
-    num_live: int
-    longest: int  # length of the longest live sequence after this step, rounded up
-    mask: torch.Tensor  # [num_live, 1, 1, longest], 0 inside a sequence and -inf behind its end
+    num_newest: int  # slots that take part
+    block: int  # slots 0..block-1 hold them
+    rows: torch.Tensor | None  # [num_newest] int64, which of the block take part; None: all of them
+    longest: int  # length of the longest of their sequences after this step, rounded up
+    mask: torch.Tensor  # [block, 1, 1, longest], 0 inside a sequence and -inf behind its end
     pieces: tuple[Piece, ...]
 
 
 def plan_step(
     cache: SlotCache,
+    active: Sequence[int],
     lengths: Sequence[int],
     new_tokens: Sequence[Sequence[int]],
     dtype: torch.dtype,
     device: torch.device,
 ) -> SlotStep:
-    """Plan a forward pass: slot i holds `lengths[i]` tokens already and gets `new_tokens[i]`, at least one."""
+    """Plan a forward pass: slot `active[i]` holds `lengths[i]` tokens already and gets `new_tokens[i]`, at least one.
+
+    `active` ascends; it has at least one slot.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     pieces: list[Piece] = []
-    for slot, (length, new) in enumerate(zip(lengths, new_tokens, strict=True)):
+    for slot, length, new in zip(active, lengths, new_tokens, strict=True):
         if len(new) > 1:
             start = len(tokens)
             tokens += new[:-1]
             positions += range(length, length + len(new) - 1)
             slots += [slot] * (len(new) - 1)
             pieces.append(Piece(start, len(tokens), slot, length))
-    num_live = len(lengths)
+    num_newest, block = len(active), active[-1] + 1
     ends = [length + len(new) for length, new in zip(lengths, new_tokens, strict=True)]
     longest = max(ends)
-    assert longest <= cache.capacity and num_live <= cache.num_slots
+    assert longest <= cache.capacity and block <= cache.num_slots
     tokens += [new[-1] for new in new_tokens]
     positions += [end - 1 for end in ends]
-    slots += range(num_live)
+    slots += active
     longest = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, cache.capacity)
     # One transfer to the device for the three rows of numbers.
     numbers = torch.tensor([tokens, positions, slots], dtype=torch.int64).to(device)
-    last_positions = numbers[1, len(tokens) - num_live :]
+    rows = numbers[2, len(tokens) - num_newest :] if num_newest < block else None
+    last_positions = numbers[1, len(tokens) - num_newest :]
+    if rows is not None:  # a parked slot sees its first position, so that its dropped row has no NaN
+        last_positions = last_positions.new_zeros(block).index_copy_(0, rows, last_positions)
     behind = torch.arange(longest, device=device) > last_positions[:, None]
     mask = torch.zeros(behind.shape, dtype=dtype, device=device).masked_fill_(behind, float("-inf"))
     return SlotStep(
@@ -113,7 +126,9 @@ def plan_step(
         input_ids=numbers[:1],
         positions=numbers[1:2],
         slots=numbers[2],
-        num_live=num_live,
+        num_newest=num_newest,
+        block=block,
+        rows=rows,
         longest=longest,
         mask=mask[:, None, None, :],
         pieces=tuple(pieces),
@@ -142,17 +157,18 @@ def slot_attention(
 
     num_heads, num_tokens, head_size = query.shape[1:]
     outputs = [_piece_attention(piece, query, key, value, keys, values, scaling) for piece in step.pieces]
-    newest = query[0, :, num_tokens - step.num_live :].transpose(0, 1)
+    newest = query[0, :, num_tokens - step.num_newest :].transpose(0, 1)
+    if step.rows is not None:
+        newest = newest.new_zeros(step.block, *newest.shape[1:]).index_copy_(0, step.rows, newest)
     # Grouped queries become rows of one query matrix: no repetition of keys and values, and one mask for all heads.
-    grouped = newest.reshape(step.num_live, keys.shape[1], num_heads // keys.shape[1], head_size)
     attended = scaled_dot_product_attention(
-        grouped,
-        keys[: step.num_live, :, : step.longest],
-        values[: step.num_live, :, : step.longest],
+        newest.reshape(step.block, keys.shape[1], num_heads // keys.shape[1], head_size),
+        keys[: step.block, :, : step.longest],
+        values[: step.block, :, : step.longest],
         attn_mask=step.mask,
         scale=scaling,
-    )
-    outputs.append(attended.reshape(step.num_live, num_heads, head_size))
+    ).reshape(step.block, num_heads, head_size)
+    outputs.append(attended if step.rows is None else attended[step.rows])
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined[None], None
 

@@ -12,6 +12,7 @@ zeros (`144.00`, 589 times) and `.5` for 0.5 (78 times); writing `.5` would have
 None of its results needs more than 3 decimals.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -60,6 +61,19 @@ def annotations(text: str) -> Iterator[tuple[str, bool]]:
             begin = match.end()
     if begin < len(text):
         yield text[begin:], False
+
+
+def expressions(text: str) -> list[str]:
+    """What the annotations of a text calculate, in order, whatever they say the result is: ["48/2"]."""
+    found = (match[1].strip() for match in _ANNOTATION.finditer(text))
+    return [expression for expression in found if evaluate(expression) is not None]
+
+
+def operators(expression: str) -> str:
+    """The operators of an expression that `evaluate` accepts, in order, without signs: "(-3+4)*2" -> "+*"."""
+    tokens = _tokens(expression.translate(_SIGNS))
+    pairs = itertools.pairwise(tokens)
+    return "".join(token for before, token in pairs if token in "+-*/" and before not in "+-*/(")
 
 
 def open_expression(text: str) -> str | None:

@@ -1,23 +1,21 @@
-"""Pairs of methods on the same problems: the exact McNemar test over predictions.jsonl."""
+"""Students on the same problems, pair by pair: the exact McNemar test over predictions.jsonl."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from trainer.errors import UserError
-from trainer.report.evaluations import RULES, Evaluation
+from trainer.report.analysis import Analyses, Answer
+from trainer.report.evaluations import Evaluation, Score
 from trainer.report.statistics import holm, mcnemar
 from trainer.report.summary import Panel
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two students of one size and seed; `refusal` says why they were not compared, else it is ""."""
+    """Two methods of one size and seed; `refusal` says why they were not compared, else it is ""."""
 
     panel: str
     model_name: str
@@ -31,102 +29,111 @@ class Comparison:
     only_second: int = 0
     neither: int = 0
     p: float | None = None
-    p_holm: float | None = None  # adjusted over every comparison of the report
+    p_holm: float | None = None  # adjusted over every comparison of methods in the report
     refusal: str = ""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one prediction is compared by."""
+class CalculatorComparison:
+    """One student with the calculator and without it."""
 
-    problem: tuple[str, str]  # question, gold answer
-    correct: bool  # strict
+    panel: str
+    model_name: str
+    num_parameters: int
+    seed: int | None
+    method: str
+    on: Score
+    off: Score
+    n: int = 0
+    both: int = 0
+    only_first: int = 0  # solved with the calculator alone
+    only_second: int = 0
+    neither: int = 0
+    p: float | None = None
+    p_holm: float | None = None  # adjusted over every student compared with itself
+    refusal: str = ""
 
 
-def compare(panels: Sequence[Panel]) -> list[Comparison]:
-    """All pairs of methods that share panel, model and training seed, with Holm's adjustment over all of them."""
+_Tested = TypeVar("_Tested", Comparison, CalculatorComparison)
+
+
+def compare(panels: Sequence[Panel], analyses: Analyses) -> list[Comparison]:
+    """All pairs of methods that share panel, model and training seed, with Holm's adjustment over all of them.
+
+    A base model that was not trained has no seed: it is compared with every seed of the others.
+    """
     comparisons = []
     for panel in panels:
         for model in panel.models:
-            cells = panel.of_model(model)
-            answers = {e.directory.path: read_answers(e) for cell in cells for e in cell.evaluations}
-            for first, second in itertools.combinations(cells, 2):
+            for first, second in itertools.combinations(panel.of_model(model), 2):
                 for a, b in itertools.product(first.evaluations, second.evaluations):
-                    if (a.train_seed, a.seed) == (b.train_seed, b.seed):
-                        found = _compare_two(answers[a.directory.path], answers[b.directory.path])
-                        names = (
-                            panel.title,
-                            a.model_name,
-                            a.num_parameters,
-                            a.train_seed,
-                            a.method,
-                            b.method,
-                        )
-                        comparisons.append(Comparison(*names, **found))
-    tested = [index for index, comparison in enumerate(comparisons) if comparison.p is not None]
-    adjusted = holm([p for p in (comparison.p for comparison in comparisons) if p is not None])
-    for index, p_holm in zip(tested, adjusted, strict=True):
-        comparisons[index] = replace(comparisons[index], p_holm=p_holm)
-    return comparisons
+                    if a.seed == b.seed and (
+                        a.train_seed == b.train_seed or None in (a.train_seed, b.train_seed)
+                    ):
+                        seed = b.train_seed if a.train_seed is None else a.train_seed
+                        names = (panel.title, a.model_name, a.num_parameters, seed, a.method, b.method)
+                        comparisons.append(Comparison(*names, **_compare_two(a, b, analyses)))
+    return _adjusted(comparisons)
 
 
-def read_answers(evaluation: Evaluation) -> dict[str, Answer] | None:
-    """id -> answer, or None if there is no predictions.jsonl.
-
-    Raises UserError if the file is damaged, names an id twice, or does not give the counts of results.json.
-    """
-    path = evaluation.directory.predictions
-    if not path.is_file():
-        return None
-    answers: dict[str, Answer] = {}
-    correct = dict.fromkeys(RULES, 0)
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            record = _parse(path, number, line)
-            if record["id"] in answers:
-                raise UserError(f"{path}, line {number}: id {record['id']!r} occurs twice; evaluate again")
-            answers[record["id"]] = Answer(
-                (str(record.get("question")), str(record.get("gold"))), record["correct_strict"]
-            )
-            for rule in RULES:
-                correct[rule] += record[f"correct_{rule}"]
-    for rule in RULES:
-        score = evaluation.accuracy[rule]
-        if (correct[rule], len(answers)) != (score.correct, score.n):
-            raise UserError(
-                f"{path}: {correct[rule]} of {len(answers)} {rule} correct, but {evaluation.directory.results} says "
-                f"{score.correct} of {score.n}; evaluate again"
-            )
-    return answers
+def compare_calculators(panels: Sequence[Panel], analyses: Analyses) -> list[CalculatorComparison]:
+    """Every student that answered the same problems with and without the calculator, in the order of the panels."""
+    without = {_student(e): e for panel in panels for e in panel.evaluations if not e.calculator}
+    comparisons = []
+    for panel in panels:
+        for on in panel.evaluations:
+            off = without.get(_student(on))
+            if on.calculator and off is not None:
+                names = (panel.title, on.model_name, on.num_parameters, on.train_seed, on.method)
+                scores = (on.accuracy["strict"], off.accuracy["strict"])
+                comparisons.append(CalculatorComparison(*names, *scores, **_compare_two(on, off, analyses)))
+    return _adjusted(comparisons)
 
 
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not JSON ({error}); evaluate again") from None
-    flags = [record.get(f"correct_{rule}") for rule in RULES] if isinstance(record, dict) else []
-    if not flags or type(record.get("id")) is not str or not all(type(flag) is bool for flag in flags):
-        raise UserError(
-            f"{path}, line {number}: not a prediction (id, correct_strict, correct_flexible); evaluate again"
-        )
-    return record
+def _student(evaluation: Evaluation) -> tuple[Any, ...]:
+    """All that must be equal for two evaluations to differ in the calculator alone."""
+    run = (evaluation.directory.path.parent, evaluation.method, evaluation.mode)
+    return (
+        *run,
+        evaluation.data,
+        evaluation.split,
+        evaluation.temperature,
+        evaluation.seed,
+        evaluation.stopped_at,
+    )
 
 
-def _compare_two(first: dict[str, Answer] | None, second: dict[str, Answer] | None) -> dict[str, Any]:
-    if first is None or second is None:
-        return {"refusal": "predictions missing"}
-    only_in_first, only_in_second = len(first.keys() - second.keys()), len(second.keys() - first.keys())
-    if only_in_first or only_in_second:
-        return {
-            "refusal": f"different problems: {only_in_first} only in the first, {only_in_second} only in the second"
-        }
-    changed = sum(first[name].problem != second[name].problem for name in first)
-    if changed:
-        return {"refusal": f"different problems: {changed} of the same id differ in question or answer"}
+def _adjusted(comparisons: list[_Tested]) -> list[_Tested]:
+    adjusted = iter(holm([p for p in (comparison.p for comparison in comparisons) if p is not None]))
+    return [c if c.p is None else replace(c, p_holm=next(adjusted)) for c in comparisons]
+
+
+def _compare_two(a: Evaluation, b: Evaluation, analyses: Analyses) -> dict[str, Any]:
+    """The fields of a comparison from n on."""
+    first, second = analyses[a.directory.path].answers, analyses[b.directory.path].answers
+    refusal = difference(first, second)
+    if refusal:
+        return {"refusal": refusal}
+    assert first is not None and second is not None
     table = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}
     for name, answer in first.items():
         table[answer.correct, second[name].correct] += 1
-    b, c = table[True, False], table[False, True]
-    counts = {"both": table[True, True], "only_first": b, "only_second": c, "neither": table[False, False]}
-    return {"n": len(first), **counts, "p": mcnemar(b, c)}
+    b_only, c_only = table[True, False], table[False, True]
+    counts = {
+        "both": table[True, True],
+        "only_first": b_only,
+        "only_second": c_only,
+        "neither": table[False, False],
+    }
+    return {"n": len(first), **counts, "p": mcnemar(b_only, c_only)}
+
+
+def difference(first: dict[str, Answer] | None, second: dict[str, Answer] | None) -> str:
+    """Why two evaluations are not of the same problems, or ""."""
+    if first is None or second is None:
+        return "predictions missing"
+    only_in_first, only_in_second = len(first.keys() - second.keys()), len(second.keys() - first.keys())
+    if only_in_first or only_in_second:
+        return f"different problems: {only_in_first} only in the first, {only_in_second} only in the second"
+    changed = sum(first[name].problem != second[name].problem for name in first)
+    return f"different problems: {changed} of the same id differ in question or answer" if changed else ""

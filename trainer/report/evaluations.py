@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
 from trainer.report.format import clean
+from trainer.report.methods import GUIDED
 from trainer.report.statistics import wilson_interval
-from trainer.run_directory import EvaluationDirectory
+from trainer.run_directory import EvaluationDirectory, parts_of_name
 
 RULES = ("strict", "flexible")
+_ROLES = ("decomposer", "solver", "planner")
 _ACCURACY_TOLERANCE = 1e-3  # results.json may round a fraction to three digits
 
 
@@ -38,6 +41,16 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One of the models that answered together."""
+
+    role: str  # decomposer, solver or planner
+    model_name: str
+    method: str
+    num_parameters: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One results.json: one student on one set of problems."""
 
@@ -50,10 +63,12 @@ class Evaluation:
     calculator: bool
     temperature: float
     seed: int  # of sampling
-    method: str  # how the student was trained
+    method: str  # how the student was trained; of a pair, the mode and what guided its decomposer
     model_name: str
     train_seed: int | None
-    num_parameters: int
+    num_parameters: int  # of a pair, the solver's
+    total_parameters: int  # of all models that were used
+    members: tuple[Member, ...]  # of a pair; () for a single model
     train_data: str
     stopped_at: int | None  # step, if the student's training was not finished
     accuracy: dict[str, Score]  # rule -> score
@@ -61,15 +76,19 @@ class Evaluation:
     unfinished: int  # generations cut at max_new_tokens
     generated_tokens: int
     seconds: float
+    calculator_results_given: int | None  # annotations that the calculator filled
     warnings: tuple[str, ...]
 
     @property
     def problems(self) -> str:
         """What it was evaluated on, in words: a study may call a set of its own data by another name."""
         name = clean(self.directory.path.name)
-        stem = name.removesuffix(f"-{self.mode}")
-        own_name = stem not in (name, f"{self.data}-{self.split}")
-        return stem if own_name else f"{self.data} {self.split}"
+        # <data>-<split>-<mode>, where a guided pair has the name of its run's method, and then how it was asked.
+        for mode in filter(None, (parts_of_name(self.run)[1], self.mode)):
+            found = re.fullmatch(f"(.+)-{re.escape(mode)}(?:-.*)?", name)
+            if found and found[1] != f"{self.data}-{self.split}":
+                return found[1]
+        return f"{self.data} {self.split}"
 
     @property
     def trained_elsewhere(self) -> str:
@@ -105,15 +124,18 @@ def load_evaluation(directory: EvaluationDirectory, run: str, study: str) -> Eva
             )
         by_num_steps[int(key)] = _scores(scores, path, f"by_num_steps {key}")
     for rule in RULES:
-        total = accuracy[rule]
-        if total.n != field("num_problems", int):
+        whole_set = accuracy[rule]
+        if whole_set.n != field("num_problems", int):
             raise UserError(
-                f"{path}: {rule} n is {total.n} but num_problems is {record['num_problems']}; evaluate again"
+                f"{path}: {rule} n is {whole_set.n} but num_problems is {record['num_problems']}; evaluate again"
             )
         parts = [scores[rule] for scores in by_num_steps.values()]
-        if parts and (sum(s.correct for s in parts), sum(s.n for s in parts)) != (total.correct, total.n):
+        if parts and (sum(s.correct for s in parts), sum(s.n for s in parts)) != (
+            whole_set.correct,
+            whole_set.n,
+        ):
             raise UserError(
-                f"{path}: by_num_steps does not add up to {rule} {total.correct}/{total.n}; evaluate again"
+                f"{path}: by_num_steps does not add up to {rule} {whole_set.correct}/{whole_set.n}; evaluate again"
             )
     if not accuracy["strict"].n:
         raise UserError(f"{path}: no problem was evaluated; evaluate again on shards that hold some")
@@ -122,12 +144,21 @@ def load_evaluation(directory: EvaluationDirectory, run: str, study: str) -> Eva
     }
     counts = ("seed", "num_parameters", "unfinished", "generated_tokens")
     numbers = {name: field(name, int) for name in counts}
+    if texts["mode"] == "few_shot" and not texts["train_data"]:
+        # A published model does not know what the study calls it; then it stands in the row of its students.
+        texts["model_name"] = clean(parts_of_name(run)[2]) or texts["model_name"]
+    members = tuple(_member(role, record[role], path) for role in _ROLES if record.get(role))
+    total = whole(record.get("total_parameters"), numbers["num_parameters"])
     warnings = record.get("warnings")
     return Evaluation(
         directory=directory,
         run=run,
         study=study,
-        method=clean(field("method", str)) or texts["mode"],  # "": a model of unknown making
+        # "": a model of unknown making
+        method=(clean(field("method", str)) or texts["mode"]) + _guidance(members, record),
+        members=members,
+        total_parameters=total or 0,
+        calculator_results_given=whole(record.get("calculator_results_given")),
         train_seed=None if record.get("train_seed") is None else field("train_seed", int),
         stopped_at=whole(record.get("step"), 0) if record.get("finished") is False else None,
         warnings=tuple(clean(str(warning)) for warning in warnings) if isinstance(warnings, list) else (),
@@ -139,6 +170,26 @@ def load_evaluation(directory: EvaluationDirectory, run: str, study: str) -> Eva
         **texts,
         **numbers,
     )
+
+
+def _member(role: str, record: Any, path: Path) -> Member:
+    texts = [record.get(name) for name in ("model_name", "method")] if isinstance(record, dict) else []
+    size = record.get("num_parameters") if texts else None
+    if not texts or not all(isinstance(text, str) for text in texts) or type(size) is not int:
+        raise UserError(
+            f"{path}: {role} is {record!r}, expected model_name, method, num_parameters; evaluate again"
+        )
+    return Member(role, clean(str(texts[0])), clean(str(texts[1])), size)
+
+
+def _guidance(members: tuple[Member, ...], record: dict[str, Any]) -> str:
+    """`+operators` for a decomposer that is told the operators a planner expects, `+gold operators` for gold ones."""
+    methods = [member.method for member in members if member.role == "decomposer"]
+    if not methods or not methods[0].startswith("decomposer"):
+        return ""
+    guidance = methods[0].removeprefix("decomposer").removeprefix("_interleaved").removeprefix("_")
+    gold = "gold " if record.get("guidance_from") == "gold" else ""
+    return f"{GUIDED}{gold}{guidance}" if guidance else ""
 
 
 def _scores(record: Any, path: Path, where: str) -> dict[str, Score]:
@@ -156,14 +207,6 @@ def _scores(record: Any, path: Path, where: str) -> dict[str, Score]:
             )
         scores[rule] = score
     return scores
-
-
-def parts_of_name(name: str) -> tuple[str, str, str, int | None]:
-    """<data>.<method>.<model>.s<seed> -> its parts; a model's name may hold dots. Other names say nothing."""
-    parts = name.split(".")
-    if len(parts) < 4 or not parts[-1].startswith("s") or not parts[-1][1:].isdecimal():
-        return "", "", "", None
-    return parts[0], parts[1], ".".join(parts[2:-1]), int(parts[-1][1:])
 
 
 def whole(*candidates: Any) -> int | None:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.report import format
+from trainer.report.methods import label
 from trainer.report.summary import Cell, Panel
 
 _MANY_PROBLEMS = 1000  # from here on a digit after the point means something
+_MOST_NAMED = 3  # pairs of methods; more of them nobody reads
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Headline:
 
     def __str__(self) -> str:
         findings = ", ".join(
-            f"{method} {accuracy} {interval}" for method, accuracy, interval in self.findings
+            f"{label(method)} {accuracy} {interval}" for method, accuracy, interval in self.findings
         )
         return f"{self.lead} {findings} {self.tail}. {self.verdict}".strip()
 
@@ -52,7 +54,7 @@ def headline(panel: Panel) -> Headline:
 
 def _verdict(cells: Sequence[Cell]) -> str:
     pairs = list(itertools.combinations(cells, 2))
-    overlapping = [(a.method, b.method) for a, b in pairs if a.estimate.overlaps(b.estimate)]
+    overlapping = [(label(a.method), label(b.method)) for a, b in pairs if a.estimate.overlaps(b.estimate)]
     if not pairs:
         return ""
     if len(pairs) == 1:
@@ -61,5 +63,7 @@ def _verdict(cells: Sequence[Cell]) -> str:
         return "No two of the 95 % intervals overlap."
     if len(overlapping) == len(pairs):
         return "All of the 95 % intervals overlap one another."
+    if len(overlapping) > _MOST_NAMED:
+        return f"{len(overlapping)} of the {len(pairs)} pairs of 95 % intervals overlap."
     named = ", and of ".join(f"{a} and {b}" for a, b in overlapping)
     return f"The 95 % intervals of {named} overlap; no others do."

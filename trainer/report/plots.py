@@ -24,9 +24,10 @@ from trainer.report.drawing import (
     thin,
 )
 from trainer.report.format import count, shorten
+from trainer.report.methods import label, method_rank
 from trainer.report.results import Run
 from trainer.report.style import INK, MUTED, PAPER, MethodStyle
-from trainer.report.summary import Cell, Estimate, Panel, estimate, method_rank
+from trainer.report.summary import Cell, Estimate, Panel, estimate
 
 Styles = dict[str, MethodStyle]
 Rows = dict[tuple[int, str], dict[str, list[Run]]]  # (num_parameters, model) -> method -> runs
@@ -57,7 +58,9 @@ def accuracy_vs_parameters(panels: Sequence[Panel], styles: Styles) -> Figure:
     plots = []
     highest = max((cell.estimate.high for panel in panels for cell in panel.cells), default=1.0)
     for panel in panels:
-        text = f"Strict accuracy against parameters on {panel.title}, for {', '.join(panel.methods)}"
+        text = (
+            f"Strict accuracy against parameters on {panel.title}, for {', '.join(map(label, panel.methods))}"
+        )
         plots.append(PanelPlot(text, partial(_draw_accuracy, panel, highest, styles)))
     return Figure("accuracy_vs_parameters", plots)
 
@@ -125,7 +128,7 @@ def _draw_accuracy(panel: Panel, highest: float, styles: Styles, axes: Axes) -> 
         x = [cell.num_parameters * math.exp(shift) for cell in cells]
         seeds = [[score.accuracy for score in cell.scores()] for cell in cells]
         draw_points(axes, x, [cell.estimate for cell in cells], seeds, styles[method])
-        labels.append((cells[-1].estimate.mean, method, styles[method].color))
+        labels.append((cells[-1].estimate.mean, label(method), styles[method].color))
     axes.xaxis.set_major_locator(FixedLocator([sizes[index] for index in apart(logs, (high - low) * 0.11)]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -149,14 +152,14 @@ def _draw_by_num_steps(title: str, cells: Sequence[Cell], highest: float, styles
             x = [num + (index - (len(cells) - 1) / 2) * 0.08 for num in estimates]
             seeds = [[score.accuracy for score in cell.scores(num_steps=num)] for num in estimates]
             draw_points(axes, x, list(estimates.values()), seeds, styles[cell.method])
-            labels.append((estimates[max(estimates)].mean, cell.method, styles[cell.method].color))
+            labels.append((estimates[max(estimates)].mean, label(cell.method), styles[cell.method].color))
     num_problems = {num: max(found[num].n for found in by_cell if num in found) for num in nums}
     shown = apart([float(num) for num in nums], (nums[-1] - nums[0] + 1) * 0.09)
     axes.xaxis.set_major_locator(FixedLocator([nums[index] for index in shown]))
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda num, _: f"{num:g}\n{num_problems.get(round(num), 0)}")
     )
-    axes.set_xlabel("steps, and below the number of problems", loc="right")
+    axes.set_xlabel("steps; below, problems", loc="right")
     headings(axes, title, "strict accuracy")
     label_lines(axes, labels)
 
@@ -199,7 +202,8 @@ def _draw_loss(
     axes.margins(x=0.02)
     axes.set_xlabel("optimizer steps", loc="right")
     headings(axes, title, "loss, nats per learned token")
-    label_lines(axes, [(float(np.mean(end)), method, styles[method].color) for method, end in ends.items()])
+    named = [(float(np.mean(end)), label(method), styles[method].color) for method, end in ends.items()]
+    label_lines(axes, named)
 
 
 def _held_out(run: Run) -> dict[int, float]:
@@ -257,9 +261,9 @@ def _draw_throughput(rows: Rows, styles: Styles, axes: Axes) -> None:
         axes.set_xlim(0, 1.08 * max(speeds) or 1.0)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.yaxis.set_major_locator(FixedLocator([where for where, _ in ticks]))
-    axes.set_yticklabels([shorten(method, 30) for _, method in ticks])
-    for label, (_, method) in zip(axes.get_yticklabels(), ticks, strict=True):
-        label.set_color(styles[method].color)
+    axes.set_yticklabels([shorten(label(method), 30) for _, method in ticks])
+    for tick, (_, method) in zip(axes.get_yticklabels(), ticks, strict=True):
+        tick.set_color(styles[method].color)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.grid(True, axis="both")
     axes.set_xlabel("tokens per second", loc="right", color=MUTED)

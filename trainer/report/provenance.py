@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.report.analysis import Analyses
 from trainer.report.format import clean
 from trainer.report.results import Run
 
@@ -32,11 +33,13 @@ _SETTINGS = (
     ),
     *("max_steps", "bf16", "learn_calculator_results", "gradient_checkpointing", "deepspeed"),
 )
+# The same of a run that only answers with other runs' students.
+_ASKED = ("subquestions", "guidance_from", "max_steps", "max_new_tokens", "temperature", "dtype")
 
 
 def shared_facts(runs: Sequence[Run]) -> dict[str, str]:
-    """What all started runs have in common: settings, versions and machine."""
-    facts = [_facts(run) for run in runs if run.settings or run.environment]
+    """What all started trainings have in common: settings, versions and machine."""
+    facts = [_facts(run) for run in runs if (run.settings or run.environment) and not run.only_asked]
     first = facts[0] if facts else {}
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in facts)}
 
@@ -47,7 +50,7 @@ def own_facts(runs: Sequence[Run]) -> list[tuple[Run, dict[str, str]]]:
     return [(run, {name: value for name, value in _facts(run).items() if name not in shared}) for run in runs]
 
 
-def remarks(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def remarks(runs: Sequence[Run], analyses: Analyses) -> list[tuple[str, str]]:
     """(run, what a reader of its numbers should know)."""
     found = []
     for run in runs:
@@ -59,13 +62,23 @@ def remarks(runs: Sequence[Run]) -> list[tuple[str, str]]:
         )
         found += [(run.name, f"{text}: {number}") for number, text in counted if number]
         for evaluation in run.evaluations:
-            found += [
-                (f"{run.name}, {clean(evaluation.directory.path.name)}", text) for text in evaluation.warnings
-            ]
+            analysis = analyses[evaluation.directory.path]
+            notes = list(evaluation.warnings)
+            notes += [f"answers cut at {clean(why)}: {n}" for why, n in sorted(analysis.stopped.items())]
+            if analysis.without_gold_steps:
+                notes.append("predictions without gold steps, of an older version: no causes, no quality")
+            found += [(f"{run.name}, {clean(evaluation.directory.path.name)}", text) for text in notes]
     return found
 
 
 def _facts(run: Run) -> dict[str, str]:
+    if run.only_asked:
+        members = {m.role: f"{m.model_name} ({m.method})" for e in run.evaluations for m in e.members}
+        asked = {name: run.settings[name] for name in _ASKED if run.settings.get(name)}
+        most = asked.pop("max_steps", None)
+        if most and run.settings.get("decomposer"):
+            asked["most sub-questions"] = most
+        return _flatten(members | asked)
     settings = {name: run.settings[name] for name in _SETTINGS if run.settings.get(name)}
     if "max_steps" in settings:
         settings.pop("num_train_epochs", None)  # max_steps wins

@@ -20,6 +20,7 @@ from trainer.report.plots import Figure, PanelPlot
 from trainer.report.style import NEUTRALS, PAPER, RC, MethodStyle
 
 _MAX_COLUMNS = 3
+_MAX_WIDTH = 12.0  # inches of a whole figure
 _DPI = 200
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
@@ -30,7 +31,8 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 def figure_files(figure: Figure) -> dict[str, bytes]:
     """{file name: content}: all panels in one grid, as SVG and PNG."""
-    columns = min(_MAX_COLUMNS, len(figure.panels))
+    fitting = int(_MAX_WIDTH / max(panel.size[0] for panel in figure.panels))
+    columns = max(1, min(_MAX_COLUMNS, len(figure.panels), fitting))
     with _matplotlib(PAPER):
         canvas = _draw(figure.panels, columns)
         svg, png = io.BytesIO(), io.BytesIO()
@@ -54,12 +56,14 @@ def inline_panels(figure: Figure, styles: dict[str, MethodStyle]) -> list[str]:
 
 def _draw(panels: Sequence[PanelPlot], columns: int) -> Canvas:
     rows = math.ceil(len(panels) / columns)
-    width, height = max(panel.size[0] for panel in panels), max(panel.size[1] for panel in panels)
+    width = max(panel.size[0] for panel in panels)
+    heights = [max(p.size[1] for p in panels[row * columns : (row + 1) * columns]) for row in range(rows)]
     canvas = Canvas(
-        figsize=(width * columns, height * rows), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06)
+        figsize=(width * columns, sum(heights)), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06)
     )
+    grid = canvas.add_gridspec(rows, columns, height_ratios=heights)
     for index, panel in enumerate(panels):
-        panel.draw(canvas.add_subplot(rows, columns, index + 1))
+        panel.draw(canvas.add_subplot(grid[divmod(index, columns)]))
     return canvas
 
 

@@ -13,10 +13,11 @@ import yaml
 
 from trainer import commit
 from trainer.errors import UserError
-from trainer.report.evaluations import Evaluation, load_evaluation, parts_of_name, read_json, whole
+from trainer.report.evaluations import Evaluation, load_evaluation, read_json, whole
 from trainer.report.format import clean
+from trainer.report.methods import canonical, is_part
 from trainer.report.metrics import Metrics, read_metrics
-from trainer.run_directory import RunDirectory, StudyDirectory
+from trainer.run_directory import RunDirectory, StudyDirectory, parts_of_name
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Run:
     settings: dict[str, Any]
     settings_digest: str
     unfinished: str  # "" or what is missing
+    only_asked: bool = False  # not trained here: a pair of other runs' students, or a base model
 
 
 def load_runs(directories: list[Path]) -> list[Run]:
@@ -94,6 +96,10 @@ def _load_run(directory: RunDirectory, planned: set[str]) -> Run:
     name, study = clean(directory.name), clean(directory.path.resolve().parent.name)
     settings = _read_settings(directory.settings)
     environment = read_json(directory.environment) if directory.environment.is_file() else {}
+    only_asked = (
+        "shards" in settings
+    )  # settings of an evaluation: their seed and max_steps are not a training's
+    trained = {} if only_asked else settings
     facts = environment | _facts(directory)
     data, method, model_name, seed = parts_of_name(name)
     parts = {part for part in directory.evaluation_names() if not part.startswith(".")} | planned
@@ -109,21 +115,22 @@ def _load_run(directory: RunDirectory, planned: set[str]) -> Run:
         name=name,
         study=study,
         data=clean(data or str(facts.get("data") or (first.train_data if first else ""))),
-        method=first.method if first else said("method", settings.get("method") or method),
+        method=first.method if first else canonical(said("method", trained.get("method") or method)),
         model_name=first.model_name
         if first
-        else said("model_name", settings.get("model_label") or model_name or name),
-        seed=whole(first and first.train_seed, facts.get("seed"), settings.get("seed"), seed),
+        else said("model_name", trained.get("model_label") or model_name or name),
+        seed=whole(first and first.train_seed, facts.get("seed"), trained.get("seed"), seed),
         num_parameters=first.num_parameters if first else whole(facts.get("num_parameters")),
-        max_steps=whole(settings.get("max_steps")) or None,
+        max_steps=whole(trained.get("max_steps")) or None,
         metrics=read_metrics(directory.metrics),
         evaluations=tuple(evaluations),
         environment=environment,
         settings=settings,
         settings_digest=commit.file_digest(directory.settings) if directory.settings.is_file() else "",
         unfinished="",
+        only_asked=only_asked,
     )
-    _refuse_mixed_evaluations(run, settings)
+    _refuse_mixed_evaluations(run, trained)
     return replace(run, unfinished=clean(_what_is_missing(run, facts, sorted(parts - set(there)))))
 
 
@@ -141,6 +148,10 @@ def _what_is_missing(run: Run, facts: dict[str, Any], waiting: list[str]) -> str
 
     Evaluated runs may have lost their checkpoints and export since: their results are what counts.
     """
+    if run.only_asked:
+        if waiting:
+            return f"evaluation missing: {', '.join(waiting)}"
+        return "" if run.evaluations else "not evaluated"
     reached = f"step {run.metrics.last_step}" + (f" of {run.max_steps}" if run.max_steps else "")
     if not len(run.metrics.steps) and not facts.get("step") and not run.evaluations:
         return "not started"
@@ -153,7 +164,7 @@ def _what_is_missing(run: Run, facts: dict[str, Any], waiting: list[str]) -> str
         return "trained, not exported"
     if waiting:
         return f"evaluation missing: {', '.join(waiting)}"
-    return "" if run.evaluations else "not evaluated"
+    return "" if run.evaluations or is_part(run.method) else "not evaluated"
 
 
 def _refuse_mixed_evaluations(run: Run, settings: dict[str, Any]) -> None:

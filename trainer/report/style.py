@@ -1,7 +1,7 @@
 """One look for every figure and the page: colours, markers, and matplotlib's settings.
 
-The colours of known methods are Okabe and Ito's (2008), which stay apart for colour-blind readers, with a grey for the
-baseline; markers differ as well. Figures are drawn in the light colours; on the page each becomes a CSS variable.
+The colours of the methods that are compared most are Okabe and Ito's (2008), which stay apart for colour-blind readers,
+with a grey for the baseline; markers differ as well. Figures are drawn in the light colours; on the page each becomes a CSS variable.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.report.summary import method_rank
+from trainer.report.methods import method_rank
 
 # name of the CSS variable -> (light, dark)
 NEUTRALS = {
@@ -19,6 +19,7 @@ NEUTRALS = {
     "grid": ("#e4e5e7", "#33363b"),
     "paper": ("#fefefe", "#17191c"),
 }
+GOOD = ("#1f7a55", "#6cc79c")  # a right answer, on the page
 INK, MUTED, GRID, PAPER = (light for light, _ in NEUTRALS.values())
 
 
@@ -31,19 +32,33 @@ class MethodStyle:
 
 
 _KNOWN = {
+    "few_shot": ("#3b3178", "#a9a0ee", "X"),
     "answer_only": ("#767b82", "#a2a7ae", "o"),
     "cot": ("#0072b2", "#5bb4ea", "s"),
     "socratic": ("#d55e00", "#f28a3c", "D"),
-    "solver": ("#009e73", "#3cc69d", "^"),
-    "decomposer": ("#b8568f", "#e191bf", "v"),
-    "decomposer_interleaved": ("#8a6d00", "#d9b93a", "P"),
+    "iterative_ahead": ("#009e73", "#3cc69d", "^"),
+    "iterative_interleaved": ("#b8568f", "#e191bf", "v"),
+    "gold_subquestions": ("#8a6d00", "#d9b93a", "P"),
+    "solver": ("#44aa99", "#74d0c1", "p"),
+    "decomposer": ("#882255", "#d97ba6", ">"),
+    "decomposer_interleaved": ("#117733", "#5fbf7c", "<"),
 }
 _SPARE = (
-    ("#332288", "#9f95e6", "X"),
-    ("#117733", "#5fbf7c", "<"),
-    ("#882255", "#d97ba6", ">"),
-    ("#44aa99", "#74d0c1", "p"),
+    ("#6699cc", "#94bce6", "h"),
+    ("#999933", "#cfcf72", "d"),
+    ("#661100", "#d48f7e", "*"),
+    ("#aa4499", "#d88fcb", "8"),
 )
+
+# What went wrong: (light, dark), the right answers pale, so that the eye goes to the others.
+_CAUSES = {
+    "right": ("#cfd8d3", "#3c4742"),
+    "subquestion": ("#7a5fae", "#a78fdb"),
+    "operation": ("#c2503c", "#e07b66"),
+    "arithmetic": ("#e3a733", "#e8bb5c"),
+    "no_answer": ("#3f4954", "#c5ccd4"),
+    "other": ("#a9b8c6", "#6d7d8d"),
+}
 
 RC: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -89,3 +104,8 @@ def method_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:
         color, dark, marker = _KNOWN.get(method) or _SPARE[unknown.index(method) % len(_SPARE)]
         styles[method] = MethodStyle(color, dark, marker, f"method-{index}")
     return styles
+
+
+def cause_styles() -> dict[str, MethodStyle]:
+    """A style for right and for every cause of a wrong answer; bars have no markers."""
+    return {name: MethodStyle(light, dark, "", f"cause-{name}") for name, (light, dark) in _CAUSES.items()}

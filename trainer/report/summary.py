@@ -10,10 +10,9 @@ from typing import Any
 
 from trainer.report.evaluations import Evaluation, Score
 from trainer.report.format import clean
+from trainer.report.methods import base, method_rank
 from trainer.report.results import Run
 from trainer.report.statistics import mean_and_standard_error, wilson_interval
-
-METHOD_ORDER = ("answer_only", "cot", "socratic", "solver", "decomposer", "decomposer_interleaved")
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,11 @@ class Cell:
     model_name: str
     num_parameters: int
     evaluations: tuple[Evaluation, ...]
+
+    @property
+    def total_parameters(self) -> int:
+        """Of all models that answer together."""
+        return max(evaluation.total_parameters for evaluation in self.evaluations)
 
     @property
     def nums_of_steps(self) -> list[int]:
@@ -76,6 +80,17 @@ class Panel:
 
     title: str
     cells: tuple[Cell, ...]  # by size, then method
+    plain: bool = (
+        True  # the data as published: greedy, with the calculator, by finished students trained on it
+    )
+
+    @property
+    def data(self) -> str:
+        return self.cells[0].evaluations[0].data
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        return [evaluation for cell in self.cells for evaluation in cell.evaluations]
 
     @property
     def methods(self) -> list[str]:
@@ -118,7 +133,8 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
             Cell(method, model, size, tuple(sorted(found, key=lambda e: (e.train_seed or 0, e.run, e.seed))))
             for (size, model, method), found in ordered
         ]
-        result.append(Panel(" · ".join(part for part in key if part), tuple(members)))
+        plain = not any(key[2:])  # beside the study and the problems
+        result.append(Panel(" · ".join(part for part in key if part), tuple(members), plain))
     return result
 
 
@@ -132,17 +148,12 @@ def in_order(runs: Sequence[Run]) -> list[Run]:
     return sorted(runs, key=key)
 
 
-def method_rank(method: str) -> tuple[int, str]:
-    """Sort key: the known methods from least to most supervision, then others by name."""
-    return (METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER), method)
-
-
 def _title_parts(evaluation: Evaluation) -> tuple[str, ...]:
     """What makes two accuracies comparable, as words; the usual case of each is not mentioned."""
     return (
         evaluation.problems,
         f"trained on {evaluation.trained_elsewhere}" if evaluation.trained_elsewhere else "",
-        f"asked for {evaluation.mode}" if evaluation.mode != evaluation.method else "",
+        f"asked for {evaluation.mode}" if evaluation.mode != base(evaluation.method) else "",
         "" if evaluation.calculator else "no calculator",
         f"temperature {evaluation.temperature:g}" if evaluation.temperature else "",
         "" if evaluation.stopped_at is None else f"stopped at step {evaluation.stopped_at}",

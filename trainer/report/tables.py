@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from trainer.report.comparisons import Comparison
+from trainer.report.analysis import Analyses
+from trainer.report.causes import CAUSES, RIGHT
+from trainer.report.comparison_table import comparison_rows
+from trainer.report.comparisons import CalculatorComparison
+from trainer.report.content import Content
 from trainer.report.evaluations import RULES, Evaluation
-from trainer.report.headline import Headline
 from trainer.report.results import Run
+from trainer.report.statistics import wilson_interval
 from trainer.report.summary import Panel, estimate
 
 FORMAT = 1
@@ -33,6 +37,7 @@ def summary_rows(panels: Sequence[Panel]) -> list[dict[str, Any]]:
     for panel in panels:
         for cell in panel.cells:
             names = {"problems": panel.title, "model": cell.model_name, "parameters": cell.num_parameters}
+            names["total_parameters"] = cell.total_parameters
             per_seed = {"accuracies": [score.accuracy for score in cell.scores()]}
             rows.append(names | {"method": cell.method} | asdict(cell.estimate) | per_seed)
     return rows
@@ -51,6 +56,9 @@ def num_steps_rows(panels: Sequence[Panel]) -> list[dict[str, Any]]:
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of the same columns; "" without any."""
+    if not rows:
+        return ""
     file = io.StringIO()
     writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -58,26 +66,83 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     return file.getvalue()
 
 
-def to_json(
-    title: str,
-    headlines: Sequence[Headline],
-    runs: Sequence[Run],
-    panels: Sequence[Panel],
-    comparisons: Sequence[Comparison],
-) -> str:
+def cause_rows(panels: Sequence[Panel], analyses: Analyses) -> list[dict[str, Any]]:
+    """A row for each evaluation with gold steps: how many answers were right, and how many wrong of each cause."""
+    rows = []
+    for panel in panels:
+        for e in panel.evaluations:
+            causes = analyses[e.directory.path].causes
+            if causes is not None:
+                counts = {name: causes[name] for name in (RIGHT, *CAUSES)}
+                rows.append(_student(panel, e) | counts | {"n": sum(counts.values())})
+    return rows
+
+
+def quality_rows(panels: Sequence[Panel], analyses: Analyses) -> list[dict[str, Any]]:
+    """A row for each evaluation whose student wrote sub-questions: their quality, with a Wilson interval for #Q."""
+    rows = []
+    for panel in panels:
+        for e in panel.evaluations:
+            quality = analyses[e.directory.path].quality
+            if quality is not None:
+                low, high = wilson_interval(quality.right_number, quality.n)
+                share = {"right_number_share": quality.right_number / quality.n, "low": low, "high": high}
+                asking = [member.model_name for member in e.members if member.role == "decomposer"]
+                names = _student(panel, e) | {"asking_model": asking[0] if asking else e.model_name}
+                rows.append(names | asdict(quality) | share)
+    return rows
+
+
+def calculator_rows(comparisons: Sequence[CalculatorComparison]) -> list[dict[str, Any]]:
+    rows = []
+    for comparison in comparisons:
+        row = asdict(comparison)
+        for name in ("on", "off"):
+            score = getattr(comparison, name)
+            low, high = score.interval
+            row[name] = {
+                "correct": score.correct,
+                "n": score.n,
+                "accuracy": score.accuracy,
+                "low": low,
+                "high": high,
+            }
+        rows.append(row)
+    return rows
+
+
+def to_json(content: Content) -> str:
+    runs, panels = content.runs, content.panels
     record = {
         "format": FORMAT,
-        "title": title,
-        "headlines": [str(headline) for headline in headlines],
+        "title": content.title,
+        "headlines": [str(headline) for headline in content.headlines],
         "runs": run_rows(runs),
         "summary": summary_rows(panels),
+        "comparison_table": comparison_rows(content.tables),
         "by_num_steps": num_steps_rows(panels),
-        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "comparisons": [asdict(comparison) for comparison in content.comparisons],
+        "calculator": calculator_rows(content.calculators),
+        "causes": cause_rows(panels, content.analyses),
+        "subquestions": quality_rows(panels, content.analyses),
+        "certainty": [asdict(certainty) for certainty in content.certainties],
+        "fits": [asdict(fit) for fit in content.fits],
         "unfinished": [
             {"study": r.study, "run": r.name, "missing": r.unfinished} for r in runs if r.unfinished
         ],
     }
     return json.dumps(_without_nan(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _student(panel: Panel, evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "problems": panel.title,
+        "model": evaluation.model_name,
+        "parameters": evaluation.num_parameters,
+        "total_parameters": evaluation.total_parameters,
+        "method": evaluation.method,
+        "seed": evaluation.train_seed,
+    }
 
 
 def _row(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
@@ -89,6 +154,7 @@ def _row(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
         "method": run.method,
         "model": run.model_name,
         "parameters": run.num_parameters,
+        "total_parameters": evaluation.total_parameters if evaluation else run.num_parameters,
         "seed": run.seed,
     }
     for name in ("problems", "data", "split", "mode", "calculator", "temperature", "stopped_at"):
@@ -101,6 +167,7 @@ def _row(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
     row["n"] = evaluation.accuracy["strict"].n if evaluation else None
     row["unfinished_generations"] = evaluation.unfinished if evaluation else None
     row["generated_tokens"] = evaluation.generated_tokens if evaluation else None
+    row["calculator_results_given"] = evaluation.calculator_results_given if evaluation else None
     row["evaluation_seconds"] = evaluation.seconds if evaluation else None
     return row | {
         "training_steps": run.metrics.last_step,

@@ -4,6 +4,10 @@
 costs one forward pass, not n, with the gradient of n separate examples (attention is causal, so the loss of step i
 sees exactly the prefix a separate example would have had). The idea of the two models is Shridhar, Stolfo and
 Sachan, "Distilling Reasoning Capabilities into Smaller Language Models", Findings of ACL 2023.
+
+A guided decomposer also reads a plan of the solution, its operators or its equations, and a planner learns to write
+that plan: Shridhar, Macina, El-Assady, Sinha, Kapur and Sachan, "Automatic Generation of Socratic Subquestions for
+Teaching Math Word Problems", EMNLP 2022. Methods without guidance never see it.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ class Role(IntEnum):
     CALCULATOR = 3  # the result inside <<expression=result>>, which the calculator writes at inference
     DELIMITER = 4  # "####": the reasoning is over
     ANSWER = 5  # the final answer and the end-of-sequence token
+    OPERATORS = 6  # guidance: the operators of the solution's calculator annotations
+    EQUATIONS = 7  # guidance: the expressions of the solution's calculator annotations, without their results
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,9 @@ class Method:
     needs: frozenset[Role]
 
 
-_P, _Q, _S, _C, _D, _A = Role
+GUIDANCE = (Role.OPERATORS, Role.EQUATIONS)
+
+_P, _Q, _S, _C, _D, _A, _O, _E = Role
 
 
 def _method(reads: set[Role], learns: set[Role], needs: set[Role]) -> Method:
@@ -48,6 +56,12 @@ METHODS = {
     "decomposer": _method({_P, _Q, _D}, {_Q, _D}, {_Q}),
     "decomposer_interleaved": _method({_P, _Q, _S, _C, _D}, {_Q, _D}, {_Q, _S}),
     "solver": _method({_P, _Q, _S, _C, _D, _A}, {_S, _A}, {_Q, _S}),
+    "planner_operators": _method({_P, _O}, {_O}, {_O}),
+    "planner_equations": _method({_P, _E}, {_E}, {_E}),
+    "decomposer_operators": _method({_P, _O, _Q, _D}, {_Q, _D}, {_O, _Q}),
+    "decomposer_equations": _method({_P, _E, _Q, _D}, {_Q, _D}, {_E, _Q}),
+    "decomposer_interleaved_operators": _method({_P, _O, _Q, _S, _C, _D}, {_Q, _D}, {_O, _Q, _S}),
+    "decomposer_interleaved_equations": _method({_P, _E, _Q, _S, _C, _D}, {_Q, _D}, {_E, _Q, _S}),
 }
 
 
@@ -62,3 +76,23 @@ def method(name: str, learn_calculator_results: bool = False) -> Method:
     if learn_calculator_results and Role.SOLUTION in view.learns:
         return Method(view.reads, view.learns | {Role.CALCULATOR}, view.needs)
     return view
+
+
+def guidance_of(name: str) -> Role | None:
+    """The plan that a method of that name reads or, a planner, writes; None for methods without one."""
+    return next((role for role in GUIDANCE if role in METHODS[name].reads), None)
+
+
+def is_planner(name: str) -> bool:
+    """Whether it writes a plan for a guided decomposer."""
+    return bool(METHODS[name].learns & set(GUIDANCE))
+
+
+def is_decomposer(name: str) -> bool:
+    """Whether it asks sub-questions and leaves their solutions to a solver."""
+    return Role.SUBQUESTION in METHODS[name].learns and Role.SOLUTION not in METHODS[name].learns
+
+
+def is_interleaved(name: str) -> bool:
+    """Whether it is a decomposer that reads the solutions so far before it asks the next sub-question."""
+    return is_decomposer(name) and Role.SOLUTION in METHODS[name].reads

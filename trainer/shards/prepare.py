@@ -24,10 +24,13 @@ from trainer.models.tokenizer import fingerprint, load_tokenizer
 from trainer.problems.problem import Problem, Reject
 from trainer.problems.sources import read_problems, source_digest
 from trainer.settings import PrepareSettings
+from trainer.shards.methods import GUIDANCE
 from trainer.shards.read import KIND, REJECTS, TOKENIZER, Shards
 from trainer.shards.segments import check_tokenizer
 from trainer.shards.workers import tokenise_all
 from trainer.shards.write import ShardWriter
+
+_SEGMENTS = 2  # counts the ways a problem was cut into segments so far; 2: with guidance
 
 
 def prepare(settings: PrepareSettings) -> Shards:
@@ -89,7 +92,8 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
     )
     with terminal.progress("tokenise", settings.max_problems or _expected(settings)) as bar:
         for problem, segments in tokenised:
-            length = sum(len(tokens) for _, tokens in segments)
+            # Guidance is not counted: which problems all the other methods see does not depend on it.
+            length = sum(len(tokens) for role, tokens in segments if role not in GUIDANCE)
             if length > settings.max_length:
                 detail = f"{problem.id}: {length} tokens, max_length is {settings.max_length}"
                 rejects.append(Reject(source, 0, "too_long", detail, problem.question))
@@ -129,7 +133,11 @@ def _expected(settings: PrepareSettings) -> int:
 def _recipe(settings: PrepareSettings, tokenizer_fingerprint: str) -> dict[str, Any]:
     """What decides the bytes of the shards: equal recipes give equal shards."""
     names = ("data", "split", "max_length", "max_problems", "with_facts")
-    recipe = {**{name: getattr(settings, name) for name in names}, **_options(settings)}
+    recipe = {
+        **{name: getattr(settings, name) for name in names},
+        **_options(settings),
+        "segments": _SEGMENTS,
+    }
     recipe["source"] = source_digest(
         settings.data, settings.split, settings.data_path or None, **_options(settings)
     )

@@ -27,9 +27,9 @@ class Segment:
 
 
 def texts(problem: Problem, with_facts: bool = False) -> list[tuple[Role, str]]:
-    """The text of an example, cut by role; joined it is what a reader sees (without BOS and EOS)."""
+    """The text of a problem, cut by role; the pieces that a method reads, joined, are its example (without BOS, EOS)."""
     facts = "".join(f"{fact}\n" for fact in problem.facts) if with_facts else ""
-    pieces = [(Role.PROBLEM, f"{facts}{problem.question}\n")]
+    pieces = [(Role.PROBLEM, f"{facts}{problem.question}\n"), *_guidance(problem)]
     for step in problem.steps:
         if step.question:
             pieces.append((Role.SUBQUESTION, f"{step.question}\n"))
@@ -38,6 +38,20 @@ def texts(problem: Problem, with_facts: bool = False) -> list[tuple[Role, str]]:
                 pieces.append((Role.CALCULATOR if is_result else Role.SOLUTION, text))
     pieces.append((Role.DELIMITER, DELIMITER))
     pieces.append((Role.ANSWER, f" {problem.answer}"))
+    return pieces
+
+
+def _guidance(problem: Problem) -> list[tuple[Role, str]]:
+    """`operators: * +` and `equations: 3*4; 12+5`; nothing where the solutions hold no calculation."""
+    expressions = [
+        expression for step in problem.steps for expression in calculator.expressions(step.solution)
+    ]
+    operators = [found for found in map(calculator.operators, expressions) if found]
+    pieces = []
+    if operators:
+        pieces.append((Role.OPERATORS, f"operators: {' '.join(operators)}\n"))
+    if expressions:
+        pieces.append((Role.EQUATIONS, f"equations: {'; '.join(expressions)}\n"))
     return pieces
 
 

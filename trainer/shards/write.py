@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trainer.problems.problem import Problem
-from trainer.shards.methods import METHODS, Role
+from trainer.shards.methods import GUIDANCE, METHODS, Role
 from trainer.shards.read import PROBLEMS
 
 Segments = list[tuple[int, list[int]]]  # (role, tokens) of a problem, in order
@@ -37,14 +37,15 @@ class ShardWriter:
         return len(self._line) - 1
 
     def add(self, problem: Problem, segments: Segments) -> None:
-        end = begin = self._ends[-1] if self._ends else 0
+        end = self._ends[-1] if self._ends else 0
         for role, tokens in segments:
             self._tokens.write(np.array(tokens, dtype=self._token_dtype).tobytes())
             end += len(tokens)
             self._roles.append(role)
             self._ends.append(end)
         self._first_segment.append(len(self._roles))
-        self._longest = max(self._longest, end - begin)
+        length = sum(len(tokens) for role, tokens in segments if role not in GUIDANCE)
+        self._longest = max(self._longest, length)
         line = json.dumps(asdict(problem), ensure_ascii=False).encode() + b"\n"
         self._problems.write(line)
         self._line.append(self._line[-1] + len(line))

@@ -22,21 +22,31 @@ _FORMAT = 1
 _HARMLESS_TO_TRAIN = {
     *("output_dir", "train_shards", "eval_shards", "save_steps", "save_total_limit"),
     *("report_to", "wandb_project", "timeout_seconds"),
+    *("time_limit_seconds", "max_restarts"),
+    *("annotate.output_dir", "annotate.base_url", "annotate.batch_size", "annotate.concurrency"),
+    *("annotate.requests_per_minute", "annotate.timeout_seconds", "annotate.max_attempts"),
+    *("annotate.retry_seconds", "annotate.allow_unanswered", "annotate.token_limit_field"),
+    *("annotate.price_per_million_input", "annotate.price_per_million_output"),
 }
-_HARMLESS_TO_EVALUATE = {"output_dir", "model_name_or_path", "shards", "batch_size"}
+_HARMLESS_TO_EVALUATE = {
+    *("output_dir", "model_name_or_path", "decomposer", "solver", "planner"),
+    *("shards", "batch_size", "max_restarts"),
+}
 _MOST_NAMED = 6
 
 
 def refuse(study: Study) -> None:
     """Raise UserError naming runs and keys if finished work was made with other settings than the file's now."""
-    before = _read(study.directory)
+    before, now_all = _read(study.directory), _records(study)
     told = []
     for run in study.runs:
         old = before.get(run.name)
         if old is None or not has_work(run.directory):
             continue
-        now = _record(run, study.num_ranks)
+        now = now_all[run.name]
         differences = _differences(old["train"], now["train"], _HARMLESS_TO_TRAIN)
+        if any(evaluated(settings) for settings in run.evaluations):
+            differences += _of_students(old.get("students", {}), now["students"])
         for settings in run.evaluations:
             name = evaluation_name(settings)
             if evaluated(settings) and name in old["evaluate"]:
@@ -60,8 +70,8 @@ def refuse(study: Study) -> None:
 
 def remember(study: Study) -> None:
     """Write down what the runs are made with. Runs that are no longer in the file keep their record."""
-    runs = {**_read(study.directory), **{run.name: _record(run, study.num_ranks) for run in study.runs}}
-    record = {"format": _FORMAT, "file": str(study.file), "runs": dict(sorted(runs.items()))}
+    records = {**_read(study.directory), **_records(study)}
+    record = {"format": _FORMAT, "file": str(study.file), "runs": dict(sorted(records.items()))}
     commit.write_text(study.directory.settings, yaml.safe_dump(record, sort_keys=False))
 
 
@@ -71,12 +81,38 @@ def strangers(study: Study) -> list[str]:
     return [run.name for run in study.directory.runs() if run.name not in known]
 
 
-def _record(run: Run, num_ranks: int) -> dict[str, Any]:
-    """Everything that decides the run's numbers, and the paths for a reader."""
-    train = {**to_dict(run.train), "num_ranks": num_ranks}
+def _records(study: Study) -> dict[str, dict[str, Any]]:
+    """Everything that decides each run's numbers, those of the students it asks, and the paths for a reader."""
+    training = {run.name: _training(run, study) for run in study.runs}
+    return {
+        run.name: {
+            "train": training[run.name],
+            "students": {name: training[name] for name in run.students},
+            "evaluate": {evaluation_name(settings): to_dict(settings) for settings in run.evaluations},
+        }
+        for run in study.runs
+    }
+
+
+def _training(run: Run, study: Study) -> dict[str, Any]:
+    if run.train is None:
+        return {}
+    train = {**to_dict(run.train), "num_ranks": run.num_ranks}
     if run.train.deepspeed:
         train["deepspeed_digest"] = commit.file_digest(Path(run.train.deepspeed))
-    return {"train": train, "evaluate": {evaluation_name(e): to_dict(e) for e in run.evaluations}}
+    for problems in study.problem_sets:
+        if problems.annotate and problems.shards.output_dir == run.train.train_shards:
+            train |= {f"annotate.{key}": value for key, value in to_dict(problems.annotate).items()}
+    return train
+
+
+def _of_students(old: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A pair's answers are those of its students, also when the students' own directories are gone."""
+    return [
+        f"{name}: {difference}"
+        for name in now
+        for difference in _differences(old.get(name, {}), now[name], _HARMLESS_TO_TRAIN)
+    ]
 
 
 def _differences(old: dict[str, Any], now: dict[str, Any], harmless: set[str]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trainer import commit, distributed, terminal
 from trainer.errors import UserError
+from trainer.run_directory import AnnotationDirectory
 from trainer.study import changes, processes, stages, state
 from trainer.study.plan import Study
 from trainer.study.stages import Stage
@@ -44,10 +45,14 @@ def run(study: Study, tools: Path, keep_going: bool = False) -> int:
         if strangers := changes.strangers(study):
             terminal.say(f"not in {study.file}, but in the report while they exist: {', '.join(strangers)}")
         failures: list[str] = []
-        broken: set[str] = set()  # runs and shards that cannot be had
+        broken: set[str] = set()  # labels of stages that failed, and of those that need them
         for number, stage in enumerate(todo, 1):
             failure, place = "", f"[{number}/{len(todo)}]"
-            if not interrupts.count and not _needs(stage) & broken and not state.is_done(stage):
+            if not interrupts.count and not state.is_done(stage):
+                # The report shows what there is.
+                if stage.kind != "report" and broken.intersection(stage.needs):
+                    broken.add(stage.label)
+                    continue
                 failure = _do(stage, study, tools, place, beat, interrupts)
             if interrupts.count:
                 terminal.say("interrupted; run the same command to go on")
@@ -57,7 +62,7 @@ def run(study: Study, tools: Path, keep_going: bool = False) -> int:
             if failure:
                 terminal.say(f"{place} {failure}")
                 failures.append(stage.label)
-                broken.add(_gives(stage))
+                broken.add(stage.label)
         if failures:
             raise UserError(f"{len(failures)} of {len(todo)} stages failed: {'; '.join(failures)}")
         for headline in state.headlines(study.directory):
@@ -142,6 +147,8 @@ def _progress_of(stage: Stage) -> Callable[[], state.Progress]:
         return lambda: state.training_progress(stage.settings)
     if stage.kind == "evaluate":
         return state.EvaluationProgress(stage.settings)
+    if stage.kind == "annotate":
+        return lambda: state.annotation_progress(stage.settings)
     return lambda: state.Progress(0, 1)
 
 
@@ -154,19 +161,13 @@ def _result(stage: Stage) -> str:
         return state.accuracy(stage.settings)
     if stage.kind == "report":
         return "done"
+    if stage.kind == "annotate":
+        facts = commit.read_manifest(AnnotationDirectory(Path(stage.settings.output_dir)).result)["facts"]
+        return "{annotated} problems annotated, {unannotated} not".format(**facts["summary"]["problems"])
     manifest = commit.read_manifest(Path(stage.settings.output_dir))
     if stage.kind == "prepare":
         return f"{manifest['facts']['num_problems']} problems"
     return f"{sum(file['bytes'] for file in manifest['files'].values()) / 1e6:.1f} MB"
-
-
-def _needs(stage: Stage) -> set[str]:
-    """A run's stages need its shards and one another; the report shows what there is."""
-    return {stage.run.name} | stage.run.shards if stage.run else set()
-
-
-def _gives(stage: Stage) -> str:
-    return stage.run.name if stage.run else str(getattr(stage.settings, "output_dir", ""))
 
 
 def _end_leftovers(study: Study, interrupts: processes.Interrupts) -> None:
@@ -202,5 +203,6 @@ def _describe(code: int | None) -> str:
     try:
         name = signal.Signals(number).name
     except ValueError:
-        return f"exit code {code}"
+        told = ": it was told to stop, and what is done is kept" if code == terminal.GO_ON_LATER else ""
+        return f"exit code {code}{told}"
     return f"exit code {code} ({name}{': out of memory?' if number == signal.SIGKILL else ''})"

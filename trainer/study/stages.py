@@ -15,9 +15,12 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.run_directory import RunDirectory
 from trainer.settings import PlotSettings
-from trainer.study.plan import Run, Study, evaluation_name
+from trainer.study.data_sets import ProblemSet
+from trainer.study.plan import Run, Study
+from trainer.study.runs import name_of, place_of
 
 SCRIPTS = {
+    "annotate": "annotate.py",
     "prepare": "prepare_shards.py",
     "train": "train.py",
     "convert": "convert_checkpoint.py",
@@ -29,15 +32,20 @@ RANKED = ("train", "evaluate")  # run on several ranks
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. `subject` is the shard set, the run or the study it works on."""
+    """One command. `subject` is the shard set, the run or the study it works on.
 
-    kind: str  # prepare, train, convert, evaluate, report
+    `needs`: labels of the stages that must be done before; labels are unique in a study.
+    """
+
+    kind: str  # a key of SCRIPTS
     subject: str
     settings: Any  # of the tool
     log: Path
     num_ranks: int = 1
     detail: str = ""
     run: Run | None = None  # whose stage it is
+    needs: tuple[str, ...] = ()
+    shards: str = ""  # of an annotation: the shards that are made of it
 
     @property
     def label(self) -> str:
@@ -46,31 +54,48 @@ class Stage:
 
 def of_study(study: Study) -> list[Stage]:
     """All stages; run by run, so that the first finished run can be looked at while the others train."""
-    prepare = [
-        Stage(
-            "prepare",
-            Path(s.output_dir).name,
-            s,
-            study.directory.logs / f"prepare-{Path(s.output_dir).name}.log",
-        )
-        for s in study.shards
-    ]
+    problems = [stage for found in study.problem_sets for stage in _of_problems(found, study.directory.logs)]
+    runs = [stage for run in study.runs for stage in of_run(run)]
     plot = PlotSettings(runs=[str(study.directory.path)])
-    report = Stage("report", study.name, plot, study.directory.logs / "report.log")
-    return [*prepare, *(stage for run in study.runs for stage in of_run(run, study.num_ranks)), report]
+    needs = tuple(stage.label for stage in runs if stage.kind == "evaluate")
+    report = Stage("report", study.name, plot, study.directory.logs / "report.log", needs=needs)
+    return [*problems, *runs, report]
 
 
-def of_run(run: Run, num_ranks: int) -> list[Stage]:
+def _of_problems(problems: ProblemSet, logs: Path) -> list[Stage]:
+    name = Path(problems.shards.output_dir).name
+    annotate = []
+    if problems.annotate:
+        log, shards = logs / f"annotate-{name}.log", problems.shards.output_dir
+        annotate = [Stage("annotate", name, problems.annotate, log, shards=shards)]
+    needs = tuple(stage.label for stage in annotate)
+    return [*annotate, Stage("prepare", name, problems.shards, logs / f"prepare-{name}.log", needs=needs)]
+
+
+def of_run(run: Run) -> list[Stage]:
+    """Training and conversion of a student, and the run's evaluations."""
     directory: RunDirectory = run.directory
-    train = Stage("train", run.name, run.train, directory.log("train"), num_ranks, run=run)
-    convert = Stage("convert", run.name, run.convert, directory.log("convert"), run=run)
-    evaluate = []
+    stages = []
+    if run.train:
+        learned = [prepared(path) for path in (run.train.train_shards, run.train.eval_shards) if path]
+        log = directory.log("train")
+        train = Stage("train", run.name, run.train, log, run.num_ranks, run=run, needs=tuple(learned))
+        log = directory.log("convert")
+        convert = Stage("convert", run.name, run.convert, log, run=run, needs=(train.label,))
+        stages = [train, convert]
+    exports = [f"convert {name}" for name in ((run.name,) if run.train else run.students)]
     for settings in run.evaluations:
-        name = evaluation_name(settings)
-        log = directory.log(f"evaluate-{name}")
-        detail = Path(settings.shards).name
-        evaluate.append(Stage("evaluate", run.name, settings, log, num_ranks, detail, run))
-    return [train, convert, *evaluate]
+        log = directory.log(f"evaluate-{name_of(settings)}")
+        needs = (*exports, prepared(settings.shards))
+        stages.append(
+            Stage("evaluate", run.name, settings, log, run.num_ranks, place_of(settings), run, needs)
+        )
+    return stages
+
+
+def prepared(shards: str) -> str:
+    """Label of the stage that makes a shard directory."""
+    return f"prepare {Path(shards).name}"
 
 
 def command(stage: Stage, tools: Path, launcher: str, port: int | None = None) -> list[str]:
@@ -79,7 +104,7 @@ def command(stage: Stage, tools: Path, launcher: str, port: int | None = None) -
     `auto`: several ranks train under the deepspeed launcher, which imports torch and deepspeed twice before the first
     rank starts (7 s on two cores); evaluation does not need it and starts under mpiexec (0.03 s) where there is one.
     """
-    script = [str(tools / SCRIPTS[stage.kind]), *_flags(stage.settings)]
+    script = [str(tools / SCRIPTS[stage.kind]), *flags(stage.settings)]
     if stage.kind not in RANKED or (stage.num_ranks == 1 and launcher == "auto"):
         return [sys.executable, *script]
     if launcher == "mpiexec" or (launcher == "auto" and stage.kind == "evaluate" and _own_mpiexec()):
@@ -100,16 +125,21 @@ def environment(stage: Stage, cores: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores // stage.num_ranks))}
 
 
-def _flags(settings: Any) -> list[str]:
-    """Fields that are not at their default, as flags; `--name=value` also holds a value that begins with a dash."""
-    flags, positional = [], []
+def flags(settings: Any) -> list[str]:
+    """Fields that are not at their default, as flags; `--name=value` also holds a value that begins with a dash.
+
+    A list is one flag an item.
+    """
+    given, positional = [], []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if field.metadata.get("positional"):
             positional += value if isinstance(value, list) else [value]
+        elif isinstance(value, list):
+            given += [f"--{field.name}={item}" for item in value]
         elif value != field.default:
-            flags.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
-    return [*positional, *flags]
+            given.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
+    return [*positional, *given]
 
 
 def _beside_python(name: str) -> str | None:

@@ -11,11 +11,18 @@ from typing import Any
 
 from trainer import commit
 from trainer.errors import UserError
-from trainer.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory
+from trainer.run_directory import AnnotationDirectory, EvaluationDirectory, RunDirectory, StudyDirectory
 from trainer.settings import EvaluateSettings, PrepareSettings, TrainSettings
 from trainer.study.stages import Stage
+from trainer.teacher.settings import AnnotateSettings
 
 _TAIL_BYTES = 64 << 10
+# What an annotation says about itself in the words of its settings.
+_TEACHING = (
+    *("data", "split", "seed", "max_problems", "style", "gold_hint", "with_facts", "num_samples", "keep_all"),
+    *("min_steps", "max_steps", "require_annotations", "decontaminate_ngram"),
+    *("temperature", "top_p", "max_new_tokens"),
+)
 _STEPS_OF_FINAL_LOSS = 20  # a single step is too noisy to look at
 
 
@@ -29,7 +36,9 @@ class Progress:
 
 
 def is_done(stage: Stage) -> bool:
-    """Whether the stage's result is there. A run with all its evaluations needs neither checkpoint nor export."""
+    """Whether the stage's result is there. A student that nobody will ask any more needs neither checkpoint nor export."""
+    if stage.kind == "annotate":
+        return annotated(stage.settings) or commit.is_finished(Path(stage.shards))
     if stage.kind == "prepare":
         return shards_ready(stage.settings)
     if stage.kind == "report":
@@ -37,11 +46,30 @@ def is_done(stage: Stage) -> bool:
     assert stage.run is not None
     if stage.kind == "evaluate":
         return evaluated(stage.settings)
-    if stage.run.evaluations and all(evaluated(settings) for settings in stage.run.evaluations):
+    asked = (*stage.run.evaluations, *stage.run.serves)
+    if asked and all(evaluated(settings) for settings in asked):
         return True
     if exported(stage.run.directory):
         return True
     return stage.kind == "train" and trained(stage.run.directory)
+
+
+def annotated(settings: AnnotateSettings) -> bool:
+    """Whether the teacher's steps are there. Raises UserError if they were made with other settings."""
+    path = AnnotationDirectory(Path(settings.output_dir)).result
+    if not commit.is_finished(path):
+        return False
+    recipe = commit.read_manifest(path, "annotations")["facts"].get("recipe", {})
+    compared = [key for key in _TEACHING if key in recipe]
+    if settings.model:
+        compared += ["model"]
+    for key in compared:
+        if recipe[key] != getattr(settings, key):
+            raise UserError(
+                f"{path} holds annotations with {key} {recipe[key]!r}, the study says {getattr(settings, key)!r}; give "
+                "the study an annotations_dir of its own, or delete the result (the teacher's answers are kept beside it)"
+            )
+    return True
 
 
 def shards_ready(settings: PrepareSettings) -> bool:
@@ -86,16 +114,25 @@ def has_work(run: RunDirectory) -> bool:
 
 def training_progress(settings: TrainSettings) -> Progress:
     """Where a training is, from the end of its metrics.jsonl. The total is 0 (unknown) until the first step."""
-    steps = _last_steps(RunDirectory(Path(settings.output_dir)).metrics)
+    steps = last_steps(RunDirectory(Path(settings.output_dir)).metrics)
     last = steps[-1] if steps else {}
     step, total, loss = last.get("step", 0), last.get("total_steps", settings.max_steps), last.get("loss")
     note = f"loss {loss:.3f}" if isinstance(loss, (int, float)) else ""
     return Progress(min(step, total), total, note)
 
 
+def annotation_progress(settings: AnnotateSettings) -> Progress:
+    """How many answers the teacher has given; how many there will be depends on them."""
+    try:
+        answers = AnnotationDirectory(Path(settings.output_dir)).responses.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        answers = 0
+    return Progress(answers, 0, "answers")
+
+
 def final_loss(run: RunDirectory) -> float | None:
     """Mean loss of the last steps in the log, in nats per learned token."""
-    losses = [step.get("loss") for step in _last_steps(run.metrics)[-_STEPS_OF_FINAL_LOSS:]]
+    losses = [step.get("loss") for step in last_steps(run.metrics)[-_STEPS_OF_FINAL_LOSS:]]
     numbers = [loss for loss in losses if isinstance(loss, (int, float)) and math.isfinite(loss)]
     return sum(numbers) / len(numbers) if numbers else None
 
@@ -141,7 +178,7 @@ class EvaluationProgress:
         return Progress(min(self._done, self._total), self._total)
 
 
-def _last_steps(metrics: Path) -> list[dict[str, Any]]:
+def last_steps(metrics: Path) -> list[dict[str, Any]]:
     """Records of the last steps, ascending; of a step that was done twice (a resume) the last one counts."""
     try:
         with open(metrics, "rb") as file:

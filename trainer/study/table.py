@@ -14,23 +14,21 @@ from rich.table import Table
 from trainer import commit, terminal
 from trainer.run_directory import EvaluationDirectory
 from trainer.settings import EvaluateSettings
-from trainer.study import changes, processes, stages, state
+from trainer.study import changes, outlook, processes, stages, state
 from trainer.study.plan import Run, Study
+from trainer.study.runs import place_of
 
 _WIDTH_OF_A_PIPE = 160  # where there is no terminal whose width one could ask for
 
 
 def show_status(study: Study) -> None:
     """Print how far every run is, with its loss and its accuracies (strict, 95 % interval)."""
-    table = _table("run", "train", "loss", "convert", *_evaluation_sets(study))
+    table = make_table("run", "train", "loss", "convert", *_evaluation_sets(study))
     for run in study.runs:
-        losses = state.final_loss(run.directory)
-        cells = {Path(e.shards).name: _evaluation(e) for e in run.evaluations}
+        cells = {place_of(settings): _evaluation(settings) for settings in run.evaluations}
         table.add_row(
             run.name,
-            _training(run),
-            "-" if losses is None else f"{losses:.3f}",
-            _converted(run),
+            *(_training(run) if run.train else ("", "", "")),
             *(cells.get(name, "") for name in _evaluation_sets(study)),
         )
     todo = stages.of_study(study)
@@ -42,7 +40,7 @@ def show_status(study: Study) -> None:
             facts = commit.read_manifest(Path(settings.output_dir))["facts"]
             ready = f"{facts['num_problems']} problems"
         terminal.say(f"shards {settings.output_dir}: {ready}")
-    terminal.say(_text(table))
+    terminal.say(table_text(table))
     running = processes.who_runs(study.directory)
     leftovers = processes.of_study(study.directory)
     if running:
@@ -57,30 +55,69 @@ def show_status(study: Study) -> None:
 
 
 def show_plan(study: Study, tools: Path) -> None:
-    """Print every stage, whether it is done, and the commands of the others. Raises UserError as a run would."""
+    """Print models, stages, whether they are done, and the commands of the others. Raises UserError as a run would."""
     changes.refuse(study)
     todo = stages.of_study(study)
     waiting = [stage for stage in todo if not state.is_done(stage)]
-    table = _table("", "stage", "state", "ranks")
+    terminal.say(table_text(_models(study)) + "\n")
+    table = make_table("", "stage", "state", "ranks", "problems")
     for number, stage in enumerate(todo, 1):
-        table.add_row(str(number), stage.label, "to do" if stage in waiting else "done", str(stage.num_ranks))
-    terminal.say(_text(table))
+        ready = "to do" if stage in waiting else "done"
+        table.add_row(str(number), stage.label, ready, str(stage.num_ranks), _num_problems(stage, study))
+    terminal.say(table_text(table))
     terminal.say(f"study {study.name}: {len(study.runs)} runs, {len(todo)} stages, {len(waiting)} to do")
     for stage in waiting:
         terminal.say("\n" + shlex.join(stages.command(stage, tools, study.launcher)))
 
 
-def _training(run: Run) -> str:
-    if state.trained(run.directory) or state.exported(run.directory):
-        return "done"
+def _models(study: Study) -> Table:
+    """The models with what is known of them; `?` is not known without a network."""
+    table = make_table("model", "from", "parameters", "ranks", "deepspeed", "dtype")
+    prepared = {settings.output_dir: settings for settings in study.shards}
+    seen = set()
+    for run in study.runs:
+        if run.train and run.train.model_label not in seen:
+            seen.add(run.train.model_label)
+            settings = run.train
+            table.add_row(
+                settings.model_label,
+                settings.model_name_or_path or f"{settings.config_name} (random weights)",
+                _number(outlook.parameters(settings, prepared[settings.train_shards])),
+                str(run.num_ranks),
+                Path(settings.deepspeed).stem if settings.deepspeed else "zero1",
+                "bf16" if settings.bf16 else "fp32",
+            )
+    return table
+
+
+def _num_problems(stage: stages.Stage, study: Study) -> str:
+    """What a stage reads: examples of the method, or problems that are answered."""
+    if stage.kind == "prepare":
+        return _number(outlook.problems(stage.settings))
+    if stage.kind == "train":
+        return _number(outlook.examples(stage.settings, study.shards))
+    if stage.kind == "evaluate":
+        return _number(outlook.answers(stage.settings, study.shards))
+    return ""
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _training(run: Run) -> tuple[str, str, str]:
+    """How far the training is, its loss, and whether it is converted."""
+    assert run.train
+    loss = state.final_loss(run.directory)
     progress = state.training_progress(run.train)
-    if not run.directory.metrics.is_file():
-        return "-"
-    return f"{progress.done}/{progress.total or '?'}"
-
-
-def _converted(run: Run) -> str:
-    return "done" if state.exported(run.directory) else "-"
+    exported = state.exported(run.directory)
+    if exported or state.trained(run.directory):
+        how_far = "done"
+    elif run.directory.metrics.is_file():
+        how_far = f"{progress.done}/{progress.total or '?'}"
+    else:
+        how_far = "-"
+    return how_far, "-" if loss is None else f"{loss:.3f}", "done" if exported else "-"
 
 
 def _evaluation(settings: EvaluateSettings) -> str:
@@ -93,18 +130,18 @@ def _evaluation(settings: EvaluateSettings) -> str:
 
 
 def _evaluation_sets(study: Study) -> list[str]:
-    """Names of the evaluated shard sets, in the order of the file."""
-    return list(dict.fromkeys(Path(e.shards).name for run in study.runs for e in run.evaluations))
+    """On what and how students are evaluated, in the order of the file."""
+    return list(dict.fromkeys(place_of(e) for run in study.runs for e in run.evaluations))
 
 
-def _table(*columns: str) -> Table:
+def make_table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _text(table: Table) -> str:
+def table_text(table: Table) -> str:
     """The table as plain text, as wide as the terminal."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_OF_A_PIPE
     buffer = io.StringIO()

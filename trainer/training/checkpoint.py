@@ -2,7 +2,7 @@
 
 DeepSpeed's own protocol is not used: ZeRO-1 publishes `latest` before the other ranks have saved, a flipped run of
 bytes loads without a word, and everything is unpickled with `weights_only=False`. Its files are written below a
-temporary name here, and read only after their digests were checked, with `weights_only=True`.
+temporary name here, and read only after their digests were checked, as byte ranges (reshard.py).
 
 No RNG state is saved: dropout is seeded from (seed, pack), see loop.py, so a resumed run draws what an undisturbed
 one would have drawn, on every rank.
@@ -10,29 +10,29 @@ one would have drawn, on every rank.
 
 from __future__ import annotations
 
+import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
 from trainer import commit, distributed, terminal
 from trainer.errors import UserError
 from trainer.run_directory import RunDirectory
+from trainer.training import reshard
 
 KIND = "checkpoint"
 MODEL = "model"  # config and tokenizer, so that a checkpoint can be converted wherever it is taken
-SAFE_CLASSES = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
 
 
 class SafeCheckpointEngine(CheckpointEngine):
-    """DeepSpeed's file access, ours: remembers what was written, keeps errors, unpickles nothing but weights.
+    """DeepSpeed's file access, ours: remembers what was written, keeps errors, reads nothing.
 
-    An error while saving is kept in `error` instead of raised, because the other ranks wait in a collective.
+    An error while saving is kept in `error` instead of raised, because the other ranks wait in a collective. From then
+    on nothing is written, but `unwritten_bytes` counts what would have been.
     """
 
     def __init__(self) -> None:
@@ -40,55 +40,107 @@ class SafeCheckpointEngine(CheckpointEngine):
         self.name = "SafeCheckpointEngine"
         self.written: list[Path] = []
         self.error: str | None = None
+        self.unwritten_bytes = 0
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        self.written, self.error = [], None
+        self.written, self.error, self.unwritten_bytes = [], None, 0
 
     def save(self, state_dict: Any, path: str) -> None:
-        if self.error:
-            return
-        try:
-            torch.save(state_dict, path)
-            self.written.append(Path(path))
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            self.error = (
-                f"could not write {path}: {str(error).splitlines()[0]}{_free_bytes(Path(path).parent)}"
-            )
+        if self.error is None:
+            try:
+                torch.save(state_dict, path)
+                self.written.append(Path(path))
+                return
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+                self.error = f"could not write {path}: {str(error).splitlines()[0]}"
+                Path(path).unlink(missing_ok=True)
+        counter = _ByteCounter()
+        torch.save(state_dict, cast(IO[bytes], counter))
+        self.unwritten_bytes += counter.num_bytes
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(SAFE_CLASSES):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        raise AssertionError("checkpoints are read by reshard.py, not by DeepSpeed")
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return True
 
 
+class _ByteCounter(io.RawIOBase):
+    """Takes everything and keeps its size."""
+
+    num_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self.num_bytes += len(content)
+        return len(content)
+
+
 def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model_files: Path) -> None:
     """Collective. Write `checkpoints/step-NNNNNN`; it is complete or not there. Raises UserError on every rank."""
-    final = run.checkpoint(step)
-    staging = Path(
-        distributed.broadcast_object(str(commit.begin(final)) if distributed.is_main_process() else None)
-    )
+    final, first = run.checkpoint(step), distributed.is_main_process()
+    begun = _together(lambda: str(commit.begin(final)) if first else "")
+    staging = Path(distributed.broadcast_object(begun))
     writer = engine.checkpoint_engine
+    # DeepSpeed would leave converters beside the checkpoints, where rank 0 alone may meet a full disk.
+    engine._copy_recovery_script = lambda save_path: None
     try:
-        engine.save_checkpoint(str(staging.parent), tag=staging.name, save_latest=False)
-        if distributed.is_main_process() and not writer.error:
-            # DeepSpeed leaves converters beside the checkpoints; ours is tools/convert_checkpoint.py.
-            for script in ("zero_to_fp32.py", "zero_to_torch.py"):
-                (staging.parent / script).unlink(missing_ok=True)
-            shutil.copytree(model_files, staging / MODEL)
-            writer.written += [path for path in (staging / MODEL).rglob("*") if path.is_file()]
-        distributed.raise_together(writer.error)
-        names = [path.relative_to(staging).as_posix() for path in writer.written]
-        digests = distributed.gather_objects(commit.digest_files(staging, names))
-        if distributed.is_main_process():
-            files = {name: digest for part in digests for name, digest in part.items()}
-            commit.finish(staging, final, KIND, facts, files)
-        distributed.barrier()
+        names = reshard.saved_names(engine)
+        engine.save_checkpoint(str(staging.parent), tag=staging.name, client_state=names, save_latest=False)
+        _refuse_failed_write(writer, staging)
+        _together(lambda: _copy_model_files(model_files, staging / MODEL, writer.written) if first else None)
+        ours = [path.relative_to(staging).as_posix() for path in writer.written]
+        digests = distributed.gather_objects(_together(lambda: commit.digest_files(staging, ours)))
+        files = {name: digest for part in digests for name, digest in part.items()}
+        _together(lambda: _commit(staging, final, facts, files) if first else None)
     except BaseException:
-        if distributed.is_main_process():
+        if first:
             shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _together(action: Callable[[], Any]) -> Any:
+    """Collective. Do it; if the file system refuses on any rank, a UserError on all: nobody waits for the others."""
+    result, error = None, None
+    try:
+        result = action()
+    except (OSError, shutil.Error) as problem:
+        error = f"the checkpoint could not be written: {problem}; the one before it is untouched"
+    distributed.raise_together(error)
+    return result
+
+
+def _copy_model_files(source: Path, target: Path, written: list[Path]) -> None:
+    shutil.copytree(source, target)
+    written += [path for path in target.rglob("*") if path.is_file()]
+
+
+def _commit(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Into place; a checkpoint of the same step, which was passed over or not gone on from, is replaced."""
+    if not final.exists():
+        return commit.finish(staging, final, KIND, facts, files)
+    fresh = staging.with_name(staging.name.replace(".tmp", ".fresh.tmp"))
+    commit.finish(staging, fresh, KIND, facts, files)
+    commit.replace(final, fresh)
+
+
+def _refuse_failed_write(writer: SafeCheckpointEngine, staging: Path) -> None:
+    """Collective. Raises UserError if a file of any rank is missing, and says by how much the disk is too small."""
+    errors = distributed.gather_objects((writer.error, writer.unwritten_bytes))
+    failed = [error for error, _ in errors if error]
+    if not failed:
+        return
+    needed, free = sum(unwritten for _, unwritten in errors), shutil.disk_usage(staging.parent).free
+    missing = max(0, needed - free)
+    distributed.barrier()  # nobody removes anything before all have looked
+    space = f"{needed} more bytes are needed and {free} are free there: {missing} bytes are missing"
+    raise UserError(
+        f"{failed[0]}; {space}. The checkpoint before it is untouched; make room and start again"
+        if missing
+        else f"{failed[0]}; the checkpoint before it is untouched"
+    )
 
 
 def prune(run: RunDirectory, keep: int) -> None:
@@ -136,10 +188,9 @@ def check_valid(path: Path) -> None:
 
 
 def load(engine: Any, path: Path) -> None:
-    """Collective. Weights, master weights and optimizer state of a checkpoint that was found valid."""
-    found, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
-    if found is None:
-        raise RuntimeError(f"DeepSpeed did not load {path}")
+    """Collective. Weights, masters and moments of a checkpoint that was found valid, of whatever layout."""
+    facts = commit.read_manifest(path, KIND)["facts"]
+    reshard.load(engine, path, facts["zero_stage"], facts["world_size"], facts["dtype"])
 
 
 def _damage(path: Path) -> str | None:
@@ -152,10 +203,6 @@ def _damage(path: Path) -> str | None:
     except UserError as error:
         problem = str(error)
     return next((text for text in distributed.gather_objects(problem) if text), None)
-
-
-def _free_bytes(folder: Path) -> str:
-    return f" ({shutil.disk_usage(folder).free} bytes are free there)" if folder.is_dir() else ""
 
 
 def _remove(path: Path) -> None:

@@ -124,6 +124,15 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
     _check_keys(zero, tuple(sorted(known)), f"{name}: zero_optimization")
     if zero.setdefault("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{name}: zero_optimization.stage is {zero['stage']!r}; choose 0, 1, 2 or 3")
+    for part in ("offload_optimizer", "offload_param"):
+        offload = zero.get(part) or {}
+        if offload.get("device") == "nvme":
+            raise UserError(f"{name}: {part} to NVMe cannot be checkpointed here; use the device 'cpu'")
+        if offload.get("ratio", 1.0) != 1.0:
+            # Read in DeepSpeed 0.19.8, stage3.py: what stays on the accelerator has an optimizer that is never saved.
+            raise UserError(
+                f"{name}: with {part}.ratio below 1 DeepSpeed does not save all moments; leave it at 1"
+            )
 
 
 def _settle(section: dict[str, Any], key: str, value: Any, where: str) -> None:

@@ -36,6 +36,7 @@ def build_engine(settings: TrainSettings, run: RunDirectory, config: Any, resolv
     engine, _, _, _ = deepspeed.initialize(
         model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
     )
+    distributed.limit_waiting(settings.timeout_seconds)
     engine.checkpoint_engine = checkpoint.SafeCheckpointEngine()
     engine.train()
     return engine

@@ -1,4 +1,4 @@
-"""The training loop: step, log, evaluate, save, stop when asked."""
+"""The training loop: step, log, evaluate, save; stop when asked."""
 
 from __future__ import annotations
 
@@ -12,53 +12,99 @@ import torch
 import torch.distributed as dist
 
 from trainer import distributed, terminal
+from trainer.distributed import World
 from trainer.errors import UserError
+from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
-from trainer.training import checkpoint, throughput
+from trainer.training import checkpoint, throughput, time_limit
 from trainer.training.loss import lay_out, token_losses
 from trainer.training.metrics_log import MetricsLog
-from trainer.training.preemption import StopRequest
 from trainer.training.self_check import check_packing
 from trainer.training.student import Student, enrol
+from trainer.training.watchdog import Watchdog, occupied
 
-Evaluation = Callable[[Student], dict[str, Any]]
+# Called on every rank; returns what is logged, or None if it ended early because a stop was requested.
+Evaluation = Callable[[Student, StopRequest], dict[str, Any] | None]
 
 
-def train(settings: TrainSettings, evaluate: Evaluation | None = None) -> bool:
+def train(
+    settings: TrainSettings, evaluate: Evaluation | None = None, stop: StopRequest | None = None
+) -> bool:
     """Train until the plan's last step, from the newest valid checkpoint if there is one.
 
-    `evaluate(student)` is called every `eval_steps` steps on every rank; what it returns is logged. Returns whether
-    the run is finished; False if it was asked to stop, after saving a checkpoint. Raises UserError on every rank.
+    `evaluate` is called every `eval_steps` steps. Returns whether the run is finished; False if it was asked to stop,
+    after saving a checkpoint. Raises UserError on every rank.
     """
+    stop = stop or StopRequest()
+    stop.listen()
     world = distributed.initialize(settings.timeout_seconds)
     run = RunDirectory(Path(settings.output_dir))
-    stop = StopRequest()
-    stop.listen()
-    student = enrol(settings, world, run)
+    with occupied(run, settings) as watchdog:
+        return _train(settings, world, run, evaluate, stop, watchdog)
+
+
+def _train(
+    settings: TrainSettings,
+    world: World,
+    run: RunDirectory,
+    evaluate: Evaluation | None,
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> bool:
+    left = time_limit.seconds_left(settings.time_limit_seconds, stop.started)
+    student = enrol(settings, world, run, left)
     if student is None:
         terminal.say(f"{run.path}: already finished")
         return True
     greet(student)
+    left = time_limit.seconds_left(settings.time_limit_seconds, stop.started)
+    if left is not None:
+        stop.limit(left, time_limit.seconds_of_a_save(run, student.facts))
     log = MetricsLog(run, settings, student.facts)
     plan, step = student.plan, student.first_step
+    watchdog.moved(step)
+    stop.begin_work()
     with terminal.progress("train", plan.total_steps, step) as bar:
-        while step < plan.total_steps:
+        stopping = not evaluate_if_due(student, step, evaluate, log, stop)  # a restart may have cut it short
+        while step < plan.total_steps and not stopping:
             metrics, stopping = optimizer_step(student, step, stop)
             step += 1
+            watchdog.moved(step)
+            stop.took(step=metrics["seconds"])
             log.write({"step": step, "total_steps": plan.total_steps, **metrics})
             bar.update(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s")
-            if evaluate and settings.eval_steps and step % settings.eval_steps == 0:
-                log.write({"step": step, "evaluation": evaluate(student)})
-            if step % settings.save_steps == 0 or step == plan.total_steps or stopping:
-                save(student, step)
-            if stopping:
-                break
-    log.close(finished=step == plan.total_steps)
+            stopping = stopping or not evaluate_if_due(student, step, evaluate, log, stop)
+            if stopping or step == plan.total_steps or is_due(step, settings.save_steps):
+                watchdog.refuse_if_lost()
+                save(student, step, stop)
+                stopping = stopping or stop.agreed()  # a signal may have come while it was written
+    reason = stop.reason or "another rank was told"
+    stop.end_work()
     finished = step == plan.total_steps
-    state = "finished" if finished else "stopped as asked, start it again to go on"
-    terminal.say(f"{run.path}: {state} at step {step}/{plan.total_steps}, loss {metrics['loss']:.4f}")
+    log.close(finished)
+    state = "finished" if finished else f"stopped as asked ({reason}), start it again to go on"
+    terminal.say(f"{run.path}: {state} at step {step}/{plan.total_steps}")
+    distributed.barrier()  # who ends first must not have the others killed while they still close their files
     return finished
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+def evaluate_if_due(
+    student: Student, step: int, evaluate: Evaluation | None, log: MetricsLog, stop: StopRequest
+) -> bool:
+    """Collective. Log the periodic evaluation of this step unless it is logged; False if a stop cut it short."""
+    if evaluate is None or not is_due(step, student.settings.eval_steps):
+        return True
+    if distributed.broadcast_object(step in log.evaluated_steps):
+        return True
+    result = evaluate(student, stop)
+    if result is not None:
+        log.write({"step": step, "evaluation": result})
+    return result is not None
 
 
 def optimizer_step(student: Student, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
@@ -165,12 +211,14 @@ def model_flops_utilisation(student: Student, tokens_per_second: float) -> float
     return tokens_per_second * flops / (peak * student.world.world_size)
 
 
-def save(student: Student, step: int) -> None:
+def save(student: Student, step: int, stop: StopRequest) -> None:
     """Checkpoint after `step` steps. Collective."""
+    start = time.perf_counter()
     _, packs_consumed = student.plan.packs(step - 1)
     progress = {"step": step, "packs_consumed": packs_consumed, "finished": step == student.plan.total_steps}
     checkpoint.save(student.engine, student.run, step, {**student.facts, **progress}, student.run.model)
     checkpoint.prune(student.run, student.settings.save_total_limit)
+    stop.took(save=time.perf_counter() - start)
 
 
 def greet(student: Student) -> None:

@@ -21,8 +21,10 @@ class MetricsLog:
     def __init__(self, run: RunDirectory, settings: TrainSettings, facts: dict[str, Any]):
         self._file = None
         self._wandb: Any = None
+        self.evaluated_steps: set[int] = set()  # rank 0's are the truth
         if distributed.is_main_process():
             _mend_last_line(run)
+            self.evaluated_steps = _evaluated_steps(run)
             self._file = open(run.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             if settings.report_to == "wandb":
                 self._wandb = _start_wandb(run, settings, facts)
@@ -51,6 +53,16 @@ def _mend_last_line(run: RunDirectory) -> None:
                 file.seek(-1, 2)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
+
+
+def _evaluated_steps(run: RunDirectory) -> set[int]:
+    """Steps whose periodic evaluation is in the file."""
+    if not run.metrics.exists():
+        return set()
+    with open(run.metrics, encoding="utf-8", errors="replace") as file:
+        return {
+            json.loads(line)["step"] for line in file if '"evaluation": {' in line and line.endswith("}\n")
+        }
 
 
 def _start_wandb(run: RunDirectory, settings: TrainSettings, facts: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.preemption import StopRequest
 from trainer.shards.methods import method
 from trainer.shards.read import Shards
 from trainer.training.batches import PackedData
@@ -22,7 +23,7 @@ class HeldOutLoss:
         self._max_problems = max_problems
         self._data: PackedData | None = None
 
-    def __call__(self, student: Student) -> dict[str, Any]:
+    def __call__(self, student: Student, stop: StopRequest) -> dict[str, Any] | None:
         settings, world = student.settings, student.world
         if self._data is None:
             view = method(settings.method, settings.learn_calculator_results)
@@ -33,13 +34,19 @@ class HeldOutLoss:
         rounds = -(-num_packs // world.world_size)
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         student.engine.eval()
+        stopping = False
         with torch.no_grad():
             for index in range(rounds):
+                stopping = stop.agreed()  # it may be long, and what it would tell is not worth a checkpoint
+                if stopping:
+                    break
                 # Every rank makes as many forward passes (ZeRO-3 gathers weights in them); some may be empty.
                 pack = index * world.world_size + world.rank
                 batch = data.micro_batch(range(pack, pack + 1), num_packs)
                 total += token_losses(student.engine, lay_out(batch, settings.packing, student.device))
         student.engine.train()
+        if stopping:
+            return None
         if world.world_size > 1:
             dist.all_reduce(total)
         learned = data.learned_tokens(0, num_packs)

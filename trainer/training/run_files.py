@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -21,6 +22,8 @@ from trainer.configuration import to_dict
 from trainer.models import architecture
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
+
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
 
 
 def write_run_files(
@@ -48,15 +51,25 @@ def write_run_files(
     architecture.record(run.model)  # a conversion need not ask transformers for names and shapes again
 
 
+def installed() -> dict[str, str]:
+    """What must be the same on all ranks: packages, Python, and every line of ours (a revision may be dirty)."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode())
+        digest.update(path.read_bytes())
+    versions = {name: version(name) for name in PACKAGES}
+    return {**versions, "python": platform.python_version(), "trainer's code": digest.hexdigest()}
+
+
 def environment() -> dict[str, Any]:
     """Versions, host and code revision, for whoever asks later why two runs differ."""
-    packages = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
     root = Path(__file__).parents[2]
     revision = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
     )
     return {
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name()

@@ -19,16 +19,19 @@ from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.shards.methods import method
 from trainer.shards.read import Shards
-from trainer.training import checkpoint, ds_config
+from trainer.training import checkpoint, ds_config, time_limit
 from trainer.training.batches import PackedData, StepPlan
 from trainer.training.engine import build_engine
-from trainer.training.run_files import write_run_files
+from trainer.training.run_files import installed, write_run_files
 from trainer.training.schedule import Schedule
 
-# Settings that may differ when a run goes on; everything else decides its numbers.
+# Settings that may differ when a run goes on; everything else decides its numbers. Ranks, ZeRO stage, offload and
+# micro-batches may all change, as long as a step takes as many packs: see _refuse_other_steps.
 _MAY_CHANGE = {
     "deepspeed", "output_dir", "train_shards", "eval_shards", "eval_steps", "eval_max_problems", "save_steps", "save_total_limit",
-    "resume_from_checkpoint", "overwrite_output_dir", "report_to", "wandb_project", "timeout_seconds",
+    "resume_from_checkpoint", "overwrite_output_dir", "report_to", "wandb_project", "timeout_seconds", "dry_run",
+    "time_limit_seconds", "max_restarts", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "gradient_checkpointing", "silence_seconds",
 }  # fmt: skip
 
 
@@ -51,11 +54,15 @@ class Student:
     facts: dict[str, Any]
 
 
-def enrol(settings: TrainSettings, world: World, run: RunDirectory) -> Student | None:
+def enrol(
+    settings: TrainSettings, world: World, run: RunDirectory, seconds_left: float | None = None
+) -> Student | None:
     """Check everything that can be checked, then build the engine and load the newest valid checkpoint.
 
+    `seconds_left` until the wall-clock limit, if there is one.
     None if the run is finished already. Collective; a UserError is raised on every rank.
     """
+    distributed.agree("installation", installed())
     shards = Shards.open(settings.train_shards)
     tokenizer = load_tokenizer(shards.tokenizer_path)
     config = _config(settings, shards, tokenizer)
@@ -72,7 +79,8 @@ def enrol(settings: TrainSettings, world: World, run: RunDirectory) -> Student |
     resolved = ds_config.resolve(settings, world.world_size)
     facts = _facts(settings, world, shards, config, resolved, data)
     distributed.agree("training setup", {**facts, "plan": repr(plan)})
-    start = _starting_point(settings, run, facts)
+    time_limit.refuse_too_short(seconds_left, run, facts)
+    start = _starting_point(settings, run, facts, plan)
     if start is not None and commit.read_manifest(start)["facts"]["finished"]:
         return None
     if distributed.is_main_process():
@@ -105,7 +113,7 @@ def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
     name = settings.model_name_or_path or settings.config_name
     config = load.load_config(name, settings.config_overrides, len(tokenizer))
     load.check_vocabulary(config, tokenizer, name)
-    longest, context = shards.facts["longest_example"], load.context_length(config)
+    longest, context = int(shards.lengths(method(settings.method)).max()), load.context_length(config)
     if context and min(longest, settings.pack_length) > context:
         raise UserError(
             f"{shards.path} has examples of up to {longest} tokens but {name} reaches {context}: "
@@ -144,7 +152,9 @@ def _facts(
     }
 
 
-def _starting_point(settings: TrainSettings, run: RunDirectory, facts: dict[str, Any]) -> Path | None:
+def _starting_point(
+    settings: TrainSettings, run: RunDirectory, facts: dict[str, Any], plan: StepPlan
+) -> Path | None:
     """The checkpoint to go on from, valid and of the same run; None to start from zero."""
     if settings.overwrite_output_dir:
         checkpoint.remove_all(run)
@@ -156,6 +166,7 @@ def _starting_point(settings: TrainSettings, run: RunDirectory, facts: dict[str,
         found = checkpoint.newest_valid(run)
     if found is not None:
         _refuse_another_run(run, found, settings, facts)
+        _refuse_other_steps(found, plan)
     return found
 
 
@@ -163,7 +174,7 @@ def _refuse_another_run(
     run: RunDirectory, found: Path, settings: TrainSettings, facts: dict[str, Any]
 ) -> None:
     old = commit.read_manifest(found)["facts"]
-    names = ("shards_fingerprint", "num_parameters", "dtype", "method", "seed", "world_size", "zero_stage")
+    names = ("shards_fingerprint", "num_parameters", "dtype", "method", "seed")
     changed = [
         f"{name}: {old[name]!r} there, {facts[name]!r} now" for name in names if old[name] != facts[name]
     ]
@@ -179,3 +190,22 @@ def _refuse_another_run(
             f"{found} belongs to another run ({'; '.join(changed)}); use another output_dir, "
             "or --overwrite_output_dir to start from zero"
         )
+
+
+def _refuse_other_steps(found: Path, plan: StepPlan) -> None:
+    """The cluster may change under a run, the packs of a step may not: they decide its numbers and its schedule."""
+    old = commit.read_manifest(found)["facts"]
+    step, consumed = old["step"], old["packs_consumed"]
+    if plan.packs(step - 1)[1] == consumed:
+        return
+    there, ranks = round(consumed / step), plan.world_size
+    if there % ranks:
+        fitting = ", ".join(str(number) for number in range(1, there + 1) if there % number == 0)
+        remedy = f"{there} packs cannot be shared by {ranks} ranks: use one of {fitting} ranks"
+    else:
+        micro = plan.packs_per_micro_batch if there % (ranks * plan.packs_per_micro_batch) == 0 else 1
+        remedy = f"give --per_device_train_batch_size {micro} --gradient_accumulation_steps {there // (ranks * micro)}"
+    raise UserError(
+        f"{found}: a step took {there} packs, now it would take {plan.packs_per_step} ({ranks} ranks x "
+        f"{plan.accumulation_steps} micro-batches x {plan.packs_per_micro_batch} packs); {remedy}"
+    )

@@ -1,0 +1,165 @@
+"""Real training on two nodes: preempted, requeued and resumed, it equals the run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.test_dev_cluster import preempt
+from tests.slurm_cluster import Cluster
+from trainer import commit
+from trainer.run_directory import RunDirectory
+
+STEPS = 40
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=00:30:00")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Two runs of the same settings; `job` is the preempted one's."""
+
+    folder: Path
+    job: str
+    undisturbed: RunDirectory
+    preempted: RunDirectory
+
+
+def losses(run: RunDirectory) -> list[float]:
+    """Of a step that was done twice the last line counts."""
+    lines = run.metrics.read_text().splitlines() if run.metrics.exists() else []
+    steps = {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
+    return [steps[step] for step in sorted(steps)]
+
+
+def submit_training(cluster: Cluster, folder: Path, run: RunDirectory, **changes: Any) -> str:
+    values = {
+        "train_shards": str(folder / "shards"),
+        "output_dir": str(run.path),
+        "config_name": "stories-0.2m",
+        "pack_length": 512,
+        "learning_rate": 3e-3,
+        "max_steps": STEPS,
+        "save_steps": 1000,
+        "seed": 1,
+        **changes,
+    }
+    file = folder / f"{run.name}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    output = f"--output={folder}/{run.name}.out"
+    return cluster.sbatch(*TWO_NODES, output, "slurm/train.sbatch", "--config", file)
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("training")
+    undisturbed, preempted = RunDirectory(folder / "undisturbed"), RunDirectory(folder / "preempted")
+    prepare = ["--tokenizer_name=stories", "--num_problems=60", "--num_processes=1"]
+    output = f"--output={folder}/prepare.out"
+    shards = cluster.sbatch(
+        output, "--cpus-per-task=1", "slurm/prepare.sbatch", *prepare, f"--output_dir={folder}/shards"
+    )
+    cluster.wait_for_state(shards, "COMPLETED")
+    job = submit_training(cluster, folder, preempted)
+    cluster.wait(lambda: len(losses(preempted)) >= 3 or (folder / "failed").exists(), "three steps")
+    preempt(cluster)
+    cluster.wait(
+        lambda: "is requeued" in (folder / "preempted.out").read_text(), "the job asks for its requeue"
+    )
+    assert len(losses(preempted)) < STEPS, "it was preempted in the middle"
+    cluster.start_now(job)
+    # At the same time, so that the ranks of two jobs meet on a node: their ports must not.
+    other = submit_training(cluster, folder, undisturbed)
+    for number in (job, other):
+        cluster.wait_for_state(number, "COMPLETED")
+    return Trained(folder, job, undisturbed, preempted)
+
+
+def test_losses_are_those_of_the_undisturbed_run(trained: Trained) -> None:
+    assert len(losses(trained.undisturbed)) == STEPS
+    assert losses(trained.preempted) == losses(trained.undisturbed)
+
+
+def test_it_was_requeued_and_no_step_was_done_twice(cluster: Cluster, trained: Trained) -> None:
+    assert cluster.fact(trained.job, "Restarts") == "1"
+    lines = trained.preempted.metrics.read_text().splitlines()
+    assert len(lines) == STEPS, "the checkpoint was of the very step at which it was told to stop"
+    counted = json.loads(trained.preempted.restarts.read_text())
+    assert (counted["restarts"], counted["job"]) == (1, trained.job)
+    log = (trained.folder / "preempted.out").read_text()
+    assert "stopped as asked (SIGTERM)" in log and "resumed from" in log
+
+
+def test_final_weights_are_those_of_the_undisturbed_run(cluster: Cluster, trained: Trained) -> None:
+    digests = []
+    for run in (trained.undisturbed, trained.preempted):
+        output = f"--output={trained.folder}/convert.out"
+        job = cluster.sbatch(output, "--cpus-per-task=1", "slurm/convert.sbatch", run.path)
+        cluster.wait_for_state(job, "COMPLETED")
+        digests.append(commit.read_manifest(run.export)["files"]["model.safetensors"]["sha256"])
+    assert digests[0] == digests[1]
+
+
+def test_ranks_on_two_nodes_take_problems_from_one_queue(cluster: Cluster, trained: Trained) -> None:
+    """By the batch script over TCP, and by hand over MPI: the same predictions."""
+    if not trained.undisturbed.export.exists():
+        pytest.skip("the conversion failed")
+    flags = [f"--model_name_or_path={trained.undisturbed.export}", f"--shards={trained.folder}/shards"]
+    flags += ["--max_problems=6", "--max_new_tokens=8"]
+    output = f"--output={trained.folder}/evaluate.out"
+    over_tcp = trained.folder / "over_tcp"
+    job = cluster.sbatch(output, *TWO_NODES, "slurm/evaluate.sbatch", *flags, f"--output_dir={over_tcp}")
+    cluster.wait_for_state(job, "COMPLETED")
+    over_mpi = trained.folder / "over_mpi"
+    command = ["srun", "--mpi=pmi2", *TWO_NODES, cluster.environment["PYTHON"], "tools/evaluate.py"]
+    cluster.run_well(*command, *flags, f"--output_dir={over_mpi}")
+    assert json.loads((over_tcp / "results.json").read_text())["world_size"] == 2
+    assert (over_tcp / "predictions.jsonl").read_bytes() == (over_mpi / "predictions.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_saves_before_its_time_limit_and_goes_on(cluster: Cluster, trained: Trained) -> None:
+    """Without any signal from Slurm: the run knows its limit."""
+    run = RunDirectory(trained.folder / "limited")
+    file = trained.folder / "limited.yaml"
+    submitted = trained.folder / "limited.out"
+    job = submit_training(cluster, trained.folder, run, max_steps=1_000_000)
+    cluster.run_well("scancel", job)
+    options = [*TWO_NODES[:-1], "--time=00:03:00", "--signal=CONT@1", f"--output={submitted}"]
+    job = cluster.sbatch(*options, "slurm/train.sbatch", "--config", file)
+    cluster.wait(lambda: submitted.exists() and "is requeued" in submitted.read_text(), "it asks", 400)
+    assert "stopped as asked (the time limit is near)" in submitted.read_text()
+    assert run.checkpoint_steps() and commit.is_finished(run.checkpoint(run.checkpoint_steps()[-1]))
+    cluster.run_well("scancel", job)
+
+
+@pytest.mark.slow
+def test_a_job_whose_node_is_lost_goes_on_at_another(cluster: Cluster, trained: Trained) -> None:
+    run = RunDirectory(trained.folder / "lost")
+    file = trained.folder / "lost.yaml"
+    job = submit_training(cluster, trained.folder, run, save_steps=5, max_steps=400)
+    cluster.run_well("scancel", job)
+    options = [
+        "--nodes=1",
+        "--ntasks-per-node=2",
+        "--cpus-per-task=1",
+        "--gpus-per-node=0",
+        "--time=00:30:00",
+    ]
+    job = cluster.sbatch(
+        *options, f"--output={trained.folder}/lost.out", "slurm/train.sbatch", "--config", file
+    )
+    cluster.wait(lambda: len(losses(run)) >= 6, "a checkpoint")
+    node = cluster.fact(job, "NodeList")
+    cluster.lose_node(node)
+    cluster.wait(lambda: cluster.fact(job, "Restarts") == "1", "Slurm notices")
+    cluster.start_now(job)
+    cluster.wait_for_state(job, "COMPLETED")
+    assert cluster.fact(job, "NodeList") == {"n1": "n2", "n2": "n1"}[node]
+    assert len(losses(run)) == 400
+    assert "resumed from" in (trained.folder / "lost.out").read_text()
+    cluster.revive_node(node)

@@ -1,0 +1,111 @@
+"""A model that was never distilled, shown exemplars: what it reads, and where it is stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trainer.errors import UserError
+from trainer.evaluation.cast import Actor, Cast
+from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
+from trainer.evaluation.evaluate import evaluate
+from trainer.evaluation.few_shot import exemplar_tokens, read_exemplars
+from trainer.models.tokenizer import load_tokenizer
+from trainer.problems.jsonl import to_record
+from trainer.settings import EvaluateSettings
+from trainer.shards.methods import METHODS
+from trainer.shards.read import Shards
+
+
+@pytest.fixture
+def exemplars(shards: Shards, tmp_path: Path) -> Path:
+    """Two of the stories, solved."""
+    path = tmp_path / "exemplars.jsonl"
+    path.write_text("".join(json.dumps(to_record(shards.problem(index))) + "\n" for index in (0, 1)))
+    return path
+
+
+@pytest.fixture
+def base(shards: Shards, tmp_path: Path) -> Path:
+    """A folder as of a pretrained model: no manifest, random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shards.facts["vocabulary_size"], hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    load_tokenizer(shards.tokenizer_path).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_the_prompt_is_the_exemplars_as_students_learn_them_and_the_problem(
+    shards: Shards, exemplars: Path, base: Path
+) -> None:
+    tokenizer = load_tokenizer(shards.tokenizer_path)
+    shown = exemplar_tokens(read_exemplars(str(exemplars)), tokenizer)
+    between = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    expected: list[int] = []
+    for index in (0, 1):
+        tokens, _ = shards.example(index, METHODS["cot"])
+        expected += [*tokens.tolist()[:-1], *between]  # without the end-of-sequence token
+    assert shown == expected
+
+    actors = {STUDENT: Actor(LlamaForCausalLM.from_pretrained(base), None)}
+    cast = Cast(actors, tokenizer, shards, Decoding(FEW_SHOT), read_exemplars(str(exemplars)))
+    assert cast.solution(5).feeds[0].pending == [*shown, *shards.prompt(5).tolist()]
+
+
+def test_it_is_stopped_where_the_line_of_its_answer_ends(shards: Shards, exemplars: Path, base: Path) -> None:
+    tokenizer = load_tokenizer(shards.tokenizer_path)
+    actors = {STUDENT: Actor(LlamaForCausalLM.from_pretrained(base), None)}
+    cast = Cast(actors, tokenizer, shards, Decoding(FEW_SHOT), read_exemplars(str(exemplars)))
+    solution = cast.solution(5)
+    written = tokenizer("It has 3+4 = 7 cups.\n#### 7\n\nAnother story", add_special_tokens=False)[
+        "input_ids"
+    ]
+    for token in written:
+        if solution.turn is None:
+            break
+        solution.after(token)
+    assert (solution.text, solution.finished) == ("It has 3+4 = 7 cups.\n#### 7", True)
+
+
+def test_the_row_of_an_undistilled_model(shards: Shards, exemplars: Path, base: Path, tmp_path: Path) -> None:
+    def settings(**more: object) -> EvaluateSettings:
+        given = {
+            "model_name_or_path": str(base),
+            "shards": str(shards.path),
+            "mode": "few_shot",
+            "max_new_tokens": 12,
+        }
+        out = tmp_path / "runs" / "mine" / "stories.few_shot.base.s0" / "evaluation" / "stories-test-few_shot"
+        return EvaluateSettings(**{**given, "exemplars": str(exemplars), "output_dir": str(out), **more})
+
+    results = evaluate(settings(model_label="the base"))
+    assert (results["method"], results["mode"], results["model_name"]) == ("few_shot", "few_shot", "the base")
+    assert (results["num_problems"], results["unfinished"]) == (
+        10,
+        10,
+    )  # random weights never write an answer
+    assert (tmp_path / "runs" / "mine" / "stories.few_shot.base.s0" / "settings.yaml").is_file()
+
+    first, second = exemplars.read_text().splitlines()
+    exemplars.write_text(f"{second}\n{first}\n")
+    with pytest.raises(UserError, match="exemplars"):
+        evaluate(settings(model_label="the base"))
+
+
+def test_a_bad_exemplar_and_a_student_are_refused(
+    shards: Shards, exemplars: Path, base: Path, students: Callable[[str], Path]
+) -> None:
+    given = {"shards": str(shards.path), "mode": "few_shot", "exemplars": str(exemplars)}
+    with pytest.raises(UserError, match="cannot be made to write as few_shot"):
+        evaluate(EvaluateSettings(model_name_or_path=str(students("cot")), **given))
+    exemplars.write_text(exemplars.read_text() + '{"question": "How many?"}\n')
+    with pytest.raises(UserError, match=r"exemplars.jsonl, line 3: no_answer"):
+        evaluate(EvaluateSettings(model_name_or_path=str(base), output_dir="out", **given))

@@ -1,0 +1,69 @@
+"""Peak resident memory of one real forward and backward pass, per architecture, next to what the planner says (JSON)."""
+
+from __future__ import annotations
+
+import gc
+import json
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trainer.models import packed_attention
+from trainer.planning.activations import batch_of, trace
+from trainer.training.loss import token_losses
+
+LENGTHS, LEARNED = [96] * 5 + [32], 200
+COMMON = {
+    "num_hidden_layers": 3, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1024, "vocab_size": 6000,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": 3, "n_embd": 384, "n_head": 6, "vocab_size": 6000},
+    "gpt_neox": COMMON,
+    "llama": {**COMMON, "num_key_value_heads": 2},
+    "qwen2": {**COMMON, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {**COMMON, "num_key_value_heads": 2, "head_dim": 64},
+    "mistral": {**COMMON, "num_key_value_heads": 2, "sliding_window": None},
+}
+
+
+def resident(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+def drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def peak(config: Any, checkpointing: bool) -> int:
+    """Bytes above what was there before, in the third pass (the first ones fill caches of kernels)."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=packed_attention.register()).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(drop)
+    batch = batch_of(LENGTHS, LEARNED)
+    for _ in range(3):
+        gc.collect()
+        before = resident("VmRSS")
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")  # forget the highest resident set so far
+        token_losses(model, batch).backward()
+        found = resident("VmHWM") - before
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    result = {}
+    for kind, shape in SHAPES.items():
+        config = AutoConfig.for_model(kind, **shape)
+        config.use_cache = False
+        for checkpointing in (False, True) if kind in ("gpt2", "llama") else (False,):
+            planned = trace(config, LENGTHS, LEARNED, torch.float32, checkpointing, cuda=False).peak_bytes
+            result[f"{kind} {checkpointing}"] = [planned, peak(config, checkpointing)]
+    print("RESULT " + json.dumps(result))
+
+
+main()

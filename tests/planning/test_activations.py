@@ -1,0 +1,80 @@
+"""Activations traced without data are those of a real pass, for every architecture, and grow as they should."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from tests.distributed import run_well
+from trainer.models import shapes
+from trainer.planning.activations import trace
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def config(**changes: int) -> object:
+    shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 500, **changes}
+    made = AutoConfig.for_model("gpt2", **shape)
+    made.use_cache = False
+    return made
+
+
+def peak(
+    lengths: list[int], learned: int = 10, checkpointing: bool = False, cuda: bool = False, **shape: int
+) -> int:
+    return trace(config(**shape), lengths, learned, torch.float32, checkpointing, cuda).peak_bytes
+
+
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="measures the resident set through Linux's /proc")
+def test_traced_is_what_a_real_pass_takes_in_every_architecture() -> None:
+    # malloc hands freed memory back, or what was freed before would hide what is asked for now
+    output = run_well(
+        ["-m", "tests.planning.measure_activations"], timeout=600, MALLOC_MMAP_THRESHOLD_="65536"
+    )
+    line = next(line for line in output.splitlines() if line.startswith("RESULT "))
+    results = json.loads(line.removeprefix("RESULT "))
+    assert len(results) == 8
+    wrong = {name: pair for name, pair in results.items() if abs(pair[0] / pair[1] - 1) > 0.10}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_no_quadratic_term_in_a_pack(cuda: bool) -> None:
+    """Twice the examples take twice the memory, whatever the length of the pack."""
+    once, twice, four = (peak([64] * n, 16 * n, cuda=cuda, n_positions=64) for n in (2, 4, 8))
+    assert (four - twice) == pytest.approx(2 * (twice - once), rel=0.02)
+
+
+def test_logits_are_counted_where_something_is_learned() -> None:
+    few, many = peak([64] * 4, 100, vocab_size=5000), peak([64] * 4, 200, vocab_size=5000)
+    # at least the logits, the log-probabilities and one gradient of them, fp32
+    assert many - few >= 3 * 100 * 5000 * 4
+
+
+def test_recomputation_and_the_gpu_s_dropout_save_memory() -> None:
+    assert peak([64] * 8, n_layer=6, checkpointing=True) < 0.5 * peak([64] * 8, n_layer=6)
+    assert peak([64] * 8, cuda=True) < peak([64] * 8)
+    assert peak([64] * 8, cuda=True, checkpointing=True) < peak([64] * 8, cuda=True)
+
+
+def test_every_parameter_s_gradient_is_in_the_timeline_once() -> None:
+    """Tied weights have one gradient."""
+    found = trace(config(), [32], 8, torch.float32, False, False)
+    from trainer.models.load import num_parameters
+
+    assert found.moments[-1].gradient_elements == num_parameters(config())
+    assert found.moments[0].gradient_elements == 0
+
+
+def test_nothing_is_allocated() -> None:
+    """Weights of 4 GB are traced in a process that does not grow."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    shape = shapes.config("llama-2-7b")
+    shape.use_cache, shape.num_hidden_layers = False, 4
+    assert trace(shape, [512] * 8, 4096, torch.float32, False, True).peak_bytes > 3e9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < 0.5e9

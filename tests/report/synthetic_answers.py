@@ -1,0 +1,56 @@
+"""What students of a made-up study write: stories solved rightly, or with one planted mistake of a known kind."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from trainer.problems import calculator, stories
+from trainer.problems.problem import Problem, Step
+from trainer.report.methods import ASK, WITH_QUESTIONS
+
+MISTAKES = ("subquestion", "operation", "arithmetic", "no_answer", "other")
+_LAST_ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>(?!.*<<)")
+
+
+@functools.cache
+def problems(num: int) -> list[Problem]:
+    """Stories of 2 to 5 steps."""
+    return list(stories.read("test", seed=7, num_problems=num, min_steps=2, max_steps=5))
+
+
+def possible_mistakes(mode: str) -> tuple[str, ...]:
+    """What can be told apart in an answer of this mode."""
+    if mode == "answer_only":
+        return ("no_answer", "other")
+    return tuple(mistake for mistake in MISTAKES if mistake != "subquestion" or mode in ASK)
+
+
+def answer(problem: Problem, mode: str, mistake: str = "", at: int = 0) -> str:
+    """The text of one answer; `mistake` is "" or one of MISTAKES, planted in step `at`."""
+    steps = list(problem.steps)
+    final = problem.answer
+    if mistake == "other":
+        final = str(int(float(final)) + 1001)
+    elif mistake in ("subquestion", "operation", "arithmetic"):
+        steps[at] = _spoilt(steps[at], mistake)
+        final = str(int(float(final)) + 1000)
+    lines = []
+    for step in steps if mode != "answer_only" else []:
+        lines += [step.question] * (mode in WITH_QUESTIONS) + [step.solution]
+    if mistake == "no_answer":
+        return "\n".join(lines) or "eeeee"
+    return "\n".join([*lines, f"#### {final}"])
+
+
+def _spoilt(step: Step, mistake: str) -> Step:
+    found = _LAST_ANNOTATION.search(step.solution)
+    assert found is not None, step
+    expression, result = found.groups()
+    if mistake == "arithmetic":
+        result = str(int(float(result)) + 1000)
+    else:  # another operand
+        expression += "+1000"
+        result = calculator.evaluate(expression) or ""
+    solution = step.solution[: found.start()] + f"<<{expression}={result}>>{result} in all."
+    return Step("How far is the moon from Paris?" if mistake == "subquestion" else step.question, solution)

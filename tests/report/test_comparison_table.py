@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from synthetic_study import make_study
+
+from trainer.report.comparison_table import comparison_tables
+from trainer.report.latex import escape, to_latex
+from trainer.report.results import load_runs
+from trainer.report.summary import panels
+from trainer.report.targets import load_targets, same_size
+
+
+def _rows(report: Path) -> list[dict[str, str]]:
+    with open(report / "comparison.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_target_says_how_it_is_known() -> None:
+    targets = load_targets()
+    assert len(targets.targets) == 2 + 13 + 6 and {t.data for t in targets.targets} == {"gsm8k", "svamp"}
+    assert {t.mark for t in targets.targets} == {"quoted", "memory"} and set(targets.marks) >= {
+        "read",
+        "quoted",
+    }
+    quoted = {(t.model, t.method, t.accuracy) for t in targets.targets if t.mark == "quoted"}
+    assert quoted == {("GPT-2 large", "cot", 14.1), ("GPT-2 large", "socratic", 21.1)}
+    assert all(t.source and 0 < t.accuracy < 100 for t in targets.targets)
+    sizes = {"GPT-2 small": 124_439_808, "GPT-2 medium": 354_823_168, "GPT-2 large": 774_030_080}
+    for target in targets.targets:
+        assert [name for name, size in sizes.items() if same_size(size, target)] == [target.model] * bool(
+            target.method
+        )
+
+
+def test_the_papers_values_stand_below_the_model_of_their_size(whole_report: Path) -> None:
+    rows = [row for row in _rows(whole_report) if row["problems"] == "gsm8k test"]
+    order = list(dict.fromkeys((row["who"], row["model"]) for row in rows))
+    assert order == [
+        *(("ours", "gpt2"), ("paper", "GPT-2 small"), ("ours", "gpt2-medium"), ("paper", "GPT-2 medium")),
+        *(("ours", "gpt2-large"), ("paper", "GPT-2 large"), ("paper", "GPT-3 6B")),
+    ]
+    large = [(r["method"], r["accuracy"], r["mark"]) for r in rows if r["model"] == "GPT-2 large"]
+    assert large == [
+        *(("answer_only", "0.0462", "memory"), ("cot", "0.141", "quoted"), ("cot", "0.1285", "memory")),
+        *(("socratic", "0.211", "quoted"), ("socratic", "0.1789", "memory")),
+        ("gold_subquestions", "0.2108", "memory"),
+    ]
+    pairs = [r for r in rows if r["who"] == "ours" and r["method"].startswith("iterative")]
+    assert len(pairs) == 6 and all(int(r["total_parameters"]) == 2 * int(r["parameters"]) for r in pairs)
+    assert {row["inside_our_interval"] for row in rows if row["method"] == "socratic"} == {""}, (
+        "unified or iterative?"
+    )
+
+
+def test_whether_a_target_lies_in_our_interval(whole_report: Path) -> None:
+    rows = _rows(whole_report)
+    ours = {(r["model"], r["method"]): r for r in rows if r["who"] == "ours"}
+    found = [r for r in rows if r["who"] == "paper" and r["inside_our_interval"]]
+    names = {"GPT-2 small": "gpt2", "GPT-2 medium": "gpt2-medium", "GPT-2 large": "gpt2-large"}
+    assert len(found) == 3 * 3 + 1
+    for row in found:
+        mine = ours[names[row["model"]], row["method"]]
+        inside = float(mine["low"]) <= float(row["accuracy"]) <= float(mine["high"])
+        assert row["inside_our_interval"] == str(inside)
+
+
+def test_data_without_targets_still_has_the_papers_form(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", {"a & b_1": 1000}, ("cot",), seeds=(0,), num_problems=30)
+    (table,) = comparison_tables(panels(load_runs([study.path])))
+    assert [method for method, _ in table.columns] == [
+        *("answer_only", "cot", "socratic", "iterative_interleaved", "gold_subquestions")
+    ]
+    assert [row.who for row in table.rows] == ["ours"] and not table.marks
+    text = to_latex([table])
+    assert r"a \& b\_1 & 1k & -- & " in text and text.count(r"\\") == 2
+
+
+def test_no_targets_beside_numbers_that_were_made_otherwise(tmp_path: Path) -> None:
+    about = {"data": "gsm8k", "train_data": "gsm8k", "num_problems": 30}
+    study = make_study(
+        tmp_path / "study", {"m": 124_000_000}, ("cot",), seeds=(0,), calculator=False, **about
+    )
+    (table,) = comparison_tables(panels(load_runs([study.path])))
+    assert table.title == "gsm8k test · no calculator" and not any(row.who == "paper" for row in table.rows)
+
+
+def test_latex_has_as_many_cells_in_every_row(whole_report: Path) -> None:
+    text = (whole_report / "comparison.tex").read_text()
+    body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
+    rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 1 + 6
+    for row in rows:
+        assert row.count(" & ") + 1 + 2 * row.count(r"\multicolumn{3}") == 2 + 7
+    assert "14.1$^{q}$, 12.85$^{m}$" in text and "from memory, not checked" in text
+    assert text.count("{") == text.count("}") and r"\usepackage{booktabs}" in text.splitlines()[0]
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex here")
+def test_latex_compiles(whole_report: Path, tmp_path: Path) -> None:
+    document = r"\documentclass{article}\usepackage{booktabs}\begin{document}" + (
+        (whole_report / "comparison.tex").read_text() + r"\end{document}"
+    )
+    (tmp_path / "t.tex").write_text(document)
+    done = subprocess.run(
+        ["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_latex_escapes() -> None:
+    assert escape("50 % of a_b & {c} ~ ^ \\ $ #") == (
+        r"50 \% of a\_b \& \{c\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$ \#"
+    )
+
+
+def test_the_table_is_in_the_numbers_as_well(whole_report: Path) -> None:
+    record = json.loads((whole_report / "results.json").read_text())
+    assert len(record["comparison_table"]) == len(_rows(whole_report))

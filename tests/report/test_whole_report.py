@@ -1,0 +1,194 @@
+"""A study with every way to answer: what of it is said, and that it is what the predictions say."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+from synthetic_study import make_asked_run, make_run, make_study, write_evaluation
+
+from trainer.errors import UserError
+from trainer.report.analysis import analyse
+from trainer.report.build import build_report
+from trainer.report.causes import CAUSES
+from trainer.report.certainty import certainties, half_width
+from trainer.report.comparisons import compare
+from trainer.report.results import load_runs
+from trainer.report.statistics import mcnemar
+from trainer.report.summary import panels
+from trainer.run_directory import StudyDirectory
+
+
+@pytest.fixture(scope="module")
+def record(whole_report: Path) -> dict[str, Any]:
+    return json.loads((whole_report / "results.json").read_text())
+
+
+def _predictions(study: StudyDirectory, run: str, evaluation: str) -> list[dict[str, Any]]:
+    path = study.run(run).evaluation(evaluation).predictions
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_causes_add_up_to_the_problems(record: dict[str, Any]) -> None:
+    assert len(record["causes"]) == 3 * 7 + 3 * 2
+    for row in record["causes"]:
+        assert row["right"] + sum(row[cause] for cause in CAUSES) == row["n"] == 60
+    asked = [row for row in record["causes"] if row["method"] in ("socratic", "iterative_ahead")]
+    assert all(row["subquestion"] for row in asked if row["right"] < 40)
+    assert not any(
+        row["subquestion"] for row in record["causes"] if row["method"] in ("cot", "gold_subquestions")
+    )
+    plain = [row for row in record["causes"] if row["method"] == "answer_only"]
+    assert all(row["operation"] + row["arithmetic"] == 0 and row["other"] for row in plain)
+
+
+def test_the_calculator_is_compared_on_the_same_problems(
+    whole_study: StudyDirectory, record: dict[str, Any]
+) -> None:
+    assert len(record["calculator"]) == 6
+    row = next(r for r in record["calculator"] if (r["model_name"], r["method"]) == ("gpt2", "cot"))
+    runs = [
+        _predictions(whole_study, "stories.cot.gpt2.s0", f"gsm8k-test-cot{end}")
+        for end in ("", "-no-calculator")
+    ]
+    on, off = ([line["correct_strict"] for line in lines] for lines in runs)
+    table = Counter(zip(on, off, strict=True))
+    assert (row["only_first"], row["only_second"]) == (table[True, False], table[False, True])
+    assert (row["on"]["correct"], row["off"]["correct"], row["n"]) == (sum(on), sum(off), 60)
+    p = stats.binomtest(table[True, False], table[True, False] + table[False, True]).pvalue
+    assert row["p"] == pytest.approx(p) and row["p"] <= row["p_holm"]
+    assert mcnemar(table[True, False], table[False, True]) == pytest.approx(p)
+
+
+def test_new_methods_are_compared_with_old_ones(record: dict[str, Any]) -> None:
+    pairs = {(c["first"], c["second"]) for c in record["comparisons"] if c["panel"] == "gsm8k test"}
+    assert len(pairs) == 21 and ("socratic", "iterative_interleaved") in pairs
+    few_shot = [c for c in record["comparisons"] if c["first"] == "few_shot"]
+    assert few_shot and all(c["seed"] == 0 and not c["refusal"] for c in few_shot), (
+        "an untrained model has no seed"
+    )
+
+
+def test_sub_questions_are_scored_where_the_student_asks(record: dict[str, Any]) -> None:
+    methods = Counter(row["method"] for row in record["subquestions"])
+    assert methods == {"socratic": 3, "iterative_ahead": 3, "iterative_interleaved": 6}
+    for row in record["subquestions"]:
+        assert 50 < row["bleu"] < 100.001 and row["right_number_share"] == row["right_number"] / row["n"] == 1
+        assert row["bertscore"] is None and row["low"] < 1 == row["high"]
+
+
+def test_half_widths_are_those_of_the_published_data_sets() -> None:
+    published = [(0.21, 1319, 2.2), (0.21, 300, 4.6), (0.62, 229, 6.2), (0.2, 300, 4.5)]
+    for accuracy, n, points in published:
+        assert 100 * half_width(accuracy, n) == pytest.approx(points, abs=0.05)
+        interval = stats.binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
+        assert half_width(round(accuracy * n) / n, n) == pytest.approx((interval.high - interval.low) / 2)
+
+
+def test_differences_that_mean_little_are_named(whole_study: StudyDirectory, whole_report: Path) -> None:
+    found = panels(load_runs([whole_study.path]))
+    comparisons = compare(found, analyse([e for panel in found for e in panel.evaluations]))
+    first, second = certainties(found, comparisons)
+    weak = {
+        (c.model_name, c.first, c.second)
+        for c in comparisons
+        if c.panel == "gsm8k test" and c.p_holm is not None and c.p_holm >= 0.05
+    }
+    assert 0 < len(first.untold) == len(weak) < first.num_pairs == 63
+    assert str(first) in (whole_report / "index.html").read_text() and second.panel.endswith("no calculator")
+    assert any(text.startswith("gpt2, CoT and Socratic: ") for text in first.untold)
+
+
+def test_predictions_of_an_older_version(tmp_path: Path) -> None:
+    """Without gold steps: no causes, no quality, and it is said; all else stays."""
+    study = make_study(
+        tmp_path / "old", {"m": 1000}, ("cot", "socratic"), seeds=(0,), gold_steps=False, num_problems=40
+    )
+    page = build_report([study.path])
+    record = json.loads((page.parent / "results.json").read_text())
+    assert record["causes"] == record["subquestions"] == [] and len(record["comparisons"]) == 1
+    text = " ".join(page.read_text().split())
+    assert "The predictions do not hold the gold steps" in text and "predictions without gold steps" in text
+    assert not (page.parent / "what_went_wrong.svg").exists() and 'id="browser"' in text
+    new = make_study(tmp_path / "new", {"m2": 2000}, ("cot",), seeds=(0,), num_problems=40)
+    both = json.loads(
+        (build_report([study.path, new.path], tmp_path / "r").parent / "results.json").read_text()
+    )
+    assert [row["model"] for row in both["causes"]] == ["m2"]
+
+
+def test_runs_that_only_ask_and_runs_that_only_help_are_not_unfinished(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    make_run(folder, "cot", "m", 1000, 0, name="stories.decomposer.m.s0").settings.write_text(
+        "method: decomposer\n"
+    )
+    make_run(folder, "cot", "m", 1000, 0, name="stories.solver.m.s0").settings.write_text("method: solver\n")
+    for name in ("decomposer", "solver"):  # their exports say so as well
+        manifest = StudyDirectory(folder).run(f"stories.{name}.m.s0").export / "MANIFEST.json"
+        manifest.write_text(manifest.read_text().replace('"cot"', f'"{name}"'))
+    pair = make_asked_run(
+        folder, "iterative_ahead", "m", 1000, 3
+    )  # its settings say seed: 0, of the sampling
+    runs = {run.name: run for run in load_runs([folder])}
+    assert runs[pair.name].unfinished == "not evaluated" and runs[pair.name].seed == 3
+    assert {runs[name].unfinished for name in runs if name != pair.name} == {""}
+    write_evaluation(pair, "iterative_ahead", "m", 1000, 3, 0, num_problems=20)
+    run = next(run for run in load_runs([folder]) if run.name == pair.name)
+    assert run.unfinished == "" and run.max_steps is None and run.only_asked
+    assert [m.role for m in run.evaluations[0].members] == ["decomposer", "solver"]
+    assert (run.evaluations[0].num_parameters, run.evaluations[0].total_parameters) == (1000, 2000)
+
+
+def test_guidance_makes_another_method(tmp_path: Path) -> None:
+    run = make_asked_run(tmp_path / "study", "iterative_ahead_operators", "m", 1000, 0)
+    assert load_runs([run.path])[0].method == "iterative_ahead+operators"
+    path = write_evaluation(run, "iterative_ahead", "m", 1000, 0, 0, num_problems=20)
+    path = path.rename(path.with_name("mine-hard-iterative_ahead_operators-gold_guidance"))
+    results = json.loads((path / "results.json").read_text())
+    results["decomposer"]["method"] = "decomposer_interleaved_operators"
+    for guidance_from, method in (("planner", "+operators"), ("gold", "+gold operators")):
+        (path / "results.json").write_text(json.dumps(results | {"guidance_from": guidance_from}))
+        (panel,) = panels(load_runs([run.path]))
+        assert panel.methods == [f"iterative_ahead{method}"] and panel.title == "mine-hard"
+
+
+def test_a_published_model_has_the_name_that_the_study_gives_it(tmp_path: Path) -> None:
+    run = make_asked_run(tmp_path / "study", "few_shot", "m", 1000, 0)
+    results = write_evaluation(run, "few_shot", "gpt2", 1000, 0, 0, num_problems=20) / "results.json"
+    unknown = {"method": "", "train_data": ""}  # it does not say how it was made
+    results.write_text(json.dumps(json.loads(results.read_text()) | unknown))
+    (panel,) = panels(load_runs([run.path]))
+    assert (panel.title, panel.methods, panel.models) == ("stories test", ["few_shot"], [(1000, "m")])
+
+
+def test_a_member_that_says_nothing_is_refused(tmp_path: Path) -> None:
+    run = make_asked_run(tmp_path / "study", "iterative_ahead", "m", 1000, 0)
+    write_evaluation(run, "iterative_ahead", "m", 1000, 0, 0, num_problems=20, solver={"model_name": "m"})
+    with pytest.raises(
+        UserError, match=r"results\.json: solver is .* expected model_name, method, num_parameters"
+    ):
+        load_runs([run.path])
+
+
+def test_examples_are_shared_evenly_and_are_the_same_problems(whole_study: StudyDirectory) -> None:
+    found = panels(load_runs([whole_study.path]))
+    evaluations = [e for panel in found for e in panel.evaluations]
+    analyses = list(analyse(evaluations, max_examples=280).values())
+    assert len(evaluations) == 27 and {len(a.examples) for a in analyses} == {10}
+    ids = [{example.prediction.id for example in a.examples} for a in analyses]
+    assert all(chosen == ids[0] for chosen in ids)
+    assert not any(a.examples for a in analyse(evaluations, max_examples=5).values())
+
+
+@pytest.mark.parametrize("steps", ["none", [1], [["a", "b"]]])
+def test_damaged_gold_steps_are_refused(tmp_path: Path, steps: Any) -> None:
+    study = make_study(tmp_path / "study", {"m": 1000}, ("cot",), seeds=(0,), num_problems=5)
+    path = study.run("stories.cot.m.s0").evaluation("stories-test-cot").predictions
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps(json.loads(first) | {"gold_steps": steps}) + "\n" + rest)
+    with pytest.raises(UserError, match="line 1: gold_steps is not a list of steps"):
+        build_report([study.path])

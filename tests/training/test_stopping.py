@@ -1,0 +1,93 @@
+"""Told to stop, a training saves, says so by its exit status, and goes on later as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.distributed import Ranks, run, run_well
+from tests.training.conftest import settings, trajectory
+from trainer import commit
+from trainer.run_directory import RunDirectory
+from trainer.shards.read import Shards
+from trainer.terminal import GO_ON_LATER
+
+STEPS = 30
+
+
+def configured(folder: Path, stories: Shards, name: str, **changes: Any) -> Path:
+    values = settings(
+        stories, folder / name, max_steps=STEPS, eval_shards=str(stories.path), eval_steps=2, **changes
+    )
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def lines(run: RunDirectory, key: str) -> dict[int, Any]:
+    """step -> value, of the lines that have the key."""
+    records = map(json.loads, run.metrics.read_text().splitlines()) if run.metrics.exists() else iter(())
+    return {line["step"]: line[key] for line in records if key in line}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, stories: Shards) -> Path:
+    """`whole` ran through on two ranks; `told` was sent SIGUSR1, one rank only, in the middle."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run_well(["tools/train.py", "--config", str(configured(folder, stories, "whole"))], 2, timeout=300)
+    file, directory = configured(folder, stories, "told"), RunDirectory(folder / "told")
+    with Ranks(["tools/train.py", "--config", str(file)], 2) as ranks:
+        deadline = time.monotonic() + 200
+        while not lines(directory, "loss") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ranks.processes[1].send_signal(signal.SIGUSR1)
+        outcomes = ranks.wait(200)
+    assert [outcome.status for outcome in outcomes] == [GO_ON_LATER, GO_ON_LATER], outcomes[0].output
+    assert "stopped as asked (another rank was told)" in outcomes[0].output
+    return folder
+
+
+def test_it_saved_where_it_was(stopped: Path) -> None:
+    run = RunDirectory(stopped / "told")
+    last = max(lines(run, "loss"))
+    assert last < STEPS, "it was stopped in the middle"
+    assert run.checkpoint_steps() == [last]
+    facts = commit.read_manifest(run.checkpoint(last))["facts"]
+    assert (facts["step"], facts["finished"]) == (last, False)
+
+
+def test_it_goes_on_and_no_evaluation_is_missing(stopped: Path) -> None:
+    told, whole = RunDirectory(stopped / "told"), RunDirectory(stopped / "whole")
+    run_well(["tools/train.py", "--config", str(stopped / "told.yaml")], 2, timeout=300)
+    assert [s["loss"] for s in trajectory(told.path)] == [s["loss"] for s in trajectory(whole.path)]
+    assert lines(told, "evaluation") == lines(whole, "evaluation")
+    assert sorted(lines(told, "evaluation")) == list(range(2, STEPS + 1, 2))
+
+
+def test_a_limit_without_time_for_a_checkpoint_is_refused(stopped: Path, stories: Shards) -> None:
+    """Starting alone takes longer than this limit; so there is no time left when it is compared with a save."""
+    file = configured(stopped, stories, "short", time_limit_seconds=1)
+    outcomes = run(["tools/train.py", "--config", str(file)], 2)
+    assert [outcome.status for outcome in outcomes] == [2, 2]
+    for outcome in outcomes:
+        assert "the time limit leaves" in outcome.output and "time_limit_seconds" in outcome.output
+    assert not RunDirectory(stopped / "short").metrics.exists()
+
+
+def test_restarts_without_a_new_checkpoint_end(stopped: Path, stories: Shards) -> None:
+    """As Slurm would start it again and again, and something kills it on its way to the first step."""
+    file = configured(stopped, stories, "looping", max_restarts=1)
+    directory = RunDirectory(stopped / "looping")
+    commit.write_text(
+        directory.restarts,
+        json.dumps({"restarts": 1, "without_progress": 1, "progress": 0, "job": "1", "time": ""}),
+    )
+    outcomes = run(["tools/train.py", "--config", str(file)], SLURM_RESTART_COUNT="2")
+    assert outcomes[0].status == 2
+    assert "restarted 2 times without getting further than 0" in outcomes[0].output

@@ -1,0 +1,1 @@
+"""A study as Slurm jobs: batch scripts, submitting them, and what became of them."""

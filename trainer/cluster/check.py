@@ -1,0 +1,80 @@
+"""What a cluster would refuse, told before anything is submitted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from trainer.cluster import slurm
+from trainer.cluster.batches import Batch
+from trainer.cluster.site import Site, seconds_of
+from trainer.configuration import did_you_mean
+from trainer.errors import UserError
+
+
+def refuse(batches: Sequence[Batch], site: Site, where: str) -> None:
+    """Compare the site's facts with what sinfo tells; the rest (accounts, constraints) only sbatch knows.
+
+    Raises UserError naming `where` (the cluster.env) and the key.
+    """
+    slurm.refuse_missing()
+    known = slurm.partitions()
+    for batch in batches:
+        ranked = batch.holds_accelerator
+        key = "PARTITION" if ranked or not site.cpu_partition else "CPU_PARTITION"
+        limits = {"train": "TIME_LIMIT", "evaluate": "EVALUATE_TIME_LIMIT"}
+        _refuse_partition(key, known, site, limits.get(batch.kind, "CPU_TIME_LIMIT"), ranked, where)
+
+
+def _refuse_partition(
+    key: str, known: dict[str, dict[str, str]], site: Site, limit_key: str, ranked: bool, where: str
+) -> None:
+    wanted = getattr(site, key.lower()) or slurm.default_partition()
+    if not wanted:
+        raise UserError(
+            f"{where}: {key} is missing and this cluster has no default; choose one of {', '.join(known)}"
+        )
+    for name in wanted.split(","):
+        if name not in known:
+            raise UserError(
+                f"{where}: {key}={name}: there is no such partition{did_you_mean(name, known)}; "
+                f"this cluster has {', '.join(known)}"
+            )
+        facts = known[name]
+        if facts["state"] != "up":
+            raise UserError(f"{where}: {key}={name}: the partition is {facts['state']}")
+        longest, asked = _longest(facts["limit"]), getattr(site, limit_key.lower())
+        if longest is not None and seconds_of(asked) > longest:
+            raise UserError(
+                f"{where}: {limit_key}={asked}: the partition {name} allows at most {facts['limit']}"
+            )
+        if ranked and site.gpus_per_node:
+            _refuse_gpus(name, facts["gres"], site, where)
+
+
+def _refuse_gpus(partition: str, gres: str, site: Site, where: str) -> None:
+    """`gpu:a100:4(S:0-1),gpu:h100:8` -> a node must have so many of that type."""
+    found = [(kind or "", int(count)) for kind, count in re.findall(r"gpu:(?:([^:,()]+):)?(\d+)", gres)]
+    if not found:
+        raise UserError(
+            f"{where}: GPUS_PER_NODE={site.gpus_per_node}: the partition {partition} has no accelerators"
+        )
+    types = sorted({kind for kind, _ in found if kind})
+    if site.gpu_type and site.gpu_type not in types:
+        raise UserError(
+            f"{where}: GPU_TYPE={site.gpu_type}: the partition {partition} has no such type"
+            f"{did_you_mean(site.gpu_type, types)}; it has {', '.join(types) or 'accelerators without a type'}"
+        )
+    most = max(count for kind, count in found if not site.gpu_type or kind == site.gpu_type)
+    if site.gpus_per_node > most:
+        raise UserError(
+            f"{where}: GPUS_PER_NODE={site.gpus_per_node}: a node of {partition} has {most} at most"
+        )
+
+
+def _longest(limit: str) -> int | None:
+    """Seconds of sinfo's limit; None for one that is not a time (infinite)."""
+    try:
+        return seconds_of(limit)
+    except AssertionError:
+        return None

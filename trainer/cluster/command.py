@@ -1,0 +1,34 @@
+"""The subcommands of tools/study.py that know of Slurm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.cluster import manage, record, status, submit
+from trainer.errors import UserError
+from trainer.study import table
+from trainer.study.plan import Study
+
+
+def do(
+    command: str, study: Study, tools: Path, cluster: Path | None, dry_run: bool, run_name: str, failed: bool
+) -> None:
+    """Do `command`: status, submit, resubmit, logs or cancel. Raises UserError if a flag it needs is missing."""
+    if command == "status":
+        table.show_status(study)
+        if record.file_of(study.directory).is_file():
+            status.show(study)
+    elif command == "submit":
+        if cluster is None:
+            raise UserError("submit where? Give --cluster cluster.env (see slurm/cluster.env.example)")
+        submit.submit(study, tools, cluster, dry_run)
+    elif command == "resubmit":
+        if not failed:
+            raise UserError("resubmit what? Give --failed; 'submit' submits everything that is not done")
+        submit.resubmit(study, tools)
+    elif command == "logs":
+        if not run_name:
+            raise UserError(f"logs of which run? e.g. {study.runs[0].name}")
+        manage.show_logs(study, run_name)
+    else:
+        manage.cancel(study)

@@ -1,0 +1,47 @@
+"""Look into the logs of a study's jobs, and cancel them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer import terminal
+from trainer.cluster import record, slurm, submit
+from trainer.configuration import did_you_mean
+from trainer.errors import UserError
+from trainer.study import stages
+from trainer.study.plan import Study
+from trainer.study.stages import Stage
+
+_TAIL_LINES = 30
+
+
+def cancel(study: Study) -> None:
+    """Cancel every job of the study that waits or runs. A running training is told, and saves."""
+    live = submit.live_jobs(study.directory)
+    if live:
+        slurm.cancel(sorted({str(job) for job in live.values()}))
+    terminal.say(f"study {study.name}: {len(live)} jobs cancelled; what is done is kept")
+
+
+def show_logs(study: Study, name: str) -> None:
+    """Print the end of every log of a run or of another stage (`report`, a shard set). Raises UserError for no such name."""
+    chosen = [stage for stage in stages.of_study(study) if name in (stage.subject, stage.label, stage.kind)]
+    if not chosen:
+        names = list(dict.fromkeys(stage.subject for stage in stages.of_study(study)))
+        raise UserError(
+            f"study {study.name} has no run {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
+        )
+    known = record.read(study.directory)
+    for stage in chosen:
+        _show(stage.log, stage)
+        if stage.label in known:
+            _show(Path(known[stage.label].output), stage)
+
+
+def _show(log: Path, stage: Stage) -> None:
+    """Nothing is shown of a file that is not there or empty."""
+    if log.is_file() and log.stat().st_size:
+        end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+        terminal.say(f"--- {stage.label}: {log}")
+        for line in end:
+            terminal.say(line)

@@ -1,0 +1,158 @@
+"""Slurm's commands: submit, look, cancel. The only file that runs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer import distributed
+from trainer.errors import UserError
+
+# Columns of squeue --Format with their widths; no value holds a space but the reason, which is the last.
+_COLUMNS = (("JobArrayID", 40), ("State", 20), ("RestartCnt", 12), ("TimeUsed", 20), ("NodeList", 60))
+_REASON_WIDTH = 200
+_TIMEOUT_SECONDS = 120
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm says of one job or one task of an array. `restarts` is None if it does not say."""
+
+    state: str
+    reason: str = ""
+    restarts: int | None = None
+    nodes: str = ""
+    time_used: str = ""
+
+    @property
+    def is_live(self) -> bool:
+        return self.state not in ENDED
+
+
+def refuse_missing() -> None:
+    """Raises UserError if Slurm's commands are not here, naming what to install."""
+    missing = [
+        name for name in ("sbatch", "squeue", "scontrol", "scancel", "sinfo") if not shutil.which(name)
+    ]
+    if missing:
+        raise UserError(
+            f"no {', '.join(missing)} on the PATH: log in to a node of the cluster, or install slurm-client; "
+            "slurm/dev_cluster.sh makes a cluster on this machine (apt-get install slurm-wlm munge)"
+        )
+
+
+def submit_held(script: Path, dependency: str) -> str:
+    """Hand a script to sbatch; the job waits for `release`. Returns its number; raises UserError with sbatch's words."""
+    # A job whose dependency failed would wait for ever.
+    after = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
+    return _run(["sbatch", "--parsable", "--hold", *after, str(script)]).strip().split(";")[0]
+
+
+def release(ids: list[str]) -> None:
+    _run(["scontrol", "release", *ids])
+
+
+def jobs(ids: Iterable[str] = ()) -> dict[str, Job]:
+    """Our jobs and tasks of arrays that Slurm still knows, by number; of `ids` it has forgotten what sacct knows."""
+    widths = [*(width for _, width in _COLUMNS), _REASON_WIDTH]
+    names = [f"{name}:{width}" for name, width in _COLUMNS] + [f"Reason:{_REASON_WIDTH}"]
+    output = _run(["squeue", "--me", "--array", "--states=all", "--noheader", f"--Format={','.join(names)}"])
+    found = parse_squeue(output, widths)
+    forgotten = [job for job in ids if job not in found]
+    return {**(_accounted(forgotten) if forgotten else {}), **found}
+
+
+def parse_squeue(output: str, widths: list[int]) -> dict[str, Job]:
+    found = {}
+    for line in output.splitlines():
+        cells, start = [], 0
+        for width in widths:
+            cells.append(line[start : start + width].strip())
+            start += width
+        job, state, restarts, time_used, nodes, reason = cells
+        reason = "" if reason == "None" else reason
+        found[job] = Job(state, reason, int(restarts) if restarts.isdigit() else None, nodes, time_used)
+    return found
+
+
+def _accounted(ids: list[str]) -> dict[str, Job]:
+    """Ended jobs in the accounting database, where a cluster has one."""
+    if not shutil.which("sacct"):
+        return {}
+    command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(ids)}"]
+    done = _finish([*command, "--format=JobID,State,ExitCode,NodeList"])
+    return parse_sacct(done.stdout) if done.returncode == 0 else {}
+
+
+def parse_sacct(output: str) -> dict[str, Job]:
+    """`12_3|CANCELLED by 1000|0:15|n1` -> the state is its first word; the exit code and who it was are the reason."""
+    found = {}
+    for line in output.splitlines():
+        job, state, code, nodes = line.split("|")
+        word, _, more = state.partition(" ")
+        reason = more or ("" if code in ("0:0", "") else f"exit code {code}")
+        found[job] = Job(word.rstrip("+"), reason, None, nodes)
+    return found
+
+
+def exit_code(job: str) -> str:
+    """`1:0` (status:signal) of a job that scontrol still knows, else ""."""
+    done = _finish(["scontrol", "--oneliner", "show", "job", job])
+    words = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+    return words.get("ExitCode", "") if done.returncode == 0 else ""
+
+
+def cancel(ids: list[str]) -> None:
+    _run(["scancel", *ids])
+
+
+def partitions() -> dict[str, dict[str, str]]:
+    """name -> {limit, gres, state} of every partition; a partition with several kinds of nodes has all their gres."""
+    found: dict[str, dict[str, str]] = {}
+    for line in _run(["sinfo", "--noheader", "--format=%R|%l|%G|%a"]).splitlines():
+        name, limit, gres, state = line.split("|")
+        before = found.get(name, {}).get("gres", "")
+        found[name] = {"limit": limit, "gres": f"{before},{gres}".strip(","), "state": state}
+    return found
+
+
+def default_partition() -> str:
+    names = [line.strip() for line in _run(["sinfo", "--noheader", "--format=%P"]).splitlines()]
+    return next((name[:-1] for name in names if name.endswith("*")), "")
+
+
+def _run(command: list[str]) -> str:
+    done = _finish(command)
+    if done.returncode != 0:
+        words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise UserError(f"{command[0]}: {words.removeprefix(f'{command[0]}: ')}")
+    return done.stdout
+
+
+def _finish(command: list[str]) -> subprocess.CompletedProcess[str]:
+    # What is left of a shell or a job in our environment would be handed to every job.
+    ours = distributed.without_launcher(os.environ)
+    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    try:
+        return subprocess.run(
+            command, env={**ours, **kept}, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
+        )
+    except FileNotFoundError:
+        raise UserError(f"there is no {command[0]} on the PATH; this is for machines with Slurm") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]} does not answer; is slurmctld up? (scontrol ping)") from None

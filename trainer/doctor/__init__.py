@@ -1,0 +1,1 @@
+"""Can this machine, or this allocation, train and give right numbers? Start reading at examine.py."""

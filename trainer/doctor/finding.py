@@ -1,0 +1,23 @@
+"""What a check found: one line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`status`: ok, warn (works, but look at it) or fail. `remedy`: what to do, empty if ok."""
+
+    group: str
+    name: str
+    status: str
+    detail: str
+    remedy: str = ""
+    host: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,145 @@
+"""Disk, shared memory, processor, GPUs of one machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from trainer.doctor.finding import FAIL, OK, WARN, Finding
+
+_GB, _MB = 10**9, 10**6
+_TEST_BYTES = 64 * _MB
+_SMALL_WRITES = 5
+_SLOW_WRITE = 50 * _MB  # bytes/s: a checkpoint of 1 GB would take more than 20 s
+_SLOW_COMMIT = 1.0  # seconds
+_SMALL_SHARED_MEMORY = 1 * _GB
+
+
+def disk(output_dir: str, min_free_gb: float) -> list[Finding]:
+    """Space, and what a checkpoint does: write, flush to the disk, rename. Leaves nothing behind."""
+    path = Path(output_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path).free
+        status = OK if free >= min_free_gb * _GB else FAIL
+        remedy = (
+            ""
+            if status == OK
+            else f"free some, or write elsewhere (wanted: {min_free_gb:g} GB, --min_free_gb)"
+        )
+        found = [Finding("disk", "space", status, f"{free / _GB:.1f} GB are free at {path}", remedy)]
+        with tempfile.TemporaryDirectory(prefix=".doctor-", suffix=".tmp", dir=path) as folder:
+            found += [_write_speed(Path(folder), min(_TEST_BYTES, free // 2)), _commit_speed(Path(folder))]
+    except OSError as error:
+        reason = error.strerror or str(error)
+        remedy = "give an --output_dir on a file system you may write to, with space"
+        return [Finding("disk", "write", FAIL, f"cannot write to {path}: {reason}", remedy)]
+    return found
+
+
+def _write_speed(folder: Path, num_bytes: int) -> Finding:
+    block = os.urandom(4 * _MB)
+    start = time.perf_counter()
+    with open(folder / "data", "wb") as file:
+        for _ in range(max(1, num_bytes // len(block))):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        written = file.tell()
+    speed = written / (time.perf_counter() - start)
+    status = OK if speed >= _SLOW_WRITE else WARN
+    remedy = (
+        ""
+        if status == OK
+        else "checkpoints will be slow here: choose a faster file system, or save less often"
+    )
+    return Finding("disk", "write", status, f"{speed / _MB:,.0f} MB/s, flushed", remedy)
+
+
+def _commit_speed(folder: Path) -> Finding:
+    """Small files: written, flushed, renamed over another; the new content must be there at once."""
+    target = folder / "committed"
+    start = time.perf_counter()
+    for number in range(_SMALL_WRITES):
+        staging = folder / f"staging-{number}"
+        with open(staging, "w", encoding="utf-8") as file:
+            file.write(str(number))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, target)
+        if target.read_text(encoding="utf-8") != str(number):
+            return Finding(
+                "disk", "rename", FAIL, f"a renamed file at {folder} kept its old content", "do not use it"
+            )
+    seconds = (time.perf_counter() - start) / _SMALL_WRITES
+    status = OK if seconds < _SLOW_COMMIT else WARN
+    remedy = (
+        "" if status == OK else "every commit of a file takes this long here: a busy network file system?"
+    )
+    return Finding(
+        "disk", "rename", status, f"{seconds * 1000:.1f} ms to write, flush and rename a file", remedy
+    )
+
+
+def shared_memory() -> Finding:
+    """NCCL and data loaders use /dev/shm; a container has 64 MB of it by default."""
+    path = "/dev/shm"
+    if not os.path.isdir(path):
+        return Finding(
+            "memory", "shared", WARN, f"there is no {path}", "NCCL between the GPUs of a machine needs it"
+        )
+    size = shutil.disk_usage(path).total
+    if size < _SMALL_SHARED_MEMORY:
+        remedy = "start the container with --shm-size=8g (or --ipc=host)"
+        return Finding("memory", "shared", WARN, f"{path} has {size / _MB:,.0f} MB", remedy)
+    return Finding("memory", "shared", OK, f"{path} has {size / _GB:.1f} GB")
+
+
+def processor() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit() and int(threads) > cores:
+        remedy = f"set OMP_NUM_THREADS to at most {cores}, or give the task more cores"
+        return Finding(
+            "cpu", "cores", WARN, f"OMP_NUM_THREADS={threads} but {cores} core(s) are usable", remedy
+        )
+    return Finding(
+        "cpu", "cores", OK, f"{cores} usable" + (f", OMP_NUM_THREADS={threads}" if threads else "")
+    )
+
+
+def accelerators() -> Finding:
+    """Every visible GPU must take a matrix product; an NVIDIA driver without CUDA in torch is the wrong torch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi") and Path("/proc/driver/nvidia").exists():
+            remedy = "install the CUDA build of torch that fits the driver"
+            return Finding(
+                "gpu",
+                "cuda",
+                FAIL,
+                f"an NVIDIA driver is here but torch {torch.__version__} has no CUDA",
+                remedy,
+            )
+        return Finding("gpu", "cuda", OK, "no GPU: training runs on the CPU")
+    told = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        try:
+            ones = torch.ones(256, 256, device=f"cuda:{index}")
+            right = float((ones @ ones).sum()) == 256.0**3
+        except RuntimeError as error:
+            return Finding(
+                "gpu", "cuda", FAIL, f"GPU {index}: {str(error).splitlines()[0]}", "is it in use, or broken?"
+            )
+        if not right:
+            return Finding(
+                "gpu", "cuda", FAIL, f"GPU {index} computes 256^3 wrongly", "take it out of service"
+            )
+        told.append(f"{properties.name} {properties.total_memory / _GB:.0f} GB")
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
+    return Finding("gpu", "cuda", OK, f"{', '.join(told)}; CUDA {torch.version.cuda}, NCCL {nccl}")

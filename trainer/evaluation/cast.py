@@ -1,0 +1,111 @@
+"""Who is on the stage: the models by part, and by which method they solve each problem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.evaluation import solve
+from trainer.evaluation.decoding import AHEAD, FEW_SHOT, GOLD, SOLVER, UNIFIED, Decoding
+from trainer.evaluation.few_shot import after_exemplars, exemplar_tokens
+from trainer.evaluation.language import Language, end_tokens
+from trainer.evaluation.sampling import noise_key
+from trainer.evaluation.solution import Rules, Seat, Solution
+from trainer.models.load import context_length
+from trainer.problems.problem import DELIMITER, Problem
+from trainer.shards.methods import METHODS, Role
+from trainer.shards.read import Shards
+
+
+@dataclass(frozen=True)
+class Actor:
+    """A model and the method it was taught by (None: unknown)."""
+
+    model: PreTrainedModel
+    method: str | None
+
+
+class Cast:
+    """Makes the solutions of an evaluation. Parts that one model plays share a seat: it reads every problem once."""
+
+    def __init__(
+        self,
+        actors: Mapping[str, Actor],
+        tokenizer: PreTrainedTokenizerBase,
+        shards: Shards,
+        decoding: Decoding,
+        exemplars: Sequence[Problem] = (),
+    ) -> None:
+        """`actors` by part; the models' tokenizers are all the same. `exemplars`: what comes before every problem."""
+        self.actors, self.shards, self.decoding = actors, shards, decoding
+        self._tokenizer, self._exemplars = tokenizer, exemplar_tokens(exemplars, tokenizer)
+        seated = {id(actor.model): actor for actor in actors.values()}
+        self.models = [actor.model for actor in seated.values()]
+        self.rules = Rules(
+            language=Language(tokenizer),
+            seats=[_seat(actor, tokenizer) for actor in seated.values()],
+            voices={part: list(seated).index(id(actor.model)) for part, actor in actors.items()},
+            max_new_tokens=decoding.max_new_tokens,
+            calculator=decoding.calculator,
+        )
+
+    def solution(self, index: int) -> Solution:
+        """The problem, about to be solved."""
+        prompt = self.shards.prompt(index).tolist()
+        if self._exemplars:
+            prompt = after_exemplars(prompt, self._exemplars, self._tokenizer)
+        return Solution(index, prompt, self.rules, self._method(index), self._noise_keys(index))
+
+    def capacities(self, indices: Sequence[int]) -> list[int]:
+        """Longest sequence in tokens that each seat may have to hold."""
+        given = max(len(self.shards.prompt(index)) + sum(map(len, self._gold(index))) for index in indices)
+        longest = (
+            given
+            + len(self._exemplars)
+            + len(self.rules.language.tokens(DELIMITER))
+            + self.decoding.max_new_tokens
+        )
+        return [int(min(longest, seat.context)) for seat in self.rules.seats]
+
+    def _method(self, index: int) -> solve.Method:
+        decoding = self.decoding
+        if decoding.mode in UNIFIED:
+            return partial(solve.unified, opening=DELIMITER if decoding.impose_answer else "")
+        if decoding.mode == FEW_SHOT:
+            return solve.few_shot
+        if decoding.mode == GOLD:
+            return partial(solve.gold, questions=self._gold(index))
+        guidance: solve.Method = solve.without_guidance
+        if decoding.plan and decoding.guidance_from == "gold":
+            plan = [token for tokens in self._gold(index) for token in tokens]
+            guidance = partial(solve.gold_guidance, role=decoding.plan, tokens=plan)
+        elif decoding.plan:
+            guidance = partial(solve.planned_guidance, role=decoding.plan)
+        asking = solve.ahead if decoding.mode == AHEAD else solve.interleaved
+        return partial(asking, max_steps=decoding.max_steps, guidance=guidance)
+
+    def _gold(self, index: int) -> list[list[int]]:
+        """Segments of the data that are shown to a model: sub-questions, or the plan."""
+        return [
+            tokens.tolist() for role, tokens in self.shards.segments(index) if role == self.decoding.shown
+        ]
+
+    def _noise_keys(self, index: int) -> list[int]:
+        """Noise of its own for every seat. The solver's is that of a student alone, so that one student in both parts
+        draws what it would draw alone."""
+        seats = range(len(self.rules.seats))
+        if not self.decoding.temperature:
+            return [0] * len(seats)
+        problem_id = self.shards.problem(index).id
+        names = {seat: part for part, seat in self.rules.voices.items()}
+        names[self.rules.voices.get(SOLVER, 0)] = ""
+        return [noise_key(self.decoding.seed, problem_id, names[seat]) for seat in seats]
+
+
+def _seat(actor: Actor, tokenizer: PreTrainedTokenizerBase) -> Seat:
+    reads = METHODS[actor.method].reads if actor.method in METHODS else frozenset[Role]()
+    return Seat(reads, context_length(actor.model.config) or math.inf, end_tokens(actor.model, tokenizer))

@@ -1,0 +1,77 @@
+"""Continue any prompts with any causal LM, in slots: for teachers and base models that know nothing of our methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.evaluation.decoding import STUDENT
+from trainer.evaluation.engine import Engine
+from trainer.evaluation.generate import chooser, generate
+from trainer.evaluation.language import Language, end_tokens
+from trainer.evaluation.solution import Rules, Script, Seat, Solution
+from trainer.models.load import context_length
+
+_TOKENS_A_CHARACTER = 4  # at most: a token is at least a byte
+
+
+def completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seeds: Sequence[int] | None = None,
+    stop: tuple[str, ...] = (),
+    batch_size: int = 16,
+) -> Iterator[tuple[int, str, int, bool]]:
+    """Yield (index of the prompt, text, generated tokens, finished) as they end, which is not in order.
+
+    A text ends with an end token or right before the first of the `stop` strings (finished), else at `max_new_tokens`
+    or at the model's context. `seeds`: one for each prompt (default: its index); what is sampled depends on the
+    prompt and its seed alone. To sample k texts, give a prompt k times. Raises UserError for logits that are not finite.
+    """
+    language = Language(tokenizer)
+    context = context_length(model.config) or float("inf")
+    rules = Rules(
+        language,
+        [Seat(frozenset(), context, end_tokens(model, tokenizer))],
+        {STUDENT: 0},
+        max_new_tokens,
+        False,
+    )
+    tail = max((_TOKENS_A_CHARACTER * len(text) for text in stop), default=0)
+
+    def method(solution: Solution) -> Script[None]:
+        def is_over(tokens: list[int]) -> bool:
+            return bool(stop) and _first(language.text(tokens[-tail:]), stop) is not None
+
+        def keep(text: str) -> None:
+            end = _first(text, stop)
+            solution.lines = [text[:end]]
+
+        yield from solution.write(STUDENT, is_over, keep)
+        solution.finished = True
+
+    waiting = iter(range(len(prompts)))
+
+    def draw() -> Solution | None:
+        index = next(waiting, None)
+        if index is None:
+            return None
+        return Solution(index, prompts[index], rules, method, [seeds[index] if seeds else index])
+
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    num_slots = min(batch_size, len(prompts))
+    engine = Engine[Solution](0, model, num_slots, int(min(longest, context)), chooser(temperature, top_p))
+    for solution in generate([engine], draw, Solution.after, num_slots):
+        yield solution.index, solution.text, solution.generated.total(), solution.finished
+
+
+def _first(text: str, stop: tuple[str, ...]) -> int | None:
+    """Where the first of the stop strings begins."""
+    found = [place for place in (text.find(one) for one in stop) if place >= 0]
+    return min(found, default=None)

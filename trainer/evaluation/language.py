@@ -1,0 +1,57 @@
+"""What a tokenizer's tokens say: which of them end a line, a text or an expression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.problems import calculator
+
+
+class Language:
+    """A tokenizer as the solving methods need it. All models of an evaluation share it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.newlines = tokens_whose_text(tokenizer, lambda text: "\n" in text)
+        # A text is decoded only after a token that can complete `<<48/2=` or `####`.
+        self.equals = tokens_whose_text(tokenizer, lambda text: text.endswith("="))
+        self.hashes = tokens_whose_text(tokenizer, lambda text: "#" in text)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    def tokens(self, text: str) -> tuple[int, ...]:
+        return _tokens_of(self._tokenizer, text)
+
+    def calculated(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """If the text ends in an open annotation the calculator accepts: the tokens of its result and `>>`."""
+        if tokens[-1] not in self.equals:
+            return ()
+        expression = calculator.open_expression(self.text(tokens))
+        result = calculator.evaluate(expression) if expression is not None else None
+        return self.tokens(f"{result}>>") if result is not None else ()
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's, and those of the model's generation_config (there may be several)."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    many = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*many, tokenizer.eos_token_id) if token is not None)
+
+
+def tokens_whose_text(tokenizer: PreTrainedTokenizerBase, holds: Callable[[str], bool]) -> frozenset[int]:
+    """Tokens for whose own text `holds` says yes."""
+    return frozenset(token for token, text in enumerate(_texts_of_tokens(tokenizer)) if holds(text))
+
+
+@lru_cache(maxsize=2)
+def _texts_of_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+
+
+@lru_cache(maxsize=4096)
+def _tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,76 @@
+"""Well-known architectures by name, so that a plan needs no network: the published config.json, in short."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_GPT2 = {
+    name: {"n_layer": layers, "n_embd": width, "n_head": heads}
+    for name, layers, width, heads in (
+        ("gpt2", 12, 768, 12),
+        ("gpt2-medium", 24, 1024, 16),
+        ("gpt2-large", 36, 1280, 20),
+        ("gpt2-xl", 48, 1600, 25),
+    )
+}
+
+
+def _neox(layers: int, width: int, heads: int, vocabulary: int = 50304) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+    }
+
+
+def _llama(
+    layers: int, width: int, heads: int, groups: int, mlp: int, vocabulary: int, tied: bool = False
+) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": mlp,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": tied,
+    }
+
+
+# name -> (transformers' model type, its settings)
+_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("gpt2", shape) for name, shape in _GPT2.items()},
+    "pythia-160m": ("gpt_neox", _neox(12, 768, 12)),
+    "pythia-410m": ("gpt_neox", _neox(24, 1024, 16)),
+    "pythia-1.4b": ("gpt_neox", _neox(24, 2048, 16)),
+    "pythia-6.9b": ("gpt_neox", _neox(32, 4096, 32, 50432)),
+    "llama-2-7b": ("llama", _llama(32, 4096, 32, 32, 11008, 32000)),
+    "llama-2-13b": ("llama", _llama(40, 5120, 40, 40, 13824, 32000)),
+    "llama-2-70b": ("llama", _llama(80, 8192, 64, 8, 28672, 32000)),
+    "llama-3.1-8b": ("llama", _llama(32, 4096, 32, 8, 14336, 128256)),
+    "llama-3.2-1b": ("llama", {**_llama(16, 2048, 32, 8, 8192, 128256, tied=True), "head_dim": 64}),
+    "mistral-7b": ("mistral", {**_llama(32, 4096, 32, 8, 14336, 32000), "sliding_window": None}),
+    "qwen2.5-0.5b": ("qwen2", _llama(24, 896, 14, 2, 4864, 151936, tied=True)),
+    "qwen2.5-1.5b": ("qwen2", _llama(28, 1536, 12, 2, 8960, 151936, tied=True)),
+    "qwen2.5-3b": ("qwen2", _llama(36, 2048, 16, 2, 11008, 151936, tied=True)),
+    "qwen2.5-7b": ("qwen2", _llama(28, 3584, 28, 4, 18944, 152064)),
+    "qwen2.5-14b": ("qwen2", _llama(48, 5120, 40, 8, 13824, 152064)),
+    "qwen3-0.6b": ("qwen3", {**_llama(28, 1024, 16, 8, 3072, 151936, tied=True), "head_dim": 128}),
+    "qwen3-8b": ("qwen3", {**_llama(36, 4096, 32, 8, 12288, 151936), "head_dim": 128}),
+}
+
+
+def names() -> list[str]:
+    return list(_SHAPES)
+
+
+def config(name: str) -> Any:
+    """The transformers config of a name of `names()`. Other numbers than the shape's are the class's defaults."""
+    from transformers import AutoConfig
+
+    kind, shape = _SHAPES[name]
+    return AutoConfig.for_model(kind, **shape)

@@ -1,0 +1,190 @@
+"""Memory of the activations, from the real forward and backward pass run on tensors without data.
+
+The very model code and the very loss that train are run under torch's FakeTensorMode: shapes and dtypes are real,
+storage is not. What is alive at every moment is counted, so there is no formula per architecture to be wrong, and
+checkpointing, tied heads and the logits at learned positions need no case of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trainer.models import packed_attention
+from trainer.models.architecture import quiet_transformers
+from trainer.training.loss import Packed, token_losses
+
+_CUDA_ATTENTION = "planned"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The time in which `gradient_elements` of the parameters' gradients are done and the next one is not.
+
+    bytes: most activations alive in it. bytes_at_start: those alive at its start.
+    """
+
+    gradient_elements: int
+    bytes: int
+    bytes_at_start: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One forward and backward pass of one micro-batch, without weights and without the parameters' gradients."""
+
+    moments: tuple[Moment, ...]
+    saved_bytes: int  # alive between forward and backward
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(moment.bytes for moment in self.moments)
+
+
+def trace(
+    config: Any, lengths: list[int], learned_tokens: int, dtype: torch.dtype, checkpointing: bool, cuda: bool
+) -> Timeline:
+    """Run one micro-batch: examples of `lengths` tokens in one packed row, of which `learned_tokens` are predicted.
+
+    `cuda`: attention over a pack is one kernel that keeps query, key, value, output and one fp32 number a head and
+    token (flash attention), and dropout keeps one byte an element. Otherwise what torch does on a CPU is counted.
+    """
+    name = _register_cuda_attention() if cuda else packed_attention.register()
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), quiet_transformers():
+        warnings.simplefilter("ignore")
+        model = _model(config, name, dtype, checkpointing)
+        batch = batch_of(lengths, learned_tokens)
+        counter = _LiveBytes([*model.parameters(), *model.buffers(), *vars(batch).values()])
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(counter.gradient_done)
+        with counter, _dropout(cuda):
+            loss = token_losses(model, batch)
+            saved = counter.live
+            loss.backward()
+    return Timeline(tuple(counter.finish()), saved)
+
+
+def _model(config: Any, attention: str, dtype: torch.dtype, checkpointing: bool) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    model.config.use_cache = False
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def batch_of(lengths: list[int], learned_tokens: int) -> Packed:
+    tokens = sum(lengths)
+    return Packed(
+        tokens=torch.zeros(1, tokens, dtype=torch.int64),
+        positions=torch.zeros(1, tokens, dtype=torch.int64),
+        lengths=lengths,
+        bounds=torch.zeros(len(lengths) + 1, dtype=torch.int32),
+        predicting=torch.zeros(learned_tokens, dtype=torch.int64),
+        labels=torch.zeros(learned_tokens, dtype=torch.int64),
+    )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators made and nobody has dropped yet; views share their storage.
+
+    `given` was there before: its views are not counted.
+    """
+
+    def __init__(self, given: list[Any]) -> None:
+        super().__init__()
+        self.live = 0
+        self._most = self._at_start = 0
+        self._gradient_elements = 0
+        self._moments: list[Moment] = []
+        storages = [value.untyped_storage() for value in given if isinstance(value, torch.Tensor)]
+        self._known = weakref.WeakSet(storages)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        self._most = max(self._most, self.live)
+        return out
+
+    def gradient_done(self, parameter: torch.Tensor) -> None:
+        """A parameter's gradient is complete: from here it is no activation (what ZeRO does with it: memory.py)."""
+        self._moments.append(self._moment())
+        self._gradient_elements += parameter.numel()
+        parameter.grad = None
+        self._most = self._at_start = self.live
+
+    def finish(self) -> list[Moment]:
+        return [*self._moments, self._moment()]
+
+    def _moment(self) -> Moment:
+        return Moment(self._gradient_elements, self._most, self._at_start)
+
+    def _count(self, storage: Any) -> None:
+        if storage not in self._known:
+            size = storage.nbytes()
+            self._known.add(storage)
+            self.live += size
+            weakref.finalize(storage, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self.live -= size
+
+
+@contextlib.contextmanager
+def _dropout(cuda: bool) -> Iterator[None]:
+    """On a GPU dropout keeps a mask of one byte an element; the CPU's keeps noise of the tensor's own dtype.
+
+    (A TorchFunctionMode would not be there when checkpointing recomputes in the backward pass.)
+    """
+    functions: Any = torch.nn.functional
+    before = functions.dropout
+
+    def fused(
+        input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> torch.Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p else input
+
+    functions.dropout = fused if cuda else before
+    try:
+        yield
+    finally:
+        functions.dropout = before
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Shapes of one fused attention over all examples of a pack; its numbers are of no interest."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+        out = torch.empty_like(query)
+        statistics = torch.empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, statistics)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+    return _FlashAttention.apply(query, key, value).transpose(1, 2), None
+
+
+def _register_cuda_attention() -> str:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_CUDA_ATTENTION, _attend)
+    return _CUDA_ATTENTION

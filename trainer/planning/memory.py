@@ -1,0 +1,92 @@
+"""Memory of one rank in the worst phase of a step, against what there is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.planning.accelerators import Accelerator
+from trainer.planning.activations import Timeline, trace
+from trainer.planning.workload import Workload
+from trainer.planning.zero_memory import ACTIVATIONS, BUCKETS, LOGITS, Layout, Phase, phases
+
+CONTEXT = "CUDA context and NCCL"
+FRAGMENTATION = "fragmentation"
+PROCESS = "process (interpreter, libraries)"
+LOADING = "loading the model"
+MIB = 2**20
+
+# Assumed, not measured here: driver and kernels of torch (about 0.5 GiB), and NCCL's channels (about 0.5 GiB).
+_CUDA_CONTEXT_BYTES = 1024 * MIB
+# Assumed: what torch's caching allocator cannot hand out again of what comes and goes within a step.
+_FRAGMENTATION = 0.05
+_COMES_AND_GOES = (ACTIVATIONS, LOGITS, BUCKETS)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The worst phase of a rank, in bytes by component. On a CPU `device` is the memory of the process."""
+
+    phase: str
+    device: Counter[str]
+    host: Counter[str]  # of one rank
+    transient_bytes: int  # peak of activations and logits, in whatever phase
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+def timelines(workload: Workload, bf16: bool, checkpointing: bool, cuda: bool) -> tuple[Timeline, int]:
+    """Activations of the fullest micro-batch, and how much of their peak is there because of the logits."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    lengths = list(workload.lengths)
+    full = trace(workload.config, lengths, max(1, workload.learned_tokens), dtype, checkpointing, cuda)
+    without = trace(workload.config, lengths, 1, dtype, checkpointing, cuda)
+    return full, max(0, full.moments[0].bytes - without.moments[0].bytes)
+
+
+def of_rank(
+    workload: Workload,
+    resolved: dict[str, Any],
+    accelerator: Accelerator,
+    world_size: int,
+    timeline: tuple[Timeline, int],
+    process_bytes: int,
+    kept_by_glibc: float,
+) -> Memory:
+    """The phase that needs most. `process_bytes`: resident set of a rank with next to no model, measured.
+
+    `kept_by_glibc`: on a CPU, what malloc keeps in its heap when activations are freed, as a part of them, measured:
+    blocks up to 32 MB are not handed back to the system (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    bf16 = resolved["bf16"]["enabled"]
+    element_bytes = 2 if bf16 else 4
+    layout = Layout.make(
+        resolved, list(workload.sizes), element_bytes, world_size, on_accelerator=not accelerator.is_cpu
+    )
+    worst = max(phases(layout, *timeline), key=Phase.total)
+    device, host = worst.device, worst.host
+    if accelerator.is_cpu:
+        device.update(host)
+        device[FRAGMENTATION] += int(kept_by_glibc * timeline[0].peak_bytes)
+        device[PROCESS] += process_bytes
+        return Memory(worst.name, +device, Counter(), timeline[0].peak_bytes)
+    host[PROCESS] += process_bytes
+    host[LOADING] += _loading(layout, workload)
+    device[FRAGMENTATION] += int(_FRAGMENTATION * sum(device[name] for name in _COMES_AND_GOES))
+    device[CONTEXT] += _CUDA_CONTEXT_BYTES
+    return Memory(worst.name, +device, +host, timeline[0].peak_bytes)
+
+
+def _loading(layout: Layout, workload: Workload) -> int:
+    """Host memory of the first weights: random ones are made whole by rank 0; pretrained ones go file by file."""
+    whole = layout.element_bytes * layout.num_parameters
+    return layout.element_bytes * layout.largest_parameter if layout.stage == 3 else whole

@@ -1,0 +1,202 @@
+"""Settings and hardware -> what the run needs, whether it fits, and if not, what is missing and what would fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.planning import disk, memory, time, workload
+from trainer.planning.accelerators import GB, Accelerator, find, host_memory_bytes
+from trainer.planning.disk import Disk
+from trainer.planning.memory import Memory
+from trainer.planning.time import StepTime
+from trainer.planning.workload import Workload
+from trainer.planning.zero_memory import ACTIVATIONS, LOGITS
+from trainer.settings import PlanSettings
+from trainer.training import ds_config
+
+
+@dataclass(frozen=True)
+class Hardware:
+    accelerator: Accelerator
+    nodes: int
+    per_node: int
+    host_bytes: int  # of a machine; 0: not known
+    disk_bytes: int  # 0: not known
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.per_node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`refusals`: why it cannot run, each with what is missing and a remedy; empty if it fits."""
+
+    settings: PlanSettings
+    hardware: Hardware
+    workload: Workload
+    resolved: dict[str, Any]  # the ds_config
+    memory: Memory
+    disk: Disk
+    step: StepTime
+    refusals: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def stage(self) -> int:
+        return ds_config.stage(self.resolved)
+
+    @property
+    def fits(self) -> bool:
+        return not self.refusals
+
+    @property
+    def memory_fits(self) -> bool:
+        """Whether all that another ds_config could change fits."""
+        return all(refusal.startswith("disk: ") for refusal in self.refusals)
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps; 0 if their number is not known."""
+        return self.step.seconds * self.workload.total_steps
+
+    @property
+    def accelerator_hours(self) -> float:
+        return self.seconds * self.hardware.world_size / 3600
+
+
+def hardware(settings: PlanSettings) -> Hardware:
+    """Raises UserError for an accelerator that is not in the table."""
+    accelerator = find(settings.gpu, settings.gpus_per_node)
+    host = int(settings.host_memory_gb * GB)
+    if accelerator.is_cpu or (not host and settings.gpu == "auto"):
+        host = host or host_memory_bytes()
+    if accelerator.is_cpu:
+        accelerator = dataclasses.replace(accelerator, memory_bytes=host // settings.gpus_per_node)
+    space = int(settings.disk_gb * GB)
+    folder = next((path for path in [Path(settings.output_dir or "-"), *Path(settings.output_dir or "-").parents]
+                   if path.is_dir()), None)  # fmt: skip
+    if not space and settings.output_dir and folder:
+        space = shutil.disk_usage(folder).free
+    return Hardware(accelerator, settings.nodes, settings.gpus_per_node, host, space)
+
+
+def make(settings: PlanSettings, process_bytes: int | None = None, keeps_nothing: bool = False) -> Plan:
+    """`process_bytes`, `keeps_nothing`: instead of what was measured of processes and of glibc's heap.
+
+    Raises UserError for what is wrong in itself: no such model, file or accelerator, contradictory settings.
+    """
+    machine = hardware(settings)
+    work = workload.of(settings, machine.world_size)
+    timeline = memory.timelines(
+        work, settings.bf16, settings.gradient_checkpointing, cuda=not machine.accelerator.is_cpu
+    )
+    return of(settings, machine, work, timeline, process_bytes, keeps_nothing)
+
+
+def of(
+    settings: PlanSettings,
+    machine: Hardware,
+    work: Workload,
+    timeline: Any,
+    process_bytes: int | None = None,
+    keeps_nothing: bool = False,
+) -> Plan:
+    """The plan when the activations' timeline is known already."""
+    accelerator = machine.accelerator
+    resolved = ds_config.resolve(settings, machine.world_size)
+    process = _process_bytes(ds_config.stage(resolved)) if process_bytes is None else process_bytes
+    kept = 0.0 if keeps_nothing or "MALLOC_MMAP_THRESHOLD_" in os.environ else measured()["kept_by_glibc"]
+    needed = memory.of_rank(work, resolved, accelerator, machine.world_size, timeline, process, kept)
+    space = disk.of_run(work, resolved, settings.save_total_limit)
+    if settings.calibrate:
+        rate = time.calibrated(settings.calibrate, work.mean_length)
+    else:
+        rate = time.default_rate(work.num_parameters, settings.bf16, accelerator, measured())
+    step = time.of_step(
+        work, resolved, accelerator, machine.nodes, machine.per_node, settings.gradient_checkpointing, rate
+    )
+    notes = list(work.assumptions)
+    if step.extrapolated:
+        notes.append("several machines: extrapolated, nothing here was measured on more than one")
+    if not accelerator.is_cpu:
+        notes.append("GPU memory, CUDA context and fragmentation: computed, not measured on a GPU")
+    if settings.bf16 and accelerator.name == "v100":
+        notes.append("a V100 has no bf16 units: it works, at the rate of fp32")
+    refusals = _refusals(machine, needed, space)
+    return Plan(settings, machine, work, resolved, needed, space, step, refusals, tuple(notes))
+
+
+def _refusals(machine: Hardware, needed: Memory, space: Disk) -> tuple[str, ...]:
+    found = []
+    limit = machine.accelerator.memory_bytes
+    unit = "process" if machine.accelerator.is_cpu else "GPU"
+    if needed.device_bytes > limit:
+        missing = needed.device_bytes - limit
+        found.append(
+            f"memory: a {unit} needs {size(needed.device_bytes)} and has {size(limit)}, {size(missing)} are missing; "
+            + _remedy(needed, missing)
+        )
+    host = needed.host_bytes * machine.per_node
+    if machine.host_bytes and host > machine.host_bytes:
+        found.append(
+            f"host memory: {machine.per_node} rank(s) of a machine need {size(host)} and it has "
+            f"{size(machine.host_bytes)}, {size(host - machine.host_bytes)} are missing; "
+            "use more machines, or a ds_config without offload"
+        )
+    if machine.disk_bytes and space.total_bytes > machine.disk_bytes:
+        found.append(
+            f"disk: checkpoints and export need {size(space.total_bytes)}, {size(machine.disk_bytes)} are free, "
+            f"{size(space.total_bytes - machine.disk_bytes)} are missing; lower save_total_limit, or another output_dir"
+        )
+    return tuple(found)
+
+
+def _remedy(needed: Memory, missing: int) -> str:
+    """What shrinks the part that is largest."""
+    within_batch = needed.device[ACTIVATIONS] + needed.device[LOGITS]
+    if within_batch > missing:
+        return (
+            "smaller per_device_train_batch_size or pack_length, or --gradient_checkpointing: "
+            f"activations and logits take {size(within_batch)}"
+        )
+    return (
+        "divide more among ranks (ds_configs/zero3.json, more GPUs), offload "
+        "(ds_configs/zero3_offload.json), or use a smaller model"
+    )
+
+
+@lru_cache
+def measured() -> dict[str, Any]:
+    """What benchmarks/plan_accuracy.py found: hardware, date, every case with its error, and rates."""
+    text = files("trainer.planning").joinpath("measured.json").read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def _process_bytes(stage: int) -> int:
+    """Resident set of a rank with next to no model, as measured; stages import different parts of DeepSpeed."""
+    found = measured()["process_bytes"]
+    return int(found.get(str(stage), max(found.values())))
+
+
+def size(num_bytes: float) -> str:
+    """13_900_000_000 -> "13.9 GB"."""
+    for unit, name in ((10**12, "TB"), (GB, "GB"), (10**6, "MB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes / 1000:.0f} kB"
+
+
+def refuse(plan: Plan) -> None:
+    """Raises UserError if the plan does not fit."""
+    if plan.refusals:
+        raise UserError("this cannot run: " + "; ".join(plan.refusals))

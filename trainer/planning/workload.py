@@ -1,0 +1,121 @@
+"""What a training computes, before any of it is computed: model, fullest micro-batch, steps, tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.models import load, shapes
+from trainer.settings import PlanSettings, TrainSettings
+from trainer.shards.methods import method
+from trainer.shards.read import Shards
+from trainer.training.batches import PackedData, StepPlan
+
+_MOST_PACKS_LOOKED_AT = 20_000
+_STORIES_TOKENS = 1024  # of the embedded tokenizer, for the stories shapes when there are no shards
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`sizes`: elements of every parameter, tied ones once. `lengths`: examples of the fullest micro-batch."""
+
+    model_name: str
+    config: Any
+    sizes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    learned_tokens: int  # of the fullest micro-batch
+    mean_length: float
+    tokens_per_step: float
+    total_steps: int  # 0: not known
+    assumptions: tuple[str, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.sizes)
+
+
+def of(settings: TrainSettings, world_size: int) -> Workload:
+    """Read the shards if there are any, else assume full packs all of whose tokens are learned.
+
+    Raises UserError if there is no such model, or nothing says which one.
+    """
+    name = settings.model_name_or_path or settings.config_name
+    config = model_config(settings)
+    sizes = tuple(parameter.numel() for parameter in load.build_on_meta(config).parameters())
+    if settings.train_shards:
+        found = _from_shards(settings, world_size)
+    elif isinstance(settings, PlanSettings):
+        found = _assumed(settings, world_size)
+    else:
+        raise UserError("train_shards is required")
+    return Workload(settings.model_label or Path(name).name, config, sizes, **found)
+
+
+def model_config(settings: TrainSettings) -> Any:
+    """The config of the settings' model: a folder, a hub name, or a shape known by name."""
+    name = settings.model_name_or_path or settings.config_name
+    short = name.rpartition("/")[2].lower()
+    if short in shapes.names() and not Path(name).exists():
+        config = load.override(shapes.config(short), settings.config_overrides)
+    else:
+        facts = Shards.open(settings.train_shards).facts if settings.train_shards else {}
+        config = load.load_config(
+            name, settings.config_overrides, facts.get("vocabulary_size", _STORIES_TOKENS)
+        )
+    config.use_cache = False
+    return config
+
+
+def _from_shards(settings: TrainSettings, world_size: int) -> dict[str, Any]:
+    shards = Shards.open(settings.train_shards)
+    view = method(settings.method, settings.learn_calculator_results)
+    data = PackedData(shards, settings.method, view, settings.pack_length, settings.seed)
+    micro = settings.per_device_train_batch_size
+    plan = StepPlan.make(
+        micro,
+        settings.gradient_accumulation_steps,
+        world_size,
+        data.packs_per_epoch,
+        settings.num_train_epochs,
+        settings.max_steps,
+    )
+    packs = min(plan.total_packs, data.packs_per_epoch, _MOST_PACKS_LOOKED_AT)
+    starts = range(0, packs, micro)
+    fullest = max(starts, key=lambda start: _weight(data, start, micro, packs))
+    batch = data.micro_batch(range(fullest, fullest + micro), packs)
+    return {
+        "lengths": tuple(len(tokens) for tokens, _ in batch.examples),
+        "learned_tokens": data.learned_tokens(fullest, min(fullest + micro, packs)),
+        "mean_length": data.tokens_per_epoch / data.num_examples,
+        "tokens_per_step": data.tokens_per_epoch / data.packs_per_epoch * plan.packs_per_step,
+        "total_steps": plan.total_steps,
+        "assumptions": (),
+    }
+
+
+def _weight(data: PackedData, start: int, micro: int, end: int) -> tuple[int, int]:
+    last = min(start + micro, end)
+    return data.tokens(start, last), data.learned_tokens(start, last)
+
+
+def _assumed(settings: PlanSettings, world_size: int) -> dict[str, Any]:
+    tokens = settings.per_device_train_batch_size * settings.pack_length
+    length = min(settings.mean_length, settings.pack_length)
+    full, rest = divmod(tokens, length)
+    per_step = tokens * settings.gradient_accumulation_steps * world_size
+    steps = settings.max_steps
+    if not steps and settings.num_problems:
+        steps = math.ceil(settings.num_train_epochs * settings.num_problems * length / per_step)
+    return {
+        "lengths": (length,) * full + ((rest,) if rest else ()),
+        "learned_tokens": tokens,
+        "mean_length": float(length),
+        "tokens_per_step": float(per_step),
+        "total_steps": steps,
+        "assumptions": (
+            f"no train_shards: full packs, examples of {length} tokens, every token learned (an upper bound)",
+        ),
+    }

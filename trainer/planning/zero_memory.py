@@ -1,0 +1,279 @@
+"""What DeepSpeed 0.19.8 keeps in memory, on one rank, in every phase of a step: read from its source, checked by measurement.
+
+Notation of the comments: P parameters, W ranks, k bytes of a number the model computes with (bf16: 2, fp32: 4).
+Every function returns bytes by component, for the device and for the host. `benchmarks/plan_accuracy.py` compares
+the sums with real runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.planning.activations import Moment, Timeline
+
+_FALLBACK_BUCKET = 500_000_000  # elements; MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine, for stage 0
+_DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
+_DEFAULT_LIVE = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance
+
+# Names of components, in the order they are shown.
+WEIGHTS = "weights"
+GATHERED = "gathered weights"
+MASTERS = "fp32 master weights"
+OPTIMIZER = "optimizer states"
+GRADIENTS = "gradients"
+BUCKETS = "communication buckets"
+ACTIVATIONS = "activations"
+LOGITS = "logits"
+COMPONENTS = (WEIGHTS, GATHERED, MASTERS, OPTIMIZER, GRADIENTS, BUCKETS, ACTIVATIONS, LOGITS)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The numbers of a resolved ds_config and a model that decide its memory."""
+
+    stage: int
+    world_size: int
+    sizes: tuple[int, ...]  # elements of every parameter, in the order of the model
+    element_bytes: int  # k
+    accumulation_steps: int
+    reduce_bucket: int  # elements
+    overlap: bool
+    gathered_limit: int  # elements of gathered weights under ZeRO-3
+    persistent: int  # elements of parameters that ZeRO-3 never divides
+    offload_optimizer: bool
+    offload_parameters: bool
+    on_accelerator: bool  # a CPU's untouched buffers take no memory
+
+    @classmethod
+    def make(
+        cls,
+        resolved: dict[str, Any],
+        sizes: list[int],
+        element_bytes: int,
+        world_size: int,
+        on_accelerator: bool,
+    ) -> Layout:
+        """`sizes`: elements of every parameter, tied ones once; `resolved`: what training/ds_config.resolve returns."""
+        zero = resolved["zero_optimization"]
+        threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
+        live = int(zero.get("stage3_max_live_parameters", _DEFAULT_LIVE))
+        # A gathered weight stays until its next use if that is nearer than the reuse distance, counted in elements:
+        # around the turn from forward to backward that holds for half of the distance.
+        reuse = int(zero.get("stage3_max_reuse_distance", _DEFAULT_LIVE)) // 2
+        prefetch = int(zero.get("stage3_prefetch_bucket_size", 50_000_000))
+        return cls(
+            stage=int(zero.get("stage", 0)),
+            world_size=world_size,
+            sizes=tuple(sizes),
+            element_bytes=element_bytes,
+            accumulation_steps=int(resolved["gradient_accumulation_steps"]),
+            reduce_bucket=int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET)),
+            overlap=bool(zero.get("overlap_comm", int(zero.get("stage", 0)) == 3)),
+            gathered_limit=min(live, reuse) + prefetch + max(sizes),
+            persistent=sum(size for size in sizes if size < threshold),
+            offload_optimizer=_offloaded(zero, "offload_optimizer"),
+            offload_parameters=_offloaded(zero, "offload_param"),
+            on_accelerator=on_accelerator,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def largest_parameter(self) -> int:
+        return max(self.sizes)
+
+    @property
+    def share(self) -> int:
+        """Elements of this rank's part (P/W)."""
+        return -(-self.num_parameters // self.world_size)
+
+
+@dataclass
+class Phase:
+    """Bytes by component while the phase is at its worst."""
+
+    name: str
+    device: Counter[str] = field(default_factory=Counter)
+    host: Counter[str] = field(default_factory=Counter)
+
+    def total(self) -> int:
+        return sum(self.device.values())
+
+
+def phases(layout: Layout, timeline: Timeline, logits_bytes: int) -> list[Phase]:
+    """Forward and backward, reduction, optimizer step. `logits_bytes` of the activations are shown as logits."""
+    transients = [("forward and backward", now) for now in _backward(layout, timeline, logits_bytes)]
+    if layout.stage <= 1:
+        transients += [("gradient reduction", now) for now in _reduction(layout)]
+    transients.append(("optimizer step", _step(layout)))
+    worst: dict[str, Phase] = {}
+    for name, transient in transients:
+        phase = Phase(name)
+        _states(layout, phase)
+        phase.device.update(transient)
+        if name not in worst or phase.total() > worst[name].total():
+            worst[name] = phase
+    return list(worst.values())
+
+
+def _states(layout: Layout, phase: Phase) -> None:
+    """What stays from step to step."""
+    k, all_, share = layout.element_bytes, layout.num_parameters, layout.share
+    device, host = phase.device, phase.host
+    optimizer = host if layout.offload_optimizer else device
+    if layout.stage == 3:
+        weights = host if layout.offload_parameters else device
+        weights[WEIGHTS] += k * share
+        device[WEIGHTS] += k * layout.persistent
+        # In fp32 the flat shard is its own master; offloaded it is copied.
+        if k != 4 or layout.offload_optimizer:
+            optimizer[MASTERS] += 4 * share
+        optimizer[OPTIMIZER] += 8 * share
+        optimizer[GRADIENTS] += k * share  # one flat buffer for the whole run
+        if layout.offload_optimizer:
+            host[GRADIENTS] += 4 * share
+        device[BUCKETS] += k * _resident(layout, layout.reduce_bucket)
+    elif layout.stage == 0:
+        device[WEIGHTS] += k * all_
+        device[OPTIMIZER] += 8 * all_
+    else:
+        device[WEIGHTS] += k * all_
+        optimizer[MASTERS] += 4 * share  # a copy in fp32 too
+        optimizer[OPTIMIZER] += 8 * share
+        if layout.offload_optimizer:
+            host[GRADIENTS] += 4 * share
+            host[BUCKETS] += k * (share + layout.largest_parameter)
+            device[BUCKETS] += k * layout.largest_parameter
+
+
+def _backward(layout: Layout, timeline: Timeline, logits_bytes: int) -> Iterator[Counter[str]]:
+    """The last micro-batch, moment by moment: activations shrink while gradients grow, and buckets fill."""
+    k, moments = layout.element_bytes, timeline.moments
+    order = [b.gradient_elements - a.gradient_elements for a, b in itertools.pairwise(moments)]
+    reduces = layout.stage >= 2 or (layout.stage == 1 and layout.overlap)
+    fills = _fills(order, layout.reduce_bucket, 2 if layout.overlap and layout.stage < 3 else 1)
+    kept, before = _kept(layout), Fill(0, 0, 0)
+    # After the last gradient the epilogue reduces what is left in the bucket.
+    for moment, later, size, fill in zip(
+        moments, (*moments[1:], moments[-1]), (*order, 0), fills, strict=True
+    ):
+        logits = min(logits_bytes, moment.bytes) if moment is moments[0] else 0
+        now = kept + (_buckets(layout, before) if reduces else _whole_gradients(layout, moment))
+        yield now + Counter({LOGITS: logits, ACTIVATIONS: moment.bytes - logits})
+        if reduces:
+            # A gradient is done and DeepSpeed's hook runs; if it does not fit, the bucket is copied flat and reduced.
+            now = kept + _buckets(layout, before)
+            yield now + Counter(
+                {GRADIENTS: k * size, BUCKETS: k * fill.copied, ACTIVATIONS: later.bytes_at_start}
+            )
+            before = fill
+
+
+def _kept(layout: Layout) -> Counter[str]:
+    """What is there during the whole last backward pass: gradients of earlier micro-batches, gathered weights."""
+    k, now = layout.element_bytes, Counter[str]()
+    if layout.accumulation_steps > 1 and layout.stage == 2 and not layout.offload_optimizer:
+        now[GRADIENTS] = k * layout.share
+    if layout.accumulation_steps > 1 and layout.stage == 1 and layout.overlap:
+        now[GRADIENTS] = k * layout.num_parameters
+    if layout.stage == 3:
+        now[GATHERED] = k * min(layout.num_parameters - layout.persistent, layout.gathered_limit)
+    return now
+
+
+def _whole_gradients(layout: Layout, moment: Moment) -> Counter[str]:
+    """Stages 0 and 1 keep every gradient until the last micro-batch is over."""
+    k, now = layout.element_bytes, Counter[str]()
+    now[GRADIENTS] = k * (
+        layout.num_parameters if layout.accumulation_steps > 1 else moment.gradient_elements
+    )
+    if layout.stage == 1 and layout.on_accelerator:
+        now[BUCKETS] = k * layout.reduce_bucket
+    return now
+
+
+def _buckets(layout: Layout, fill: Fill) -> Counter[str]:
+    """The bucket buffers, and this rank's part of what was reduced."""
+    k, now = layout.element_bytes, Counter[str]()
+    if layout.stage < 3:
+        whole = (2 if layout.overlap else 1) * layout.reduce_bucket
+        now[BUCKETS] = k * (whole if layout.on_accelerator else fill.written)
+        # The rank that owns the first gradients keeps them from the start: the worst place to be.
+        now[GRADIENTS] = k * min(fill.reduced, layout.share) if not layout.offload_optimizer else 0
+    return now
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Elements written to bucket buffers so far, copied flat for the last reduction, and reduced so far."""
+
+    written: int
+    copied: int
+    reduced: int
+
+
+def _fills(order: list[int], bucket: int, buffers: int) -> Iterator[Fill]:
+    """The buckets as gradients of these sizes arrive, and at last the reduction of what is left.
+
+    A bucket is reduced when the next gradient does not fit; a gradient larger than the bucket goes past the buffer.
+    """
+    filled = [0] * buffers
+    index = inside = reduced = 0
+    for size in order:
+        copied = 0
+        if inside and inside + size > bucket:
+            copied, inside, index = inside, 0, (index + 1) % buffers
+            reduced += copied
+        inside += size
+        if size <= bucket:
+            filled[index] = max(filled[index], inside)
+        yield Fill(sum(filled), copied, reduced)
+    yield Fill(sum(filled), inside, reduced + inside)
+
+
+def _reduction(layout: Layout) -> Iterator[Counter[str]]:
+    """Stages 0 and 1 after the last backward pass."""
+    k, everything = layout.element_bytes, layout.num_parameters
+    if layout.stage == 0:
+        yield Counter({GRADIENTS: k * everything, BUCKETS: k * min(_FALLBACK_BUCKET, everything)})
+        return
+    moved, before = 0, Fill(0, 0, 0)
+    for size, fill in zip(
+        (*layout.sizes, 0), _fills(list(layout.sizes), layout.reduce_bucket, 1), strict=True
+    ):
+        buffer = layout.reduce_bucket if layout.on_accelerator else before.written
+        # What is in the bucket has left its own memory; our part is copied out of the bucket again.
+        yield Counter(
+            {
+                GRADIENTS: k * (everything - moved + min(before.reduced, layout.share)),
+                BUCKETS: k * (buffer + fill.copied),
+            }
+        )
+        moved, before = moved + size, fill
+
+
+def _step(layout: Layout) -> Counter[str]:
+    """The gradient of our part, flattened once more and turned into fp32; norms are taken in fp64, one by one."""
+    k, share = layout.element_bytes, layout.share
+    now: Counter[str] = Counter()
+    if layout.stage == 0:
+        now[GRADIENTS] = k * layout.num_parameters
+    elif not layout.offload_optimizer:
+        kept = 0 if layout.stage == 3 else k * share
+        now[GRADIENTS] = kept + 4 * share + (k * share if k != 4 else 0)
+    return now
+
+
+def _resident(layout: Layout, elements: int) -> int:
+    """Of a buffer that is allocated whole, what is really there: on a CPU only pages that were written to."""
+    return elements if layout.on_accelerator else min(elements, layout.num_parameters)
+
+
+def _offloaded(zero: dict[str, Any], key: str) -> bool:
+    return zero.get(key, {}).get("device", "none") != "none"

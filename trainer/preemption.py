@@ -1,0 +1,79 @@
+"""Asked to stop: a signal, or a time limit that comes near, only sets a flag; the ranks agree on it at safe points.
+
+SIGTERM (a scheduler, a launcher), SIGUSR1 (Slurm's --signal) and SIGINT (Ctrl-C) ask for a checkpoint and an end. A rank
+that saved alone would leave the others waiting in a collective. Where there is nothing to save (before the first step,
+in an evaluation, whose answers are on disk at once) the process ends in the handler, with a status that says: start me
+again. Imports nothing heavy: it listens while the imports run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+from trainer import distributed, terminal
+
+_SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)
+_SLACK_SECONDS = 5.0
+
+
+class StopRequest:
+    """Remembers the first signal and watches the time limit; `requested` tells whether this rank was asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        self.started = time.monotonic()
+        self._at_work = False
+        self._ends_at: float | None = None  # on the monotonic clock, which does not jump
+        self._save_seconds = 0.0
+        self._step_seconds = 0.0
+
+    def listen(self) -> None:
+        """From now on SIGTERM and SIGUSR1 end the process at once, with the status that says: start me again."""
+        for number in _SCHEDULER:
+            signal.signal(number, self._remember)
+
+    def begin_work(self) -> None:
+        """From now on there is something to save: signals, Ctrl-C too, are remembered instead."""
+        self._at_work = True
+        for number in (*_SCHEDULER, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def end_work(self) -> None:
+        """Everything is saved: a signal would only change the exit status."""
+        for number in (*_SCHEDULER, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+    def limit(self, seconds_left: float, save_seconds: float) -> None:
+        """Stop in time for a save that takes about `save_seconds`."""
+        self._save_seconds = save_seconds
+        self._ends_at = time.monotonic() + seconds_left
+
+    def took(self, step: float = 0.0, save: float = 0.0) -> None:
+        """Learn from measured seconds how long before the limit one has to stop; the longest counts."""
+        self._step_seconds = max(self._step_seconds, step)
+        self._save_seconds = max(self._save_seconds, save)
+
+    @property
+    def reason(self) -> str:
+        """Why this rank was asked to stop; "" if it was not."""
+        if self.signal_name or self._ends_at is None:
+            return self.signal_name
+        reserve = 2 * self._save_seconds + 2 * self._step_seconds + _SLACK_SECONDS
+        return "the time limit is near" if time.monotonic() + reserve >= self._ends_at else ""
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.reason)
+
+    def agreed(self) -> bool:
+        """Collective. Whether any rank was asked to stop."""
+        return distributed.any_rank(self.requested)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = self.signal_name or signal.Signals(number).name
+        if not self._at_work:
+            os.write(2, f"{self.signal_name}: ended as asked, everything done so far is on disk\n".encode())
+            os._exit(terminal.GO_ON_LATER)

@@ -1,0 +1,114 @@
+"""A written solution, cut into steps: the sub-question, the calculations and the value of each.
+
+All modes of evaluation write the format of the training view, a segment a line: sub-question and solution lines in
+turn (or solution lines alone), then `#### answer`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+from trainer.problems import answers, calculator
+from trainer.problems.problem import DELIMITER
+from trainer.report.methods import WITH_QUESTIONS
+
+_ANNOTATION = re.compile(r"<<([^<>=\n]*)=([^<>\n]*)>>")
+_NUMBER = r"[$(]*(?:\d[\d,]*\.?\d*|\.\d+)\)?"
+# A calculation without annotation, "3 + 4 = 7" or "$3 x 4 = $12"; it does not begin inside a number or a word.
+_PLAIN = re.compile(rf"(?<![\w.,])(-?{_NUMBER}(?:\s*[-+*/×÷−x]\s*{_NUMBER})+)\s*=\s*(-?[$]?\d[\d,]*\.?\d*)")
+
+
+@dataclass(frozen=True)
+class Equation:
+    """`expression = result` as somebody wrote it. `computed` is what the expression comes to, None if it is no
+    arithmetic; `stated` is the result that was written, None if that is no number."""
+
+    expression: str
+    result: str
+
+    @cached_property
+    def computed(self) -> Fraction | None:
+        text = calculator.evaluate(self.expression)
+        return None if text is None else Fraction(text)
+
+    @cached_property
+    def stated(self) -> Fraction | None:
+        return answers.number(self.result)
+
+
+@dataclass(frozen=True)
+class StepText:
+    """One step; either text may be ""."""
+
+    question: str
+    solution: str
+
+    @cached_property
+    def equations(self) -> list[Equation]:
+        """The annotations `<<3*4=12>>`; where there is none, the plain calculations `3*4 = 12`."""
+        annotated = [Equation(*found.groups()) for found in _ANNOTATION.finditer(self.solution)]
+        return annotated or [
+            Equation(left.replace("$", "").replace("x", "*"), right)
+            for left, right in _PLAIN.findall(self.solution)
+        ]
+
+    @property
+    def computed(self) -> list[bool]:
+        """For each annotation, whether its result is, to the character, what the calculator writes."""
+        found = _ANNOTATION.findall(self.solution)
+        return [calculator.evaluate(expression) == result for expression, result in found]
+
+    @cached_property
+    def value(self) -> Fraction | None:
+        """What the step comes to: the result of its last equation, else its last number; None without any."""
+        if self.equations:
+            return self.equations[-1].stated
+        found = answers.extract(self.solution, "flexible", "number")
+        return None if found is None else answers.number(found)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A text in steps; `ending` is its last line with the delimiter, "" if there is none."""
+
+    steps: tuple[StepText, ...]
+    ending: str
+
+
+def parse(text: str, mode: str) -> Solution:
+    """Cut a generated text into steps, up to its first delimiter.
+
+    Where `mode` has sub-questions, lines are sub-question and solution in turn unless a line says otherwise: an
+    annotation without a question mark is a solution, a question mark at the end without an annotation a
+    sub-question. So a line left out does not turn all later ones around. Few-shot answers follow their exemplars:
+    they have sub-questions if any of their lines is one.
+    """
+    head, mark, _ = text.partition(DELIMITER)
+    lines = [line.strip() for line in head.split("\n") if line.strip()]
+    ending = DELIMITER + text.rpartition(DELIMITER)[2].partition("\n")[0] if mark else ""
+    with_questions = mode in WITH_QUESTIONS or (mode == "few_shot" and any(map(_asks, lines)))
+    return Solution(tuple(_in_turn(lines) if with_questions else (StepText("", s) for s in lines)), ending)
+
+
+def _in_turn(lines: Iterable[str]) -> list[StepText]:
+    steps = []
+    question = ""
+    for line in lines:
+        if question and not _asks(line):
+            steps.append(StepText(question, line))
+            question = ""
+        elif not question and "<<" in line and not line.endswith("?"):
+            steps.append(StepText("", line))
+        else:
+            if question:
+                steps.append(StepText(question, ""))
+            question = line
+    return [*steps, StepText(question, "")] if question else steps
+
+
+def _asks(line: str) -> bool:
+    return line.endswith("?") and "<<" not in line

@@ -1,0 +1,134 @@
+"""Reading a study file: every part is checked by itself, so that what is wrong is blamed on the place it stands in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from trainer.configuration import did_you_mean, from_dict
+from trainer.errors import UserError
+from trainer.settings import ConvertSettings, EvaluateSettings, PrepareSettings, TrainSettings
+from trainer.teacher.settings import AnnotateSettings
+
+# The study decides these; in a study file they would be a second opinion. A set says where `eval_shards` are.
+DECIDED: dict[type[Any], set[str]] = {
+    AnnotateSettings: {"data", "data_path", "split", "seed", "output_dir", "overwrite", "dry_run"},
+    PrepareSettings: {"output_dir", "overwrite", "inspect", "method"},
+    TrainSettings: {
+        *("train_shards", "eval_shards", "output_dir", "method", "seed", "model_label"),
+        *("resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
+    },
+    ConvertSettings: {"checkpoint_dir", "output_dir", "overwrite", "dry_run"},
+    EvaluateSettings: {
+        *("model_name_or_path", "decomposer", "solver", "planner", "subquestions"),
+        *("shards", "output_dir", "overwrite", "allow_unfinished", "model_label"),
+    },
+}
+# What a part may lack, because another part has it.
+_ELSEWHERE: dict[type[Any], dict[str, Any]] = {
+    AnnotateSettings: {"data_path": "-", "output_dir": "-"},
+    PrepareSettings: {"output_dir": "-", "data_path": "-", "tokenizer_name": "-"},
+    TrainSettings: {"train_shards": "-", "eval_shards": "-", "output_dir": "-"},
+    ConvertSettings: {"checkpoint_dir": "-"},
+    EvaluateSettings: {"model_name_or_path": "-", "shards": "-"},
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LOCAL_FILES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+def check(cls: type[Any], values: dict[str, Any], where: str) -> None:
+    """Raises UserError if `values` are no part of a `cls`, or hold what the study decides."""
+    for key in values:
+        if key in DECIDED[cls]:
+            raise UserError(f"{where}: {key} is decided by the study; remove it")
+    elsewhere = dict(_ELSEWHERE[cls])
+    if cls is TrainSettings and not {"model_name_or_path", "config_name"} & values.keys():
+        elsewhere["config_name"] = "-"
+    if cls is AnnotateSettings:
+        if not {"base_url", "model", "model_name_or_path"} & values.keys():
+            elsewhere["model_name_or_path"] = "-"
+        elsewhere |= (
+            {"base_url": "-"} if "model" in values else {"model": "-"} if "base_url" in values else {}
+        )
+    from_dict(cls, {**elsewhere, **values}, where)
+
+
+def section(cls: type[Any], values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """The checked mapping under a key of the file; {} if it is not there."""
+    found = mapping(values.get(key) or {}, f"{where}: {key}")
+    check(cls, found, f"{where}: {key}")
+    return found
+
+
+def required(values: dict[str, Any], key: str, where: str) -> Any:
+    if values.get(key) is None:
+        raise UserError(f"{where}: {key} is missing")
+    return values[key]
+
+
+def mapping(value: Any, where: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {value!r}, expected 'key: value' lines")
+    return value
+
+
+def entries(value: Any, where: str) -> dict[str, dict[str, Any]]:
+    """A mapping from name to settings, or a list of names without any."""
+    if isinstance(value, list):
+        if len({str(name) for name in value}) != len(value):
+            raise UserError(f"{where}: {value} names something twice")
+        value = {str(name): {} for name in value}
+    if not mapping(value, where):
+        raise UserError(f"{where}: there are none")
+    return {
+        name(key, where): dict(mapping(settings or {}, f"{where}.{key}")) for key, settings in value.items()
+    }
+
+
+def chosen(value: Any, known: Iterable[str], where: str) -> list[str]:
+    """Some of the names the file defines elsewhere; all of them where `value` is None."""
+    known = list(known)
+    if value is None:
+        return known
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} is {value!r}, expected a list of names, e.g. [{known[0]}]")
+    names = [str(item) for item in value]
+    for item in names:
+        one_of(item, known, where)
+    return names
+
+
+def one_of(value: str, known: Iterable[str], where: str) -> None:
+    known = list(known)
+    if value not in known:
+        hint = did_you_mean(value, known)
+        raise UserError(f"{where}: there is no {value!r}; choose from {', '.join(known)}{hint}")
+
+
+def name(value: Any, where: str) -> str:
+    """Names become parts of directory names."""
+    if isinstance(value, bool) or not _NAME.fullmatch(str(value)):
+        raise UserError(f"{where}: {value!r} is not a name; use letters, digits, '.', '_' and '-'")
+    return str(value)
+
+
+def count(value: Any, where: str) -> int:
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where} is {value!r}; it is the number of processes, at least 1")
+    return value
+
+
+def refuse_unknown(values: dict[str, Any], known: Iterable[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
+
+
+def refuse_missing(path: str, where: str) -> None:
+    """Text that can only be a local path must exist; anything else may be a name on the hub."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    looks_local |= Path(path).suffix in _LOCAL_FILES
+    if path and looks_local and not Path(path).exists():
+        raise UserError(f"{where}: there is no file or folder {path}")

@@ -1,0 +1,123 @@
+"""The `data` of a study file: data sets, their sets of problems, and how each becomes shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import commit
+from trainer.configuration import from_dict
+from trainer.errors import UserError
+from trainer.run_directory import AnnotationDirectory
+from trainer.settings import DATA, PrepareSettings
+from trainer.study import checks
+from trainer.teacher.settings import AnnotateSettings
+
+TRAIN, VALIDATION = "train", "validation"  # sets with a meaning of their own; every other set is evaluated
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """One set of problems. `annotate`: a teacher writes its steps first."""
+
+    shards: PrepareSettings
+    annotate: AnnotateSettings | None = None
+
+
+def read(
+    values: dict[str, Any], shards_root: Path, annotations_root: Path, where: str
+) -> dict[str, dict[str, ProblemSet]]:
+    """data set -> set -> its shards. Raises UserError with the key path of what is wrong."""
+    found: dict[str, dict[str, ProblemSet]] = {}
+    for name, sets in checks.mapping(checks.required(values, "data", where), f"{where}: data").items():
+        path = f"{where}: data.{name}"
+        if "." in checks.name(name, path):
+            raise UserError(f"{path}: a data set's name has no dot; it is the first part of a run's name")
+        parts = {
+            checks.name(key, path): dict(checks.mapping(given or {}, f"{path}.{key}"))
+            for key, given in checks.mapping(sets, path).items()
+        }
+        prepared = {
+            key: _prepare(values, str(name), key, given, shards_root, where) for key, given in parts.items()
+        }
+        found[str(name)] = {
+            key: _problem_set(values, prepared, key, given, annotations_root / f"{name}-{key}", where, path)
+            for key, given in parts.items()
+        }
+        if TRAIN not in parts:
+            raise UserError(f"{path}: there is no set named {TRAIN!r} to learn from")
+        if not parts.keys() - {TRAIN, VALIDATION}:
+            raise UserError(f"{path}: there is no set to evaluate on; add one, e.g. 'test: {{split: test}}'")
+    _refuse_shared_folders(found, where)
+    return found
+
+
+def _prepare(
+    values: dict[str, Any], data: str, name: str, given: dict[str, Any], root: Path, where: str
+) -> PrepareSettings:
+    """The set as its source has it."""
+    path = f"{where}: data.{data}.{name}"
+    shared = checks.section(PrepareSettings, values, "prepare", where)
+    own = {key: value for key, value in given.items() if key != "annotate"}
+    checks.check(PrepareSettings, own, path)
+    defaults = {"split": name} | ({"data": data} if data in DATA else {})
+    if "data" not in {**defaults, **shared, **own}:
+        raise UserError(f"{path}: data is missing; choose one of {', '.join(DATA)}")
+    output_dir = root / f"{data}-{name}"
+    made = from_dict(PrepareSettings, {**defaults, **shared, **own, "output_dir": str(output_dir)}, path)
+    if not commit.is_finished(output_dir):  # finished shards no longer need their source
+        checks.refuse_missing(made.data_path, f"{path}: data_path")
+        checks.refuse_missing(made.tokenizer_name, f"{path}: tokenizer_name")
+    return made
+
+
+def _problem_set(
+    values: dict[str, Any],
+    prepared: dict[str, PrepareSettings],
+    name: str,
+    given: dict[str, Any],
+    folder: Path,
+    where: str,
+    path: str,
+) -> ProblemSet:
+    """With `annotate`, the teacher reads the source and the shards are made of what it wrote."""
+    shared = checks.section(AnnotateSettings, values, "annotate", where)
+    source = prepared[name]
+    if "annotate" not in given:
+        return ProblemSet(source)
+    own_path = f"{path}.{name}.annotate"
+    own = checks.mapping(given["annotate"] or {}, own_path)
+    checks.check(AnnotateSettings, own, own_path)
+    # What is evaluated must not be learned: the teacher leaves out problems of the sets that have no teacher.
+    tests = [other for key, other in prepared.items() if key not in (TRAIN, VALIDATION, name)]
+    decided = {
+        "data": source.data,
+        "data_path": source.data_path,
+        "split": source.split,
+        "seed": source.seed,
+        "output_dir": str(folder),
+    }
+    settings = {
+        "with_facts": source.with_facts,
+        "max_problems": source.max_problems,
+        "decontaminate": [f"{test.data}:{test.data_path}:{test.split}" for test in tests],
+        **shared,
+        **own,
+        **decided,
+    }
+    annotate = from_dict(AnnotateSettings, settings, own_path)
+    annotated = AnnotationDirectory(folder).result / "annotated.jsonl"
+    changes = {"data": "jsonl", "data_path": str(annotated), "split": "train", "max_problems": 0}
+    return ProblemSet(PrepareSettings(**{**vars(source), **changes}), annotate)
+
+
+def _refuse_shared_folders(found: dict[str, dict[str, ProblemSet]], where: str) -> None:
+    """`a-b` with a set `c` and `a` with a set `b-c` would meet in one folder."""
+    owners: dict[str, str] = {}
+    for data, sets in found.items():
+        for name, problems in sets.items():
+            path, folder = f"data.{data}.{name}", problems.shards.output_dir
+            if folder in owners:
+                raise UserError(f"{where}: {owners[folder]} and {path} would both be {folder}; rename one")
+            owners[folder] = path

@@ -1,0 +1,109 @@
+"""What stands under `methods` in a study file: students that are trained, and ways to ask several of them together.
+
+A composite has no training of its own. It evaluates students of other runs of the study, which it implies: each is
+trained once for a data set, model and seed, whoever needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.configuration import did_you_mean
+from trainer.errors import UserError
+from trainer.settings import METHODS, EvaluateSettings, TrainSettings
+from trainer.study import checks
+
+ALONE = ("answer_only", "cot", "socratic")  # students that solve a problem by themselves
+PARTS = tuple(name for name in METHODS if name not in ALONE)  # halves of a pair, and planners
+FEW_SHOT = "few_shot"  # the pretrained model itself, shown exemplars
+SOLVER = "solver"
+
+
+@dataclass(frozen=True)
+class Composite:
+    """Training methods that play the parts beside the solver. Without a decomposer the gold sub-questions guide it."""
+
+    decomposer: str = ""
+    planner: str = ""
+
+
+COMPOSITES = {
+    "iterative_ahead": Composite("decomposer"),
+    "iterative_interleaved": Composite("decomposer_interleaved"),
+    "gold_subquestions": Composite(),
+    "iterative_ahead_operators": Composite("decomposer_operators", "planner_operators"),
+    "iterative_ahead_equations": Composite("decomposer_equations", "planner_equations"),
+    "iterative_interleaved_operators": Composite("decomposer_interleaved_operators", "planner_operators"),
+    "iterative_interleaved_equations": Composite("decomposer_interleaved_equations", "planner_equations"),
+}
+KNOWN = (*ALONE, *COMPOSITES, FEW_SHOT, *PARTS)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with the models and data sets it is for. `settings`: of its training, or of a composite's evaluation."""
+
+    name: str
+    models: tuple[str, ...]
+    data: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    decomposer_model: str = ""  # which model plays decomposer and planner; "": the solver's own
+    restricted: bool = False  # whether the file names its models
+
+    @property
+    def composite(self) -> Composite | None:
+        return COMPOSITES.get(self.name)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Training methods whose students it may ask."""
+        if not self.composite:
+            return ()
+        return tuple(filter(None, (self.composite.planner, self.composite.decomposer, SOLVER)))
+
+
+def read(values: dict[str, Any], models: Iterable[str], data: Iterable[str], where: str) -> dict[str, Entry]:
+    """Raises UserError with the key path of what is wrong."""
+    models, data = list(models), list(data)
+    found = {}
+    for name, given in checks.entries(checks.required(values, "methods", where), f"{where}: methods").items():
+        if name not in KNOWN:
+            raise UserError(
+                f"{where}: methods: {name!r} is not a method; choose from {', '.join(KNOWN)}{did_you_mean(name, KNOWN)}"
+            )
+        found[name] = _entry(name, given, models, data, f"{where}: methods.{name}")
+    return found
+
+
+def _entry(name: str, given: dict[str, Any], models: list[str], data: list[str], where: str) -> Entry:
+    restricted = "models" in given
+    for_models = checks.chosen(given.pop("models", None), models, f"{where}.models")
+    for_data = checks.chosen(given.pop("data", None), data, f"{where}.data")
+    decomposer_model = ""
+    if name in COMPOSITES and COMPOSITES[name].decomposer and "decomposer_model" in given:
+        decomposer_model = str(given.pop("decomposer_model"))
+        checks.one_of(decomposer_model, models, f"{where}.decomposer_model")
+    if name in COMPOSITES or name == FEW_SHOT:
+        if "mode" in given:
+            raise UserError(f"{where}: mode is decided by the method; remove it")
+        shown = {"exemplars": "-", **given, "mode": FEW_SHOT} if name == FEW_SHOT else given
+        checks.check(EvaluateSettings, shown, where)
+    else:
+        checks.check(TrainSettings, given, where)
+    return Entry(name, tuple(for_models), tuple(for_data), given, decomposer_model, restricted)
+
+
+def trained_alone(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Entries that ask for a training wherever they stand.
+
+    A part that a composite implies is trained where the composite needs it; its entry only adds settings, unless it
+    names models of its own.
+    """
+    implied = {part for entry in entries.values() for part in entry.parts}
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if name in ALONE or (name in PARTS and (entry.restricted or name not in implied))
+    }

@@ -1,0 +1,149 @@
+"""Annotate problems with a teacher: read, ask what was not asked before, verify, commit."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer import commit, terminal
+from trainer.errors import UserError
+from trainer.run_directory import AnnotationDirectory
+from trainer.teacher import result, summary, work
+from trainer.teacher.lock import only_one
+from trainer.teacher.responses import ResponseLog
+from trainer.teacher.settings import AnnotateSettings
+from trainer.teacher.work import Work
+
+_CHARACTERS_A_TOKEN = 4  # of English, about
+
+
+def annotate(settings: AnnotateSettings) -> None:
+    """Write `<output_dir>/result`. What was answered before, by this or by a killed run, is not asked again.
+
+    Raises UserError for bad input, for a result of another making, for an output_dir in use, for an endpoint that does
+    not answer.
+    """
+    directory = AnnotationDirectory(Path(settings.output_dir))
+    with only_one(directory.process):
+        todo = _prepare(settings)
+        if _is_there(directory.result, todo):
+            terminal.say(summary.table(_summary(directory.result)))
+            terminal.say(f"{directory.result}: already annotated")
+            return
+        log = ResponseLog(directory.responses, directory.damaged)
+        try:
+            _ask(todo, log)
+            _commit(directory.result, todo, log)
+        finally:
+            log.close()
+
+
+def show_plan(settings: AnnotateSettings) -> None:
+    """Say what a run would ask and cost at most, and show one prompt. Asks nothing and writes nothing."""
+    directory = AnnotationDirectory(Path(settings.output_dir))
+    todo = _prepare(settings)
+    log = ResponseLog(directory.responses, directory.damaged, read_only=True)
+    requests = [request for queue in todo.requests.values() for request in queue]
+    answered = sum(log.get(request.key) is not None for request in requests)
+    queues = todo.queues(log)
+    least, most = len(queues), sum(log.get(request.key) is None for queue in queues for request in queue)
+    prompt_tokens = (
+        sum(len(r.prompt) for q in queues for r in q if log.get(r.key) is None) / _CHARACTERS_A_TOKEN
+    )
+    terminal.say(
+        f"{len(todo.problems)} problems to annotate; left out: {len(todo.contaminated)} like test questions, "
+        f"{len(todo.bad_records)} bad records"
+    )
+    now = f"{most}" if least == most else f"{least} to {most}"
+    terminal.say(f"{len(requests)} requests at most, {answered} of them already answered; a run sends {now}")
+    terminal.say(
+        f"about {prompt_tokens:,.0f} prompt tokens and at most {most * settings.max_new_tokens:,} completion tokens"
+    )
+    cost = summary.cost_of(prompt_tokens, most * settings.max_new_tokens, settings)
+    if cost is not None:
+        terminal.say(f"cost at most about {cost:.2f}")
+    first = todo.problems[0]
+    terminal.say(f"the prompt for {first.id}:\n\n{todo.requests[first.id][0].prompt}\n")
+
+
+def _prepare(settings: AnnotateSettings) -> Work:
+    if settings.base_url:
+        from trainer.teacher.endpoint import check_url
+
+        check_url(settings.base_url)
+        return work.prepare(settings)
+    from trainer.teacher.local import digest
+
+    return work.prepare(settings, digest(settings.model_name_or_path))
+
+
+def _ask(todo: Work, log: ResponseLog) -> None:
+    queues = todo.queues(log)
+    known = sum(
+        log.get(request.key) is not None for requests in todo.requests.values() for request in requests
+    )
+    terminal.say(
+        f"{len(todo.problems)} problems, {known} answers known; asking {todo.teacher['model']} "
+        f"for {len(queues)} {'samples' if todo.settings.keep_all else 'problems'}"
+    )
+    if not queues:
+        return
+    if todo.settings.base_url:
+        from trainer.teacher.asking import ask_endpoint
+
+        ask_endpoint(todo.settings, queues, log, todo.satisfied)
+    else:
+        from trainer.teacher.local import ask_local
+
+        ask_local(todo.settings, queues, log, todo.satisfied)
+
+
+def _commit(final: Path, todo: Work, log: ResponseLog) -> None:
+    outcomes = list(result.outcomes(todo, log))
+    numbers = summary.summarise(todo, outcomes, log)
+    facts: dict[str, Any] = {
+        "recipe": todo.recipe,
+        "teacher": todo.teacher,
+        "gold_hint": todo.settings.gold_hint,
+    }
+    facts |= {"endpoint": todo.settings.base_url, "summary": numbers}
+    there = commit.is_finished(final)
+    building = final.parent / f"{final.name}.new-{os.getpid()}" if there else final
+    with commit.directory(building, result.KIND, facts) as staging:
+        result.write(staging, todo, outcomes, numbers)
+    if there:
+        commit.replace(final, building)
+    terminal.say(summary.table(numbers))
+    if not numbers["problems"]["annotated"]:
+        terminal.warn(f"not one chain was kept; {final / result.REJECTED} says why")
+    terminal.say(f"{final / result.ANNOTATED}: {numbers['samples']['kept']} problems with steps")
+
+
+def _is_there(final: Path, todo: Work) -> bool:
+    """Whether the finished result is the one asked for. Raises UserError if it is of another making."""
+    if not commit.is_finished(final):
+        return False
+    old, new = commit.read_manifest(final, result.KIND)["facts"]["recipe"], todo.recipe
+    if old == new:
+        return "unanswered" not in _summary(final)["rejected_by_reason"]  # else those are asked for again
+    if todo.settings.overwrite:
+        return False
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    changes = ", ".join(f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} now" for key in keys)
+    raise UserError(
+        f"{final} holds annotations made in another way ({changes}); choose another output_dir, or give --overwrite "
+        "to replace the result (no response is lost)"
+    )
+
+
+def _summary(final: Path) -> dict[str, Any]:
+    commit.verify(final, [result.SUMMARY])
+    return json.loads((final / result.SUMMARY).read_text(encoding="utf-8"))
+
+
+def _short(value: object) -> str:
+    """For a message: the beginning of a digest tells it from another one."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:13]}..."

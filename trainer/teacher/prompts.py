@@ -1,0 +1,112 @@
+"""What the teacher reads: a template file, filled with one problem and with solved exemplars.
+
+Templates are Jinja2 in a sandbox; a prompt file cannot reach anything but these names:
+
+| name | |
+| --- | --- |
+| `question` | the problem |
+| `kind` | what its answer is: `number`, `yes_no` or `text` |
+| `facts` | list of texts; empty without `with_facts` |
+| `exemplars` | list of `question`, `solution` (lines and `#### answer`), `answer` and `facts`; empty without exemplars |
+| `answer` | the gold answer; not defined without `gold_hint`, so that no prompt shows it unlabelled |
+
+A name that is not defined is an error, not an empty text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from trainer.errors import UserError
+from trainer.problems import answers
+from trainer.problems.problem import DELIMITER, Problem
+from trainer.teacher.settings import AnnotateSettings
+
+OWN = Path(__file__).parent / "prompts"
+_NEXT_PROBLEM = "\nProblem:"  # where our own prompts would go on
+
+
+class Prompter:
+    """Fills one template. `source` and `digest` are of the template's text."""
+
+    def __init__(
+        self, file: Path, style: str, exemplars: Sequence[Problem], gold_hint: bool, with_facts: bool
+    ) -> None:
+        """Raises UserError if the file cannot be read or is not a template."""
+        try:
+            self.source = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the prompt file {file}: {error}") from None
+        self.digest = hashlib.sha256(self.source.encode()).hexdigest()
+        self.exemplars = tuple(exemplars)
+        self._file, self._style = file, style
+        self._gold_hint, self._with_facts = gold_hint, with_facts
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+        try:
+            self._template = environment.from_string(self.source)
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"{file}, line {error.lineno}: {error.message}; see trainer/teacher/prompts"
+            ) from None
+
+    def prompt(self, problem: Problem) -> str:
+        """The prompt for one problem. Raises UserError if the template asks for a name that is not there."""
+        kind = answers.kind(problem.answer)
+        values: dict[str, Any] = {
+            "question": problem.question,
+            "kind": kind,
+            "facts": list(problem.facts) if self._with_facts else [],
+            "exemplars": [self._shown(exemplar) for exemplar in self._exemplars_for(problem, kind)],
+        }
+        if self._gold_hint:
+            values["answer"] = problem.answer
+        try:
+            return self._template.render(values).strip("\n")
+        except UndefinedError as error:
+            remedy = (
+                "give --gold_hint to show the gold answer" if "'answer'" in str(error) else "see its names"
+            )
+            raise UserError(f"{self._file}: {error.message}; {remedy} (trainer/teacher/prompts.py)") from None
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"{self._file}: cannot be filled with problem {problem.id}: {error}") from None
+
+    def _exemplars_for(self, problem: Problem, kind: str) -> list[Problem]:
+        """Those with the same kind of answer, and never the problem itself."""
+        same_kind = [exemplar for exemplar in self.exemplars if answers.kind(exemplar.answer) == kind]
+        if self.exemplars and not same_kind:
+            raise UserError(
+                f"problem {problem.id} asks for a {kind} but no exemplar answers with one; "
+                "choose exemplars of the same kind of problem"
+            )
+        return [exemplar for exemplar in same_kind if exemplar.question != problem.question]
+
+    def _shown(self, exemplar: Problem) -> dict[str, Any]:
+        return {
+            "question": exemplar.question,
+            "solution": solution_text(exemplar, self._style),
+            "answer": exemplar.answer,
+            "facts": list(exemplar.facts) if self._with_facts else [],
+        }
+
+
+def solution_text(problem: Problem, style: str) -> str:
+    """A solved problem as the teacher shall write it: lines, then `#### answer`."""
+    lines = []
+    for step in problem.steps:
+        lines += [step.question, step.solution] if style == "socratic" else [step.solution]
+    return "\n".join([*lines, f"{DELIMITER} {problem.answer}"])
+
+
+def stop_texts(settings: AnnotateSettings) -> list[str]:
+    """Where an answer ends: as told; else a model that completes is stopped where our own prompt would go on.
+
+    Not every chat model takes `stop`, and none needs it.
+    """
+    completes = bool(settings.model_name_or_path) or settings.api == "completions"
+    return settings.stop or ([_NEXT_PROBLEM] if completes and not settings.prompt else [])

@@ -1,0 +1,204 @@
+"""One job at a time in a run directory, without `flock`, which does nothing on Lustre and GPFS.
+
+The lock is a directory with the owner's name in it, made under another name and renamed into place: a directory cannot
+be renamed onto one that is not empty, so of several takers exactly one wins, and the lock is never there without its
+owner's name. A lock whose owner is gone is renamed to a name that follows from that owner's token and stays there for
+a while: a second taker who judged the same owner cannot move the first one's new lock away, since the name is taken.
+
+The owner is gone if its process is (as far as that can be seen from here), if the Slurm job is no longer running, if
+we are that job, started again, or if it shows no sign of life: the lock's time of change, by the file system's own
+clock, compared with a file that was changed just now; and then it is watched for a while, because clocks jump.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trainer import commit, distributed, terminal
+from trainer.errors import UserError
+from trainer.run_directory import RunDirectory
+from trainer.training.identity import Identity
+
+BEAT_SECONDS = 10.0  # at least so often the owner gives a sign of life
+_SILENT_SECONDS = 300.0
+_WATCH_SECONDS = 3 * BEAT_SECONDS
+_OWNER = "owner.json"
+_KEPT_ASIDE = 8
+_ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class Owner:
+    process: Identity
+    token: str  # of this taking
+    since: str  # local time, for people
+
+
+class RunLock:
+    """Rank 0's hold on a run directory; on other ranks an empty shell."""
+
+    def __init__(self, path: Path, owner: Owner | None):
+        self._path, self._owner = path, owner
+
+    def beat(self) -> None:
+        """A sign of life."""
+        if self._owner:
+            with contextlib.suppress(OSError):
+                os.utime(self._path / _OWNER)  # no time given: the file server's own
+
+    def loss(self) -> str | None:
+        """Who has taken the lock from us, as a message; None while it is ours."""
+        if self._owner is None:
+            return None
+        holder = _read(self._path)
+        if holder is not None and holder.token == self._owner.token:
+            return None
+        by = f"by {holder.process} at {holder.since}" if holder else "(it is gone)"
+        return f"{self._path} was taken from this job {by}; it stops here, before it could overwrite the other's work"
+
+    def release(self) -> None:
+        if self._owner and self.loss() is None:
+            aside = self._path.with_name(f".{self._path.name}.{self._owner.token}.released.tmp")
+            with contextlib.suppress(OSError):
+                os.rename(self._path, aside)
+                shutil.rmtree(aside, ignore_errors=True)
+
+
+def take(run: RunDirectory) -> RunLock:
+    """Collective. Raises UserError on every rank, naming the job that holds the run and since when, if one does."""
+    lock, error = RunLock(run.lock, None), None
+    if distributed.is_main_process():
+        try:
+            lock = RunLock(run.lock, _acquire(run.lock))
+        except UserError as problem:
+            error = str(problem)
+        except OSError as problem:
+            error = f"{run.lock} cannot be made: {problem}"
+    distributed.raise_together(error)
+    return lock
+
+
+def _acquire(path: Path) -> Owner:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    me = Owner(Identity.of_this_process(), secrets.token_hex(8), time.strftime("%Y-%m-%d %H:%M:%S %z"))
+    for _ in range(_ATTEMPTS):
+        if _install(path, me):
+            _forget_old(path)
+            return me
+        holder = _read(path)
+        if holder is None:  # released between the two looks
+            continue
+        reason = _why_gone(path, holder, me)
+        if reason is None:
+            raise UserError(
+                f"{path.parent} is in use: {holder.process}, since {holder.since}; wait for it, end it, or give another "
+                f"output_dir (if it is surely gone, remove {path})"
+            )
+        if _set_aside(path, holder):
+            terminal.warn(f"{path.parent}: took over from {holder.process}, since {holder.since}: {reason}")
+    raise UserError(f"{path}: others take and release it all the time; start one job per run directory")
+
+
+def _install(path: Path, owner: Owner) -> bool:
+    staging = path.with_name(f".{path.name}.{owner.token}.tmp")
+    staging.mkdir(exist_ok=True)
+    commit.write_text(staging / _OWNER, json.dumps(asdict(owner), indent=1) + "\n")
+    try:
+        os.rename(staging, path)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
+
+
+def _read(path: Path) -> Owner | None:
+    """The owner of the lock; None if nobody is. Raises UserError if the file is damaged."""
+    try:
+        found = json.loads((path / _OWNER).read_text(encoding="utf-8"))
+        return Owner(Identity(**found["process"]), found["token"], found["since"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path / _OWNER} cannot be read ({error}); if no job trains there, remove {path}"
+        ) from None
+
+
+def _set_aside(path: Path, holder: Owner) -> bool:
+    """Move the lock of a holder that is gone out of the way; False if somebody else was faster."""
+    try:
+        os.rename(path, path.with_name(f".{path.name}.{holder.token}.gone.tmp"))
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            return False
+        raise
+
+
+def _forget_old(path: Path) -> None:
+    """Keep the last few locks that were set aside: a slow taker may still be about to move the same one."""
+    with contextlib.suppress(OSError):
+        aside = sorted(path.parent.glob(f".{path.name}.*.gone.tmp"), key=lambda old: old.stat().st_ctime)
+        for old in aside[:-_KEPT_ASIDE]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _why_gone(path: Path, holder: Owner, me: Owner) -> str | None:
+    """Why the holder no longer counts; None if it may be alive."""
+    lives = holder.process.lives()
+    if lives is not None:
+        return None if lives else "its process is gone"
+    if holder.process.job and holder.process.job == me.process.job:
+        if holder.process.restarts < me.process.restarts:
+            return "this is the same Slurm job, started again"
+    elif holder.process.job and _job_is_gone(holder.process.job):
+        return "its Slurm job is not running any more"
+    return _silence(path)
+
+
+def _job_is_gone(job: str) -> bool:
+    """Whether Slurm says that a job does not run; False if it cannot be asked."""
+    try:
+        command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    if told.returncode:
+        return "Invalid job id" in told.stderr
+    return not told.stdout.strip() or set(told.stdout.split()) <= {"PENDING"}
+
+
+def _silence(path: Path) -> str | None:
+    """How long there was no sign of life, if it is long enough and stays so while we watch."""
+    owner = path / _OWNER
+    try:
+        last, now = owner.stat().st_mtime_ns, _file_system_time(path.parent)
+        silent = (now - last) / 1e9
+        if silent < _SILENT_SECONDS:
+            return None
+        terminal.say(f"{path}: no sign of life for {silent:.0f} s; watching it for {_WATCH_SECONDS:.0f} s")
+        time.sleep(_WATCH_SECONDS)
+        return f"no sign of life for {silent:.0f} s" if owner.stat().st_mtime_ns == last else None
+    except FileNotFoundError:
+        return "it was released meanwhile"
+
+
+def _file_system_time(folder: Path) -> int:
+    """Nanoseconds, by the clock that stamps files there, which may not be ours."""
+    probe = folder / f".clock-{secrets.token_hex(4)}.tmp"
+    probe.touch()
+    try:
+        return probe.stat().st_mtime_ns
+    finally:
+        probe.unlink()

@@ -1,0 +1,73 @@
+"""How much time a run has, and how much of it one checkpoint takes before any was written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from typing import Any
+
+from trainer import distributed
+from trainer.errors import UserError
+from trainer.run_directory import RunDirectory
+
+_PROBE_BYTES = 16 << 20
+# fp32 weights by rank 0, and over all ranks fp32 masters and two moments of Adam; bf16 weights are half of it.
+_BYTES_OF_WEIGHTS, _BYTES_OF_OPTIMIZER = 4, 12
+
+
+def seconds_left(time_limit_seconds: float, started: float) -> float | None:
+    """Collective. Until the Slurm job's limit or our own, counted from `started` (monotonic); None: no limit."""
+    job = distributed.seconds_left_of_job(os.environ) if distributed.is_main_process() else None
+    limits = [distributed.broadcast_object(job)]
+    if time_limit_seconds:
+        limits.append(started + time_limit_seconds - time.monotonic())
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def seconds_of_a_save(run: RunDirectory, facts: dict[str, Any]) -> float:
+    """Collective. Estimated from how fast rank 0 writes, flushes and digests a few megabytes where checkpoints go.
+
+    Raises UserError, on every rank, where nothing can be written.
+    """
+    speed, fault = None, None
+    if distributed.is_main_process():
+        try:
+            speed = _bytes_per_second(run)
+        except OSError as error:
+            fault = f"nothing can be written into {run.path}: {error.strerror}; make room, or give another output_dir"
+    distributed.raise_together(fault)
+    speed = distributed.broadcast_object(speed)
+    optimizer = _BYTES_OF_OPTIMIZER / facts["world_size"]
+    return facts["num_parameters"] * (_BYTES_OF_WEIGHTS + optimizer) / speed
+
+
+def refuse_too_short(left: float | None, run: RunDirectory, facts: dict[str, Any]) -> None:
+    """Collective. Raises UserError, before a model is built, if there is no time for a single checkpoint."""
+    if left is None:
+        return
+    save = seconds_of_a_save(run, facts)
+    if left < save:
+        raise UserError(
+            f"the time limit leaves {left:.1f} s, and one checkpoint takes about {save:.1f} s here: nothing could be "
+            "kept; ask for more time (Slurm's --time, or time_limit_seconds)"
+        )
+
+
+def _bytes_per_second(run: RunDirectory) -> float:
+    run.path.mkdir(parents=True, exist_ok=True)
+    probe = run.path / f".probe-{secrets.token_hex(4)}.tmp"
+    content = os.urandom(1 << 20)
+    start = time.perf_counter()
+    try:
+        with open(probe, "wb") as file:
+            digest = hashlib.sha256()
+            for _ in range(_PROBE_BYTES >> 20):
+                file.write(content)
+                digest.update(content)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        probe.unlink(missing_ok=True)
+    return _PROBE_BYTES / (time.perf_counter() - start)

@@ -1,0 +1,95 @@
+"""The model's own weights, saved beside the fp32 masters, are exactly the masters rounded: a proof of who is who.
+
+It gives names to masters that have none, and shows on samples that a layout was read right.
+
+ZeRO stage 0 in bf16 or fp16: DeepSpeed's FP16 optimizers (used for bf16 too) save masters as `fp32_groups`, lists of
+tensors, or `fp32_groups_flat`, one flat tensor a group, in the order of the optimizer's groups, without a name. Within
+a group the parameters keep the order of the model; so, walking through the model, each parameter is the next one of
+that group whose elements round to it, bit for bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from trainer.errors import UserError
+from trainer.zero.checked_reader import CHUNK_BYTES, CheckedReader
+from trainer.zero.stored_tensors import StoredTensor
+from trainer.zero.torch_files import Piece
+
+_SAMPLE_ELEMENTS = 256
+
+
+def name_masters(
+    path: Path, low_precision: dict[str, StoredTensor], groups: list[list[Piece]]
+) -> dict[str, StoredTensor]:
+    """Give names to the masters in `groups`. A parameter without a master (a frozen one) is left out.
+
+    `low_precision`: the model's parameters in model order. Reads both once. Raises UserError if a master is left
+    over, so that a wrong guess cannot pass.
+    """
+    found: dict[str, StoredTensor] = {}
+    positions = [(0, 0)] * len(groups)  # the next tensor of the group, and how far into it
+    with CheckedReader() as reader:
+        for name, low in low_precision.items():
+            for index, group in enumerate(groups):
+                number, start = positions[index]
+                if number == len(group) or start + low.num_elements > group[number].num_elements:
+                    continue
+                master = group[number].part(start, low.num_elements)
+                if _rounds_to(reader, master, low.pieces[0]):
+                    found[name] = StoredTensor(low.shape, (master,))
+                    end = start + low.num_elements
+                    positions[index] = (number, end) if end < group[number].num_elements else (number + 1, 0)
+                    break
+        reader.finish()
+    if any(number < len(group) for (number, _), group in zip(positions, groups, strict=True)):
+        raise UserError(
+            f"{path}: the optimizer's fp32 weights do not round to the model's weights, so they cannot be told "
+            "apart; was the checkpoint saved in the middle of a step?"
+        )
+    return found
+
+
+def check_samples(path: Path, pairs: dict[str, tuple[StoredTensor, Piece]]) -> None:
+    """Compare the first and the last elements of each piece of a master with the model's own copy of it.
+
+    Raises UserError naming a parameter that does not agree: then the layout is not the one known here.
+    """
+    with CheckedReader(checksums=False) as reader:
+        for name, (master, low) in pairs.items():
+            if low.num_elements != master.num_elements:
+                raise UserError(
+                    f"{path}: {name} has {low.num_elements} elements, its fp32 weights {master.num_elements}"
+                )
+            start = 0
+            for piece in master.pieces:
+                count = min(_SAMPLE_ELEMENTS, piece.num_elements)
+                for offset in {0, piece.num_elements - count}:
+                    if not _rounds_to(reader, piece.part(offset, count), low.part(start + offset, count)):
+                        _prove_whole(piece, low)
+                        raise UserError(
+                            f"{path}: the fp32 weights that should be {name} do not round to it; the checkpoint is "
+                            "mixed from two, or of a DeepSpeed version that lays them out in another way"
+                        )
+                start += piece.num_elements
+
+
+def _prove_whole(*pieces: Piece) -> None:
+    """Raise UserError naming the file if one of these lies in a corrupt storage."""
+    with CheckedReader() as reader:
+        for piece in pieces:
+            reader.tensor(piece, 0, 1)
+        reader.finish()
+
+
+def _rounds_to(reader: CheckedReader, master: Piece, low: Piece) -> bool:
+    step = CHUNK_BYTES // master.dtype.itemsize
+    for start in range(0, low.num_elements, step):
+        count = min(step, low.num_elements - start)
+        rounded = reader.tensor(master, start, count).to(low.dtype)
+        if not torch.equal(rounded.view(torch.uint8), reader.tensor(low, start, count).view(torch.uint8)):
+            return False
+    return True
