@@ -28,9 +28,13 @@ main() {
     if ((status != 0)) && told_to_stop "$status" "$job"; then
         local state
         state=$(fact JobState "$job")
-        # A cancelled job is no longer running, and requeuing it would bring it back to life.
-        if [[ $state == RUNNING ]] && scontrol requeue "$job"; then
+        # A cancelled job is no longer running, and requeuing it would bring it back to life. A job is SIGNALING as long
+        # as not all of its nodes have confirmed the signal that the ranks have followed already.
+        if [[ $state == RUNNING || $state == SIGNALING ]] && scontrol requeue "$job"; then
             echo "ranks.sh: status $status, the job is requeued and will go on from what is on disk"
+            # Slurm ends this script: one that ended by itself meanwhile would report a failed job.
+            trap - TERM
+            sleep 300
         else
             echo "ranks.sh: status $status, the job (${state:-state unknown}) is not requeued; submit it again to go on"
         fi

@@ -87,8 +87,12 @@ class Cluster:
         assert seen[0] == state, self.run("scontrol", "show", "job", job)[1]
 
     def start_now(self, job: str) -> None:
-        """Slurm makes a requeued job wait for two minutes."""
-        self.wait(lambda: self.fact(job, "JobState") != "COMPLETING", f"job {job} completes")
+        """Slurm makes a requeued job wait for two minutes; some seconds it does need.
+
+        A slurmd that ended a job refuses to launch it again in the same second ("already killed").
+        """
+        self.wait(lambda: self.fact(job, "JobState") == "PENDING", f"job {job} is back in the queue", 60)
+        time.sleep(2.5)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def lose_node(self, node: str) -> None:

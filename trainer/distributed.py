@@ -165,15 +165,8 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
 
     What is left of a shell, an allocation or an srun step would make its ranks believe that they are somebody else.
     """
-    names = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "LOCAL_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )
+    places = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    names = (*places, "MASTER_ADDR", "MASTER_PORT")
     prefixes = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_")
     return {
         name: value
