@@ -18,7 +18,7 @@ main() {
     trap : TERM USR1
     # Since Slurm 22.05 srun no longer takes --cpus-per-task from the job by itself.
     local options=(--kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
-    if scontrol show config | grep -q '^TaskPlugin .*\(affinity\|cgroup\)'; then
+    if scontrol show config | grep '^TaskPlugin .*\(affinity\|cgroup\)' >/dev/null; then
         options+=(--cpu-bind=cores)
     fi
     srun "${options[@]}" "$@"
