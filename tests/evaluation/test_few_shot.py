@@ -14,8 +14,9 @@ from trainer.errors import UserError
 from trainer.evaluation.cast import Actor, Cast
 from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.few_shot import exemplar_tokens, read_exemplars
+from trainer.evaluation.few_shot import exemplar_tokens
 from trainer.models.tokenizer import load_tokenizer
+from trainer.problems.exemplars import read_exemplars
 from trainer.problems.jsonl import to_record
 from trainer.settings import EvaluateSettings
 from trainer.shards.methods import METHODS

@@ -8,30 +8,17 @@ a student is taught in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
-from trainer.errors import UserError
-from trainer.problems.problem import Problem, Reject
-from trainer.problems.sources import read_problems
+from trainer.problems.problem import Problem
 from trainer.shards.methods import METHODS
 from trainer.shards.segments import prefix_tokens, texts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _SHOWN = METHODS["cot"].reads
 _BETWEEN = "\n\n"
-
-
-def read_exemplars(path: str) -> list[Problem]:
-    """All problems of a JSONL file (see problems/jsonl.py), in order. Raises UserError naming the line that is none."""
-    found = []
-    for record in read_problems("jsonl", Path(path).stem, path):
-        if isinstance(record, Reject):
-            raise UserError(
-                f"{path}, line {record.line}: {record.reason}: {record.detail}; mend the exemplar"
-            )
-        found.append(record)
-    return found
 
 
 def exemplar_tokens(exemplars: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[int]:

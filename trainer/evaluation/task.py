@@ -25,8 +25,8 @@ from trainer.evaluation.decoding import (
     resolve_mode,
     resolve_pair,
 )
-from trainer.evaluation.few_shot import read_exemplars
 from trainer.evaluation.student import Student
+from trainer.problems.exemplars import read_exemplars
 from trainer.problems.problem import Problem
 from trainer.run_directory import EvaluationDirectory
 from trainer.settings import EvaluateSettings

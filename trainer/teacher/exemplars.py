@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.problems.exemplars import read_exemplars
 from trainer.problems.problem import Problem, Reject
 from trainer.problems.sources import DATA, read_problems
 from trainer.teacher.decontaminate import HeldOutQuestions
@@ -60,12 +60,8 @@ def options_of(data: str, seed: int) -> dict[str, Any]:
 
 
 def _from_file(settings: AnnotateSettings, held_out: HeldOutQuestions) -> Iterator[Problem]:
-    path = Path(settings.exemplars)
-    for record in read_problems("jsonl", "exemplars", str(path)):
-        if isinstance(record, Reject):
-            raise UserError(
-                f"{path}, line {record.line}: {record.reason}, {record.detail}; mend the exemplar"
-            )
+    path = settings.exemplars
+    for record in read_exemplars(path):
         if fault := _fault(record, Rules(settings.style)):
             raise UserError(f"{path}: exemplar {record.id} {fault}; mend it, or take another one")
         if match := held_out.match(record.question):
