@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_study import COMPOSITES, METHODS, make_run, make_study, write_evaluation
 
+from tests.report.synthetic_study import COMPOSITES, METHODS, make_run, make_study, write_evaluation
 from trainer.report.build import build_report
 from trainer.run_directory import StudyDirectory
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from synthetic_answers import answer, possible_mistakes, problems
 
+from tests.report.synthetic_answers import answer, possible_mistakes, problems
 from trainer import commit
 from trainer.problems import answers
 from trainer.report.methods import PAIRS

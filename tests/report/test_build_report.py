@@ -13,8 +13,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from synthetic_study import make_run, make_study, write_evaluation
 
+from tests.report.synthetic_study import make_run, make_study, write_evaluation
 from trainer.errors import UserError
 from trainer.report import format
 from trainer.report.build import build_report

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from synthetic_answers import MISTAKES, answer, possible_mistakes, problems
 
+from tests.report.synthetic_answers import MISTAKES, answer, possible_mistakes, problems
 from trainer.problems import answers
 from trainer.report.causes import find_cause, same_question
 from trainer.report.steps import StepText, parse

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from synthetic_study import make_study
 
+from tests.report.synthetic_study import make_study
 from trainer.report.comparison_table import comparison_tables
 from trainer.report.latex import escape, to_latex
 from trainer.report.results import load_runs

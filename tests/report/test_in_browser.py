@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import browser
-from synthetic_study import make_study
 
+from tests.report.chromium import browser
+from tests.report.synthetic_study import make_study
 from trainer.report.build import build_report
 from trainer.report.causes import LABELS
 

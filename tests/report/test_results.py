@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_study import make_run, make_study, write_evaluation
 
+from tests.report.synthetic_study import make_run, make_study, write_evaluation
 from trainer import commit
 from trainer.errors import UserError
 from trainer.report.analysis import analyse

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from scipy import stats
-from synthetic_study import make_asked_run, make_run, make_study, write_evaluation
 
+from tests.report.synthetic_study import make_asked_run, make_run, make_study, write_evaluation
 from trainer.errors import UserError
 from trainer.report.analysis import analyse
 from trainer.report.build import build_report
