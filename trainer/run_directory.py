@@ -105,7 +105,7 @@ class RunDirectory:
 
     @property
     def lock(self) -> Path:
-        """A directory while a job trains here; who it is stands in its owner.json."""
+        """A directory while a job trains here (lock.py)."""
         return self.path / "lock"
 
     @property
@@ -155,9 +155,9 @@ class StudyDirectory:
         return self.path / "study.yaml"
 
     @property
-    def process(self) -> Path:
-        """Which process runs the study at the moment."""
-        return self.path / "process.json"
+    def lock(self) -> Path:
+        """A directory while a process runs or submits the study (lock.py)."""
+        return self.path / "lock"
 
     @property
     def report(self) -> Path:
@@ -214,9 +214,9 @@ class AnnotationDirectory:
         return self.path / "responses.damaged.txt"
 
     @property
-    def process(self) -> Path:
-        """Which process writes here at the moment."""
-        return self.path / "process.json"
+    def lock(self) -> Path:
+        """A directory while a process annotates here (lock.py)."""
+        return self.path / "lock"
 
     @property
     def logs(self) -> Path:

@@ -18,10 +18,10 @@ import yaml
 
 from tests.distributed import REPOSITORY, Ranks, run
 from tests.training.conftest import settings
+from trainer import lock
 from trainer.models import load
 from trainer.run_directory import RunDirectory
 from trainer.shards.read import Shards
-from trainer.training import run_lock
 from trainer.training.watchdog import EXIT_STATUS
 
 
@@ -62,7 +62,7 @@ def test_a_hung_rank_is_named_and_nobody_is_left(tmp_path: Path, stories: Shards
     )
     assert said, outcomes[1 - hung].output
     assert int(said[1]) >= 2 and int(said[2]) >= 5
-    run_lock.take(run).release()  # and the next job may begin at once
+    lock.acquire(run.lock).release()  # and the next job may begin at once
 
 
 @pytest.mark.slow

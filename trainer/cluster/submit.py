@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer import commit, terminal
+from trainer import commit, lock, terminal
 from trainer.cluster import batches, check, record, scripts, slurm
 from trainer.cluster.batches import Batch, JobId, Need
 from trainer.cluster.record import Submitted
@@ -14,7 +14,7 @@ from trainer.cluster.scripts import Place
 from trainer.cluster.site import Site, read
 from trainer.errors import UserError
 from trainer.run_directory import StudyDirectory
-from trainer.study import changes, processes, stages, state
+from trainer.study import changes, stages, state
 from trainer.study.plan import Study
 from trainer.study.stages import Stage
 
@@ -30,7 +30,7 @@ def submit(study: Study, tools: Path, cluster: Path, dry_run: bool = False) -> N
     if dry_run:
         _show(batches.plan(todo, _done(todo), {}, study.name), site, _place(study, tools))
         return
-    with processes.only_one(study.directory):
+    with lock.held(study.directory.lock):
         slurm.refuse_missing()
         _submit(study, todo, site, cluster, _place(study, tools))
 
@@ -44,7 +44,7 @@ def resubmit(study: Study, tools: Path) -> None:
             f"nothing of study {study.name} was submitted yet: tools/study.py submit {study.file} --cluster ..."
         )
     todo = [stage for stage in stages.of_study(study) if stage.label in before or stage.kind == "report"]
-    with processes.only_one(study.directory):
+    with lock.held(study.directory.lock):
         _submit(study, todo, read(kept), kept, _place(study, tools))
 
 

@@ -8,27 +8,23 @@ its environment, where it is inherited; even the ranks of a study that was kille
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 
-from trainer import commit, distributed
+from trainer import distributed
 from trainer.errors import UserError
 from trainer.run_directory import StudyDirectory
 
 MARK = "SOCRATIC_TRAINER_STUDY"
 _LOOK_EVERY_SECONDS = 0.1
 _KILLING_TAKES_SECONDS = 10.0
-_SILENT_AFTER_SECONDS = 60.0  # of another host's study: it beats every second or so
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -127,54 +123,6 @@ def _parent(process: psutil.Process) -> int:
         return process.ppid()
     except psutil.Error:
         return 0
-
-
-@contextlib.contextmanager
-def only_one(study: StudyDirectory) -> Iterator[Callable[[], None]]:
-    """One process runs a study; yields a heartbeat for hosts that cannot see our processes.
-
-    Raises UserError if another one runs it. A guard against a mistake, not a lock: two that start in the same
-    millisecond pass, and meet at the renames that commit checkpoints and results.
-    """
-    running = who_runs(study)
-    if running:
-        raise UserError(f"study {study.path} is already being run by {running}")
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-    commit.write_text(study.process, json.dumps(mine) + "\n")
-
-    def beat() -> None:
-        with contextlib.suppress(OSError):
-            os.utime(study.process)
-
-    try:
-        yield beat
-    finally:
-        if _read(study.process) == mine:
-            study.process.unlink(missing_ok=True)
-
-
-def who_runs(study: StudyDirectory) -> str:
-    """`process 123 on host`, if a living process runs the study, else ""."""
-    other = _read(study.process)
-    if not other:
-        return ""
-    name = f"process {other['pid']} on {other['host']}"
-    if other["host"] == socket.gethostname():
-        with contextlib.suppress(psutil.Error):
-            # The start time tells the process from a later one with the same number.
-            if abs(psutil.Process(other["pid"]).create_time() - other["started"]) < 1:
-                return name
-        return ""
-    silent = time.time() - study.process.stat().st_mtime
-    return name if silent < _SILENT_AFTER_SECONDS else ""
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"host": str(record["host"]), "pid": int(record["pid"]), "started": float(record["started"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def _mark(study: StudyDirectory) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from trainer import commit, distributed, terminal
+from trainer import commit, distributed, lock, terminal
 from trainer.errors import UserError
 from trainer.run_directory import AnnotationDirectory
 from trainer.study import changes, processes, stages, state
@@ -37,7 +37,7 @@ def run(study: Study, tools: Path, keep_going: bool = False) -> int:
     """
     changes.refuse(study)
     todo = stages.of_study(study)
-    with processes.only_one(study.directory) as beat, processes.Interrupts() as interrupts:
+    with lock.held(study.directory.lock), processes.Interrupts() as interrupts:
         changes.remember(study)
         _end_leftovers(study, interrupts)
         done = sum(state.is_done(stage) for stage in todo)
@@ -53,7 +53,7 @@ def run(study: Study, tools: Path, keep_going: bool = False) -> int:
                 if stage.kind != "report" and broken.intersection(stage.needs):
                     broken.add(stage.label)
                     continue
-                failure = _do(stage, study, tools, place, beat, interrupts)
+                failure = _do(stage, study, tools, place, interrupts)
             if interrupts.count:
                 terminal.say("interrupted; run the same command to go on")
                 return INTERRUPTED
@@ -76,7 +76,6 @@ def _do(
     study: Study,
     tools: Path,
     place: str,
-    beat: Callable[[], None],
     interrupts: processes.Interrupts,
 ) -> str:
     """Run one stage to its end; returns what went wrong, or "". After an interrupt nothing of it is left alive."""
@@ -87,7 +86,7 @@ def _do(
     environment = stages.environment(stage, cores)
     child = processes.start(command, study.directory, stage.log, environment)
     try:
-        code = _watch(child, stage, place, beat, interrupts)
+        code = _watch(child, stage, place, interrupts)
     except BaseException:
         processes.end(study.directory, _GRACE_SECONDS)
         raise
@@ -121,7 +120,6 @@ def _watch(
     child: subprocess.Popen[bytes],
     stage: Stage,
     place: str,
-    beat: Callable[[], None],
     interrupts: processes.Interrupts,
 ) -> int | None:
     """Show how the stage goes until it ends (its exit code) or an interrupt comes (None)."""
@@ -134,7 +132,6 @@ def _watch(
                 return None
             if time.monotonic() - shown >= _SHOW_EVERY_SECONDS:
                 shown = time.monotonic()
-                beat()
                 progress = look()
                 if progress != first:  # while a stage is starting, there is nothing to tell
                     bar.update(progress.done, progress.note, progress.total)

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from trainer import commit, terminal
+from trainer import commit, lock, terminal
 from trainer.run_directory import EvaluationDirectory
 from trainer.settings import EvaluateSettings
 from trainer.study import changes, outlook, processes, stages, state
@@ -41,10 +41,10 @@ def show_status(study: Study) -> None:
             ready = f"{facts['num_problems']} problems"
         terminal.say(f"shards {settings.output_dir}: {ready}")
     terminal.say(table_text(table))
-    running = processes.who_runs(study.directory)
+    running = lock.holder(study.directory.lock)
     leftovers = processes.of_study(study.directory)
     if running:
-        terminal.say(f"being run by {running}")
+        terminal.say(f"in use: {running.process}, since {running.since}")
     elif leftovers:
         numbers = ", ".join(str(process.pid) for process in leftovers)
         terminal.say(

@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer import commit, terminal
+from trainer import commit, lock, terminal
 from trainer.errors import UserError
 from trainer.run_directory import AnnotationDirectory
 from trainer.teacher import result, summary, work
-from trainer.teacher.lock import only_one
 from trainer.teacher.responses import ResponseLog
 from trainer.teacher.settings import AnnotateSettings
 from trainer.teacher.work import Work
@@ -26,7 +25,7 @@ def annotate(settings: AnnotateSettings) -> None:
     not answer.
     """
     directory = AnnotationDirectory(Path(settings.output_dir))
-    with only_one(directory.process):
+    with lock.held(directory.lock):
         todo = _prepare(settings)
         if _is_there(directory.result, todo):
             terminal.say(summary.table(_summary(directory.result)))

@@ -154,7 +154,7 @@ def optimizer_step(student: Student, step: int, stop: StopRequest) -> tuple[dict
         "grad_norm": float(grad_norm),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "mfu": model_flops_utilisation(student, tokens / seconds),
+        "mfu": model_flops_utilisation(student, tokens / seconds, learned_tokens / tokens),
         "memory_bytes": throughput.peak_memory_bytes(),
         "packs_consumed": end,
     }
@@ -202,12 +202,16 @@ def global_grad_norm(engine: Any) -> float | None:
     return float(torch.nn.utils.get_total_norm(gradients))
 
 
-def model_flops_utilisation(student: Student, tokens_per_second: float) -> float | None:
+def model_flops_utilisation(
+    student: Student, tokens_per_second: float, learned_part: float
+) -> float | None:
     peak = throughput.peak_flops()
     if peak is None:
         return None
     mean_length = student.data.tokens_per_epoch / student.data.num_examples
-    flops = throughput.flops_per_token(student.facts["num_parameters"], student.config, mean_length)
+    flops = throughput.flops_per_token(
+        student.facts["num_parameters"], student.config, mean_length, learned_part
+    )
     return tokens_per_second * flops / (peak * student.world.world_size)
 
 

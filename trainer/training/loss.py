@@ -110,4 +110,7 @@ def _pad(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.de
 
 
 def _tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy of 64 KB or more from pageable memory waits for the device
+    return tensor.to(device, non_blocking=True)

@@ -9,19 +9,26 @@ from typing import Any
 import torch
 
 # Dense bf16 peaks of the vendors' datasheets, in FLOP/s; the first name contained in the device's name counts.
-_PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12}
+_PEAK_BF16 = {
+    **{"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12},
+    **{"A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12},
+}
 
 
-def flops_per_token(num_parameters: int, config: Any, mean_length: float) -> float:
+def flops_per_token(
+    num_parameters: int, config: Any, mean_length: float, learned_part: float = 1.0
+) -> float:
     """Forward and backward, recomputation not counted: 6 N + 6 L d n for causal attention over n tokens.
 
     N counts parameters outside the input embedding; every query looks at half of the sequence on average. (Kaplan
-    et al. 2020, appendix; Chowdhery et al. 2022, appendix B, halved for the causal mask.)
+    et al. 2020, appendix; Chowdhery et al. 2022, appendix B, halved for the causal mask.) `learned_part`: of the tokens;
+    the vocabulary's head is applied to no others, and what is not computed is no utilisation.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
+    head = config.vocab_size * width
     tied = getattr(config, "tie_word_embeddings", False)
-    embedding = 0 if tied else config.vocab_size * width
-    return 6.0 * (num_parameters - embedding) + 6.0 * layers * width * mean_length
+    inside = num_parameters - (head if tied else 2 * head)
+    return 6.0 * (inside + learned_part * head) + 6.0 * layers * width * mean_length
 
 
 def peak_flops() -> float | None:

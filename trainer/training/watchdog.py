@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer import commit, distributed, terminal
+from trainer import lock as locks
 from trainer.errors import UserError
+from trainer.identity import Identity
+from trainer.lock import Lock
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
-from trainer.training import run_lock
-from trainer.training.identity import Identity
-from trainer.training.run_lock import RunLock
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
 _LOOKS = 10  # within silence_seconds
@@ -44,7 +44,7 @@ _LEAVING_SECONDS = 5.0  # the others of this host may end by themselves for so l
 @contextlib.contextmanager
 def occupied(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
     """Collective. Hold the run's lock and watch over its ranks. Raises UserError if another job holds the run."""
-    lock = run_lock.take(run)
+    lock = _take(run.lock)
     try:
         watchdog = Watchdog(run, settings.silence_seconds, lock)
         watchdog.start()
@@ -64,14 +64,28 @@ def occupied(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
         lock.release()
 
 
+def _take(path: Path) -> Lock:
+    """Collective. Rank 0 holds it for all. Raises UserError on every rank, naming the job that holds it, if one does."""
+    lock, error = Lock(path, None), None
+    if distributed.is_main_process():
+        try:
+            lock = locks.acquire(path)
+        except UserError as problem:
+            error = str(problem)
+        except OSError as problem:
+            error = f"{path} cannot be made: {problem}"
+    distributed.raise_together(error)
+    return lock
+
+
 class Watchdog:
     """This rank's signs of life, and its look at the next one. `moved` tells the step; `start` is collective."""
 
-    def __init__(self, run: RunDirectory, silence_seconds: float, lock: RunLock):
+    def __init__(self, run: RunDirectory, silence_seconds: float, lock: Lock):
         world = distributed.world()
         self._folder, self._lock, self._rank = run.heartbeats, lock, world.rank
         self._silence = silence_seconds
-        self._interval = min(run_lock.BEAT_SECONDS, (silence_seconds or run_lock.BEAT_SECONDS) / _LOOKS)
+        self._interval = min(locks.BEAT_SECONDS, (silence_seconds or locks.BEAT_SECONDS) / _LOOKS)
         self._next = (world.rank + 1) % world.world_size
         self._watches = bool(silence_seconds) and world.world_size > 1
         self._stopped = threading.Event()

@@ -1,4 +1,4 @@
-"""One job at a time in a run directory, without `flock`, which does nothing on Lustre and GPFS.
+"""One process or job at a time in a directory, without `flock`, which does nothing on Lustre and GPFS.
 
 The lock is a directory with the owner's name in it, made under another name and renamed into place: a directory cannot
 be renamed onto one that is not empty, so of several takers exactly one wins, and the lock is never there without its
@@ -8,6 +8,9 @@ a while: a second taker who judged the same owner cannot move the first one's ne
 The owner is gone if its process is (as far as that can be seen from here), if the Slurm job is no longer running, if
 we are that job, started again, or if it shows no sign of life: the lock's time of change, by the file system's own
 clock, compared with a file that was changed just now; and then it is watched for a while, because clocks jump.
+
+A training holds the lock of its run, an annotation that of its directory (two would pay for the same requests), whoever
+runs or submits a study that of the study.
 """
 
 from __future__ import annotations
@@ -19,14 +22,15 @@ import os
 import secrets
 import shutil
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainer import commit, distributed, terminal
+from trainer import commit, terminal
 from trainer.errors import UserError
-from trainer.run_directory import RunDirectory
-from trainer.training.identity import Identity
+from trainer.identity import Identity
 
 BEAT_SECONDS = 10.0  # at least so often the owner gives a sign of life
 _SILENT_SECONDS = 300.0
@@ -43,8 +47,8 @@ class Owner:
     since: str  # local time, for people
 
 
-class RunLock:
-    """Rank 0's hold on a run directory; on other ranks an empty shell."""
+class Lock:
+    """A hold on a directory; without an owner (a rank whose rank 0 holds it) an empty shell."""
 
     def __init__(self, path: Path, owner: Owner | None):
         self._path, self._owner = path, owner
@@ -59,10 +63,10 @@ class RunLock:
         """Who has taken the lock from us, as a message; None while it is ours."""
         if self._owner is None:
             return None
-        holder = _read(self._path)
-        if holder is not None and holder.token == self._owner.token:
+        now = _read(self._path)
+        if now is not None and now.token == self._owner.token:
             return None
-        by = f"by {holder.process} at {holder.since}" if holder else "(it is gone)"
+        by = f"by {now.process} at {now.since}" if now else "(it is gone)"
         return f"{self._path} was taken from this job {by}; it stops here, before it could overwrite the other's work"
 
     def release(self) -> None:
@@ -73,39 +77,49 @@ class RunLock:
                 shutil.rmtree(aside, ignore_errors=True)
 
 
-def take(run: RunDirectory) -> RunLock:
-    """Collective. Raises UserError on every rank, naming the job that holds the run and since when, if one does."""
-    lock, error = RunLock(run.lock, None), None
-    if distributed.is_main_process():
-        try:
-            lock = RunLock(run.lock, _acquire(run.lock))
-        except UserError as problem:
-            error = str(problem)
-        except OSError as problem:
-            error = f"{run.lock} cannot be made: {problem}"
-    distributed.raise_together(error)
-    return lock
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the lock while in use; a thread gives the signs of life. Raises UserError, naming the holder, if it is taken."""
+    lock, ended = acquire(path), threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            lock.beat()
+
+    threading.Thread(target=beat, name="lock", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        lock.release()
 
 
-def _acquire(path: Path) -> Owner:
+def holder(path: Path) -> Owner | None:
+    """Who holds the lock, to show it; None if nobody does, or it is known to be gone. Raises UserError if it is damaged."""
+    found = _read(path)
+    return None if found is None or found.process.lives() is False else found
+
+
+def acquire(path: Path) -> Lock:
+    """Take the lock, also from an owner that is gone. Raises UserError, naming who holds it and since when, or OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     me = Owner(Identity.of_this_process(), secrets.token_hex(8), time.strftime("%Y-%m-%d %H:%M:%S %z"))
     for _ in range(_ATTEMPTS):
         if _install(path, me):
             _forget_old(path)
-            return me
-        holder = _read(path)
-        if holder is None:  # released between the two looks
+            return Lock(path, me)
+        other = _read(path)
+        if other is None:  # released between the two looks
             continue
-        reason = _why_gone(path, holder, me)
+        reason = _why_gone(path, other, me)
         if reason is None:
             raise UserError(
-                f"{path.parent} is in use: {holder.process}, since {holder.since}; wait for it, end it, or give another "
+                f"{path.parent} is in use: {other.process}, since {other.since}; wait for it, end it, or give another "
                 f"output_dir (if it is surely gone, remove {path})"
             )
-        if _set_aside(path, holder):
-            terminal.warn(f"{path.parent}: took over from {holder.process}, since {holder.since}: {reason}")
-    raise UserError(f"{path}: others take and release it all the time; start one job per run directory")
+        if _set_aside(path, other):
+            terminal.warn(f"{path.parent}: took over from {other.process}, since {other.since}: {reason}")
+    raise UserError(f"{path}: others take and release it all the time; start one job per directory")
 
 
 def _install(path: Path, owner: Owner) -> bool:
@@ -131,14 +145,14 @@ def _read(path: Path) -> Owner | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path / _OWNER} cannot be read ({error}); if no job trains there, remove {path}"
+            f"{path / _OWNER} cannot be read ({error}); if nobody works there, remove {path}"
         ) from None
 
 
-def _set_aside(path: Path, holder: Owner) -> bool:
-    """Move the lock of a holder that is gone out of the way; False if somebody else was faster."""
+def _set_aside(path: Path, other: Owner) -> bool:
+    """Move the lock of an owner that is gone out of the way; False if somebody else was faster."""
     try:
-        os.rename(path, path.with_name(f".{path.name}.{holder.token}.gone.tmp"))
+        os.rename(path, path.with_name(f".{path.name}.{other.token}.gone.tmp"))
         return True
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
@@ -154,15 +168,15 @@ def _forget_old(path: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _why_gone(path: Path, holder: Owner, me: Owner) -> str | None:
-    """Why the holder no longer counts; None if it may be alive."""
-    lives = holder.process.lives()
+def _why_gone(path: Path, other: Owner, me: Owner) -> str | None:
+    """Why the other owner no longer counts; None if it may be alive."""
+    lives = other.process.lives()
     if lives is not None:
         return None if lives else "its process is gone"
-    if holder.process.job and holder.process.job == me.process.job:
-        if holder.process.restarts < me.process.restarts:
+    if other.process.job and other.process.job == me.process.job:
+        if other.process.restarts < me.process.restarts:
             return "this is the same Slurm job, started again"
-    elif holder.process.job and _job_is_gone(holder.process.job):
+    elif other.process.job and _job_is_gone(other.process.job):
         return "its Slurm job is not running any more"
     return _silence(path)
 

@@ -1,4 +1,4 @@
-"""Two jobs on one run directory: exactly one proceeds, the other says who holds it; a lock whose owner is gone is taken."""
+"""Two processes in one directory: exactly one proceeds, the other says who holds it; a lock whose owner is gone is taken."""
 
 from __future__ import annotations
 
@@ -15,27 +15,25 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import REPOSITORY
+from trainer import lock as locks
 from trainer.errors import UserError
+from trainer.identity import Identity
+from trainer.lock import Owner
 from trainer.run_directory import RunDirectory
-from trainer.training import run_lock
-from trainer.training.identity import Identity
-from trainer.training.run_lock import Owner
 
 HOLD = """
 import sys, time
 from pathlib import Path
+from trainer import lock
 from trainer.errors import UserError
-from trainer.run_directory import RunDirectory
-from trainer.training import run_lock
 start = Path(sys.argv[2])
 print("ready", flush=True)
 while not start.exists():
     time.sleep(0.001)
 try:
-    lock = run_lock.take(RunDirectory(Path(sys.argv[1])))
-    print("holds", flush=True)
-    sys.stdin.read()
-    lock.release()
+    with lock.held(Path(sys.argv[1]) / "lock"):
+        print("holds", flush=True)
+        sys.stdin.read()
 except UserError as error:
     print(error, flush=True)
 """
@@ -79,7 +77,7 @@ def test_of_many_takers_exactly_one_wins(tmp_path: Path, stale: bool) -> None:
 
 
 def _held_by(run: RunDirectory, process: Identity) -> None:
-    assert run_lock._install(run.lock, Owner(process, "token-of-the-other", "2026-01-01 00:00:00 +0000"))
+    assert locks._install(run.lock, Owner(process, "token-of-the-other", "2026-01-01 00:00:00 +0000"))
 
 
 def _mine(**changes: object) -> Identity:
@@ -93,14 +91,14 @@ def run(tmp_path: Path) -> RunDirectory:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "_WATCH_SECONDS", 0.5)
+    monkeypatch.setattr(locks, "_WATCH_SECONDS", 0.5)
 
 
 def test_a_process_number_used_again_is_another_process(
     run: RunDirectory, capsys: pytest.CaptureFixture
 ) -> None:
     _held_by(run, _mine(started=1))
-    run_lock.take(run).release()
+    locks.acquire(run.lock).release()
     assert "took over" in capsys.readouterr().out
 
 
@@ -110,9 +108,9 @@ def test_the_same_slurm_job_started_again_takes_over_at_once(
     _held_by(run, _mine(host="other", space="elsewhere", job="77", restarts=0))
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with pytest.raises(UserError, match="in use: Slurm job 77, host other"):
-        run_lock.take(run)  # another step of the job that runs: a second start by mistake
+        locks.acquire(run.lock)  # another step of the job that runs: a second start by mistake
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    run_lock.take(run).release()
+    locks.acquire(run.lock).release()
     assert "this is the same Slurm job, started again" in capsys.readouterr().out
 
 
@@ -122,9 +120,9 @@ def test_a_silent_owner_elsewhere_is_taken_over_and_a_beating_one_is_not(
     _held_by(run, _mine(space="elsewhere"))
     owner = run.lock / "owner.json"
     with pytest.raises(UserError, match="is in use"):
-        run_lock.take(run)
+        locks.acquire(run.lock)
     os.utime(owner, (time.time() - 1000, time.time() - 1000))
-    run_lock.take(run).release()
+    locks.acquire(run.lock).release()
     assert not run.lock.exists()
 
 
@@ -141,15 +139,36 @@ def test_a_jump_of_the_clock_takes_no_lock_from_a_living_owner(
         while abs(owner.stat().st_mtime - time.time()) < 500:
             time.sleep(0.01)
         with pytest.raises(UserError, match="is in use"):
-            run_lock.take(run)
+            locks.acquire(run.lock)
     finally:
         beating.kill()
         beating.wait()
     assert ("no sign of life" in capsys.readouterr().out) == (jump < 0)  # it was suspected, and watched
 
 
+def test_a_lock_in_use_shows_signs_of_life(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
+    with locks.held(run.lock):
+        owner = run.lock / "owner.json"
+        os.utime(owner, (0, 0))
+        deadline = time.monotonic() + 60
+        while owner.stat().st_mtime == 0:
+            assert time.monotonic() < deadline, "no sign of life"
+            time.sleep(0.01)
+        found = locks.holder(run.lock)
+        assert found is not None and found.process == Identity.of_this_process()
+    assert locks.holder(run.lock) is None
+
+
+def test_a_damaged_lock_is_nobodys_to_take(run: RunDirectory) -> None:
+    _held_by(run, _mine())
+    (run.lock / "owner.json").write_text("{")
+    with pytest.raises(UserError, match=r"owner\.json cannot be read.*remove"):
+        locks.acquire(run.lock)
+
+
 def test_a_lost_lock_is_noticed_and_not_released(run: RunDirectory) -> None:
-    lock = run_lock.take(run)
+    lock = locks.acquire(run.lock)
     assert lock.loss() is None
     held = json.loads((run.lock / "owner.json").read_text())
     other = Owner(_mine(host="thief"), "another-token", "2026-01-01 00:00:00 +0000")
@@ -166,7 +185,7 @@ def test_a_stopped_owner_keeps_its_lock(run: RunDirectory, tmp_path: Path) -> No
     holder.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(UserError, match=f"pid {holder.pid}"):
-            run_lock.take(run)
+            locks.acquire(run.lock)
     finally:
         holder.send_signal(signal.SIGCONT)
         holder.communicate("")
