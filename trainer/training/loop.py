@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer import distributed, terminal
+from trainer import distributed, startup, terminal
+from trainer.configuration import to_dict
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
-from trainer.training import checkpoint, throughput, time_limit
+from trainer.training import checkpoint, throughput
 from trainer.training.loss import lay_out, token_losses
 from trainer.training.metrics_log import MetricsLog
 from trainer.training.self_check import check_packing
@@ -39,6 +40,9 @@ def train(
     stop = stop or StopRequest()
     stop.listen()
     world = distributed.initialize(settings.timeout_seconds)
+    # Nodes may have copies of the shards in other places; that they are the same shards is seen to later.
+    same = {key: value for key, value in to_dict(settings).items() if not key.endswith("_shards")}
+    distributed.agree("settings", same)
     run = RunDirectory(Path(settings.output_dir))
     with occupied(run, settings) as watchdog:
         return _train(settings, world, run, evaluate, stop, watchdog)
@@ -52,15 +56,12 @@ def _train(
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> bool:
-    left = time_limit.seconds_left(settings.time_limit_seconds, stop.started)
-    student = enrol(settings, world, run, left)
+    student = enrol(settings, world, run, stop)
     if student is None:
         terminal.say(f"{run.path}: already finished")
         return True
     greet(student)
-    left = time_limit.seconds_left(settings.time_limit_seconds, stop.started)
-    if left is not None:
-        stop.limit(left, time_limit.seconds_of_a_save(run, student.facts))
+    startup.done()
     log = MetricsLog(run, settings, student.facts)
     plan, step = student.plan, student.first_step
     watchdog.moved(step)
@@ -202,9 +203,7 @@ def global_grad_norm(engine: Any) -> float | None:
     return float(torch.nn.utils.get_total_norm(gradients))
 
 
-def model_flops_utilisation(
-    student: Student, tokens_per_second: float, learned_part: float
-) -> float | None:
+def model_flops_utilisation(student: Student, tokens_per_second: float, learned_part: float) -> float | None:
     peak = throughput.peak_flops()
     if peak is None:
         return None

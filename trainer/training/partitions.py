@@ -13,6 +13,13 @@ from typing import Any
 
 import torch
 
+# Where an optimizer keeps its groups' parameters, the flat tensor they lie in, and this rank's part of the fp32 masters.
+_FLAT_GROUPS = (
+    ("round_robin_bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups"),
+    # stage 1 in bf16 with gradients accumulated in fp32
+    ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition"),
+)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -38,22 +45,11 @@ def partitions(engine: Any) -> list[Partition]:
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return list(_stage_3(optimizer, names))
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        groups = zip(
-            optimizer.round_robin_bit16_groups,
-            optimizer.bit16_groups_flat,
-            optimizer.single_partition_of_fp32_groups,
-            strict=True,
-        )
-        return [_part_of_flat(*group, engine.global_rank, names) for group in groups]
-    if hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16 with gradients accumulated in fp32
-        groups = zip(
-            optimizer.bf16_groups,
-            optimizer.bf16_groups_flat,
-            optimizer.fp32_groups_flat_partition,
-            strict=True,
-        )
-        return [_part_of_flat(*group, engine.global_rank, names) for group in groups]
+    for attributes in _FLAT_GROUPS:
+        if all(hasattr(optimizer, name) for name in attributes):
+            parts, flats, masters = (getattr(optimizer, name) for name in attributes)
+            groups = zip(parts, flats, masters, strict=True)
+            return [_part_of_flat(*group, engine.global_rank, names) for group in groups]
     return [
         Partition(parameter, [Span(names[parameter], 0, parameter.numel(), 0)])
         for group in optimizer.param_groups

@@ -15,6 +15,7 @@ from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.models import load
 from trainer.models.tokenizer import load_tokenizer
+from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.shards.methods import method
@@ -22,7 +23,7 @@ from trainer.shards.read import Shards
 from trainer.training import checkpoint, ds_config, time_limit
 from trainer.training.batches import PackedData, StepPlan
 from trainer.training.engine import build_engine
-from trainer.training.run_files import installed, write_run_files
+from trainer.training.run_files import installed, remove_leftovers, write_run_files
 from trainer.training.schedule import Schedule
 
 # Settings that may differ when a run goes on; everything else decides its numbers. Ranks, ZeRO stage, offload and
@@ -54,16 +55,16 @@ class Student:
     facts: dict[str, Any]
 
 
-def enrol(
-    settings: TrainSettings, world: World, run: RunDirectory, seconds_left: float | None = None
-) -> Student | None:
+def enrol(settings: TrainSettings, world: World, run: RunDirectory, stop: StopRequest) -> Student | None:
     """Check everything that can be checked, then build the engine and load the newest valid checkpoint.
 
-    `seconds_left` until the wall-clock limit, if there is one.
-    None if the run is finished already. Collective; a UserError is raised on every rank.
+    `stop` learns of the time limit, if there is one. None if the run is finished already. Collective; a UserError is
+    raised on every rank.
     """
     distributed.agree("installation", installed())
-    shards = Shards.open(settings.train_shards)
+    if distributed.is_main_process():
+        remove_leftovers(run)
+    shards = _intact_shards(settings.train_shards)
     tokenizer = load_tokenizer(shards.tokenizer_path)
     config = _config(settings, shards, tokenizer)
     view = method(settings.method, settings.learn_calculator_results)
@@ -78,8 +79,8 @@ def enrol(
     )
     resolved = ds_config.resolve(settings, world.world_size)
     facts = _facts(settings, world, shards, config, resolved, data)
-    distributed.agree("training setup", {**facts, "plan": repr(plan)})
-    time_limit.refuse_too_short(seconds_left, run, facts)
+    distributed.agree("training setup", {**facts, "plan": repr(plan), "ds_config": resolved})
+    time_limit.impose(stop, settings.time_limit_seconds, run, facts)
     start = _starting_point(settings, run, facts, plan)
     if start is not None and commit.read_manifest(start)["facts"]["finished"]:
         return None
@@ -107,6 +108,18 @@ def enrol(
         first_step,
         facts,
     )
+
+
+def _intact_shards(path: str) -> Shards:
+    """Collective. Every byte is compared with its digest, once a node: a node may have a copy of its own."""
+    shards, error = None, None
+    try:
+        shards = Shards.open(path, verify=distributed.world().local_rank == 0)
+    except UserError as problem:
+        error = str(problem)
+    distributed.raise_together(error)
+    assert shards is not None
+    return shards
 
 
 def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:

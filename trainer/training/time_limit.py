@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer import distributed
 from trainer.errors import UserError
+from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 
 _PROBE_BYTES = 16 << 20
@@ -17,7 +18,24 @@ _PROBE_BYTES = 16 << 20
 _BYTES_OF_WEIGHTS, _BYTES_OF_OPTIMIZER = 4, 12
 
 
-def seconds_left(time_limit_seconds: float, started: float) -> float | None:
+def impose(stop: StopRequest, time_limit_seconds: float, run: RunDirectory, facts: dict[str, Any]) -> None:
+    """Collective. Have `stop` asked for in time for a last save: before Slurm's limit of the job, and before our own.
+
+    Raises UserError, before a model is built, if there is no time for a single checkpoint.
+    """
+    left = _seconds_left(time_limit_seconds, stop.started)
+    if left is None:
+        return
+    save = _seconds_of_a_save(run, facts)
+    if left < save:
+        raise UserError(
+            f"the time limit leaves {left:.1f} s, and one checkpoint takes about {save:.1f} s here: nothing could be "
+            "kept; ask for more time (Slurm's --time, or time_limit_seconds)"
+        )
+    stop.limit(left, save)
+
+
+def _seconds_left(time_limit_seconds: float, started: float) -> float | None:
     """Collective. Until the Slurm job's limit or our own, counted from `started` (monotonic); None: no limit."""
     job = distributed.seconds_left_of_job(os.environ) if distributed.is_main_process() else None
     limits = [distributed.broadcast_object(job)]
@@ -26,7 +44,7 @@ def seconds_left(time_limit_seconds: float, started: float) -> float | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def seconds_of_a_save(run: RunDirectory, facts: dict[str, Any]) -> float:
+def _seconds_of_a_save(run: RunDirectory, facts: dict[str, Any]) -> float:
     """Collective. Estimated from how fast rank 0 writes, flushes and digests a few megabytes where checkpoints go.
 
     Raises UserError, on every rank, where nothing can be written.
@@ -41,18 +59,6 @@ def seconds_of_a_save(run: RunDirectory, facts: dict[str, Any]) -> float:
     speed = distributed.broadcast_object(speed)
     optimizer = _BYTES_OF_OPTIMIZER / facts["world_size"]
     return facts["num_parameters"] * (_BYTES_OF_WEIGHTS + optimizer) / speed
-
-
-def refuse_too_short(left: float | None, run: RunDirectory, facts: dict[str, Any]) -> None:
-    """Collective. Raises UserError, before a model is built, if there is no time for a single checkpoint."""
-    if left is None:
-        return
-    save = seconds_of_a_save(run, facts)
-    if left < save:
-        raise UserError(
-            f"the time limit leaves {left:.1f} s, and one checkpoint takes about {save:.1f} s here: nothing could be "
-            "kept; ask for more time (Slurm's --time, or time_limit_seconds)"
-        )
 
 
 def _bytes_per_second(run: RunDirectory) -> float:
