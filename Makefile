@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .venv-peers
 
-.PHONY: study test test-slow lint format types clean
+.PHONY: study bench test test-slow lint format types clean
 
 study: $(READY)
 	$(BIN)/python tools/study.py run studies/quickstart.yaml
@@ -15,6 +16,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+# What the benchmarks compare with has an environment of its own, so that it can break nothing.
+bench: $(PEERS)/.ready
+	$(PEERS)/bin/python benchmarks/run.py $(BENCH_FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -32,5 +37,10 @@ $(READY): setup.py constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[mpi,dev]"
 	touch $@
 
+$(PEERS)/.ready: setup.py constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt --editable ".[mpi]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs shards build *.egg-info
+	rm -rf $(VENV) $(PEERS) runs shards build *.egg-info

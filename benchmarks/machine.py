@@ -1,0 +1,57 @@
+"""On what a figure was measured."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "trl", "lm_eval", "safetensors")
+
+
+def facts() -> dict[str, Any]:
+    """Date, a short machine name for file names, processor, cores, memory, versions, revision, load before."""
+    processor = _processor()
+    short = re.sub(r"\W+", "-", processor.split("Processor")[0]).strip("-").lower()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{short}-{os.cpu_count()}-cores",
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "revision": _revision(),
+        "load_average_before": load_average(),
+    }
+
+
+def load_average() -> list[float]:
+    """Processes that wanted a core, over 1, 5 and 15 minutes: figures of a busy machine are noise."""
+    return [round(value, 2) for value in os.getloadavg()]
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _revision() -> str:
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return told.stdout.strip() or "unknown"

@@ -1,0 +1,77 @@
+"""All benchmarks against their peers: python benchmarks/run.py [SUITE ...] [--rounds 3] [--readme]   (or: make bench)
+
+Prints a table, writes benchmarks/results/<date>-<machine>.json and .md; `--readme` puts the table into README.md too.
+A suite is a module with `comparisons() -> Iterator[Comparison]`; what it needs (shards, models, checkpoints) it makes
+once under build/benchmarks. A comparison that fails or whose contenders disagree is printed as such and the rest goes on;
+the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks import machine, table  # noqa: E402
+from benchmarks.harness import Comparison, Failed, Result, Unequal, measure  # noqa: E402
+
+SUITES = ("training", "evaluation", "conversion", "shards", "start")
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suites", nargs="*", default=SUITES, metavar="SUITE", help=", ".join(SUITES))
+    parser.add_argument("--rounds", type=int, default=3, help="every contender runs once a round (default 3)")
+    parser.add_argument("--only", default="", help="comparisons whose work contains this text")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    chosen = parser.parse_args()
+    unknown = set(chosen.suites) - set(SUITES)
+    if unknown:
+        parser.error(f"no suite named {', '.join(sorted(unknown))}; there are: {', '.join(SUITES)}")
+
+    facts, results, failures = machine.facts(), [], []
+    for suite in chosen.suites:
+        for comparison in importlib.import_module(f"benchmarks.{suite}.suite").comparisons():
+            if chosen.only in comparison.work:
+                result = _one(suite, comparison, chosen.rounds, failures)
+                results += [result] if result else []
+    facts["load_average_after"] = machine.load_average()
+    text = table.markdown(results, facts)
+    print(text)
+    for failure in failures:
+        print(f"NOT MEASURED: {failure}", file=sys.stderr)
+    if results:
+        _write(results, facts, text, failures)
+        if chosen.readme:
+            table.into_readme(REPOSITORY / "README.md", text)
+    return 1 if failures else 0
+
+
+def _one(suite: str, comparison: Comparison, rounds: int, failures: list[str]) -> Result | None:
+    print(f"{suite}: {comparison.work}", flush=True)
+    try:
+        return measure(comparison, rounds, lambda line: print(line, flush=True))
+    except (Failed, Unequal) as error:
+        failures.append(f"{comparison.work}: {error}")
+        return None
+
+
+def _write(results: list[Result], facts: dict[str, object], text: str, failures: list[str]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    name = f"{facts['date']}-{facts['machine']}"
+    content = {"machine": facts, "failures": failures, "results": [result.to_dict() for result in results]}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    print(f"written: {RESULTS.relative_to(REPOSITORY) / name}.json and .md")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
