@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from command_line import parse
 
-from trainer import distributed, restarts, terminal
+from trainer import distributed, restarts, startup, terminal
 from trainer.preemption import StopRequest
 from trainer.settings import EvaluateSettings
 
@@ -34,6 +34,7 @@ def main() -> None:
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
+    startup.begin()
     StopRequest().listen()
     from trainer.evaluation import task
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from command_line import parse
 
-from trainer import terminal
+from trainer import startup, terminal
 from trainer.settings import PrepareSettings
 
 DESCRIPTION = """Turn problems into token shards, once, for all methods.
@@ -27,6 +27,7 @@ def _prepare(settings: PrepareSettings) -> None:
 
         show(settings.output_dir, settings.method, settings.inspect)
     else:
+        startup.begin()
         from trainer.shards.prepare import prepare
 
         prepare(settings)

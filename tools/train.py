@@ -6,7 +6,7 @@ from pathlib import Path
 
 from command_line import parse
 
-from trainer import commit, restarts, terminal
+from trainer import commit, restarts, startup, terminal
 from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
@@ -30,6 +30,7 @@ def _train(settings: TrainSettings) -> None:
         from trainer.planning.run import dry_run
 
         raise SystemExit(0 if dry_run(settings) else 1)
+    startup.begin()
     stop = StopRequest()
     stop.listen()
     run = RunDirectory(Path(settings.output_dir))

@@ -95,7 +95,7 @@ def test_builders_that_race_leave_one_finished_directory(shared_data: Path, tmp_
     command = [sys.executable, "tools/prepare_shards.py", *settings, "--max_problems", "300"]
     root = Path(__file__).parents[2]
     builders = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    printed = [builder.communicate(timeout=120)[0] for builder in builders]
+    printed = [builder.communicate(timeout=600)[0] for builder in builders]
     assert [builder.returncode for builder in builders] == [0, 0, 0], printed
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
     assert len(Shards.open(tmp_path / "shards", verify=True)) == 300

@@ -1,6 +1,6 @@
-"""Build a shard directory: several processes tokenise, one writes in source order, a rename commits.
+"""Build a shard directory: several threads tokenise, one writes in source order, a rename commits.
 
-The bytes do not depend on the number of processes. Several builders of the same directory may race: each writes
+The bytes do not depend on the number of threads. Several builders of the same directory may race: each writes
 under its own temporary name, the first rename wins and the others find its result.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer import commit, terminal
+from trainer import commit, startup, terminal
 from trainer.errors import UserError
 from trainer.models.tokenizer import fingerprint, load_tokenizer
 from trainer.problems.problem import Problem, Reject
@@ -40,6 +40,7 @@ def prepare(settings: PrepareSettings) -> Shards:
     """
     final = Path(settings.output_dir)
     tokenizer = load_tokenizer(settings.tokenizer_name)
+    startup.done()
     recipe = _recipe(settings, fingerprint(tokenizer))
     if commit.is_finished(final):
         if _same_recipe(final, recipe):
@@ -87,13 +88,11 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
     token_dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
     writer = ShardWriter(staging, token_dtype)
     wanted = itertools.islice(itertools.chain([first], problems), settings.max_problems or None)
-    tokenised = tokenise_all(
-        wanted, tokenizer, settings.tokenizer_name, settings.with_facts, settings.num_processes
-    )
+    tokenised = tokenise_all(wanted, tokenizer, settings.with_facts, settings.num_processes)
     with terminal.progress("tokenise", settings.max_problems or _expected(settings)) as bar:
         for problem, segments in tokenised:
             # Guidance is not counted: which problems all the other methods see does not depend on it.
-            length = sum(len(tokens) for role, tokens in segments if role not in GUIDANCE)
+            length = sum(len(segment.tokens) for segment in segments if segment.role not in GUIDANCE)
             if length > settings.max_length:
                 detail = f"{problem.id}: {length} tokens, max_length is {settings.max_length}"
                 rejects.append(Reject(source, 0, "too_long", detail, problem.question))

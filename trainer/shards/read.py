@@ -14,6 +14,7 @@ Files (all little-endian, without headers; counts are in the manifest):
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from trainer.problems.problem import Problem, Step
 from trainer.shards.methods import Method, Role
 
 KIND = "shards"
+_UNREAD, _READ, _LEARNED = 0, 1, 2
 TOKENIZER = "tokenizer"
 PROBLEMS = "problems.jsonl"
 REJECTS = "rejects.jsonl"
@@ -41,9 +43,10 @@ class Shards:
         self.fingerprint = fingerprint  # digest of the manifest, hence of every byte
         self.tokens = self._map("tokens.bin", self.facts["token_dtype"], self.facts["num_tokens"])
         self.roles = self._map("roles.bin", "uint8", self.facts["num_segments"])
-        self._ends = self._map("ends.bin", "uint64", self.facts["num_segments"])
-        self._first_segment = self._map("segments.bin", "uint64", len(self) + 1)
-        self._line = self._map("lines.bin", "uint64", len(self) + 1)
+        # Read as signed: numpy counts with int64, and mixes it with uint64 only by way of floats.
+        self._ends = self._map("ends.bin", "int64", self.facts["num_segments"])
+        self._first_segment = self._map("segments.bin", "int64", len(self) + 1)
+        self._line = self._map("lines.bin", "int64", len(self) + 1)
 
     @classmethod
     def open(cls, directory: str | Path, verify: bool = False) -> Shards:
@@ -76,12 +79,11 @@ class Shards:
 
     def segments(self, index: int) -> list[tuple[Role, np.ndarray]]:
         """(role, tokens [n]) of every segment of a problem, in order."""
-        first, last = int(self._first_segment[index]), int(self._first_segment[index + 1])
-        starts = self._starts(first, last)
-        ends = self._ends[first:last]
+        first, last = self._first_segment[index : index + 2].tolist()
+        bounds = self._bounds(first, last).tolist()
         return [
-            (Role(int(self.roles[segment])), self.tokens[int(start) : int(end)])
-            for segment, start, end in zip(range(first, last), starts, ends, strict=True)
+            (Role(role), self.tokens[start:end])
+            for role, start, end in zip(self.roles[first:last].tolist(), bounds, bounds[1:], strict=False)
         ]
 
     def segment_tokens(self, index: int, role: Role) -> np.ndarray:
@@ -97,17 +99,17 @@ class Shards:
 
     def example(self, index: int, method: Method) -> tuple[np.ndarray, np.ndarray]:
         """A method's view of a problem: tokens [n] (int64) and learned [n] (bool; True: this token is a target)."""
-        parts = [
-            (tokens, role in method.learns) for role, tokens in self.segments(index) if role in method.reads
-        ]
-        tokens = np.concatenate([part for part, _ in parts]).astype(np.int64)
-        learned = np.concatenate([np.full(len(part), is_learned) for part, is_learned in parts])
-        return tokens, learned
+        first, last = self._first_segment[index : index + 2].tolist()
+        bounds = self._bounds(first, last)
+        use = _uses(method).take(self.roles[first:last]).repeat(bounds[1:] - bounds[:-1])
+        read = use.nonzero()[0]  # cheaper than a mask
+        tokens = self.tokens[bounds[0] : bounds[-1]].take(read)
+        return tokens.astype(np.int64), use.take(read) == _LEARNED
 
     def lengths(self, method: Method) -> np.ndarray:
         """Tokens of every problem in a method's view [num_problems] (int64); 0 where the problem lacks what it needs."""
-        bounds = self._first_segment.astype(np.int64)
-        segment_lengths = np.diff(self._ends.astype(np.int64), prepend=0)
+        bounds = self._first_segment
+        segment_lengths = np.diff(self._ends, prepend=0)
         lengths = np.add.reduceat(segment_lengths * self._has(method.reads), bounds[:-1])
         for role in method.needs:
             lengths[np.add.reduceat(self._has({role}), bounds[:-1]) == 0] = 0
@@ -115,17 +117,17 @@ class Shards:
 
     def learned_lengths(self, method: Method) -> np.ndarray:
         """Tokens that carry loss in every problem of a method's view [num_problems] (int64)."""
-        segment_lengths = np.diff(self._ends.astype(np.int64), prepend=0)
-        return np.add.reduceat(
-            segment_lengths * self._has(method.learns), self._first_segment.astype(np.int64)[:-1]
-        )
+        segment_lengths = np.diff(self._ends, prepend=0)
+        return np.add.reduceat(segment_lengths * self._has(method.learns), self._first_segment[:-1])
 
     def _has(self, roles: set[Role] | frozenset[Role]) -> np.ndarray:
         return np.isin(self.roles, list(roles)).astype(np.int64)
 
-    def _starts(self, first: int, last: int) -> np.ndarray:
-        before = self._ends[first - 1] if first else np.uint64(0)
-        return np.concatenate([[before], self._ends[first : last - 1]])
+    def _bounds(self, first: int, last: int) -> np.ndarray:
+        """Where segments [first, last) begin in tokens.bin, and where the last one ends [last - first + 1] (int64)."""
+        if first:
+            return self._ends[first - 1 : last]
+        return np.concatenate([np.zeros(1, self._ends.dtype), self._ends[:last]])
 
     def _map(self, name: str, dtype: str, count: int) -> np.ndarray:
         expected = count * np.dtype(dtype).itemsize
@@ -133,4 +135,16 @@ class Shards:
             raise UserError(f"{self.path / name} does not hold {count} {dtype} values; make the shards again")
         if count == 0:
             return np.empty(0, dtype=dtype)
-        return np.memmap(self.path / name, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", shape=(count,))
+        mapped = np.memmap(
+            self.path / name, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", shape=(count,)
+        )
+        return mapped.view(np.ndarray)  # a slice of a memmap costs several times one of a plain array
+
+
+@functools.cache
+def _uses(method: Method) -> np.ndarray:
+    """What a method does with the tokens of a role [256] (uint8)."""
+    uses = np.full(256, _UNREAD, np.uint8)
+    uses[[int(role) for role in method.reads]] = _READ
+    uses[[int(role) for role in method.reads & method.learns]] = _LEARNED
+    return uses

@@ -6,6 +6,7 @@ the tokens it had in training.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,18 +57,26 @@ def _guidance(problem: Problem) -> list[tuple[Role, str]]:
 
 
 def tokenise(
-    problem: Problem, tokenizer: PreTrainedTokenizerBase, prefix: list[int], with_facts: bool = False
-) -> list[Segment]:
-    """Segments of a problem: `prefix` (see `prefix_tokens`) opens the first, EOS closes the last."""
-    pieces = texts(problem, with_facts)
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: list[int],
+    with_facts: bool = False,
+) -> list[list[Segment]]:
+    """Segments of every problem: `prefix` (see `prefix_tokens`) opens the first, EOS closes the last."""
+    pieces = [texts(problem, with_facts) for problem in problems]
     # A text that spells "<|endoftext|>" is text: it must not end the sequence.
-    encoded = tokenizer([text for _, text in pieces], add_special_tokens=False, split_special_tokens=True)[
-        "input_ids"
-    ]
-    segments = [Segment(role, list(tokens)) for (role, _), tokens in zip(pieces, encoded, strict=True)]
-    segments[0].tokens[:0] = prefix
-    segments[-1].tokens.append(tokenizer.eos_token_id)
-    return segments
+    encoded = tokenizer(
+        [text for cut in pieces for _, text in cut] or [""],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+    )["input_ids"]
+    tokens = iter(encoded)
+    segmented = [[Segment(role, list(next(tokens))) for role, _ in cut] for cut in pieces]
+    for segments in segmented:
+        segments[0].tokens[:0] = prefix
+        segments[-1].tokens.append(tokenizer.eos_token_id)
+    return segmented
 
 
 def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

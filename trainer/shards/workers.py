@@ -1,63 +1,48 @@
-"""Tokenise problems in several processes, results in the order of the problems."""
+"""Tokenise problems on several cores, results in the order of the problems.
+
+Threads: the tokenizer itself is compiled and lets go of Python's lock while it works, so that other processes, which
+would import transformers first (4 CPU seconds each), have nothing to offer. A call takes many problems: its overhead
+is that of encoding a problem.
+"""
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.problem import Problem
-from trainer.shards.segments import prefix_tokens, tokenise
-from trainer.shards.write import Segments
+from trainer.shards.segments import Segment, prefix_tokens, tokenise
 
-_CHUNK = 256  # problems a process tokenises at a time
-_WORTH_PROCESSES = 16  # chunks; with fewer, starting processes takes longer than the work
-_worker: _Tokeniser
-
-
-class _Tokeniser:
-    def __init__(self, tokenizer: Any, with_facts: bool):
-        self._tokenizer = tokenizer
-        self._prefix = prefix_tokens(tokenizer)
-        self._with_facts = with_facts
-
-    def __call__(self, problems: list[Problem]) -> list[tuple[Problem, Segments]]:
-        return [(problem, [(int(s.role), s.tokens) for s in self._tokenise(problem)]) for problem in problems]
-
-    def _tokenise(self, problem: Problem) -> list[Any]:
-        return tokenise(problem, self._tokenizer, self._prefix, self._with_facts)
+_CHUNK = 256  # problems a thread tokenises at a time
+_WAITING = 4  # chunks a thread that may lie finished: the memory this takes does not grow with the data
 
 
 def tokenise_all(
-    problems: Iterator[Problem], tokenizer: Any, tokenizer_name: str, with_facts: bool, num_processes: int
-) -> Iterator[tuple[Problem, Segments]]:
-    """Each problem with its segments, in order, whatever `num_processes` (0: one per usable core)."""
-    num_processes = num_processes or len(os.sched_getaffinity(0))
-    chunks = _chunks(problems)
-    ahead = list(itertools.islice(chunks, _WORTH_PROCESSES))
-    chunks = itertools.chain(ahead, chunks)
-    if num_processes == 1 or len(ahead) < _WORTH_PROCESSES:
-        yield from itertools.chain.from_iterable(map(_Tokeniser(tokenizer, with_facts), chunks))
-        return
-    # "spawn": a fork of a process that has started threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(num_processes, _start, (tokenizer_name, with_facts)) as pool:
-        yield from itertools.chain.from_iterable(pool.imap(_work, chunks))
+    problems: Iterator[Problem], tokenizer: Any, with_facts: bool, num_threads: int
+) -> Iterator[tuple[Problem, list[Segment]]]:
+    """Each problem with its segments, in order, whatever `num_threads` (0: one per usable core)."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads here are the parallelism
+    num_threads = num_threads or len(os.sched_getaffinity(0))
+    prefix = prefix_tokens(tokenizer)
+    tokenise([], tokenizer, prefix)  # sets the tokenizer up, which threads must not do at the same time
+
+    def work(chunk: list[Problem]) -> list[tuple[Problem, list[Segment]]]:
+        return list(zip(chunk, tokenise(chunk, tokenizer, prefix, with_facts), strict=True))
+
+    waiting: deque[Future[list[tuple[Problem, list[Segment]]]]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for chunk in _chunks(problems):
+            waiting.append(pool.submit(work, chunk))
+            if len(waiting) > _WAITING * num_threads:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
 
 
 def _chunks(problems: Iterator[Problem]) -> Iterator[list[Problem]]:
     while chunk := list(itertools.islice(problems, _CHUNK)):
         yield chunk
-
-
-def _start(tokenizer_name: str, with_facts: bool) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker = _Tokeniser(load_tokenizer(tokenizer_name), with_facts)
-
-
-def _work(problems: list[Problem]) -> list[tuple[Problem, Segments]]:
-    return _worker(problems)

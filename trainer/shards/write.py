@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from trainer.problems.problem import Problem
-from trainer.shards.methods import GUIDANCE, METHODS, Role
+from trainer.shards.methods import GUIDANCE, METHODS
 from trainer.shards.read import PROBLEMS
-
-Segments = list[tuple[int, list[int]]]  # (role, tokens) of a problem, in order
+from trainer.shards.segments import Segment
 
 
 class ShardWriter:
@@ -36,20 +36,21 @@ class ShardWriter:
     def num_problems(self) -> int:
         return len(self._line) - 1
 
-    def add(self, problem: Problem, segments: Segments) -> None:
+    def add(self, problem: Problem, segments: Sequence[Segment]) -> None:
         end = self._ends[-1] if self._ends else 0
-        for role, tokens in segments:
-            self._tokens.write(np.array(tokens, dtype=self._token_dtype).tobytes())
-            end += len(tokens)
-            self._roles.append(role)
+        joined = [token for segment in segments for token in segment.tokens]
+        self._tokens.write(np.array(joined, dtype=self._token_dtype).tobytes())
+        for segment in segments:
+            end += len(segment.tokens)
+            self._roles.append(segment.role)
             self._ends.append(end)
         self._first_segment.append(len(self._roles))
-        length = sum(len(tokens) for role, tokens in segments if role not in GUIDANCE)
+        length = sum(len(segment.tokens) for segment in segments if segment.role not in GUIDANCE)
         self._longest = max(self._longest, length)
         line = json.dumps(asdict(problem), ensure_ascii=False).encode() + b"\n"
         self._problems.write(line)
         self._line.append(self._line[-1] + len(line))
-        present = {Role(role) for role, _ in segments}
+        present = {segment.role for segment in segments}
         self._usable.update(name for name, view in METHODS.items() if view.needs <= present)
 
     def close(self) -> dict[str, Any]:

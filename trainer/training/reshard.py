@@ -5,7 +5,7 @@ conversion), and every rank unpickles whole files. Here a parameter's fp32 maste
 ranks' files (trainer/zero) and are copied to where the new layout keeps them (partitions.py). There is one path: a run
 that goes on in its old layout takes it as well, so every test of a resumed run tests it.
 
-Memory: one chunk of 16 MiB beside the engine. The bytes must have been proved before (checkpoint.py digests the files).
+Memory: at most one chunk of 16 MiB beside the engine. The bytes must have been proved before (checkpoint.py digests the files).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from trainer.training.partitions import Partition, optimizer_state, own_share, p
 from trainer.zero.checked_reader import CHUNK_BYTES, CheckedReader
 from trainer.zero.state import MOMENTS, NAMES, StoredState, read_state
 from trainer.zero.stored_tensors import StoredTensor
+from trainer.zero.torch_files import Piece
 
 
 @torch.no_grad()
@@ -111,13 +112,22 @@ def _copy(
         end = min(piece.num_elements, start + len(target) - position)
         for begin in range(first, end, step):
             count = min(step, end - begin)
-            target[done : done + count].copy_(reader.tensor(piece, begin, count))
+            _read_into(reader, piece, begin, target[done : done + count])
             done += count
         position += piece.num_elements
     if done != len(target):
         raise UserError(
             f"{path}: {name} has {stored.num_elements} elements, this model's has more; it is of another model"
         )
+
+
+def _read_into(reader: CheckedReader, piece: Piece, start: int, target: torch.Tensor) -> None:
+    """Elements of `piece` from `start` on: straight into the memory of a tensor on the CPU, else through a chunk."""
+    if target.device.type == "cpu":
+        place: Any = target.detach().view(torch.uint8).numpy()
+        reader.read(piece, start * piece.dtype.itemsize, memoryview(place))
+    else:
+        target.copy_(reader.tensor(piece, start, len(target)))
 
 
 def _refuse_left_over(engine: Any, stored: StoredState, path: Path) -> None:

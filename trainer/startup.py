@@ -1,0 +1,43 @@
+"""A quick start and a quick end of a process: what libraries do there for nobody.
+
+torch, transformers and deepspeed make about a million objects that live until the process ends. While they are loaded,
+Python's collector looks through all of them again and again; at the end it does so once more and takes each apart.
+Measured, in CPU seconds of a rank: loading 4.9 -> 3.8, ending 1.4 -> 0.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+
+
+def begin() -> None:
+    """Called by a tool that is about to load the heavy libraries: no collection until `done`."""
+    gc.disable()
+
+
+def done() -> None:
+    """Loaded: collect from now on, but only among what is made from now on. Without `begin` nothing changes."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Inside, torch.compile gives functions back as they are. For `deepspeed.initialize`.
+
+    It looks whether the optimizer is Muon, and importing Muon (0.19.8) decorates kernels that AdamW never calls: that
+    would load torch's compiler, 0.9 CPU seconds of a rank.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read when a function is decorated, not when it runs
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
