@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainer.models import packed_attention
+from trainer.models import packed_attention, training_kernels
 from trainer.planning.activations import batch_of, trace
 from trainer.training.loss import token_losses
 
@@ -39,6 +39,7 @@ def drop(parameter: torch.Tensor) -> None:
 def peak(config: Any, checkpointing: bool) -> int:
     """Bytes above what was there before, in the third pass (the first ones fill caches of kernels)."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=packed_attention.register()).train()
+    training_kernels.use(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter in model.parameters():

@@ -111,6 +111,26 @@ def load_model(name_or_path: str | Path, dtype: str, attention: str, **kwargs: A
         ) from None
 
 
+def blank_model(config: PreTrainedConfig, dtype: str, attention: str) -> PreTrainedModel:
+    """The model with whatever lies in memory for weights, to read a checkpoint into; its buffers are made as always.
+
+    Neither a seed nor a pretrained model's files are asked for: a run that goes on does not wait for them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, TORCH_DTYPES[dtype]),
+            attn_implementation=attention,
+            trust_remote_code=False,
+        )
+    model.tie_weights()  # a part of the initialisation
+    return model
+
+
 def device() -> torch.device:
     """The accelerator of this rank (`distributed.initialize` has chosen it), else the CPU."""
     import torch

@@ -8,10 +8,14 @@ and nobody would say a word; `training/loss.py` gives all three and `training/se
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from trainer.models.attention_kernels import leave_out_cudnn
 
 NAME = "packed"
 
@@ -20,6 +24,7 @@ def register() -> str:
     """Make the attention known to transformers; returns the name for `attn_implementation`."""
     from transformers import AttentionInterface
 
+    leave_out_cudnn()
     AttentionInterface.register(NAME, attend)
     return NAME
 
@@ -45,7 +50,7 @@ def attend(
     longest = kwargs.get("max_length_q") or query.shape[2]
     if window is not None and longest > window:
         raise RuntimeError(f"an example of {longest} tokens exceeds the model's sliding window of {window}")
-    if query.is_cuda and dropout == 0.0 and query.dtype in (torch.bfloat16, torch.float16):
+    if dropout == 0.0 and has_kernel(query):
         return _varlen(query, key, value, scaling, cu_seq_lens_q, longest), None
     lengths = kwargs["lengths"]
     grouped = query.shape[1] != key.shape[1]
@@ -60,6 +65,18 @@ def attend(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
+def has_kernel(query: torch.Tensor) -> bool:
+    """Flash attention in torch: Ampere or newer, 16 bits, heads of up to 256 in multiples of 8."""
+    head_dim = query.shape[3]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and torch.cuda.get_device_capability(query.device)[0] >= 8
+    )
+
+
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -72,9 +89,19 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
+    grouped: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1] and _wants_to_be_told_of_groups():
+        grouped = {"enable_gqa": True}
     out = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **grouped
     )
     assert isinstance(out, torch.Tensor)  # return_aux was not asked for
     return out.unsqueeze(0)
+
+
+@functools.cache
+def _wants_to_be_told_of_groups() -> bool:
+    """From torch 2.12 on; 2.11 takes fewer key-value heads than query heads without a word."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -1,7 +1,8 @@
 """Model shapes by name, for students with random weights.
 
 The *stories* shapes are Llama's (rotary positions, gated MLP, tied embeddings), small: rotary positions learn to copy
-a number much sooner than learned ones, heads of 16 sooner than heads of 32, and a base of 500 fits short texts.
+a number much sooner than learned ones, heads of 16 sooner than heads of 32, and a base of 500 fits short texts. From
+10m on heads grow with the width as usual (32, then 64): those sizes are for a GPU, where heads of 16 are slow.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from typing import Any
 _STORIES = {
     "stories-0.2m": (2, 64, 4, 160),
     "stories-0.7m": (3, 128, 8, 320),
+    "stories-1m": (4, 144, 9, 384),
     "stories-3m": (6, 192, 12, 512),
+    "stories-10m": (8, 320, 10, 864),
+    "stories-30m": (10, 512, 16, 1376),
+    "stories-100m": (14, 768, 12, 2048),
+    "stories-300m": (24, 1024, 16, 2752),
 }
 _ROTARY_BASE = 500.0
 

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from trainer.errors import UserError
+from trainer.models.attention_kernels import leave_out_cudnn
 
 IMPLEMENTATION = "slots"
 _LENGTH_MULTIPLE = 8  # CUDA's memory-efficient kernel wants rows of the mask aligned to 8 elements
@@ -218,6 +219,7 @@ def _refuse_what_is_not_supported(capacity: int, other: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def slot_attention_of(model: PreTrainedModel) -> Iterator[None]:
     """Switch `model` to attention over slots and to evaluation mode; on exit both are as they were."""
+    leave_out_cudnn()
     before = model.config._attn_implementation
     training = model.training
     model.set_attn_implementation(IMPLEMENTATION)

@@ -31,7 +31,10 @@ class Accelerator:
 
 # Network: one 400 Gb/s adapter (100: workstations) a machine is assumed; a site's own is likely to differ.
 _TABLE = (
-    Accelerator("h200", 141 * GB, 989e12, 67e12, 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM data sheet; NVLink 4"),
+    Accelerator(
+        "h200", 143_771 * 2**20, 989e12, 67e12, 4.8e12, 450e9, 50e9,
+        "NVIDIA H200 SXM data sheet, memory as nvidia-smi shows it; NVLink 4",
+    ),
     Accelerator("h100", 80 * GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM data sheet; NVLink 4"),
     Accelerator("a100-80gb", 80 * GIB, 312e12, 19.5e12, 2.04e12, 300e9, 25e9, "NVIDIA A100 SXM data sheet; NVLink 3"),
     Accelerator("a100-40gb", 40 * GIB, 312e12, 19.5e12, 1.56e12, 300e9, 25e9, "NVIDIA A100 SXM data sheet; NVLink 3"),

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.models import packed_attention
+from trainer.models import packed_attention, training_kernels
 from trainer.models.architecture import quiet_transformers
 from trainer.training.loss import Packed, token_losses
 
@@ -78,6 +78,7 @@ def _model(config: Any, attention: str, dtype: torch.dtype, checkpointing: bool)
 
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     model.config.use_cache = False
+    training_kernels.use(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

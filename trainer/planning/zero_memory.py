@@ -18,6 +18,7 @@ from trainer.planning.activations import Moment, Timeline
 _FALLBACK_BUCKET = 500_000_000  # elements; MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine, for stage 0
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
 _DEFAULT_LIVE = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance
+_DEFAULT_SUB_GROUP = 1_000_000_000  # sub_group_size
 
 # Names of components, in the order they are shown.
 WEIGHTS = "weights"
@@ -43,6 +44,7 @@ class Layout:
     reduce_bucket: int  # elements
     overlap: bool
     gathered_limit: int  # elements of gathered weights under ZeRO-3
+    sub_group: int  # elements of the largest sub-group of a rank, which ZeRO-3 updates at a time
     persistent: int  # elements of parameters that ZeRO-3 never divides
     offload_optimizer: bool
     offload_parameters: bool
@@ -74,6 +76,7 @@ class Layout:
             reduce_bucket=int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET)),
             overlap=bool(zero.get("overlap_comm", int(zero.get("stage", 0)) == 3)),
             gathered_limit=min(live, reuse) + prefetch + max(sizes),
+            sub_group=int(zero.get("sub_group_size", _DEFAULT_SUB_GROUP)) + -(-max(sizes) // world_size),
             persistent=sum(size for size in sizes if size < threshold),
             offload_optimizer=_offloaded(zero, "offload_optimizer"),
             offload_parameters=_offloaded(zero, "offload_param"),
@@ -259,14 +262,18 @@ def _reduction(layout: Layout) -> Iterator[Counter[str]]:
 
 
 def _step(layout: Layout) -> Counter[str]:
-    """The gradient of our part, flattened once more and turned into fp32; norms are taken in fp64, one by one."""
+    """The gradient of our part, flattened once more and turned into fp32; norms are taken in fp64, one by one.
+
+    Stage 3 does so for one sub-group after the other.
+    """
     k, share = layout.element_bytes, layout.share
     now: Counter[str] = Counter()
     if layout.stage == 0:
         now[GRADIENTS] = k * layout.num_parameters
     elif not layout.offload_optimizer:
         kept = 0 if layout.stage == 3 else k * share
-        now[GRADIENTS] = kept + 4 * share + (k * share if k != 4 else 0)
+        turned = min(share, layout.sub_group) if layout.stage == 3 else share
+        now[GRADIENTS] = kept + 4 * turned + (k * turned if k != 4 else 0)
     return now
 
 

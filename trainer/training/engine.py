@@ -11,32 +11,44 @@ from typing import Any
 
 import torch
 
-from trainer import distributed
-from trainer.models import load, packed_attention
+from trainer import distributed, rendezvous, startup
+from trainer.models import load, packed_attention, training_kernels
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
-from trainer.training import checkpoint, ds_config
+from trainer.training import checkpoint, ds_config, malloc
 
 
-def build_engine(settings: TrainSettings, run: RunDirectory, config: Any, resolved: dict[str, Any]) -> Any:
-    """Weights as of the seed or the pretrained folder, the same in every ZeRO stage, in a DeepSpeed engine."""
+def build_engine(
+    settings: TrainSettings, run: RunDirectory, config: Any, resolved: dict[str, Any], blank: bool = False
+) -> Any:
+    """Weights as of the seed or the pretrained folder, the same in every ZeRO stage, in a DeepSpeed engine.
+
+    `blank`: no weights at all, a checkpoint will be read into it.
+    """
     import deepspeed
 
     # On a CPU DeepSpeed would compile a C++ extension in every new environment (40 s) for a collective of inference.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
+    malloc.keep_freed_memory()
     dtype = "bf16" if settings.bf16 else "fp32"
     attention = packed_attention.register() if settings.packing else "sdpa"
-    with _weights(settings, config, run) as weights:
+    if blank:
         with _into_shards(resolved):
-            model = load.load_model(weights, dtype, attention, config=config)
-        distributed.barrier()  # a temporary folder is removed after everybody has read it
+            model = load.blank_model(config, dtype, attention)
+    else:
+        with _weights(settings, config, run) as weights:
+            with _into_shards(resolved):
+                model = load.load_model(weights, dtype, attention, config=config)
+            distributed.barrier()  # a temporary folder is removed after everybody has read it
+    training_kernels.use(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine, _, _, _ = deepspeed.initialize(
-        model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
-    )
-    distributed.limit_waiting(settings.timeout_seconds)
+    with startup.without_compiler():
+        engine, _, _, _ = deepspeed.initialize(
+            model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
+        )
+    rendezvous.limit_waiting(settings.timeout_seconds)
     engine.checkpoint_engine = checkpoint.SafeCheckpointEngine()
     engine.train()
     return engine

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from trainer.training.batches import MicroBatch
+from trainer.training.cross_entropy import summed_cross_entropy
 
 IGNORED = -100  # a label that carries no loss (torch's and transformers' convention)
 
@@ -58,8 +59,7 @@ def lay_out(batch: MicroBatch, packing: bool, device: torch.device) -> Packed | 
 def token_losses(model: torch.nn.Module, batch: Packed | Padded) -> torch.Tensor:
     """Forward pass; the sum of the losses of the learned tokens, in nats, fp32, with its graph."""
     if isinstance(batch, Packed):
-        logits = packed_logits(model, batch)
-        return cross_entropy(logits.float(), batch.labels, ignore_index=IGNORED, reduction="sum")
+        return summed_cross_entropy(packed_logits(model, batch), batch.labels, IGNORED)
     logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
     return cross_entropy(
         logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -77,7 +77,7 @@ def packed_logits(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
         max_length_q=max(batch.lengths),
         lengths=batch.lengths,
         logits_to_keep=batch.predicting,
-    ).logits[0]
+    ).logits.squeeze(0)  # not [0], whose gradient is a whole tensor of zeros to copy into
 
 
 def _pack(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.device) -> Packed:

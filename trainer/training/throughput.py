@@ -15,9 +15,7 @@ _PEAK_BF16 = {
 }
 
 
-def flops_per_token(
-    num_parameters: int, config: Any, mean_length: float, learned_part: float = 1.0
-) -> float:
+def flops_per_token(num_parameters: int, config: Any, mean_length: float, learned_part: float = 1.0) -> float:
     """Forward and backward, recomputation not counted: 6 N + 6 L d n for causal attention over n tokens.
 
     N counts parameters outside the input embedding; every query looks at half of the sequence on average. (Kaplan
