@@ -13,7 +13,7 @@ import signal
 import sys
 from typing import Any
 
-from trainer import distributed, terminal
+from trainer import distributed, startup, terminal
 from trainer.evaluation import gather
 from trainer.settings import EvaluateSettings
 
@@ -43,6 +43,7 @@ def put_in(fault: str) -> None:
 
 
 def main() -> None:
+    startup.begin()
     fault, model, shards, output_dir = sys.argv[1:]
     who = json.loads(model) if model.startswith("{") else {"model_name_or_path": model}
     settings = EvaluateSettings(**who, shards=shards, output_dir=output_dir, batch_size=2)

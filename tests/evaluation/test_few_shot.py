@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.errors import UserError
+from trainer.evaluation import engine
 from trainer.evaluation.cast import Actor, Cast
 from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.few_shot import exemplar_tokens
+from trainer.evaluation.predict import predictions
+from trainer.evaluation.tickets import LocalCounter
+from trainer.models.slots import SlotStep, plan_step
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.exemplars import read_exemplars
 from trainer.problems.jsonl import to_record
@@ -74,6 +79,41 @@ def test_it_is_stopped_where_the_line_of_its_answer_ends(shards: Shards, exempla
             break
         solution.after(token)
     assert (solution.text, solution.finished) == ("It has 3+4 = 7 cups.\n#### 7", True)
+
+
+def test_exemplars_are_read_once_and_the_texts_are_those_of_reading_them_every_time(
+    shards: Shards, exemplars: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(shards.tokenizer_path)
+    model = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3)  # greedy texts vary
+    decoding = Decoding(FEW_SHOT, max_new_tokens=12, batch_size=2, calculator=False)
+    cast = Cast({STUDENT: Actor(model, None)}, tokenizer, shards, decoding, read_exemplars(str(exemplars)))
+    expected = {}
+    for index in range(6):
+        prompt = torch.tensor([cast.solution(index).feeds[0].pending])
+        output = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12, eos_token_id=0
+        )
+        tokens = [token for token in output[0, prompt.shape[1] :].tolist() if token]
+        expected[shards.problem(index).id] = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    assert len(set(expected.values())) > 2
+
+    read: list[int] = []
+
+    def counted(*arguments: Any) -> SlotStep:
+        step = plan_step(*arguments)
+        read.append(step.input_ids.shape[1])
+        return step
+
+    monkeypatch.setattr(engine, "plan_step", counted)
+    given = list(predictions(cast, range(6), LocalCounter()))
+    assert {prediction["id"]: prediction["text"] for prediction in given} == expected
+    own = sum(len(shards.prompt(index)) for index in range(6))
+    assert sum(read) <= len(cast.prefix) + own + 6 * 12 < 6 * len(cast.prefix)
 
 
 def test_the_row_of_an_undistilled_model(shards: Shards, exemplars: Path, base: Path, tmp_path: Path) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed import run, run_well
+from tests.cluster.test_dev_cluster import RANKS, batch, printed
+from tests.distributed import REPOSITORY, run, run_well
 from tests.evaluation.conftest import mpiexec
 from tests.evaluation.test_evaluate import read, settings
+from tests.slurm_cluster import Cluster
+from trainer import terminal
+from trainer.distributed import free_port, without_launcher
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.gather import read_part
 from trainer.run_directory import EvaluationDirectory
@@ -58,7 +66,8 @@ def test_a_killed_rank_costs_time_only(
 ) -> None:
     arguments = [*COMMAND, f"kill:{killed}:2", str(export), str(shards.path), str(tmp_path)]
     outcomes = run(arguments, 2, timeout=100)
-    assert all(outcome.status != 0 for outcome in outcomes), outcomes
+    assert outcomes[killed].status == -signal.SIGKILL, outcomes
+    assert outcomes[1 - killed].status == terminal.LOST_OTHERS, outcomes
     directory = EvaluationDirectory(tmp_path)
     parts = {part.name[: len("rank-0")]: list(read_part(part)) for part in directory.parts.iterdir()}
     assert len(parts[f"rank-{killed}"]) == 2 and not directory.results.exists()
@@ -75,6 +84,56 @@ def test_a_killed_rank_under_mpi(
     assert status != 0, output
     evaluate(settings(export, shards, output_dir=str(tmp_path)))
     assert read(EvaluationDirectory(tmp_path)) == read(undisturbed)
+
+
+def test_a_killed_rank_under_the_deepspeed_launcher(
+    export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory
+) -> None:
+    """It ends the others; the command, given again, goes on."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [
+        launcher,
+        "--num_gpus",
+        "2",
+        "--master_port",
+        free_port(),
+        "--no_local_rank",
+        "--module",
+        COMMAND[1],
+    ]
+    done = subprocess.run(
+        [str(word) for word in (*command, "kill:1:2", export, shards.path, tmp_path)],
+        cwd=REPOSITORY,
+        env={**without_launcher(os.environ), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0 and len(list(EvaluationDirectory(tmp_path).parts.iterdir())) == 2, done
+    evaluate(settings(export, shards, output_dir=str(tmp_path)))
+    assert read(EvaluationDirectory(tmp_path)) == read(undisturbed)
+
+
+def test_a_killed_rank_of_a_slurm_job(
+    cluster: Cluster, export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory
+) -> None:
+    """The job is started again by itself."""
+    fault = '"$([[ ${SLURM_RESTART_COUNT:-0} = 0 ]] && echo kill:1:2 || echo none)"'
+    words = [
+        str(RANKS),
+        sys.executable,
+        *COMMAND,
+        fault,
+        str(export),
+        str(shards.path),
+        str(tmp_path / "out"),
+    ]
+    job = cluster.sbatch(batch(tmp_path, f"exec {' '.join(words)}"))
+    cluster.wait(lambda: "a rank was killed, the job is requeued" in printed(tmp_path), "the job asks")
+    cluster.start_now(job)
+    cluster.wait_for_state(job, "COMPLETED")
+    assert cluster.fact(job, "Restarts") == "1" and "solved before; going on" in printed(tmp_path)
+    assert read(EvaluationDirectory(tmp_path / "out")) == read(undisturbed)
 
 
 def test_a_fault_on_one_rank_is_told_by_all(export: Path, shards: Shards, tmp_path: Path) -> None:

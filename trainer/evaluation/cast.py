@@ -19,6 +19,7 @@ from trainer.models.load import context_length
 from trainer.problems.problem import DELIMITER, Problem
 from trainer.shards.methods import METHODS, Role
 from trainer.shards.read import Shards
+from trainer.shards.segments import prefix_tokens
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ class Cast:
         if self._exemplars:
             prompt = after_exemplars(prompt, self._exemplars, self._tokenizer)
         return Solution(index, prompt, self.rules, self._method(index), self._noise_keys(index))
+
+    @property
+    def prefix(self) -> list[int]:
+        """What the prompts of all problems begin with."""
+        if not self._exemplars:
+            return []
+        return after_exemplars(prefix_tokens(self._tokenizer), self._exemplars, self._tokenizer)
 
     def capacities(self, indices: Sequence[int]) -> list[int]:
         """Longest sequence in tokens that each seat may have to hold."""

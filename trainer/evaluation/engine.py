@@ -54,16 +54,25 @@ class Engine(Generic[SomeOccupant]):
     """
 
     def __init__(
-        self, seat: int, model: PreTrainedModel, num_slots: int, capacity: int, choose: Choose
+        self,
+        seat: int,
+        model: PreTrainedModel,
+        num_slots: int,
+        capacity: int,
+        choose: Choose,
+        prefix: Sequence[int] = (),
     ) -> None:
         """`seat`: which of an occupant's feeds is read here. `capacity`: longest sequence in tokens.
 
-        `choose`: logits [waiting, vocabulary] and their feeds -> tokens.
+        `choose`: logits [waiting, vocabulary] and their feeds -> tokens. `prefix`: tokens that all texts begin with; they
+        are read once, into a slot of their own, and copied from there.
         """
         self.seat = seat
         self.model = model
         self.slots: list[SomeOccupant] = []
-        self._cache = SlotCache(num_slots, capacity)
+        self._num_slots = num_slots
+        self._prefix = Feed(list(prefix))
+        self._cache = SlotCache(num_slots + bool(prefix), capacity)
         self._choose = choose
         self._dtype = model.dtype
         self._device = model.device
@@ -78,9 +87,12 @@ class Engine(Generic[SomeOccupant]):
         for slot, other in enumerate(self.slots):
             if self._has_left(other):
                 self.slots[slot] = occupant
-                return
-        assert len(self.slots) < self._cache.num_slots
-        self.slots.append(occupant)
+                break
+        else:
+            slot = len(self.slots)
+            assert slot < self._num_slots
+            self.slots.append(occupant)
+        self._begin(slot, occupant.feeds[self.seat])
 
     @torch.inference_mode()
     def step(self) -> list[tuple[SomeOccupant, int]]:
@@ -99,6 +111,21 @@ class Engine(Generic[SomeOccupant]):
                 break
             active.append(slot)
         feeds = [self.slots[slot].feeds[self.seat] for slot in active]
+        logits = self._read(active, feeds)
+        return list(zip((self.slots[slot] for slot in active), self._choose(logits, feeds), strict=True))
+
+    @torch.inference_mode()
+    def _begin(self, slot: int, feed: Feed) -> None:
+        """A text begins in `slot`: the prefix is there at once."""
+        if self._prefix.pending:
+            self._read([self._num_slots], [self._prefix])
+        if length := self._prefix.length:
+            self._cache.copy(self._num_slots, slot, length)
+            feed.length = length
+            del feed.pending[:length]
+
+    def _read(self, active: list[int], feeds: list[Feed]) -> torch.Tensor:
+        """One forward pass over what is pending: logits [feeds, vocabulary] of the newest tokens."""
         step = plan_step(
             self._cache,
             active,
@@ -107,7 +134,7 @@ class Engine(Generic[SomeOccupant]):
             self._dtype,
             self._device,
         )
-        logits = self.model(
+        logits: torch.Tensor = self.model(
             input_ids=step.input_ids,
             position_ids=step.positions,
             use_cache=False,
@@ -117,7 +144,7 @@ class Engine(Generic[SomeOccupant]):
         for feed in feeds:
             feed.length += len(feed.pending)
             feed.pending = []
-        return list(zip((self.slots[slot] for slot in active), self._choose(logits, feeds), strict=True))
+        return logits
 
     def _has_left(self, occupant: SomeOccupant) -> bool:
         return occupant.turn is None or occupant.feeds[self.seat].is_over

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import trainer
-from trainer import commit, distributed, terminal
+from trainer import commit, distributed, startup, terminal
 from trainer.errors import UserError
 from trainer.evaluation import gather, place, record, task
 from trainer.evaluation import student as students
@@ -51,6 +51,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     _on_rank_0(lambda: _prepare(work, settings))
     with gather.errors_together():
         cast = _open_cast(work)
+    startup.done()
 
     recipe = work.recipe(digests)
     identity = task.digest(recipe)

@@ -9,6 +9,7 @@ import torch
 
 from trainer.evaluation import sampling
 from trainer.evaluation.engine import Choose, Engine, Feed, SomeOccupant
+from trainer.models.blocked_weights import blocked_weights
 from trainer.models.slots import slot_attention_of
 
 
@@ -36,11 +37,12 @@ def generate(
     `draw` gives the next one to start, None when there are no more; `after` hands a problem the token that was chosen
     for it. Of several engines the one for which most problems wait makes the next forward pass: that fills the passes
     best, and as every problem's work is bounded, nobody waits for ever. `each_step` is called after each forward pass.
-    The models' attention and mode are as before when the iterator is exhausted or closed.
+    The models' attention, mode and linear layers are as before when the iterator is exhausted or closed.
     """
     with contextlib.ExitStack() as stack:
         for engine in engines:
             stack.enter_context(slot_attention_of(engine.model))
+            stack.enter_context(blocked_weights(engine.model))
         on_their_way = 0
         while True:
             while on_their_way < num_slots and (problem := draw()) is not None:

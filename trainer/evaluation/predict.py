@@ -34,7 +34,10 @@ def predictions(cast: Cast, indices: Sequence[int], counter: Counter) -> Iterato
 
     choose = chooser(decoding.temperature, decoding.top_p)
     seats = enumerate(zip(cast.models, cast.capacities(order), strict=True))
-    engines = [Engine[Solution](seat, model, num_slots, tokens, choose) for seat, (model, tokens) in seats]
+    engines = [
+        Engine[Solution](seat, model, num_slots, tokens, choose, cast.prefix)
+        for seat, (model, tokens) in seats
+    ]
     for solution in generate(engines, draw, Solution.after, num_slots, counter.serve):
         yield _prediction(cast, solution)
 
