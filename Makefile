@@ -1,18 +1,21 @@
 # make study   everything from nothing: environment, the embedded study on two ranks, a report with plots
 # make test    everything from nothing: environment, then the tests
+# make faults  everything that tries to lose a user's data, the long tests too (tests/faults/README.md)
+# make soak    a study on a small Slurm, disturbed at random for MINUTES (20), then compared with an undisturbed one
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MINUTES ?= 20
 READY := $(VENV)/.ready
 PEERS := .venv-peers
 
-.PHONY: study bench test test-slow lint format types clean
+.PHONY: study bench test test-slow faults soak lint format types clean
 
 study: $(READY)
 	$(BIN)/python tools/study.py run studies/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
@@ -20,6 +23,12 @@ test-slow: $(READY)
 # What the benchmarks compare with has an environment of its own, so that it can break nothing.
 bench: $(PEERS)/.ready
 	$(PEERS)/bin/python benchmarks/run.py $(BENCH_FLAGS)
+
+soak: $(READY)
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
+faults: $(READY)
+	$(BIN)/python -m pytest -m faults -rP $(PYTEST_FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

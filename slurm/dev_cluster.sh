@@ -13,6 +13,7 @@ CPUS_PER_NODE=${DEV_CLUSTER_CPUS:-8}
 GRACE_SECONDS=${DEV_CLUSTER_GRACE:-30}
 KILL_WAIT_SECONDS=${DEV_CLUSTER_KILL_WAIT:-30}
 NODE_LOST_SECONDS=${DEV_CLUSTER_NODE_LOST:-30}
+REQUEUE_WAIT_SECONDS=${DEV_CLUSTER_REQUEUE_WAIT:-120} # Slurm's own: a requeued job waits until its credentials have expired
 
 main() {
     case ${1:-} in
@@ -57,12 +58,12 @@ down() {
     if is_up; then
         SLURM_CONF=$CONF scancel --quiet --full --state=RUNNING,SUSPENDED,PENDING --user="$(id -un)" 2>/dev/null || true
     fi
-    local deadline=$((SECONDS + 20)) signal=TERM pids
+    local deadline=$((SECONDS + 90)) signal=TERM pids
     while pids=$(our_processes) && [[ -n $pids ]]; do
         # shellcheck disable=SC2086
         kill -"$signal" $pids 2>/dev/null || true
         sleep 0.2
-        if ((SECONDS > deadline - 10)); then signal=KILL; fi
+        if ((SECONDS > deadline - 80)); then signal=KILL; fi
         if ((SECONDS > deadline)); then
             echo "cannot end processes $pids" >&2
             exit 1
@@ -110,7 +111,7 @@ write_configuration() {
 	SlurmUser=$(id -un)
 	SlurmdUser=$(id -un)
 	AuthType=auth/munge
-	AuthInfo=socket=$DIRECTORY/munge/socket
+	AuthInfo=socket=$DIRECTORY/munge/socket,cred_expire=$REQUEUE_WAIT_SECONDS
 	CredType=cred/munge
 	StateSaveLocation=$DIRECTORY/state
 	SlurmctldPidFile=$DIRECTORY/state/slurmctld.pid

@@ -111,7 +111,44 @@ class Cluster:
         self.run_well(
             "/usr/sbin/slurmd", "-N", node, "-f", self.folder / "slurm.conf", DEV_CLUSTER_OF=str(self.folder)
         )
-        self.wait(lambda: "idle" in self.run_well("sinfo", "-h", "-n", node, "-o", "%T"), f"{node} is back")
+        self.wait(lambda: self.node_state(node) in ("idle", "mixed", "allocated"), f"{node} is back")
+
+    def node_state(self, node: str) -> str:
+        """idle, mixed, allocated, down, ...; with `*` if it does not answer."""
+        return self.run_well(
+            "sinfo", "--noheader", f"--nodes={node}", "--partition=low", "--format=%T"
+        ).strip()
+
+    def kill_controller(self) -> None:
+        psutil.Process(int((self.folder / "state" / "slurmctld.pid").read_text())).kill()
+
+    def start_controller(self) -> None:
+        """It reads what it had saved."""
+        self.run_well(
+            "/usr/sbin/slurmctld", "-f", self.folder / "slurm.conf", DEV_CLUSTER_OF=str(self.folder)
+        )
+        self.wait(lambda: "is UP" in self.run("scontrol", "ping")[1], "slurmctld answers")
+
+    def ranks(self, tool: str) -> list[psutil.Process]:
+        """Processes of `python tools/<tool>.py` in this cluster's jobs, by rank."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # it may end while it is looked at
+                words, environment = process.cmdline(), process.environ()
+                is_rank = len(words) > 1 and "python" in words[0] and words[1].endswith(f"tools/{tool}.py")
+                if is_rank and environment.get("SLURM_CONF") == str(self.folder / "slurm.conf"):
+                    found.append((int(environment.get("SLURM_PROCID", 0)), process.pid, process))
+        return [process for _, _, process in sorted(found)]
+
+    def processes(self) -> list[str]:
+        """Everything that belongs to this cluster, whether daemon, job or task."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                places = " ".join([process.cwd(), *process.environ().values()])
+                if process.status() != psutil.STATUS_ZOMBIE and str(self.folder) in places:
+                    found.append(f"{process.pid} {process.cmdline()}")
+        return found
 
 
 def make(folder: Path, **environment: str) -> Cluster:

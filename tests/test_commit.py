@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -118,12 +120,51 @@ def test_a_killed_builder_is_not_visible_and_does_not_disturb_the_next(tmp_path:
     assert not leftover.exists()
 
 
-def test_replace_keeps_one_of_the_two_at_every_moment(tmp_path: Path) -> None:
+def test_a_living_builder_is_left_alone_however_old_its_files_look(tmp_path: Path) -> None:
+    """The clock may have jumped, and a directory does not change while one long file in it is written."""
+    with commit.directory(tmp_path / "done", "test", {}) as staging:
+        (staging / "file").write_text("first")
+        yesterday = time.time() - 2 * 24 * 3600
+        os.utime(staging, (yesterday, yesterday))
+        another = commit.begin(tmp_path / "done")  # looks for what was abandoned
+        shutil.rmtree(another)
+        (staging / "file").write_text("second")
+    assert (tmp_path / "done" / "file").read_text() == "second"
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+    if not can_exchange:  # as on NFS
+        monkeypatch.setattr(commit, "_exchange", lambda one, other: False)
     _make(tmp_path / "old", b"old")
     _make(tmp_path / "new", b"new")
     commit.replace(tmp_path / "old", tmp_path / "new")
     assert (tmp_path / "old" / "folder" / "file.bin").read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_one_of_the_two_is_there_at_every_moment(tmp_path: Path) -> None:
+    _make(tmp_path / "one")
+    _make(tmp_path / "other")
+    if not commit._exchange(tmp_path / "one", tmp_path / "other"):
+        pytest.skip(f"the file system of {tmp_path} cannot exchange two names")
+    missing, over = [], threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            if not commit.is_finished(tmp_path / "one"):
+                missing.append(time.time())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for number in range(100):
+            _make(tmp_path / f"new-{number}")
+            commit.replace(tmp_path / "one", tmp_path / f"new-{number}")
+    finally:
+        over.set()
+        looking.join()
+    assert not missing
 
 
 def test_write_text_is_whole_or_old(tmp_path: Path) -> None:

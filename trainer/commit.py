@@ -9,6 +9,7 @@ of several builders exactly one wins. Readers trust a directory only if it has a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -16,7 +17,6 @@ import os
 import secrets
 import shutil
 import socket
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,9 +53,9 @@ def directory(final: Path, kind: str, facts: dict[str, Any]) -> Iterator[Path]:
 def begin(final: Path) -> Path:
     """Create and return a temporary directory beside `final`, under a name nobody else has."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(final)
     staging = final.parent / f".{final.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     staging.mkdir()
+    _remove_abandoned(final, staging)
     return staging
 
 
@@ -94,12 +94,29 @@ def finish(
 
 
 def replace(old: Path, new: Path) -> None:
-    """Put the committed directory `new` in the place of `old`; the old one is gone only after the new one stands."""
-    aside = old.parent / f".{old.name}.{secrets.token_hex(4)}.replaced.tmp"
-    os.rename(old, aside)
-    os.rename(new, old)
+    """Put the committed directory `new` in the place of `old`, and remove the old one.
+
+    The two change names in one step, so that one of them is always there. Where the file system cannot do that (NFS,
+    Lustre) there is a moment without either: killed then, nothing is lost that cannot be made again.
+    """
+    aside = new
+    if not _exchange(old, new):
+        aside = old.parent / f".{old.name}.{secrets.token_hex(4)}.replaced.tmp"
+        os.rename(old, aside)
+        os.rename(new, old)
     _flush(old.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names by Linux's renameat2; False if that cannot be done here."""
+    at_working_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    names = (os.fsencode(os.path.abspath(one)), os.fsencode(os.path.abspath(other)))
+    return rename(at_working_directory, names[0], at_working_directory, names[1], exchange) == 0
 
 
 def is_finished(path: Path) -> bool:
@@ -116,10 +133,11 @@ def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
         raise UserError(f"{path} {state}; expected a directory with {MANIFEST}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); the directory is damaged, make it again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "files" not in manifest:
+    parts = (manifest.get("facts"), manifest.get("files")) if isinstance(manifest, dict) else ()
+    if not parts or not all(isinstance(part, dict) for part in parts) or manifest.get("format") != FORMAT:
         raise UserError(f"{file} is not a manifest of format {FORMAT}; it was made by another version")
-    if kind is not None and manifest["kind"] != kind:
-        raise UserError(f"{path} holds a finished {manifest['kind']}, expected a {kind}")
+    if kind is not None and manifest.get("kind") != kind:
+        raise UserError(f"{path} holds a finished {manifest.get('kind')}, expected a {kind}")
     return manifest
 
 
@@ -200,9 +218,28 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_abandoned(final: Path) -> None:
-    """Temporary directories of builders that were killed: ours by name, and a day without a change."""
+def _remove_abandoned(final: Path, staging: Path) -> None:
+    """Temporary directories of builders that were killed: a day older than `staging`, by the clock that stamps both.
+
+    One whose builder lives on this host stays however old it looks: a clock may have jumped.
+    """
+    now = staging.stat().st_mtime
     for leftover in final.parent.glob(f".{final.name}.*.tmp"):
         with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
+            if now - leftover.stat().st_mtime > _ABANDONED_AFTER_SECONDS and not _builder_lives(leftover):
                 shutil.rmtree(leftover)
+
+
+def _builder_lives(staging: Path) -> bool:
+    """Whether the process that a temporary directory's name tells is there; False if it cannot be seen from here."""
+    builder = staging.name.rpartition("-")[0]
+    host, _, pid = builder.rpartition("-")
+    if not host.endswith(f".{socket.gethostname()}") or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -12,12 +12,14 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
+from trainer import rendezvous
 from trainer.errors import UserError
 
 
@@ -39,7 +41,7 @@ def initialize(timeout_seconds: int = 1800) -> World:
     """Find our place, complete the environment, set threads and device, and open the process group.
 
     Gloo carries CPU tensors and NCCL CUDA ones. A process without a launcher is a world of one. A second call
-    changes nothing. Raises UserError for a contradictory environment.
+    changes nothing. Raises UserError for a contradictory environment, a taken port, or ranks that do not meet.
     """
     global _world
     if _world is not None:
@@ -67,7 +69,7 @@ def initialize(timeout_seconds: int = 1800) -> World:
         torch.cuda.set_device(device_index(_world.local_rank, torch.cuda.device_count()))
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        rendezvous.join(backend, _world.rank, _world.world_size, timeout_seconds)
     if torch.cuda.is_available():
         _refuse_shared_devices(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
     return _world
@@ -237,12 +239,13 @@ def raise_together(error: str | None) -> None:
         raise UserError(text if rank == 0 else f"rank {rank}: {text}")
 
 
-def limit_waiting(timeout_seconds: int) -> None:
-    """Give every process group this limit: DeepSpeed's own keep torch's 30 minutes, whatever the first was given."""
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because a rank is gone, or does not answer. (Gloo has no exception of its own.)"""
+    if "torch.distributed" not in sys.modules:
+        return False
     import torch.distributed as dist
 
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+    return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
 
 
 def shutdown() -> None:

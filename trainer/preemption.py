@@ -1,45 +1,57 @@
 """Asked to stop: a signal, or a time limit that comes near, only sets a flag; the ranks agree on it at safe points.
 
-SIGTERM (a scheduler, a launcher), SIGUSR1 (Slurm's --signal) and SIGINT (Ctrl-C) ask for a checkpoint and an end. A rank
-that saved alone would leave the others waiting in a collective. Where there is nothing to save (before the first step,
-in an evaluation, whose answers are on disk at once) the process ends in the handler, with a status that says: start me
-again. Imports nothing heavy: it listens while the imports run.
+SIGTERM (a scheduler, a launcher), SIGUSR1 (Slurm's --signal), SIGHUP (a terminal that was closed) and SIGINT (Ctrl-C) ask
+for a checkpoint and an end, and so does a launcher that is gone (launcher.py). A rank that saved alone would leave the
+others waiting in a collective. Where there is nothing to save (before the first step, in an evaluation, whose answers are
+on disk at once) the process ends there and then, with a status that says: start me again. Imports nothing heavy: it
+listens while the imports run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
 from types import FrameType
 
 from trainer import distributed, terminal
+from trainer.launcher import Launcher
 
-_SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)
+_SCHEDULER = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_LOOK_FOR_LAUNCHER_SECONDS = 1.0
 _SLACK_SECONDS = 5.0
 
 
 class StopRequest:
-    """Remembers the first signal and watches the time limit; `requested` tells whether this rank was asked to stop."""
+    """Remembers the first signal, and watches launcher and time limit; `requested`: this rank was asked to stop."""
 
     def __init__(self) -> None:
-        self.signal_name = ""
+        self.told = ""
         self.started = time.monotonic()
+        self._launcher: Launcher | None = None
         self._at_work = False
         self._ends_at: float | None = None  # on the monotonic clock, which does not jump
         self._save_seconds = 0.0
         self._step_seconds = 0.0
 
     def listen(self) -> None:
-        """From now on SIGTERM and SIGUSR1 end the process at once, with the status that says: start me again."""
+        """From now on a signal, or the launcher's end, ends the process at once, with the status: start me again."""
         for number in _SCHEDULER:
-            signal.signal(number, self._remember)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._remember)
+        if self._launcher is None:
+            self._launcher = Launcher()
+            if self._launcher.known:
+                threading.Thread(
+                    target=self._watch, args=(self._launcher,), name="launcher", daemon=True
+                ).start()
 
     def begin_work(self) -> None:
         """From now on there is something to save: signals, Ctrl-C too, are remembered instead."""
         self._at_work = True
-        for number in (*_SCHEDULER, signal.SIGINT):
-            signal.signal(number, self._remember)
+        signal.signal(signal.SIGINT, self._remember)
 
     def end_work(self) -> None:
         """Everything is saved: a signal would only change the exit status."""
@@ -59,8 +71,8 @@ class StopRequest:
     @property
     def reason(self) -> str:
         """Why this rank was asked to stop; "" if it was not."""
-        if self.signal_name or self._ends_at is None:
-            return self.signal_name
+        if self.told or self._ends_at is None:
+            return self.told
         reserve = 2 * self._save_seconds + 2 * self._step_seconds + _SLACK_SECONDS
         return "the time limit is near" if time.monotonic() + reserve >= self._ends_at else ""
 
@@ -72,8 +84,17 @@ class StopRequest:
         """Collective. Whether any rank was asked to stop."""
         return distributed.any_rank(self.requested)
 
+    def _watch(self, launcher: Launcher) -> None:
+        while not launcher.gone:
+            time.sleep(_LOOK_FOR_LAUNCHER_SECONDS)
+        self._stop("the launcher is gone")
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = self.signal_name or signal.Signals(number).name
+        self._stop(signal.Signals(number).name)
+
+    def _stop(self, told: str) -> None:
+        self.told = self.told or told
         if not self._at_work:
-            os.write(2, f"{self.signal_name}: ended as asked, everything done so far is on disk\n".encode())
+            with contextlib.suppress(OSError):  # who read our output may be gone too
+                os.write(2, f"{self.told}: ended as asked, everything done so far is on disk\n".encode())
             os._exit(terminal.GO_ON_LATER)

@@ -37,7 +37,7 @@ class PrepareSettings:
     )
     max_problems: int = setting(0, "stop after this many problems (0: all)")
     with_facts: bool = setting(False, "put a problem's facts (StrategyQA) before its question")
-    num_processes: int = setting(0, "processes that tokenise (0: one per core)")
+    num_processes: int = setting(0, "threads that tokenise (0: one per core)")
     seed: int = setting(0, "seed of generated data (stories) and of splits made here (svamp)")
     num_problems: int = setting(4000, "stories: how many problems to generate")
     min_steps: int = setting(2, "stories: fewest steps of a problem")

@@ -27,6 +27,8 @@ GO_ON_LATER = (
     75  # exit status of a tool that was asked to stop and can be started again (EX_TEMPFAIL of sysexits.h)
 )
 
+LOST_OTHERS = 76  # ... of a rank that cannot go on because another is gone: the cause is elsewhere
+
 _output: TextIO | None = None
 _log: Path | None = None
 
@@ -130,7 +132,8 @@ def duration(seconds: float) -> str:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a tool's main: a UserError becomes one message (status 2), a fault of ours keeps its traceback (status 1).
+    """Run a tool's main: a UserError becomes one message (status 2), a fault of ours keeps its traceback (status 1), and
+    so does a connection to another rank that is lost (LOST_OTHERS).
 
     Ends the process at once in both cases: a rank that failed must not wait for the others in a destructor.
     """
@@ -143,7 +146,8 @@ def run(main: Callable[[], object]) -> None:
     except Exception as error:
         traceback.print_exc()  # to the log, if chatter is captured
         where = f" (traceback in {_log})" if _log else ""
-        _fail(f"error: {type(error).__name__}: {error}{where}", 1)
+        status = LOST_OTHERS if distributed.is_lost_connection(error) else 1
+        _fail(f"error: {type(error).__name__}: {error}{where}", status)
 
 
 def go_on_later() -> None:
@@ -168,6 +172,10 @@ def _fail(message: str, status: int) -> None:
 
 
 def _write_line(text: str, file: TextIO) -> None:
-    """In one write: `print` to an unbuffered file makes two, and another process's line comes between."""
-    (_output or file).write(f"{text}\n")
-    (_output or file).flush()
+    """In one write: `print` to an unbuffered file makes two, and another process's line comes between.
+
+    A terminal that was closed, a pipe whose reader has ended or a log on a full disk is no reason to end the work.
+    """
+    with contextlib.suppress(OSError):
+        (_output or file).write(f"{text}\n")
+        (_output or file).flush()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from tests.slurm_cluster import cluster  # noqa: F401 (a fixture)
 from trainer.study.plan import Study, load
 
 STUDY: dict[str, Any] = {

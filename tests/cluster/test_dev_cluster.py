@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.slurm_cluster import DEV_CLUSTER, MISSING_PACKAGES, REPOSITORY, Cluster, make
@@ -53,23 +52,11 @@ def test_up_status_down_and_nothing_is_left(own_cluster: Cluster) -> None:
     assert "low*" in own_cluster.run_well(DEV_CLUSTER, "status")
     job = own_cluster.sbatch("--nodes=2", "--output=/dev/null", "--wrap=srun sleep 1000")
     own_cluster.wait_for_state(job, "RUNNING")
-    own_cluster.wait(lambda: len(_processes_of(own_cluster)) > 4, "tasks run")
+    own_cluster.wait(lambda: len(own_cluster.processes()) > 4, "tasks run")
     own_cluster.run_well(DEV_CLUSTER, "down")
-    assert _processes_of(own_cluster) == []
+    assert own_cluster.processes() == []
     assert not (own_cluster.folder / "slurm.conf").exists()
     assert own_cluster.run(DEV_CLUSTER, "status")[0] == 1
-
-
-def _processes_of(cluster: Cluster) -> list[str]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            places = [process.cwd(), *process.environ().values()]
-            if process.status() != psutil.STATUS_ZOMBIE and str(cluster.folder) in " ".join(places):
-                found.append(f"{process.pid} {process.cmdline()}")
-        except psutil.Error:
-            continue
-    return found
 
 
 def test_missing_packages_are_named(tmp_path: Path) -> None:
@@ -122,18 +109,55 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> No
     assert "is requeued" not in printed(tmp_path)
 
 
-def test_a_failed_job_is_not_started_again(cluster: Cluster, tmp_path: Path) -> None:
-    job = cluster.sbatch(batch(tmp_path, f"exec {RANKS} bash -c 'exit 2'"))
+# What srun ends as soon as another rank has ended badly: as a tool does while it imports, while it trains, or not at all.
+OTHERS = {"saves": "trap 'exit 75' TERM", "fails too": "trap 'exit 1' TERM", "is ended": ":"}
+
+
+def one_ends_badly(how: str, other: str) -> str:
+    """A rank that ends by itself after a moment, the other one when it is told."""
+    other = f"{OTHERS[other]}; for i in $(seq 600); do sleep 0.1; done"
+    return f"[[ ! ${{SLURM_RESTART_COUNT:-}} ]] || exit 0; if [[ $SLURM_PROCID = 1 ]]; then sleep 1; {how}; fi; {other}"
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_failed_job_is_not_started_again(cluster: Cluster, tmp_path: Path, other: str) -> None:
+    """Although the other rank, told to end by srun, may say that it wants to go on."""
+    (tmp_path / "rank").write_text(one_ends_badly("exit 2", other))
+    job = cluster.sbatch(batch(tmp_path, f"exec {RANKS} bash {tmp_path}/rank"))
     cluster.wait_for_state(job, "FAILED")
     assert cluster.fact(job, "Restarts") == "0"
     assert cluster.fact(job, "ExitCode") == "2:0"
+
+
+@pytest.mark.parametrize(
+    ("how", "other", "said"),
+    [("kill -KILL $$", "saves", "a rank was killed"), ("exit 76", "fails too", "a rank is gone")],
+)
+def test_a_job_that_lost_a_rank_goes_on(
+    cluster: Cluster, tmp_path: Path, how: str, other: str, said: str
+) -> None:
+    """Killed, or gone as far as another rank can tell."""
+    (tmp_path / "rank").write_text(one_ends_badly(how, other))
+    job = cluster.sbatch(batch(tmp_path, f"exec {RANKS} bash {tmp_path}/rank"))
+    cluster.wait(lambda: f"{said}, the job is requeued" in printed(tmp_path), "the job asks")
+    cluster.start_now(job)
+    cluster.wait_for_state(job, "COMPLETED")
+    assert cluster.fact(job, "Restarts") == "1"
+
+
+def test_a_rank_that_is_killed_again_and_again_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    """A conversion for which there is no memory would be started for ever."""
+    many = "export SLURM_RESTART_COUNT=10"  # as Slurm would say
+    job = cluster.sbatch(batch(tmp_path, many, f"exec {RANKS} bash -c 'kill -KILL $$'"))
+    cluster.wait_for_state(job, "FAILED")
+    assert cluster.fact(job, "Restarts") == "0" and cluster.fact(job, "ExitCode") == "137:0"
 
 
 def test_slurms_own_warning_before_the_time_limit_is_heard(cluster: Cluster, tmp_path: Path) -> None:
     """Of a limit of a minute --signal takes nearly all, so that Slurm, which looks now and then, gives it early."""
     script = batch(tmp_path, f"exec {RANKS} bash -c '{SAVES}'")
     job = cluster.sbatch("--time=00:01:00", "--signal=USR1@58", script)
-    cluster.wait(lambda: "ranks.sh: status 75" in printed(tmp_path), "the job is told and saves")
+    cluster.wait(lambda: "ranks.sh: told to stop" in printed(tmp_path), "the job is told and saves")
     assert "the job is requeued" in printed(tmp_path), printed(tmp_path)
     cluster.run_well("scancel", job)
     assert printed(tmp_path).count("saved") == 2
@@ -187,3 +211,16 @@ def test_tickets_are_drawn_over_mpi_where_srun_joins_the_ranks_by_it(
     command = ["srun", f"--mpi={mpi}", "--nodes=2", cluster.environment["PYTHON"], "-c", TICKETS]
     output = cluster.run_well(*command)
     assert f"{counter} {list(range(10))}" in output, output
+
+
+def test_the_doctor_looks_at_every_node_of_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    """As a batch job, without what takes long (tests/doctor has it); each node is a machine of its own."""
+    layout = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/doctor.out"]
+    flags = [f"--output_dir={tmp_path}/runs", "--min_free_gb=0", "--skip", "parity", "mpi"]
+    job = cluster.sbatch(*layout, "slurm/doctor.sbatch", *flags)
+    cluster.wait_for_state(job, "COMPLETED")
+    said = (tmp_path / "doctor.out").read_text()
+    assert f"slurm: environment: job {job}, 2 rank(s) by slurm" in said, said
+    assert "between 2 ranks on 1 machine" in said and "2 ranks (" in said, "the nodes reach each other"
+    assert said.count("disk: rename") == said.count("gpu: cuda") == 1, "what two nodes agree on is told once"
+    assert " 0 failed" in said

@@ -147,6 +147,11 @@ def test_what_failed_is_submitted_again_and_only_that_and_can_be_cancelled(comma
             "TIME_LIMIT=30-00:00:00: the partition low allows at most 1-00:00:00",
         ),
         ({"CONSTRAINT": "nvlink"}, "Slurm refuses the train jobs, so nothing stays submitted"),
+        # Memory is not managed by this cluster, accounts have a test of their own.
+        (
+            {"RESERVATION": "tuesday"},
+            "Requested reservation is invalid; is it RESERVATION=tuesday? (asked for:",
+        ),
         ({"ACOUNT": "me"}, "unknown key 'ACOUNT' (did you mean 'ACCOUNT'?)"),
     ],
 )
@@ -161,6 +166,19 @@ def test_what_the_cluster_would_refuse_is_told_and_nothing_is_submitted(
     cluster.wait(lambda: not command.in_queue(), "a refused submission leaves the queue empty")
     assert not list(tmp_path.glob("shards/*")), "nothing has begun"
     assert not (tmp_path / "runs").exists() or not list(tmp_path.glob("runs/tiny/slurm/*"))
+
+
+def test_an_account_that_may_not_use_the_partition_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.run_well("scontrol", "create", "PartitionName=members", "Nodes=n1,n2")
+    cluster.run_well("scontrol", "update", "PartitionName=members", "AllowAccounts=members")
+    command = Command(tmp_path, cluster)
+    try:
+        command.write(STUDY, PARTITION="members", ACCOUNT="me")
+        status, output = command("submit", "--cluster", "cluster.env")
+        assert status == 2 and "Invalid account" in output and "is it ACCOUNT=me?" in output, output
+        cluster.wait(lambda: not command.in_queue(), "nothing stays submitted")
+    finally:
+        cluster.run_well("scontrol", "delete", "PartitionName=members")
 
 
 def test_a_dry_run_shows_every_script_and_submits_nothing(cluster: Cluster, tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, Qwen2Config
 
-from trainer import commit
+from trainer import commit, startup
 from trainer.models import architecture
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled, for minutes
 
 STEPS = 2
 VOCABULARY = 97  # odd sizes, so that every kind of padding occurs
@@ -93,9 +95,13 @@ def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
 def make(case: dict[str, Any], output: Path, rank: int, world_size: int) -> None:
     model = model_of(case)
     config = model.config
-    engine, *_ = deepspeed.initialize(
-        model=model, config=config_of(case), model_parameters=groups_of(model, case), dist_init_required=False
-    )
+    with startup.without_compiler():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            config=config_of(case),
+            model_parameters=groups_of(model, case),
+            dist_init_required=False,
+        )
     torch.manual_seed(rank)
     for _ in range(STEPS):
         tokens = torch.randint(0, VOCABULARY, (2, 16))

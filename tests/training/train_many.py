@@ -9,13 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-from trainer import distributed, terminal
+from trainer import distributed, startup, terminal
 from trainer.configuration import from_dict
 from trainer.errors import UserError
 from trainer.settings import TrainSettings
 
 
 def main() -> None:
+    startup.begin()
     from trainer.training.loop import train
     from trainer.training.periodic import HeldOutLoss
 

@@ -26,6 +26,12 @@ def refuse(batches: Sequence[Batch], site: Site, where: str) -> None:
         _refuse_partition(key, known, site, limits.get(batch.kind, "CPU_TIME_LIMIT"), ranked, where)
 
 
+def left_to_slurm(site: Site) -> list[str]:
+    """KEY=value of what only sbatch can judge."""
+    keys = ("account", "qos", "constraint", "reservation", "memory_per_node", "cpu_memory")
+    return [f"{key.upper()}={getattr(site, key)}" for key in keys if getattr(site, key)]
+
+
 def _refuse_partition(
     key: str, known: dict[str, dict[str, str]], site: Site, limit_key: str, ranked: bool, where: str
 ) -> None:

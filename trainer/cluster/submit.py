@@ -88,8 +88,10 @@ def _submit(study: Study, todo: Sequence[Stage], site: Site, cluster: Path, plac
     except UserError as error:
         _take_back(study.directory, submitted, written, before)
         asked = " ".join(f"--{option}" for option in scripts.options(batch, site, place))
+        suspects = check.left_to_slurm(site)
         raise UserError(
-            f"{cluster}: Slurm refuses the {batch.kind} jobs, so nothing stays submitted: {error} (asked for: {asked})"
+            f"{cluster}: Slurm refuses the {batch.kind} jobs, so nothing stays submitted: {error}"
+            f"{'; is it ' + ', '.join(suspects) + '?' if suspects else ''} (asked for: {asked})"
         ) from None
     for batch, job in zip(planned, submitted, strict=True):
         terminal.say(_in_words(batch, job, dependency(batch.needs, submitted)))

@@ -53,8 +53,9 @@ def examine(settings: DoctorSettings) -> list[Finding]:
     host = socket.gethostname()
     everybody = distributed.gather_objects([replace(finding, host=host) for finding in own])
     found = [finding for findings in everybody for finding in findings]
-    if sum(1 for findings in everybody if findings) > 1:
-        found = _merge(found)
+    num_machines = sum(1 for findings in everybody if findings)
+    if num_machines > 1:
+        found = _merge(found, num_machines)
     return [*found, *ranks.check(wanted)]
 
 
@@ -87,8 +88,8 @@ def _local(settings: DoctorSettings) -> list[Finding]:
     return found
 
 
-def _merge(findings: list[Finding]) -> list[Finding]:
-    """What all machines agree on is told once; what is not ok is told with its machine."""
+def _merge(findings: list[Finding], num_machines: int) -> list[Finding]:
+    """What is ok is told once, and with its machines only if it is not ok on all; what is not, with its machines."""
     merged: dict[tuple[str, str, str], Finding] = {}
     hosts: dict[tuple[str, str, str], list[str]] = {}
     for finding in findings:
@@ -96,7 +97,12 @@ def _merge(findings: list[Finding]) -> list[Finding]:
         key = (finding.group, finding.name, text)
         merged.setdefault(key, finding)
         hosts.setdefault(key, []).append(finding.host)
-    return [replace(finding, host=", ".join(hosts[key])) for key, finding in merged.items()]
+
+    def named(key: tuple[str, str, str]) -> str:
+        everywhere = len(hosts[key]) == num_machines and merged[key].status == OK
+        return "" if everywhere else ", ".join(dict.fromkeys(hosts[key]))
+
+    return [replace(finding, host=named(key)) for key, finding in merged.items()]
 
 
 def _started(groups: list[str]) -> list[Finding]:

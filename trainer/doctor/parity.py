@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainer import distributed
+from trainer import distributed, startup
 from trainer.doctor.finding import FAIL, OK, WARN, Finding
 
 _MICRO_BATCHES = 2
@@ -179,7 +179,8 @@ def _engine(model: Any, case: Case, world_size: int) -> Any:
         },
         "steps_per_print": 1 << 30,
     }
-    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    with startup.without_compiler():
+        engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
     engine.train()
     return engine
 

@@ -119,7 +119,7 @@ def slurm() -> list[Finding]:
     """Is there a Slurm, does its controller answer, and does this job's environment make sense?"""
     found = []
     try:
-        world = distributed.discover(os.environ)
+        world = distributed.world()
         if "SLURM_JOB_ID" in os.environ:
             detail = f"job {os.environ['SLURM_JOB_ID']}, {world.world_size} rank(s) by {world.launcher}"
             found.append(Finding("slurm", "environment", OK, detail))

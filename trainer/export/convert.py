@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import commit, terminal
+from trainer import commit, startup, terminal
 from trainer.errors import UserError
 from trainer.export import model_card
 from trainer.export import source as sources
@@ -81,6 +81,7 @@ def _stream(
 
     stored = layout.read(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
     fitting = background.submit(fit, stored, source.path, source.model_folder)
+    startup.done()
     dtype_name = _DTYPES[facts["export_dtype"]]
 
     def plan(tensors: dict[str, StoredTensor]) -> list[Shard]:

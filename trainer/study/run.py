@@ -200,6 +200,9 @@ def _describe(code: int | None) -> str:
     try:
         name = signal.Signals(number).name
     except ValueError:
-        told = ": it was told to stop, and what is done is kept" if code == terminal.GO_ON_LATER else ""
-        return f"exit code {code}{told}"
+        told = {
+            terminal.GO_ON_LATER: ": it was told to stop, and what is done is kept",
+            terminal.LOST_OTHERS: ": a rank that the others needed is gone",
+        }
+        return f"exit code {code}{told.get(code, '')}"
     return f"exit code {code} ({name}{': out of memory?' if number == signal.SIGKILL else ''})"

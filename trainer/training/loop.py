@@ -45,7 +45,15 @@ def train(
     distributed.agree("settings", same)
     run = RunDirectory(Path(settings.output_dir))
     with occupied(run, settings) as watchdog:
-        return _train(settings, world, run, evaluate, stop, watchdog)
+        try:
+            return _train(settings, world, run, evaluate, stop, watchdog)
+        except Exception as error:
+            if not (stop.requested and distributed.is_lost_connection(error)):
+                raise
+            terminal.say(
+                f"{run.path}: stopped as asked ({stop.reason}) while others ended; what was saved stands"
+            )
+            return False
 
 
 def _train(
@@ -66,6 +74,7 @@ def _train(
     plan, step = student.plan, student.first_step
     watchdog.moved(step)
     stop.begin_work()
+    distributed.barrier()  # from here on nobody ends alone
     with terminal.progress("train", plan.total_steps, step) as bar:
         stopping = not evaluate_if_due(student, step, evaluate, log, stop)  # a restart may have cut it short
         while step < plan.total_steps and not stopping:

@@ -5,6 +5,7 @@ After a restart a step may be there twice: the last line of a step counts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from typing import Any
@@ -59,10 +60,13 @@ def _evaluated_steps(run: RunDirectory) -> set[int]:
     """Steps whose periodic evaluation is in the file."""
     if not run.metrics.exists():
         return set()
+    steps = set()
     with open(run.metrics, encoding="utf-8", errors="replace") as file:
-        return {
-            json.loads(line)["step"] for line in file if '"evaluation": {' in line and line.endswith("}\n")
-        }
+        for line in file:
+            if '"evaluation": {' in line:
+                with contextlib.suppress(ValueError):  # the half of a line that a kill left
+                    steps.add(json.loads(line)["step"])
+    return steps
 
 
 def _start_wandb(run: RunDirectory, settings: TrainSettings, facts: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ class HeldOutLoss:
     """Callable for `train(settings, evaluate=...)`: mean nats per learned token of the student's own method."""
 
     def __init__(self, shards_path: str, max_problems: int):
-        self._shards = Shards.open(shards_path)
+        self._shards = Shards.open(shards_path, verify=True)
         self._max_problems = max_problems
         self._data: PackedData | None = None
 

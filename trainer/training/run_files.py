@@ -51,6 +51,21 @@ def write_run_files(
     architecture.record(run.model)  # a conversion need not ask transformers for names and shapes again
 
 
+def remove_leftovers(run: RunDirectory) -> None:
+    """What killed starts of this training left half-made, which may be as large as checkpoints (rank 0, which holds the lock).
+
+    Not the temporary files of others: of a conversion, of an evaluation, of the lock.
+    """
+    whole = (run.settings, run.ds_config, run.environment, run.restarts, run.wandb_id)
+    patterns = [".initial-*.tmp", ".probe-*.tmp", *(f".{path.name}.*.tmp" for path in whole)]
+    found = [path for pattern in patterns for path in run.path.glob(pattern)]
+    for path in [*found, *run.checkpoints.glob(".step-*.tmp")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def installed() -> dict[str, str]:
     """What must be the same on all ranks: packages, Python, and every line of ours (a revision may be dirty)."""
     digest = hashlib.sha256()

@@ -86,7 +86,7 @@ def enrol(settings: TrainSettings, world: World, run: RunDirectory, stop: StopRe
         return None
     if distributed.is_main_process():
         write_run_files(settings, run, resolved, facts, config, tokenizer)
-    engine = build_engine(settings, run, config, resolved)
+    engine = build_engine(settings, run, config, resolved, blank=start is not None)
     first_step = 0
     if start is not None:
         checkpoint.load(engine, start)
@@ -192,7 +192,7 @@ def _refuse_another_run(
         f"{name}: {old[name]!r} there, {facts[name]!r} now" for name in names if old[name] != facts[name]
     ]
     if run.settings.is_file():
-        before = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
+        before = _settings_of(run)
         now = to_dict(settings)
         keys = [
             key for key in now if key not in _MAY_CHANGE and key not in names and before.get(key) != now[key]
@@ -203,6 +203,20 @@ def _refuse_another_run(
             f"{found} belongs to another run ({'; '.join(changed)}); use another output_dir, "
             "or --overwrite_output_dir to start from zero"
         )
+
+
+def _settings_of(run: RunDirectory) -> dict[str, Any]:
+    """What the run was started with."""
+    try:
+        found = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = str(error).splitlines()[0]
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{run.settings} cannot be read ({found}), so nobody can tell whether this is the same run; restore it, or "
+            "remove it if you are sure"
+        )
+    return found
 
 
 def _refuse_other_steps(found: Path, plan: StepPlan) -> None:

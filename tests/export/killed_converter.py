@@ -1,0 +1,105 @@
+"""Convert a run, killed at an instant and started again, for test_killed.py: killed_converter.py RUNS.json
+
+RUNS.json: {instant: run directory}. Prints as JSON what was visible after each kill, and the export's files after the
+same command was given again. Each start is a fork of this process, which has done the imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (what a conversion imports)
+
+from trainer import commit
+from trainer.errors import UserError
+from trainer.export import convert, fit, safetensors_writer  # noqa: F401
+from trainer.run_directory import RunDirectory
+from trainer.settings import ConvertSettings
+from trainer.zero import checked_reader, layout  # noqa: F401
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(module: Any, name: str, number: int = 1, before: bool = True) -> Callable[[], None]:
+    """Die at the call with this number (from 1), before it does anything, or right after it."""
+
+    def arm() -> None:
+        real, calls = getattr(module, name), []
+
+        def faulty(*arguments: Any, **named: Any) -> Any:
+            calls.append(name)
+            if before and len(calls) == number:
+                die()
+            result = real(*arguments, **named)
+            if not before and len(calls) == number:
+                die()
+            return result
+
+        setattr(module, name, faulty)
+
+    return arm
+
+
+# The manifest is the last file that `commit` writes.
+INSTANTS: dict[str, Callable[[], None]] = {
+    "before the first byte": at_call(safetensors_writer, "_write_all"),
+    "in the middle of the weights": at_call(safetensors_writer, "_write_all", 4),
+    "weights written": at_call(convert, "_write_small_files"),
+    "before the manifest": at_call(commit, "_write_and_flush"),
+    "after the manifest": at_call(commit, "_write_and_flush", before=False),
+    "before the rename": at_call(os, "rename"),
+    "after the rename": at_call(os, "rename", before=False),
+    "replacing, before the exchange": at_call(commit, "_exchange"),
+    "replacing, after the exchange": at_call(commit, "_exchange", before=False),
+}
+
+
+def start(run: RunDirectory, arm: Callable[[], None] | None, overwrite: bool) -> int:
+    """The exit status of a conversion, negative for the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if arm:
+                arm()
+            convert.convert(ConvertSettings(str(run.path), overwrite=overwrite))
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def visible(run: RunDirectory) -> str:
+    """none, whole, or what is wrong."""
+    if not run.export.exists():
+        return "none"
+    try:
+        commit.verify(run.export)
+        return "whole"
+    except UserError as error:
+        return str(error)
+
+
+def main() -> None:
+    found = {}
+    for instant, place in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")).items():
+        run, replacing = RunDirectory(Path(place)), instant.startswith("replacing")
+        first = start(run, None, False) if replacing else None
+        killed = start(run, INSTANTS[instant], replacing)
+        seen = visible(run)
+        again = start(run, None, False)
+        files = commit.read_manifest(run.export)["files"] if run.export.exists() else {}
+        found[instant] = {"first": first, "killed": killed, "seen": seen, "again": again, "files": files}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

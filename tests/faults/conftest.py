@@ -1,0 +1,129 @@
+# ruff: noqa: F401, F811  (fixtures of another folder are imported)
+"""Runs that are disturbed, and the same runs undisturbed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.distributed import Outcome
+from tests.faults import lives, oracle
+from tests.training.conftest import gpt2_config, settings, stories
+from trainer.run_directory import RunDirectory
+from trainer.shards.read import Shards
+
+EPOCHS = 4  # of 19 packs: 38 steps on two ranks
+SAVE_STEPS, EVAL_STEPS = 3, 5
+
+
+def printed(outcomes: list[Outcome]) -> str:
+    return "\n".join(outcome.output[-3000:] for outcome in outcomes)
+
+
+@dataclass
+class Case:
+    """One run, by the command a user would repeat until it is done."""
+
+    values: dict[str, Any]
+    reference: oracle.Reference | None
+    num_lives: int = field(default=0, init=False)
+
+    @property
+    def run(self) -> RunDirectory:
+        return RunDirectory(Path(self.values["output_dir"]))
+
+    @property
+    def records(self) -> Path:
+        return self.run.path.with_name(f"{self.run.name}.records")
+
+    @property
+    def marker(self) -> Path:
+        """There once the fault of this life has happened."""
+        return self.run.path.with_name(f"{self.run.name}.fault-{self.num_lives}")
+
+    def start(
+        self, last_ranks_own: tuple[str, ...] = (), environment: dict[str, str] | None = None, **injected: Any
+    ) -> lives.Life:
+        """Begin the next life on two ranks; `injected`: see injection.py."""
+        self.num_lives += 1
+        self.run.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.run.path.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(self.values), encoding="utf-8")
+        for fault in ("kill", "poison"):
+            if fault in injected:
+                injected[fault] = {**injected[fault], "marker": str(self.marker)}
+        wanted = json.dumps({"record": str(self.records), "life": self.num_lives, **injected})
+        logs = self.run.path.with_suffix(".logs")
+        return lives.start(["--config", str(file)], 2, logs, wanted, last_ranks_own, **(environment or {}))
+
+    def finish(self, seconds: float = 300.0, **injected: Any) -> str:
+        """A life that nobody ends; returns what rank 0 printed."""
+        with self.start(**injected) as life:
+            outcomes = life.wait(seconds)
+        assert [outcome.status for outcome in outcomes] == [0, 0], printed(outcomes)
+        return outcomes[0].output
+
+    def refused(self, message: str, **injected: Any) -> None:
+        """Every rank ends with the status of a user's error, and rank 0 or the one concerned says what is wrong."""
+        with self.start(**injected) as life:
+            outcomes = life.wait()
+        assert [outcome.status for outcome in outcomes] == [2, 2], printed(outcomes)
+        assert re.search(message, printed(outcomes)), printed(outcomes)
+
+    def same(self) -> None:
+        assert self.reference is not None
+        oracle.same(self.run, self.reference, self.records)
+
+
+def values_of(stories: Shards, config: Path, output: Path, stage: int, **changes: Any) -> dict[str, Any]:
+    """GPT-2 with dropout, a checkpoint every third step, an evaluation every fifth."""
+    values = {
+        "config_name": str(config), "config_overrides": "", "deepspeed": f"ds_configs/zero{stage}.json",
+        "max_steps": 0, "num_train_epochs": EPOCHS, "save_steps": SAVE_STEPS, "save_total_limit": 2,
+        "eval_shards": str(stories.path), "eval_steps": EVAL_STEPS, "eval_max_problems": 8,
+        "timeout_seconds": 60, "silence_seconds": 30,
+    }  # fmt: skip
+    return settings(stories, output, **{**values, **changes})
+
+
+@pytest.fixture(scope="session")
+def references(
+    tmp_path_factory: pytest.TempPathFactory,
+    stories: Shards,
+    gpt2_config: Path,
+) -> Callable[[int], oracle.Reference]:
+    """Stage -> the run on two ranks that nobody disturbed; made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    @functools.cache
+    def make(stage: int) -> oracle.Reference:
+        case = Case(values_of(stories, gpt2_config, folder / f"zero{stage}", stage), None)
+        case.finish()
+        reference = oracle.Reference.of(case.values)
+        oracle.same(case.run, reference, case.records)
+        return reference
+
+    return make
+
+
+@pytest.fixture
+def case(
+    tmp_path: Path,
+    stories: Shards,
+    gpt2_config: Path,
+    references: Callable[[int], oracle.Reference],
+) -> Callable[..., Case]:
+    """(stage, name, changes) -> a run to disturb, with its reference. The changes must not change its numbers."""
+
+    def make(stage: int, name: str = "run", **changes: Any) -> Case:
+        return Case(values_of(stories, gpt2_config, tmp_path / name, stage, **changes), references(stage))
+
+    return make

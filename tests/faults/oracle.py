@@ -1,0 +1,164 @@
+"""One oracle for all faults: what a run has become must be, bit for bit, what it would have been.
+
+Losses, gradient norms, evaluations, weights and moments equal to the undisturbed run's; every example learned from
+exactly once an epoch; nothing half-made visible and nothing left over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from trainer import commit, lock
+from trainer.configuration import from_dict
+from trainer.run_directory import RunDirectory
+from trainer.settings import TrainSettings
+from trainer.shards.methods import method
+from trainer.shards.read import Shards
+from trainer.training.batches import PackedData
+from trainer.zero.checked_reader import CheckedReader
+from trainer.zero.state import read_state
+
+_TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes"}
+
+
+def trajectory(run: RunDirectory) -> tuple[dict[int, dict], dict[int, dict]]:
+    """(steps, evaluations) by step, without times; of what is there twice the last counts, and half a line does not."""
+    steps: dict[int, dict] = {}
+    evaluations: dict[int, dict] = {}
+    if not run.metrics.exists():
+        return steps, evaluations
+    for text in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if "evaluation" in line:
+            evaluations[line["step"]] = line["evaluation"]
+        else:
+            steps[line["step"]] = {key: value for key, value in line.items() if key not in _TIMES}
+    return steps, evaluations
+
+
+def state_digest(checkpoint: Path) -> str:
+    """SHA-256 over every weight and moment of a checkpoint, by name, after its files were found whole."""
+    commit.verify(checkpoint)
+    facts = commit.read_manifest(checkpoint)["facts"]
+    state = read_state(checkpoint, facts["zero_stage"], facts["world_size"], facts["dtype"])
+    digest = hashlib.sha256(f"{state.step}".encode())
+    tensors = {("weight", name): tensor for name, tensor in state.weights.tensors.items()}
+    tensors |= {
+        (which, name): tensor for which, named in state.moments.items() for name, tensor in named.items()
+    }
+    with CheckedReader() as reader:
+        for key in sorted(tensors):
+            digest.update(f"{key}{tensors[key].shape}".encode())
+            for piece in tensors[key].pieces:
+                digest.update(reader.tensor(piece, 0, piece.num_elements).numpy().tobytes())
+        reader.finish()
+    assert len(tensors) > 20
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run nobody disturbed."""
+
+    run: RunDirectory
+    settings: TrainSettings
+    steps: dict[int, dict[str, Any]]
+    evaluations: dict[int, dict[str, Any]]
+    digest: str
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Reference:
+        """Of the finished run with these settings."""
+        settings = from_dict(TrainSettings, values, "the test")
+        run = RunDirectory(Path(settings.output_dir))
+        steps, evaluations = trajectory(run)
+        return cls(run, settings, steps, evaluations, state_digest(run.checkpoint(max(steps))))
+
+
+def same(run: RunDirectory, reference: Reference, records: Path | None = None) -> None:
+    """The finished run is the reference, to the last bit. `records`: what injection.py wrote down of the packs."""
+    steps, evaluations = trajectory(run)
+    assert steps == reference.steps
+    assert evaluations == reference.evaluations
+    last = max(reference.steps)
+    assert commit.read_manifest(run.checkpoint(last))["facts"]["finished"]
+    assert state_digest(run.checkpoint(last)) == reference.digest
+    assert run.checkpoint_steps() == reference.run.checkpoint_steps()
+    assert leftovers(run) == []
+    if records is not None:
+        each_example_once(records, reference)
+
+
+def so_far(run: RunDirectory, reference: Reference) -> None:
+    """Of a run that was just disturbed: every step told is the reference's, and whatever is visible is whole."""
+    steps, evaluations = trajectory(run)
+    for step, values in steps.items():
+        assert values == reference.steps[step], f"step {step}"
+    assert evaluations.items() <= reference.evaluations.items()
+    for step in run.checkpoint_steps():
+        commit.verify(run.checkpoint(step))
+
+
+def each_example_once(records: Path, reference: Reference) -> None:
+    """Every example entered exactly one micro-batch an epoch, of those that count.
+
+    A life goes on from a checkpoint, so of a step that was taken in several lives the last one's counts, on all ranks.
+    """
+    settings = reference.settings
+    data = PackedData(
+        Shards.open(settings.train_shards),
+        settings.method,
+        method(settings.method),
+        settings.pack_length,
+        settings.seed,
+    )
+    taken: dict[int, tuple[int, list[dict]]] = {}
+    for file in sorted(records.glob("*.jsonl")):
+        life = int(file.name.split("-")[0])
+        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            if taken.get(line["step"], (0, []))[0] < life:
+                taken[line["step"]] = (life, [])
+            taken[line["step"]][1].append(line)
+    assert sorted(taken) == sorted(reference.steps)
+    packs = [line for _, lines in taken.values() for line in lines]
+    seen = Counter(
+        (line["pack"] // data.packs_per_epoch, problem) for line in packs for problem in line["problems"]
+    )
+    epochs = round(settings.num_train_epochs)
+    assert len(seen) == epochs * data.num_examples, "an example was never learned from"
+    assert set(seen.values()) == {1}, "an example was learned from twice"
+
+
+def leftovers(run: RunDirectory) -> list[str]:
+    """Temporary files and directories in a run, but for the last few locks, which are kept on purpose."""
+    found = [
+        path.relative_to(run.path).as_posix()
+        for path in run.path.rglob(".*")
+        if not any(part.startswith(f".{run.lock.name}.") for part in path.relative_to(run.path).parts)
+    ]
+    locks = list(run.path.glob(f".{run.lock.name}.*"))
+    assert len(locks) <= lock._KEPT_ASIDE + 1, locks
+    live = [path.name for path in (run.lock, run.heartbeats) if path.exists()]
+    return sorted(found + live)
+
+
+def processes_with(name: str, value: str) -> list[psutil.Process]:
+    """Living processes that inherited an environment variable: whoever belongs to a command, whatever started it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(name) == value:
+                found.append(process)
+        except (psutil.Error, OSError):  # another user's, or just ended
+            continue
+    return found

@@ -1,0 +1,167 @@
+"""A run is killed, and then its files are damaged: it goes on from what is whole, exactly, or says what is not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.faults.conftest import Case, values_of
+from tests.faults.oracle import Reference
+from tests.training.test_resharded import _damage as flip_optimizer
+from trainer import commit
+from trainer.run_directory import RunDirectory
+from trainer.shards.read import Shards
+
+pytestmark = pytest.mark.faults
+
+OLDER, NEWEST = 15, 18
+
+
+@pytest.fixture(scope="module")
+def killed(
+    tmp_path_factory: pytest.TempPathFactory,
+    stories: Shards,
+    gpt2_config: Path,
+    references: Callable[[int], Reference],
+) -> Case:
+    """Killed at step 20: two checkpoints, and metrics beyond them."""
+    folder = tmp_path_factory.mktemp("killed")
+    case = Case(values_of(stories, gpt2_config, folder / "run", 1), references(1))
+    with case.start(kill={"instant": "after the update", "rank": 0, "step": 20}) as life:
+        life.wait()
+    assert case.marker.exists() and case.run.checkpoint_steps() == [OLDER, NEWEST]
+    return case
+
+
+@pytest.fixture
+def copy(killed: Case, tmp_path: Path) -> Case:
+    """The same, to be damaged."""
+    copied = Case({**killed.values, "output_dir": str(tmp_path / "run")}, killed.reference)
+    shutil.copytree(killed.run.path, copied.run.path)
+    shutil.copytree(killed.records, copied.records)
+    copied.num_lives = killed.num_lives
+    return copied
+
+
+def _optimizer_file(run: RunDirectory, rank: int) -> Path:
+    return run.checkpoint(NEWEST) / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def _truncate(run: RunDirectory) -> None:
+    file = _optimizer_file(run, 1)
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _manifest(content: bytes) -> Callable[[RunDirectory], None]:
+    return lambda run: _write(run.checkpoint(NEWEST) / commit.MANIFEST, content)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+PASSED_OVER: dict[str, Callable[[RunDirectory], Any]] = {
+    "a file of a rank truncated": _truncate,
+    "a file of a rank flipped": lambda run: flip_optimizer(run.checkpoint(NEWEST)),
+    "a file of a rank missing": lambda run: _optimizer_file(run, 0).unlink(),
+    "its config missing": lambda run: (run.checkpoint(NEWEST) / "model" / "config.json").unlink(),
+    "an empty manifest": _manifest(b""),
+    "a manifest of zeros": _manifest(b"\0" * 300),
+    "a manifest of something else": _manifest(b'{"format": 1, "files": []}'),
+}
+
+
+@pytest.mark.parametrize("damage", PASSED_OVER)
+def test_a_damaged_checkpoint_is_passed_over(copy: Case, damage: str) -> None:
+    PASSED_OVER[damage](copy.run)
+    said = copy.finish()
+    assert f"checkpoint passed over: {copy.run.checkpoint(NEWEST)}" in said
+    assert f"resumed from {copy.run.checkpoint(OLDER)}" in said
+    copy.same()
+
+
+def test_no_hint_is_believed_and_no_scrap_is_stumbled_over(copy: Case) -> None:
+    """What others leave in a run directory, or what they make of our small files, changes nothing."""
+    run = copy.run
+    (run.checkpoints / "latest").write_text(f"step-{OLDER:06d}")  # DeepSpeed's hint, stale
+    (run.checkpoints / "latest_universal").touch()
+    (run.checkpoints / f"step-{NEWEST + 1:06d}").write_text("a file")
+    half = run.checkpoints / f".step-{NEWEST + 2:06d}.another-host-77-0123abcd.tmp"
+    shutil.copytree(run.checkpoint(NEWEST), half)
+    (run.path / ".initial-abcd.tmp").mkdir()
+    with open(run.metrics, "ab") as file:
+        file.write(b'{"step": 21, "loss": 1.0, "evaluation": {"loss": 1.0}\n\xff\xfe{"step"')
+    for path in (run.restarts, run.environment, run.ds_config):
+        path.write_bytes(b"\xff{")
+    shutil.rmtree(run.model)
+    run.heartbeats.mkdir(exist_ok=True)
+    (run.heartbeats / "rank-00000.json").write_text("{")
+    said = copy.finish()
+    assert f"resumed from {run.checkpoint(NEWEST)}" in said
+    (run.checkpoints / f"step-{NEWEST + 1:06d}").unlink()
+    copy.same()
+
+
+def test_an_unfinished_directory_with_a_checkpoints_name_is_passed_over(copy: Case) -> None:
+    """It has no manifest; nothing of ours makes such a thing, and nothing of ours removes it."""
+    scrap = copy.run.checkpoint(999)
+    scrap.mkdir()
+    assert f"checkpoint passed over: {scrap} is not finished" in copy.finish()
+    scrap.rmdir()
+    copy.same()
+
+
+def test_without_a_valid_checkpoint_nothing_starts_from_zero(copy: Case) -> None:
+    for step in (OLDER, NEWEST):
+        flip_optimizer(copy.run.checkpoint(step))
+    copy.refused("holds 2 checkpoint.s. but none is valid; .*--overwrite_output_dir")
+    assert copy.run.checkpoint_steps() == [OLDER, NEWEST]
+
+
+def test_settings_that_cannot_be_read_are_named(copy: Case) -> None:
+    copy.run.settings.write_bytes(b"seed: [1")
+    copy.refused(r"settings\.yaml cannot be read")
+    assert copy.run.checkpoint_steps() == [OLDER, NEWEST]
+
+
+def test_flipped_tokens_are_not_trained_on(copy: Case, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(copy.values["train_shards"], shards)
+    tokens = bytearray((shards / "tokens.bin").read_bytes())
+    tokens[len(tokens) // 2] ^= 1
+    (shards / "tokens.bin").write_bytes(tokens)
+    copy.values["train_shards"] = str(shards)
+    copy.refused(r"tokens\.bin is corrupt: its digest is not the manifest's")
+
+
+class _Planted:
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_a_planted_pickle_is_not_run_by_resuming(copy: Case, tmp_path: Path) -> None:
+    """Nor with a manifest that a forger made to fit. Without it the run goes on from the checkpoint before."""
+    marker, checkpoint = tmp_path / "was-run", copy.run.checkpoint(NEWEST)
+    file = _optimizer_file(copy.run, 1)
+    content = torch.load(file, weights_only=False)  # our own file
+    torch.save({**content, "hyperparameters": _Planted(f"touch {marker}")}, file)
+    facts = commit.read_manifest(checkpoint)["facts"]
+    (checkpoint / commit.MANIFEST).unlink()
+    staging = checkpoint.rename(tmp_path / "staging")
+    commit.finish(staging, checkpoint, "checkpoint", facts, commit.digest_files(staging))
+    copy.refused(rf"{file.name} is refused: it asks for (posix|nt)\.system")
+    assert not marker.exists()
+    torch.load(file, weights_only=False)  # the weapon does work
+    assert marker.exists()
+    shutil.rmtree(checkpoint)
+    copy.finish()
+    copy.same()

@@ -1,0 +1,66 @@
+"""SIGKILL of one rank at every instant that matters: of the start, a step, a save, the end. One run dies at them all."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults import oracle
+from tests.faults.conftest import Case
+
+pytestmark = pytest.mark.faults
+
+# instant, rank, step. They follow the run: what lies between is done in good order, a checkpoint every third step.
+DEATHS = [
+    ("in the run's files", 0, 0),
+    ("in the first weights", 0, 0),
+    ("holding the lock", 1, 0),
+    ("in save: one rank has written", 0, 3),
+    ("after forward", 1, 5),
+    ("half resumed", 1, 0),
+    ("half an evaluation", 0, 5),
+    ("in save: half a file", 1, 6),
+    ("in the reduce", 0, 7),
+    ("in save: before the digests", 1, 9),
+    ("in backward", 0, 10),
+    ("in save: before the manifest", 0, 12),
+    ("in the pruning", 0, 12),
+    ("in the update's collective", 1, 14),
+    ("in save: half a manifest", 0, 15),
+    ("half a line of metrics", 0, 17),
+    ("in save: before the rename", 0, 18),
+    ("in the pruning: half removed", 0, 18),
+    ("before the update", 1, 20),
+    ("in save: after the rename", 0, 21),
+    ("before the pruning", 1, 24),
+    ("after the update", 0, 26),
+    ("in save: before the rename", 0, 38),
+    ("at the end", 0, 38),
+]
+# Without ZeRO every rank has all of it: rank 0 alone writes, and an update needs nobody else.
+DEATHS_OF_REPLICAS = [
+    (instant, 0 if instant == "in save: half a file" else rank, step)
+    for instant, rank, step in DEATHS
+    if instant != "in the update's collective"
+]
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=SLOW) for stage in (0, 2, 3))])
+def test_killed_at_every_instant(case: Callable[..., Case], stage: int) -> None:
+    killed = case(stage)
+    for instant, rank, step in DEATHS if stage else DEATHS_OF_REPLICAS:
+        with killed.start(kill={"instant": instant, "rank": rank, "step": step}) as life:
+            outcomes = life.wait()
+        told = f"{instant}, rank {rank}, step {step}:\n" + "\n".join(one.output[-2000:] for one in outcomes)
+        assert killed.marker.exists() and outcomes[rank].status == -signal.SIGKILL, told
+        # The other one ends by itself, with an error; in good order only if all was done.
+        assert outcomes[1 - rank].status > 0 or instant == "at the end", told
+        oracle.so_far(killed.run, killed.reference)
+    with killed.start() as life:
+        outcomes = life.wait()
+    assert "already finished" in outcomes[0].output
+    assert [outcome.status for outcome in outcomes] == [0, 0]
+    killed.same()
