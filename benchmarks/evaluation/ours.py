@@ -1,0 +1,50 @@
+"""Ours: the trainer's own evaluation of the material's problems, without launcher and files.
+
+python benchmarks/evaluation/ours.py --slots 16 [--pair] [--without_calculator] [--problems 64]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from benchmarks.evaluation import material
+from benchmarks.evaluation.told import arguments, measured
+from trainer.evaluation.cast import Actor, Cast
+from trainer.evaluation.decoding import DECOMPOSER, INTERLEAVED, SOLVER, STUDENT, Decoding
+from trainer.evaluation.predict import predictions
+from trainer.evaluation.tickets import LocalCounter
+from trainer.models.load import load_model
+from trainer.models.tokenizer import load_tokenizer
+
+
+def main() -> None:
+    given = arguments(__doc__)
+    shards = material.shards()
+    tokenizer = load_tokenizer(shards.tokenizer_path)
+    parts = (DECOMPOSER, SOLVER) if given.pair else (STUDENT,)
+    actors = {
+        part: Actor(load_model(material.student(part), "fp32", "sdpa"), material.METHOD) for part in parts
+    }
+
+    def answer(problems: int, max_new_tokens: int) -> dict[int, tuple[str, int]]:
+        decoding = Decoding(
+            mode=INTERLEAVED if given.pair else material.METHOD,
+            calculator=not given.without_calculator,
+            max_new_tokens=max_new_tokens,
+            batch_size=given.slots,
+        )
+        cast = Cast(actors, tokenizer, shards, decoding)
+        numbers = {shards.problem(index).id: index for index in range(problems)}
+        return {
+            numbers[prediction["id"]]: (prediction["text"], prediction["generated_tokens"])
+            for prediction in predictions(cast, range(problems), LocalCounter())
+        }
+
+    measured(answer, given.problems)
+
+
+if __name__ == "__main__":
+    main()

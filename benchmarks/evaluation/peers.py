@@ -1,0 +1,207 @@
+"""Somebody else's ways to the same answers, with the same weights, prompts and calculator, each tuned (see README.md).
+
+python benchmarks/evaluation/peers.py {generate,continuous,lm_eval,in_turn} [--slots 16] [--without_calculator]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+from transformers import GenerationConfig, GPT2LMHeadModel, LogitsProcessorList
+
+from benchmarks.evaluation import material
+from benchmarks.evaluation.calculators import CalculatorOfGenerate
+from benchmarks.evaluation.told import Answer, arguments, measured
+from trainer.evaluation.language import Language
+from trainer.models.tokenizer import load_tokenizer
+from trainer.problems.problem import DELIMITER
+
+_PAGE, _LONGEST_PROMPT_CHUNK = 32, 1024
+
+
+class Peers:
+    """Each method answers the first `problems` problems: texts and counts of generated tokens by number."""
+
+    def __init__(self, slots: int, calculator: bool) -> None:
+        shards = material.shards()
+        self.slots = slots
+        self.tokenizer = load_tokenizer(shards.tokenizer_path)
+        self.language = Language(self.tokenizer)
+        self.calculator = calculator
+        self.prompts = [shards.prompt(index).tolist() for index in range(len(shards))]
+        self.end = self.tokenizer.eos_token_id
+
+    def model(self, name: str = "student") -> GPT2LMHeadModel:
+        return GPT2LMHeadModel.from_pretrained(
+            material.student(name), dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+
+    def generate(self) -> Answer:
+        """Static batches of prompts of like length, padded on the left; a batch ends with its last row."""
+        model = self.model()
+
+        def answer(problems: int, max_new_tokens: int) -> dict[int, tuple[str, int]]:
+            order = sorted(range(problems), key=lambda index: -len(self.prompts[index]))
+            answers = {}
+            for start in range(0, problems, self.slots):
+                batch = order[start : start + self.slots]
+                longest = max(len(self.prompts[index]) for index in batch)
+                padding = [longest - len(self.prompts[index]) for index in batch]
+                rows = [
+                    [self.end] * pad + self.prompts[index] for pad, index in zip(padding, batch, strict=True)
+                ]
+                output = model.generate(
+                    torch.tensor(rows),
+                    attention_mask=torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding]),
+                    logits_processor=self._processors(
+                        CalculatorOfGenerate(self.language, len(batch), longest)
+                    ),
+                    generation_config=self._greedy(max_new_tokens),
+                )
+                answers |= {
+                    index: self._told(row)
+                    for index, row in zip(batch, output[:, longest:].tolist(), strict=True)
+                }
+            return answers
+
+        return answer
+
+    def continuous(self) -> Answer:
+        """Transformers' continuous batching over a paged cache that holds all slots at their longest."""
+        from transformers import ContinuousBatchingConfig
+
+        model = self.model()
+        longest = max(map(len, self.prompts)) + material.MAX_NEW_TOKENS
+
+        def answer(problems: int, max_new_tokens: int) -> dict[int, tuple[str, int]]:
+            processors = self._processors(CalculatorOfGenerate(self.language))
+            model._get_logits_processor = lambda config: processors  # generate_batch takes none as argument
+            order = sorted(range(problems), key=lambda index: -len(self.prompts[index]))
+            outputs = model.generate_batch(
+                [self.prompts[index] for index in order],
+                generation_config=self._greedy(max_new_tokens),
+                continuous_batching_config=ContinuousBatchingConfig(
+                    page_size=_PAGE,
+                    num_blocks=(-(-longest // _PAGE) + 1) * self.slots,
+                    max_batch_tokens=_LONGEST_PROMPT_CHUNK,
+                    max_requests_per_batch=self.slots,
+                    allow_block_sharing=False,
+                    use_async_batching=False,
+                    per_request_processors=True,
+                ),
+            )
+            written = [outputs[name].generated_tokens for name in outputs]
+            return {index: self._told(tokens) for index, tokens in zip(order, written, strict=True)}
+
+        return answer
+
+    def lm_eval(self) -> Answer:
+        """lm-evaluation-harness's `generate_until`; it has no calculator, and takes and gives text."""
+        from lm_eval.api.instance import Instance
+        from lm_eval.models.huggingface import HFLM
+
+        harness = HFLM(pretrained=self.model(), tokenizer=self.tokenizer, batch_size=self.slots)
+
+        def answer(problems: int, max_new_tokens: int) -> dict[int, tuple[str, int]]:
+            settings = {"until": [], "max_gen_toks": max_new_tokens, "do_sample": False}
+            texts = [self.language.text(prompt) for prompt in self.prompts[:problems]]
+            requests = [
+                Instance("generate_until", {}, (text, settings), index) for index, text in enumerate(texts)
+            ]
+            written = harness.generate_until(requests, disable_tqdm=True)
+            return {
+                index: (text, len(self.tokenizer(text)["input_ids"]) + 1)
+                for index, text in enumerate(written)
+            }
+
+        return answer
+
+    def in_turn(self) -> Answer:
+        """Decomposer and solver, one problem at a time, as published scripts have it: every turn is a call of `generate`
+        that reads everything before it anew."""
+        decomposer, solver = self.model("decomposer"), self.model("solver")
+        language = self.language
+        delimiter = list(language.tokens(DELIMITER))
+        lines = sorted(language.newlines | {self.end})
+
+        def line(model: GPT2LMHeadModel, context: list[int], room: int, ends: list[int]) -> list[int]:
+            rows = torch.tensor([context])
+            calculator = (
+                self._processors(CalculatorOfGenerate(language, 1, len(context))) if model is solver else None
+            )
+            output = model.generate(
+                rows,
+                attention_mask=torch.ones_like(rows),
+                logits_processor=calculator,
+                generation_config=self._greedy(room, ends),
+            )
+            return output[0, len(context) :].tolist()
+
+        def solve(prompt: list[int], room: int) -> tuple[str, int]:
+            context = list(prompt)
+            written: list[str] = []
+            count = 0
+            while count < room:
+                question = line(decomposer, context, room - count, sorted({*lines, *language.hashes}))
+                count += len(question)
+                if count >= room or language.text(question).lstrip().startswith(DELIMITER):
+                    break
+                solution = line(solver, context + question, room - count, lines)
+                count += len(solution)
+                context += question + solution
+                written += [language.text(question), language.text(solution)]
+                if (
+                    language.text(solution).lstrip().startswith(DELIMITER)
+                ):  # the answer, earlier than asked for
+                    return _lines(written), count
+            if count < room:
+                last = line(solver, context + delimiter, room - count, lines)
+                count += len(last)
+                written.append(DELIMITER + language.text([token for token in last if token != self.end]))
+            return _lines(written), count
+
+        return lambda problems, max_new_tokens: {
+            index: solve(self.prompts[index], max_new_tokens) for index in range(problems)
+        }
+
+    def _processors(self, calculator: CalculatorOfGenerate) -> LogitsProcessorList:
+        return LogitsProcessorList([calculator] if self.calculator else [])
+
+    def _greedy(self, max_new_tokens: int, ends: list[int] | None = None) -> GenerationConfig:
+        return GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends or self.end,
+            pad_token_id=self.end,
+        )
+
+    def _told(self, tokens: list[int]) -> tuple[str, int]:
+        """Text and count up to the first end token, which counts."""
+        if self.end in tokens:
+            tokens = tokens[: tokens.index(self.end) + 1]
+        return self.language.text([token for token in tokens if token != self.end]), len(tokens)
+
+
+def _lines(texts: list[str]) -> str:
+    return "\n".join(text.partition("\n")[0] for text in texts)
+
+
+def main() -> None:
+    way = sys.argv.pop(1)
+    given = arguments(__doc__)
+    peers = Peers(given.slots, not given.without_calculator)
+    ways = {
+        "generate": peers.generate,
+        "continuous": peers.continuous,
+        "lm_eval": peers.lm_eval,
+        "in_turn": peers.in_turn,
+    }
+    measured(ways[way](), given.problems)
+
+
+if __name__ == "__main__":
+    main()

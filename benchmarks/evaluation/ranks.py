@@ -1,0 +1,70 @@
+"""Two ranks against one, one core each: who takes which problem is asked of a shared queue, or fixed beforehand.
+
+deepspeed --num_gpus 2 benchmarks/evaluation/ranks.py --split {queue,fixed}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from benchmarks.evaluation import material
+from benchmarks.evaluation.told import arguments
+from trainer import distributed
+from trainer.evaluation.cast import Actor, Cast
+from trainer.evaluation.decoding import STUDENT, Decoding
+from trainer.evaluation.predict import predictions
+from trainer.evaluation.tickets import Counter, LocalCounter, shared_counter
+from trainer.models.load import load_model
+from trainer.models.tokenizer import load_tokenizer
+
+
+def main() -> None:
+    given = arguments(__doc__)
+    distributed.initialize()
+    world = distributed.world()
+    shards = material.shards()
+    model = load_model(material.student(), "fp32", "sdpa")
+    decoding = Decoding(material.METHOD, max_new_tokens=material.MAX_NEW_TOKENS, batch_size=given.slots)
+    cast = Cast(
+        {STUDENT: Actor(model, material.METHOD)}, load_tokenizer(shards.tokenizer_path), shards, decoding
+    )
+
+    def solve(problems: Sequence[int], counter: Counter) -> tuple[float, dict[str, Any]]:
+        """Seconds of the slowest rank, and all ranks' texts by id."""
+        distributed.barrier()
+        start = time.perf_counter()
+        mine = {prediction["id"]: prediction["text"] for prediction in predictions(cast, problems, counter)}
+        ends = distributed.gather_objects((time.perf_counter() - start, mine))
+        return max(seconds for seconds, _ in ends), {
+            name: text for _, texts in ends for name, text in texts.items()
+        }
+
+    everything = range(given.problems)
+    solve(range(2), LocalCounter())
+    alone, answers = solve(everything if world.rank == 0 else (), LocalCounter())
+    if given.split == "queue":
+        with shared_counter() as counter:
+            together, answers_together = solve(everything, counter)
+    else:
+        together, answers_together = solve(everything[world.rank :: world.world_size], LocalCounter())
+    assert answers == answers_together
+    if world.rank == 0:
+        told = {
+            "speedup": alone / together,
+            "seconds_one_rank": alone,
+            "seconds_two_ranks": together,
+            "answers": sorted(answers_together.items()),
+        }
+        print(json.dumps(told), flush=True)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

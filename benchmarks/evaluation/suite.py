@@ -1,0 +1,79 @@
+"""Evaluation: problems a second to the same answers, and what a second rank is worth. See benchmarks/README.md."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from benchmarks.harness import REPOSITORY, Comparison, Contender, Output, Unequal, launched, python
+from trainer import distributed
+
+HERE = Path(__file__).resolve().parent
+PROBLEMS, PROBLEMS_OF_A_PAIR, SLOTS, SLOTS_OF_A_RANK = 32, 12, 16, 8
+MODEL = "GPT-2 6 x 384 that knows the problems by heart, fp32, one core"
+
+
+def comparisons() -> Iterator[Comparison]:
+    subprocess.run(python(HERE / "material.py"), check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    yield _speed(
+        f"evaluation, unified, calculator on: {PROBLEMS} problems, {SLOTS} at a time",
+        [_ours(PROBLEMS), _peer("generate", PROBLEMS), _peer("continuous", PROBLEMS)],
+        goal=1.4,
+        notes=f"{MODEL}; gate: equal texts and numbers of tokens for every problem. The goal against static batches "
+        "(generate) is 2x, against continuous batching 1.4x.",
+    )
+    yield _speed(
+        f"evaluation, unified, calculator off: {SLOTS} problems, {SLOTS} at a time",
+        [_ours(SLOTS, "--without_calculator"), _peer("lm_eval", SLOTS, "--without_calculator")],
+        goal=2.0,
+        notes="lm-evaluation-harness has no calculator. One batch, so that nothing can be refilled.",
+    )
+    yield _speed(
+        f"evaluation, decomposer and solver in turn: {PROBLEMS_OF_A_PAIR} problems",
+        [_ours(PROBLEMS_OF_A_PAIR, "--pair"), _peer("in_turn", PROBLEMS_OF_A_PAIR)],
+        goal=3.0,
+        notes="the peer solves one problem at a time, and each turn reads everything before it anew.",
+    )
+    port = f"--master_port={distributed.free_port()}"
+    ranks = ["--slots", str(SLOTS_OF_A_RANK), "--problems", str(PROBLEMS)]
+    yield Comparison(
+        work=f"evaluation, two ranks against one: {PROBLEMS} uneven problems, {SLOTS_OF_A_RANK} at a time on a rank",
+        figure="speedup",
+        unit="x one rank",
+        contenders=[
+            Contender("ours", launched(2, port, HERE / "ranks.py", "--split", "queue", *ranks), peer=False),
+            Contender("fixed split", launched(2, port, HERE / "ranks.py", "--split", "fixed", *ranks)),
+        ],
+        gate=same_answers,
+        limit=1.9,
+        notes="one core each; both times are of the same launch, its start not counted.",
+    )
+
+
+def same_answers(outputs: Mapping[str, Output]) -> None:
+    """Every contender gives the same text, of as many tokens, for every problem."""
+    (first, reference), *others = outputs.items()
+    for name, output in others:
+        pairs = zip(reference["answers"], output["answers"], strict=True)
+        for number, (one, other) in enumerate(pairs):
+            if one != other:
+                raise Unequal(f"problem {number}: {first} {one!r}, {name} {other!r}")
+
+
+def _speed(work: str, contenders: list[Contender], goal: float, notes: str) -> Comparison:
+    return Comparison(
+        work, "problems_per_second", "problems/s", contenders, same_answers, goal=goal, notes=notes
+    )
+
+
+def _ours(problems: int, *more: str) -> Contender:
+    return Contender("ours", python(HERE / "ours.py", *_how(problems), *more), peer=False)
+
+
+def _peer(way: str, problems: int, *more: str) -> Contender:
+    return Contender(way, python(HERE / "peers.py", way, *_how(problems), *more))
+
+
+def _how(problems: int) -> tuple[str, ...]:
+    return "--slots", str(SLOTS), "--problems", str(problems)

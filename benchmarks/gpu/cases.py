@@ -1,0 +1,108 @@
+"""What is measured on the GPU, and its tiny likeness for a machine without one.
+
+Shapes are published ones with random weights and GPT-2's tokenizer, without dropout: torch's fused attention has none.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import MATERIALS, REPOSITORY
+
+BROUGHT = REPOSITORY / "build" / "gpu"  # what `gpu.sh wheels` fetched where there is a network
+METHOD = "cot"  # every problem of GSM8K has solutions
+VOCABULARY = 50304  # GPT-2's tokenizer, padded to a multiple of 64
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+WARM_UP, TIMED = 3, 10  # steps
+
+# name -> what of the published shape is changed
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": dict.fromkeys(DROPOUTS, 0.0),
+    "gpt2-xl": dict.fromkeys(DROPOUTS, 0.0),
+    "llama-2-7b": {"vocab_size": VOCABULARY},
+}
+_TINY_GPT2 = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 1024}
+_TINY_LLAMA = {
+    **{"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 80, "vocab_size": 1024},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train a shape: `packs` of `pack_length` tokens in a forward pass, `accumulation` of them a step."""
+
+    shape: str
+    stage: int
+    packs: int
+    accumulation: int = 1
+    checkpointing: bool = False
+    tiny: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [self.shape + (" in tiny" if self.tiny else ""), f"ZeRO-{self.stage}"]
+        parts += ["recomputed"] * self.checkpointing
+        return ", ".join([*parts, f"{self.packs} x {self.pack_length} tokens"])
+
+    @property
+    def pack_length(self) -> int:
+        return 256 if self.tiny else 1024
+
+    def flags(self) -> list[str]:
+        """argv that `parse` turns back into the case."""
+        values = (self.shape, self.stage, self.packs, self.accumulation, int(self.checkpointing))
+        return [*map(str, values), *["--tiny"] * self.tiny]
+
+
+def parse(arguments: list[str]) -> Case:
+    numbers = [int(text) for text in arguments[1:5]]
+    return Case(arguments[0], *numbers[:3], bool(numbers[3]), "--tiny" in arguments)
+
+
+def training(tiny: bool) -> list[Case]:
+    """For speed. ZeRO-1 of 7B does not fit into 141 GB: the plan says so, and its row too."""
+    if tiny:
+        return [Case("gpt2", 1, 2, tiny=True), Case("llama-2-7b", 3, 2, tiny=True)]
+    return [
+        *(Case("gpt2", stage, 32) for stage in (1, 3)),
+        *(Case("gpt2-xl", stage, 16) for stage in (1, 3)),
+        Case("llama-2-7b", 3, 4, 4),
+        Case("llama-2-7b", 1, 4, 4),
+    ]
+
+
+def memory(tiny: bool) -> list[Case]:
+    """For the planner, besides those of `training`."""
+    if tiny:
+        return [Case("gpt2", 1, 2, checkpointing=True, tiny=True)]
+    return [
+        Case("gpt2", 1, 64),
+        Case("gpt2", 2, 32, 2),
+        Case("gpt2-xl", 1, 16, checkpointing=True),
+        Case("llama-2-7b", 3, 16, checkpointing=True),
+    ]
+
+
+def config(shape: str, tiny: bool, **changes: Any) -> Any:
+    """The transformers config of a shape, without a cache."""
+    from trainer.models import shapes
+
+    found = shapes.config(shape)
+    small = _TINY_LLAMA if shape.startswith("llama") else _TINY_GPT2
+    for key, value in {**SHAPES[shape], **(small if tiny else {}), **changes}.items():
+        setattr(found, key, value)
+    found.use_cache = False
+    return found
+
+
+def environment(tiny: bool) -> dict[str, str]:
+    """Of what computes on the host's cores: all of them, unless others work there."""
+    return {} if tiny else {"OMP_NUM_THREADS": str(os.cpu_count())}
+
+
+def folder(tiny: bool) -> Path:
+    return MATERIALS / ("gpu-tiny" if tiny else "gpu")

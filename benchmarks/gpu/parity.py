@@ -1,0 +1,33 @@
+"""Numbers before speed: attention, training and generation of this device against plain ways to compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from benchmarks.gpu import cases
+from benchmarks.harness import Comparison, Contender, Output, Unequal, python
+
+CHECKS = {
+    "attention": "packed attention = written-out attention of each example alone, outputs and gradients",
+    "training": "packed = padded, ZeRO-0 = 1 = 2 = 3, recomputed, resumed; bf16 near fp32",
+    "tokens": "refilled slots = generate, many slots = one, fp32",
+}
+
+
+def comparisons(tiny: bool) -> Iterator[Comparison]:
+    for name, told in CHECKS.items():
+        command = python("-m", f"benchmarks.gpu.parity_{name}", *["--tiny"] * tiny)
+        yield Comparison(
+            work=f"parity of {name}: {told}",
+            figure="checks",
+            unit="checks, all passed",
+            contenders=[Contender("ours", command, False, cases.environment(tiny))],
+            gate=nothing_failed,
+            timeout_seconds=500,
+        )
+
+
+def nothing_failed(outputs: Mapping[str, Output]) -> None:
+    for output in outputs.values():
+        if output["failures"]:
+            raise Unequal("; ".join(output["failures"]))

@@ -1,0 +1,100 @@
+"""One part of the GPU benchmarks: python -m benchmarks.gpu.run PART [--tiny] [--seconds 540] [--rounds 2] [--again]
+
+What is measured is kept as a row, at once; the same command goes on with what is missing. A row that would not be done
+in time is not begun: exit status 75 says that there is more to do. Speed is measured only on a device that gives right
+numbers: first `parity`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import cases, facts
+from benchmarks.harness import Comparison, Failed, Unequal, measure
+
+PARTS = ("parity", "train", "memory", "evaluate", "convert")
+MORE_TO_DO = 75  # sysexits.h: try again
+ONE_ROUND = ("parity", "memory", "convert")  # figures that hardly vary, or that take minutes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--tiny", action="store_true", help="small shapes: does it run at all, also on a CPU")
+    parser.add_argument("--seconds", type=float, default=540, help="be done within about this time")
+    parser.add_argument("--rounds", type=int, default=2, help="of every comparison of speed (default 2)")
+    parser.add_argument("--only", default="", help="rows whose work contains this text")
+    parser.add_argument("--again", action="store_true", help="forget the rows of this part")
+    chosen = parser.parse_args()
+    start = time.monotonic()
+    if chosen.again:
+        for path in rows_folder(chosen.tiny).glob(f"{chosen.part}-*.json"):
+            path.unlink()
+    if chosen.part != "parity" and not proved(chosen.tiny):
+        sys.exit("numbers before speed: run the part parity on this device first")
+    failures, took = 0, 0.0
+    for comparison in comparisons(chosen.part, chosen.tiny):
+        row = row_path(chosen.part, comparison, chosen.tiny)
+        if row.exists() or chosen.only not in comparison.work:
+            continue
+        left = chosen.seconds - (time.monotonic() - start)
+        if took > left:  # the next is like the last
+            print(f"not begun, {left:.0f} s are left: {comparison.work}")
+            return MORE_TO_DO
+        begun = time.monotonic()
+        failures += not measured(chosen.part, comparison, chosen, row, left)
+        took = time.monotonic() - begun
+    return 1 if failures else 0
+
+
+def measured(part: str, comparison: Comparison, chosen: Any, row: Path, left: float) -> bool:
+    """Measure and keep the row; False if it failed or if the contenders disagree."""
+    print(f"{part}: {comparison.work}", flush=True)
+    rounds = 1 if chosen.tiny or part in ONE_ROUND else chosen.rounds
+    try:
+        result = measure(comparison, rounds, lambda line: print(line, flush=True))
+    except (Failed, Unequal) as error:
+        print(f"NOT MEASURED: {comparison.work}: {error}", file=sys.stderr, flush=True)
+        return False
+    row.parent.mkdir(parents=True, exist_ok=True)
+    content = {"part": part, "device": facts.device(), **result.to_dict()}
+    partial = row.with_suffix(".tmp")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.rename(row)
+    for name, value in content["medians"].items():
+        print(f"    {name}: {value:,.4g} {comparison.unit}", flush=True)
+    return True
+
+
+def comparisons(part: str, tiny: bool) -> Iterator[Comparison]:
+    yield from importlib.import_module(f"benchmarks.gpu.{part}").comparisons(tiny)
+
+
+def proved(tiny: bool) -> bool:
+    """Whether every check of parity has passed on this very device."""
+    paths = [row_path("parity", comparison, tiny) for comparison in comparisons("parity", tiny)]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return len(found) == len(paths) and all(row["device"] == facts.device() for row in found)
+
+
+def rows_folder(tiny: bool) -> Path:
+    return cases.folder(tiny) / "rows"
+
+
+def row_path(part: str, comparison: Comparison, tiny: bool) -> Path:
+    digest = hashlib.sha256(comparison.work.encode()).hexdigest()[:10]
+    return rows_folder(tiny) / f"{part}-{digest}.json"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

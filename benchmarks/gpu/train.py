@@ -1,0 +1,43 @@
+"""Real tokens a second and MFU: the trainer against TRL's SFTTrainer with packing, bf16, ZeRO-1 and 3."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+
+from benchmarks.gpu import cases
+from benchmarks.harness import Comparison, Contender, Output, Unequal, python
+
+LOSS_TOLERANCE = 5e-3  # means over the same problems in another order and batching, bf16
+MFU_GOAL = "45 % of peak from 0.8B parameters on"
+
+
+def comparisons(tiny: bool) -> Iterator[Comparison]:
+    threads = cases.environment(tiny)
+    for case in cases.training(tiny):
+        contenders = [
+            Contender("ours", python("-m", "benchmarks.gpu.train_ours", *case.flags()), False, threads)
+        ]
+        if peers := os.environ.get("PEERS_PYTHON", sys.executable):
+            for micro in dict.fromkeys((1, case.packs)):
+                command = [peers, "-m", "benchmarks.gpu.train_trl", str(micro), *case.flags()]
+                contenders.append(
+                    Contender(f"TRL, packed, {micro} x {case.pack_length}", command, True, threads)
+                )
+        yield Comparison(
+            work=f"train {case.name}",
+            figure="tokens_per_second",
+            unit="real tokens/s",
+            contenders=contenders,
+            gate=same_loss,
+            notes=f"goal: {MFU_GOAL}" if case == cases.training(tiny)[0] else "",
+            timeout_seconds=500,
+        )
+
+
+def same_loss(outputs: Mapping[str, Output]) -> None:
+    """Everybody starts from the same weights and has hardly moved; who learns something else has another loss."""
+    losses = {name: output["loss"] for name, output in outputs.items() if "loss" in output}
+    if losses and max(losses.values()) > min(losses.values()) * (1 + LOSS_TOLERANCE):
+        raise Unequal(f"mean losses differ: {losses}")

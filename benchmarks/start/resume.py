@@ -1,0 +1,69 @@
+"""One rank that goes on from a checkpoint: resume.py ours|deepspeed FOLDER STAGE CHECKPOINT OUTPUT_DIR
+
+Ours finds the checkpoint in its run directory, compares every byte with its digest, builds an engine without weights and
+reads the byte ranges it needs. The peer does what a script with DeepSpeed does: it builds the same engine with the
+model's weights, and `load_checkpoint` unpickles its files into it. Both then take the same step. `seconds` begins when
+the libraries are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
+
+from trainer import distributed, startup, terminal  # noqa: E402
+
+startup.begin()
+
+import deepspeed  # noqa: E402, F401
+import psutil  # noqa: E402
+import transformers  # noqa: E402
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine  # noqa: E402
+from transformers import GPT2LMHeadModel  # noqa: E402, F401
+
+from benchmarks.start import material  # noqa: E402
+from trainer.preemption import StopRequest  # noqa: E402
+from trainer.run_directory import RunDirectory  # noqa: E402
+from trainer.training.loop import greet, optimizer_step  # noqa: E402
+from trainer.training.student import enrol  # noqa: E402
+
+
+def main() -> None:
+    loaded = time.time()
+    name, folder, stage, path, output = sys.argv[1:]
+    transformers.logging.set_verbosity_error()
+    world = distributed.initialize()
+    run = RunDirectory(Path(output))
+    stop = StopRequest()
+    student = enrol(material.settings(Path(folder), run.path, int(stage)), world, run, stop)
+    assert student is not None
+    if name == "deepspeed":
+        student.engine.checkpoint_engine = TorchCheckpointEngine()
+        found, _ = student.engine.load_checkpoint(str(Path(path).parent), tag=Path(path).name)
+        assert found is not None
+    distributed.barrier()
+    restored = time.time()
+    greet(student)
+    metrics, _ = optimizer_step(student, 1, stop)
+    done = time.time()
+    if world.rank == 0:
+        began = psutil.Process(os.getpid()).create_time()
+        figures = {
+            "seconds": done - loaded,
+            "seconds_to_engine": restored - loaded,
+            "seconds_from_process_start": done - began,
+            "loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"],
+        }
+        print(json.dumps(figures), flush=True)
+    distributed.shutdown()
+
+
+terminal.run(main)
