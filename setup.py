@@ -43,7 +43,7 @@ setup(
         "mpi": ["mpich"],  # MPI without root; clusters bring their own
         "bertscore": ["bert-score"],  # the report shows it when this and a local model are there
         "dev": [
-            *("pytest", "scipy", "ruff", "mypy", "types-PyYAML", "ninja"),
+            *("pytest", "pytest-xdist", "scipy", "ruff", "mypy", "types-PyYAML", "ninja"),
             "playwright",  # drives a Chromium that is already installed
             "transformers[serving]",  # a real endpoint for the teacher's tests
         ],
