@@ -41,7 +41,7 @@ def main() -> int:
     for suite in chosen.suites:
         for comparison in importlib.import_module(f"benchmarks.{suite}.suite").comparisons():
             if chosen.only in comparison.work:
-                result = _one(suite, comparison, chosen.rounds, failures)
+                result = _one(suite, comparison, chosen.rounds, results[-1:], failures)
                 results += [result] if result else []
     facts["load_average_after"] = machine.load_average()
     text = table.markdown(results, facts)
@@ -55,8 +55,13 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def _one(suite: str, comparison: Comparison, rounds: int, failures: list[str]) -> Result | None:
+def _one(
+    suite: str, comparison: Comparison, rounds: int, last: list[Result], failures: list[str]
+) -> Result | None:
+    """`last`: the result before this one, if any; another figure of the same contenders needs no new rounds."""
     print(f"{suite}: {comparison.work}", flush=True)
+    if last and last[0].comparison.contenders == comparison.contenders:
+        return Result(comparison, last[0].rounds)
     try:
         return measure(comparison, rounds, lambda line: print(line, flush=True))
     except (Failed, Unequal) as error:

@@ -158,3 +158,13 @@ def test_warnings_do_not_fail(capsys: pytest.CaptureFixture[str]) -> None:
     assert tell(findings, 1.0, as_json=False)
     assert "2 checks in 1 s: 0 failed, 1 warning(s)" in capsys.readouterr().out
     assert not tell([*findings, Finding("a", "d", FAIL, "broken", "mend")], 1.0, as_json=True)
+
+
+def test_a_killed_build_is_named(tmp_path: Path) -> None:
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert software.unfinished_builds(tmp_path) == []  # somebody may be building now
+    os.utime(lock, (0, 0))
+    (finding,) = software.unfinished_builds(tmp_path)
+    assert finding.status == WARN and str(lock) in finding.detail and "remove it" in finding.remedy

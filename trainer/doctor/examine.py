@@ -23,7 +23,7 @@ _RANKS = 2
 _RANKS_TIMEOUT_SECONDS = 600
 _LOCAL: dict[str, Callable[[DoctorSettings], list[Finding]]] = {
     "versions": lambda settings: software.versions(settings.known_good),
-    "compiler": lambda settings: [software.compiler()],
+    "compiler": lambda settings: [software.compiler(), *software.unfinished_builds()],
     "mpi": lambda settings: [software.mpi()],
     "slurm": lambda settings: software.slurm(),
     "disk": lambda settings: machine.disk(settings.output_dir, settings.min_free_gb),

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer.doctor.finding import FAIL, OK, WARN, Finding
 from trainer.errors import UserError
 
 _TIMEOUT_SECONDS = 60
+_LONGEST_BUILD_SECONDS = 1800
 _WORLD_CHECK = (
     "from mpi4py import MPI; w = MPI.COMM_WORLD; "
     "print('world', w.Get_rank(), w.Get_size(), MPI.Get_library_version().split(',')[0].split(chr(10))[0])"
@@ -85,6 +87,21 @@ def compiler() -> Finding:
             "compiler", "c++", WARN, f"{path} {answer.stdout.strip()}, but no ninja", "pip install ninja"
         )
     return Finding("compiler", "c++", OK, f"{path} {answer.stdout.strip()}")
+
+
+def unfinished_builds(root: Path | None = None) -> list[Finding]:
+    """Builds of DeepSpeed's C++ parts that were killed: every later start would wait for their lock without an end.
+
+    `root`: torch's cache of extensions, by default where torch.utils.cpp_extension keeps it.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
+    locks = [path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)]
+    old = [str(path) for path in locks if time.time() - path.stat().st_mtime > _LONGEST_BUILD_SECONDS]
+    if not old:
+        return []
+    remedy = "remove it, unless something is being compiled right now"
+    return [Finding("compiler", "builds", WARN, f"a build was killed and left {', '.join(old)}", remedy)]
 
 
 def mpi() -> Finding:
