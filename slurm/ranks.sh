@@ -67,6 +67,8 @@ task() {
     trap 'told=yes' TERM USR1
     "$@"
     status=$?
+    # srun's signal reaches the processes of a task one after another: the command may have ended by it before we hear it.
+    ((status == 0)) || [[ $told ]] || sleep 1
     if ((status == 0)) || [[ $told ]]; then
         exit $((status ? GO_ON_LATER : 0))
     elif ((status > 128 && status != 130)); then # 130: Ctrl-C

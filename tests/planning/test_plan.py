@@ -130,12 +130,12 @@ def test_disk_that_is_too_small_is_refused() -> None:
 def test_the_recommended_configuration_fits_and_takes_the_same_step() -> None:
     asked = planned(
         config_name="gpt2", bf16=True, gpu="a100-40gb", gpus_per_node=4, pack_length=8192,
-        per_device_train_batch_size=8, deepspeed="ds_configs/zero1.json",
+        per_device_train_batch_size=16, deepspeed="ds_configs/zero1.json",
     )  # fmt: skip
     found = recommend(asked)
     assert not asked.fits and found is not None and found.plan.fits
     new = found.plan.settings
-    assert new.per_device_train_batch_size * new.gradient_accumulation_steps == 8
+    assert new.per_device_train_batch_size * new.gradient_accumulation_steps == 16
     # scaled from one and two packs, it is what a trace of that very batch gives
     again = plan.make(new).memory
     traced = again.device[ACTIVATIONS] + again.device[LOGITS]

@@ -195,7 +195,7 @@ def test_killed_and_restarted_no_answer_is_paid_for_twice(data_file: Path, solve
         while len(_whole_lines(data_file)) < 4:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        with pytest.raises(UserError, match=f"process {process.pid} on {socket.gethostname()}"):
+        with pytest.raises(UserError, match=f"host {socket.gethostname()}, pid {process.pid}"):
             annotate(settings(data_file, endpoint.url))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -211,7 +211,7 @@ def test_killed_and_restarted_no_answer_is_paid_for_twice(data_file: Path, solve
             command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "half written" in done.stdout and "taking over" in done.stdout
+        assert "half written" in done.stdout and "took over" in done.stdout
         asked_again = {id_of[question_of(prompt)] for prompt in endpoint.prompts[num_before:]}
         assert len(endpoint.prompts) - num_before == len(asked_again) == 12 - len(before)
         assert not asked_again & answered

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 from transformers import GPT2Config, LlamaConfig
 
@@ -35,3 +39,10 @@ def test_gpt2_is_known_by_its_own_names() -> None:
     assert (
         flops_per_token(load.num_parameters(config), config, 10, 0.5) == 6 * (inside + 400) + 6 * 2 * 8 * 10
     )
+
+
+def test_a_process_does_not_inherit_the_memory_of_the_one_that_started_it() -> None:
+    code = "from trainer.training.throughput import peak_memory_bytes; print(peak_memory_bytes())"
+    ours = np.ones(3 << 27)  # 3 GiB, all touched
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1e7 < int(told.stdout) < ours.nbytes / 2
