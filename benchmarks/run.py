@@ -13,6 +13,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -20,7 +21,7 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks import machine, table  # noqa: E402
 from benchmarks.harness import Comparison, Failed, Result, Unequal, measure  # noqa: E402
 
-SUITES = ("training", "evaluation", "conversion", "shards", "start")
+SUITES = ("start", "shards", "conversion", "evaluation", "training")
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
@@ -43,15 +44,12 @@ def main() -> int:
             if chosen.only in comparison.work:
                 result = _one(suite, comparison, chosen.rounds, results[-1:], failures)
                 results += [result] if result else []
-    facts["load_average_after"] = machine.load_average()
-    text = table.markdown(results, facts)
-    print(text)
+                _write(results, facts, failures)  # what is measured is kept, whatever comes
+    print(table.markdown(results, facts))
     for failure in failures:
         print(f"NOT MEASURED: {failure}", file=sys.stderr)
-    if results:
-        _write(results, facts, text, failures)
-        if chosen.readme:
-            table.into_readme(REPOSITORY / "README.md", text)
+    if chosen.readme:
+        table.into_readme(REPOSITORY / "README.md", table.markdown(results, facts))
     return 1 if failures else 0
 
 
@@ -69,13 +67,13 @@ def _one(
         return None
 
 
-def _write(results: list[Result], facts: dict[str, object], text: str, failures: list[str]) -> None:
+def _write(results: list[Result], facts: dict[str, Any], failures: list[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    name = f"{facts['date']}-{facts['machine']}"
+    path = RESULTS / f"{facts['date']}-{facts['machine']}"
+    facts["load_average_after"] = machine.load_average()
     content = {"machine": facts, "failures": failures, "results": [result.to_dict() for result in results]}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    print(f"written: {RESULTS.relative_to(REPOSITORY) / name}.json and .md")
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(table.markdown(results, facts), encoding="utf-8")
 
 
 if __name__ == "__main__":
