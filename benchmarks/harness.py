@@ -96,6 +96,7 @@ class Result:
         return min((self.ratio_to(peer) for peer in peers), default=None)
 
     def to_dict(self) -> dict[str, Any]:
+        """What is written to disk and shown as a row."""
         told = self.comparison
         return {
             "work": told.work,
@@ -104,9 +105,10 @@ class Result:
             "higher_is_better": told.higher_is_better,
             "goal": told.goal,
             "limit": told.limit,
-            "ratio_to_best_peer": self.ratio,
+            "ours": self.median(self.ours),
+            "peers": {one.name: self.median(one.name) for one in told.contenders if one.peer},
             "ratios": {one.name: self.ratio_to(one.name) for one in told.contenders if one.peer},
-            "medians": {one.name: self.median(one.name) for one in told.contenders},
+            "ratio_to_best_peer": self.ratio,
             "notes": told.notes,
             "rounds": self.rounds,
         }

@@ -1,6 +1,7 @@
 """All benchmarks against their peers: python benchmarks/run.py [SUITE ...] [--rounds 3] [--readme]   (or: make bench)
 
-Prints a table, writes benchmarks/results/<date>-<machine>.json and .md; `--readme` puts the table into README.md too.
+Prints a table and writes benchmarks/results/<date>-<machine>.json and .md, a row as soon as it is measured; rows that
+were measured before on the same day stay until they are measured again. `--readme` puts the table into README.md too.
 A suite is a module with `comparisons() -> Iterator[Comparison]`; what it needs (shards, models, checkpoints) it makes
 once under build/benchmarks. A comparison that fails or whose contenders disagree is printed as such and the rest goes on;
 the exit status is then 1.
@@ -38,19 +39,31 @@ def main() -> int:
     if unknown:
         parser.error(f"no suite named {', '.join(sorted(unknown))}; there are: {', '.join(SUITES)}")
 
-    facts, results, failures = machine.facts(), [], []
+    facts = machine.facts()
+    path = RESULTS / f"{facts['date']}-{facts['machine']}.json"
+    rows, last, failures = _rows(path), [], []
     for suite in chosen.suites:
         for comparison in importlib.import_module(f"benchmarks.{suite}.suite").comparisons():
             if chosen.only in comparison.work:
-                result = _one(suite, comparison, chosen.rounds, results[-1:], failures)
-                results += [result] if result else []
-                _write(results, facts, failures)  # what is measured is kept, whatever comes
-    print(table.markdown(results, facts))
+                result = _one(suite, comparison, chosen.rounds, last, failures)
+                if result:
+                    last = [result]
+                    measured = {"revision": facts["revision"], "load_average_after": machine.load_average()}
+                    rows[comparison.work] = {**result.to_dict(), **measured}
+                    _write(path, list(rows.values()), facts)
+    print(table.markdown(list(rows.values()), facts))
     for failure in failures:
         print(f"NOT MEASURED: {failure}", file=sys.stderr)
     if chosen.readme:
-        table.into_readme(REPOSITORY / "README.md", table.markdown(results, facts))
+        table.into_readme(REPOSITORY / "README.md", table.markdown(list(rows.values()), facts))
     return 1 if failures else 0
+
+
+def _rows(path: Path) -> dict[str, dict[str, Any]]:
+    """work -> row, of what was measured before."""
+    if not path.exists():
+        return {}
+    return {row["work"]: row for row in json.loads(path.read_text(encoding="utf-8"))["results"]}
 
 
 def _one(
@@ -67,13 +80,10 @@ def _one(
         return None
 
 
-def _write(results: list[Result], facts: dict[str, Any], failures: list[str]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{facts['date']}-{facts['machine']}"
-    facts["load_average_after"] = machine.load_average()
-    content = {"machine": facts, "failures": failures, "results": [result.to_dict() for result in results]}
-    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(table.markdown(results, facts), encoding="utf-8")
+def _write(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": facts, "results": rows}, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(table.markdown(rows, facts), encoding="utf-8")
 
 
 if __name__ == "__main__":

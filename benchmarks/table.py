@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Result
-
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
-def markdown(results: list[Result], facts: dict[str, Any]) -> str:
-    """One row a comparison: ours and every peer with the median of its rounds, the ratio to the best peer, the goal."""
+def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """One line a comparison: ours and every peer with the median of its rounds, the ratio to the best peer, the goal.
+
+    rows: `Result.to_dict()` of each.
+    """
     lines = [
         f"{facts['processor']}, {facts['cores']} cores, {facts['date']}, torch {facts['versions']['torch']}; "
         "medians of interleaved rounds, equality checked in each.",
@@ -19,25 +20,20 @@ def markdown(results: list[Result], facts: dict[str, Any]) -> str:
         "| work | ours | peers | ratio to the best peer | goal |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for result in results:
-        told = result.comparison
-        peers = [one.name for one in told.contenders if one.peer]
+    for row in rows:
+        peers = [
+            f"{name}: {_number(value)} ({row['ratios'][name]:.2f}x)" for name, value in row["peers"].items()
+        ]
+        best = row["ratio_to_best_peer"]
         cells = [
-            told.work,
-            f"{_number(result.median(result.ours))} {told.unit}",
-            "<br>".join(
-                f"{name}: {_number(result.median(name))} ({result.ratio_to(name):.2f}x)" for name in peers
-            )
-            or "-",
-            "-" if result.ratio is None else f"**{result.ratio:.2f}x**",
-            _goal(result),
+            row["work"],
+            f"{_number(row['ours'])} {row['unit']}",
+            "<br>".join(peers) or "-",
+            "-" if best is None else f"**{best:.2f}x**",
+            _goal(row),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    notes = [
-        f"- {result.comparison.work}: {result.comparison.notes}"
-        for result in results
-        if result.comparison.notes
-    ]
+    notes = [f"- {row['work']}: {row['notes']}" for row in rows if row["notes"]]
     return "\n".join([*lines, *([""] if notes else []), *notes, ""])
 
 
@@ -50,15 +46,14 @@ def into_readme(readme: Path, text: str) -> None:
     readme.write_text(f"{before}{START}\n{text}{END}{after}", encoding="utf-8")
 
 
-def _goal(result: Result) -> str:
-    told, goals = result.comparison, []
-    if told.goal is not None and result.ratio is not None:
-        goals.append(f"{told.goal:g}x, {'met' if result.ratio >= told.goal else 'not met'}")
-    if told.limit is not None:
-        value = result.median(result.ours)
-        met = value >= told.limit if told.higher_is_better else value <= told.limit
-        sign = "at least" if told.higher_is_better else "at most"
-        goals.append(f"{sign} {_number(told.limit)} {told.unit}, {'met' if met else 'not met'}")
+def _goal(row: dict[str, Any]) -> str:
+    goals, ratio, value = [], row["ratio_to_best_peer"], row["ours"]
+    if row["goal"] is not None and ratio is not None:
+        goals.append(f"{row['goal']:g}x, {'met' if ratio >= row['goal'] else 'not met'}")
+    if row["limit"] is not None:
+        met = value >= row["limit"] if row["higher_is_better"] else value <= row["limit"]
+        sign = "at least" if row["higher_is_better"] else "at most"
+        goals.append(f"{sign} {_number(row['limit'])} {row['unit']}, {'met' if met else 'not met'}")
     return "<br>".join(goals) or "-"
 
 

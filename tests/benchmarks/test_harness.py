@@ -83,14 +83,12 @@ def test_the_ratio_is_of_the_same_round_and_to_the_best_peer() -> None:
 
 
 def test_the_table_says_whether_a_goal_is_met(tmp_path: Path) -> None:
-    text = table.markdown(
-        [
-            result(True, [40, 40, 40], [20, 20, 20], goal=1.5, work="fast"),
-            result(True, [40, 40, 40], [20, 20, 20], goal=3.5, work="slow"),
-            result(False, [4, 4, 4], [8, 8, 8], limit=3.0, work="long", notes="with a | in it"),
-        ],
-        FACTS,
-    )
+    results = [
+        result(True, [40, 40, 40], [20, 20, 20], goal=1.5, work="fast"),
+        result(True, [40, 40, 40], [20, 20, 20], goal=3.5, work="slow"),
+        result(False, [4, 4, 4], [8, 8, 8], limit=3.0, work="long", notes="with a | in it"),
+    ]
+    text = table.markdown([one.to_dict() for one in results], FACTS)
     fast, slow, long = (line for line in text.splitlines() if line.startswith(("| fast", "| slow", "| long")))
     assert "**2.00x** | 1.5x, met |" in fast and "them: 20 (2.00x)" in fast
     assert "3.5x, not met" in slow
