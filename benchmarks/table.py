@@ -27,7 +27,7 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         best = row["ratio_to_best_peer"]
         cells = [
             row["work"],
-            f"{_number(row['ours'])} {row['unit']}",
+            f"{_number(_ours(row))} {row['unit']}",
             "<br>".join(peers) or "-",
             "-" if best is None else f"**{best:.2f}x**",
             _goal(row),
@@ -47,7 +47,7 @@ def into_readme(readme: Path, text: str) -> None:
 
 
 def _goal(row: dict[str, Any]) -> str:
-    goals, ratio, value = [], row["ratio_to_best_peer"], row["ours"]
+    goals, ratio, value = [], row["ratio_to_best_peer"], _ours(row)
     if row["goal"] is not None and ratio is not None:
         goals.append(f"{row['goal']:g}x, {'met' if ratio >= row['goal'] else 'not met'}")
     if row["limit"] is not None:
@@ -55,6 +55,11 @@ def _goal(row: dict[str, Any]) -> str:
         sign = "at least" if row["higher_is_better"] else "at most"
         goals.append(f"{sign} {_number(row['limit'])} {row['unit']}, {'met' if met else 'not met'}")
     return "<br>".join(goals) or "-"
+
+
+def _ours(row: dict[str, Any]) -> float:
+    """Our median: of the contender that is no peer."""
+    return next(value for name, value in row["medians"].items() if name not in row["ratios"])
 
 
 def _number(value: float) -> str:
