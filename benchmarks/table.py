@@ -21,9 +21,8 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        peers = [
-            f"{name}: {_number(value)} ({row['ratios'][name]:.2f}x)" for name, value in row["peers"].items()
-        ]
+        medians, ratios = row["medians"], row["ratios"]
+        peers = [f"{name}: {_number(medians[name])} ({ratio:.2f}x)" for name, ratio in ratios.items()]
         best = row["ratio_to_best_peer"]
         cells = [
             row["work"],
