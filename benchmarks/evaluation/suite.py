@@ -10,7 +10,7 @@ from benchmarks.harness import REPOSITORY, Comparison, Contender, Output, Unequa
 from trainer import distributed
 
 HERE = Path(__file__).resolve().parent
-PROBLEMS, PROBLEMS_OF_A_PAIR, SLOTS, SLOTS_OF_A_RANK = 32, 12, 16, 8
+PROBLEMS, PROBLEMS_OF_A_PAIR, SLOTS, SLOTS_OF_A_RANK = 32, 8, 16, 8
 MODEL = "GPT-2 6 x 384 that knows the problems by heart, fp32, one core"
 
 
