@@ -183,6 +183,12 @@ def same(key: str, tolerance: float = 0.0) -> Gate:
     return gate
 
 
+def close_to(what: str, found: float, expected: float, tolerance: float) -> None:
+    """`tolerance` is relative to what is expected. Raises Unequal, also for what is not a number."""
+    if not abs(found - expected) <= tolerance * abs(expected):
+        raise Unequal(f"{what}: {found!r}, expected {expected!r}")
+
+
 def _close(one: Any, other: Any, tolerance: float) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(

@@ -16,12 +16,12 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "trl
 
 def facts() -> dict[str, Any]:
     """Date, a short machine name for file names, processor, cores, memory, versions, revision, load before."""
-    processor = _processor()
-    short = re.sub(r"\W+", "-", processor.split("Processor")[0]).strip("-").lower()
+    name = processor()
+    short = re.sub(r"\W+", "-", name.split("Processor")[0]).strip("-").lower()
     return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{short}-{os.cpu_count()}-cores",
-        "processor": processor,
+        "processor": name,
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
@@ -36,7 +36,8 @@ def load_average() -> list[float]:
     return [round(value, 2) for value in os.getloadavg()]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name it gives itself."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

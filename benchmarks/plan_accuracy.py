@@ -26,6 +26,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks import machine  # noqa: E402
 from tests.distributed import run_well  # noqa: E402
 
 RANKS, STEPS = 2, 3
@@ -184,7 +185,7 @@ def measure(
     rate, seconds = time_errors(timed)
     return {
         "date": datetime.date.today().isoformat(),
-        "hardware": _hardware(),
+        "hardware": f"{os.cpu_count()} cores {machine.processor()}, {RANKS} ranks",
         "load_average": statistics.median(loads),
         "process_bytes": {str(stage): size for (stage, default), size in tiny.items() if not default},
         "kept_by_glibc": kept_by_glibc(kept),
@@ -238,12 +239,6 @@ def show(result: dict[str, Any]) -> None:
     print(f"\nkept by glibc's heap: {result['kept_by_glibc']:.0%} of activations; with that allowance:")
     for row in result["default_malloc"]:
         print(f"  {row['case']:<55} {row['error_with_allowance']:+7.1%}")
-
-
-def _hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} cores {names[0]}, {RANKS} ranks"
 
 
 if __name__ == "__main__":

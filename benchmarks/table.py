@@ -22,11 +22,11 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     ]
     for row in rows:
         medians, ratios = row["medians"], row["ratios"]
-        peers = [f"{name}: {_number(medians[name])} ({ratio:.2f}x)" for name, ratio in ratios.items()]
+        peers = [f"{name}: {number(medians[name])} ({ratio:.2f}x)" for name, ratio in ratios.items()]
         best = row["ratio_to_best_peer"]
         cells = [
             row["work"],
-            f"{_number(_ours(row))} {row['unit']}",
+            f"{number(medians[ours_of(row)])} {row['unit']}",
             "<br>".join(peers) or "-",
             "-" if best is None else f"**{best:.2f}x**",
             _goal(row),
@@ -46,20 +46,21 @@ def into_readme(readme: Path, text: str) -> None:
 
 
 def _goal(row: dict[str, Any]) -> str:
-    goals, ratio, value = [], row["ratio_to_best_peer"], _ours(row)
+    goals, ratio, value = [], row["ratio_to_best_peer"], row["medians"][ours_of(row)]
     if row["goal"] is not None and ratio is not None:
         goals.append(f"{row['goal']:g}x, {'met' if ratio >= row['goal'] else 'not met'}")
     if row["limit"] is not None:
         met = value >= row["limit"] if row["higher_is_better"] else value <= row["limit"]
         sign = "at least" if row["higher_is_better"] else "at most"
-        goals.append(f"{sign} {_number(row['limit'])} {row['unit']}, {'met' if met else 'not met'}")
+        goals.append(f"{sign} {number(row['limit'])} {row['unit']}, {'met' if met else 'not met'}")
     return "<br>".join(goals) or "-"
 
 
-def _ours(row: dict[str, Any]) -> float:
-    """Our median: of the contender that is no peer."""
-    return next(value for name, value in row["medians"].items() if name not in row["ratios"])
+def ours_of(row: dict[str, Any]) -> str:
+    """The contender that is no peer."""
+    return next(name for name in row["medians"] if name not in row["ratios"])
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or whole numbers from 100 on."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -45,14 +45,23 @@ class Identity:
 
 def _start(pid: int) -> int | None:
     """When a process was started, in clock ticks after boot; None if there is none (or nothing but its exit status)."""
+    fields = _stat(pid)
+    return None if not fields or fields[0] in "ZX" else int(fields[19])
+
+
+def parent(pid: int) -> int:
+    """The number of a process's parent; 0 if there is no such process, or no /proc."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def _stat(pid: int) -> list[str]:
+    """What Linux tells of a process, from its state on: 0 state, 1 parent, 19 start; empty if it cannot be read."""
     try:
-        # The command, in parentheses, may contain anything; the third field is the state, the 22nd the start.
-        fields = (
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        )
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+        return []
+    return text.rpartition(")")[2].split()  # the command, in parentheses before them, may contain anything
 
 
 def _space() -> str:

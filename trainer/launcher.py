@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from trainer import identity
+
 _COMMANDS = {"deepspeed", "torchrun"}
 _MODULES = {"deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"}
 _MOST = 8  # a launcher, its helper, numactl, shells between them
@@ -40,18 +42,8 @@ def _ancestors(most: int) -> list[int]:
     pid = os.getppid()
     while len(found) < most and pid > 1:
         found.append(pid)
-        pid = _parent(pid)
+        pid = identity.parent(pid)
     return found
-
-
-def _parent(pid: int) -> int:
-    """0 if there is no such process, or no /proc."""
-    try:
-        # The command, in parentheses, may contain anything; the fourth field is the parent.
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[1])
 
 
 def _is_launcher(pid: int) -> bool:

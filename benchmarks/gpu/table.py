@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.gpu import cases, facts
 from benchmarks.gpu.run import PARTS, rows_folder
 from benchmarks.harness import REPOSITORY
+from benchmarks.table import number, ours_of
 
 HEAD = ("work", "ours", "peers", "ratio to the best peer", "MFU", "memory: measured, plan")
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -59,7 +60,7 @@ def markdown(found: list[dict[str, Any]], told: dict[str, Any]) -> str:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    ours, *_ = [name for name in row["medians"] if name not in row["ratios"]]
+    ours = ours_of(row)
     last = row["rounds"][-1]
     if last[ours].get("refused"):
         return [row["work"], f"not tried: {last[ours]['refused']}", "", "", "", ""]
@@ -94,10 +95,6 @@ def memory(output: dict[str, Any]) -> str:
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from benchmarks.harness import MATERIALS, Comparison, Contender, Output, Unequal, launched, python
+from benchmarks.harness import MATERIALS, Comparison, Contender, Output, Unequal, close_to, launched, python
 from benchmarks.start import material
 
 HELP_SECONDS = 0.3
@@ -55,5 +55,4 @@ def same_step(outputs: Mapping[str, Output]) -> None:
     """The step after the checkpoint has the same loss and gradient norm."""
     ours, theirs = outputs["ours"], outputs["deepspeed"]
     for key in ("loss", "grad_norm"):
-        if abs(ours[key] - theirs[key]) > TOLERANCE * abs(theirs[key]):
-            raise Unequal(f"{key}: ours {ours[key]!r}, deepspeed {theirs[key]!r}")
+        close_to(key, ours[key], theirs[key], TOLERANCE)

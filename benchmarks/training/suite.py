@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from benchmarks.harness import Comparison, Contender, Output, Unequal, launched, no_gate, python
+from benchmarks.harness import Comparison, Contender, Output, close_to, launched, no_gate, python
 from benchmarks.training import material
 
 TOLERANCE = 1e-6  # relative, of loss and gradient norm
@@ -92,11 +92,6 @@ def close_gradients(outputs: Mapping[str, Output]) -> None:
     for key in ("losses", "gradients"):
         for found, value in zip(one[key], other[key], strict=True):
             close_to(key, found, value, 1e-6 if key == "losses" else 1e-5)
-
-
-def close_to(what: str, found: float, expected: float, tolerance: float) -> None:
-    if not abs(found - expected) <= tolerance * abs(expected):
-        raise Unequal(f"{what}: {found!r}, expected {expected!r}")
 
 
 def on_ranks(ranks: int, script: str, *arguments: str) -> list[str]:
