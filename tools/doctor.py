@@ -30,14 +30,12 @@ def _examine(settings: DoctorSettings) -> None:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="doctor-") as logs:
         terminal.capture_chatter(Path(logs), "doctor")
-        from trainer import distributed, startup
+        from trainer import startup
 
         startup.begin()
         from trainer.doctor.examine import examine, tell
 
         healthy = tell(examine(settings), time.monotonic() - start, settings.json)
-        distributed.shutdown()
-        startup.done()
     if not healthy:
         raise SystemExit(1)
 

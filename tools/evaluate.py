@@ -46,7 +46,6 @@ def _evaluate(settings: EvaluateSettings) -> None:
     from trainer.evaluation.evaluate import evaluate
 
     evaluate(settings)
-    distributed.shutdown()
 
 
 if __name__ == "__main__":

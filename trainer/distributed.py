@@ -249,12 +249,18 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 def shutdown() -> None:
-    """Close the process group, if there is one."""
+    """Close the process group and leave MPI's world, if there is one of either. Nothing may be said to others after."""
     global _world
-    import torch.distributed as dist
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if "mpi4py.MPI" in sys.modules:  # or mpiexec takes the end of a process for a fault
+        from mpi4py import MPI
+
+        if MPI.Is_initialized() and not MPI.Is_finalized():
+            MPI.Finalize()
     _world = None
 
 

@@ -1,8 +1,7 @@
-"""A quick start and a quick end of a process: what libraries do there for nobody.
+"""A quick start of a process: what libraries do there for nobody.
 
 torch, transformers and deepspeed make about a million objects that live until the process ends. While they are loaded,
-Python's collector looks through all of them again and again; at the end it does so once more and takes each apart.
-Measured, in CPU seconds of a rank: loading 4.9 -> 3.8, ending 1.4 -> 0.2.
+Python's collector looks through all of them again and again. Measured, in CPU seconds of a rank: 4.9 -> 3.8.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ code is caught as well. Ranks other than 0 show nothing unless they fail alone.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -13,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from trainer import distributed
 from trainer.errors import UserError
@@ -131,14 +132,19 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def run(main: Callable[[], object]) -> None:
+def run(main: Callable[[], object]) -> NoReturn:
     """Run a tool's main: a UserError becomes one message (status 2), a fault of ours keeps its traceback (status 1), and
     so does a connection to another rank that is lost (LOST_OTHERS).
 
-    Ends the process at once in both cases: a rank that failed must not wait for the others in a destructor.
+    Ends the process itself in every case. A rank that failed must not wait for the others in a destructor. And one that
+    did its work must not fail afterwards: gloo's threads may still be letting go of a tensor, and the interpreter, as it
+    ends, ends a thread that asks for it; in C++ that is "terminate called without an active exception".
     """
+    status: object = 0
     try:
         main()
+    except SystemExit as end:
+        status = end.code or 0
     except UserError as error:
         _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
@@ -146,18 +152,21 @@ def run(main: Callable[[], object]) -> None:
     except Exception as error:
         traceback.print_exc()  # to the log, if chatter is captured
         where = f" (traceback in {_log})" if _log else ""
-        status = LOST_OTHERS if distributed.is_lost_connection(error) else 1
-        _fail(f"error: {type(error).__name__}: {error}{where}", status)
+        is_lost = distributed.is_lost_connection(error)
+        _fail(f"error: {type(error).__name__}: {error}{where}", LOST_OTHERS if is_lost else 1)
+    if not isinstance(status, int):  # sys.exit("why")
+        _fail(str(status), 1)
+    distributed.shutdown()
+    atexit._run_exitfuncs()  # what libraries asked for: temporary files, processes of their own
+    _end(int(status))
 
 
-def go_on_later() -> None:
+def go_on_later() -> NoReturn:
     """End this process with the status that says: I was asked to stop, what is done is kept, start me again."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(GO_ON_LATER)
+    _end(GO_ON_LATER)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     try:
         rank = distributed.world().rank
     except UserError:  # the environment is what is wrong
@@ -166,8 +175,13 @@ def _fail(message: str, status: int) -> None:
         time.sleep(_OTHERS_WAIT_SECONDS)
         message = f"rank {rank}: {message}"
     _write_line(message, sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _end(status)
+
+
+def _end(status: int) -> NoReturn:
+    for file in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            file.flush()
     os._exit(status)
 
 

@@ -7,6 +7,7 @@ import sys
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from trainer import terminal
 from trainer.doctor import parity, ranks
 
 right = DeepSpeedZeroOptimizer.average_tensor
@@ -21,4 +22,4 @@ DeepSpeedZeroOptimizer.average_tensor = wrong
 chosen = [case for case in parity.cases() if case.dtype == torch.float32 and not case.checkpointing]
 chosen += [parity.Case(0, torch.bfloat16, False)]
 parity.cases = lambda: chosen
-ranks.main(sys.argv[1:])
+terminal.run(lambda: ranks.main(sys.argv[1:]))

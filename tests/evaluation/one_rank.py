@@ -52,7 +52,6 @@ def main() -> None:
 
     put_in(fault)
     evaluate(settings)
-    distributed.shutdown()
 
 
 if __name__ == "__main__":

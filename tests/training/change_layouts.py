@@ -135,7 +135,6 @@ def main() -> None:
             act(case, folder, world.rank, world.world_size)
         except UserError as error:
             raise RuntimeError(f"{case}: {error}") from error
-    distributed.shutdown()
 
 
 terminal.run(main)

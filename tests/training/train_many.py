@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from trainer import distributed, startup, terminal
+from trainer import startup, terminal
 from trainer.configuration import from_dict
 from trainer.errors import UserError
 from trainer.settings import TrainSettings
@@ -31,7 +31,6 @@ def main() -> None:
             if "--collect" not in sys.argv:
                 raise
             print(f"run {number}: {error}")
-    distributed.shutdown()
 
 
 terminal.run(main)

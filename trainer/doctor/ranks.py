@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 
-from trainer import distributed
+from trainer import distributed, terminal
 from trainer.doctor.finding import FAIL, OK, WARN, Finding
 
 GROUPS = ("clock", "network", "parity")
@@ -90,8 +90,7 @@ def main(groups: list[str]) -> None:
     if distributed.is_main_process():
         print(MARK + json.dumps([finding.as_dict() for finding in found]), flush=True)
     distributed.barrier()
-    distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    terminal.run(lambda: main(sys.argv[1:]))
