@@ -27,7 +27,9 @@ TAKEN_AWAY = "terminate called without an active exception"
 
 def test_a_thread_of_a_library_does_not_make_a_failure_of_work_that_is_done() -> None:
     [alone] = run(["-c", BUSY])
-    assert TAKEN_AWAY in alone.output  # how the interpreter ends it: if no more, `terminal.run` may just return
+    assert (
+        TAKEN_AWAY in alone.output
+    )  # how the interpreter ends it: if no more, `terminal.run` may just return
     [ours] = run(["-c", BUSY + "terminal.run(lambda: print('done'))"])
     assert (ours.status, ours.output) == (0, "done\n")
 
