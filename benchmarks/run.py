@@ -41,19 +41,20 @@ def main() -> int:
 
     facts = machine.facts()
     path = RESULTS / f"{facts['date']}-{facts['machine']}.json"
-    rows, last, failures = _rows(path), [], []
+    rows, last, failures = _rows(path), [], 0
     for suite in chosen.suites:
         for comparison in importlib.import_module(f"benchmarks.{suite}.suite").comparisons():
             if chosen.only in comparison.work:
-                result = _one(suite, comparison, chosen.rounds, last, failures)
+                result = _one(suite, comparison, chosen.rounds, last)
+                failures += result is None
                 if result:
                     last = [result]
                     measured = {"revision": facts["revision"], "load_average_after": machine.load_average()}
                     rows[comparison.work] = {**result.to_dict(), **measured}
                     _write(path, list(rows.values()), facts)
     print(table.markdown(list(rows.values()), facts))
-    for failure in failures:
-        print(f"NOT MEASURED: {failure}", file=sys.stderr)
+    if failures:
+        print(f"{failures} not measured: see above", file=sys.stderr)
     if chosen.readme:
         table.into_readme(REPOSITORY / "README.md", table.markdown(list(rows.values()), facts))
     return 1 if failures else 0
@@ -66,9 +67,7 @@ def _rows(path: Path) -> dict[str, dict[str, Any]]:
     return {row["work"]: row for row in json.loads(path.read_text(encoding="utf-8"))["results"]}
 
 
-def _one(
-    suite: str, comparison: Comparison, rounds: int, last: list[Result], failures: list[str]
-) -> Result | None:
+def _one(suite: str, comparison: Comparison, rounds: int, last: list[Result]) -> Result | None:
     """`last`: the result before this one, if any; another figure of the same contenders needs no new rounds."""
     print(f"{suite}: {comparison.work}", flush=True)
     if last and last[0].comparison.contenders == comparison.contenders:
@@ -76,7 +75,7 @@ def _one(
     try:
         return measure(comparison, rounds, lambda line: print(line, flush=True))
     except (Failed, Unequal) as error:
-        failures.append(f"{comparison.work}: {error}")
+        print(f"NOT MEASURED: {comparison.work}: {error}", file=sys.stderr, flush=True)
         return None
 
 

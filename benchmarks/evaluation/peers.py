@@ -100,7 +100,7 @@ class Peers:
         return answer
 
     def lm_eval(self) -> Answer:
-        """lm-evaluation-harness's `generate_until`; it has no calculator, and takes and gives text."""
+        """lm-evaluation-harness's `generate_until`; it has no calculator, takes and gives text, and tells no number of tokens."""
         from lm_eval.api.instance import Instance
         from lm_eval.models.huggingface import HFLM
 
@@ -113,10 +113,7 @@ class Peers:
                 Instance("generate_until", {}, (text, settings), index) for index, text in enumerate(texts)
             ]
             written = harness.generate_until(requests, disable_tqdm=True)
-            return {
-                index: (text, len(self.tokenizer(text)["input_ids"]) + 1)
-                for index, text in enumerate(written)
-            }
+            return {index: (text, None) for index, text in enumerate(written)}
 
         return answer
 
@@ -153,15 +150,13 @@ class Peers:
                 solution = line(solver, context + question, room - count, lines)
                 count += len(solution)
                 context += question + solution
-                written += [language.text(question), language.text(solution)]
-                if (
-                    language.text(solution).lstrip().startswith(DELIMITER)
-                ):  # the answer, earlier than asked for
+                written += [self._text(question), self._text(solution)]
+                if written[-1].lstrip().startswith(DELIMITER):  # the answer, earlier than asked for
                     return _lines(written), count
             if count < room:
                 last = line(solver, context + delimiter, room - count, lines)
                 count += len(last)
-                written.append(DELIMITER + language.text([token for token in last if token != self.end]))
+                written.append(DELIMITER + self._text(last))
             return _lines(written), count
 
         return lambda problems, max_new_tokens: {
@@ -183,7 +178,10 @@ class Peers:
         """Text and count up to the first end token, which counts."""
         if self.end in tokens:
             tokens = tokens[: tokens.index(self.end) + 1]
-        return self.language.text([token for token in tokens if token != self.end]), len(tokens)
+        return self._text(tokens), len(tokens)
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.language.text([token for token in tokens if token != self.end])
 
 
 def _lines(texts: list[str]) -> str:

@@ -10,7 +10,7 @@ from benchmarks.harness import REPOSITORY, Comparison, Contender, Output, Unequa
 from trainer import distributed
 
 HERE = Path(__file__).resolve().parent
-PROBLEMS, PROBLEMS_OF_A_PAIR, SLOTS, SLOTS_OF_A_RANK = 32, 8, 16, 8
+PROBLEMS, PROBLEMS_OF_A_PAIR, SLOTS, SLOTS_OF_A_RANK = 32, 16, 16, 8
 MODEL = "GPT-2 6 x 384 that knows the problems by heart, fp32, one core"
 
 
@@ -52,12 +52,12 @@ def comparisons() -> Iterator[Comparison]:
 
 
 def same_answers(outputs: Mapping[str, Output]) -> None:
-    """Every contender gives the same text, of as many tokens, for every problem."""
+    """Every contender gives the same text, of as many tokens where it tells their number, for every problem."""
     (first, reference), *others = outputs.items()
     for name, output in others:
         pairs = zip(reference["answers"], output["answers"], strict=True)
         for number, (one, other) in enumerate(pairs):
-            if one != other:
+            if one[0] != other[0] or (None not in (one[1], other[1]) and one[1] != other[1]):
                 raise Unequal(f"problem {number}: {first} {one!r}, {name} {other!r}")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.evaluation import material
 
-Answer = Callable[[int, int], dict[int, tuple[str, int]]]
+Answer = Callable[[int, int], dict[int, tuple[str, int | None]]]
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -31,12 +31,12 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 def measured(answer: Answer, problems: int) -> None:
     """Print speed and proof of `answer(number of problems, max_new_tokens)`: texts and counts of generated tokens, the
-    end token and the calculator's included, by number of the problem. A short evaluation before warms everything up."""
+    end token and the calculator's included (None: not known), by number of the problem. A short evaluation before warms everything up."""
     answer(2, 4)
     start, processor = time.perf_counter(), time.process_time()
     answers = answer(problems, material.MAX_NEW_TOKENS)
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
-    tokens = sum(count for _, count in answers.values())
+    tokens = sum(count or 0 for _, count in answers.values())
     told = {
         "problems_per_second": problems / seconds,
         "tokens_per_second": tokens / seconds,

@@ -44,5 +44,5 @@ def comparisons() -> Iterator[Comparison]:
             gate=same("digest"),
             limit=limit,
             higher_is_better=higher,
-            notes="a read is an example's tokens and which of them are learned; datasets in its numpy format",
+            notes="a read is a pack's worth, the tokens of six examples and which of them are learned; datasets in its numpy format",
         )

@@ -107,12 +107,17 @@ def index_text(shards: list[Shard], num_parameters: int) -> str:
 def write(shard: Shard, path: Path, reader: CheckedReader, advance: Callable[[int], None]) -> dict[str, Any]:
     """Write one file through two buffers of 16 MiB; returns {"bytes", "sha256"}, the file being on disk by then.
 
-    One thread reads and writes, one digests, one pushes finished pages to disk, so that the flush at the end has
-    little left to do. `advance` is told of every written byte.
+    One thread reads and writes, one proves what was read and digests what is written, one pushes finished pages to disk,
+    so that the flush at the end has little left to do. `advance` is told of every written byte.
     """
     digest = hashlib.sha256(shard.header)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
+
+        def prove(piece: Piece, start: int, stored: memoryview, written: memoryview) -> None:
+            reader.check(piece, start, stored)
+            digest.update(written)
+
         with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as flusher:
             _write_all(file, memoryview(shard.header))
             buffers, hashing = [_Buffer(), _Buffer()], [Future[None](), Future[None]()]
@@ -127,8 +132,8 @@ def write(shard: Shard, path: Path, reader: CheckedReader, advance: Callable[[in
                         turn = number % 2
                         hashing[turn].result()  # the buffer is free again
                         count = min(step, piece.num_elements - start)
-                        out = buffers[turn].fill(reader, piece, start, count, entry.dtype)
-                        hashing[turn] = hasher.submit(digest.update, out)
+                        stored, out = buffers[turn].fill(reader, piece, start, count, entry.dtype)
+                        hashing[turn] = hasher.submit(prove, piece, start * piece.dtype.itemsize, stored, out)
                         _write_all(file, out)
                         advance(len(out))
                         number, unflushed = number + 1, unflushed + len(out)
@@ -151,17 +156,17 @@ class _Buffer:
 
     def fill(
         self, reader: CheckedReader, piece: Piece, start: int, count: int, dtype: torch.dtype
-    ) -> memoryview:
-        """Bytes of elements [start, start + count) of `piece` in `dtype` (rounded to nearest, ties to even)."""
+    ) -> tuple[memoryview, memoryview]:
+        """Elements [start, start + count) of `piece`: their bytes as stored, and in `dtype` (to nearest, ties to even)."""
         stored = memoryview(self._stored)[: count * piece.dtype.itemsize]
         reader.read(piece, start * piece.dtype.itemsize, stored)
         if piece.dtype == dtype:
-            return stored
+            return stored, stored
         if not self._written:
             self._written = bytearray(CHUNK_BYTES)
         written = memoryview(self._written)[: count * dtype.itemsize]
         torch.frombuffer(written, dtype=dtype).copy_(torch.frombuffer(stored, dtype=piece.dtype))
-        return written
+        return stored, written
 
 
 def _write_all(file: int, data: memoryview) -> None:

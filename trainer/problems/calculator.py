@@ -12,6 +12,7 @@ zeros (`144.00`, 589 times) and `.5` for 0.5 (78 times); writing `.5` would have
 None of its results needs more than 3 decimals.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -27,10 +28,14 @@ _SIGNS = str.maketrans("×÷−", "*/-")
 _ANNOTATION = re.compile(rf"<<([^<>=\n]{{1,{MAX_CHARACTERS}}})=([^<>=\n]{{1,{MAX_CHARACTERS}}})>>")
 
 
+_Number = int | Fraction  # whole numbers are quick
+
+
 class _NotArithmetic(Exception):
     pass
 
 
+@functools.lru_cache(maxsize=4096)  # a problem's expressions are asked for more than once
 def evaluate(expression: str) -> str | None:
     """The result as canonical decimal text (`12`, `-3`, `0.5`, `0.333333`), or None when it is not accepted.
 
@@ -100,7 +105,7 @@ def _tokens(expression: str) -> list[str]:
     return tokens
 
 
-def _sum(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+def _sum(tokens: list[str], at: int, depth: int) -> tuple[_Number, int]:
     """sum := product (("+" | "-") product)*; like the two below: the value and the index of the next
     token."""
     value, at = _product(tokens, at, depth)
@@ -110,16 +115,16 @@ def _sum(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
     return value, at
 
 
-def _product(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+def _product(tokens: list[str], at: int, depth: int) -> tuple[_Number, int]:
     """product := operand (("*" | "/") operand)*"""
     value, at = _operand(tokens, at, depth)
     while at < len(tokens) and tokens[at] in ("*", "/"):
         right, after = _operand(tokens, at + 1, depth)
-        value, at = (value * right if tokens[at] == "*" else value / right), after
+        value, at = (value * right if tokens[at] == "*" else Fraction(value) / right), after
     return value, at
 
 
-def _operand(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+def _operand(tokens: list[str], at: int, depth: int) -> tuple[_Number, int]:
     """operand := ("-" | "+") operand | "(" sum ")" | number"""
     if at == len(tokens) or depth > MAX_DEPTH:
         raise _NotArithmetic
@@ -134,10 +139,11 @@ def _operand(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
         return value, at + 1
     if token[0] not in "0123456789.":
         raise _NotArithmetic
-    return Fraction(token.replace(",", "").rstrip(".")), at + 1
+    number = token.replace(",", "").rstrip(".")
+    return (int(number) if number.isdigit() else Fraction(number)), at + 1
 
 
-def _decimal_text(value: Fraction) -> str | None:
+def _decimal_text(value: _Number) -> str | None:
     scaled = abs(value) * 10**MAX_DECIMALS
     rounded = (2 * scaled.numerator + scaled.denominator) // (2 * scaled.denominator)  # half away from zero
     if (rounded == 0 and value != 0) or rounded >= LIMIT * 10**MAX_DECIMALS:

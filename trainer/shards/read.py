@@ -15,7 +15,9 @@ Files (all little-endian, without headers; counts are in the manifest):
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +101,22 @@ class Shards:
 
     def example(self, index: int, method: Method) -> tuple[np.ndarray, np.ndarray]:
         """A method's view of a problem: tokens [n] (int64) and learned [n] (bool; True: this token is a target)."""
-        first, last = self._first_segment[index : index + 2].tolist()
-        bounds = self._bounds(first, last)
-        use = _uses(method).take(self.roles[first:last]).repeat(bounds[1:] - bounds[:-1])
-        read = use.nonzero()[0]  # cheaper than a mask
-        tokens = self.tokens[bounds[0] : bounds[-1]].take(read)
-        return tokens.astype(np.int64), use.take(read) == _LEARNED
+        return self.examples([index], method)[0]
+
+    def examples(self, indices: Sequence[int], method: Method) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`example` of several problems: most of the work does not grow with their number."""
+        numbers = np.asarray(indices, np.int64)
+        first = self._first_segment.take(numbers)
+        counts = self._first_segment.take(numbers + 1) - first
+        segments = _ranges(first, counts)
+        ends, starts = self._ends.take(segments), self._ends.take(segments - 1)
+        starts[segments == 0] = 0
+        use = _uses(method).take(self.roles.take(segments))
+        lengths = (ends - starts) * (use != _UNREAD)
+        tokens = self.tokens.take(_ranges(starts, lengths)).astype(np.int64)
+        learned = (use == _LEARNED).repeat(lengths)
+        bounds = np.append(0, lengths.cumsum())[np.append(0, counts.cumsum())].tolist()
+        return [(tokens[a:b], learned[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def lengths(self, method: Method) -> np.ndarray:
         """Tokens of every problem in a method's view [num_problems] (int64); 0 where the problem lacks what it needs."""
@@ -139,6 +151,12 @@ class Shards:
             self.path / name, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", shape=(count,)
         )
         return mapped.view(np.ndarray)  # a slice of a memmap costs several times one of a plain array
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... (counts[0] numbers), then those from starts[1], ... [counts.sum()] (int64)."""
+    shifts = starts - counts.cumsum() + counts
+    return shifts.repeat(counts) + np.arange(counts.sum())
 
 
 @functools.cache

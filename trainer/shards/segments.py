@@ -64,19 +64,32 @@ def tokenise(
 ) -> list[list[Segment]]:
     """Segments of every problem: `prefix` (see `prefix_tokens`) opens the first, EOS closes the last."""
     pieces = [texts(problem, with_facts) for problem in problems]
-    # A text that spells "<|endoftext|>" is text: it must not end the sequence.
-    encoded = tokenizer(
-        [text for cut in pieces for _, text in cut] or [""],
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-    )["input_ids"]
-    tokens = iter(encoded)
-    segmented = [[Segment(role, list(next(tokens))) for role, _ in cut] for cut in pieces]
+    tokens = iter(_encode([text for cut in pieces for _, text in cut], tokenizer))
+    segmented = [[Segment(role, next(tokens)) for role, _ in cut] for cut in pieces]
     for segments in segmented:
         segments[0].tokens[:0] = prefix
         segments[-1].tokens.append(tokenizer.eos_token_id)
     return segmented
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of every text, nothing added; one that spells "<|endoftext|>" is text, it must not end the sequence.
+
+    Asks the compiled tokenizer itself (transformers' `__call__` makes offsets, masks and dictionaries of every text, which
+    takes as long again). Called by several threads; what is set in it here must be set by a first call of one.
+    """
+    if not tokenizer.is_fast:
+        return (
+            tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if texts
+            else []
+        )
+    compiled = tokenizer.backend_tokenizer
+    if compiled.truncation or compiled.padding or not compiled.encode_special_tokens:
+        compiled.no_truncation()
+        compiled.no_padding()
+        compiled.encode_special_tokens = True
+    return [encoding.ids for encoding in compiled.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

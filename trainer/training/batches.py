@@ -71,8 +71,7 @@ class PackedData:
     def micro_batch(self, packs: range, end: int) -> MicroBatch:
         """The examples of some packs; packs from `end` on are beyond the run's data and stay empty."""
         problems = [int(problem) for index in packs if index < end for problem in self.pack(index)]
-        examples = [self._shards.example(problem, self._method) for problem in problems]
-        return MicroBatch(packs.start, problems, examples)
+        return MicroBatch(packs.start, problems, self._shards.examples(problems, self._method))
 
     def _packs_of(self, epoch: int) -> list[np.ndarray]:
         if self._epoch is None or self._epoch[0] != epoch:
