@@ -24,9 +24,8 @@ from trainer.models.tokenizer import fingerprint, load_tokenizer
 from trainer.problems.problem import Problem, Reject
 from trainer.problems.sources import read_problems, source_digest
 from trainer.settings import PrepareSettings
-from trainer.shards.methods import GUIDANCE
 from trainer.shards.read import KIND, REJECTS, TOKENIZER, Shards
-from trainer.shards.segments import check_tokenizer
+from trainer.shards.segments import check_tokenizer, example_length
 from trainer.shards.workers import tokenise_all
 from trainer.shards.write import ShardWriter
 
@@ -91,8 +90,7 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
     tokenised = tokenise_all(wanted, tokenizer, settings.with_facts, settings.num_processes)
     with terminal.progress("tokenise", settings.max_problems or _expected(settings)) as bar:
         for problem, segments in tokenised:
-            # Guidance is not counted: which problems all the other methods see does not depend on it.
-            length = sum(len(segment.tokens) for segment in segments if segment.role not in GUIDANCE)
+            length = example_length(segments)
             if length > settings.max_length:
                 detail = f"{problem.id}: {length} tokens, max_length is {settings.max_length}"
                 rejects.append(Reject(source, 0, "too_long", detail, problem.question))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from trainer.errors import UserError
 from trainer.problems import calculator
 from trainer.problems.problem import DELIMITER, Problem
-from trainer.shards.methods import Role
+from trainer.shards.methods import GUIDANCE, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +70,11 @@ def tokenise(
         segments[0].tokens[:0] = prefix
         segments[-1].tokens.append(tokenizer.eos_token_id)
     return segmented
+
+
+def example_length(segments: Sequence[Segment]) -> int:
+    """Tokens of the longest example without guidance: which problems other methods see does not depend on guidance."""
+    return sum(len(segment.tokens) for segment in segments if segment.role not in GUIDANCE)
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -17,8 +17,8 @@ from typing import Any
 from trainer.problems.problem import Problem
 from trainer.shards.segments import Segment, prefix_tokens, tokenise
 
-_CHUNK = 256  # problems a thread tokenises at a time
-_WAITING = 4  # chunks a thread that may lie finished: the memory this takes does not grow with the data
+_CHUNK = 32  # problems a thread tokenises at a time
+_WAITING = 16  # chunks a thread that may lie finished: the memory this takes does not grow with the data
 
 
 def tokenise_all(

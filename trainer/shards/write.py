@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.problems.problem import Problem
-from trainer.shards.methods import GUIDANCE, METHODS
+from trainer.shards.methods import METHODS, Role
 from trainer.shards.read import PROBLEMS
-from trainer.shards.segments import Segment
+from trainer.shards.segments import Segment, example_length
+
+_BUFFER_BYTES = 1 << 20
 
 
 class ShardWriter:
@@ -22,14 +24,15 @@ class ShardWriter:
 
     def __init__(self, folder: Path, token_dtype: np.dtype):
         self._token_dtype = token_dtype
-        self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by close)
-        self._problems = open(folder / PROBLEMS, "wb")  # noqa: SIM115
+        # Every write to the file waits for the threads that tokenise.
+        self._tokens = open(folder / "tokens.bin", "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115 (closed by close)
+        self._problems = open(folder / PROBLEMS, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
         self._folder = folder
         self._roles: list[int] = []
         self._ends: list[int] = []
         self._first_segment = [0]
         self._line = [0]
-        self._usable: Counter[str] = Counter()
+        self._present: Counter[frozenset[Role]] = Counter()  # roles of a problem -> number of such problems
         self._longest = 0
 
     @property
@@ -38,20 +41,22 @@ class ShardWriter:
 
     def add(self, problem: Problem, segments: Sequence[Segment]) -> None:
         end = self._ends[-1] if self._ends else 0
-        joined = [token for segment in segments for token in segment.tokens]
+        joined = list(itertools.chain.from_iterable(segment.tokens for segment in segments))
         self._tokens.write(np.array(joined, dtype=self._token_dtype).tobytes())
         for segment in segments:
             end += len(segment.tokens)
             self._roles.append(segment.role)
             self._ends.append(end)
         self._first_segment.append(len(self._roles))
-        length = sum(len(segment.tokens) for segment in segments if segment.role not in GUIDANCE)
-        self._longest = max(self._longest, length)
-        line = json.dumps(asdict(problem), ensure_ascii=False).encode() + b"\n"
+        self._longest = max(self._longest, example_length(segments))
+        record = {
+            **vars(problem),
+            "steps": [vars(step) for step in problem.steps],
+        }  # dataclasses.asdict takes its time
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         self._problems.write(line)
         self._line.append(self._line[-1] + len(line))
-        present = {segment.role for segment in segments}
-        self._usable.update(name for name, view in METHODS.items() if view.needs <= present)
+        self._present[frozenset(segment.role for segment in segments)] += 1
 
     def close(self) -> dict[str, Any]:
         self._tokens.close()
@@ -65,5 +70,8 @@ class ShardWriter:
             "num_segments": len(self._roles),
             "num_tokens": self._ends[-1] if self._ends else 0,
             "longest_example": self._longest,
-            "problems_per_method": {name: self._usable[name] for name in METHODS},
+            "problems_per_method": {
+                name: sum(count for roles, count in self._present.items() if view.needs <= roles)
+                for name, view in METHODS.items()
+            },
         }
