@@ -18,7 +18,7 @@ import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (what a conversion i
 
 from trainer import commit
 from trainer.errors import UserError
-from trainer.export import convert, fit, safetensors_writer  # noqa: F401
+from trainer.export import convert, fit, output_file, safetensors_writer  # noqa: F401
 from trainer.run_directory import RunDirectory
 from trainer.settings import ConvertSettings
 from trainer.zero import checked_reader, layout  # noqa: F401
@@ -50,8 +50,9 @@ def at_call(module: Any, name: str, number: int = 1, before: bool = True) -> Cal
 
 # The manifest is the last file that `commit` writes.
 INSTANTS: dict[str, Callable[[], None]] = {
-    "before the first byte": at_call(safetensors_writer, "_write_all"),
-    "in the middle of the weights": at_call(safetensors_writer, "_write_all", 4),
+    "in the middle of the weights": at_call(safetensors_writer, "_fill", 4),
+    "before a write": at_call(output_file, "_write"),
+    "after a write": at_call(output_file, "_write", before=False),
     "weights written": at_call(convert, "_write_small_files"),
     "before the manifest": at_call(commit, "_write_and_flush"),
     "after the manifest": at_call(commit, "_write_and_flush", before=False),

@@ -6,23 +6,20 @@ with spaces, then the tensors' bytes without holes. Files are named and split as
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer.zero.checked_reader import CHUNK_BYTES, CheckedReader
+from trainer.export.output_file import OutputFile
+from trainer.zero.checked_reader import CheckedReader
 from trainer.zero.stored_tensors import StoredTensor
 from trainer.zero.torch_files import Piece
 
 INDEX_NAME = "model.safetensors.index.json"
-_FLUSH_EVERY_BYTES = 64 << 20
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -105,70 +102,29 @@ def index_text(shards: list[Shard], num_parameters: int) -> str:
 
 
 def write(shard: Shard, path: Path, reader: CheckedReader, advance: Callable[[int], None]) -> dict[str, Any]:
-    """Write one file through two buffers of 16 MiB; returns {"bytes", "sha256"}, the file being on disk by then.
-
-    One thread reads and writes, one proves what was read and digests what is written, one pushes finished pages to disk,
-    so that the flush at the end has little left to do. `advance` is told of every written byte.
-    """
-    digest = hashlib.sha256(shard.header)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-
-        def prove(piece: Piece, start: int, stored: memoryview, written: memoryview) -> None:
-            reader.check(piece, start, stored)
-            digest.update(written)
-
-        with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as flusher:
-            _write_all(file, memoryview(shard.header))
-            buffers, hashing = [_Buffer(), _Buffer()], [Future[None](), Future[None]()]
-            for future in hashing:
-                future.set_result(None)
-            flushing = flusher.submit(os.fdatasync, file)
-            number = unflushed = 0
-            for entry in shard.entries:
-                for piece in entry.source.pieces:
-                    step = CHUNK_BYTES // max(piece.dtype.itemsize, entry.dtype.itemsize)
-                    for start in range(0, piece.num_elements, step):
-                        turn = number % 2
-                        hashing[turn].result()  # the buffer is free again
-                        count = min(step, piece.num_elements - start)
-                        stored, out = buffers[turn].fill(reader, piece, start, count, entry.dtype)
-                        hashing[turn] = hasher.submit(prove, piece, start * piece.dtype.itemsize, stored, out)
-                        _write_all(file, out)
-                        advance(len(out))
-                        number, unflushed = number + 1, unflushed + len(out)
-                        if unflushed >= _FLUSH_EVERY_BYTES and flushing.done():
-                            flushing.result()
-                            flushing, unflushed = flusher.submit(os.fdatasync, file), 0
-            for future in (*hashing, flushing):
-                future.result()
-        os.fsync(file)
-    finally:
-        os.close(file)
-    return {"bytes": shard.num_bytes, "sha256": digest.hexdigest()}
+    """Write one file; returns {"bytes", "sha256"}, the file being on the disk by then. `advance` is told of every byte."""
+    with OutputFile(path) as out:
+        out.write(shard.header)
+        for entry in shard.entries:
+            for piece in entry.source.pieces:
+                start = 0
+                while start < piece.num_elements:
+                    # A tensor starts at a multiple of its item size, so an element never crosses buffers.
+                    room = out.room()
+                    count = min(len(room) // entry.dtype.itemsize, piece.num_elements - start)
+                    room = room[: count * entry.dtype.itemsize]
+                    _fill(room, entry.dtype, reader, piece, start, count)
+                    out.advance(len(room))
+                    advance(len(room))
+                    start += count
+        return {"bytes": shard.num_bytes, "sha256": out.finish()}
 
 
-class _Buffer:
-    """One chunk as it is stored and, if the dtype changes, as it is written."""
-
-    def __init__(self) -> None:
-        self._stored, self._written = bytearray(CHUNK_BYTES), bytearray(0)
-
-    def fill(
-        self, reader: CheckedReader, piece: Piece, start: int, count: int, dtype: torch.dtype
-    ) -> tuple[memoryview, memoryview]:
-        """Elements [start, start + count) of `piece`: their bytes as stored, and in `dtype` (to nearest, ties to even)."""
-        stored = memoryview(self._stored)[: count * piece.dtype.itemsize]
-        reader.read(piece, start * piece.dtype.itemsize, stored)
-        if piece.dtype == dtype:
-            return stored, stored
-        if not self._written:
-            self._written = bytearray(CHUNK_BYTES)
-        written = memoryview(self._written)[: count * dtype.itemsize]
-        torch.frombuffer(written, dtype=dtype).copy_(torch.frombuffer(stored, dtype=piece.dtype))
-        return stored, written
-
-
-def _write_all(file: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(file, data) :]
+def _fill(
+    out: memoryview, dtype: torch.dtype, reader: CheckedReader, piece: Piece, start: int, count: int
+) -> None:
+    """Elements [start, start + count) of `piece` as bytes of `dtype` (rounded to nearest, ties to even)."""
+    if piece.dtype == dtype:
+        reader.read(piece, start * piece.dtype.itemsize, out)
+    else:
+        torch.frombuffer(out, dtype=dtype).copy_(reader.tensor(piece, start, count))

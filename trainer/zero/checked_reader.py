@@ -20,10 +20,7 @@ CHUNK_BYTES = 16 << 20
 
 
 class CheckedReader:
-    """Use as a context manager; one thread reads, and one checks what was read. Memory: one chunk.
-
-    Without `checksums` only lengths are checked.
-    """
+    """Use as a context manager; one thread only. Memory: one chunk. Without `checksums` only lengths are checked."""
 
     def __init__(self, checksums: bool = True) -> None:
         self._checksums = checksums
@@ -42,13 +39,10 @@ class CheckedReader:
 
     def read(self, piece: Piece, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `piece` from its byte `start` on. Raises UserError on a short file."""
-        self._read_exactly(piece.record, piece.offset + start, buffer)
-
-    def check(self, piece: Piece, start: int, buffer: memoryview) -> None:
-        """Carry the checksum on over what was read; in the order of reading, perhaps by another thread."""
+        offset = piece.offset + start
+        self._read_exactly(piece.record, offset, buffer)
         if not self._checksums:
             return
-        offset = piece.offset + start
         checked, crc = self._checked.get(piece.record, (piece.record.start, 0))
         if offset > checked:
             checked, crc = self._read_to(piece.record, checked, crc, offset)
@@ -63,7 +57,6 @@ class CheckedReader:
         if not buffer:
             return torch.empty(0, dtype=piece.dtype)
         self.read(piece, start * piece.dtype.itemsize, memoryview(buffer))
-        self.check(piece, start * piece.dtype.itemsize, memoryview(buffer))
         return torch.frombuffer(buffer, dtype=piece.dtype)
 
     def finish(self) -> None:
