@@ -108,14 +108,16 @@ class Shards:
         numbers = np.asarray(indices, np.int64)
         first = self._first_segment.take(numbers)
         counts = self._first_segment.take(numbers + 1) - first
-        segments = _ranges(first, counts)
-        ends, starts = self._ends.take(segments), self._ends.take(segments - 1)
+        last = counts.cumsum()
+        segments = _ranges(first, counts, last)
+        starts = self._ends.take(segments - 1)
         starts[segments == 0] = 0
         use = _uses(method).take(self.roles.take(segments))
-        lengths = (ends - starts) * (use != _UNREAD)
-        tokens = self.tokens.take(_ranges(starts, lengths)).astype(np.int64)
+        lengths = (self._ends.take(segments) - starts) * (use != _UNREAD)
+        ends = lengths.cumsum()
+        tokens = self.tokens.take(_ranges(starts, lengths, ends)).astype(np.int64)
         learned = (use == _LEARNED).repeat(lengths)
-        bounds = np.append(0, lengths.cumsum())[np.append(0, counts.cumsum())].tolist()
+        bounds = [0, *ends.take(last - 1).tolist()]
         return [(tokens[a:b], learned[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def lengths(self, method: Method) -> np.ndarray:
@@ -153,10 +155,11 @@ class Shards:
         return mapped.view(np.ndarray)  # a slice of a memmap costs several times one of a plain array
 
 
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """starts[0], starts[0] + 1, ... (counts[0] numbers), then those from starts[1], ... [counts.sum()] (int64)."""
-    shifts = starts - counts.cumsum() + counts
-    return shifts.repeat(counts) + np.arange(counts.sum())
+def _ranges(starts: np.ndarray, counts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... (counts[0] numbers), then those from starts[1], ... (int64); ends: counts.cumsum()."""
+    numbers = (starts - ends + counts).repeat(counts)
+    numbers += np.arange(len(numbers))
+    return numbers
 
 
 @functools.cache
