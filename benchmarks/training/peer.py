@@ -1,8 +1,8 @@
-"""Hugging Face's Trainer or TRL's SFTTrainer on DeepSpeed: peer.py SHAPE STEPS WAY ...
+"""Hugging Face's Trainer or TRL's SFTTrainer on DeepSpeed: peer.py [--as_it_comes] SHAPE STEPS WAY ...
 
 Ways: padded, grouped (Trainer); packed, padding_free (SFTTrainer). First one step on four problems without dropout,
 for the proof; then STEPS steps, timed from the first batch to the last update. Of several ways, the fastest is the
-figure. The last line on stdout is JSON.
+figure. The last line on stdout is JSON. --as_it_comes: with the optimizer DeepSpeed takes if nobody says more than AdamW.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ from trainer.shards.methods import method
 from trainer.shards.read import Shards
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+TUNED = "--as_it_comes" not in sys.argv
 Rows = list[dict[str, Any]]
 
 
 def main() -> None:
+    if not TUNED:
+        sys.argv.remove("--as_it_comes")
     shape, steps, ways = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
     disable_progress_bars()
     # As in the trainer: DeepSpeed would compile a collective of inference that no training uses, and wait for ever if
@@ -69,7 +72,7 @@ def train(way: str, model_folder: Path, rows: Rows, steps: int, pack_length: int
     with tempfile.TemporaryDirectory() as folder:
         common = {
             "output_dir": folder,
-            "deepspeed": material.ds_config("zero1.json"),
+            "deepspeed": material.ds_config("zero1.json", TUNED),
             "max_steps": steps,
             "per_device_train_batch_size": 1 if way == "packed" else batch_size(rows, steps),
             "learning_rate": 1e-4,
