@@ -84,11 +84,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
     takes as long again). Called by several threads; what is set in it here must be set by a first call of one.
     """
     if not tokenizer.is_fast:
-        return (
-            tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            if texts
-            else []
-        )
+        return [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
     compiled = tokenizer.backend_tokenizer
     if compiled.truncation or compiled.padding or not compiled.encode_special_tokens:
         compiled.no_truncation()

@@ -24,7 +24,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, token_dtype: np.dtype):
         self._token_dtype = token_dtype
-        # Every write to the file waits for the threads that tokenise.
+        # Large buffers: a write to a file waits until a thread that tokenises lets go of Python's lock.
         self._tokens = open(folder / "tokens.bin", "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115 (closed by close)
         self._problems = open(folder / PROBLEMS, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
         self._folder = folder
@@ -49,10 +49,8 @@ class ShardWriter:
             self._ends.append(end)
         self._first_segment.append(len(self._roles))
         self._longest = max(self._longest, example_length(segments))
-        record = {
-            **vars(problem),
-            "steps": [vars(step) for step in problem.steps],
-        }  # dataclasses.asdict takes its time
+        # vars(): dataclasses.asdict would take as long as all the rest.
+        record = {**vars(problem), "steps": [vars(step) for step in problem.steps]}
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         self._problems.write(line)
         self._line.append(self._line[-1] + len(line))
