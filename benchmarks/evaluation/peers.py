@@ -125,7 +125,10 @@ class Peers:
         delimiter = list(language.tokens(DELIMITER))
         lines = sorted(language.newlines | {self.end})
 
-        def line(model: GPT2LMHeadModel, context: list[int], room: int, ends: list[int]) -> list[int]:
+        def line(
+            model: GPT2LMHeadModel, context: list[int], room: int, ends: list[int]
+        ) -> tuple[list[int], int]:
+            """What is written, and how many tokens it was; a line that ends with the text gets a line break instead."""
             rows = torch.tensor([context])
             calculator = (
                 self._processors(CalculatorOfGenerate(language, 1, len(context))) if model is solver else None
@@ -136,28 +139,31 @@ class Peers:
                 logits_processor=calculator,
                 generation_config=self._greedy(room, ends),
             )
-            return output[0, len(context) :].tolist()
+            written = output[0, len(context) :].tolist()
+            if written[-1] != self.end:
+                return written, len(written)
+            return [*written[:-1], *language.tokens("\n")], len(written)
 
         def solve(prompt: list[int], room: int) -> tuple[str, int]:
-            context = list(prompt)
-            written: list[str] = []
-            count = 0
+            context, count = list(prompt), 0
+            told: list[str] = []
             while count < room:
-                question = line(decomposer, context, room - count, sorted({*lines, *language.hashes}))
-                count += len(question)
-                if count >= room or language.text(question).lstrip().startswith(DELIMITER):
+                question, more = line(decomposer, context, room - count, sorted({*lines, *language.hashes}))
+                count += more
+                asked = language.text(question).partition("\n")[0]
+                if count >= room or not asked.strip() or asked.lstrip().startswith(DELIMITER):
                     break
-                solution = line(solver, context + question, room - count, lines)
-                count += len(solution)
+                solution, more = line(solver, context + question, room - count, lines)
+                count += more
                 context += question + solution
-                written += [self._text(question), self._text(solution)]
-                if written[-1].lstrip().startswith(DELIMITER):  # the answer, earlier than asked for
-                    return _lines(written), count
+                told += [asked, language.text(solution).partition("\n")[0]]
+                if told[-1].lstrip().startswith(DELIMITER):  # the answer, earlier than asked for
+                    return "\n".join(told), count
             if count < room:
-                last = line(solver, context + delimiter, room - count, lines)
-                count += len(last)
-                written.append(DELIMITER + self._text(last))
-            return _lines(written), count
+                last, more = line(solver, context + delimiter, room - count, lines)
+                count += more
+                told.append(DELIMITER + language.text(last).partition("\n")[0])
+            return "\n".join(told), count
 
         return lambda problems, max_new_tokens: {
             index: solve(self.prompts[index], max_new_tokens) for index in range(problems)
@@ -182,10 +188,6 @@ class Peers:
 
     def _text(self, tokens: list[int]) -> str:
         return self.language.text([token for token in tokens if token != self.end])
-
-
-def _lines(texts: list[str]) -> str:
-    return "\n".join(text.partition("\n")[0] for text in texts)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """Two ranks against one, one core each: who takes which problem is asked of a shared queue, or fixed beforehand.
 
-deepspeed --num_gpus 2 benchmarks/evaluation/ranks.py --split {queue,fixed}
+deepspeed --num_gpus 2 benchmarks/evaluation/ranks.py --split {queue,fixed,none}
+
+none: each rank solves everything, at the same time; twice the work in that time is what the machine can give.
 """
 
 from __future__ import annotations
@@ -52,8 +54,11 @@ def main() -> None:
     if given.split == "queue":
         with shared_counter() as counter:
             together, answers_together = solve(everything, counter)
-    else:
+    elif given.split == "fixed":
         together, answers_together = solve(everything[world.rank :: world.world_size], LocalCounter())
+    else:
+        together, answers_together = solve(everything, LocalCounter())
+        together /= world.world_size
     assert answers == answers_together
     if world.rank == 0:
         told = {

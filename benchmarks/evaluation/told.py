@@ -23,7 +23,9 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=16, help="problems on their way at the same time")
     parser.add_argument("--pair", action="store_true", help="a decomposer and a solver in turn")
     parser.add_argument("--without_calculator", action="store_true")
-    parser.add_argument("--split", choices=("queue", "fixed"), default="queue", help="of problems over ranks")
+    parser.add_argument(
+        "--split", choices=("queue", "fixed", "none"), default="queue", help="of problems over ranks"
+    )
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher, and not needed")
     torch.set_num_threads(1)
     return parser.parse_args()

@@ -1,8 +1,8 @@
-"""Hugging Face's Trainer or TRL's SFTTrainer on DeepSpeed: peer.py [--as_it_comes] SHAPE STEPS WAY ...
+"""Hugging Face's Trainer or TRL's SFTTrainer on DeepSpeed: peer.py SHAPE STEPS WAY ...
 
 Ways: padded, grouped (Trainer); packed, padding_free (SFTTrainer). First one step on four problems without dropout,
 for the proof; then STEPS steps, timed from the first batch to the last update. Of several ways, the fastest is the
-figure. The last line on stdout is JSON. --as_it_comes: with the optimizer DeepSpeed takes if nobody says more than AdamW.
+figure. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -35,13 +35,10 @@ from trainer.shards.methods import method
 from trainer.shards.read import Shards
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-TUNED = "--as_it_comes" not in sys.argv
 Rows = list[dict[str, Any]]
 
 
 def main() -> None:
-    if not TUNED:
-        sys.argv.remove("--as_it_comes")
     shape, steps, ways = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
     disable_progress_bars()
     # As in the trainer: DeepSpeed would compile a collective of inference that no training uses, and wait for ever if
@@ -51,7 +48,10 @@ def main() -> None:
     proof_rows = material.rows(few, list(range(len(few))))
     found = {}
     for way in ways:
-        proof = train(way, material.model(shape, dropout=False), proof_rows, 1, material.PROOF_PACK_LENGTH)
+        packs = -(-material.proof_packs(few) // RANKS)
+        proof = train(
+            way, material.model(shape, dropout=False), proof_rows, 1, material.PROOF_PACK_LENGTH, packs
+        )
         rows = material.rows(all_problems, choose(way, all_problems, steps))
         found[way] = {
             **train(way, material.model(shape, dropout=True), rows, steps, material.PACK_LENGTH),
@@ -64,17 +64,19 @@ def main() -> None:
         print(json.dumps(result), flush=True)
 
 
-def train(way: str, model_folder: Path, rows: Rows, steps: int, pack_length: int) -> dict[str, Any]:
-    """Collective. Train `steps` steps on the rows; loss and gradient norm are of the first one."""
+def train(
+    way: str, model_folder: Path, rows: Rows, steps: int, pack_length: int, packs: int = 1
+) -> dict[str, Any]:
+    """Collective. Train `steps` steps on the rows (of `packs` packs a rank); loss and gradient norm: of the first one."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(material.data_folder() / "gpt2-tokenizer")
     tokenizer.pad_token = tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:
         common = {
             "output_dir": folder,
-            "deepspeed": material.ds_config("zero1.json", TUNED),
+            "deepspeed": material.ds_config("zero1.json"),
             "max_steps": steps,
-            "per_device_train_batch_size": 1 if way == "packed" else batch_size(rows, steps),
+            "per_device_train_batch_size": packs if way == "packed" else batch_size(rows, steps),
             "learning_rate": 1e-4,
             "logging_steps": 1,
             "save_strategy": "no",

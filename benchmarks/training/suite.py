@@ -24,7 +24,6 @@ def comparisons() -> Iterator[Comparison]:
     material.prepare()
     for shape, ranks in (("6x384", 1), ("6x384", 2), ("12x768", 2)):
         yield training(shape, ranks)
-    yield training("6x384", 2, tuned=False)
     yield Comparison(
         work="share of a training step outside forward, backward and optimizer (GPT-2 6x384, 2 ranks)",
         figure="share_percent",
@@ -57,26 +56,24 @@ def comparisons() -> Iterator[Comparison]:
     )
 
 
-def training(shape: str, ranks: int, tuned: bool = True) -> Comparison:
+def training(shape: str, ranks: int) -> Comparison:
     """Real tokens a second. The peers' ways share a process: imports cost more than steps."""
     ways, steps = WAYS[shape], str(STEPS[shape])
-    optimizer = "same AdamW (torch, fused)" if tuned else "the peers with DeepSpeed's own CPU AdamW"
     return Comparison(
-        work=f"training, real tokens/s: GPT-2 {shape}, fp32, {ranks} rank{'s' * (ranks > 1)} of one core"
-        + ("" if tuned else ", peers as they come"),
+        work=f"training, real tokens/s: GPT-2 {shape}, fp32, {ranks} rank{'s' * (ranks > 1)} of one core",
         figure="tokens_per_second",
         unit="tokens/s",
         contenders=[
             Contender("trainer", on_ranks(ranks, "ours.py", shape, steps), peer=False),
             Contender(
                 "the fastest of " + ", ".join(NAMES[way] for way in ways),
-                on_ranks(ranks, "peer.py", *(() if tuned else ("--as_it_comes",)), shape, steps, *ways),
+                on_ranks(ranks, "peer.py", shape, steps, *ways),
             ),
         ],
         gate=same_training,
         goal=3.5,
         notes="GSM8K train as chains of thought, GPT-2's tokenizer and dropout; about 1000 tokens a rank and step; "
-        f"{optimizer}, ZeRO-1, clipping",
+        "same AdamW (torch, fused), ZeRO-1, clipping",
     )
 
 
