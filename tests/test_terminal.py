@@ -19,19 +19,18 @@ def ask():
         store.get("key")  # gives up the interpreter in C++, and wants it back
         asked.set()
 
-threading.Thread(target=ask, daemon=True).start()
+for _ in range(4):
+    threading.Thread(target=ask, daemon=True).start()
 asked.wait()
+terminal.run(lambda: print("done"))
 """
-TAKEN_AWAY = "terminate called without an active exception"
 
 
 def test_a_thread_of_a_library_does_not_make_a_failure_of_work_that_is_done() -> None:
-    [alone] = run(["-c", BUSY])
-    assert (
-        TAKEN_AWAY in alone.output
-    )  # how the interpreter ends it: if no more, `terminal.run` may just return
-    [ours] = run(["-c", BUSY + "terminal.run(lambda: print('done'))"])
-    assert (ours.status, ours.output) == (0, "done\n")
+    """Left to the interpreter, nearly every one of these ends with "terminate called without an active exception"."""
+    for _ in range(3):
+        [outcome] = run(["-c", BUSY])
+        assert (outcome.status, outcome.output) == (0, "done\n")
 
 
 @pytest.mark.parametrize(
