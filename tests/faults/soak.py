@@ -36,7 +36,7 @@ from trainer.run_directory import RunDirectory
 RUN = "stories.cot.0.2m.s0"
 TEST = "stories-test-cot"
 PILOT_STEPS = 40
-SHARE = 0.35  # of the minutes an undisturbed training would take: disturbed, it shall take all of them
+SHARE = 0.5  # of the minutes an undisturbed training would take: disturbed, it shall take all of them
 SHORT_WAITS = {
     "DEV_CLUSTER_GRACE": "60",
     "DEV_CLUSTER_KILL_WAIT": "10",
