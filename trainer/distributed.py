@@ -264,13 +264,6 @@ def shutdown() -> None:
     _world = None
 
 
-def free_port() -> int:
-    """A TCP port nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 def _read(environment: Mapping[str, str], launcher: str, *names: str) -> World:
     rank, size, local_rank, local_size = names
     values = {}
@@ -338,7 +331,7 @@ def _master(environment: Mapping[str, str], found: World) -> tuple[str, int]:
         return _address(first_host(environment["SLURM_STEP_NODELIST"])), port
     if found.world_size > 1:
         raise UserError("RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT are not")
-    return "127.0.0.1", free_port()
+    return "127.0.0.1", rendezvous.free_port()
 
 
 def _address(node: str) -> str:
@@ -365,7 +358,7 @@ def first_host(nodelist: str) -> str:
 def _agree_over_mpi() -> tuple[str, int]:
     from mpi4py import MPI
 
-    here = (socket.gethostname(), free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
+    here = (socket.gethostname(), rendezvous.free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
     host, port = MPI.COMM_WORLD.bcast(here, root=0)
     same_host = MPI.COMM_WORLD.allreduce(int(host == socket.gethostname())) == MPI.COMM_WORLD.Get_size()
     return ("127.0.0.1" if same_host else host), port

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -39,6 +40,13 @@ def join(backend: str, rank: int, world_size: int, timeout_seconds: int) -> None
             ) from None
         reason = str(error).splitlines()[0]
         raise UserError(f"the {world_size} ranks did not meet at {where} in {wait} s: {reason}") from None
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def limit_waiting(timeout_seconds: int) -> None:

@@ -144,25 +144,28 @@ class Peers:
                 return written, len(written)
             return [*written[:-1], *language.tokens("\n")], len(written)
 
+        def said(tokens: list[int]) -> str:
+            return language.text(tokens).partition("\n")[0]
+
         def solve(prompt: list[int], room: int) -> tuple[str, int]:
             context, count = list(prompt), 0
             told: list[str] = []
             while count < room:
                 question, more = line(decomposer, context, room - count, sorted({*lines, *language.hashes}))
                 count += more
-                asked = language.text(question).partition("\n")[0]
+                asked = said(question)
                 if count >= room or not asked.strip() or asked.lstrip().startswith(DELIMITER):
                     break
                 solution, more = line(solver, context + question, room - count, lines)
                 count += more
                 context += question + solution
-                told += [asked, language.text(solution).partition("\n")[0]]
+                told += [asked, said(solution)]
                 if told[-1].lstrip().startswith(DELIMITER):  # the answer, earlier than asked for
                     return "\n".join(told), count
             if count < room:
                 last, more = line(solver, context + delimiter, room - count, lines)
                 count += more
-                told.append(DELIMITER + language.text(last).partition("\n")[0])
+                told.append(DELIMITER + said(last))
             return "\n".join(told), count
 
         return lambda problems, max_new_tokens: {
@@ -184,10 +187,7 @@ class Peers:
         """Text and count up to the first end token, which counts."""
         if self.end in tokens:
             tokens = tokens[: tokens.index(self.end) + 1]
-        return self._text(tokens), len(tokens)
-
-    def _text(self, tokens: list[int]) -> str:
-        return self.language.text([token for token in tokens if token != self.end])
+        return self.language.text([token for token in tokens if token != self.end]), len(tokens)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.harness import REPOSITORY, Comparison, Contender, Output, Unequal, launched, python
-from trainer import distributed
+from trainer import rendezvous
 
 HERE = Path(__file__).resolve().parent
 PROBLEMS, PROBLEMS_OF_A_PAIR, SLOTS, SLOTS_OF_A_RANK = 32, 16, 16, 8
@@ -35,7 +35,7 @@ def comparisons() -> Iterator[Comparison]:
         goal=3.0,
         notes="the peer solves one problem at a time, and each turn reads everything before it anew.",
     )
-    port = f"--master_port={distributed.free_port()}"
+    port = f"--master_port={rendezvous.free_port()}"
     ranks = ["--slots", str(SLOTS_OF_A_RANK), "--problems", str(PROBLEMS)]
     yield Comparison(
         work=f"evaluation, two ranks against one: {PROBLEMS} uneven problems, {SLOTS_OF_A_RANK} at a time on a rank",

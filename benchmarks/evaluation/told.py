@@ -33,7 +33,8 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 def measured(answer: Answer, problems: int) -> None:
     """Print speed and proof of `answer(number of problems, max_new_tokens)`: texts and counts of generated tokens, the
-    end token and the calculator's included (None: not known), by number of the problem. A short evaluation before warms everything up."""
+    end token and the calculator's included (None: not known), by number of the problem. A short evaluation before warms
+    everything up."""
     answer(2, 4)
     start, processor = time.perf_counter(), time.process_time()
     answers = answer(problems, material.MAX_NEW_TOKENS)

@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.gpu import cases, materials
 from benchmarks.harness import REPOSITORY
-from trainer.distributed import free_port
+from trainer.rendezvous import free_port
 from trainer.shards.methods import method
 from trainer.training.batches import PackedData
 

@@ -63,7 +63,6 @@ def main() -> None:
             "grad_norm": metrics["grad_norm"],
         }
         print(json.dumps(figures), flush=True)
-    distributed.shutdown()
 
 
 terminal.run(main)

@@ -16,9 +16,10 @@ from tests.evaluation.conftest import mpiexec
 from tests.evaluation.test_evaluate import read, settings
 from tests.slurm_cluster import Cluster
 from trainer import terminal
-from trainer.distributed import free_port, without_launcher
+from trainer.distributed import without_launcher
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.gather import read_part
+from trainer.rendezvous import free_port
 from trainer.run_directory import EvaluationDirectory
 from trainer.shards.read import Shards
 

@@ -20,7 +20,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.distributed import REPOSITORY, Outcome
-from trainer.distributed import free_port, without_launcher
+from trainer.distributed import without_launcher
+from trainer.rendezvous import free_port
 
 TRAIN = "tools/train.py"
 

@@ -17,9 +17,9 @@ import pytest
 from tests.distributed import REPOSITORY
 from tests.teacher.scripted_endpoint import Reply, chat, serving
 from tests.teacher.test_annotate import lines, result_of, settings, summary_of
-from trainer.distributed import free_port
 from trainer.errors import UserError
 from trainer.problems.problem import Problem
+from trainer.rendezvous import free_port
 from trainer.run_directory import AnnotationDirectory
 from trainer.teacher.annotate import annotate
 from trainer.teacher.prompts import solution_text

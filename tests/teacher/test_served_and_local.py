@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from tests.teacher.test_annotate import lines, result_of, settings, summary_of
-from trainer.distributed import free_port
 from trainer.errors import UserError
 from trainer.models.load import load_config, write_random_weights
 from trainer.models.tokenizer import load_tokenizer
+from trainer.rendezvous import free_port
 from trainer.run_directory import AnnotationDirectory
 from trainer.teacher.annotate import annotate
 from trainer.teacher.settings import AnnotateSettings

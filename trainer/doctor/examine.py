@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from trainer import distributed, terminal
+from trainer import distributed, rendezvous, terminal
 from trainer.configuration import did_you_mean
 from trainer.doctor import machine, ranks, software
 from trainer.doctor.finding import FAIL, OK, WARN, Finding
@@ -109,7 +109,7 @@ def _started(groups: list[str]) -> list[Finding]:
     """Start two ranks here for what needs several."""
     if not groups:
         return []
-    port = str(distributed.free_port())
+    port = str(rendezvous.free_port())
     processes = []
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         for rank in range(_RANKS):

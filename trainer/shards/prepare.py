@@ -95,7 +95,7 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
                 detail = f"{problem.id}: {length} tokens, max_length is {settings.max_length}"
                 rejects.append(Reject(source, 0, "too_long", detail, problem.question))
             else:
-                writer.add(problem, segments)
+                writer.add(problem, segments, length)
             bar.update(writer.num_problems)
     with open(staging / REJECTS, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)

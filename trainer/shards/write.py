@@ -14,7 +14,7 @@ import numpy as np
 from trainer.problems.problem import Problem
 from trainer.shards.methods import METHODS, Role
 from trainer.shards.read import PROBLEMS
-from trainer.shards.segments import Segment, example_length
+from trainer.shards.segments import Segment
 
 _BUFFER_BYTES = 1 << 20
 
@@ -39,7 +39,8 @@ class ShardWriter:
     def num_problems(self) -> int:
         return len(self._line) - 1
 
-    def add(self, problem: Problem, segments: Sequence[Segment]) -> None:
+    def add(self, problem: Problem, segments: Sequence[Segment], length: int) -> None:
+        """`length`: of the example, as `example_length` counts it."""
         end = self._ends[-1] if self._ends else 0
         joined = list(itertools.chain.from_iterable(segment.tokens for segment in segments))
         self._tokens.write(np.array(joined, dtype=self._token_dtype).tobytes())
@@ -48,7 +49,7 @@ class ShardWriter:
             self._roles.append(segment.role)
             self._ends.append(end)
         self._first_segment.append(len(self._roles))
-        self._longest = max(self._longest, example_length(segments))
+        self._longest = max(self._longest, length)
         # vars(): dataclasses.asdict would take as long as all the rest.
         record = {**vars(problem), "steps": [vars(step) for step in problem.steps]}
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"

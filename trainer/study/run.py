@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from trainer import commit, distributed, lock, terminal
+from trainer import commit, lock, rendezvous, terminal
 from trainer.errors import UserError
 from trainer.run_directory import AnnotationDirectory
 from trainer.study import changes, processes, stages, state
@@ -81,7 +81,7 @@ def _do(
     """Run one stage to its end; returns what went wrong, or "". After an interrupt nothing of it is left alive."""
     start = time.monotonic()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    command = stages.command(stage, tools, study.launcher, distributed.free_port())
+    command = stages.command(stage, tools, study.launcher, rendezvous.free_port())
     log_start = _begin_log(stage.log, command)
     environment = stages.environment(stage, cores)
     child = processes.start(command, study.directory, stage.log, environment)
