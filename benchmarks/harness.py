@@ -1,49 +1,56 @@
-"""Contenders side by side: interleaved rounds, one process (or launcher) each, an equality gate before any speed.
+"""Contenders side by side: interleaved rounds, processes of their own, an equality gate before any speed.
 
-A contender is a command whose last line on stdout is one JSON object: the figures it measured itself (imports and other
-one-time work left out) and the proof of what it computed. Every round runs every contender once, in an order that
-rotates, so that a machine that slows down slows all of them. A gate looks at the proofs of every round and raises
-`Unequal`; only then are medians and ratios worth printing.
+A contender is a command that prints one JSON object a round: the figures it measured itself (imports and other one-time
+work left out) and the proof of what it computed. Every round runs every contender once, in an order that rotates, so
+that a machine that slows down slows all of them. A gate looks at the proofs of every round and raises `Unequal`; only
+then are medians and ratios worth printing.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.processes import REPOSITORY as REPOSITORY
+from benchmarks.processes import TURNS, Running
+from benchmarks.processes import Failed as Failed
+
 MATERIALS = REPOSITORY / "build" / "benchmarks"  # shards, models and checkpoints made once; safe to delete
-OUTPUT_KEPT = 3000  # characters of a failed contender's output that the error shows
 
 Output = dict[str, Any]
 Gate = Callable[[Mapping[str, Output]], None]
+Key = tuple[str, ...]
 
 
 class Unequal(Exception):
     """Two contenders did not compute the same; their speeds cannot be compared."""
 
 
-class Failed(Exception):
-    """A contender's command failed, ran too long, or printed no JSON."""
-
-
 @dataclass(frozen=True)
 class Contender:
-    """`command`: argv, no shell. `peer`: somebody else's way, that the goal is measured against."""
+    """`command`: argv, no shell, on `ranks` ranks (None: it knows of none). `peer`: somebody else's way, that the goal is measured against.
+
+    `stays`: the process lives through all rounds and takes its turn in each (`processes.turns`); else every round has a
+    new one. `figure`: the comparison's unless given. Contenders with the same command share its processes, and tell
+    several figures at once.
+    """
 
     name: str
     command: list[str]
     peer: bool = True
     environment: dict[str, str] = field(default_factory=dict)
+    ranks: int | None = None
+    stays: bool = False
+    figure: str = ""
+
+    @property
+    def key(self) -> Key:
+        """What its processes are."""
+        return (*self.command, *map(str, sorted(self.environment.items())), str(self.ranks))
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,8 @@ class Comparison:
     """`figure`: the key every contender prints, in `unit`. `goal`: how many times better ours should be than the best peer.
 
     `limit`: what ours should reach by itself, in `unit`. `gate` gets the outputs of one round by contender name.
-    `notes`: what a reader must know to judge the row.
+    `rounds`: at most so many, where a figure does not vary. `hopeless`: a peer that in the first round is so many times
+    worse than the best one is not run again. `notes`: what a reader must know to judge the row.
     """
 
     work: str
@@ -62,8 +70,13 @@ class Comparison:
     goal: float | None = None
     limit: float | None = None
     higher_is_better: bool = True
+    rounds: int | None = None
+    hopeless: float | None = None
     notes: str = ""
     timeout_seconds: float = 900.0
+
+    def figure_of(self, contender: Contender, output: Output) -> float:
+        return float(output[contender.figure or self.figure])
 
 
 @dataclass(frozen=True)
@@ -73,11 +86,17 @@ class Result:
     comparison: Comparison
     rounds: list[dict[str, Output]]
 
-    def values(self, name: str) -> list[float]:
-        return [float(outputs[name][self.comparison.figure]) for outputs in self.rounds]
+    def values(self, name: str) -> dict[int, float]:
+        """The figure by number of the round; a hopeless peer has but one."""
+        contender = next(one for one in self.comparison.contenders if one.name == name)
+        return {
+            number: self.comparison.figure_of(contender, outputs[name])
+            for number, outputs in enumerate(self.rounds)
+            if name in outputs
+        }
 
     def median(self, name: str) -> float:
-        return statistics.median(self.values(name))
+        return statistics.median(self.values(name).values())
 
     @property
     def ours(self) -> str:
@@ -85,9 +104,10 @@ class Result:
 
     def ratio_to(self, peer: str) -> float:
         """Median over rounds of (ours / peer's) of the same round: what slows a whole round cancels."""
-        pairs = zip(self.values(self.ours), self.values(peer), strict=True)
+        mine = self.values(self.ours)
         return statistics.median(
-            mine / theirs if self.comparison.higher_is_better else theirs / mine for mine, theirs in pairs
+            mine[number] / theirs if self.comparison.higher_is_better else theirs / mine[number]
+            for number, theirs in self.values(peer).items()
         )
 
     @property
@@ -114,57 +134,64 @@ class Result:
 
 
 def measure(comparison: Comparison, rounds: int, say: Callable[[str], None] = print) -> Result:
-    """Run all rounds, then the gate on each. Raises Failed, Unequal."""
+    """Run all rounds, and the gate on each. Raises Failed, Unequal."""
     outputs: list[dict[str, Output]] = []
+    rounds = min(rounds, comparison.rounds or rounds)
     contenders = comparison.contenders
-    for index in range(rounds):
-        order = contenders[index % len(contenders) :] + contenders[: index % len(contenders)]
-        outputs.append({})
-        for contender in order:
-            say(f"  round {index + 1} of {rounds}: {contender.name}")
-            outputs[-1][contender.name] = run(contender, comparison.timeout_seconds)
-        comparison.gate(outputs[-1])
+    staying: dict[Key, Running] = {}
+    try:
+        for index in range(rounds):
+            order = contenders[index % len(contenders) :] + contenders[: index % len(contenders)]
+            outputs.append({})
+            for contender in order:
+                done = [one for one in order if one.name in outputs[-1] and one.key == contender.key]
+                if done:
+                    outputs[-1][contender.name] = outputs[-1][done[0].name]
+                    continue
+                say(f"  round {index + 1} of {rounds}: {contender.name}")
+                outputs[-1][contender.name] = _turn(contender, comparison.timeout_seconds, staying)
+            comparison.gate(outputs[-1])
+            contenders = _hopeful(comparison, contenders, outputs[0])
+            for key in staying.keys() - ({one.key for one in contenders} if index + 1 < rounds else set()):
+                staying.pop(key).end()
+    finally:
+        for running in staying.values():
+            running.kill()
     return Result(comparison, outputs)
 
 
-def run(contender: Contender, timeout_seconds: float) -> Output:
-    """The JSON object on the last line of stdout, with `wall_seconds` of the whole command added. Raises Failed."""
-    start = time.perf_counter()
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        **contender.environment,
-    }
-    process = subprocess.Popen(
-        contender.command,
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # a launcher's ranks must not outlive a time-out
-    )
+def _turn(contender: Contender, timeout_seconds: float, staying: dict[Key, Running]) -> Output:
+    """One round of one contender. Raises Failed."""
+    if contender.key in staying:
+        return staying[contender.key].turn(timeout_seconds)
+    environment = {**contender.environment, **({TURNS: "1"} if contender.stays else {})}
+    running = Running(contender.name, contender.command, environment, contender.ranks)
+    if contender.stays:
+        staying[contender.key] = running
+        return running.turn(timeout_seconds)
     try:
-        output, _ = process.communicate(timeout=timeout_seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise Failed(f"{contender.name}: no end within {timeout_seconds:.0f} seconds") from None
-    lines = [line for line in output.splitlines() if line.startswith("{")]
-    if process.returncode or not lines:
-        raise Failed(f"{contender.name}: exit status {process.returncode}\n{output[-OUTPUT_KEPT:]}")
-    return {**json.loads(lines[-1]), "wall_seconds": time.perf_counter() - start}
+        output = running.turn(timeout_seconds)
+        running.end()
+        return output
+    finally:
+        running.kill()
 
 
-def python(*arguments: str | Path) -> list[str]:
+def _hopeful(
+    comparison: Comparison, contenders: list[Contender], first: dict[str, Output]
+) -> list[Contender]:
+    """Without the peers that the first round showed to be far from the best of them."""
+    if comparison.hopeless is None:
+        return contenders
+    sign = 1 if comparison.higher_is_better else -1
+    speed = {one.name: comparison.figure_of(one, first[one.name]) ** sign for one in contenders if one.peer}
+    best = max(speed.values(), default=0.0)
+    return [one for one in contenders if not one.peer or speed[one.name] * comparison.hopeless >= best]
+
+
+def python(*arguments: str | os.PathLike[str]) -> list[str]:
     """argv for a script in the environment that runs the benchmarks."""
     return [sys.executable, *map(str, arguments)]
-
-
-def launched(ranks: int, *arguments: str | Path) -> list[str]:
-    """argv for a script on `ranks` ranks by the deepspeed launcher of the same environment."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    return [str(launcher), "--num_gpus", str(ranks), *map(str, arguments)]
 
 
 def no_gate(outputs: Mapping[str, Output]) -> None:

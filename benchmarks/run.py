@@ -21,8 +21,34 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import machine, table  # noqa: E402
 from benchmarks.harness import Comparison, Failed, Result, Unequal, measure  # noqa: E402
+from benchmarks.processes import preload  # noqa: E402
 
 SUITES = ("start", "shards", "conversion", "evaluation", "training")
+LIBRARIES = (
+    *(
+        "torch",
+        "numpy",
+        "datasets",
+        "safetensors.torch",
+        "transformers",
+        "deepspeed",
+        "accelerate",
+        "trl",
+        "lm_eval",
+    ),
+    *(
+        "transformers.trainer",
+        "trl.trainer.sft_trainer",
+        "lm_eval.models.huggingface",
+        "deepspeed.utils.zero_to_fp32",
+    ),
+    *(
+        "trainer.training.loop",
+        "trainer.evaluation.predict",
+        "trainer.export.convert",
+        "trainer.shards.prepare",
+    ),
+)
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
@@ -39,6 +65,7 @@ def main() -> int:
     if unknown:
         parser.error(f"no suite named {', '.join(sorted(unknown))}; there are: {', '.join(SUITES)}")
 
+    preload(*LIBRARIES)
     facts = machine.facts()
     path = RESULTS / f"{facts['date']}-{facts['machine']}.json"
     rows, last, failures = _rows(path), [], 0

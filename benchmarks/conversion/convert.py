@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+THREADS = 2
+
 
 def memory(key: str) -> int:
     """Bytes that /proc says this process uses: VmRSS now, VmHWM at most."""
@@ -70,6 +72,9 @@ def _digest(tensor: object) -> bytes:
 
 
 def main() -> None:
+    import torch
+
+    torch.set_num_threads(THREADS)
     name, checkpoint, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     shutil.rmtree(output, ignore_errors=True)
     try:

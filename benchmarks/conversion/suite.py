@@ -20,14 +20,9 @@ def comparisons() -> Iterator[Comparison]:
         run = MATERIALS / "conversion" / f"{size}-stage{stage}-world{ranks}"
         checkpoint = make.make(run, size, stage, ranks)
         command = partial(python, "benchmarks/conversion/convert.py")
-        threads = {"OMP_NUM_THREADS": "2"}
         contenders = [
-            Contender("ours", command("ours", checkpoint, run / "ours"), peer=False, environment=threads),
-            Contender(
-                "zero_to_fp32",
-                command("zero_to_fp32", checkpoint, run / "peer"),
-                environment=threads,
-            ),
+            Contender("ours", command("ours", checkpoint, run / "ours"), peer=False),
+            Contender("zero_to_fp32", command("zero_to_fp32", checkpoint, run / "peer")),
         ]
         name = f"ZeRO-{stage} -> fp32 weights, GPT-2 {size}, {ranks} rank(s)"
         yield Comparison(

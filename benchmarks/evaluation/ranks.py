@@ -1,8 +1,8 @@
 """Two ranks against one, one core each: who takes which problem is asked of a shared queue, or fixed beforehand.
 
-deepspeed --num_gpus 2 benchmarks/evaluation/ranks.py --split {queue,fixed,none}
+deepspeed --num_gpus 2 benchmarks/evaluation/ranks.py
 
-none: each rank solves everything, at the same time; twice the work in that time is what the machine can give.
+Then each rank solves everything, at the same time: twice the work in that time is what the machine can give.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks.evaluation import material
 from benchmarks.evaluation.told import arguments
+from benchmarks.processes import turns
 from trainer import distributed
 from trainer.evaluation.cast import Actor, Cast
 from trainer.evaluation.decoding import STUDENT, Decoding
@@ -50,24 +51,21 @@ def main() -> None:
 
     everything = range(given.problems)
     solve(range(2), LocalCounter())
-    alone, answers = solve(everything if world.rank == 0 else (), LocalCounter())
-    if given.split == "queue":
+    for _ in turns():
+        alone, answers = solve(everything if world.rank == 0 else (), LocalCounter())
         with shared_counter() as counter:
-            together, answers_together = solve(everything, counter)
-    elif given.split == "fixed":
-        together, answers_together = solve(everything[world.rank :: world.world_size], LocalCounter())
-    else:
-        together, answers_together = solve(everything, LocalCounter())
-        together /= world.world_size
-    assert answers == answers_together
-    if world.rank == 0:
-        told = {
-            "speedup": alone / together,
-            "seconds_one_rank": alone,
-            "seconds_two_ranks": together,
-            "answers": sorted(answers_together.items()),
-        }
-        print(json.dumps(told), flush=True)
+            queue, answers_of_queue = solve(everything, counter)
+        fixed, answers_of_fixed = solve(everything[world.rank :: world.world_size], LocalCounter())
+        twice, answers_twice = solve(everything, LocalCounter())
+        assert answers == answers_of_queue == answers_of_fixed == answers_twice
+        if world.rank == 0:
+            told = {
+                "queue": alone / queue,
+                "fixed": alone / fixed,
+                "twice": alone / (twice / world.world_size),
+                "seconds_one_rank": alone,
+            }
+            print(json.dumps(told), flush=True)
     distributed.shutdown()
 
 

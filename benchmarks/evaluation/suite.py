@@ -6,8 +6,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from benchmarks.harness import REPOSITORY, Comparison, Contender, Output, Unequal, launched, python
-from trainer import rendezvous
+from benchmarks.harness import REPOSITORY, Comparison, Contender, Output, Unequal, no_gate, python
 
 HERE = Path(__file__).resolve().parent
 PROBLEMS, PROBLEMS_OF_A_PAIR, SLOTS, SLOTS_OF_A_RANK = 32, 16, 16, 8
@@ -35,20 +34,20 @@ def comparisons() -> Iterator[Comparison]:
         goal=3.0,
         notes="the peer solves one problem at a time, and each turn reads everything before it anew.",
     )
-    port = f"--master_port={rendezvous.free_port()}"
-    ranks = ["--slots", str(SLOTS_OF_A_RANK), "--problems", str(PROBLEMS)]
+    slots, problems = str(SLOTS_OF_A_RANK), str(PROBLEMS)
+    command = python(HERE / "ranks.py", "--slots", slots, "--problems", problems)
+    splits = {"ours": "queue", "fixed split": "fixed", "twice the work": "twice"}
     yield Comparison(
-        work=f"evaluation, two ranks against one: {PROBLEMS} uneven problems, {SLOTS_OF_A_RANK} at a time on a rank",
+        work=f"evaluation, two ranks against one: {problems} uneven problems, {slots} at a time on a rank",
         figure="speedup",
         unit="x one rank",
         contenders=[
-            Contender("ours", launched(2, port, HERE / "ranks.py", "--split", "queue", *ranks), peer=False),
-            Contender("fixed split", launched(2, port, HERE / "ranks.py", "--split", "fixed", *ranks)),
-            Contender("twice the work", launched(2, port, HERE / "ranks.py", "--split", "none", *ranks)),
+            Contender(name, command, peer=name != "ours", ranks=2, stays=True, figure=figure)
+            for name, figure in splits.items()
         ],
-        gate=same_answers,
+        gate=no_gate,  # the contender compares the answers of all four by itself
         limit=1.9,
-        notes="one core each; both times are of the same launch, its start not counted. Twice the work: both ranks solve "
+        notes="one core each; all times are of the same launch, its start not counted. Twice the work: both ranks solve "
         "everything, at the same time; more than that the machine does not give.",
     )
 
@@ -70,11 +69,11 @@ def _speed(work: str, contenders: list[Contender], goal: float, notes: str) -> C
 
 
 def _ours(problems: int, *more: str) -> Contender:
-    return Contender("ours", python(HERE / "ours.py", *_how(problems), *more), peer=False)
+    return Contender("ours", python(HERE / "ours.py", *_how(problems), *more), peer=False, stays=True)
 
 
 def _peer(way: str, problems: int, *more: str) -> Contender:
-    return Contender(way, python(HERE / "peers.py", way, *_how(problems), *more))
+    return Contender(way, python(HERE / "peers.py", way, *_how(problems), *more), stays=True)
 
 
 def _how(problems: int) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.evaluation import material
+from benchmarks.processes import turns
 
 Answer = Callable[[int, int], dict[int, tuple[str, int | None]]]
 
@@ -23,29 +24,27 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=16, help="problems on their way at the same time")
     parser.add_argument("--pair", action="store_true", help="a decomposer and a solver in turn")
     parser.add_argument("--without_calculator", action="store_true")
-    parser.add_argument(
-        "--split", choices=("queue", "fixed", "none"), default="queue", help="of problems over ranks"
-    )
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher, and not needed")
     torch.set_num_threads(1)
     return parser.parse_args()
 
 
 def measured(answer: Answer, problems: int) -> None:
-    """Print speed and proof of `answer(number of problems, max_new_tokens)`: texts and counts of generated tokens, the
-    end token and the calculator's included (None: not known), by number of the problem. A short evaluation before warms
-    everything up."""
+    """Print speed and proof of `answer(number of problems, max_new_tokens)` every round: texts and counts of generated
+    tokens, the end token and the calculator's included (None: not known), by number of the problem. A short evaluation
+    before warms everything up."""
     answer(2, 4)
-    start, processor = time.perf_counter(), time.process_time()
-    answers = answer(problems, material.MAX_NEW_TOKENS)
-    seconds, processor = time.perf_counter() - start, time.process_time() - processor
-    tokens = sum(count or 0 for _, count in answers.values())
-    told = {
-        "problems_per_second": problems / seconds,
-        "tokens_per_second": tokens / seconds,
-        "seconds": seconds,
-        "processor_seconds": processor,
-        "tokens": tokens,
-        "answers": [answers[index] for index in range(problems)],
-    }
-    print(json.dumps(told), flush=True)
+    for _ in turns():
+        start, processor = time.perf_counter(), time.process_time()
+        answers = answer(problems, material.MAX_NEW_TOKENS)
+        seconds, processor = time.perf_counter() - start, time.process_time() - processor
+        tokens = sum(count or 0 for _, count in answers.values())
+        told = {
+            "problems_per_second": problems / seconds,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "processor_seconds": processor,
+            "tokens": tokens,
+            "answers": [answers[index] for index in range(problems)],
+        }
+        print(json.dumps(told), flush=True)

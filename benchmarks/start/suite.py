@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from benchmarks.harness import MATERIALS, Comparison, Contender, Output, Unequal, close_to, launched, python
+from benchmarks.harness import MATERIALS, Comparison, Contender, Output, Unequal, close_to, python
 from benchmarks.start import material
 
 HELP_SECONDS = 0.3
@@ -24,13 +24,13 @@ def comparisons() -> Iterator[Comparison]:
     folder = MATERIALS / "start"
     for stage in (1, 3):
         path = material.make(folder, stage)
-        script = "benchmarks/start/resume.py"
         runs = {"ours": folder / f"stage{stage}", "deepspeed": folder / "from-the-start"}
         contenders = [
             Contender(
                 name,
-                launched(material.RANKS, script, name, folder, str(stage), path, run),
+                python("benchmarks/start/resume.py", name, folder, str(stage), path, run),
                 peer=name != "ours",
+                ranks=material.RANKS,
             )
             for name, run in runs.items()
         ]

@@ -22,7 +22,7 @@ from trainer.training.batches import PackedData
 
 FOLDER = MATERIALS / "training"
 METHOD = "cot"
-PACK_LENGTH = 1024
+PACK_LENGTHS = {"6x384": 1024, "12x768": 512}  # tokens of a rank in a step
 SHAPES = {
     "6x384": {"n_layer": 6, "n_embd": 384, "n_head": 6},
     "12x768": {"n_layer": 12, "n_embd": 768, "n_head": 12},
@@ -87,21 +87,21 @@ def model(shape: str, dropout: bool) -> Path:
     return path
 
 
-def problems(found: Shards, num_packs: int) -> list[int]:
-    """The problems in the first packs of our first epoch."""
-    data = PackedData(found, METHOD, method(METHOD), PACK_LENGTH, seed=0)
-    return [int(problem) for index in range(num_packs) for problem in data.pack(index)]
-
-
 def proof_packs(found: Shards) -> int:
     """Packs of the proof."""
     return PackedData(found, METHOD, method(METHOD), PROOF_PACK_LENGTH, seed=0).packs_per_epoch
 
 
-def usable(found: Shards) -> np.ndarray:
+def problems(found: Shards, num_packs: int, pack_length: int) -> list[int]:
+    """The problems in the first packs of our first epoch."""
+    data = PackedData(found, METHOD, method(METHOD), pack_length, seed=0)
+    return [int(problem) for index in range(num_packs) for problem in data.pack(index)]
+
+
+def usable(found: Shards, pack_length: int) -> np.ndarray:
     """Problems that can be trained on: those that fit into a pack."""
     lengths = found.lengths(method(METHOD))
-    return np.flatnonzero((lengths > 0) & (lengths <= PACK_LENGTH))
+    return np.flatnonzero((lengths > 0) & (lengths <= pack_length))
 
 
 def rows(found: Shards, problems: list[int]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""The trainer itself: python ours.py SHAPE STEPS, on one rank or, launched, on more.
+"""The trainer itself: ours.py SHAPE STEPS {fp32,bf16}, on one rank or, launched, on more.
 
-First one step on four problems without dropout, for the proof; then STEPS steps of one pack a rank, timed from the
-first batch to the last update. The last line on stdout is JSON.
+First one step on four problems without dropout, for the proof, and one to warm up; then STEPS steps of one pack a rank
+a round, timed from the first batch to the last update. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -10,66 +10,89 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.processes import apart, turns
 from benchmarks.training import material
 from trainer import distributed
 from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.shards.read import Shards
+from trainer.training.loop import optimizer_step
+from trainer.training.student import Student, enrol
+
+WARM_UP = 1
 
 
 def main() -> None:
-    shape, steps = sys.argv[1], int(sys.argv[2])
-    world = distributed.initialize(600)
-    few = material.shards("train", material.PROOF_PROBLEMS)
-    packs = material.proof_packs(few)
-    per_rank = -(-packs // world.world_size)
-    proof = train(material.model(shape, dropout=False), few, 1, per_rank, material.PROOF_PACK_LENGTH)
-    timed = train(
-        material.model(shape, dropout=True), material.shards("train"), steps, 1, material.PACK_LENGTH
-    )
-    if distributed.is_main_process():
-        print(json.dumps({**timed, **{key: [proof[key]] for key in material.PROOF}}), flush=True)
+    shape, steps, bf16 = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "bf16"
+    proof = apart(partial(proved, shape, bf16))
+    distributed.initialize(600)
+    stop = StopRequest()
+    with tempfile.TemporaryDirectory() as folder:
+        there = Path(distributed.broadcast_object(folder))
+        model, pack_length = material.model(shape, dropout=True), material.PACK_LENGTHS[shape]
+        student = enrolled(there, model, material.shards("train"), 1, pack_length, bf16, stop)
+        for step in range(WARM_UP):
+            optimizer_step(student, step, stop)
+        for number, _ in enumerate(turns()):
+            distributed.barrier()
+            first, start = WARM_UP + number * steps, time.perf_counter()
+            metrics = [optimizer_step(student, step, stop)[0] for step in range(first, first + steps)]
+            seconds = time.perf_counter() - start
+            tokens = sum(line["tokens"] for line in metrics)
+            if distributed.is_main_process():
+                told = {key: proof[key] for key in material.PROOF}
+                print(
+                    json.dumps({"tokens_per_second": tokens / seconds, "tokens": tokens, **told}), flush=True
+                )
+        distributed.barrier()
     distributed.shutdown()
 
 
-def train(model: Path, shards: Shards, steps: int, packs_per_rank: int, pack_length: int) -> dict[str, Any]:
-    """Collective. Train some steps of the real loop, without the checkpoint at its end."""
-    from trainer.training.loop import optimizer_step
-    from trainer.training.student import enrol
-
+def proved(shape: str, bf16: bool) -> dict[str, float]:
+    """Collective. One step on four problems, without dropout."""
+    world = distributed.initialize(600)
+    few = material.shards("train", material.PROOF_PROBLEMS)
+    packs = -(-material.proof_packs(few) // world.world_size)
     with tempfile.TemporaryDirectory() as folder:
-        run = RunDirectory(Path(distributed.broadcast_object(folder)))
-        settings = TrainSettings(
-            train_shards=str(shards.path),
-            output_dir=str(run.path),
-            method=material.METHOD,
-            model_name_or_path=str(model),
-            deepspeed="ds_configs/zero1.json",
-            per_device_train_batch_size=packs_per_rank,
-            pack_length=pack_length,
-            max_steps=steps,
-            learning_rate=1e-4,
-        )
-        stop = StopRequest()
-        student = enrol(settings, distributed.world(), run, stop)
-        assert student is not None
-        start, cpu_start = time.perf_counter(), time.process_time()
-        metrics = [optimizer_step(student, step, stop)[0] for step in range(steps)]
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        there, stop = Path(distributed.broadcast_object(folder)), StopRequest()
+        model = material.model(shape, dropout=False)
+        student = enrolled(there, model, few, packs, material.PROOF_PACK_LENGTH, bf16, stop)
+        metrics, _ = optimizer_step(student, 0, stop)
         distributed.barrier()
-    tokens = sum(line["tokens"] for line in metrics)
-    return {
-        "tokens_per_second": tokens / seconds,
-        "tokens": tokens,
-        "cpu_seconds": cpu_seconds,
-        **{key: metrics[0][key] for key in material.PROOF},
-    }
+    return {key: metrics[key] for key in material.PROOF}
+
+
+def enrolled(
+    output: Path,
+    model: Path,
+    shards: Shards,
+    packs_per_rank: int,
+    pack_length: int,
+    bf16: bool,
+    stop: StopRequest,
+) -> Student:
+    """Collective. What the real loop steps with."""
+    settings = TrainSettings(
+        train_shards=str(shards.path),
+        output_dir=str(output),
+        method=material.METHOD,
+        model_name_or_path=str(model),
+        deepspeed="ds_configs/zero1.json",
+        per_device_train_batch_size=packs_per_rank,
+        pack_length=pack_length,
+        max_steps=1000,
+        learning_rate=1e-4,
+        bf16=bf16,
+    )
+    student = enrol(settings, distributed.world(), RunDirectory(output), stop)
+    assert student is not None
+    return student
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from trainer.training.batches import MicroBatch, PackedData
 from trainer.training.loss import lay_out, token_losses
 
 MODELS = ("decomposer_interleaved", "solver")
-BATCH, COMPARED = 8, 4
+PACK_LENGTH, BATCH, COMPARED = 1024, 8, 4
 Example = tuple[np.ndarray, np.ndarray]
 
 
@@ -40,7 +40,7 @@ def main() -> None:
             )
             examples = [example for i in range(COMPARED) for example in separate(shards, i, name)]
         else:
-            data = PackedData(shards, name, method(name), material.PACK_LENGTH, seed=0)
+            data = PackedData(shards, name, method(name), PACK_LENGTH, seed=0)
             tokens += data.tokens_per_epoch
             examples = [shards.example(index, method(name)) for index in range(COMPARED)]
         loss, gradient = loss_and_gradient(examples, packing=not apart)

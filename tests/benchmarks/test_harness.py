@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import table
-from benchmarks.harness import Comparison, Contender, Failed, Result, Unequal, measure, no_gate, same
+from benchmarks.harness import (
+    REPOSITORY,
+    Comparison,
+    Contender,
+    Failed,
+    Result,
+    Unequal,
+    measure,
+    no_gate,
+    same,
+)
 
 FACTS = {"processor": "some processor", "cores": 2, "date": "2026-01-01", "versions": {"torch": "2.13.0"}}
 
@@ -60,11 +74,81 @@ def test_tokens_are_compared_one_by_one() -> None:
         ("import sys; print('no model here'); sys.exit(3)", "exit status 3\nno model here"),
         ("print('all is well')", "exit status 0\nall is well"),
         ("import time; time.sleep(600)", "no end within 1 seconds"),
+        ("import sys; print('{\"rate\": 1}', flush=True); sys.exit(4)", r"exit statuses \[4\]"),
     ],
 )
 def test_a_contender_that_fails_is_named_with_its_last_words(code: str, message: str) -> None:
     with pytest.raises(Failed, match=message):
         measure(comparison(contender("them", code), timeout_seconds=1.0), 1, lambda line: None)
+
+
+ROUNDS = """
+import json, os, sys
+sys.path.insert(0, os.getcwd())
+from benchmarks.processes import turns
+for number, _ in enumerate(turns()):
+    print("chatter", {"of": "a library"})
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps({"rate": number + 1, "half": 0.5, "who": [os.getpid(), os.environ.get("WORLD_SIZE")]}), flush=True)
+open(sys.argv[1] + os.environ.get("RANK", "0"), "w").close()
+"""
+
+
+def staying(tmp_path: Path, name: str, peer: bool = True, **changes: Any) -> Contender:
+    script = tmp_path / "rounds.py"
+    script.write_text(ROUNDS)
+    command = [sys.executable, str(script), str(tmp_path / f"ended-{name}-")]
+    return Contender(name, command, peer, stays=True, **changes)
+
+
+def test_who_stays_is_started_once_takes_its_turns_and_ends_by_itself(tmp_path: Path) -> None:
+    us, them = staying(tmp_path, "us", False, ranks=2), staying(tmp_path, "them")
+    found = measure(comparison(us, them), 3, lambda line: None)
+    assert [outputs["us"]["rate"] for outputs in found.rounds] == [1, 2, 3]
+    assert len({tuple(outputs["us"]["who"]) for outputs in found.rounds}) == 1
+    assert (found.rounds[0]["us"]["who"][1], found.rounds[0]["them"]["who"][1]) == ("2", None)
+    assert {path.name for path in tmp_path.glob("ended-*")} == {"ended-us-0", "ended-us-1", "ended-them-0"}
+
+
+def test_equal_commands_are_one_process_with_several_figures(tmp_path: Path) -> None:
+    us = staying(tmp_path, "us", False)
+    told: list[str] = []
+    found = measure(comparison(us, replace(us, name="half", peer=True, figure="half")), 2, told.append)
+    assert len(told) == 2
+    assert found.values("us") == {0: 1, 1: 2} and found.values("half") == {0: 0.5, 1: 0.5}
+
+
+def test_a_hopeless_peer_runs_but_once(tmp_path: Path) -> None:
+    far, near = (
+        contender(name, f"print('{{\"rate\": {rate}}}')") for name, rate in (("far", 2), ("near", 9))
+    )
+    us = contender("us", "print('{\"rate\": 10}')", False)
+    found = measure(comparison(us, far, near, hopeless=1.5), 3, lambda line: None)
+    assert [sorted(outputs) for outputs in found.rounds] == [["far", "near", "us"]] + 2 * [["near", "us"]]
+    assert (found.ratio_to("far"), found.median("far"), found.ratio) == (5, 2, 10 / 9)
+
+
+def test_a_script_is_forked_from_loaded_libraries_and_runs_as_if_it_were_not(tmp_path: Path) -> None:
+    """In an interpreter of its own: what is forked has loaded the module before its first line, and knows its arguments."""
+    (tmp_path / "script.py").write_text(
+        "import sys; found = 'wave' in sys.modules; import json, wave\n"
+        "print(json.dumps({'rate': int(found), 'argv': sys.argv, 'name': __name__, 'root': sys.stdin.readline()}))"
+    )
+    program = (
+        "from benchmarks.harness import Comparison, Contender, measure, no_gate, python\n"
+        "from benchmarks.processes import preload\n"
+        "if __name__ == '__main__':\n"
+        "    preload('wave')\n"
+        f"    one = Contender('us', python({str(tmp_path / 'script.py')!r}, 'a b'), peer=False)\n"
+        "    found = measure(Comparison('work', 'rate', '', [one], no_gate), 1).rounds[0]['us']\n"
+        "    print(found['rate'], found['argv'][1], found['name'], repr(found['root']))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    ended = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True, check=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert ended.stdout.splitlines()[-1] == "1 a b __main__ '\\n'"
 
 
 def result(higher_is_better: bool, ours: list[float], theirs: list[float], **changes: object) -> Result:
