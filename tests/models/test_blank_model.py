@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from tests.distributed import run_well
 from trainer.models import load
 
 SMALL = {
@@ -55,3 +56,40 @@ def test_with_a_loaded_models_weights_it_computes_what_that_one_computes(kind: s
             parameter.copy_(loaded.get_parameter(name))
         tokens = torch.arange(60).unsqueeze(0)
         assert torch.equal(loaded(tokens).logits, blank(tokens).logits)
+
+
+IN_SHARDS = """
+import sys
+import deepspeed, torch
+from transformers import AutoConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+from tests.models.test_blank_model import CONFIGS
+from trainer import distributed, terminal
+from trainer.models import load
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+distributed.initialize()
+deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
+config = AutoConfig.for_model(sys.argv[1], **CONFIGS[sys.argv[1]])
+plain = load.blank_model(config, "fp32", "sdpa")
+held = HfDeepSpeedConfig({"train_batch_size": 2, "zero_optimization": {"stage": 3}})
+gathered = []
+enter = deepspeed.zero.GatheredParameters.__enter__
+deepspeed.zero.GatheredParameters.__enter__ = lambda self: (gathered.append(len(self.params)), enter(self))[1]
+blank = load.blank_model(config, "fp32", "sdpa")
+deepspeed.zero.GatheredParameters.__enter__ = enter
+for name, buffer in plain.named_buffers():
+    assert torch.equal(buffer, blank.get_buffer(name)), name
+shapes = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
+assert shapes == {name: tuple(parameter.ds_shape) for name, parameter in blank.named_parameters()}
+assert all(parameter.numel() == 0 for parameter in blank.parameters())
+with deepspeed.zero.GatheredParameters(list(blank.parameters())):
+    assert shapes == {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}
+terminal.run(lambda: print("gathered", sum(gathered)))
+"""
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_under_zero_3_it_is_made_in_shards_and_nothing_is_gathered(kind: str) -> None:
+    """A run that goes on would wait for every parameter to travel to every rank, to be overwritten."""
+    assert run_well(["-c", IN_SHARDS, kind], 2).splitlines()[-1] == "gathered 0"

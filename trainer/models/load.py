@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +122,7 @@ def blank_model(config: PreTrainedConfig, dtype: str, attention: str) -> PreTrai
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with no_init_weights():
+    with no_init_weights(), _empty_shards():
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=getattr(torch, TORCH_DTYPES[dtype]),
@@ -129,6 +131,29 @@ def blank_model(config: PreTrainedConfig, dtype: str, attention: str) -> PreTrai
         )
     model.tie_weights()  # a part of the initialisation
     return model
+
+
+@contextlib.contextmanager
+def _empty_shards() -> Iterator[None]:
+    """Under ZeRO-3 (a live HfDeepSpeedConfig): what transformers does to make a model in shards, but for what follows.
+
+    It would gather all parameters from all ranks to initialise them, half the time of building the engine.
+    """
+    from transformers.integrations.deepspeed import (
+        deepspeed_config,
+        is_deepspeed_zero3_enabled,
+        prevent_arange_dtype_change,
+    )
+    from transformers.modeling_utils import set_zero3_state
+
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    shards = deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
+    with prevent_arange_dtype_change(), shards, set_zero3_state():
+        yield
 
 
 def device() -> torch.device:
