@@ -8,6 +8,7 @@ been. Another interpreter's commands, and `-m` ones, are started as they are.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -182,6 +183,7 @@ def _start(command: list[str], environment: dict[str, str], channel: socket.sock
 
 def _become(argv: list[str], environment: dict[str, str], channel: socket.socket) -> None:
     """In the forked process: the script, its arguments, its environment, its standard streams."""
+    gc.freeze()  # not its own objects: a collection need not look at all that was loaded for others
     os.setsid()
     os.chdir(REPOSITORY)
     for descriptor in (0, 1, 2):

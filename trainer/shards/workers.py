@@ -7,6 +7,8 @@ is that of encoding a problem.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import os
 from collections import deque
@@ -34,13 +36,24 @@ def tokenise_all(
         return list(zip(chunk, tokenise(chunk, tokenizer, prefix, with_facts), strict=True))
 
     waiting: deque[Future[list[tuple[Problem, list[Segment]]]]] = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
+    with _little_garbage(), ThreadPoolExecutor(num_threads) as pool:
         for chunk in _chunks(problems):
             waiting.append(pool.submit(work, chunk))
             if len(waiting) > _WAITING * num_threads:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
+
+
+@contextlib.contextmanager
+def _little_garbage() -> Iterator[None]:
+    """Inside, the garbage collector leaves alone what was there before: all of transformers, which the many new lists would
+    have it search again and again (a tenth of the time, measured)."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _chunks(problems: Iterator[Problem]) -> Iterator[list[Problem]]:
