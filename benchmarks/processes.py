@@ -79,7 +79,7 @@ def apart(function: Callable[[], Any]) -> Any:
         told = channel.read()
     _, status = os.waitpid(child, 0)
     if status:
-        raise RuntimeError(f"a forked process ended with status {status}")
+        raise RuntimeError(f"a forked process ended with status {os.waitstatus_to_exitcode(status)}")
     return json.loads(told)
 
 
@@ -131,8 +131,10 @@ class Running:
     def kill(self) -> None:
         """All ranks, at once, with what they have started."""
         for process in self._processes:
+            running = process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+                if running:  # the number of one that has ended may be another's
+                    os.killpg(process.pid, signal.SIGKILL)
         for channel in self._channels:
             channel.close()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.harness import REPOSITORY, Comparison, Contender, Output, Unequal, no_gate, python
 
 HERE = Path(__file__).resolve().parent
-PROBLEMS, PROBLEMS_OF_A_PAIR, SLOTS, SLOTS_OF_A_RANK = 32, 16, 16, 8
+PROBLEMS, PROBLEMS_OF_A_PAIR, SLOTS, SLOTS_OF_A_RANK = 24, 12, 12, 8
 MODEL = "GPT-2 6 x 384 that knows the problems by heart, fp32, one core"
 
 

@@ -151,6 +151,20 @@ def test_a_script_is_forked_from_loaded_libraries_and_runs_as_if_it_were_not(tmp
     assert ended.stdout.splitlines()[-1] == "1 a b __main__ '\\n'"
 
 
+def test_what_is_done_apart_leaves_nothing_but_its_result() -> None:
+    """In an interpreter of its own: pytest has threads, which a fork does not take along."""
+    program = (
+        "import sys; from benchmarks.processes import apart\n"
+        "kept = []\n"
+        "print(apart(lambda: kept.append(1) or {'found': len(kept)}), kept)\n"
+        "try: apart(lambda: 1 / 0)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    assert ended.stdout == "{'found': 1} []\na forked process ended with status 1\n", ended.stderr
+    assert "ZeroDivisionError" in ended.stderr
+
+
 def result(higher_is_better: bool, ours: list[float], theirs: list[float], **changes: object) -> Result:
     contenders = [contender("us", "", False), contender("them", ""), contender("others", "")]
     rounds = [
