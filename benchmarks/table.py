@@ -11,6 +11,8 @@ START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """One line a comparison: ours and every peer with the median of its rounds, the ratio to the best peer, the goal.
 
+    Notes stand below, each once, with a number.
+
     rows: `Result.to_dict()` of each.
     """
     lines = [
@@ -20,20 +22,21 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "| work | ours | peers | ratio to the best peer | goal |",
         "| --- | --- | --- | --- | --- |",
     ]
+    notes = list(dict.fromkeys(row["notes"] for row in rows if row["notes"]))
     for row in rows:
         medians, ratios = row["medians"], row["ratios"]
         peers = [f"{name}: {number(medians[name])} ({ratio:.2f}x)" for name, ratio in ratios.items()]
         best = row["ratio_to_best_peer"]
         cells = [
-            row["work"],
+            row["work"] + (f" ({1 + notes.index(row['notes'])})" if row["notes"] else ""),
             f"{number(medians[ours_of(row)])} {row['unit']}",
             "<br>".join(peers) or "-",
             "-" if best is None else f"**{best:.2f}x**",
             _goal(row),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    notes = [f"- {row['work']}: {row['notes']}" for row in rows if row["notes"]]
-    return "\n".join([*lines, *([""] if notes else []), *notes, ""])
+    numbered = [f"{count}. {note}" for count, note in enumerate(notes, 1)]
+    return "\n".join([*lines, *([""] if notes else []), *numbered, ""])
 
 
 def into_readme(readme: Path, text: str) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from benchmarks.harness import REPOSITORY, Comparison, Contender, Output, Unequal, no_gate, python
 
 HERE = Path(__file__).resolve().parent
-PROBLEMS, PROBLEMS_OF_A_PAIR, SLOTS, SLOTS_OF_A_RANK = 24, 12, 12, 8
+PROBLEMS, PROBLEMS_OF_A_PAIR, SLOTS = 24, 12, 12
+PROBLEMS_OF_RANKS, SLOTS_OF_A_RANK = 32, 8
 MODEL = "GPT-2 6 x 384 that knows the problems by heart, fp32, one core"
 
 
@@ -34,7 +35,7 @@ def comparisons() -> Iterator[Comparison]:
         goal=3.0,
         notes="the peer solves one problem at a time, and each turn reads everything before it anew.",
     )
-    slots, problems = str(SLOTS_OF_A_RANK), str(PROBLEMS)
+    slots, problems = str(SLOTS_OF_A_RANK), str(PROBLEMS_OF_RANKS)
     command = python(HERE / "ranks.py", "--slots", slots, "--problems", problems)
     splits = {"ours": "queue", "fixed split": "fixed", "twice the work": "twice"}
     yield Comparison(

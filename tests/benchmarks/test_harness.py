@@ -185,12 +185,14 @@ def test_the_table_says_whether_a_goal_is_met(tmp_path: Path) -> None:
         result(True, [40, 40, 40], [20, 20, 20], goal=1.5, work="fast"),
         result(True, [40, 40, 40], [20, 20, 20], goal=3.5, work="slow"),
         result(False, [4, 4, 4], [8, 8, 8], limit=3.0, work="long", notes="with a | in it"),
+        result(False, [4, 4, 4], [8, 8, 8], work="like it", notes="with a | in it"),
     ]
     text = table.markdown([one.to_dict() for one in results], FACTS)
     fast, slow, long = (line for line in text.splitlines() if line.startswith(("| fast", "| slow", "| long")))
     assert "**2.00x** | 1.5x, met |" in fast and "them: 20 (2.00x)" in fast
     assert "3.5x, not met" in slow
-    assert "at most 3 a second, not met" in long and "- long: with a | in it" in text
+    assert "at most 3 a second, not met" in long and long.startswith("| long (1) | ")
+    assert "| like it (1) | " in text and text.endswith("\n\n1. with a | in it\n")
 
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
