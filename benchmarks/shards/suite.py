@@ -13,10 +13,7 @@ OPEN_MS, READS_PER_SECOND = 5.0, 150_000.0
 
 def comparisons() -> Iterator[Comparison]:
     training.data_folder()
-    build = (
-        "-m",
-        "benchmarks.shards.build",
-    )  # a new interpreter, whose garbage collector knows of its own libraries alone
+    build = ("-m", "benchmarks.shards.build")  # not forked: the garbage collector searches all that is loaded
     yield Comparison(
         work="GSM8K train -> tokens on disk, GPT-2's tokenizer, 2 cores",
         figure="seconds",
