@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.distributed import place
 from trainer import rendezvous
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -93,13 +94,11 @@ class Running:
         self._channels: list[socket.socket] = []
         self._processes: list[Any] = []
         # Several live at the same time: not even those of one rank may meet at the usual port.
-        port = str(rendezvous.free_port())
+        port = rendezvous.free_port()
         for rank in range(ranks or 1):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            world = {key: str(value) for key, value in place.items()}
-            world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            told = place(rank, ranks, port) if ranks else {}
             ours, theirs = socket.socketpair()
-            self._processes.append(_start(command, {**environment, **(world if ranks else {})}, theirs))
+            self._processes.append(_start(command, {**environment, **told}, theirs))
             theirs.close()
             self._channels.append(ours)
             threading.Thread(target=self._listen, args=(rank, ours), daemon=True).start()

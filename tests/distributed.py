@@ -23,15 +23,20 @@ class Outcome:
     output: str
 
 
+def place(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What a launcher tells one of `num_ranks` ranks on this machine in its environment."""
+    ours = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    return ours | {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 class Ranks:
     """N running processes of one command (after `python`); use as a context manager, leaves nobody behind."""
 
     def __init__(self, arguments: list[str], num_ranks: int, environment: dict[str, str] | None = None):
-        port = str(free_port())
+        port = free_port()
         self.processes = []
         for rank in range(num_ranks):
-            ours = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-            ours |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            ours = place(rank, num_ranks, port)
             ours |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
             self.processes.append(
                 subprocess.Popen(

@@ -46,10 +46,8 @@ def main() -> None:
             seconds = time.perf_counter() - start
             tokens = sum(line["tokens"] for line in metrics)
             if distributed.is_main_process():
-                told = {key: proof[key] for key in material.PROOF}
-                print(
-                    json.dumps({"tokens_per_second": tokens / seconds, "tokens": tokens, **told}), flush=True
-                )
+                figures = {"tokens_per_second": tokens / seconds, "tokens": tokens, **proof}
+                print(json.dumps(figures), flush=True)
         distributed.barrier()
     distributed.shutdown()
 
