@@ -162,7 +162,7 @@ distributed.barrier()
 try:
     distributed.raise_together("it broke" if world.rank == world.world_size - 1 else None)
 except distributed.UserError as error:
-    print(world.launcher, world.world_size, error, flush=True)
+    print(f"{world.launcher} {world.world_size} {error}", flush=True)  # one write: ranks share the pipe
 distributed.shutdown()
 """
 
