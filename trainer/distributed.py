@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from trainer import rendezvous
+from trainer import malloc, rendezvous
 from trainer.errors import UserError
 
 
@@ -38,7 +38,7 @@ _world: World | None = None  # set by initialize
 
 
 def initialize(timeout_seconds: int = 1800) -> World:
-    """Find our place, complete the environment, set threads and device, and open the process group.
+    """Find our place, complete the environment, set threads, memory and device, and open the process group.
 
     Gloo carries CPU tensors and NCCL CUDA ones. A process without a launcher is a world of one. A second call
     changes nothing. Raises UserError for a contradictory environment, a taken port, or ranks that do not meet.
@@ -64,6 +64,7 @@ def initialize(timeout_seconds: int = 1800) -> World:
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(threads_per_rank(os.environ, _world))
+    malloc.keep_freed_memory()
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(device_index(_world.local_rank, torch.cuda.device_count()))

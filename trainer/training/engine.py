@@ -15,7 +15,7 @@ from trainer import distributed, rendezvous, startup
 from trainer.models import load, packed_attention, training_kernels
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
-from trainer.training import checkpoint, ds_config, malloc
+from trainer.training import checkpoint, ds_config
 
 
 def build_engine(
@@ -30,7 +30,6 @@ def build_engine(
     # On a CPU DeepSpeed would compile a C++ extension in every new environment (40 s) for a collective of inference.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
-    malloc.keep_freed_memory()
     dtype = "bf16" if settings.bf16 else "fp32"
     attention = packed_attention.register() if settings.packing else "sdpa"
     if blank:
@@ -44,7 +43,7 @@ def build_engine(
     training_kernels.use(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with startup.without_compiler():
+    with startup.without_compiler(), _unsent() if blank else contextlib.nullcontext():
         engine, _, _, _ = deepspeed.initialize(
             model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
         )
@@ -68,6 +67,19 @@ def _into_shards(resolved: dict[str, Any]) -> Iterator[None]:
     finally:
         del held
         unset_hf_deepspeed_config()
+
+
+@contextlib.contextmanager
+def _unsent() -> Iterator[None]:
+    """Inside, an engine is made without sending rank 0's weights to all ranks: a checkpoint will be read into them."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    send = DeepSpeedEngine._broadcast_model
+    DeepSpeedEngine._broadcast_model = lambda engine: None
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = send
 
 
 @contextlib.contextmanager
