@@ -119,7 +119,9 @@ def _number_and_unit(text: str) -> tuple[Fraction, str] | None:
     sign, inner_sign, digits, denominator, unit = match.groups()
     if (sign and inner_sign) or (denominator and int(denominator) == 0):
         return None
-    value = Fraction(digits.replace(",", "").rstrip(".")) / int(denominator or 1)
+    value = Fraction(digits.replace(",", "").rstrip("."))
+    if denominator:
+        value /= int(denominator)
     return (-value if sign in ("-", "−", "–") or inner_sign else value), unit
 
 

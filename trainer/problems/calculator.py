@@ -94,18 +94,20 @@ def open_expression(text: str) -> str | None:
     return expression if mark and expression and not set(expression) & set("<>=\n") else None
 
 
-def _tokens(expression: str) -> list[str]:
-    tokens, position = [], 0
+@functools.lru_cache(maxsize=4096)
+def _tokens(expression: str) -> tuple[str, ...]:
+    tokens: list[str] = []
+    position = 0
     while position < len(expression):
         match = _TOKEN.match(expression, position)
         if not match:
             raise _NotArithmetic
         tokens.append(match[1])
         position = match.end()
-    return tokens
+    return tuple(tokens)
 
 
-def _sum(tokens: list[str], at: int, depth: int) -> tuple[_Number, int]:
+def _sum(tokens: tuple[str, ...], at: int, depth: int) -> tuple[_Number, int]:
     """sum := product (("+" | "-") product)*; like the two below: the value and the index of the next
     token."""
     value, at = _product(tokens, at, depth)
@@ -115,7 +117,7 @@ def _sum(tokens: list[str], at: int, depth: int) -> tuple[_Number, int]:
     return value, at
 
 
-def _product(tokens: list[str], at: int, depth: int) -> tuple[_Number, int]:
+def _product(tokens: tuple[str, ...], at: int, depth: int) -> tuple[_Number, int]:
     """product := operand (("*" | "/") operand)*"""
     value, at = _operand(tokens, at, depth)
     while at < len(tokens) and tokens[at] in ("*", "/"):
@@ -124,7 +126,7 @@ def _product(tokens: list[str], at: int, depth: int) -> tuple[_Number, int]:
     return value, at
 
 
-def _operand(tokens: list[str], at: int, depth: int) -> tuple[_Number, int]:
+def _operand(tokens: tuple[str, ...], at: int, depth: int) -> tuple[_Number, int]:
     """operand := ("-" | "+") operand | "(" sum ")" | number"""
     if at == len(tokens) or depth > MAX_DEPTH:
         raise _NotArithmetic

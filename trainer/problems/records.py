@@ -19,6 +19,7 @@ from trainer.errors import UserError
 from trainer.problems.problem import MAX_REJECT_TEXT, RecordError, Reject
 
 MAX_RECORD_BYTES = 1 << 20  # the longest record of the known data sets, a StrategyQA question, has 3 kB
+_BUFFER_BYTES = 1 << 20  # every read lets go of Python's lock, and waits for it where threads tokenise
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
 
@@ -44,7 +45,7 @@ def read_records(path: Path) -> Iterator[Record | Reject]:
     be read.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=_BUFFER_BYTES) as file:
             start = file.read(64).removeprefix(_BYTE_ORDER_MARK).lstrip()
             file.seek(0)
             is_array = start.startswith(b"[") and path.suffix != ".jsonl"
