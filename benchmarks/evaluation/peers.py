@@ -33,6 +33,7 @@ class Peers:
         self.language = Language(self.tokenizer)
         self.calculator = calculator
         self.prompts = [shards.prompt(index).tolist() for index in range(len(shards))]
+        self.totals = shards.totals()
         self.end = self.tokenizer.eos_token_id
 
     def model(self, name: str = "student") -> GPT2LMHeadModel:
@@ -40,12 +41,16 @@ class Peers:
             material.student(name), dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
 
+    def _longest_first(self, problems: int) -> list[int]:
+        """In the order in which ours takes them."""
+        return sorted(range(problems), key=lambda index: -self.totals[index])
+
     def generate(self) -> Answer:
-        """Static batches of prompts of like length, padded on the left; a batch ends with its last row."""
+        """Static batches of problems of like length, padded on the left; a batch ends with its last row."""
         model = self.model()
 
         def answer(problems: int, max_new_tokens: int) -> dict[int, tuple[str, int]]:
-            order = sorted(range(problems), key=lambda index: -len(self.prompts[index]))
+            order = self._longest_first(problems)
             answers = {}
             for start in range(0, problems, self.slots):
                 batch = order[start : start + self.slots]
@@ -80,7 +85,7 @@ class Peers:
         def answer(problems: int, max_new_tokens: int) -> dict[int, tuple[str, int]]:
             processors = self._processors(CalculatorOfGenerate(self.language))
             model._get_logits_processor = lambda config: processors  # generate_batch takes none as argument
-            order = sorted(range(problems), key=lambda index: -len(self.prompts[index]))
+            order = self._longest_first(problems)
             outputs = model.generate_batch(
                 [self.prompts[index] for index in order],
                 generation_config=self._greedy(max_new_tokens),

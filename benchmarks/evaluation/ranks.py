@@ -2,7 +2,8 @@
 
 deepspeed --num_gpus 2 benchmarks/evaluation/ranks.py
 
-Then each rank solves everything, at the same time: twice the work in that time is what the machine can give.
+Forward passes are counted too, of the rank that made most: they tell what the split is worth, whatever the machine gives
+two cores at a time.
 """
 
 from __future__ import annotations
@@ -39,30 +40,33 @@ def main() -> None:
         {STUDENT: Actor(model, material.METHOD)}, load_tokenizer(shards.tokenizer_path), shards, decoding
     )
 
-    def solve(problems: Sequence[int], counter: Counter) -> tuple[float, dict[str, Any]]:
-        """Seconds of the slowest rank, and all ranks' texts by id."""
+    def solve(problems: Sequence[int], counter: Counter) -> tuple[float, int, dict[str, Any]]:
+        """Seconds of the slowest rank, forward passes of the busiest, and all ranks' texts by id."""
+        serve, passes = counter.serve, []
+        counter.serve = lambda: passes.append(serve())  # type: ignore[method-assign]  # after every pass
         distributed.barrier()
         start = time.perf_counter()
         mine = {prediction["id"]: prediction["text"] for prediction in predictions(cast, problems, counter)}
-        ends = distributed.gather_objects((time.perf_counter() - start, mine))
-        return max(seconds for seconds, _ in ends), {
-            name: text for _, texts in ends for name, text in texts.items()
-        }
+        ends = distributed.gather_objects((time.perf_counter() - start, len(passes), mine))
+        answers = {name: text for _, _, texts in ends for name, text in texts.items()}
+        return max(seconds for seconds, _, _ in ends), max(count for _, count, _ in ends), answers
 
     everything = range(given.problems)
     solve(range(2), LocalCounter())
     for _ in turns():
-        alone, answers = solve(everything if world.rank == 0 else (), LocalCounter())
+        alone, passes_alone, answers = solve(everything if world.rank == 0 else (), LocalCounter())
         with shared_counter() as counter:
-            queue, answers_of_queue = solve(everything, counter)
-        fixed, answers_of_fixed = solve(everything[world.rank :: world.world_size], LocalCounter())
-        twice, answers_twice = solve(everything, LocalCounter())
-        assert answers == answers_of_queue == answers_of_fixed == answers_twice
+            queue, passes_of_queue, answers_of_queue = solve(everything, counter)
+        fixed, passes_of_fixed, answers_of_fixed = solve(
+            everything[world.rank :: world.world_size], LocalCounter()
+        )
+        assert answers == answers_of_queue == answers_of_fixed
         if world.rank == 0:
             told = {
                 "queue": alone / queue,
                 "fixed": alone / fixed,
-                "twice": alone / (twice / world.world_size),
+                "queue_in_passes": passes_alone / passes_of_queue,
+                "fixed_in_passes": passes_alone / passes_of_fixed,
                 "seconds_one_rank": alone,
             }
             print(json.dumps(told), flush=True)

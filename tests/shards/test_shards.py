@@ -66,6 +66,13 @@ def test_bulk_lengths_are_those_of_the_examples(gsm8k: Shards) -> None:
                 assert not learned[: len(gsm8k.prompt(index))].any()
 
 
+def test_totals_are_of_all_segments(gsm8k: Shards) -> None:
+    totals = gsm8k.totals()
+    assert len(totals) == len(gsm8k) and totals.sum() == len(gsm8k.tokens)
+    for index in range(0, len(gsm8k), 50):
+        assert totals[index] == sum(len(tokens) for _, tokens in gsm8k.segments(index))
+
+
 def test_decomposer_and_solver_share_what_socratic_learns(gsm8k: Shards) -> None:
     for index in range(0, len(gsm8k), 50):
         tokens, socratic = gsm8k.example(index, method("socratic"))

@@ -23,7 +23,9 @@ def predictions(cast: Cast, indices: Sequence[int], counter: Counter) -> Iterato
     if not indices:
         return
     shards, decoding = cast.shards, cast.decoding
-    order = sorted(indices, key=lambda index: -len(shards.prompt(index)))  # the long ones first, not last
+    # The long ones first, not last. What the data writes foretells what a student will write better than its prompt does.
+    totals = shards.totals()
+    order = sorted(indices, key=lambda index: -totals[index])
     # With more slots than problems the first rank to ask would take them all.
     num_slots = min(decoding.batch_size, -(-len(order) // distributed.world().world_size))
     tickets = Tickets(counter, order, ticket_size(len(order), num_slots))

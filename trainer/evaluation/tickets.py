@@ -1,6 +1,6 @@
 """Who takes what next: a counter all ranks share, and tickets drawn from it.
 
-A ticket is a few problems, longest prompt first, so that the long ones do not come last; a rank draws when it has a
+A ticket is a few problems, the longest first, so that the long ones do not come last; a rank draws when it has a
 free slot. Uneven lengths, slow ranks and dead ranks cost time, and every problem is still taken exactly once.
 """
 

@@ -120,6 +120,10 @@ class Shards:
         bounds = [0, *ends.take(last - 1).tolist()]
         return [(tokens[a:b], learned[a:b]) for a, b in itertools.pairwise(bounds)]
 
+    def totals(self) -> np.ndarray:
+        """Tokens of every problem, all its segments together [num_problems] (int64)."""
+        return np.diff(self._ends[self._first_segment[1:] - 1].astype(np.int64), prepend=0)
+
     def lengths(self, method: Method) -> np.ndarray:
         """Tokens of every problem in a method's view [num_problems] (int64); 0 where the problem lacks what it needs."""
         bounds = self._first_segment
