@@ -33,6 +33,7 @@ SIZES = {
     "1.5B": (48, 1600, 25, 50257, 1024),
 }
 STEP = 1
+_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,12 @@ def _places(size: str) -> Iterator[Place]:
 
 def values(start: int, count: int) -> torch.Tensor:
     """Elements [start, start + count) of all parameters in a row: fp32 in [-0.5, 0.5), as good as random."""
-    made = torch.arange(start, start + count, dtype=torch.int64).mul_(2654435761).bitwise_and_((1 << 24) - 1)
-    return made.to(torch.float32).mul_(2.0**-24).sub_(0.5)
+    made = torch.empty(count)
+    for part in made.split(_CHUNK):  # numbered in int64, which all at once would take three times the memory
+        numbers = torch.arange(start, start + len(part), dtype=torch.int64)
+        part.copy_(numbers.mul_(2654435761).bitwise_and_((1 << 24) - 1)).mul_(2.0**-24).sub_(0.5)
+        start += len(part)
+    return made
 
 
 def _load(path: Path) -> Any:
@@ -151,10 +156,7 @@ def _partition(places: list[Place], ranks: int, rank: int) -> torch.Tensor:
     """Stages 1 and 2: an equal part of all parameters in a row, padded at the end to twice the ranks."""
     total = places[-1].start + places[-1].count
     size = 2 * -(-total // (2 * ranks))
-    part = torch.zeros(size)
-    count = max(0, min(size, total - rank * size))
-    part[:count] = values(rank * size, count)
-    return part
+    return _padded(values(rank * size, max(0, min(size, total - rank * size))), size)
 
 
 def _describe_partition(inner: dict[str, Any], places: list[Place], ranks: int, rank: int, size: int) -> None:
@@ -172,10 +174,11 @@ def _describe_partition(inner: dict[str, Any], places: list[Place], ranks: int, 
 def _share(place: Place, ranks: int, rank: int) -> torch.Tensor:
     """Stage 3: an equal part of one parameter, the last one padded."""
     size = -(-place.count // ranks)
-    share = torch.zeros(size)
-    count = max(0, min(size, place.count - rank * size))
-    share[:count] = values(place.start + rank * size, count)
-    return share
+    return _padded(values(place.start + rank * size, max(0, min(size, place.count - rank * size))), size)
+
+
+def _padded(part: torch.Tensor, size: int) -> torch.Tensor:
+    return part if len(part) == size else torch.nn.functional.pad(part, (0, size - len(part)))
 
 
 if __name__ == "__main__":
