@@ -28,7 +28,7 @@ ALLOWED = {
     "doctor": set(),
 }
 BESIDE = {"errors", "commit", "run_directory", "distributed", "terminal", "configuration", "settings"}
-BESIDE |= {"preemption", "restarts", "identity", "lock", "launcher", "rendezvous", "startup"}
+BESIDE |= {"preemption", "restarts", "identity", "lock", "launcher", "rendezvous", "startup", "malloc"}
 # What a folder may import of the files beside the folders, if not all of them.
 BESIDE_ALLOWED = {"report": {"errors", "commit", "run_directory", "configuration", "settings"}}
 HEAVY = {"torch", "deepspeed", "transformers", "datasets"}
