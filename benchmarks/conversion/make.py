@@ -156,7 +156,7 @@ def _partition(places: list[Place], ranks: int, rank: int) -> torch.Tensor:
     """Stages 1 and 2: an equal part of all parameters in a row, padded at the end to twice the ranks."""
     total = places[-1].start + places[-1].count
     size = 2 * -(-total // (2 * ranks))
-    return _padded(values(rank * size, max(0, min(size, total - rank * size))), size)
+    return _part(0, total, size, rank)
 
 
 def _describe_partition(inner: dict[str, Any], places: list[Place], ranks: int, rank: int, size: int) -> None:
@@ -174,10 +174,12 @@ def _describe_partition(inner: dict[str, Any], places: list[Place], ranks: int, 
 def _share(place: Place, ranks: int, rank: int) -> torch.Tensor:
     """Stage 3: an equal part of one parameter, the last one padded."""
     size = -(-place.count // ranks)
-    return _padded(values(place.start + rank * size, max(0, min(size, place.count - rank * size))), size)
+    return _part(place.start, place.count, size, rank)
 
 
-def _padded(part: torch.Tensor, size: int) -> torch.Tensor:
+def _part(start: int, count: int, size: int, rank: int) -> torch.Tensor:
+    """Values [rank * size, (rank + 1) * size) of the `count` from `start` on, zeros behind their end."""
+    part = values(start + rank * size, max(0, min(size, count - rank * size)))
     return part if len(part) == size else torch.nn.functional.pad(part, (0, size - len(part)))
 
 

@@ -17,6 +17,7 @@ from benchmarks.evaluation import material
 from benchmarks.evaluation.calculators import CalculatorOfGenerate
 from benchmarks.evaluation.told import Answer, arguments, measured
 from trainer.evaluation.language import Language
+from trainer.evaluation.predict import longest_first
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.problem import DELIMITER
 
@@ -27,13 +28,12 @@ class Peers:
     """Each method answers the first `problems` problems: texts and counts of generated tokens by number."""
 
     def __init__(self, slots: int, calculator: bool) -> None:
-        shards = material.shards()
+        self.shards = shards = material.shards()
         self.slots = slots
         self.tokenizer = load_tokenizer(shards.tokenizer_path)
         self.language = Language(self.tokenizer)
         self.calculator = calculator
         self.prompts = [shards.prompt(index).tolist() for index in range(len(shards))]
-        self.totals = shards.totals()
         self.end = self.tokenizer.eos_token_id
 
     def model(self, name: str = "student") -> GPT2LMHeadModel:
@@ -41,16 +41,12 @@ class Peers:
             material.student(name), dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
 
-    def _longest_first(self, problems: int) -> list[int]:
-        """In the order in which ours takes them."""
-        return sorted(range(problems), key=lambda index: -self.totals[index])
-
     def generate(self) -> Answer:
         """Static batches of problems of like length, padded on the left; a batch ends with its last row."""
         model = self.model()
 
         def answer(problems: int, max_new_tokens: int) -> dict[int, tuple[str, int]]:
-            order = self._longest_first(problems)
+            order = longest_first(self.shards, range(problems))
             answers = {}
             for start in range(0, problems, self.slots):
                 batch = order[start : start + self.slots]
@@ -85,7 +81,7 @@ class Peers:
         def answer(problems: int, max_new_tokens: int) -> dict[int, tuple[str, int]]:
             processors = self._processors(CalculatorOfGenerate(self.language))
             model._get_logits_processor = lambda config: processors  # generate_batch takes none as argument
-            order = self._longest_first(problems)
+            order = longest_first(self.shards, range(problems))
             outputs = model.generate_batch(
                 [self.prompts[index] for index in order],
                 generation_config=self._greedy(max_new_tokens),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from trainer import distributed
@@ -13,6 +13,7 @@ from trainer.evaluation.generate import chooser, generate
 from trainer.evaluation.score import judge
 from trainer.evaluation.solution import Solution
 from trainer.evaluation.tickets import Counter, Tickets, ticket_size
+from trainer.shards.read import Shards
 
 
 def predictions(cast: Cast, indices: Sequence[int], counter: Counter) -> Iterator[dict[str, Any]]:
@@ -23,9 +24,7 @@ def predictions(cast: Cast, indices: Sequence[int], counter: Counter) -> Iterato
     if not indices:
         return
     shards, decoding = cast.shards, cast.decoding
-    # The long ones first, not last. What the data writes foretells what a student will write better than its prompt does.
-    totals = shards.totals()
-    order = sorted(indices, key=lambda index: -totals[index])
+    order = longest_first(shards, indices)
     # With more slots than problems the first rank to ask would take them all.
     num_slots = min(decoding.batch_size, -(-len(order) // distributed.world().world_size))
     tickets = Tickets(counter, order, ticket_size(len(order), num_slots))
@@ -42,6 +41,12 @@ def predictions(cast: Cast, indices: Sequence[int], counter: Counter) -> Iterato
     ]
     for solution in generate(engines, draw, Solution.after, num_slots, counter.serve):
         yield _prediction(cast, solution)
+
+
+def longest_first(shards: Shards, indices: Iterable[int]) -> list[int]:
+    """The long ones first, not last. What the data writes foretells what a student will write better than its prompt does."""
+    totals = shards.totals()
+    return sorted(indices, key=lambda index: -totals[index])
 
 
 def _prediction(cast: Cast, solution: Solution) -> dict[str, Any]:

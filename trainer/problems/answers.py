@@ -19,6 +19,7 @@ Time is linear in the text whatever a student writes, and a number of over 200 c
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from fractions import Fraction
@@ -112,6 +113,7 @@ def yes_no(text: str) -> bool | None:
     return match[1].casefold() in ("yes", "true") if match else None
 
 
+@functools.lru_cache(maxsize=1024)  # an answer is asked for its kind and then for its value
 def _number_and_unit(text: str) -> tuple[Fraction, str] | None:
     text = text.strip(_EDGES.replace(".", "")).rstrip(_EDGES)  # a leading period may be a decimal point
     if len(text) > MAX_NUMBER_CHARACTERS or not (match := _NUMBER.fullmatch(text)):

@@ -34,8 +34,7 @@ def from_record(record: dict[str, Any], id: str) -> Problem:
         raise RecordError("no_answer", f"nothing follows {DELIMITER!r}")
     if answers.kind(answer) != "number":
         raise RecordError("bad_answer", f"{answer[:80]!r} is not a number")
-    number = answer.replace(",", "")  # `without_separators` would ask once more what it is
-    return Problem(id, question, number, steps=_steps(solution))
+    return Problem(id, question, answers.without_separators(answer), steps=_steps(solution))
 
 
 def _steps(solution: str) -> tuple[Step, ...]:
