@@ -46,3 +46,38 @@ def test_a_thread_of_a_library_does_not_make_a_failure_of_work_that_is_done() ->
 def test_status_and_last_words(main: str, status: int, said: str) -> None:
     [outcome] = run(["-c", f"import atexit, sys; from trainer import terminal; terminal.run({main})"])
     assert (outcome.status, outcome.output) == (status, said)
+
+
+TWO_BARS = """
+from trainer import terminal
+terminal._LINE_EVERY_SECONDS = 0
+bars = terminal.Bars()
+one, other = bars.add("train a", 10), bars.add("train b", 0)
+one.update(3, "loss 1.000")
+other.update(1, total=4)
+one.close()
+terminal.say("a is done")
+other.update(2, "loss 2.000")
+bars.close()
+terminal.say("all done")
+"""
+
+
+def test_lines_of_several_bars_say_whose_they_are() -> None:
+    [outcome] = run(["-c", TWO_BARS])
+    assert outcome.status == 0, outcome
+    lines = [line.split(", 0s left")[0] for line in outcome.output.splitlines()]
+    assert lines == [
+        *("train a 3/10, loss 1.000", "train b 1/4", "a is done", "train b 2/4, loss 2.000", "all done"),
+    ]
+
+
+def test_several_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said meanwhile stands in a line of its own, and nothing of the bars is left behind it."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    [outcome] = run(["-c", TWO_BARS])
+    assert outcome.status == 0, outcome
+    assert "train a" in outcome.output and "train b" in outcome.output
+    assert "a is done\n" in outcome.output
+    assert outcome.output.endswith("all done\n")
+    assert "train" not in outcome.output.rpartition("\x1b[2K")[2], "the last that is drawn is erased"

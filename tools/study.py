@@ -21,7 +21,6 @@ What is done is read from disk, so after a failure, Ctrl-C or a crash the same c
   python tools/study.py logs studies/quickstart.yaml stories.cot.0.7m.s0
   python tools/study.py resubmit studies/quickstart.yaml --failed                (or: cancel)
 """
-COMMANDS = ("run", "status", "submit", "resubmit", "logs", "cancel")
 
 
 def main() -> None:
@@ -29,27 +28,28 @@ def main() -> None:
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("command", choices=COMMANDS)
+    add("command", choices=("run", "status", "submit", "resubmit", "logs", "cancel"))
     add("file", type=Path, help="study file, e.g. studies/quickstart.yaml")
     add("run", nargs="?", default="", help="logs: of which run (or shard set, or 'report')")
     add("--output_dir", default="", help="folder of the study's directory [the file's; runs]")
     add("--shards_dir", default="", help="folder of the token shards [the file's; shards]")
     add("--num_ranks", type=int, default=0, help="processes a training runs on [the file's; 1]")
+    add("--num_parallel", type=int, default=0, help="run: stages at the same time [the file's; 1]")
     add("--dry_run", action="store_true", help="run, submit: only show the commands or batch scripts")
     add("--keep_going", action="store_true", help="run: after a failure go on with other runs")
     add("--cluster", type=Path, help="submit: your site's facts, see slurm/cluster.env.example")
     add("--failed", action="store_true", help="resubmit: what failed, and what waited for it")
     flags = parser.parse_args()
-    study = load(read_yaml(flags.file), flags.file, flags.output_dir, flags.shards_dir, flags.num_ranks)
+    given = (flags.output_dir, flags.shards_dir, flags.num_ranks, flags.num_parallel)
+    study = load(read_yaml(flags.file), flags.file, *given)
     tools = Path(os.path.relpath(Path(__file__).parent))
-    if flags.command == "run" and not flags.dry_run:
-        from trainer.study.run import run
+    if flags.command == "run":
+        from trainer.study import run, table
 
-        sys.exit(run(study, tools, flags.keep_going))
-    elif flags.command == "run":
-        from trainer.study.table import show_plan
-
-        show_plan(study, tools)
+        if flags.dry_run:
+            table.show_plan(study, tools)
+        else:
+            sys.exit(run.run(study, tools, flags.keep_going))
     else:
         from trainer.cluster.command import do
 

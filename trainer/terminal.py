@@ -69,44 +69,63 @@ def alarm(text: str) -> None:
     _write_line(text, sys.stderr)
 
 
+class Bars:
+    """Progress of what goes on at the same time: bars below each other on a terminal, a line every few seconds elsewhere,
+    nothing on other ranks."""
+
+    def __init__(self) -> None:
+        self._open: list[Bar] = []
+        self._drawn: Any = None  # rich's, while a bar is open
+
+    def add(self, label: str, total: int, done: int = 0) -> Bar:
+        """Total 0: unknown."""
+        if not self._open:
+            self._drawn = _drawn()
+        bar = Bar(self, self._drawn, label, total, done)
+        self._open.append(bar)
+        return bar
+
+    @property
+    def line_every_seconds(self) -> float:
+        """Of one of them, where there is no terminal: the more there are, the less often, and lines come as often as ever."""
+        return _LINE_EVERY_SECONDS * len(self._open)
+
+    def remove(self, bar: Bar) -> None:
+        if bar in self._open:
+            self._open.remove(bar)
+            if self._drawn is not None and not self._open:
+                self._drawn.stop()
+
+    def close(self) -> None:
+        for bar in list(self._open):
+            bar.close()
+
+
 class Bar:
-    """A progress bar on a terminal, a line every few seconds elsewhere, nothing on other ranks. Total 0: unknown."""
+    """How far one thing is; made by `Bars.add` or `progress`."""
 
-    def __init__(self, label: str, total: int, done: int = 0):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    def __init__(self, bars: Bars, drawn: Any, label: str, total: int, done: int):
+        self._bars, self._drawn = bars, drawn
         self._label, self._total, self._done = label, total, done
         self._start, self._start_done, self._last_line = time.monotonic(), done, time.monotonic()
-        self._shown = distributed.is_main_process()
-        self._console = Console(file=_output or sys.stdout)
-        self._progress: Any = None
-        if self._shown and self._console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self._progress = Progress(
-                *columns, TextColumn("{task.fields[note]}"), console=self._console, transient=True
-            )
-            self._task = self._progress.add_task(label, total=total or None, completed=done, note="")
-            self._progress.start()
+        if drawn is not None:
+            self._task = drawn.add_task(label, total=total or None, completed=done, note="")
+            drawn.start()
 
     def update(self, done: int, note: str = "", total: int = 0) -> None:
         """`done` of the total (if it was unknown before: now `total`) are done; `note` says how it goes."""
         self._done, self._total = done, total or self._total
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, total=self._total or None, note=note)
-        elif self._shown and time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
+        if self._drawn is not None:
+            self._drawn.update(self._task, completed=done, total=self._total or None, note=note)
+        elif time.monotonic() - self._last_line >= self._bars.line_every_seconds:
             self._last_line = time.monotonic()
             of_total = f"/{self._total}" if self._total else ""
             say(f"{self._label} {done}{of_total}{', ' + note if note else ''}{self._eta()}")
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._bars.remove(self)
+        if self._drawn is not None:
+            self._drawn.remove_task(self._task)
 
     def _eta(self) -> str:
         fresh = self._done - self._start_done
@@ -116,13 +135,23 @@ class Bar:
         return f", {duration(seconds)} left"
 
 
+def _drawn() -> Any:
+    """rich's bars, still without any, for our terminal; None where there is none, and on other ranks."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(file=_output or sys.stdout)
+    if not distributed.is_main_process() or not console.is_terminal:
+        return None
+    what, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (what, BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), note)
+    return Progress(*columns, console=console, transient=True)
+
+
 @contextlib.contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Bar]:
-    bar = Bar(label, total, done)
-    try:
+    with contextlib.closing(Bars().add(label, total, done)) as bar:
         yield bar
-    finally:
-        bar.close()
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,10 @@
 """Stands for every tool of a study, by the name it is copied to: quick, and failing or sleeping when asked to.
 
-What it is to do stands in --config_overrides: `exit=3`, `sleep` (saves on SIGTERM), `deaf` (sleeps through SIGTERM),
-`early` (ends well without having finished).
+What a training is to do stands in --config_overrides: `exit=3`, `sleep` (saves on SIGTERM), `sleep=3` (saves, and waits
+until so many ranks of all trainings have), `deaf` (sleeps through SIGTERM), `early` (ends well without having finished),
+`meet=2` (waits until so many trainings have started), `until=FILE` (waits for a file), `orphan` (leaves a process behind).
+
+In a study every stage writes when it starts and ends to events.txt.
 """
 
 from __future__ import annotations
@@ -9,12 +12,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from trainer import commit, distributed
 from trainer.run_directory import AnnotationDirectory, EvaluationDirectory, RunDirectory, StudyDirectory
+from trainer.study import processes
 
 flags = dict(part[2:].split("=", 1) for part in sys.argv[1:] if part.startswith("--") and "=" in part)
 world = distributed.discover(os.environ)
@@ -43,14 +49,26 @@ def train() -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     if wish == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if wish == "sleep":
-        signal.signal(signal.SIGTERM, lambda *_: save(run))
-    if wish in ("sleep", "deaf"):
+    if wish.startswith("sleep"):
+        signal.signal(signal.SIGTERM, lambda *_: save(run, int(wish[6:] or 0)))
+    if wish.startswith(("sleep", "deaf")):
         commit.write_text(run.path / f"pid-{world.rank}", str(os.getpid()))
         time.sleep(300)
     os.write(
         1, b"a line before the end\n"
     )  # one call: the ranks share the log, and print makes two of a line
+    if wish.startswith("meet="):
+        commit.write_text(run.path / "here", "")
+        wait_for(lambda: len(list(run.path.parent.glob("*/here"))) >= int(wish[5:]))
+    if wish.startswith("until="):
+        commit.write_text(run.path / "here", "")
+        wait_for(Path(wish[6:]).exists)
+    if wish == "orphan":
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True
+        )
+        commit.write_text(run.path / "pid-orphan", str(child.pid))
+        sys.exit(1)
     if wish == "exit=1":
         os.write(2, b"error: the learning rate is cursed\n")
     if wish.startswith("exit="):
@@ -59,14 +77,27 @@ def train() -> None:
         lines = [json.dumps({"step": step, "loss": 2.0 / step, "epoch": step / 2}) for step in (1, 2)]
         commit.write_text(run.metrics, "\n".join(lines) + "\n")
         commit.write_text(run.settings, "method: cot\n")
-        facts = {"finished": True, "omp": os.environ.get("OMP_NUM_THREADS")}
+        seen = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+        facts = {"finished": True, "environment": seen}
         with commit.directory(run.checkpoint(2), "checkpoint", facts):
             pass
 
 
-def save(run: RunDirectory) -> None:
+def save(run: RunDirectory, with_others: int) -> None:
     commit.write_text(run.path / f"saved-{world.rank}", "")
+    if with_others:
+        wait_for(lambda: len(list(run.path.parent.glob("*/saved-*"))) >= with_others)
+        commit.write_text(run.path / f"together-{world.rank}", "")
     sys.exit(0)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Ends the process if it waits in vain."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        if time.monotonic() > deadline:
+            sys.exit("error: waited in vain")
+        time.sleep(0.02)
 
 
 def convert_checkpoint() -> None:
@@ -96,5 +127,16 @@ def plot_scaling() -> None:
     commit.write_text(report / "index.html", "<h1>report</h1>")
 
 
+def note(event: str) -> None:
+    """In one write, at the end of the file: the order of the lines is that of the events."""
+    if stage := os.environ.get(processes.STAGE_MARK):
+        with open("events.txt", "a", buffering=1) as file:
+            file.write(f"{event} {stage}\n")
+
+
 if __name__ == "__main__":
-    globals()[Path(__file__).stem]()
+    note("start")
+    try:
+        globals()[Path(__file__).stem]()
+    finally:
+        note("end")

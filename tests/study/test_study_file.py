@@ -57,8 +57,10 @@ def test_methods_may_have_settings(values: dict[str, Any], make_study: MakeStudy
 
 
 def test_flags_win_over_the_file(values: dict[str, Any]) -> None:
-    study = load(values, Path("tiny.yaml"), "elsewhere", "tokens", 3)
-    assert study.num_ranks == 3
+    values["num_parallel"] = 2
+    assert load(values, Path("tiny.yaml")).num_parallel == 2
+    study = load(values, Path("tiny.yaml"), "elsewhere", "tokens", 3, 4)
+    assert (study.num_ranks, study.num_parallel) == (3, 4)
     assert study.directory.path == Path("elsewhere/tiny")
     assert study.shards[0].output_dir == "tokens/stories-train"
 
@@ -68,6 +70,9 @@ WRONG = {
     "study: a/b": "tiny.yaml: study: 'a/b' is not a name",
     "study: null": "tiny.yaml: study is missing",
     "num_ranks: 0": "tiny.yaml: num_ranks is 0",
+    "num_parallel: 0": "tiny.yaml: num_parallel is 0; it is the number of stages at the same time, at least 1",
+    "num_parallel: all": "tiny.yaml: num_parallel is 'all'",
+    "num_parallel: true": "tiny.yaml: num_parallel is True",
     "launcher: srun": "tiny.yaml: launcher is 'srun'; choose one of auto, deepspeed, mpiexec",
     "seeds: [0, 0]": "tiny.yaml: seeds: [0, 0] names a seed twice",
     "seeds: many": "tiny.yaml: seeds is 'many', expected a list",

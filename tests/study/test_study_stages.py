@@ -96,6 +96,17 @@ def test_the_devices_that_are_visible_are_used(
     assert commands(make_study({**values, "launcher": "mpiexec"}))[2][0].endswith("mpiexec")
 
 
+def test_the_devices_of_a_stage_win_over_ours(
+    values: dict[str, Any], make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = stages.of_study(make_study(values))[2]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    given = stages.environment(train, cores=2, devices=["2", "3"])
+    assert given["CUDA_VISIBLE_DEVICES"] == "2,3"
+    command = stages.command(train, Path("tools"), "deepspeed", 23456, {**os.environ, **given})
+    assert "--include=localhost:2,3" in command
+
+
 def test_threads_are_shared_by_the_ranks(
     values: dict[str, Any], make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +114,7 @@ def test_threads_are_shared_by_the_ranks(
     prepare, _, train, *_ = stages.of_study(make_study(values))
     assert stages.environment(train, cores=8) == {"OMP_NUM_THREADS": "4"}
     assert stages.environment(train, cores=1) == {"OMP_NUM_THREADS": "1"}
+    assert stages.environment(train, cores=0) == {"OMP_NUM_THREADS": "1"}, "more stages at a time than cores"
     assert stages.environment(prepare, cores=8) == {}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert stages.environment(train, cores=8) == {}

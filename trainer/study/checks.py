@@ -114,9 +114,9 @@ def name(value: Any, where: str) -> str:
     return str(value)
 
 
-def count(value: Any, where: str) -> int:
+def count(value: Any, where: str, of_what: str = "processes") -> int:
     if type(value) is not int or value < 1:
-        raise UserError(f"{where} is {value!r}; it is the number of processes, at least 1")
+        raise UserError(f"{where} is {value!r}; it is the number of {of_what}, at least 1")
     return value
 
 

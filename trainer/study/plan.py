@@ -18,7 +18,7 @@ __all__ = ["Run", "Study", "evaluation_name", "load"]
 
 LAUNCHERS = ("auto", "deepspeed", "mpiexec")
 KEYS = (
-    *("study", "output_dir", "shards_dir", "annotations_dir", "num_ranks", "launcher"),
+    *("study", "output_dir", "shards_dir", "annotations_dir", "num_ranks", "num_parallel", "launcher"),
     *("data", "models", "methods", "seeds"),
     *("annotate", "prepare", "train", "convert", "evaluate", "evaluations"),
 )
@@ -29,6 +29,7 @@ class Study:
     file: Path
     directory: StudyDirectory
     num_ranks: int
+    num_parallel: int  # stages at the same time on this machine
     launcher: str
     problem_sets: tuple[ProblemSet, ...]
     runs: tuple[Run, ...]
@@ -43,9 +44,14 @@ class Study:
 
 
 def load(
-    values: dict[str, Any], file: Path, output_dir: str = "", shards_dir: str = "", num_ranks: int = 0
+    values: dict[str, Any],
+    file: Path,
+    output_dir: str = "",
+    shards_dir: str = "",
+    num_ranks: int = 0,
+    num_parallel: int = 0,
 ) -> Study:
-    """Make the study from a parsed file; the last three, where given, win over it.
+    """Make the study from a parsed file; the last four, where given, win over it.
 
     Raises UserError naming the file and the key path of the first thing that is wrong.
     """
@@ -56,6 +62,9 @@ def load(
     if launcher not in LAUNCHERS:
         raise UserError(f"{where}: launcher is {launcher!r}; choose one of {', '.join(LAUNCHERS)}")
     default_ranks = checks.count(num_ranks or values.get("num_ranks", 1), f"{where}: num_ranks")
+    num_parallel = checks.count(
+        num_parallel or values.get("num_parallel", 1), f"{where}: num_parallel", "stages at the same time"
+    )
     directory = StudyDirectory(Path(output_dir or str(values.get("output_dir", "runs"))) / name)
     shards_root = Path(shards_dir or str(values.get("shards_dir", "shards")))
     annotations_root = Path(str(values.get("annotations_dir", "annotations")))
@@ -80,7 +89,7 @@ def load(
     made = runs.make(grid)
     if not made:
         raise UserError(f"{where}: there is no run: no method is for any of the models and data sets")
-    return Study(file, directory, default_ranks, launcher, problem_sets, made)
+    return Study(file, directory, default_ranks, num_parallel, launcher, problem_sets, made)
 
 
 def _models(values: dict[str, Any], num_ranks: int, default_ranks: int, where: str) -> dict[str, runs.Model]:

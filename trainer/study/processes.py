@@ -2,7 +2,8 @@
 
 A launcher's ranks are not to be found by process group: mpiexec gives each a session of its own, and SIGTERM to the
 `deepspeed` command leaves them running without a parent. So every process of a study carries the study's directory in
-its environment, where it is inherited; even the ranks of a study that was killed (kill -9) are found by it later.
+its environment, where it is inherited; even the ranks of a study that was killed (kill -9) are found by it later. The
+label of its stage stands beside it: what a stage that failed has left is ended while other stages go on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -23,6 +25,7 @@ from trainer.errors import UserError
 from trainer.run_directory import StudyDirectory
 
 MARK = "SOCRATIC_TRAINER_STUDY"
+STAGE_MARK = "SOCRATIC_TRAINER_STAGE"
 _LOOK_EVERY_SECONDS = 0.1
 _KILLING_TAKES_SECONDS = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -49,15 +52,15 @@ class Interrupts:
 
 
 def start(
-    command: Sequence[str], study: StudyDirectory, log: Path, environment: Mapping[str, str]
+    command: Sequence[str], study: StudyDirectory, stage: str, log: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    """Start a command whose output is appended to `log`, out of reach of the terminal's Ctrl-C."""
+    """Start a stage's command whose output is appended to `log`, out of reach of the terminal's Ctrl-C."""
     inherited = distributed.without_launcher(os.environ)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         return subprocess.Popen(
             list(command),
-            env={**inherited, **environment, MARK: _mark(study)},
+            env={**inherited, **environment, MARK: _mark(study), STAGE_MARK: stage},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -65,29 +68,28 @@ def start(
         )
 
 
-def of_study(study: StudyDirectory) -> list[psutil.Process]:
-    """Every living process of the study on this machine, except the one that runs the study."""
-    mark, found = _mark(study), []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):  # another user's, or just ended
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
-                found.append(process)
-    return [process for process in found if process.pid != os.getpid()]
+def of_study(study: StudyDirectory, stage: str | None = None) -> list[psutil.Process]:
+    """Every living process of the study on this machine, except the one that runs the study; or those of one stage."""
+    return [process for found in _by_stage(study, stage).values() for process in found]
 
 
 def end(
-    study: StudyDirectory, grace_seconds: float, impatient: Callable[[], bool] = lambda: False
+    study: StudyDirectory,
+    grace_seconds: float,
+    impatient: Callable[[], bool] = lambda: False,
+    stage: str | None = None,
 ) -> list[psutil.Process]:
-    """End every process of the study; return when none is left.
+    """End every process of the study, or of one stage; return when none is left.
 
     The ranks are told by SIGTERM, so that a training can save; their launchers would kill them meanwhile and are told
-    after them. Whoever is left after the grace time, or when `impatient()`, is killed. Returns processes that even
-    survive that (they hang in the kernel, e.g. in a file system that is gone).
+    after them, each stage's after its own ranks. Whoever is left after the grace time, or when `impatient()`, is killed.
+    Returns processes that even survive that (they hang in the kernel, e.g. in a file system that is gone).
     """
     deadline = time.monotonic() + grace_seconds
     killed_at: float | None = None
     told: set[psutil.Process] = set()
-    while alive := of_study(study):
+    while by_stage := _by_stage(study, stage):
+        alive = [process for found in by_stage.values() for process in found]
         now = time.monotonic()
         if killed_at is not None and now - killed_at > _KILLING_TAKES_SECONDS:
             return alive
@@ -96,11 +98,26 @@ def end(
             for process in alive:
                 _signal(process, signal.SIGKILL)
         else:
-            for process in set(_ranks(alive) or alive) - told:
+            next_ones = {process for found in by_stage.values() for process in _ranks(found) or found}
+            for process in next_ones - told:
                 _signal(process, signal.SIGTERM)
                 told.add(process)
         time.sleep(_LOOK_EVERY_SECONDS)
     return []
+
+
+def _by_stage(study: StudyDirectory, stage: str | None = None) -> dict[str, list[psutil.Process]]:
+    """The living processes, by the label of their stage."""
+    mark, found = _mark(study), defaultdict(list)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # another user's, or just ended
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            environment = process.environ()
+            label = environment.get(STAGE_MARK, "")
+            if environment.get(MARK) == mark and stage in (None, label):
+                found[label].append(process)
+    return dict(found)
 
 
 def _signal(process: psutil.Process, number: int) -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ SCRIPTS = {
     "report": "plot_scaling.py",
 }
 RANKED = ("train", "evaluate")  # run on several ranks
+ON_DEVICES = (*RANKED, "annotate")  # a rank on a CUDA device of its own, where there are any
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,14 @@ def prepared(shards: str) -> str:
     return f"prepare {Path(shards).name}"
 
 
-def command(stage: Stage, tools: Path, launcher: str, port: int | None = None) -> list[str]:
-    """The command line. Every setting is a flag, so that the line can be copied and run by hand.
+def command(
+    stage: Stage,
+    tools: Path,
+    launcher: str,
+    port: int | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> list[str]:
+    """The command line. Every setting is a flag, so that the line can be copied and run by hand in that environment.
 
     `auto`: several ranks train under the deepspeed launcher, which imports torch and deepspeed twice before the first
     rank starts (7 s on two cores); evaluation does not need it and starts under mpiexec (0.03 s) where there is one.
@@ -115,14 +122,18 @@ def command(stage: Stage, tools: Path, launcher: str, port: int | None = None) -
             )
         return [mpiexec, "-n", str(stage.num_ranks), sys.executable, *script]
     master_port = [f"--master_port={port}"] if port else []
-    return [deepspeed(), *_devices(stage.num_ranks, os.environ), *master_port, *script]
+    return [deepspeed(), *_devices(stage.num_ranks, environment), *master_port, *script]
 
 
-def environment(stage: Stage, cores: int) -> dict[str, str]:
-    """What a stage finds besides our own environment: threads, or every rank would use all the cores."""
-    if stage.kind not in RANKED or "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return {"OMP_NUM_THREADS": str(max(1, cores // stage.num_ranks))}
+def environment(stage: Stage, cores: int, devices: Sequence[str] = ()) -> dict[str, str]:
+    """What a stage finds besides our own environment: threads, or every rank would use all the cores, and its devices.
+
+    `cores` are those for this stage alone. Without `devices` it sees those that we see.
+    """
+    found = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
+    if stage.kind in RANKED and "OMP_NUM_THREADS" not in os.environ:
+        found["OMP_NUM_THREADS"] = str(max(1, cores // stage.num_ranks))
+    return found
 
 
 def flags(settings: Any) -> list[str]:
