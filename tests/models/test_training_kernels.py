@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from trainer.models import training_kernels
+from trainer.training.cross_entropy import summed_cross_entropy
 
 
 def _logits_and_gradient(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,3 +36,40 @@ def test_same_numbers(tied: bool) -> None:
     assert torch.allclose(found_logits, logits, rtol=1e-5, atol=1e-6)
     assert torch.linalg.norm(found_gradient - gradient) < 1e-5 * torch.linalg.norm(gradient)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_head_of_aligned_rows_is_the_head(in_place: bool) -> None:
+    """Values and both gradients, whether the loss writes its gradient over the logits or makes one of its own."""
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(101, 16, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 100, 3, 50, 99, 1, 2])
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    logits = training_kernels._AlignedProjection.apply(hidden, weight)
+    assert logits.shape == (7, 101) and logits.stride() == (128, 1)
+    if in_place:
+        loss = summed_cross_entropy(logits, labels)
+    else:
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    found = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for gradient, reference in zip(found, wanted, strict=True):
+        assert gradient.shape == reference.shape
+        assert torch.linalg.norm(gradient - reference) < 1e-6 * torch.linalg.norm(reference)
+
+
+def test_rms_norms_of_transformers_are_torchs() -> None:
+    """The formula that is taken on an accelerator, for every class that is replaced there."""
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 5, 32)
+    for name in training_kernels._RMS_NORMS:
+        family = importlib.import_module(f"transformers.models.{name.removesuffix('RMSNorm').lower()}")
+        kind = getattr(
+            importlib.import_module(f"{family.__name__}.modeling_{family.__name__.rsplit('.')[-1]}"), name
+        )
+        norm = kind(32, eps=1e-3)
+        torch.nn.init.uniform_(norm.weight)
+        found = torch.nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+        assert torch.allclose(found, norm(hidden), rtol=1e-5, atol=1e-6), name

@@ -88,7 +88,8 @@ def _varlen(
     """One kernel for all examples (flash attention inside torch, no extra package); it has no dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # Not [0], whose gradient is a tensor of zeros to copy into, in an order of axes that has to be copied once more.
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     grouped: dict[str, Any] = {}
     if query.shape[1] != key.shape[1] and _wants_to_be_told_of_groups():
         grouped = {"enable_gqa": True}

@@ -93,6 +93,7 @@ def batch_of(lengths: list[int], learned_tokens: int) -> Packed:
         bounds=torch.zeros(len(lengths) + 1, dtype=torch.int32),
         predicting=torch.zeros(learned_tokens, dtype=torch.int64),
         labels=torch.zeros(learned_tokens, dtype=torch.int64),
+        counts=True,
     )
 
 

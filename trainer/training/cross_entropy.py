@@ -19,34 +19,30 @@ _CACHE_BYTES = 2 << 20  # of fp32 rows at a time on a CPU: about its second-leve
 _ACCELERATOR_BYTES = 256 << 20  # enough rows to keep an accelerator busy
 
 
-def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
-    """Sum of the losses in nats, fp32, with its graph; logits [L, vocabulary] are overwritten, labels [L] (int64).
-
-    Rows whose label is `ignored` have no loss and no gradient.
-    """
-    loss: torch.Tensor = _SummedCrossEntropy.apply(logits, labels, ignored)
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the losses in nats, fp32, with its graph; logits [L, vocabulary] are overwritten, labels [L] (int64)."""
+    loss: torch.Tensor = _SummedCrossEntropy.apply(logits, labels)
     return loss
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         limit = _CACHE_BYTES if logits.device.type == "cpu" else _ACCELERATOR_BYTES
         rows = max(1, limit // (4 * logits.shape[1]))
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         for part, wanted in zip(logits.split(rows), labels.unsqueeze(1).split(rows), strict=True):
-            learned = (wanted != ignored).float()
-            wanted = wanted.clamp(min=0)
             log_probabilities = part.float().log_softmax(1)
-            total -= (log_probabilities.gather(1, wanted) * learned).sum(dtype=torch.float64)
+            of_labels = log_probabilities.gather(1, wanted)
+            total -= of_labels.sum(dtype=torch.float64)
             if ctx.needs_input_grad[0]:
-                gradient = log_probabilities.exp_().mul_(learned)
-                part.copy_(gradient.scatter_add_(1, wanted, -learned))
+                torch.exp(log_probabilities, out=part)
+                part.scatter_(1, wanted, of_labels.exp_().sub_(1).to(part.dtype))
         ctx.save_for_backward(logits)
         return total.float()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(loss_gradient), None, None
+        return gradient.mul_(loss_gradient), None

@@ -15,7 +15,7 @@ from trainer import distributed, rendezvous, startup
 from trainer.models import load, packed_attention, training_kernels
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
-from trainer.training import checkpoint, ds_config
+from trainer.training import checkpoint, ds_config, gradient_norm
 
 
 def build_engine(
@@ -48,6 +48,7 @@ def build_engine(
             model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
         )
     rendezvous.limit_waiting(settings.timeout_seconds)
+    gradient_norm.read_once(engine.optimizer)
     engine.checkpoint_engine = checkpoint.SafeCheckpointEngine()
     engine.train()
     return engine

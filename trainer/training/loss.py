@@ -24,7 +24,8 @@ IGNORED = -100  # a label that carries no loss (torch's and transformers' conven
 class Packed:
     """One row: tokens [1, T], positions [1, T] restarting per example, where examples start, what to predict.
 
-    predicting [L]: positions whose next token is learned; labels [L]: those tokens.
+    predicting [L]: positions whose next token is learned; labels [L]: those tokens. counts: False if nothing is learned;
+    the one position there is then has no loss.
     """
 
     tokens: torch.Tensor
@@ -33,6 +34,7 @@ class Packed:
     bounds: torch.Tensor
     predicting: torch.Tensor
     labels: torch.Tensor
+    counts: bool
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def lay_out(batch: MicroBatch, packing: bool, device: torch.device) -> Packed | 
 def token_losses(model: torch.nn.Module, batch: Packed | Padded) -> torch.Tensor:
     """Forward pass; the sum of the losses of the learned tokens, in nats, fp32, with its graph."""
     if isinstance(batch, Packed):
-        return summed_cross_entropy(packed_logits(model, batch), batch.labels, IGNORED)
+        losses = summed_cross_entropy(packed_logits(model, batch), batch.labels)
+        return losses if batch.counts else losses * 0
     logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
     return cross_entropy(
         logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -85,8 +88,9 @@ def _pack(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.d
     # The last position of an example predicts nothing.
     labels = np.concatenate([np.append(target, IGNORED) for target in targets])
     predicting = np.flatnonzero(labels != IGNORED)
-    if not len(predicting):
-        predicting = np.zeros(1, np.int64)
+    counts = bool(len(predicting))
+    if not counts:
+        predicting, labels[0] = np.zeros(1, np.int64), 0
     return Packed(
         tokens=_tensor(np.concatenate(examples), device).unsqueeze(0),
         positions=_tensor(np.concatenate([np.arange(n) for n in lengths]), device).unsqueeze(0),
@@ -94,6 +98,7 @@ def _pack(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.d
         bounds=_tensor(np.cumsum([0, *lengths], dtype=np.int32), device),
         predicting=_tensor(predicting, device),
         labels=_tensor(labels[predicting], device),
+        counts=counts,
     )
 
 
