@@ -30,6 +30,11 @@ TWO_RANKS = {
     }
     for stage in range(4)
 } | {
+    "zero 3, recomputed, two ranks": {
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "deepspeed": "ds_configs/zero3.json",
+    },
     "padded, two ranks": {
         "per_device_train_batch_size": 2,
         "packing": False,

@@ -73,6 +73,13 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks a transformers model repeats: what it recomputes as one under gradient checkpointing."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def num_parameters(config: PreTrainedConfig) -> int:
     """Parameters of the model, tied ones once."""
     return sum(parameter.numel() for parameter in build_on_meta(config).parameters())

@@ -70,7 +70,12 @@ def of_rank(
     bf16 = resolved["bf16"]["enabled"]
     element_bytes = 2 if bf16 else 4
     layout = Layout.make(
-        resolved, list(workload.sizes), element_bytes, world_size, on_accelerator=not accelerator.is_cpu
+        resolved,
+        list(workload.sizes),
+        element_bytes,
+        world_size,
+        on_accelerator=not accelerator.is_cpu,
+        largest_layer=workload.largest_layer,
     )
     worst = max(phases(layout, *timeline), key=Phase.total)
     device, host = worst.device, worst.host

@@ -20,11 +20,15 @@ _STORIES_TOKENS = 1024  # of the embedded tokenizer, for the stories shapes when
 
 @dataclass(frozen=True)
 class Workload:
-    """`sizes`: elements of every parameter, tied ones once. `lengths`: examples of the fullest micro-batch."""
+    """`sizes`: elements of every parameter, tied ones once. `lengths`: examples of the fullest micro-batch.
+
+    `largest_layer`: elements of a decoder layer.
+    """
 
     model_name: str
     config: Any
     sizes: tuple[int, ...]
+    largest_layer: int
     lengths: tuple[int, ...]
     learned_tokens: int  # of the fullest micro-batch
     mean_length: float
@@ -44,14 +48,16 @@ def of(settings: TrainSettings, world_size: int) -> Workload:
     """
     name = settings.model_name_or_path or settings.config_name
     config = model_config(settings)
-    sizes = tuple(parameter.numel() for parameter in load.build_on_meta(config).parameters())
+    model = load.build_on_meta(config)
+    sizes = tuple(parameter.numel() for parameter in model.parameters())
+    layers = [sum(part.numel() for part in layer.parameters()) for layer in load.decoder_layers(model)]
     if settings.train_shards:
         found = _from_shards(settings, world_size)
     elif isinstance(settings, PlanSettings):
         found = _assumed(settings, world_size)
     else:
         raise UserError("train_shards is required")
-    return Workload(settings.model_label or Path(name).name, config, sizes, **found)
+    return Workload(settings.model_label or Path(name).name, config, sizes, max(layers, default=0), **found)
 
 
 def model_config(settings: TrainSettings) -> Any:

@@ -58,8 +58,12 @@ class Layout:
         element_bytes: int,
         world_size: int,
         on_accelerator: bool,
+        largest_layer: int = 0,
     ) -> Layout:
-        """`sizes`: elements of every parameter, tied ones once; `resolved`: what training/ds_config.resolve returns."""
+        """`sizes`: elements of every parameter, tied ones once; `resolved`: what training/ds_config.resolve returns.
+
+        `largest_layer`: elements of a decoder layer, which ZeRO-3 gathers at once.
+        """
         zero = resolved["zero_optimization"]
         threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
         live = int(zero.get("stage3_max_live_parameters", _DEFAULT_LIVE))
@@ -75,7 +79,7 @@ class Layout:
             accumulation_steps=int(resolved["gradient_accumulation_steps"]),
             reduce_bucket=int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET)),
             overlap=bool(zero.get("overlap_comm", int(zero.get("stage", 0)) == 3)),
-            gathered_limit=min(live, reuse) + prefetch + max(sizes),
+            gathered_limit=min(live, reuse) + prefetch + max(*sizes, largest_layer),
             sub_group=int(zero.get("sub_group_size", _DEFAULT_SUB_GROUP)) + -(-max(sizes) // world_size),
             persistent=sum(size for size in sizes if size < threshold),
             offload_optimizer=_offloaded(zero, "offload_optimizer"),
