@@ -63,7 +63,7 @@ def test_weights_that_were_trained_in_between_are_the_ones_used() -> None:
 
 def test_a_layer_that_computed_in_another_way_does_so_again() -> None:
     model = gpt2()
-    training_kernels.use(model)
+    training_kernels.use(model, on_accelerator=False)
     other = model.lm_head.forward
     with blocked_weights(model):
         assert model.lm_head.forward is not other

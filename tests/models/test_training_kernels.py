@@ -20,8 +20,10 @@ def _logits_and_gradient(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Te
     return logits.detach(), torch.cat(gradients)
 
 
+@pytest.mark.parametrize("on_accelerator", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_same_numbers(tied: bool) -> None:
+def test_same_numbers(tied: bool, on_accelerator: bool) -> None:
+    """Those of an accelerator are right on a CPU too, only not faster."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=101, n_layer=2, n_embd=32, n_head=2, tie_word_embeddings=tied,
@@ -30,7 +32,7 @@ def test_same_numbers(tied: bool) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     names = list(model.state_dict())
     logits, gradient = _logits_and_gradient(model)
-    training_kernels.use(model)
+    training_kernels.use(model, on_accelerator)
     assert not any(type(module).__name__ == "NewGELUActivation" for module in model.modules())
     found_logits, found_gradient = _logits_and_gradient(model)
     assert torch.allclose(found_logits, logits, rtol=1e-5, atol=1e-6)

@@ -19,39 +19,40 @@ _ALIGNED = 64  # rows of a head on an accelerator: a multiple of this
 _RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
-def use(model: Any) -> None:
-    """Give a transformers model, whole or in ZeRO-3's shards, the faster kernels."""
+def use(model: Any, on_accelerator: bool) -> None:
+    """Give a transformers model, whole or in ZeRO-3's shards, the kernels that are faster where it will be."""
     from transformers.activations import NewGELUActivation
 
+    if on_accelerator:  # on a CPU torch spells the formula out too
+        for norm in rms_norms(model):
+            norm.forward = functools.partial(_normalise, norm)
     for module in model.modules():
-        if type(module).__name__ in _RMS_NORMS:
-            module.forward = functools.partial(_normalise, module)
         for name, child in module.named_children():
             if type(child) is NewGELUActivation:
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
     head = model.get_output_embeddings()
-    if type(head) is torch.nn.Linear and head.bias is None:
-        head.forward = functools.partial(_project, head)
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return
+    if on_accelerator and head.out_features % _ALIGNED:
+        head.forward = functools.partial(_project, head, _AlignedProjection)
+    elif not on_accelerator and torch.backends.mkldnn.is_available():
+        head.forward = functools.partial(_project, head, _Projection)
+
+
+def rms_norms(model: torch.nn.Module) -> list[Any]:
+    """The modules that compute an RMS norm with a weight [width] and a `variance_epsilon`."""
+    return [module for module in model.modules() if type(module).__name__ in _RMS_NORMS]
 
 
 def _normalise(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """hidden [..., width]. On a CPU torch spells the formula out too."""
-    if hidden.device.type == "cpu":
-        spelled_out: torch.Tensor = type(norm).forward(norm, hidden)
-        return spelled_out
+    """hidden [..., width]."""
     return rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _project(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+def _project(head: torch.nn.Linear, function: Any, hidden: torch.Tensor) -> torch.Tensor:
     """hidden [..., width] -> logits [..., vocabulary]."""
-    function: Any
-    if hidden.device.type != "cpu":
-        function = _AlignedProjection if head.weight.shape[0] % _ALIGNED else None
-    else:  # in bf16 torch takes oneDNN by itself
-        is_fp32 = hidden.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        function = _Projection if is_fp32 else None
-    if function is None:
-        return linear(hidden, head.weight)
+    if function is _Projection and hidden.dtype != torch.float32:
+        return linear(hidden, head.weight)  # in bf16 torch takes oneDNN by itself
     logits: torch.Tensor = function.apply(hidden.flatten(0, -2), head.weight)
     return logits.unflatten(0, hidden.shape[:-1])
 

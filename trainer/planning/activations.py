@@ -8,6 +8,7 @@ checkpointing, tied heads and the logits at learned positions need no case of th
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -56,12 +57,12 @@ def trace(
     """Run one micro-batch: examples of `lengths` tokens in one packed row, of which `learned_tokens` are predicted.
 
     `cuda`: attention over a pack is one kernel that keeps query, key, value, output and one fp32 number a head and
-    token (flash attention), and dropout keeps one byte an element. Otherwise what torch does on a CPU is counted.
+    token (flash attention), RMS norms are one kernel each, and dropout keeps one byte an element. Otherwise what torch does on a CPU is counted.
     """
     name = _register_cuda_attention() if cuda else packed_attention.register()
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore")
-        model = _model(config, name, dtype, checkpointing)
+        model = _model(config, name, dtype, checkpointing, cuda)
         batch = batch_of(lengths, learned_tokens)
         counter = _LiveBytes([*model.parameters(), *model.buffers(), *vars(batch).values()])
         for parameter in model.parameters():
@@ -73,12 +74,16 @@ def trace(
     return Timeline(tuple(counter.finish()), saved)
 
 
-def _model(config: Any, attention: str, dtype: torch.dtype, checkpointing: bool) -> torch.nn.Module:
+def _model(
+    config: Any, attention: str, dtype: torch.dtype, checkpointing: bool, cuda: bool
+) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     model.config.use_cache = False
-    training_kernels.use(model)
+    training_kernels.use(model, on_accelerator=cuda)
+    for norm in training_kernels.rms_norms(model) if cuda else []:
+        norm.forward = functools.partial(_normalise, norm)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -183,6 +188,25 @@ class _FlashAttention(torch.autograd.Function):
 
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
     return _FlashAttention.apply(query, key, value).transpose(1, 2), None
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Shapes of an RMS norm in one kernel, which keeps its input and one fp32 number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any) -> Any:
+        statistics = torch.empty(hidden.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, statistics)
+        return torch.empty_like(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        hidden, weight, _ = ctx.saved_tensors
+        return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _normalise(norm: Any, hidden: Any) -> Any:
+    return _FusedNorm.apply(hidden, norm.weight)
 
 
 def _register_cuda_attention() -> str:

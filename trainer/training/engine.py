@@ -40,7 +40,7 @@ def build_engine(
             with _into_shards(resolved):
                 model = load.load_model(weights, dtype, attention, config=config)
             distributed.barrier()  # a temporary folder is removed after everybody has read it
-    training_kernels.use(model)
+    training_kernels.use(model, on_accelerator=torch.cuda.is_available())
     _gather_by_layer(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
