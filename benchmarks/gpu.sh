@@ -2,11 +2,11 @@
 # The benchmarks on one GPU, also where there is no network.
 #
 #   benchmarks/gpu.sh wheels [--have FILE]    where there is a network: packages and GSM8K's shards into build/gpu
-#   benchmarks/gpu.sh run PART [--tiny]       on the GPU: parity, train, memory, evaluate, convert, study; or all
+#   benchmarks/gpu.sh run PART ... [--tiny]   on the GPU: parity, train, memory, evaluate, convert, study; or all
 #   benchmarks/gpu.sh table [--tiny]          the table of what is measured so far
 #
-# Carry the checkout with build/gpu to the GPU. A part takes at most about ten minutes (SECONDS_EACH); what is measured is
-# kept, the same command goes on, and exit status 75 says that there is more to do. `parity` comes first: numbers before
+# Carry the checkout with build/gpu to the GPU. A call takes at most about ten minutes (SECONDS_EACH), the study as long again;
+# what is measured is kept, the same command goes on, and exit status 75 says that there is more to do. `parity` comes first: numbers before
 # speed. `--tiny` runs small shapes, also on a CPU, to see that everything works.
 #
 # wheels: PYTHON_VERSION (3.12) and PLATFORM (manylinux_2_28_x86_64) are the GPU machine's; --have names a `pip freeze` of
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 GPU=$PWD/build/gpu
 PYTHON=${PYTHON:-python3}
 SECONDS_EACH=${SECONDS_EACH:-540}
-PARTS=(parity train memory evaluate convert study)
+PARTS=(parity train memory evaluate convert)
 # A CUDA image's own: torch and what it needs. Never replaced.
 IMAGE='^(torch|triton|nvidia-.*|filelock|fsspec|jinja2|markupsafe|mpmath|networkx|numpy|sympy|typing[_-]extensions|setuptools|pip)=='
 # What the trainer and TRL import when they train, evaluate, convert and report.
@@ -96,25 +96,23 @@ peers() {
 }
 
 run() {
-    local part=${1:?name a part: ${PARTS[*]}, or all} status=0 each
-    shift
+    local parts=() study= status=0
+    while [ "${1:-}" ] && [[ $1 != --* ]]; do
+        case $1 in
+            all) parts=("${PARTS[@]}") study=yes ;;
+            study) study=yes ;;
+            *) parts+=("$1") ;;
+        esac
+        shift
+    done
+    if [ -z "${parts[*]}$study" ]; then main; fi
     environment
-    if [ "$part" = all ]; then
-        for each in "${PARTS[@]}"; do run_one "$each" "$@" || return; done
-    else
-        run_one "$part" "$@" || status=$?
-    fi
-    return $status
-}
-
-run_one() {
-    local part=$1 status=0
-    shift
-    if [ "$part" = study ]; then
-        "$PYTHON" -m benchmarks.gpu.study --seconds "$SECONDS_EACH" "$@" || status=$?
-    else
-        "$PYTHON" -m benchmarks.gpu.run "$part" --seconds "$SECONDS_EACH" "$@" || status=$?
+    if [ "${parts[*]}" ]; then
+        "$PYTHON" -m benchmarks.gpu.run "${parts[@]}" --seconds "$SECONDS_EACH" "$@" || status=$?
         "$PYTHON" -m benchmarks.gpu.table $(printf '%s\n' "$@" | grep -x -- --tiny) >/dev/null || true
+    fi
+    if [ "$study" ] && [ $status = 0 ]; then
+        "$PYTHON" -m benchmarks.gpu.study --seconds "$SECONDS_EACH" "$@" || status=$?
     fi
     return $status
 }

@@ -2,7 +2,7 @@
 
 Loading torch, DeepSpeed, transformers and TRL takes longer than most of what is measured, and no figure counts it. So a script
 is forked from one interpreter that has loaded them (`preload`), instead of started by a new one; it runs as if it had
-been. Another interpreter's commands, and `-m` ones, are started as they are.
+been. Another interpreter's commands, and modules that are not ours, are started as they are.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Failed(Exception):
 def preload(*modules: str) -> None:
     """Once, before the first contender: scripts are forked from a process that has loaded these modules."""
     global _preloaded
-    os.environ.update(ENVIRONMENT, PYTHONPATH=str(REPOSITORY))
+    places = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join(places))
     _context.set_forkserver_preload(list(modules))
     _preloaded = True
 
@@ -167,7 +168,8 @@ class Running:
 
 
 def _start(command: list[str], environment: dict[str, str], channel: socket.socket) -> Any:
-    if _preloaded and command[0] == sys.executable and command[1].endswith(".py"):
+    ours = command[1].endswith(".py") or (command[1] == "-m" and command[2].startswith("benchmarks."))
+    if _preloaded and command[0] == sys.executable and ours:
         process = _context.Process(target=_become, args=(command[1:], environment, channel))
         process.start()
         return process
@@ -183,7 +185,7 @@ def _start(command: list[str], environment: dict[str, str], channel: socket.sock
 
 
 def _become(argv: list[str], environment: dict[str, str], channel: socket.socket) -> None:
-    """In the forked process: the script, its arguments, its environment, its standard streams."""
+    """In the forked process: the script or module, its arguments, its environment, its standard streams."""
     gc.freeze()  # not its own objects: a collection need not look at all that was loaded for others
     os.setsid()
     os.chdir(REPOSITORY)
@@ -192,5 +194,12 @@ def _become(argv: list[str], environment: dict[str, str], channel: socket.socket
     channel.close()
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ.update(environment)
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda._is_in_bad_fork():  # a library has looked at the GPU as it was loaded
+        os.execv(sys.executable, [sys.executable, *argv])
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")

@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.gpu import cases, materials
 from benchmarks.harness import REPOSITORY
 from trainer import distributed
+from trainer.models.tokenizer import load_tokenizer
 from trainer.settings import TrainSettings
 
 STEPS = 4
@@ -41,8 +42,14 @@ def main() -> None:
     details: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        shards = materials.shards(tiny)
         config = cases.config(
-            "llama-2-7b", True, num_attention_heads=4, num_key_value_heads=2, hidden_size=64
+            "llama-2-7b",
+            True,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            hidden_size=64,
+            vocab_size=len(load_tokenizer(shards.tokenizer_path)),
         )
         config.initializer_range = 0.1  # or every loss is that of a guess, whatever attention does
         config.save_pretrained(folder / "config")

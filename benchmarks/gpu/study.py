@@ -7,6 +7,7 @@ goes on (exit status 75: more to do). At the end the report's pictures and numbe
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from benchmarks.harness import REPOSITORY
 
 STUDY = REPOSITORY / "studies" / "stories_scaling.yaml"
 GRACE_SECONDS = 90  # the largest model is saved meanwhile
+PARALLEL = 14  # stages at the same time: they share the GPU, but loading libraries and starting kernels is the host's work
 KEPT = ("accuracy_vs_parameters.png", "accuracy_by_num_steps.png", "results.json")
 
 
@@ -34,6 +36,7 @@ def main() -> int:
     chosen = parser.parse_args()
     file, runs = (tiny_study(), cases.folder(True)) if chosen.tiny else (STUDY, REPOSITORY)
     command = [sys.executable, "tools/study.py", "run", str(file)]
+    command += ["--num_parallel", str(1 if chosen.tiny else min(PARALLEL, os.cpu_count() or 1))]
     process = subprocess.Popen(command, cwd=REPOSITORY)
     try:
         status = process.wait(timeout=max(1.0, chosen.seconds - GRACE_SECONDS))

@@ -30,7 +30,8 @@ from trainer.evaluation.generate import chooser, generate
 from trainer.evaluation.language import Language, end_tokens
 from trainer.evaluation.sampling import noise_key
 from trainer.evaluation.solution import Rules, Script, Seat, Solution
-from trainer.models.slots import SlotStep, slot_attention_of
+from trainer.models.slot_attention import slot_attention_of
+from trainer.models.slots import SlotStep
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.read import Shards
 

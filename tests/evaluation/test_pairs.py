@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tests.recorded_launches import decode_by_graphs
 from trainer.evaluation.cast import Actor, Cast
 from trainer.evaluation.decoding import DECOMPOSER, PLANNER, SOLVER, STUDENT, Decoding
 from trainer.evaluation.predict import predictions
@@ -139,6 +140,29 @@ def test_many_problems_at_once_are_one_at_a_time(
             assert questions == gold[: len(questions)]
         else:
             assert len(questions) <= CHAOS["max_steps"] + 1
+
+
+@pytest.mark.parametrize("way", ["interleaved", "planned"])
+def test_they_write_the_same_where_a_pass_is_a_graph_or_reads(
+    way: str,
+    models: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    shards: Shards,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: a model's slots stand still while another's turn lasts, and compute all the same."""
+    methods, decoding = WAYS[way]
+    expected = [
+        solve_all(models, tokenizer, shards, methods, **decoding, **changes) for changes in ({}, CHAOS)
+    ]
+    for few_tokens in (1, 4, 100):  # all but the newest is read at once; a few one by one; everything
+        replayed = decode_by_graphs(monkeypatch, few_tokens)
+        found = [
+            solve_all(models, tokenizer, shards, methods, **decoding, **changes) for changes in ({}, CHAOS)
+        ]
+        assert found == expected
+        assert len(replayed) > 30
+        monkeypatch.undo()
 
 
 def test_one_socratic_student_in_both_parts_writes_what_it_writes_alone(

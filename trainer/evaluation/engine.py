@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
+from trainer.models.decode_graphs import DecodeGraphs
+from trainer.models.slot_attention import newest_logits
 from trainer.models.slots import SlotCache, plan_step
 
 MOST_TOKENS_A_STEP = 16384  # bounds the activations when many prompts are read at once
+FEW_TOKENS = 16  # on a GPU so many are read one by one, in graphs, while others decode
+WAITING_A_READER = 8  # ... and a pass without a graph is made when of this many problems one has more to read
 
 
 @dataclass
@@ -44,9 +49,32 @@ SomeOccupant = TypeVar("SomeOccupant", bound=Occupant)
 Choose = Callable[[torch.Tensor, list[Feed]], list[int]]
 
 
+def decodes_by_graph(device: torch.device) -> bool:
+    """Whether decode steps are made into graphs: where launches are what they wait for."""
+    return device.type == "cuda"
+
+
+def is_decoding(num_pending: Sequence[int]) -> bool:
+    """Whether the next pass on a GPU is a graph, given how many tokens are pending in the slots that wait.
+
+    In a graph each slot reads one token, and those with many to read stand still. A pass without a graph reads all, but
+    may take as long as several graphs, so it is made when some slots have gathered that need it, or nobody would choose.
+    Nobody stands still for ever: those with many only grow in number until there is such a pass, and until then every
+    graph takes a token of the bounded number that the others have left.
+    """
+    num_readers = sum(number > FEW_TOKENS for number in num_pending)
+    return 1 in num_pending and num_readers < max(1, len(num_pending) // WAITING_A_READER)
+
+
+def _how_many_fit(num_pending: Sequence[int]) -> int:
+    """How many of the slots that wait are read in one pass: all, unless those were too many tokens."""
+    total = accumulate(num_pending)
+    return max(1, sum(num_tokens <= MOST_TOKENS_A_STEP for num_tokens in total))
+
+
 class Engine(Generic[SomeOccupant]):
     """One model's slots, one for every problem on its way. `step` reads what is pending and chooses next tokens, for
-    the problems whose turn is this engine's; the others are parked and contribute no tokens.
+    the problems whose turn is this engine's; the others are parked.
 
     Occupied slots are always the first ones, so that attention takes them as one block of the cache: a problem that
     leaves without a successor is replaced by the last one, which costs one copy of its keys and values.
@@ -76,6 +104,7 @@ class Engine(Generic[SomeOccupant]):
         self._choose = choose
         self._dtype = model.dtype
         self._device = model.device
+        self._graphs = DecodeGraphs(model, self._cache, num_slots) if decodes_by_graph(model.device) else None
 
     @property
     def num_waiting(self) -> int:
@@ -96,35 +125,34 @@ class Engine(Generic[SomeOccupant]):
 
     @torch.inference_mode()
     def step(self) -> list[tuple[SomeOccupant, int]]:
-        """Read the pending tokens of waiting problems in one forward pass; each with its next token.
+        """One forward pass for the problems that wait; those that have read all that was pending, with their next tokens.
 
-        All that wait take part, unless that were too many tokens for one pass.
+        On a CPU every pass reads all that is pending. On a GPU it either does so too, or reads one token of each slot, by
+        a graph.
         """
         self._close_gaps()
-        active: list[int] = []
-        num_tokens = 0
-        for slot, occupant in enumerate(self.slots):
-            if occupant.turn != self.seat:
-                continue
-            num_tokens += len(occupant.feeds[self.seat].pending)
-            if active and num_tokens > MOST_TOKENS_A_STEP:
-                break
-            active.append(slot)
-        feeds = [self.slots[slot].feeds[self.seat] for slot in active]
-        logits = self._read(active, feeds)
-        return list(zip((self.slots[slot] for slot in active), self._choose(logits, feeds), strict=True))
+        feeds = [occupant.feeds[self.seat] for occupant in self.slots]
+        waiting = [slot for slot, occupant in enumerate(self.slots) if occupant.turn == self.seat]
+        num_pending = [len(feeds[slot].pending) for slot in waiting]
+        if self._graphs and self._graphs.usable and is_decoding(num_pending):
+            active, logits = self._read_one_token_each(self._graphs, waiting, feeds)
+        else:  # always, on a CPU
+            active = waiting[: _how_many_fit(num_pending)]
+            logits = self._read_all(active, [feeds[slot] for slot in active])
+        tokens = self._choose(logits, [feeds[slot] for slot in active])
+        return list(zip((self.slots[slot] for slot in active), tokens, strict=True))
 
     @torch.inference_mode()
     def _begin(self, slot: int, feed: Feed) -> None:
         """A text begins in `slot`: the prefix is there at once."""
         if self._prefix.pending:
-            self._read([self._num_slots], [self._prefix])
+            self._read_all([self._num_slots], [self._prefix])
         if length := self._prefix.length:
             self._cache.copy(self._num_slots, slot, length)
             feed.length = length
             del feed.pending[:length]
 
-    def _read(self, active: list[int], feeds: list[Feed]) -> torch.Tensor:
+    def _read_all(self, active: list[int], feeds: list[Feed]) -> torch.Tensor:
         """One forward pass over what is pending: logits [feeds, vocabulary] of the newest tokens."""
         step = plan_step(
             self._cache,
@@ -134,17 +162,31 @@ class Engine(Generic[SomeOccupant]):
             self._dtype,
             self._device,
         )
-        logits: torch.Tensor = self.model(
-            input_ids=step.input_ids,
-            position_ids=step.positions,
-            use_cache=False,
-            logits_to_keep=step.num_newest,
-            slot_step=step,
-        ).logits[0]
+        logits = newest_logits(self.model, step)
         for feed in feeds:
             feed.length += len(feed.pending)
             feed.pending = []
         return logits
+
+    def _read_one_token_each(
+        self, graphs: DecodeGraphs, waiting: list[int], feeds: list[Feed]
+    ) -> tuple[list[int], torch.Tensor]:
+        """One forward pass over the waiting slots with few pending tokens, the first of each: the slots that have now read
+        all, and logits [such slots, vocabulary]. `feeds`: of all occupied slots."""
+        tokens, positions = [0] * len(feeds), [feed.length for feed in feeds]
+        longest = 0
+        active: list[int] = []
+        for slot in waiting:
+            feed = feeds[slot]
+            if len(feed.pending) > FEW_TOKENS:
+                continue
+            tokens[slot] = feed.pending.pop(0)
+            feed.length += 1
+            longest = max(longest, feed.length)
+            if not feed.pending:
+                active.append(slot)
+        logits = graphs.step(tokens, positions, longest)
+        return active, logits[: len(active)] if len(active) == len(feeds) else logits[active]
 
     def _has_left(self, occupant: SomeOccupant) -> bool:
         return occupant.turn is None or occupant.feeds[self.seat].is_over

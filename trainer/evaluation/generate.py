@@ -10,7 +10,7 @@ import torch
 from trainer.evaluation import sampling
 from trainer.evaluation.engine import Choose, Engine, Feed, SomeOccupant
 from trainer.models.blocked_weights import blocked_weights
-from trainer.models.slots import slot_attention_of
+from trainer.models.slot_attention import slot_attention_of
 
 
 def chooser(temperature: float, top_p: float) -> Choose:

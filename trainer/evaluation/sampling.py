@@ -7,7 +7,6 @@ the number of ranks or on the order in which problems are taken.
 from __future__ import annotations
 
 import hashlib
-import math
 
 import torch
 
@@ -33,8 +32,10 @@ def uniform(key: int, position: int) -> float:
 def greedy(logits: torch.Tensor) -> list[int]:
     """Most probable token of each row; logits [rows, vocabulary]. Raises UserError for NaN or infinite logits."""
     largest, tokens = logits.max(dim=-1)
-    _refuse_non_finite(largest)
-    return tokens.tolist()
+    chosen: list[int] = tokens.where(largest.isfinite(), -1).tolist()  # all in one copy from the device
+    if -1 in chosen:
+        raise _not_finite()
+    return chosen
 
 
 def sampled(logits: torch.Tensor, temperature: float, top_p: float, uniforms: list[float]) -> list[int]:
@@ -46,7 +47,8 @@ def sampled(logits: torch.Tensor, temperature: float, top_p: float, uniforms: li
     scaled = (
         logits.double() / temperature
     )  # double: rounding in the sums must not move a boundary between tokens
-    _refuse_non_finite(scaled.amax(dim=-1))
+    if not scaled.amax(dim=-1).isfinite().all():
+        raise _not_finite()
     probabilities = torch.softmax(scaled, dim=-1)
     order = None
     if top_p < 1:
@@ -62,9 +64,8 @@ def sampled(logits: torch.Tensor, temperature: float, top_p: float, uniforms: li
     return (place if order is None else order.gather(-1, place))[:, 0].tolist()
 
 
-def _refuse_non_finite(largest: torch.Tensor) -> None:
-    """The largest logit of a row is NaN if any of the row is."""
-    if not all(map(math.isfinite, largest.tolist())):
-        raise UserError(
-            "the model's logits are not finite: its weights hold NaN or infinity; use another checkpoint"
-        )
+def _not_finite() -> UserError:
+    """For a row whose largest logit is not finite: it is NaN if any of the row is."""
+    return UserError(
+        "the model's logits are not finite: its weights hold NaN or infinity; use another checkpoint"
+    )

@@ -51,7 +51,7 @@ def attend(
     if window is not None and longest > window:
         raise RuntimeError(f"an example of {longest} tokens exceeds the model's sliding window of {window}")
     if dropout == 0.0 and has_kernel(query):
-        return _varlen(query, key, value, scaling, cu_seq_lens_q, longest), None
+        return varlen(query, key, value, scaling, cu_seq_lens_q, longest), None
     lengths = kwargs["lengths"]
     grouped = query.shape[1] != key.shape[1]
     outputs = []
@@ -77,15 +77,20 @@ def has_kernel(query: torch.Tensor) -> bool:
     )
 
 
-def _varlen(
+def varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float | None,
     bounds: torch.Tensor,
     longest: int,
+    key_bounds: torch.Tensor | None = None,
+    longest_key: int | None = None,
 ) -> torch.Tensor:
-    """One kernel for all examples (flash attention inside torch, no extra package); it has no dropout."""
+    """One kernel for all examples (flash attention inside torch, no extra package); it has no dropout.
+
+    An example that has more keys (`key_bounds`, int32 like `bounds`) than queries: its last query sees its last key.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     # Not [0], whose gradient is a tensor of zeros to copy into, in an order of axes that has to be copied once more.
@@ -93,8 +98,10 @@ def _varlen(
     grouped: dict[str, Any] = {}
     if query.shape[1] != key.shape[1] and _wants_to_be_told_of_groups():
         grouped = {"enable_gqa": True}
+    key_bounds = bounds if key_bounds is None else key_bounds
+    longest_key = longest if longest_key is None else longest_key
     out = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **grouped
+        q, k, v, bounds, key_bounds, longest, longest_key, scale=scaling, window_size=(-1, 0), **grouped
     )
     assert isinstance(out, torch.Tensor)  # return_aux was not asked for
     return out.unsqueeze(0)

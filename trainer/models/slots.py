@@ -1,28 +1,20 @@
-"""Attention over generation slots: a key-value cache in which every slot holds one sequence of its own length.
+"""Generation slots: a key-value cache in which every slot holds one sequence, and the plan of a forward pass over it.
 
 A forward pass takes one flat row of tokens, shape [1, tokens], from any number of sequences, so the linear layers
 never see padding and a prompt can be read in the same pass in which other slots write their next token
-(continuous batching: Yu et al., "Orca", OSDI 2022). Registered with transformers as the attention "slots"; having
-no mask function of its own, transformers builds no mask for it, and `slot_step=` rides in the keyword arguments.
+(continuous batching: Yu et al., "Orca", OSDI 2022). How a token sees its own slot is in slot_attention.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
 
-from trainer.errors import UserError
-from trainer.models.attention_kernels import leave_out_cudnn
-
-IMPLEMENTATION = "slots"
 _LENGTH_MULTIPLE = 8  # CUDA's memory-efficient kernel wants rows of the mask aligned to 8 elements
-_NOT_SUPPORTED = ("softcap", "position_bias", "s_aux", "head_mask")
 
 
 class SlotCache:
@@ -57,6 +49,23 @@ class Piece:
     slot: int
     past: int
 
+    @property
+    def end(self) -> int:
+        """Length of the sequence with the piece."""
+        return self.past + self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Pack:
+    """All pieces of a pass as one kernel takes them: their queries side by side, and so their keys, from position 0 on."""
+
+    bounds: torch.Tensor  # [pieces + 1] int32, where the queries of each begin, and the total
+    key_bounds: torch.Tensor  # [pieces + 1] int32, the same of its keys
+    key_slots: torch.Tensor  # [keys] int64, where they are in the cache
+    key_positions: torch.Tensor  # [keys] int64
+    longest: int  # queries of a piece
+    longest_key: int  # keys of a piece
+
 
 @dataclass(frozen=True)
 class SlotStep:
@@ -68,7 +77,7 @@ class SlotStep:
 
     A slot that does not take part (a parked one) has no token in the row. If it lies among the others, it is in the
     batch of the attention alone, with an empty query whose result is dropped: copying keys and values to have the
-    others side by side would cost more.
+    others side by side would cost more. (In a decode step, `plan_decode`, all of a block take part.)
     """
 
     cache: SlotCache
@@ -81,6 +90,27 @@ class SlotStep:
     longest: int  # length of the longest of their sequences after this step, rounded up
     mask: torch.Tensor  # [block, 1, 1, longest], 0 inside a sequence and -inf behind its end
     pieces: tuple[Piece, ...]
+
+    @functools.cached_property
+    def pack(self) -> Pack:
+        """The pieces, at least one, for all layers: made when the first one asks."""
+        device = self.input_ids.device
+        keys = [piece.end for piece in self.pieces]
+        bounds = [0, *(piece.stop for piece in self.pieces)]
+        starts = list(accumulate(keys, initial=0))
+        slots = [piece.slot for piece in self.pieces]
+        numbers = torch.tensor([slots, starts[:-1], keys]).to(device)
+        # output_size: the number of keys is known, the device need not be asked for it.
+        slot_and_start = numbers[:2].repeat_interleave(numbers[2], dim=1, output_size=starts[-1])
+        both_bounds = torch.tensor([bounds, starts], dtype=torch.int32).to(device)
+        return Pack(
+            bounds=both_bounds[0],
+            key_bounds=both_bounds[1],
+            key_slots=slot_and_start[0],
+            key_positions=torch.arange(starts[-1], device=device) - slot_and_start[1],
+            longest=max(piece.stop - piece.start for piece in self.pieces),
+            longest_key=max(keys),
+        )
 
 
 def plan_step(
@@ -113,15 +143,13 @@ def plan_step(
     tokens += [new[-1] for new in new_tokens]
     positions += [end - 1 for end in ends]
     slots += active
-    longest = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, cache.capacity)
     # One transfer to the device for the three rows of numbers.
     numbers = torch.tensor([tokens, positions, slots], dtype=torch.int64).to(device)
     rows = numbers[2, len(tokens) - num_newest :] if num_newest < block else None
     last_positions = numbers[1, len(tokens) - num_newest :]
     if rows is not None:  # a parked slot sees its first position, so that its dropped row has no NaN
         last_positions = last_positions.new_zeros(block).index_copy_(0, rows, last_positions)
-    behind = torch.arange(longest, device=device) > last_positions[:, None]
-    mask = torch.zeros(behind.shape, dtype=dtype, device=device).masked_fill_(behind, float("-inf"))
+    longest = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, cache.capacity)
     return SlotStep(
         cache=cache,
         input_ids=numbers[:1],
@@ -131,108 +159,35 @@ def plan_step(
         block=block,
         rows=rows,
         longest=longest,
-        mask=mask[:, None, None, :],
+        mask=_mask(last_positions, longest, dtype),
         pieces=tuple(pieces),
     )
 
 
-def slot_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    slot_step: SlotStep | None = None,
-    **other: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention of each token over its own slot. query [1, heads, tokens, head size] -> [1, tokens, heads, head size]."""
-    if slot_step is None:
-        raise RuntimeError("attention over slots was called without slot_step=")
-    step = slot_step
-    _refuse_what_is_not_supported(step.cache.capacity, other)
-    keys, values = step.cache.layer(module.layer_idx, key)  # type: ignore[arg-type]
-    positions = step.positions[0]
-    keys[step.slots, :, positions] = key[0].transpose(0, 1)
-    values[step.slots, :, positions] = value[0].transpose(0, 1)
+def plan_decode(cache: SlotCache, numbers: torch.Tensor, longest: int, dtype: torch.dtype) -> SlotStep:
+    """Plan a pass in which each of the slots 0..block-1 gets one token, in operations of the device alone.
 
-    num_heads, num_tokens, head_size = query.shape[1:]
-    outputs = [_piece_attention(piece, query, key, value, keys, values, scaling) for piece in step.pieces]
-    newest = query[0, :, num_tokens - step.num_newest :].transpose(0, 1)
-    if step.rows is not None:
-        newest = newest.new_zeros(step.block, *newest.shape[1:]).index_copy_(0, step.rows, newest)
-    # Grouped queries become rows of one query matrix: no repetition of keys and values, and one mask for all heads.
-    attended = scaled_dot_product_attention(
-        newest.reshape(step.block, keys.shape[1], num_heads // keys.shape[1], head_size),
-        keys[: step.block, :, : step.longest],
-        values[: step.block, :, : step.longest],
-        attn_mask=step.mask,
-        scale=scaling,
-    ).reshape(step.block, num_heads, head_size)
-    outputs.append(attended if step.rows is None else attended[step.rows])
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return joined[None], None
+    numbers: [2, block] int64 on the device, each slot's token and its position, which is all that may change from one
+    such pass to the next (decode_graphs.py). A slot sees at most `longest` positions.
+    """
+    block = numbers.shape[1]
+    return SlotStep(
+        cache=cache,
+        input_ids=numbers[:1],
+        positions=numbers[1:],
+        slots=torch.arange(block, device=numbers.device),
+        num_newest=block,
+        block=block,
+        rows=None,
+        longest=longest,
+        mask=_mask(numbers[1], longest, dtype),
+        pieces=(),
+    )
 
 
-def _piece_attention(
-    piece: Piece,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scaling: float | None,
-) -> torch.Tensor:
-    """Attention of several new tokens of one slot: [tokens of the piece, heads, head size]."""
-    new = slice(piece.start, piece.stop)
-    rows = query[:, :, new]
-    if piece.past == 0:
-        attended = scaled_dot_product_attention(
-            rows, key[:, :, new], value[:, :, new], is_causal=True, scale=scaling, enable_gqa=True
-        )
-    else:
-        end = piece.past + piece.stop - piece.start
-        visible = torch.ones(rows.shape[2], end, dtype=torch.bool, device=rows.device).tril_(piece.past)
-        attended = scaled_dot_product_attention(
-            rows,
-            keys[piece.slot, None, :, :end],
-            values[piece.slot, None, :, :end],
-            attn_mask=visible,
-            scale=scaling,
-            enable_gqa=True,
-        )
-    return attended[0].transpose(0, 1)
-
-
-def _refuse_what_is_not_supported(capacity: int, other: dict[str, Any]) -> None:
-    window = other.get("sliding_window")
-    if window is not None and window < capacity:
-        raise UserError(
-            f"the model's sliding window of {window} tokens is shorter than the {capacity} tokens a sequence may have, "
-            "and sliding windows are not supported here; lower max_new_tokens"
-        )
-    for name in _NOT_SUPPORTED:
-        if other.get(name) is not None:
-            raise UserError(f"the model's attention uses {name}, which generation in slots does not support")
-
-
-@contextlib.contextmanager
-def slot_attention_of(model: PreTrainedModel) -> Iterator[None]:
-    """Switch `model` to attention over slots and to evaluation mode; on exit both are as they were."""
-    leave_out_cudnn()
-    before = model.config._attn_implementation
-    training = model.training
-    model.set_attn_implementation(IMPLEMENTATION)
-    if model.config._attn_implementation != IMPLEMENTATION:
-        raise UserError(
-            f"{type(model).__name__} does not let its attention be replaced, which generation in slots needs"
-        )
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        model.set_attn_implementation(before)
-
-
-AttentionInterface.register(IMPLEMENTATION, slot_attention)
+def _mask(last_positions: torch.Tensor, longest: int, dtype: torch.dtype) -> torch.Tensor:
+    """last_positions [block] -> [block, 1, 1, longest]: 0 up to the last position of a sequence, -inf behind it."""
+    device = last_positions.device
+    behind = torch.arange(longest, device=device) > last_positions[:, None]
+    mask = torch.zeros(behind.shape, dtype=dtype, device=device).masked_fill_(behind, float("-inf"))
+    return mask[:, None, None, :]

@@ -1,0 +1,114 @@
+"""Planning passes over slots, and the one kernel that reads all pieces of a pass on a GPU."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trainer.models import packed_attention, slot_attention
+from trainer.models.decode_graphs import Shape, shape_for
+from trainer.models.slot_attention import newest_logits, slot_attention_of
+from trainer.models.slots import SlotCache, SlotStep, plan_step
+
+LAYERS = 2
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def as_the_kernel_does(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    bounds: torch.Tensor,
+    longest: int,
+    key_bounds: torch.Tensor,
+    longest_key: int,
+) -> torch.Tensor:
+    """Flash attention over sequences side by side, where the last query sees the last key; torch has none for a CPU."""
+    outputs = []
+    for (start, stop), (first, end) in zip(
+        pairwise(bounds.tolist()), pairwise(key_bounds.tolist()), strict=True
+    ):
+        num_queries, num_keys = stop - start, end - first
+        assert 0 < num_queries <= longest and num_queries <= num_keys <= longest_key
+        visible = torch.ones(num_queries, num_keys, dtype=torch.bool).tril_(num_keys - num_queries)
+        outputs.append(
+            scaled_dot_product_attention(
+                query[:, :, start:stop], key[:, :, first:end], value[:, :, first:end],
+                attn_mask=visible, scale=scaling, enable_gqa=True,
+            )
+        )  # fmt: skip
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def read(model: LlamaForCausalLM, cache: SlotCache) -> list[torch.Tensor]:
+    """Prompts, then pieces that continue some of them beside a prompt and single tokens; a parked slot among them."""
+    passes = [
+        ([0, 1, 2], [0, 0, 0], [[5, 6, 7, 8], [9] * 7, [3]]),
+        ([0, 2, 3], [4, 1, 0], [[11, 12, 13], [14], [15, 16, 17, 18, 19]]),
+        ([0, 1, 2, 3], [7, 7, 2, 5], [[21], [22, 23], [24] * 9, [25]]),
+    ]
+    seen = []
+    with torch.no_grad(), slot_attention_of(model):
+        for active, lengths, tokens in passes:
+            plan: SlotStep = plan_step(cache, active, lengths, tokens, torch.float32, torch.device("cpu"))
+            seen.append(newest_logits(model, plan))
+    return seen
+
+
+def test_all_pieces_in_one_call_are_each_piece_alone(
+    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = read(llama, SlotCache(4, 32))
+    bounds = []
+
+    def noted(*arguments: torch.Tensor) -> torch.Tensor:
+        bounds.append(arguments[4])
+        return as_the_kernel_does(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(slot_attention, "has_kernel", lambda query: True)
+    monkeypatch.setattr(slot_attention, "varlen", noted)
+    found = read(llama, SlotCache(4, 32))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert [bound.tolist() for bound in bounds] == [
+        *[[0, 3, 9]] * LAYERS, *[[0, 2, 6]] * LAYERS, *[[0, 1, 9]] * LAYERS
+    ]  # fmt: skip
+    assert len({bound.data_ptr() for bound in bounds[:LAYERS]}) == 1, "made once, not once a layer"
+
+
+def test_the_kernel_takes_more_keys_than_queries() -> None:
+    """Shapes and keyword arguments of the call; torch has no such kernel for a CPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        query, key = torch.empty(1, 4, 10, 16), torch.empty(1, 2, 25, 16)
+        bounds = torch.empty(3, dtype=torch.int32)
+        out = packed_attention.varlen(query, key, key, None, bounds, 6, torch.empty_like(bounds), 13)
+    assert out.shape == (1, 10, 4, 16)
+
+
+def test_a_graph_is_for_all_slots_or_a_half_or_a_quarter_of_them() -> None:
+    assert [shape_for(occupied, 256, 1, 600).block for occupied in (256, 129, 128, 65, 9, 8, 1)] == [
+        256, 256, 128, 128, 16, 8, 8
+    ]  # fmt: skip
+    assert [shape_for(occupied, 100, 1, 600).block for occupied in (100, 51, 50, 13, 12, 1)] == [
+        100, 100, 50, 25, 12, 12
+    ]  # fmt: skip
+    assert [shape_for(1, 1, longest, 600) for longest in (1, 128, 129, 513, 600)] == [
+        (1, 128), (1, 128), (1, 256), (1, 600), (1, 600)
+    ]  # fmt: skip
+    assert Shape(16, 256).holds(Shape(16, 256)) and Shape(16, 256).holds(Shape(8, 128))
+    assert not Shape(16, 128).holds(Shape(8, 256)) and not Shape(8, 256).holds(Shape(16, 128))

@@ -1,0 +1,72 @@
+"""What a CUDA graph is, for a CPU: operations recorded with the very tensors they read and write, and done again.
+
+Whatever a forward pass takes from Python while it is recorded (a length, a position) is the same in all that follow, and
+a pass that asks the device for a number cannot be recorded: as on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trainer.evaluation import engine
+from trainer.models import decode_graphs
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # else it is a view
+                    old.copy_(new)
+
+
+def recording() -> Callable[[Callable[[], object]], Callable[[], object]]:
+    """Instead of `decode_graphs.capturer`."""
+
+    def capture(work: Callable[[], object]) -> Callable[[], object]:
+        with Recorder() as recorder:
+            work()
+        return recorder.replay
+
+    return capture
+
+
+def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> list[decode_graphs.Shape]:
+    """From now on engines on the CPU decode as on a GPU, in small shapes; returns the shapes that will be replayed."""
+    monkeypatch.setattr(engine, "decodes_by_graph", lambda device: True)
+    monkeypatch.setattr(engine, "FEW_TOKENS", few_tokens)
+    monkeypatch.setattr(engine, "WAITING_A_READER", 3)
+    monkeypatch.setattr(decode_graphs, "capturer", recording)
+    monkeypatch.setattr(decode_graphs, "_cannot_capture", set())
+    monkeypatch.setattr(decode_graphs, "_LENGTH_MULTIPLE", 24)
+    monkeypatch.setattr(decode_graphs, "_SMALLEST_BLOCK", 2)
+    monkeypatch.setattr(decode_graphs, "_USES_WITH_A_LARGER", 6)
+    replayed: list[decode_graphs.Shape] = []
+    choose = decode_graphs.DecodeGraphs._smallest_that_holds
+
+    def noted(self: decode_graphs.DecodeGraphs, shape: decode_graphs.Shape) -> decode_graphs.Shape | None:
+        used = choose(self, shape)
+        if used is not None:
+            replayed.append(used)
+        return used
+
+    monkeypatch.setattr(decode_graphs.DecodeGraphs, "_smallest_that_holds", noted)
+    return replayed
