@@ -2,12 +2,13 @@
 # The benchmarks on one GPU, also where there is no network.
 #
 #   benchmarks/gpu.sh wheels [--have FILE]    where there is a network: packages and GSM8K's shards into build/gpu
-#   benchmarks/gpu.sh run PART ... [--tiny]   on the GPU: parity, train, memory, evaluate, convert, study; or all
+#   benchmarks/gpu.sh run PART ... [--tiny]   on the GPU: parity, decode, train, memory, evaluate, convert, study; or all
 #   benchmarks/gpu.sh table [--tiny]          the table of what is measured so far
 #
 # Carry the checkout with build/gpu to the GPU. A call takes at most about ten minutes (SECONDS_EACH), the study as long again;
-# what is measured is kept, the same command goes on, and exit status 75 says that there is more to do. `parity` comes first: numbers before
-# speed. `--tiny` runs small shapes, also on a CPU, to see that everything works.
+# what is measured is kept, the same command goes on, and exit status 75 says that there is more to do. A peer that does not
+# end in time costs its own figure, not ours. `parity` comes first: numbers before speed. `--tiny` runs small shapes, also on
+# a CPU, to see that everything works.
 #
 # wheels: PYTHON_VERSION (3.12) and PLATFORM (manylinux_2_28_x86_64) are the GPU machine's; --have names a `pip freeze` of
 #   it; what is there in the same version is not fetched, nor what it names without a version. GSM8K, TOKENIZER: local folders instead of the hub's.
@@ -17,7 +18,7 @@ cd "$(dirname "$0")/.."
 GPU=$PWD/build/gpu
 PYTHON=${PYTHON:-python3}
 SECONDS_EACH=${SECONDS_EACH:-540}
-PARTS=(parity train memory evaluate convert)
+PARTS=(parity decode train memory evaluate convert)
 # A CUDA image's own: torch and what it needs. Never replaced.
 IMAGE='^(torch|triton|nvidia-.*|filelock|fsspec|jinja2|markupsafe|mpmath|networkx|numpy|sympy|typing[_-]extensions|setuptools|pip)=='
 # What the trainer and TRL import when they train, evaluate, convert and report.

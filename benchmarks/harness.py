@@ -8,9 +8,11 @@ then are medians and ratios worth printing.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,8 +135,18 @@ class Result:
         }
 
 
-def measure(comparison: Comparison, rounds: int, say: Callable[[str], None] = print) -> Result:
-    """Run all rounds, and the gate on each. Raises Failed, Unequal."""
+def measure(
+    comparison: Comparison,
+    rounds: int,
+    say: Callable[[str], None] = print,
+    deadline: float = math.inf,
+    instead: Callable[[Failed], Output] | None = None,
+) -> Result:
+    """Run all rounds, and the gate on each. Raises Failed, Unequal.
+
+    deadline: of `time.monotonic`, when everybody has to be done. instead: what a peer that fails or is late has told; None: an
+    error, as it is for ours.
+    """
     outputs: list[dict[str, Output]] = []
     rounds = min(rounds, comparison.rounds or rounds)
     contenders = comparison.contenders
@@ -149,7 +161,13 @@ def measure(comparison: Comparison, rounds: int, say: Callable[[str], None] = pr
                     outputs[-1][contender.name] = outputs[-1][done[0].name]
                     continue
                 say(f"  round {index + 1} of {rounds}: {contender.name}")
-                outputs[-1][contender.name] = _turn(contender, comparison.timeout_seconds, staying)
+                seconds = min(comparison.timeout_seconds, deadline - time.monotonic())
+                try:
+                    outputs[-1][contender.name] = _turn(contender, seconds, staying)
+                except Failed as failure:
+                    if instead is None or not contender.peer:
+                        raise
+                    outputs[-1][contender.name] = instead(failure)
             comparison.gate(outputs[-1])
             contenders = _hopeful(comparison, contenders, outputs[0])
             for key in staying.keys() - ({one.key for one in contenders} if index + 1 < rounds else set()):

@@ -1,7 +1,8 @@
 """All benchmarks against their peers: python benchmarks/run.py [SUITE ...] [--rounds 3] [--readme]   (or: make bench)
 
 Prints a table and writes benchmarks/results/<date>-<machine>.json and .md, a row as soon as it is measured; rows that
-were measured before on the same day stay until they are measured again. `--readme` puts the table into README.md too.
+were measured before on the same day stay until they are measured again. `--readme` puts the newest of every row that this
+machine has measured into README.md.
 A suite is a module with `comparisons() -> Iterator[Comparison]`; what it needs (shards, models, checkpoints) it makes
 once under build/benchmarks. A comparison that fails or whose contenders disagree is printed as such and the rest goes on;
 the exit status is then 1.
@@ -63,13 +64,22 @@ def main() -> int:
     if failures:
         print(f"{failures} not measured: see above", file=sys.stderr)
     if chosen.readme:
-        table.into_readme(REPOSITORY / "README.md", table.markdown(_in_order(rows), facts))
+        table.into_readme(REPOSITORY / "README.md", table.markdown(_newest(facts["machine"]), facts))
     return 1 if failures else 0
 
 
 def _in_order(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """As the suites come, whatever was measured again last."""
     return sorted(rows.values(), key=lambda row: SUITES.index(row["suite"]))
+
+
+def _newest(machine: str) -> list[dict[str, Any]]:
+    """Of all days, with the date of each."""
+    rows = {}
+    for path in sorted(RESULTS.glob(f"*-{machine}.json")):
+        for work, row in _rows(path).items():
+            rows[work] = {**row, "date": path.name[:10]}
+    return _in_order(rows)
 
 
 def _rows(path: Path) -> dict[str, dict[str, Any]]:

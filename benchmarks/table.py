@@ -11,7 +11,7 @@ START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """One line a comparison: ours and every peer with the median of its rounds, the ratio to the best peer, the goal.
 
-    Notes stand below, each once, with a number.
+    Notes stand below, each once, with a number. A row of another day than `facts` says so.
 
     rows: `Result.to_dict()` of each.
     """
@@ -28,7 +28,7 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         peers = [f"{name}: {number(medians[name])} ({ratio:.2f}x)" for name, ratio in ratios.items()]
         best = row["ratio_to_best_peer"]
         cells = [
-            row["work"] + (f" ({1 + notes.index(row['notes'])})" if row["notes"] else ""),
+            row["work"] + _day(row, facts) + (f" ({1 + notes.index(row['notes'])})" if row["notes"] else ""),
             f"{number(medians[ours_of(row)])} {row['unit']}",
             "<br>".join(peers) or "-",
             "-" if best is None else f"**{best:.2f}x**",
@@ -46,6 +46,11 @@ def into_readme(readme: Path, text: str) -> None:
     if not mark or not end_mark:
         raise ValueError(f"{readme}: no {START} ... {END}")
     readme.write_text(f"{before}{START}\n{text}{END}{after}", encoding="utf-8")
+
+
+def _day(row: dict[str, Any], facts: dict[str, Any]) -> str:
+    date = row.get("date", facts["date"])
+    return "" if date == facts["date"] else f", on {date}"
 
 
 def _goal(row: dict[str, Any]) -> str:

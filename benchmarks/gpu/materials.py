@@ -28,7 +28,7 @@ def stories(split: str, count: int, tiny: bool) -> Shards:
     from trainer.shards.prepare import prepare
 
     steps = {"min_steps": 1, "max_steps": 3} if tiny else {"min_steps": 2, "max_steps": 8}
-    target = cases.folder(tiny) / f"stories-{split}"
+    target = cases.folder(tiny) / f"stories-{split}-{count}"
     settings = PrepareSettings(
         tokenizer_name="stories", output_dir=str(target), split=split, num_problems=count, **steps,
         num_processes=1 if tiny else 0,
@@ -71,7 +71,7 @@ def student(tiny: bool) -> Path:
             config_name="stories-0.2m" if tiny else "stories-30m", learn_calculator_results=True,
             deepspeed=str(REPOSITORY / "ds_configs" / "zero1.json"), bf16=cuda, learning_rate=1e-3,
             per_device_train_batch_size=8 if cuda else 2, pack_length=1024 if cuda else 512, warmup_ratio=0.1,
-            num_train_epochs=3.0, max_steps=0 if cuda else 20, adam_beta2=0.98,
+            num_train_epochs=1.0, max_steps=0 if cuda else 20, adam_beta2=0.98,
         )  # fmt: skip
         train(settings)
         convert(ConvertSettings(str(run), dtype="fp32"))

@@ -14,16 +14,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import cases, facts
-from benchmarks.harness import Comparison, Failed, Unequal, measure
+from benchmarks.harness import Comparison, Failed, Output, Unequal, measure
 from benchmarks.processes import preload
 
-PARTS = ("parity", "train", "memory", "evaluate", "convert")
+PARTS = ("parity", "decode", "train", "memory", "evaluate", "convert")
 MORE_TO_DO = 75  # sysexits.h: try again
+TOO_MUCH = 1e-9  # the speed of a way that does not fit or does not end: never the best, and can be divided by
 ONE_ROUND = ("parity", "memory", "convert")  # figures that hardly vary, or that take minutes
 LIBRARIES = [  # loaded once for all contenders; those of TRL where this Python has it
     "torch", "numpy", "datasets", "safetensors.torch", "transformers", "deepspeed", "accelerate",
@@ -76,11 +78,30 @@ def measure_part(part: str, chosen: Any, end: float) -> int:
 
 
 def measured(part: str, comparison: Comparison, chosen: Any, row: Path, left: float) -> bool:
-    """Measure and keep the row; False if it failed or if the contenders disagree."""
+    """Measure and keep the row, within `left` seconds; False if ours failed or if the contenders disagree.
+
+    A peer that fails or is late is a row too, which says so: what was measured of ours is not lost for it.
+    """
     print(f"{part}: {comparison.work}", flush=True)
     rounds = 1 if chosen.tiny or part in ONE_ROUND else chosen.rounds
+    deadline = time.monotonic() + left
+
+    def not_in_time(failure: Failed) -> Output:
+        print(f"    {failure}".partition("\n")[0], flush=True)
+        figure = TOO_MUCH if comparison.higher_is_better else 1 / TOO_MUCH
+        return {comparison.figure: figure, "failed": str(failure).partition(": ")[2].partition("\n")[0]}
+
+    def gate(outputs: Mapping[str, Output]) -> None:
+        comparison.gate({name: output for name, output in outputs.items() if "failed" not in output})
+
     try:
-        result = measure(comparison, rounds, lambda line: print(line, flush=True))
+        result = measure(
+            replace(comparison, gate=gate),
+            rounds,
+            lambda line: print(line, flush=True),
+            deadline,
+            not_in_time,
+        )
     except (Failed, Unequal) as error:
         print(f"NOT MEASURED: {comparison.work}: {error}", file=sys.stderr, flush=True)
         return False

@@ -123,6 +123,33 @@ def test_no_row_is_kept_where_the_numbers_are_wrong(tmp_path: Path) -> None:
     assert not done and not path.exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [("import time; time.sleep(60)", "no end within"), ("import sys; sys.exit(3)", "exit status 3")],
+)
+def test_a_peer_that_is_late_or_fails_does_not_cost_ours(tmp_path: Path, script: str, told: str) -> None:
+    contenders = [
+        Contender("ours", python("-c", "print('{\"speed\": 2.0}')"), peer=False),
+        Contender("peer", python("-c", script)),
+    ]
+    comparison = Comparison("work", "speed", "a second", contenders, lambda outputs: outputs["ours"]["speed"])
+    path = tmp_path / "rows" / "train-1.json"
+    assert run.measured("train", comparison, argparse.Namespace(tiny=True, rounds=1), path, 3.0)
+    kept = json.loads(path.read_text())
+    assert kept["medians"]["ours"] == 2.0 and told in kept["rounds"][0]["peer"]["failed"]
+    assert f"| work | 2 a second | peer: {kept['rounds'][0]['peer']['failed']} |" in table.markdown(
+        [kept], facts.facts()
+    )
+
+
+def test_ours_must_not_fail(tmp_path: Path) -> None:
+    contenders = [Contender("ours", python("-c", "import sys; sys.exit(3)"), peer=False)]
+    comparison = Comparison("work", "speed", "a second", contenders, lambda outputs: None)
+    path = tmp_path / "rows" / "train-1.json"
+    assert not run.measured("train", comparison, argparse.Namespace(tiny=True, rounds=1), path, 30.0)
+    assert not path.exists()
+
+
 def test_no_speed_without_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "MATERIALS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["run", "train", "--tiny"])

@@ -1,0 +1,62 @@
+"""Where the time of a training step goes: python -m benchmarks.gpu.profile_step SHAPE STAGE PACKS ACCUMULATION CHECKPOINTING [--tiny]
+
+A case of cases.py, e.g. `gpt2-xl 1 16 4 0`. Times and MFU of five steps, then the kernels of one, and what the host did.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu import cases, train_ours
+from trainer import distributed
+from trainer.preemption import StopRequest
+from trainer.run_directory import RunDirectory
+from trainer.settings import TrainSettings
+from trainer.training.loop import optimizer_step
+from trainer.training.student import enrol
+
+STEPS, ROWS, CHARACTERS = 5, 25, 110
+
+
+def main() -> None:
+    case = cases.parse(sys.argv[1:])
+    world, stop = distributed.initialize(600), StopRequest()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainSettings(**train_ours.settings_of(case), output_dir=folder)
+        student = enrol(settings, world, RunDirectory(Path(folder)), stop)
+    metrics, ends = [], []
+    for step in range(STEPS + 1):
+        metrics.append(optimizer_step(student, step, stop)[0])
+        train_ours.finish()
+        ends.append(time.perf_counter())
+    times = ", ".join(f"{1000 * (end - start):.0f}" for start, end in itertools.pairwise(ends))
+    print(f"{case.name}: {times} ms a step, MFU {metrics[-1]['mfu'] or 0:.1%}, {metrics[-1]['memory_bytes'] / 1e9:.1f} GB")
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as profiler:
+        optimizer_step(student, STEPS + 1, stop)
+        train_ours.finish()
+    events = profiler.key_averages()
+    for device, attribute in (("CUDA", "self_device_time_total"), ("CPU", "self_cpu_time_total")):
+        show(device, attribute, [event for event in events if str(event.device_type).endswith(device)])
+    distributed.shutdown()
+
+
+def show(device: str, attribute: str, events: list[Any]) -> None:
+    events.sort(key=lambda event: -getattr(event, attribute))
+    total = sum(getattr(event, attribute) for event in events)
+    print(f"{device}: {total / 1000:.1f} ms")
+    for event in events[:ROWS]:
+        microseconds = getattr(event, attribute)
+        print(f"  {microseconds / total:6.1%} {microseconds / 1000:9.2f} ms {event.count:6d}  {event.key[:CHARACTERS]}")
+
+
+if __name__ == "__main__":
+    main()
