@@ -74,6 +74,7 @@ def test_numbers_are_those_of_the_settings() -> None:
             "DeepSpeed does not save all moments",
         ),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm.*remove it"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, content: dict, message: str) -> None:

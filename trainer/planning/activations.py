@@ -57,7 +57,8 @@ def trace(
     """Run one micro-batch: examples of `lengths` tokens in one packed row, of which `learned_tokens` are predicted.
 
     `cuda`: attention over a pack is one kernel that keeps query, key, value, output and one fp32 number a head and
-    token (flash attention), RMS norms are one kernel each, and dropout keeps one byte an element. Otherwise what torch does on a CPU is counted.
+    token (flash attention), an RMS norm is one kernel, and dropout keeps one byte an element. Otherwise what torch does
+    on a CPU is counted.
     """
     name = _register_cuda_attention() if cuda else packed_attention.register()
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), quiet_transformers():

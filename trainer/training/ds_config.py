@@ -124,6 +124,10 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
     _check_keys(zero, tuple(sorted(known)), f"{name}: zero_optimization")
     if zero.setdefault("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{name}: zero_optimization.stage is {zero['stage']!r}; choose 0, 1, 2 or 3")
+    if not zero.get("compute_grad_norm", True):
+        raise UserError(
+            f"{name}: compute_grad_norm is false, but the norm is what keeps NaN from the weights; remove it"
+        )
     for part in ("offload_optimizer", "offload_param"):
         offload = zero.get(part) or {}
         if offload.get("device") == "nvme":

@@ -1,9 +1,9 @@
 """DeepSpeed's gradient norm with one read of the gradients instead of up to five.
 
 DeepSpeed 0.19.8 looks for NaN and Inf parameter by parameter (largest and smallest element), then copies each gradient to
-fp64 and takes its norm. Of GPT-2 XL, with 580 parameters, that is most of 10,600 kernels a step, each of which waits for the
-processor to start it. Here all norms of a group come from one call, accumulated
-in fp64 as before, and whether a gradient is finite follows from the norm, which `step` asks about anyway.
+fp64 and takes its norm. Of GPT-2 XL, with 580 parameters, that is most of 10,600 kernels a step, each of which waits for
+the processor to start it. Here all norms of a group come from one call, accumulated in fp64 as before, and whether a
+gradient is finite follows from the norm, which `step` asks about anyway.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 
 def read_once(optimizer: Any) -> None:
-    """Give a ZeRO optimizer, of whatever stage, this norm. Offloaded gradients are on the host: DeepSpeed's own then."""
+    """Give a ZeRO optimizer of stage 1, 2 or 3 this norm. Where gradients are offloaded to the host DeepSpeed's own stays."""
     offloaded = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
     if offloaded or not hasattr(optimizer, "get_grad_norm_direct"):
         return
