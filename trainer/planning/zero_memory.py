@@ -266,7 +266,7 @@ def _reduction(layout: Layout) -> Iterator[Counter[str]]:
 
 
 def _step(layout: Layout) -> Counter[str]:
-    """The gradient of our part, flattened once more and turned into fp32; norms are taken in fp64, one by one.
+    """The gradient of our part, flattened once more and turned into fp32.
 
     Stage 3 does so for one sub-group after the other.
     """
