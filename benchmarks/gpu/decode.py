@@ -14,7 +14,8 @@ def comparisons(tiny: bool) -> Iterator[Comparison]:
         return Contender(name, command, way != "ours", cases.environment(tiny))
 
     yield Comparison(
-        work="decode " + ("in tiny" if tiny else "512 problems x 150 tokens in 256 slots, Llama of 30M, bf16"),
+        work="decode "
+        + ("in tiny" if tiny else "512 problems x 150 tokens in 256 slots, Llama of 30M, bf16"),
         figure="milliseconds",
         unit="ms a step",
         contenders=[

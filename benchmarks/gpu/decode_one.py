@@ -48,7 +48,11 @@ def main() -> None:
     answers = solve(model, tokenizer, shards, range(problems), limit, slots)
     seconds = time.perf_counter() - start
     steps = -(-problems // slots) * limit
-    told = {"milliseconds": 1000 * seconds / steps, "captures": len(captures), "capture_seconds": sum(captures)}
+    told = {
+        "milliseconds": 1000 * seconds / steps,
+        "captures": len(captures),
+        "capture_seconds": sum(captures),
+    }
     print(json.dumps({**told, "problems": len(answers)}))
 
 

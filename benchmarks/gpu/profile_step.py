@@ -38,7 +38,9 @@ def main() -> None:
         train_ours.finish()
         ends.append(time.perf_counter())
     times = ", ".join(f"{1000 * (end - start):.0f}" for start, end in itertools.pairwise(ends))
-    print(f"{case.name}: {times} ms a step, MFU {metrics[-1]['mfu'] or 0:.1%}, {metrics[-1]['memory_bytes'] / 1e9:.1f} GB")
+    print(
+        f"{case.name}: {times} ms a step, MFU {metrics[-1]['mfu'] or 0:.1%}, {metrics[-1]['memory_bytes'] / 1e9:.1f} GB"
+    )
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(activities=activities) as profiler:
         optimizer_step(student, STEPS + 1, stop)
@@ -55,7 +57,9 @@ def show(device: str, attribute: str, events: list[Any]) -> None:
     print(f"{device}: {total / 1000:.1f} ms")
     for event in events[:ROWS]:
         microseconds = getattr(event, attribute)
-        print(f"  {microseconds / total:6.1%} {microseconds / 1000:9.2f} ms {event.count:6d}  {event.key[:CHARACTERS]}")
+        print(
+            f"  {microseconds / total:6.1%} {microseconds / 1000:9.2f} ms {event.count:6d}  {event.key[:CHARACTERS]}"
+        )
 
 
 if __name__ == "__main__":
