@@ -23,6 +23,8 @@ from benchmarks.processes import Failed as Failed
 
 MATERIALS = REPOSITORY / "build" / "benchmarks"  # shards, models and checkpoints made once; safe to delete
 
+A_MINUTE = 60.0
+
 Output = dict[str, Any]
 Gate = Callable[[Mapping[str, Output]], None]
 Key = tuple[str, ...]
@@ -140,13 +142,16 @@ def measure(
     rounds: int,
     say: Callable[[str], None] = print,
     deadline: float = math.inf,
+    patience: float = math.inf,
     instead: Callable[[Failed], Output] | None = None,
 ) -> Result:
     """Run all rounds, and the gate on each. Raises Failed, Unequal.
 
-    deadline: of `time.monotonic`, when everybody has to be done. instead: what a peer that fails or is late has told; None: an
-    error, as it is for ours.
+    deadline: of `time.monotonic`, when everybody has to be done. patience: how many times as long as ours, start included, a
+    peer may take (a minute in any case). instead: what a peer that fails or is late has told; None: an error, as it is for
+    ours.
     """
+    ours = next((one.name for one in comparison.contenders if not one.peer), "")
     outputs: list[dict[str, Output]] = []
     rounds = min(rounds, comparison.rounds or rounds)
     contenders = comparison.contenders
@@ -162,6 +167,8 @@ def measure(
                     continue
                 say(f"  round {index + 1} of {rounds}: {contender.name}")
                 seconds = min(comparison.timeout_seconds, deadline - time.monotonic())
+                if contender.peer and ours in outputs[-1]:
+                    seconds = min(seconds, max(A_MINUTE, patience * outputs[-1][ours]["wall_seconds"]))
                 try:
                     outputs[-1][contender.name] = _turn(contender, seconds, staying)
                 except Failed as failure:

@@ -25,6 +25,7 @@ from benchmarks.processes import preload
 
 PARTS = ("parity", "decode", "train", "memory", "evaluate", "convert")
 MORE_TO_DO = 75  # sysexits.h: try again
+PATIENCE = 5.0  # times as long as ours, start and loading included, a peer is waited for
 TOO_MUCH = 1e-9  # the speed of a way that does not fit or does not end: never the best, and can be divided by
 ONE_ROUND = ("parity", "memory", "convert")  # figures that hardly vary, or that take minutes
 LIBRARIES = [  # loaded once for all contenders; those of TRL where this Python has it
@@ -100,6 +101,7 @@ def measured(part: str, comparison: Comparison, chosen: Any, row: Path, left: fl
             rounds,
             lambda line: print(line, flush=True),
             deadline,
+            PATIENCE,
             not_in_time,
         )
     except (Failed, Unequal) as error:

@@ -18,6 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 from transformers import LlamaForCausalLM
 
+from benchmarks import harness
 from benchmarks.gpu import cases, facts, parity, parity_attention, run, study, table
 from benchmarks.harness import Comparison, Contender, Unequal, python
 from trainer.models import packed_attention, sizes
@@ -140,6 +141,21 @@ def test_a_peer_that_is_late_or_fails_does_not_cost_ours(tmp_path: Path, script:
     assert f"| work | 2 a second | peer: {kept['rounds'][0]['peer']['failed']} |" in table.markdown(
         [kept], facts.facts()
     )
+
+
+def test_a_peer_is_not_waited_for_as_long_as_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute, or five times what ours took."""
+    monkeypatch.setattr(harness, "A_MINUTE", 1.0)
+    contenders = [
+        Contender("ours", python("-c", "print('{\"speed\": 2.0}')"), peer=False),
+        Contender("peer", python("-c", "import time; time.sleep(600)")),
+    ]
+    comparison = Comparison("work", "speed", "a second", contenders, lambda outputs: None)
+    path = tmp_path / "rows" / "train-1.json"
+    assert run.measured("train", comparison, argparse.Namespace(tiny=True, rounds=1), path, 500.0)
+    assert "no end within" in json.loads(path.read_text())["rounds"][0]["peer"]["failed"]
 
 
 def test_ours_must_not_fail(tmp_path: Path) -> None:
