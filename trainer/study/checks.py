@@ -77,9 +77,9 @@ def mapping(value: Any, where: str) -> dict[Any, Any]:
 def entries(value: Any, where: str) -> dict[str, dict[str, Any]]:
     """A mapping from name to settings, or a list of names without any."""
     if isinstance(value, list):
-        if len({str(name) for name in value}) != len(value):
+        if len({str(key) for key in value}) != len(value):
             raise UserError(f"{where}: {value} names something twice")
-        value = {str(name): {} for name in value}
+        value = {str(key): {} for key in value}
     if not mapping(value, where):
         raise UserError(f"{where}: there are none")
     return {
