@@ -23,7 +23,7 @@ def comparisons(tiny: bool) -> Iterator[Comparison]:
             Contender("ours", python("-m", "benchmarks.gpu.train_ours", *case.flags()), False, threads)
         ]
         if peers := os.environ.get("PEERS_PYTHON", sys.executable):
-            for micro in {min(micro, case.packs): None for micro in MICROS[case.stage]}:
+            for micro in dict.fromkeys(min(rows, case.packs) for rows in MICROS[case.stage]):
                 command = [peers, "-m", "benchmarks.gpu.train_trl", str(micro), *case.flags()]
                 contenders.append(
                     Contender(f"TRL, packed, {micro} x {case.pack_length}", command, True, threads)
