@@ -23,7 +23,7 @@ from benchmarks.processes import Failed as Failed
 
 MATERIALS = REPOSITORY / "build" / "benchmarks"  # shards, models and checkpoints made once; safe to delete
 
-A_MINUTE = 60.0
+LEAST_PATIENCE_SECONDS = 60.0
 
 Output = dict[str, Any]
 Gate = Callable[[Mapping[str, Output]], None]
@@ -148,7 +148,7 @@ def measure(
     """Run all rounds, and the gate on each. Raises Failed, Unequal.
 
     deadline: of `time.monotonic`, when everybody has to be done. patience: how many times as long as ours, start included, a
-    peer may take (a minute in any case). instead: what a peer that fails or is late has told; None: an error, as it is for
+    peer may take (LEAST_PATIENCE_SECONDS in any case). instead: what a peer that fails or is late has told; None: an error, as it is for
     ours.
     """
     ours = next((one.name for one in comparison.contenders if not one.peer), "")
@@ -168,7 +168,8 @@ def measure(
                 say(f"  round {index + 1} of {rounds}: {contender.name}")
                 seconds = min(comparison.timeout_seconds, deadline - time.monotonic())
                 if contender.peer and ours in outputs[-1]:
-                    seconds = min(seconds, max(A_MINUTE, patience * outputs[-1][ours]["wall_seconds"]))
+                    waited = patience * outputs[-1][ours]["wall_seconds"]
+                    seconds = min(seconds, max(LEAST_PATIENCE_SECONDS, waited))
                 try:
                     outputs[-1][contender.name] = _turn(contender, seconds, staying)
                 except Failed as failure:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import MATERIALS, REPOSITORY
+from benchmarks.harness import MATERIALS, REPOSITORY, Contender, python
 
 BROUGHT = REPOSITORY / "build" / "gpu"  # what `gpu.sh wheels` fetched where there is a network
 METHOD = "cot"  # every problem of GSM8K has solutions
 VOCABULARY = 50304  # GPT-2's tokenizer, padded to a multiple of 64
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 WARM_UP, TIMED = 2, 5  # steps
+TOO_MUCH = 1e-9  # the speed of a way that does not fit or does not end: never the best, and can be divided by
 
 # name -> what of the published shape is changed
 SHAPES: dict[str, dict[str, Any]] = {
@@ -104,6 +105,12 @@ def config(shape: str, tiny: bool, **changes: Any) -> Any:
 def environment(tiny: bool) -> dict[str, str]:
     """Of what computes on the host's cores: all of them, unless others work there."""
     return {} if tiny else {"OMP_NUM_THREADS": str(os.cpu_count())}
+
+
+def contender(name: str, module: str, *arguments: str, tiny: bool) -> Contender:
+    """benchmarks.gpu.`module`, with its arguments; whatever is not "ours" is a peer."""
+    command = python("-m", f"benchmarks.gpu.{module}", *arguments, *["--tiny"] * tiny)
+    return Contender(name, command, name != "ours", environment(tiny))
 
 
 def folder(tiny: bool) -> Path:

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.gpu import cases
-from benchmarks.harness import Comparison, Contender, no_gate, python, same
+from benchmarks.harness import Comparison, no_gate, same
 
 
 def comparisons(tiny: bool) -> Iterator[Comparison]:
     for stage in (3, 1):
-
-        def contender(name: str, way: str, stage: int = stage) -> Contender:
-            command = python("-m", "benchmarks.gpu.convert_one", way, str(stage), *["--tiny"] * tiny)
-            return Contender(name, command, way == "deepspeed", cases.environment(tiny))
-
         yield Comparison(
             work=f"make the checkpoint, ZeRO-{stage}{' in tiny' if tiny else ''}",
             figure="seconds",
             unit="s for the first step, the save and the start of both",
-            contenders=[contender("ours", "make")],
+            contenders=[cases.contender("ours", "convert_one", "make", str(stage), tiny=tiny)],
             gate=no_gate,
             higher_is_better=False,
             timeout_seconds=590,
@@ -28,7 +23,10 @@ def comparisons(tiny: bool) -> Iterator[Comparison]:
             work=f"convert a Llama of the 7B shape{' in tiny' if tiny else ''}, ZeRO-{stage}, to fp32",
             figure="seconds",
             unit="s",
-            contenders=[contender("ours", "ours"), contender("zero_to_fp32.py", "deepspeed")],
+            contenders=[
+                cases.contender("ours", "convert_one", "ours", str(stage), tiny=tiny),
+                cases.contender("zero_to_fp32.py", "convert_one", "deepspeed", str(stage), tiny=tiny),
+            ],
             gate=same("weights_sha256"),
             goal=2.0,
             higher_is_better=False,

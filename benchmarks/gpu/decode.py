@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.gpu import cases
-from benchmarks.harness import Comparison, Contender, no_gate, python
+from benchmarks.harness import Comparison, no_gate
 
 
 def comparisons(tiny: bool) -> Iterator[Comparison]:
-    def contender(name: str, way: str) -> Contender:
-        command = python("-m", "benchmarks.gpu.decode_one", way, *["--tiny"] * tiny)
-        return Contender(name, command, way != "ours", cases.environment(tiny))
-
     yield Comparison(
         work="decode "
         + ("in tiny" if tiny else "512 problems x 150 tokens in 256 slots, Llama of 30M, bf16"),
         figure="milliseconds",
         unit="ms a step",
         contenders=[
-            contender("ours", "ours"),
-            contender("ours, without CUDA graphs", "eager"),
-            contender("static generate", "static"),
+            cases.contender("ours", "decode_one", "ours", tiny=tiny),
+            cases.contender("ours, without CUDA graphs", "decode_one", "eager", tiny=tiny),
+            cases.contender("static generate", "decode_one", "static", tiny=tiny),
         ],
         gate=no_gate,
         higher_is_better=False,

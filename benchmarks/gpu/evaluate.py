@@ -6,24 +6,20 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 from benchmarks.gpu import cases
-from benchmarks.harness import Comparison, Contender, Output, Unequal, python
+from benchmarks.harness import Comparison, Output, Unequal
 
 SAME_IN_BF16 = 0.8  # of the answers; in bf16 two tokens are often equally probable, and one other token makes another text
 
 
 def comparisons(tiny: bool) -> Iterator[Comparison]:
-    def contender(name: str, way: str) -> Contender:
-        command = python("-m", "benchmarks.gpu.evaluate_one", way, *["--tiny"] * tiny)
-        return Contender(name, command, way != "ours", cases.environment(tiny))
-
     yield Comparison(
         work="evaluate" + (" in tiny" if tiny else " 1000 problems, a student of 30M"),
         figure="problems_per_second",
         unit="problems/s",
         contenders=[
-            contender("ours", "ours"),
-            contender("static generate, sorted", "static"),
-            contender("continuous batching", "continuous"),
+            cases.contender("ours", "evaluate_one", "ours", tiny=tiny),
+            cases.contender("static generate, sorted", "evaluate_one", "static", tiny=tiny),
+            cases.contender("continuous batching", "evaluate_one", "continuous", tiny=tiny),
         ],
         gate=same_answers,
         goal=1.4,

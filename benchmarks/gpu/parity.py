@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from benchmarks.gpu import cases
-from benchmarks.harness import Comparison, Contender, Output, Unequal, python
+from benchmarks.harness import Comparison, Output, Unequal
 
 CHECKS = {
     "attention": "packed attention = written-out attention of each example alone, outputs and gradients",
@@ -16,12 +16,11 @@ CHECKS = {
 
 def comparisons(tiny: bool) -> Iterator[Comparison]:
     for name, told in CHECKS.items():
-        command = python("-m", f"benchmarks.gpu.parity_{name}", *["--tiny"] * tiny)
         yield Comparison(
             work=f"parity of {name}: {told}",
             figure="checks",
             unit="checks, all passed",
-            contenders=[Contender("ours", command, False, cases.environment(tiny))],
+            contenders=[cases.contender("ours", f"parity_{name}", tiny=tiny)],
             gate=nothing_failed,
             timeout_seconds=500,
         )

@@ -26,7 +26,6 @@ from benchmarks.processes import preload
 PARTS = ("parity", "decode", "train", "memory", "evaluate", "convert")
 MORE_TO_DO = 75  # sysexits.h: try again
 PATIENCE = 5.0  # times as long as ours, start and loading included, a peer is waited for
-TOO_MUCH = 1e-9  # the speed of a way that does not fit or does not end: never the best, and can be divided by
 ONE_ROUND = ("parity", "memory", "convert")  # figures that hardly vary, or that take minutes
 LIBRARIES = [  # loaded once for all contenders; those of TRL where this Python has it
     "torch", "numpy", "datasets", "safetensors.torch", "transformers", "deepspeed", "accelerate",
@@ -89,7 +88,7 @@ def measured(part: str, comparison: Comparison, chosen: Any, row: Path, left: fl
 
     def not_in_time(failure: Failed) -> Output:
         print(f"    {failure}".partition("\n")[0], flush=True)
-        figure = TOO_MUCH if comparison.higher_is_better else 1 / TOO_MUCH
+        figure = cases.TOO_MUCH if comparison.higher_is_better else 1 / cases.TOO_MUCH
         return {comparison.figure: figure, "failed": str(failure).partition(": ")[2].partition("\n")[0]}
 
     def gate(outputs: Mapping[str, Output]) -> None:

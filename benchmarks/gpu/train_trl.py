@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.gpu import cases, materials
-from benchmarks.gpu.run import TOO_MUCH
 from benchmarks.harness import REPOSITORY
 from trainer.rendezvous import free_port
 from trainer.shards.methods import method
@@ -41,7 +40,7 @@ def main() -> None:
     try:
         found = train(case, micro)
     except torch.OutOfMemoryError:
-        found = {"tokens_per_second": TOO_MUCH, "failed": "out of memory"}
+        found = {"tokens_per_second": cases.TOO_MUCH, "failed": "out of memory"}
     print(json.dumps({**found, "attention": attention()}), flush=True)
 
 

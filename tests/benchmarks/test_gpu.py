@@ -147,7 +147,7 @@ def test_a_peer_is_not_waited_for_as_long_as_there_is_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A minute, or five times what ours took."""
-    monkeypatch.setattr(harness, "A_MINUTE", 1.0)
+    monkeypatch.setattr(harness, "LEAST_PATIENCE_SECONDS", 1.0)
     contenders = [
         Contender("ours", python("-c", "print('{\"speed\": 2.0}')"), peer=False),
         Contender("peer", python("-c", "import time; time.sleep(600)")),

@@ -76,7 +76,7 @@ class _AlignedProjection(torch.autograd.Function):
     """hidden [L, width] @ weight^T [width, vocabulary], as if the vocabulary had some more tokens that nobody sees.
 
     The logits lie in rows of an aligned length; a gradient that is written over them (cross_entropy.py) does so too.
-    Copying the weight costs a hundredth of a product.
+    The weight is copied for it, which is little beside a product with many rows.
     """
 
     @staticmethod

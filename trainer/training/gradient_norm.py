@@ -1,7 +1,7 @@
 """DeepSpeed's gradient norm with one read of the gradients instead of up to five.
 
 DeepSpeed 0.19.8 looks for NaN and Inf parameter by parameter (largest and smallest element), then copies each gradient to
-fp64 and takes its norm. Of GPT-2 XL, with 580 parameters, that is most of 10,600 kernels a step, each of which waits for
+fp64 and takes its norm. Of GPT-2 XL, with 580 parameters, that is thousands of kernels a step, each of which waits for
 the processor to start it. Here all norms of a group come from one call, accumulated in fp64 as before, and whether a
 gradient is finite follows from the norm, which `step` asks about anyway.
 """
