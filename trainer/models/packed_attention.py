@@ -1,32 +1,87 @@
 """Causal attention over packs: every example of a pack attends to itself alone.
 
-Transformers hands an attention function it does not know no mask at all, and passes extra arguments of the model
-call through, so the boundaries of the examples ride along as `cu_seq_lens_q` (the name flash attention gave them).
-Without `use_cache=False`, `attention_mask=None` and restarted `position_ids` a model would look across examples
-and nobody would say a word; `training/loss.py` gives all three and `training/self_check.py` compares with padding.
+Registered with transformers as the attention "packed". Inside `use_pack` its mask function returns a `PackMask`, an
+object that every family hands down to its layers as `attention_mask`, so that the boundaries of the examples reach the
+attention also where layers drop the caller's keyword arguments. A family that does anything else with its mask fails
+there, and training/layout_check.py compares what comes out with the model's own forward pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from trainer.models.attention_kernels import leave_out_cudnn
+from trainer.models import default_attention
+from trainer.models.default_attention import MaskPattern, UnsupportedAttention
 
 NAME = "packed"
 
 
+@dataclass(frozen=True)
+class Pack:
+    """The examples of a flat row: `lengths` in tokens; `bounds` int32 [examples + 1], where they start, and the total."""
+
+    lengths: Sequence[int]
+    bounds: torch.Tensor
+    sdpa: bool  # else the family's eager attention
+
+    @functools.cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+class PackMask:
+    """The mask of a pack: every example has the upper left corner of its longest one's."""
+
+    def __init__(self, pack: Pack, pattern: MaskPattern) -> None:
+        self.pack = pack
+        self.is_causal = pattern.is_causal(pack.longest)
+        self._pattern = pattern
+        self._square: torch.Tensor | None = None
+
+    def of_example(self, length: int) -> torch.Tensor | None:
+        """Return the boolean mask [length, length] of an example, None for plain causal attention."""
+        if self.is_causal or self._pattern.is_causal(length):
+            return None
+        if self._square is None:
+            self._square = self._pattern.square(self.pack.longest, self.pack.bounds.device)
+        return self._square[:length, :length]
+
+
+_current: Pack | None = None
+
+
+@contextlib.contextmanager
+def use_pack(model: Any, lengths: Sequence[int], bounds: torch.Tensor) -> Iterator[None]:
+    """Context manager for the forward pass of a pack by `model` (or its engine), whose attention is "packed".
+
+    The backward pass, which may recompute layers, does not need it.
+    """
+    global _current
+    before = _current
+    _current = Pack(lengths, bounds, default_attention.uses_sdpa(model))
+    try:
+        yield
+    finally:
+        _current = before
+
+
 def register() -> str:
     """Make the attention known to transformers; returns the name for `attn_implementation`."""
-    from transformers import AttentionInterface
-
-    leave_out_cudnn()
-    AttentionInterface.register(NAME, attend)
+    default_attention.register(NAME, attend, _make_mask)
     return NAME
+
+
+def _make_mask(pattern: MaskPattern) -> PackMask:
+    if _current is None:
+        raise UnsupportedAttention("packed attention was called outside use_pack")
+    return PackMask(_current, pattern)
 
 
 def attend(
@@ -34,45 +89,42 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    **kwargs: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, head_dim] -> [1, tokens, heads, head_dim].
+    """query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, ...] -> [1, tokens, heads, value head_dim].
 
-    `cu_seq_lens_q` (int32 [examples + 1], on the CPU or the device): where examples start, and the total.
+    Raises UnsupportedAttention if the layer does not hand down the mask.
     """
-    if cu_seq_lens_q is None or query.shape[0] != 1:
-        raise RuntimeError("packed attention needs one row and cu_seq_lens_q")
-    window = kwargs.get("sliding_window")
-    longest = kwargs.get("max_length_q") or query.shape[2]
-    if window is not None and longest > window:
-        raise RuntimeError(f"an example of {longest} tokens exceeds the model's sliding window of {window}")
-    if dropout == 0.0 and has_kernel(query):
-        return varlen(query, key, value, scaling, cu_seq_lens_q, longest), None
-    lengths = kwargs["lengths"]
-    grouped = query.shape[1] != key.shape[1]
-    outputs = []
+    if not isinstance(attention_mask, PackMask) or query.shape[0] != 1:
+        raise UnsupportedAttention("its layers do not hand the attention mask on")
+    mask, pack = attention_mask, attention_mask.pack
+    default_attention.check_keywords(others)
+    if pack.sdpa and mask.is_causal and dropout == 0.0 and has_kernel(query, value):
+        return varlen(query, key, value, scaling, pack.bounds, pack.longest), None
     # One call per example: work grows with the sum of squared lengths, not with the square of the pack's.
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        outputs.append(
-            scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
-            )
+    lengths = list(pack.lengths)
+    cut = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), lengths, strict=True)
+    outputs = [
+        default_attention.attend(
+            module, q, k, v, mask.of_example(length), scaling, dropout, pack.sdpa, others
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        for q, k, v, length in cut
+    ]
+    return torch.cat(outputs, dim=1), None
 
 
-def has_kernel(query: torch.Tensor) -> bool:
-    """Flash attention in torch: Ampere or newer, 16 bits, heads of up to 256 in multiples of 8."""
+def has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Flash attention in torch: Ampere or newer, 16 bits, heads of one size up to 256 in multiples of 8."""
     head_dim = query.shape[3]
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and head_dim % 8 == 0
         and head_dim <= 256
+        and value.shape[3] == head_dim
         and torch.cuda.get_device_capability(query.device)[0] >= 8
     )
 
@@ -96,7 +148,7 @@ def varlen(
     # Not [0], whose gradient is a tensor of zeros to copy into, in an order of axes that has to be copied once more.
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     grouped: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1] and _wants_to_be_told_of_groups():
+    if query.shape[1] != key.shape[1] and _takes_enable_gqa():
         grouped = {"enable_gqa": True}
     key_bounds = bounds if key_bounds is None else key_bounds
     longest_key = longest if longest_key is None else longest_key
@@ -108,8 +160,8 @@ def varlen(
 
 
 @functools.cache
-def _wants_to_be_told_of_groups() -> bool:
-    """From torch 2.12 on; 2.11 takes fewer key-value heads than query heads without a word."""
+def _takes_enable_gqa() -> bool:
+    """Return whether `varlen_attn` takes `enable_gqa` (torch >= 2.12); older ones accept fewer key-value heads as they are."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

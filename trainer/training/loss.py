@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from trainer.models import packed_attention
 from trainer.training.batches import MicroBatch
 from trainer.training.cross_entropy import summed_cross_entropy
 
@@ -69,18 +70,22 @@ def token_losses(model: torch.nn.Module, batch: Packed | Padded) -> torch.Tensor
     )
 
 
-def packed_logits(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
-    """Forward pass of a pack, the head at the predicting positions only: logits [L, vocabulary]."""
-    return model(
-        input_ids=batch.tokens,
-        position_ids=batch.positions,
-        attention_mask=None,
-        use_cache=False,
-        cu_seq_lens_q=batch.bounds,
-        max_length_q=max(batch.lengths),
-        lengths=batch.lengths,
-        logits_to_keep=batch.predicting,
-    ).logits.squeeze(0)  # not [0], whose gradient is a whole tensor of zeros to copy into
+def packed_logits(model: torch.nn.Module, batch: Packed, **others: torch.Tensor) -> torch.Tensor:
+    """Forward pass of a pack, the head at the predicting positions only: logits [L, vocabulary].
+
+    others: what recurrent layers need besides (sequence boundaries for their kernels).
+    """
+    # All examples are whole, so the mask hides nothing; with one, transformers does not search positions for packs.
+    with packed_attention.use_pack(model, batch.lengths, batch.bounds):
+        logits: torch.Tensor = model(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=torch.ones_like(batch.tokens),
+            use_cache=False,
+            logits_to_keep=batch.predicting,
+            **others,
+        ).logits.squeeze(0)  # not [0], whose gradient is a whole tensor of zeros to copy into
+    return logits if len(logits) == len(batch.predicting) else logits[batch.predicting]
 
 
 def _pack(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.device) -> Packed:

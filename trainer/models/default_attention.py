@@ -1,0 +1,149 @@
+"""Attention of one sequence, as transformers' default implementation of a model family computes it.
+
+Attention over packs and attention over generation slots both cut a flat row of tokens into sequences and call `attend`
+for each. Two things are taken from transformers instead of being written again:
+
+- The mask. Transformers calls a registered mask function with its own rule of which key a query sees (causal, sliding
+  window, chunk). `MaskPattern` keeps that rule and evaluates it for the positions of one sequence.
+- The arithmetic. Families that support sdpa get torch's kernel, as transformers gives them. All others (soft caps,
+  attention sinks) get the `eager_attention_forward` of their own modeling file.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from trainer.models.attention_kernels import leave_out_cudnn
+
+_Positions = torch.Tensor
+_MaskFunction = Callable[[Any, Any, _Positions, _Positions], torch.Tensor]
+
+
+class UnsupportedAttention(RuntimeError):
+    """The model's attention cannot be computed sequence by sequence; the message says why."""
+
+
+class MaskPattern:
+    """Which keys a query sees, as a function of both positions within one sequence."""
+
+    def __init__(self, function: _MaskFunction, longest_causal: float) -> None:
+        """`function`: transformers' mask function. `longest_causal`: up to this length it is plain causal attention."""
+        self._function = function
+        self._longest_causal = longest_causal
+
+    def is_causal(self, length: int) -> bool:
+        """Return whether the pattern is plain causal attention for sequences of up to `length` tokens."""
+        return length <= self._longest_causal
+
+    def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Return a boolean mask; positions `queries` and `keys` (int64) broadcast against each other."""
+        first = torch.zeros((), dtype=torch.int64, device=queries.device)
+        return self._function(first, first, queries, keys)
+
+    def square(self, length: int, device: torch.device) -> torch.Tensor:
+        """Return the boolean mask [length, length] of a whole sequence; shorter sequences have its upper left corner."""
+        positions = torch.arange(length, device=device)
+        return self.visible(positions[:, None], positions[None, :])
+
+
+class MakeMask(Protocol):
+    """Return what layers receive as `attention_mask`."""
+
+    def __call__(self, pattern: MaskPattern) -> object: ...
+
+
+def register(name: str, attention: Callable[..., Any], make_mask: MakeMask) -> None:
+    """Make an attention implementation known to transformers, with the masks that it needs."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+    def mask(
+        *_: Any,
+        mask_function: _MaskFunction = causal_mask_function,
+        local_size: int | None = None,
+        use_vmap: bool = False,
+        config: Any = None,
+        **__: Any,
+    ) -> object:
+        if use_vmap or not getattr(config, "is_causal", True):
+            raise UnsupportedAttention("its attention mask is not a causal function of positions")
+        # A window or a chunk hides nothing from sequences that fit into it.
+        longest_causal = math.inf if mask_function is causal_mask_function else local_size or 0
+        return make_mask(MaskPattern(mask_function, longest_causal))
+
+    leave_out_cudnn()
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+
+
+def uses_sdpa(model: Any) -> bool:
+    """Return whether transformers would choose sdpa for this model (or the engine around it), else eager."""
+    return bool(getattr(getattr(model, "module", model), "_supports_sdpa", False))
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    sdpa: bool,
+    others: dict[str, Any],
+) -> torch.Tensor:
+    """Return the attention of `batch` sequences [batch, queries, heads, value head size].
+
+    query [batch, heads, queries, head size], key and value [batch, key-value heads, keys, ...]. visible: boolean mask
+    that broadcasts to [batch, heads, queries, keys]; None: causal, as many keys as queries. others: what the layer hands
+    its attention function besides; the family's own eager function takes it.
+    """
+    if sdpa:
+        grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            dropout_p=dropout,
+            is_causal=visible is None and query.shape[2] > 1,
+            scale=scaling,
+            enable_gqa=grouped,
+        ).transpose(1, 2)
+    if visible is None:
+        length = query.shape[2]
+        visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    while visible.dim() < 4:
+        visible = visible[None]
+    mask = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
+    mask.masked_fill_(~visible, torch.finfo(query.dtype).min)
+    eager = _eager_function(type(module))
+    output: torch.Tensor = eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **others)[
+        0
+    ]
+    return output
+
+
+def check_keywords(others: dict[str, Any]) -> None:
+    """Raise UnsupportedAttention for an argument that transformers' sdpa honours and that cannot be cut into sequences."""
+    if others.get("position_bias") is not None:
+        raise UnsupportedAttention("its attention adds a bias of its own to every pair of tokens")
+    if others.get("is_causal") is False:
+        raise UnsupportedAttention("its attention also looks ahead")
+
+
+@functools.cache
+def _eager_function(layer: type) -> Callable[..., Any]:
+    """Return `eager_attention_forward` of the file in which the attention layer, or the class it derives from, is defined."""
+    for ancestor in layer.__mro__:
+        function = getattr(sys.modules.get(ancestor.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    raise UnsupportedAttention(f"{layer.__name__} has no eager attention function of its own")
