@@ -64,6 +64,35 @@ def context_length(config: PreTrainedConfig) -> int:
     return getattr(config, "max_position_embeddings", 0) or 0
 
 
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of the text model: of a multimodal wrapper its text part, else `config` itself."""
+    return config.get_text_config(decoder=True)
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class transformers builds as the causal LM of `config`.
+
+    Raises UserError if transformers has none for this model type.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise UserError(
+            f"transformers has no causal language model for model type {config.model_type!r}: choose a decoder-only model"
+        ) from None
+    if not isinstance(found, (list, tuple)):
+        return found  # type: ignore[no-any-return]
+    by_name: dict[str, Any] = {known.__name__: known for known in found}
+    return next((by_name[name] for name in config.architectures or () if name in by_name), found[0])
+
+
+def default_attention(config: PreTrainedConfig) -> str:
+    """Return the attention implementation transformers chooses for `config`: "sdpa" if the class has it, else "eager"."""
+    return "sdpa" if model_class(config)._supports_sdpa else "eager"
+
+
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """The model's modules without any memory, to count and name its parameters."""
     import torch
@@ -99,9 +128,12 @@ def write_random_weights(config: PreTrainedConfig, seed: int, folder: Path) -> N
     model.save_pretrained(folder)
 
 
-def load_model(name_or_path: str | Path, dtype: str, attention: str, **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    name_or_path: str | Path, dtype: str, attention: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Load weights as `dtype` ("fp32" | "bf16"); under ZeRO-3 (a live HfDeepSpeedConfig) into shards.
 
+    `attention`: an attention implementation; None chooses transformers' default (see `default_attention`).
     The dtype is always given: transformers 5 otherwise keeps the file's. Raises UserError.
     """
     import torch
@@ -120,7 +152,7 @@ def load_model(name_or_path: str | Path, dtype: str, attention: str, **kwargs: A
         ) from None
 
 
-def blank_model(config: PreTrainedConfig, dtype: str, attention: str) -> PreTrainedModel:
+def blank_model(config: PreTrainedConfig, dtype: str, attention: str | None = None) -> PreTrainedModel:
     """The model with whatever lies in memory for weights, to read a checkpoint into; its buffers are made as always.
 
     Neither a seed nor a pretrained model's files are asked for: a run that goes on does not wait for them.
