@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 import torch
 from transformers import PreTrainedModel
 
+from trainer.evaluation.backends import Choose, Feed, SomeOccupant
+from trainer.models.blocked_weights import blocked_weights
 from trainer.models.decode_graphs import DecodeGraphs
-from trainer.models.slot_attention import newest_logits
+from trainer.models.slot_attention import newest_logits, slot_attention_of
 from trainer.models.slots import SlotCache, plan_step
 
 MOST_TOKENS_A_STEP = 16384  # bounds the activations when many prompts are read at once
 FEW_TOKENS = 16  # on a GPU so many are read one by one, in graphs, while others decode
 WAITING_A_READER = 8  # ... and a pass without a graph is made when of this many problems one has more to read
-
-
-@dataclass
-class Feed:
-    """One text as one model reads it."""
-
-    pending: list[int]  # tokens given and not read yet
-    noise_key: int = 0
-    length: int = 0  # tokens read already; the engine counts
-    is_over: bool = False  # its model reads no more of it
-
-    @property
-    def num_tokens(self) -> int:
-        return self.length + len(self.pending)
-
-
-class Occupant(Protocol):
-    """What the engines know of a problem on its way."""
-
-    @property
-    def feeds(self) -> Sequence[Feed]:
-        """One for each engine."""
-
-    @property
-    def turn(self) -> int | None:
-        """The engine whose model is to choose the next token; None: it has ended."""
-
-
-SomeOccupant = TypeVar("SomeOccupant", bound=Occupant)
-Choose = Callable[[torch.Tensor, list[Feed]], list[int]]
 
 
 def decodes_by_graph(device: torch.device) -> bool:
@@ -78,7 +50,7 @@ class Engine(Generic[SomeOccupant]):
 
     Occupied slots are always the first ones, so that attention takes them as one block of the cache: a problem that
     leaves without a successor is replaced by the last one, which costs one copy of its keys and values.
-    The caller holds `slot_attention_of(model)` open.
+    The caller holds `active()` open.
     """
 
     def __init__(
@@ -105,6 +77,12 @@ class Engine(Generic[SomeOccupant]):
         self._dtype = model.dtype
         self._device = model.device
         self._graphs = DecodeGraphs(model, self._cache, num_slots) if decodes_by_graph(model.device) else None
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Context manager that switches the model to attention over slots and blocked weights."""
+        with slot_attention_of(self.model), blocked_weights(self.model):
+            yield
 
     @property
     def num_waiting(self) -> int:

@@ -1,4 +1,4 @@
-"""Slot-refill decoding: as soon as a problem is done, its slots go to the next one (see models/slots.py)."""
+"""Decoding of many problems with one or several models: as soon as a problem has ended, the next one takes its place."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from trainer.evaluation import sampling
-from trainer.evaluation.engine import Choose, Engine, Feed, SomeOccupant
-from trainer.models.blocked_weights import blocked_weights
-from trainer.models.slot_attention import slot_attention_of
+from trainer.evaluation.backends import Backend, Choose, Feed, SomeOccupant
 
 
 def chooser(temperature: float, top_p: float) -> Choose:
@@ -26,7 +24,7 @@ def chooser(temperature: float, top_p: float) -> Choose:
 
 
 def generate(
-    engines: Sequence[Engine[SomeOccupant]],
+    backends: Sequence[Backend[SomeOccupant]],
     draw: Callable[[], SomeOccupant | None],
     after: Callable[[SomeOccupant, int], None],
     num_slots: int,
@@ -35,26 +33,25 @@ def generate(
     """Yield problems as they end; `num_slots` of them are on their way at the same time.
 
     `draw` gives the next one to start, None when there are no more; `after` hands a problem the token that was chosen
-    for it. Of several engines the one for which most problems wait makes the next forward pass: that fills the passes
-    best, and as every problem's work is bounded, nobody waits for ever. `each_step` is called after each forward pass.
-    The models' attention, mode and linear layers are as before when the iterator is exhausted or closed.
+    for it. Of several backends the one for which most problems wait makes the next step: that fills the passes best,
+    and as every problem's work is bounded, every problem ends. `each_step` is called after each step.
+    The models are as before when the iterator is exhausted or closed.
     """
     with contextlib.ExitStack() as stack:
-        for engine in engines:
-            stack.enter_context(slot_attention_of(engine.model))
-            stack.enter_context(blocked_weights(engine.model))
+        for backend in backends:
+            stack.enter_context(backend.active())
         on_their_way = 0
         while True:
             while on_their_way < num_slots and (problem := draw()) is not None:
                 if problem.turn is None:  # it could not even start
                     yield problem
                     continue
-                for engine in engines:
-                    engine.add(problem)
+                for backend in backends:
+                    backend.add(problem)
                 on_their_way += 1
             if not on_their_way:
                 return
-            busiest = max(engines, key=lambda engine: engine.num_waiting)
+            busiest = max(backends, key=lambda backend: backend.num_waiting)
             ended = []
             for problem, token in busiest.step():
                 after(problem, token)

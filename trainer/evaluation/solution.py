@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from trainer.evaluation.engine import Feed
+from trainer.evaluation.backends import Feed
 from trainer.evaluation.language import Language
 from trainer.shards.methods import Role
 
