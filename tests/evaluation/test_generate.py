@@ -230,14 +230,6 @@ def test_the_model_is_given_back_as_it_was(tokenizer: PreTrainedTokenizerBase) -
     loss.backward()  # nothing of inference mode is left in it
 
 
-def test_a_sliding_window_shorter_than_the_text_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    model = MistralForCausalLM(MistralConfig(**ROTARY, num_key_value_heads=2, sliding_window=16))
-    with pytest.raises(UserError, match="sliding window of 16 tokens"):
-        solve(model, tokenizer, prompts(2), num_slots=2)
-
-
 def test_weights_that_are_not_numbers_are_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
     model = make("gpt2")
     model.transformer.h[1].mlp.c_fc.weight.data[0, 0] = torch.nan

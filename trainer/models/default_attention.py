@@ -22,8 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.models.attention_kernels import leave_out_cudnn
 
-_Positions = torch.Tensor
-_MaskFunction = Callable[[Any, Any, _Positions, _Positions], torch.Tensor]
+_MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]  # batch, head, query, key
 
 
 class UnsupportedAttention(RuntimeError):
@@ -66,7 +65,7 @@ def register(name: str, attention: Callable[..., Any], make_mask: MakeMask) -> N
 
     def mask(
         *_: Any,
-        mask_function: _MaskFunction = causal_mask_function,
+        mask_function: Any = causal_mask_function,
         local_size: int | None = None,
         use_vmap: bool = False,
         config: Any = None,
@@ -124,7 +123,7 @@ def attend(
         visible = visible[None]
     mask = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
     mask.masked_fill_(~visible, torch.finfo(query.dtype).min)
-    eager = _eager_function(type(module))
+    eager = _eager_function(type(module))  # type: ignore[arg-type]
     output: torch.Tensor = eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **others)[
         0
     ]

@@ -1,38 +1,88 @@
 """Attention over generation slots (slots.py), for any model of transformers whose attention can be replaced.
 
-Registered with transformers as the attention "slots"; having no mask function of its own, transformers builds no mask
-for it and does not look into the positions, and `slot_step=` rides in the keyword arguments.
+Registered with transformers as the attention "slots". Its mask function returns a `SlotMask`, which every family hands
+down to its layers as `attention_mask`, so the slots reach the attention also where layers drop the caller's keyword
+arguments. Recurrent and convolutional layers do not call attention: evaluation/backend_check.py compares what comes
+out with the model's own forward pass.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trainer.errors import UserError
-from trainer.models.attention_kernels import leave_out_cudnn
+from trainer.models import default_attention
+from trainer.models.default_attention import MaskPattern, UnsupportedAttention
 from trainer.models.packed_attention import has_kernel, varlen
 from trainer.models.slots import Piece, SlotStep
 
 IMPLEMENTATION = "slots"
-_NOT_SUPPORTED = ("softcap", "position_bias", "s_aux", "head_mask")
+
+
+class SlotMask:
+    """The mask of a forward pass over slots, for all layers of one pattern."""
+
+    def __init__(self, step: SlotStep, pattern: MaskPattern, sdpa: bool) -> None:
+        self.step = step
+        self.sdpa = sdpa
+        self.is_causal = pattern.is_causal(step.longest)
+        self._pattern = pattern
+
+    @functools.cached_property
+    def newest(self) -> torch.Tensor:
+        """Mask [block, 1, 1, longest] of the newest tokens: 0 or -inf for a causal pattern, else boolean."""
+        if self.is_causal:
+            return self.step.mask
+        return self.newest_visible
+
+    @functools.cached_property
+    def newest_visible(self) -> torch.Tensor:
+        """The same, always boolean."""
+        keys = torch.arange(self.step.longest, device=self.step.slots.device)
+        return self._pattern.visible(self.step.last_positions[:, None, None, None], keys)
+
+    def of_piece(self, piece: Piece) -> torch.Tensor | None:
+        """Boolean mask [tokens of the piece, tokens of the sequence]; None for a causal one of a sequence's start."""
+        if piece.past == 0 and self._pattern.is_causal(piece.end):
+            return None
+        positions = torch.arange(piece.end, device=self.step.slots.device)
+        return self._pattern.visible(positions[piece.past :, None], positions)
+
+
+_current: tuple[SlotStep, bool] | None = None  # of the forward pass under way, and whether it uses sdpa
 
 
 def newest_logits(model: PreTrainedModel, step: SlotStep) -> torch.Tensor:
     """One forward pass: logits [slots that take part, vocabulary] of their newest tokens."""
-    logits: torch.Tensor = model(
-        input_ids=step.input_ids,
-        position_ids=step.positions,
-        use_cache=False,
-        logits_to_keep=step.num_newest,
-        slot_step=step,
-    ).logits[0]
-    return logits
+    global _current
+    num_tokens = step.input_ids.shape[1]
+    # As a tensor: with a number Gemma 4's layers that share keys and values read the last tokens only.
+    newest = torch.arange(num_tokens - step.num_newest, num_tokens, device=step.input_ids.device)
+    _current = step, default_attention.uses_sdpa(model)
+    try:
+        logits: torch.Tensor = model(
+            input_ids=step.input_ids,
+            position_ids=step.positions,
+            attention_mask=torch.ones_like(step.input_ids),
+            use_cache=False,
+            logits_to_keep=newest,
+        ).logits[0]
+    finally:
+        _current = None
+    return logits[-step.num_newest :]
+
+
+def _make_mask(pattern: MaskPattern) -> SlotMask:
+    if _current is None:
+        raise UnsupportedAttention("attention over slots was called outside newest_logits")
+    return SlotMask(_current[0], pattern, _current[1])
 
 
 def slot_attention(
@@ -40,40 +90,64 @@ def slot_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
-    slot_step: SlotStep | None = None,
-    **other: Any,
+    dropout: float = 0.0,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of each token over its own slot. query [1, heads, tokens, head size] -> [1, tokens, heads, head size]."""
-    if slot_step is None:
-        raise RuntimeError("attention over slots was called without slot_step=")
-    step = slot_step
-    _refuse_what_is_not_supported(step.cache.capacity, other)
-    keys, values = step.cache.layer(module.layer_idx, key)  # type: ignore[arg-type]
-    positions = step.positions[0]
-    keys[step.slots, :, positions] = key[0].transpose(0, 1)
-    values[step.slots, :, positions] = value[0].transpose(0, 1)
+    """Attention of each token over its own slot. query [1, heads, tokens, head size] -> [1, tokens, heads, value head size].
 
-    num_heads, num_tokens, head_size = query.shape[1:]
-    if step.pieces and has_kernel(query):
+    Raises UnsupportedAttention if the layer does not hand down the mask.
+    """
+    if not isinstance(attention_mask, SlotMask) or query.shape[0] != 1:
+        raise UnsupportedAttention("its layers do not hand the attention mask on")
+    mask, step = attention_mask, attention_mask.step
+    default_attention.check_keywords(others)
+    keys, values = step.store(key, value)
+
+    num_tokens = query.shape[2]
+    if step.pieces and mask.sdpa and mask.is_causal and has_kernel(query, value):
         outputs = [_pack_attention(step, query, keys, values, scaling)]
     else:
-        outputs = [_piece_attention(piece, query, key, value, keys, values, scaling) for piece in step.pieces]
+        outputs = [
+            _piece_attention(module, piece, mask, query, key, value, keys, values, scaling, others)
+            for piece in step.pieces
+        ]
     newest = query[0, :, num_tokens - step.num_newest :].transpose(0, 1)
     if step.rows is not None:
         newest = newest.new_zeros(step.block, *newest.shape[1:]).index_copy_(0, step.rows, newest)
-    # Grouped queries become rows of one query matrix: no repetition of keys and values, and one mask for all heads.
-    attended = scaled_dot_product_attention(
-        newest.reshape(step.block, keys.shape[1], num_heads // keys.shape[1], head_size),
-        keys[: step.block, :, : step.longest],
-        values[: step.block, :, : step.longest],
-        attn_mask=step.mask,
-        scale=scaling,
-    ).reshape(step.block, num_heads, head_size)
+    cached = keys[: step.block, :, : step.longest], values[: step.block, :, : step.longest]
+    if mask.sdpa:
+        attended = _newest_attention(newest, *cached, mask.newest, scaling)
+    else:
+        attended = default_attention.attend(
+            module, newest.unsqueeze(2), *cached, mask.newest_visible, scaling, 0.0, False, others
+        ).squeeze(1)
     outputs.append(attended if step.rows is None else attended[step.rows])
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined[None], None
+
+
+def _newest_attention(
+    newest: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of one token a slot: newest [block, heads, head size] -> [block, heads, value head size].
+
+    Grouped queries become rows of one query matrix: no repetition of keys and values, and one mask for all heads.
+    """
+    block, num_heads, head_size = newest.shape
+    num_groups = keys.shape[1]
+    return scaled_dot_product_attention(
+        newest.reshape(block, num_groups, num_heads // num_groups, head_size),
+        keys,
+        values,
+        attn_mask=mask,
+        scale=scaling,
+    ).reshape(block, num_heads, values.shape[3])
 
 
 def _pack_attention(
@@ -95,50 +169,32 @@ def _pack_attention(
 
 
 def _piece_attention(
+    module: torch.nn.Module,
     piece: Piece,
+    mask: SlotMask,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     scaling: float | None,
+    others: dict[str, Any],
 ) -> torch.Tensor:
-    """Attention of several new tokens of one slot: [tokens of the piece, heads, head size]."""
+    """Attention of several new tokens of one slot: [tokens of the piece, heads, value head size]."""
     new = slice(piece.start, piece.stop)
-    rows = query[:, :, new]
     if piece.past == 0:
-        attended = scaled_dot_product_attention(
-            rows, key[:, :, new], value[:, :, new], is_causal=True, scale=scaling, enable_gqa=True
-        )
+        seen = key[:, :, new], value[:, :, new]
     else:
-        visible = torch.ones(rows.shape[2], piece.end, dtype=torch.bool, device=rows.device)
-        attended = scaled_dot_product_attention(
-            rows,
-            keys[piece.slot, None, :, : piece.end],
-            values[piece.slot, None, :, : piece.end],
-            attn_mask=visible.tril_(piece.past),
-            scale=scaling,
-            enable_gqa=True,
-        )
-    return attended[0].transpose(0, 1)
-
-
-def _refuse_what_is_not_supported(capacity: int, other: dict[str, Any]) -> None:
-    window = other.get("sliding_window")
-    if window is not None and window < capacity:
-        raise UserError(
-            f"the model's sliding window of {window} tokens is shorter than the {capacity} tokens a sequence may have, "
-            "and sliding windows are not supported here; lower max_new_tokens"
-        )
-    for name in _NOT_SUPPORTED:
-        if other.get(name) is not None:
-            raise UserError(f"the model's attention uses {name}, which generation in slots does not support")
+        seen = keys[piece.slot, None, :, : piece.end], values[piece.slot, None, :, : piece.end]
+    visible = mask.of_piece(piece)
+    return default_attention.attend(
+        module, query[:, :, new], *seen, visible, scaling, 0.0, mask.sdpa, others
+    )[0]
 
 
 @contextlib.contextmanager
 def slot_attention_of(model: PreTrainedModel) -> Iterator[None]:
     """Switch `model` to attention over slots and to evaluation mode; on exit both are as they were."""
-    leave_out_cudnn()
     before = model.config._attn_implementation
     training = model.training
     model.set_attn_implementation(IMPLEMENTATION)
@@ -154,4 +210,4 @@ def slot_attention_of(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-AttentionInterface.register(IMPLEMENTATION, slot_attention)
+default_attention.register(IMPLEMENTATION, slot_attention, _make_mask)

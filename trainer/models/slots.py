@@ -8,9 +8,11 @@ never see padding and a prompt can be read in the same pass in which other slots
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -18,19 +20,29 @@ _LENGTH_MULTIPLE = 8  # CUDA's memory-efficient kernel wants rows of the mask al
 
 
 class SlotCache:
-    """Keys and values of every layer, each [slots, key-value heads, capacity, head size], allocated on first use."""
+    """Keys and values of every attention call of a forward pass, each [slots, key-value heads, capacity, head size].
+
+    They are numbered in the order of the calls, since a layer may call attention twice and a looped model runs its
+    layers several times. Allocated on first use.
+    """
 
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.num_slots = num_slots
         self.capacity = capacity
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cache of layer `index`; `like` [1, key-value heads, tokens, head size] gives shape, dtype and device."""
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cached keys and values of attention call `index`.
+
+        `key`, `value` [1, key-value heads, tokens, head size] give shapes (which may differ), dtype and device.
+        """
         if index not in self._layers:
-            shape = (self.num_slots, like.shape[1], self.capacity, like.shape[3])
             # Zeros, not empty: what lies behind a sequence's end is masked by adding -inf, and NaN would survive that.
-            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+            keys, values = (
+                like.new_zeros(self.num_slots, like.shape[1], self.capacity, like.shape[3])
+                for like in (key, value)
+            )
+            self._layers[index] = (keys, values)
         return self._layers[index]
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -88,8 +100,27 @@ class SlotStep:
     block: int  # slots 0..block-1 hold them
     rows: torch.Tensor | None  # [num_newest] int64, which of the block take part; None: all of them
     longest: int  # length of the longest of their sequences after this step, rounded up
+    last_positions: torch.Tensor  # [block] int64, of each slot's newest token; 0 for a parked slot
     mask: torch.Tensor  # [block, 1, 1, longest], 0 inside a sequence and -inf behind its end
     pieces: tuple[Piece, ...]
+    _stored: list[tuple[Any, Any]] = field(
+        default_factory=list
+    )  # weak references to keys and values, by call
+
+    def store(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the row's keys and values into their slots; return all cached ones of this attention call.
+
+        A layer that shares the keys and values of an earlier one (Gemma 4) shares its part of the cache, too.
+        """
+        for index, (earlier_key, earlier_value) in enumerate(self._stored):
+            if earlier_key() is key and earlier_value() is value:
+                return self.cache.layer(index, key, value)
+        keys, values = self.cache.layer(len(self._stored), key, value)
+        self._stored.append((weakref.ref(key), weakref.ref(value)))
+        positions = self.positions[0]
+        keys[self.slots, :, positions] = key[0].transpose(0, 1)
+        values[self.slots, :, positions] = value[0].transpose(0, 1)
+        return keys, values
 
     @functools.cached_property
     def pack(self) -> Pack:
@@ -159,6 +190,7 @@ def plan_step(
         block=block,
         rows=rows,
         longest=longest,
+        last_positions=last_positions,
         mask=_mask(last_positions, longest, dtype),
         pieces=tuple(pieces),
     )
@@ -180,6 +212,7 @@ def plan_decode(cache: SlotCache, numbers: torch.Tensor, longest: int, dtype: to
         block=block,
         rows=None,
         longest=longest,
+        last_positions=numbers[1],
         mask=_mask(numbers[1], longest, dtype),
         pieces=(),
     )
