@@ -34,7 +34,7 @@ def greedy(logits: torch.Tensor) -> list[int]:
     largest, tokens = logits.max(dim=-1)
     chosen: list[int] = tokens.where(largest.isfinite(), -1).tolist()  # all in one copy from the device
     if -1 in chosen:
-        raise _not_finite()
+        raise not_finite()
     return chosen
 
 
@@ -48,7 +48,7 @@ def sampled(logits: torch.Tensor, temperature: float, top_p: float, uniforms: li
         logits.double() / temperature
     )  # double: rounding in the sums must not move a boundary between tokens
     if not scaled.amax(dim=-1).isfinite().all():
-        raise _not_finite()
+        raise not_finite()
     probabilities = torch.softmax(scaled, dim=-1)
     order = None
     if top_p < 1:
@@ -64,7 +64,7 @@ def sampled(logits: torch.Tensor, temperature: float, top_p: float, uniforms: li
     return (place if order is None else order.gather(-1, place))[:, 0].tolist()
 
 
-def _not_finite() -> UserError:
+def not_finite() -> UserError:
     """For a row whose largest logit is not finite: it is NaN if any of the row is."""
     return UserError(
         "the model's logits are not finite: its weights hold NaN or infinity; use another checkpoint"

@@ -1,0 +1,233 @@
+"""Compare a backend with the model's own plain forward pass on real prompts, before the first answer.
+
+The plain forward pass is what a backend must equal: one text at a time, without padding and without a cache, with the
+attention that transformers chooses. A few texts are decoded by the backend, more than it has slots, of different
+lengths and with several tokens given at once in some places; their tokens are fixed beforehand, so the logits at every
+token can be compared. A difference is measured in standard deviations of the plain logits at that token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, cycle, islice
+
+import torch
+from transformers import PreTrainedModel
+
+from trainer.errors import UserError
+from trainer.evaluation.backends import Backend, Feed
+from trainer.evaluation.backends.transformers import default_attention
+from trainer.evaluation.generate import generate
+from trainer.evaluation.sampling import not_finite
+
+MIN_TOLERANCE = 1e-4  # rounding of fp32
+MAX_TOLERANCE = 1e-2
+_NOISE_FACTOR = 10  # a backend may differ so many times as much as two implementations of transformers do
+MIN_TOLERANCE_BF16 = 0.05
+BF16_FACTOR = 4  # ... and in bf16 as the plain forward pass in bf16 does from the one in fp32
+_MAX_LENGTH = 4608  # texts are made longer than the prompts up to the longest answer, or up to this
+_MAX_LOGITS_BYTES = 1 << 28
+
+# How many tokens are given after each choice: of a text that ends early, of its successor in the same slot, ...
+_LONG = (1, 1, 4, 1, 1, 1, 1)
+_SHORT = (1, 2)
+_MIDDLE = (1, 3, 1, 1, 1, 1, 1)
+
+
+class CannotRun(Exception):
+    """A backend raised an exception for this model; the message is its first line."""
+
+
+@dataclass(frozen=True)
+class CheckText:
+    """A prompt, and the tokens that are given after each choice: there is one choice more than `given` has items."""
+
+    prompt: list[int]
+    given: list[list[int]]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.prompt, *(token for tokens in self.given for token in tokens)]
+
+    @property
+    def choices(self) -> list[int]:
+        """Positions of the tokens at whose logits the next token is chosen."""
+        return list(accumulate(map(len, self.given), initial=len(self.prompt) - 1))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is decoded in slots (more texts than the two slots), and by the model's own cache."""
+
+    slots: list[CheckText]
+    own_cache: list[CheckText]
+    prefix: list[int]
+    capacity: int  # longest sequence in tokens
+
+
+def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequence[int] = ()) -> Texts:
+    """Make texts of the shortest, the middle and the longest of the prompts, all of which begin with `prefix`.
+
+    The longest is continued with the prompts' own tokens to nearly `capacity`, so that a window or a chunk shorter than
+    an answer shows. Raises UserError if there is no room for a token.
+    """
+    if capacity < len(prefix) + 2:
+        raise UserError(f"a text has room for {capacity} tokens, but the prompt alone has {len(prefix) + 1}")
+    by_length = sorted(prompts, key=len)
+    material = [token for prompt in by_length for token in prompt[len(prefix) :]] or [*by_length[0]]
+    longest = max(len(by_length[-1]), min(capacity, _MAX_LENGTH) - sum(_LONG))
+
+    def text(prompt: Sequence[int], counts: Sequence[int], length: int, offset: int) -> CheckText:
+        tokens = cycle(material[offset % len(material) :] + material[: offset % len(material)])
+        room = capacity - len(prefix) - 1  # for what follows the prefix and one token of the prompt
+        while sum(counts) > room:
+            counts = counts[:-1]
+        length = max(len(prefix) + 1, min(length, capacity - sum(counts)))
+        made = [*prompt, *islice(tokens, max(0, length - len(prompt)))][:length]
+        return CheckText(made, [list(islice(tokens, count)) for count in counts])
+
+    short, middle = by_length[0], by_length[len(by_length) // 2]
+    long_text = text(by_length[-1], _LONG, longest, 1)
+    early = text(short, _SHORT, len(short), 2)
+    late = text(middle, _MIDDLE, len(middle), 3)
+    beside = text(middle, _SHORT, len(long_text.prompt) - 3, 4)
+    return Texts([long_text, early, late], [long_text, beside, early], list(prefix), capacity)
+
+
+class _Decoded:
+    """A text on its way through a backend. `seen`: logits of its choices."""
+
+    def __init__(self, text: CheckText) -> None:
+        self.feeds = [Feed(list(text.prompt))]
+        self.turn: int | None = 0
+        self.seen: list[torch.Tensor] = []
+        self._given = iter(text.given)
+
+    def after(self, token: int) -> None:
+        """Take the next given tokens, whatever was chosen."""
+        tokens = next(self._given, None)
+        self.turn = None if tokens is None else 0
+        self.feeds[0].pending += tokens or ()
+
+
+class Recorder:
+    """Chooses tokens for a backend under check: keeps the logits, and chooses nothing."""
+
+    def __init__(self, texts: Sequence[CheckText]) -> None:
+        self.decoded = [_Decoded(text) for text in texts]
+
+    def choose(self, logits: torch.Tensor, feeds: list[Feed]) -> list[int]:
+        by_feed = {id(decoded.feeds[0]): decoded for decoded in self.decoded}
+        for row, feed in zip(logits, feeds, strict=True):
+            by_feed[id(feed)].seen.append(row.detach().float().cpu().clone())
+        return [0] * len(feeds)
+
+
+def decode(make: Callable[[], Backend[_Decoded]], recorder: Recorder, num_slots: int) -> list[torch.Tensor]:
+    """Return for each text the backend's logits [choices, vocabulary], fp32 on the CPU. Raises CannotRun."""
+    waiting = iter(recorder.decoded)
+    with exceptions_are_findings():
+        for _ in generate([make()], lambda: next(waiting, None), _Decoded.after, num_slots):
+            pass
+    return [torch.stack(decoded.seen) for decoded in recorder.decoded]
+
+
+@contextlib.contextmanager
+def exceptions_are_findings() -> Iterator[None]:
+    """Context manager that turns any exception into CannotRun: what a model cannot do is no failure of the run."""
+    try:
+        yield
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CannotRun(
+            first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+        ) from error
+
+
+@torch.no_grad()
+def plain_logits(model: PreTrainedModel, text: CheckText, attention: str | None = None) -> torch.Tensor:
+    """Return logits [choices, vocabulary] of the model's plain forward pass over one text, fp32 on the CPU.
+
+    attention: "sdpa" or "eager" instead of the one that transformers chooses.
+    """
+    ids = torch.tensor([text.tokens], device=model.device)
+    choices = torch.tensor(text.choices, device=model.device)
+    with default_attention(model, attention):
+        return _logits_at(model, ids, choices)[0]
+
+
+def _logits_at(model: PreTrainedModel, ids: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
+    """ids [rows, tokens], choices [choices] -> [rows, choices, vocabulary]."""
+    accepted = inspect.signature(model.forward).parameters
+    arguments = {"use_cache": False} if "use_cache" in accepted else {}
+    size = ids.numel() * getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) * 4
+    if size > _MAX_LOGITS_BYTES and "logits_to_keep" in accepted:
+        logits = model(input_ids=ids, logits_to_keep=choices, **arguments).logits
+        if logits.shape[1] == len(choices):
+            return logits.float().cpu()  # type: ignore[no-any-return]
+    logits = model(input_ids=ids, **arguments).logits
+    return logits[:, choices].float().cpu()  # type: ignore[no-any-return]
+
+
+def difference(seen: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the largest difference, in standard deviations of the expected logits of its token."""
+    return max(
+        float(
+            ((ours - plain).abs().where(ours != plain, 0.0).amax(-1) / _spread(plain))
+            .nan_to_num(torch.inf)
+            .max()
+        )
+        for ours, plain in zip(seen, expected, strict=True)
+    )
+
+
+def _spread(logits: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of each row; entries that a family sets to -inf are left out."""
+    finite = logits.isfinite()
+    count = finite.sum(-1).clamp(min=1)
+    mean = logits.where(finite, 0.0).sum(-1) / count
+    variance = ((logits - mean[..., None]) ** 2).where(finite, 0.0).sum(-1) / count
+    return variance.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class Reference:
+    """Plain logits of the texts, each computed when it is first asked for."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._known: dict[int, torch.Tensor] = {}
+
+    def logits(self, texts: Sequence[CheckText]) -> list[torch.Tensor]:
+        """Raises UserError for logits that are not finite, and CannotRun if the plain forward pass fails."""
+        for text in texts:
+            if id(text) not in self._known:
+                with exceptions_are_findings():
+                    plain = plain_logits(self._model, text)
+                self._known[id(text)] = plain
+                if plain.isnan().any() or not plain.amax(-1).isfinite().all():
+                    raise not_finite()
+        return [self._known[id(text)] for text in texts]
+
+    def tolerance(self, texts: Sequence[CheckText], found: float, at_least: float = 0.0) -> float:
+        """Return the largest difference that is rounding. More than the minimum is allowed only if it was `found`, and as
+        a multiple of what transformers' own implementations differ on these texts.
+        """
+        smallest = max(MIN_TOLERANCE, at_least)
+        if found <= smallest:
+            return smallest
+        noise = max(self._noise(text) for text in texts)
+        return max(smallest, min(_NOISE_FACTOR * noise, MAX_TOLERANCE))
+
+    def _noise(self, text: CheckText) -> float:
+        expected = self.logits([text])
+        others: list[torch.Tensor] = []
+        if self._model._supports_sdpa:
+            with contextlib.suppress(Exception):
+                others.append(plain_logits(self._model, text, "eager"))
+        with contextlib.suppress(Exception), torch.no_grad(), default_attention(self._model):
+            ids = torch.tensor([text.tokens] * 2, device=self._model.device)
+            others.append(_logits_at(self._model, ids, torch.tensor(text.choices, device=ids.device))[1])
+        return max((difference([other], expected) for other in others), default=0.0)
