@@ -119,7 +119,7 @@ def open_student(
     tokenizer = load_tokenizer(name)
     if fingerprint(tokenizer) != shards.facts["tokenizer_fingerprint"]:
         raise UserError(_other_tokenizer(student, shards))
-    model = load.load_model(name, dtype, "sdpa")
+    model = load.load_model(name, dtype)
     load.check_vocabulary(model.config, tokenizer, name)
     model.to(device=load.device())  # type: ignore[call-arg]
     return model, tokenizer

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer import distributed
 from trainer.errors import UserError
 from trainer.models import sizes
+from trainer.models.loaded_weights import check_weights
+from trainer.models.source import check_source, reason
+from trainer.models.text_part import (
+    causal_lm_config,
+    has_causal_lm,
+    is_wrapper,
+    key_mapping,
+    model_class,
+    text_config,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -18,24 +30,33 @@ TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def load_config(name_or_path: str, overrides: str = "", vocabulary_size: int = 0) -> PreTrainedConfig:
-    """Config from a size name (`trainer.models.sizes`), a local folder or file, or the hub.
+    """Return the config of a causal LM, from a size name (`trainer.models.sizes`), a local folder or file, or the Hub.
 
-    `overrides`: "n_layer=6,n_embd=384"; a value takes the type of what it replaces. Raises UserError.
+    Of a multimodal wrapper it is the config of the text part (see `trainer.models.text_part`), which is what
+    `load_model` loads. `overrides`: "n_layer=6,n_embd=384"; a value takes the type of what it replaces.
+    Raises UserError for what holds no causal LM.
     """
-    from transformers import AutoConfig
-
     if name_or_path in sizes.names():
         config = sizes.config(name_or_path, vocabulary_size)
     else:
-        try:
-            config = AutoConfig.from_pretrained(name_or_path)
-        except (OSError, ValueError, KeyError) as error:
-            known = ", ".join(sizes.names())
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"no model config at {name_or_path} (a folder, a hub name, or one of {known}): {reason}"
-            ) from None
+        config = causal_lm_config(_read_config(name_or_path), name_or_path)
     return override(config, overrides)
+
+
+def _read_config(name_or_path: str) -> PreTrainedConfig:
+    """Return the config as it is written, a wrapper's whole. Raises UserError."""
+    from transformers import AutoConfig
+
+    check_source(name_or_path)
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # transformers raises errors of many types for files it cannot read
+        expected = (
+            ""
+            if Path(name_or_path).exists()
+            else f" (a folder, a hub name, or one of {', '.join(sizes.names())})"
+        )
+        raise UserError(f"no model config at {name_or_path}{expected}: {reason(error)}") from None
 
 
 def override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
@@ -64,33 +85,10 @@ def context_length(config: PreTrainedConfig) -> int:
     return getattr(config, "max_position_embeddings", 0) or 0
 
 
-def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of the text model: of a multimodal wrapper its text part, else `config` itself."""
-    return config.get_text_config(decoder=True)
-
-
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class transformers builds as the causal LM of `config`.
-
-    Raises UserError if transformers has none for this model type.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    try:
-        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        raise UserError(
-            f"transformers has no causal language model for model type {config.model_type!r}: choose a decoder-only model"
-        ) from None
-    if not isinstance(found, (list, tuple)):
-        return found  # type: ignore[no-any-return]
-    by_name: dict[str, Any] = {known.__name__: known for known in found}
-    return next((by_name[name] for name in config.architectures or () if name in by_name), found[0])
-
-
 def default_attention(config: PreTrainedConfig) -> str:
     """Return the attention implementation transformers chooses for `config`: "sdpa" if the class has it, else "eager"."""
-    return "sdpa" if model_class(config)._supports_sdpa else "eager"
+    inner = text_config(config)
+    return "sdpa" if model_class(inner if has_causal_lm(inner) else config)._supports_sdpa else "eager"
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
@@ -129,27 +127,59 @@ def write_random_weights(config: PreTrainedConfig, seed: int, folder: Path) -> N
 
 
 def load_model(
-    name_or_path: str | Path, dtype: str, attention: str | None = None, **kwargs: Any
+    name_or_path: str | Path,
+    dtype: str,
+    attention: str | None = None,
+    config: PreTrainedConfig | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load weights as `dtype` ("fp32" | "bf16"); under ZeRO-3 (a live HfDeepSpeedConfig) into shards.
+    """Return the causal LM of a folder or Hub name, its weights as `dtype` ("fp32" | "bf16").
 
-    `attention`: an attention implementation; None chooses transformers' default (see `default_attention`).
-    The dtype is always given: transformers 5 otherwise keeps the file's. Raises UserError.
+    Under ZeRO-3 (a live HfDeepSpeedConfig) the weights are loaded into shards, and the call is collective.
+    Of a multimodal wrapper the text part alone is loaded. `attention`: an attention implementation; None chooses
+    transformers' default (see `default_attention`). `config`: from `load_config`; None reads it. The dtype is always
+    given: transformers 5 otherwise keeps the file's. Raises UserError if anything is missing or of another shape.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+    name, problem = str(name_or_path), None
+    model: Any = None
+    info: dict[str, Any]
+    written = _read_config(name)
+    config = config or causal_lm_config(written, name)
+    model_type: Any = model_class(config)
+    if is_wrapper(written):
+        kwargs["key_mapping"] = key_mapping(model_type)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(name_or_path),
+        model, info = model_type.from_pretrained(
+            name,
+            config=config,
             dtype=getattr(torch, TORCH_DTYPES[dtype]),
-            attn_implementation=attention,
+            attn_implementation=attention or default_attention(config),
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no model at {name_or_path} (a local folder or a hub name): {str(error).splitlines()[0]}"
-        ) from None
+        check_weights(model, info, name, written)
+        if is_wrapper(written):
+            # Otherwise save_pretrained would write the wrapper's names beside the text config.
+            model.__dict__.pop("_weight_conversions", None)
+    except UserError as error:
+        problem = str(error)
+    except Exception as error:  # transformers raises errors of many types for files it cannot read
+        if isinstance(error, torch.OutOfMemoryError) or distributed.is_lost_connection(error):
+            raise
+        traceback.print_exc()  # into the log
+        problem = f"no model at {name} (a local folder or a hub name): {reason(error)}"
+        if not str(error).startswith("Error(s) in loading state_dict"):
+            raise UserError(problem) from None  # under ZeRO-3 the other ranks may wait in a collective
+    if is_deepspeed_zero3_enabled():
+        distributed.raise_together(problem)  # only rank 0 reads the weights
+    elif problem is not None:
+        raise UserError(problem)
+    assert model is not None
+    return model
 
 
 def blank_model(config: PreTrainedConfig, dtype: str, attention: str | None = None) -> PreTrainedModel:

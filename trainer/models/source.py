@@ -1,0 +1,107 @@
+"""Folders and Hub names that hold no plain causal LM: what they hold instead, and what a user can do about it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_ADAPTER = "adapter_config.json"
+_MAX_REASON = 300
+_QUANTISATION_PACKAGES = ("gptq", "awq", "bitsandbytes", "optimum", "quant", "compressed-tensors", "hqq")
+
+
+def check_source(name: str) -> None:
+    """Refuse what is recognised by its files: adapters and GGUF. Raises UserError.
+
+    `name`: a local folder or file, or a Hub name (whose cached or remote adapter config is looked up).
+    """
+    path = Path(name)
+    if path.suffix == ".gguf" or (path.is_dir() and _holds_only_gguf(path)):
+        raise UserError(
+            f"{name} is in GGUF, a quantised format for inference: give the folder or Hub name of the original model "
+            "in safetensors"
+        )
+    if _has_adapter(name):
+        raise UserError(
+            f"{name} holds an adapter ({_ADAPTER}), not only a model: merge it first (peft: merge_and_unload, then "
+            f"save_pretrained with the tokenizer) and give the merged folder, or remove {_ADAPTER} to use the model beside it "
+            "without the adapter"
+        )
+
+
+def check_trainable(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a checkpoint with quantised weights: gradients need plain ones. Raises UserError."""
+    method = quantisation(config)
+    if method:
+        raise UserError(
+            f"{name} holds quantised weights ({method}), which cannot be trained: give the model's original weights, or load it "
+            "with transformers (dequantize=True where the method has it), save it without quantization_config, and give that"
+        )
+
+
+def quantisation(config: PreTrainedConfig) -> str:
+    """Return the quantisation method that the config names ("gptq", "fp8", ...), "" for plain weights."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return ""
+    values = found if isinstance(found, dict) else found.to_dict()
+    method = values.get("quant_method", "unknown method")
+    return str(getattr(method, "value", method))
+
+
+def reason(error: Exception) -> str:
+    """Return the cause of a failed load in one line, with a remedy where it is known."""
+    text = " ".join(str(error).split())
+    lower = text.lower()
+    if "custom code" in lower or "trust_remote_code" in lower:
+        return (
+            "it needs Python code of its own (trust_remote_code), which this program never runs; "
+            "choose a model type that transformers knows"
+        )
+    if isinstance(error, ImportError) or any(f"`{package}`" in lower for package in _QUANTISATION_PACKAGES):
+        quantised = any(package in lower for package in _QUANTISATION_PACKAGES)
+        remedy = "; use the model's original weights, or install that package" if quantised else ""
+        return f"{_shortened(text)}{remedy}"
+    if "does not recognize this architecture" in lower:
+        return f"{_shortened(text.split('. ')[0])}; choose a model type of the installed transformers"
+    if "weights_only" in lower:
+        return "its weights file is damaged, or holds more than weights; give the model in safetensors"
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return kind + (_shortened(text) or "no reason was given")
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _MAX_REASON:
+        return text
+    end = text.rfind(". ", 0, _MAX_REASON)
+    return text[: end + 1] if end > 0 else text[:_MAX_REASON] + " ..."
+
+
+def _holds_only_gguf(folder: Path) -> bool:
+    return any(folder.glob("*.gguf")) and not any(
+        next(folder.glob(pattern), None) for pattern in ("*.safetensors*", "pytorch_model*.bin*")
+    )
+
+
+def _has_adapter(name: str) -> bool:
+    if os.path.isdir(name):
+        return os.path.isfile(os.path.join(name, _ADAPTER))
+    if os.path.exists(name):
+        return False
+    from transformers.utils import cached_file
+
+    quiet: dict[str, Any] = {
+        "_raise_exceptions_for_gated_repo": False,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    try:
+        return cached_file(name, _ADAPTER, **quiet) is not None
+    except (OSError, ValueError):
+        return False  # not a Hub name either: loading its config says so
