@@ -20,9 +20,13 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from trainer.models import alibi
 from trainer.models.attention_kernels import leave_out_cudnn
 
 _MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]  # batch, head, query, key
+
+
+_registered: dict[str, Callable[..., Any]] = {}
 
 
 class UnsupportedAttention(RuntimeError):
@@ -78,6 +82,7 @@ def register(name: str, attention: Callable[..., Any], make_mask: MakeMask) -> N
         return make_mask(MaskPattern(mask_function, longest_causal))
 
     leave_out_cudnn()
+    _registered[name] = attention
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
 
@@ -97,37 +102,76 @@ def attend(
     dropout: float,
     sdpa: bool,
     others: dict[str, Any],
+    key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention of `batch` sequences [batch, queries, heads, value head size].
 
     query [batch, heads, queries, head size], key and value [batch, key-value heads, keys, ...]. visible: boolean mask
-    that broadcasts to [batch, heads, queries, keys]; None: causal, as many keys as queries. others: what the layer hands
-    its attention function besides; the family's own eager function takes it.
+    that broadcasts to [batch, heads, queries, keys]; None: causal, as many keys as queries. key_bias [heads, at least
+    keys]: added to the scores of the keys (alibi.py). others: what the layer hands its attention function besides; the
+    family's own eager function takes it.
     """
-    if sdpa:
-        grouped = query.shape[1] != key.shape[1]
+    if sdpa and key_bias is None:
+        mask = visible
+    else:
+        if visible is None:
+            length = query.shape[2]
+            visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        mask = visible.view((1,) * (4 - visible.dim()) + visible.shape)
+        if key_bias is not None:
+            mask = torch.where(mask, key_bias[:, None, : key.shape[2]].to(query.dtype), float("-inf"))
+    if sdpa or key_bias is not None:
         return scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=visible,
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=visible is None and query.shape[2] > 1,
+            is_causal=mask is None and query.shape[2] > 1,
             scale=scaling,
-            enable_gqa=grouped,
+            enable_gqa=query.shape[1] != key.shape[1],
         ).transpose(1, 2)
-    if visible is None:
-        length = query.shape[2]
-        visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    while visible.dim() < 4:
-        visible = visible[None]
-    mask = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
-    mask.masked_fill_(~visible, torch.finfo(query.dtype).min)
+    assert mask is not None
+    additive = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    additive.masked_fill_(~mask, torch.finfo(query.dtype).min)
     eager = _eager_function(type(module))  # type: ignore[arg-type]
-    output: torch.Tensor = eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **others)[
-        0
-    ]
+    output: torch.Tensor = eager(
+        module, query, key, value, additive, scaling=scaling, dropout=dropout, **others
+    )[0]
     return output
+
+
+class LayerMask:
+    """What layers receive as `attention_mask`. It stands for no tensor; families that look at its shape find none."""
+
+    ndim = 0  # Falcon adds its own bias to masks of 4 dimensions
+
+    def to(self, *_: Any) -> LayerMask:
+        """Return the mask itself: MPT asks for a boolean one."""
+        return self
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Set the attention implementation of a transformers model.
+
+    Raises UnsupportedAttention if its layers compute attention in a way of their own.
+    """
+    if model.config._attn_implementation == name:
+        return
+    if alibi.replaceable_layers(model):
+        alibi.restore_layers(model)
+        if name in _registered:
+            alibi.replace_layers(model, _registered[name])
+        model.config._attn_implementation = name
+    else:
+        model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise UnsupportedAttention("its attention layers in transformers cannot be replaced")
+
+
+def can_set_attention(model_class: Any) -> bool:
+    """Return whether `set_attention` works for models of this class."""
+    return bool(model_class._can_set_attn_implementation()) or alibi.has_replacements(model_class)
 
 
 def check_keywords(others: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from trainer.models import default_attention
-from trainer.models.default_attention import MaskPattern, UnsupportedAttention
+from trainer.models.default_attention import LayerMask, MaskPattern, UnsupportedAttention
 
 NAME = "packed"
 
@@ -36,7 +36,7 @@ class Pack:
         return max(self.lengths)
 
 
-class PackMask:
+class PackMask(LayerMask):
     """The mask of a pack: every example has the upper left corner of its longest one's."""
 
     def __init__(self, pack: Pack, pattern: MaskPattern) -> None:
@@ -44,6 +44,11 @@ class PackMask:
         self.is_causal = pattern.is_causal(pack.longest)
         self._pattern = pattern
         self._square: torch.Tensor | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return self.pack.longest
 
     def of_example(self, length: int) -> torch.Tensor | None:
         """Return the boolean mask [length, length] of an example, None for plain causal attention."""
@@ -92,24 +97,26 @@ def attend(
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
+    key_bias: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, ...] -> [1, tokens, heads, value head_dim].
 
-    Raises UnsupportedAttention if the layer does not hand down the mask.
+    key_bias [heads, at least the longest example]: see default_attention.attend. Raises UnsupportedAttention if the layer does not hand down the mask.
     """
     if not isinstance(attention_mask, PackMask) or query.shape[0] != 1:
         raise UnsupportedAttention("its layers do not hand the attention mask on")
     mask, pack = attention_mask, attention_mask.pack
     default_attention.check_keywords(others)
-    if pack.sdpa and mask.is_causal and dropout == 0.0 and has_kernel(query, value):
+    plain = pack.sdpa and mask.is_causal and key_bias is None and dropout == 0.0
+    if plain and has_kernel(query, value):
         return varlen(query, key, value, scaling, pack.bounds, pack.longest), None
     # One call per example: work grows with the sum of squared lengths, not with the square of the pack's.
     lengths = list(pack.lengths)
     cut = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), lengths, strict=True)
     outputs = [
         default_attention.attend(
-            module, q, k, v, mask.of_example(length), scaling, dropout, pack.sdpa, others
+            module, q, k, v, mask.of_example(length), scaling, dropout, pack.sdpa, others, key_bias
         )
         for q, k, v, length in cut
     ]

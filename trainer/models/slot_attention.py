@@ -17,16 +17,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from trainer.errors import UserError
 from trainer.models import default_attention
-from trainer.models.default_attention import MaskPattern, UnsupportedAttention
+from trainer.models.default_attention import LayerMask, MaskPattern, UnsupportedAttention
 from trainer.models.packed_attention import has_kernel, varlen
 from trainer.models.slots import Piece, SlotStep
 
 IMPLEMENTATION = "slots"
 
 
-class SlotMask:
+class SlotMask(LayerMask):
     """The mask of a forward pass over slots, for all layers of one pattern."""
 
     def __init__(self, step: SlotStep, pattern: MaskPattern, sdpa: bool) -> None:
@@ -34,6 +33,11 @@ class SlotMask:
         self.sdpa = sdpa
         self.is_causal = pattern.is_causal(step.longest)
         self._pattern = pattern
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, rounded up."""
+        return self.step.longest
 
     @functools.cached_property
     def newest(self) -> torch.Tensor:
@@ -93,6 +97,7 @@ def slot_attention(
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
+    key_bias: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of each token over its own slot. query [1, heads, tokens, head size] -> [1, tokens, heads, value head size].
@@ -106,18 +111,21 @@ def slot_attention(
     keys, values = step.store(key, value)
 
     num_tokens = query.shape[2]
-    if step.pieces and mask.sdpa and mask.is_causal and has_kernel(query, value):
+    plain = mask.sdpa and mask.is_causal and key_bias is None
+    if step.pieces and plain and has_kernel(query, value):
         outputs = [_pack_attention(step, query, keys, values, scaling)]
     else:
         outputs = [
-            _piece_attention(module, piece, mask, query, key, value, keys, values, scaling, others)
+            _piece_attention(module, piece, mask, query, key, value, keys, values, scaling, others, key_bias)
             for piece in step.pieces
         ]
     newest = query[0, :, num_tokens - step.num_newest :].transpose(0, 1)
     if step.rows is not None:
         newest = newest.new_zeros(step.block, *newest.shape[1:]).index_copy_(0, step.rows, newest)
     cached = keys[: step.block, :, : step.longest], values[: step.block, :, : step.longest]
-    if mask.sdpa:
+    if key_bias is not None:
+        attended = _newest_attention(newest, *cached, _biased(mask.newest, key_bias, keys.shape[1]), scaling)
+    elif mask.sdpa:
         attended = _newest_attention(newest, *cached, mask.newest, scaling)
     else:
         attended = default_attention.attend(
@@ -150,6 +158,14 @@ def _newest_attention(
     ).reshape(block, num_heads, values.shape[3])
 
 
+def _biased(mask: torch.Tensor, key_bias: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Add key_bias [heads, positions] to mask [block, 1, 1, longest] -> [block, key-value heads, heads of each, longest]."""
+    bias = key_bias[:, : mask.shape[3]].unflatten(0, (num_groups, -1))
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, float("-inf"))
+    return mask + bias.to(mask.dtype)
+
+
 def _pack_attention(
     step: SlotStep, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
@@ -179,6 +195,7 @@ def _piece_attention(
     values: torch.Tensor,
     scaling: float | None,
     others: dict[str, Any],
+    key_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of several new tokens of one slot: [tokens of the piece, heads, value head size]."""
     new = slice(piece.start, piece.stop)
@@ -188,26 +205,25 @@ def _piece_attention(
         seen = keys[piece.slot, None, :, : piece.end], values[piece.slot, None, :, : piece.end]
     visible = mask.of_piece(piece)
     return default_attention.attend(
-        module, query[:, :, new], *seen, visible, scaling, 0.0, mask.sdpa, others
+        module, query[:, :, new], *seen, visible, scaling, 0.0, mask.sdpa, others, key_bias
     )[0]
 
 
 @contextlib.contextmanager
 def slot_attention_of(model: PreTrainedModel) -> Iterator[None]:
-    """Switch `model` to attention over slots and to evaluation mode; on exit both are as they were."""
+    """Switch `model` to attention over slots and to evaluation mode; on exit both are as they were.
+
+    Raises UnsupportedAttention if its layers do not let their attention be replaced.
+    """
     before = model.config._attn_implementation
     training = model.training
-    model.set_attn_implementation(IMPLEMENTATION)
-    if model.config._attn_implementation != IMPLEMENTATION:
-        raise UserError(
-            f"{type(model).__name__} does not let its attention be replaced, which generation in slots needs"
-        )
+    default_attention.set_attention(model, IMPLEMENTATION)
     model.eval()
     try:
         yield
     finally:
         model.train(training)
-        model.set_attn_implementation(before)
+        default_attention.set_attention(model, before)
 
 
 default_attention.register(IMPLEMENTATION, slot_attention, _make_mask)
