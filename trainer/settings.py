@@ -21,6 +21,7 @@ DATA = ("gsm8k", "svamp", "strategyqa", "jsonl", "stories")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("fp32", "bf16")
 MODES = ("auto", "answer_only", "cot", "socratic", "few_shot")
+BACKENDS = ("auto", "slots", "transformers")
 
 
 @dataclass
@@ -210,6 +211,12 @@ class EvaluateSettings:
     seed: int = setting(0, "seed of sampling")
     max_new_tokens: int = setting(256, "longest answer in tokens, all models of a pair together")
     batch_size: int = setting(32, "sequences decoded at the same time on one rank")
+    backend: str = setting(
+        "auto",
+        "how the model is decoded; 'slots': one cache for all sequences, fast; 'transformers': its own cache, for every "
+        "family; 'auto': slots if they give the model's own numbers, else transformers",
+        choices=BACKENDS,
+    )
     max_problems: int = setting(0, "evaluate only the first so many problems (0: all)")
     dtype: str = setting("fp32", "numbers the model computes in", choices=DTYPES)
     allow_unfinished: bool = setting(False, "evaluate an export of a run that was not finished")
@@ -225,6 +232,7 @@ class EvaluateSettings:
         if (self.mode == "few_shot") != bool(self.exemplars):
             raise UserError("mode few_shot and exemplars (a JSONL file of solved problems) go together")
         one_of("dtype", self.dtype, DTYPES)
+        one_of("backend", self.backend, BACKENDS)
         at_least("temperature", self.temperature, 0)
         one_of("subquestions", self.subquestions, ("decomposer", "gold"))
         one_of("guidance_from", self.guidance_from, ("planner", "gold"))

@@ -13,9 +13,10 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from trainer.errors import UserError
 from trainer.evaluation.backends import Backend, Feed
@@ -157,6 +158,38 @@ def plain_logits(model: PreTrainedModel, text: CheckText, attention: str | None 
     choices = torch.tensor(text.choices, device=model.device)
     with default_attention(model, attention):
         return _logits_at(model, ids, choices)[0]
+
+
+@torch.no_grad()
+def depends_on_what_follows(model: PreTrainedModel, text: CheckText) -> bool:
+    """Return whether the plain logits of a text are others than those of each of its beginnings.
+
+    So it is where attention picks the best keys of a whole text. Such a model has no logits but those of one way of
+    reading, which is that of `generate`. Raises CannotRun.
+    """
+    ids = torch.tensor([text.tokens], device=model.device)
+    choices = torch.tensor(text.choices, device=model.device)
+    with exceptions_are_findings(), default_attention(model):
+        beginnings = [_logits_at(model, ids[:, : at + 1], at.view(1))[0] for at in choices]
+        return difference([torch.cat(beginnings)], [_logits_at(model, ids, choices)[0]]) > MIN_TOLERANCE
+
+
+def generated(model: PreTrainedModel, text: CheckText) -> tuple[CheckText, torch.Tensor]:
+    """Return the same prompt with the tokens that `generate` chooses, and its logits [choices, vocabulary].
+
+    Raises CannotRun.
+    """
+    number = len(text.choices)
+    how = GenerationConfig(
+        do_sample=False, max_new_tokens=number, min_new_tokens=number, pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    ids = torch.tensor([text.prompt], device=model.device)
+    untyped: Any = model
+    with exceptions_are_findings(), default_attention(model):
+        outputs = untyped.generate(ids, generation_config=how)
+    tokens: list[int] = outputs.sequences[0, len(text.prompt) : -1].tolist()
+    return CheckText(text.prompt, [[token] for token in tokens]), torch.cat(outputs.logits).float().cpu()
 
 
 def _logits_at(model: PreTrainedModel, ids: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:

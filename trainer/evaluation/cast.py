@@ -10,6 +10,8 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.evaluation import solve
+from trainer.evaluation.backend_check import check_texts
+from trainer.evaluation.backends.choice import UNCHECKED, BackendChoice, choose_backend
 from trainer.evaluation.decoding import AHEAD, FEW_SHOT, GOLD, SOLVER, UNIFIED, Decoding
 from trainer.evaluation.few_shot import after_exemplars, exemplar_tokens
 from trainer.evaluation.language import Language, end_tokens
@@ -24,10 +26,11 @@ from trainer.shards.segments import prefix_tokens
 
 @dataclass(frozen=True)
 class Actor:
-    """A model and the method it was taught by (None: unknown)."""
+    """A model, the method it was taught by (None: unknown), and its name in messages."""
 
     model: PreTrainedModel
     method: str | None
+    name: str = "the model"
 
 
 class Cast:
@@ -46,6 +49,7 @@ class Cast:
         self._tokenizer, self._exemplars = tokenizer, exemplar_tokens(exemplars, tokenizer)
         seated = {id(actor.model): actor for actor in actors.values()}
         self.models = [actor.model for actor in seated.values()]
+        self.backends = [UNCHECKED] * len(self.models)  # how each model is decoded
         self.rules = Rules(
             language=Language(tokenizer),
             seats=[_seat(actor, tokenizer) for actor in seated.values()],
@@ -56,10 +60,30 @@ class Cast:
 
     def solution(self, index: int) -> Solution:
         """The problem, about to be solved."""
-        prompt = self.shards.prompt(index).tolist()
-        if self._exemplars:
-            prompt = after_exemplars(prompt, self._exemplars, self._tokenizer)
-        return Solution(index, prompt, self.rules, self._method(index), self._noise_keys(index))
+        return Solution(index, self.prompt(index), self.rules, self._method(index), self._noise_keys(index))
+
+    def prompt(self, index: int) -> list[int]:
+        """Return the tokens that every model reads first."""
+        prompt: list[int] = self.shards.prompt(index).tolist()
+        return after_exemplars(prompt, self._exemplars, self._tokenizer) if self._exemplars else prompt
+
+    def choose_backends(self, indices: Sequence[int], requested: str) -> list[BackendChoice]:
+        """Return for each model the backend that a check on prompts of `indices`, at least one, finds right.
+
+        requested: "auto", "slots" or "transformers". Raises UserError for a model that none is right for.
+        """
+        by_length = sorted(indices, key=lambda index: len(self.shards.prompt(index)))
+        places = dict.fromkeys((0, len(by_length) // 2, len(by_length) - 1))
+        prompts = [self.prompt(by_length[place]) for place in places]
+        names = {id(actor.model): actor.name for actor in self.actors.values()}
+        return [
+            choose_backend(model, check_texts(prompts, capacity, self.prefix), names[id(model)], requested)
+            for model, capacity in zip(self.models, self.capacities(indices), strict=True)
+        ]
+
+    def backend_of(self, part: str) -> BackendChoice:
+        """Return how the model that plays `part` is decoded."""
+        return self.backends[self.rules.voices[part]]
 
     @property
     def prefix(self) -> list[int]:

@@ -16,6 +16,7 @@ from trainer import commit, distributed, startup, terminal
 from trainer.errors import UserError
 from trainer.evaluation import gather, place, record, task
 from trainer.evaluation import student as students
+from trainer.evaluation.backends.choice import TRANSFORMERS
 from trainer.evaluation.cast import Actor, Cast
 from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
 from trainer.evaluation.predict import predictions
@@ -59,6 +60,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     if solved:
         terminal.say(f"{len(solved)} of {len(ids)} problems were solved before; going on")
     left = [index for index, problem_id in enumerate(ids) if problem_id not in solved]
+    if left:
+        _choose_backends(cast, range(len(ids)), settings.backend)
     start = time.monotonic()
     path = _solve_into_part(work, cast, left, identity, solved)
     finished = distributed.gather_objects((path, time.monotonic() - start))
@@ -67,6 +70,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         **record.about(work, _sizes(work, cast), digests),
         "seconds": round(max(seconds for _, seconds in finished), 3),
         "world_size": distributed.world().world_size,
+        "backends": {part: cast.backend_of(part).record() for part in work.students},
         **recipe,
         "identity": identity,
     }
@@ -85,6 +89,7 @@ def evaluate_model(
     shards: Shards,
     decoding: Decoding,
     max_problems: int = 0,
+    backend: str = "auto",
 ) -> dict[str, Any]:
     """Collective. Accuracies (`score.summarise`) of a model in hand on the first problems, on every rank; no files.
 
@@ -97,6 +102,7 @@ def evaluate_model(
     indices = range(min(max_problems or len(shards), len(shards)))
     mine: list[dict[str, Any]] = []
     cast = Cast({STUDENT: Actor(model, decoding.mode)}, tokenizer, shards, decoding)
+    _choose_backends(cast, indices, backend)
     _solve(cast, indices, lambda prediction, _: mine.append(prediction))
     everybodys = [prediction for part in distributed.gather_objects(mine) for prediction in part]
     ids = [shards.problem(index).id for index in indices]
@@ -119,9 +125,21 @@ def _open_cast(work: Task) -> Cast:
         )
         for name, part in work.parts_of_students.items()
     }
-    actors = {part: Actor(opened[student.name][0], student.method) for part, student in work.students.items()}
+    actors = {
+        part: Actor(opened[student.name][0], student.method, student.name)
+        for part, student in work.students.items()
+    }
     tokenizer = next(iter(opened.values()))[1]
     return Cast(actors, tokenizer, work.shards, work.decoding, work.exemplars)
+
+
+def _choose_backends(cast: Cast, indices: Sequence[int], requested: str) -> None:
+    """Collective. Rank 0 checks, before the first answer, how each model is decoded; all ranks decode alike."""
+    cast.backends = _on_rank_0(lambda: cast.choose_backends(indices, requested))
+    told = {part: cast.backend_of(part) for part in cast.actors}
+    for part, choice in told.items():
+        if choice.name == TRANSFORMERS:
+            terminal.say(f"{part}: {choice.in_words()}")
 
 
 def _sizes(work: Task, cast: Cast) -> dict[str, int]:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from trainer import distributed
+from trainer.evaluation.backends import Backend
+from trainer.evaluation.backends.choice import make_backend
 from trainer.evaluation.cast import Cast
 from trainer.evaluation.decoding import ALONE
-from trainer.evaluation.engine import Engine
 from trainer.evaluation.generate import chooser, generate
 from trainer.evaluation.score import judge
 from trainer.evaluation.solution import Solution
@@ -19,7 +20,8 @@ from trainer.shards.read import Shards
 def predictions(cast: Cast, indices: Sequence[int], counter: Counter) -> Iterator[dict[str, Any]]:
     """Solve the problems `indices` together with the other ranks; yield this rank's predictions as they are made.
 
-    A problem whose prompt fills the model's context is a prediction without text.
+    A problem whose prompt fills the model's context is a prediction without text. `cast.backends` says how each model is
+    decoded.
     """
     if not indices:
         return
@@ -34,12 +36,12 @@ def predictions(cast: Cast, indices: Sequence[int], counter: Counter) -> Iterato
         return None if index is None else cast.solution(index)
 
     choose = chooser(decoding.temperature, decoding.top_p)
-    seats = enumerate(zip(cast.models, cast.capacities(order), strict=True))
-    engines = [
-        Engine[Solution](seat, model, num_slots, tokens, choose, cast.prefix)
-        for seat, (model, tokens) in seats
+    capacities = cast.capacities(order)
+    backends: list[Backend[Solution]] = [
+        make_backend(how, seat, model, num_slots, capacities[seat], choose, cast.prefix, len(cast.models))
+        for seat, (how, model) in enumerate(zip(cast.backends, cast.models, strict=True))
     ]
-    for solution in generate(engines, draw, Solution.after, num_slots, counter.serve):
+    for solution in generate(backends, draw, Solution.after, num_slots, counter.serve):
         yield _prediction(cast, solution)
 
 

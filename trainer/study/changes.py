@@ -30,7 +30,7 @@ _HARMLESS_TO_TRAIN = {
 }
 _HARMLESS_TO_EVALUATE = {
     *("output_dir", "model_name_or_path", "decomposer", "solver", "planner"),
-    *("shards", "batch_size", "max_restarts"),
+    *("shards", "batch_size", "backend", "max_restarts"),
 }
 _MOST_NAMED = 6
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from trainer.errors import UserError
 from trainer.evaluation.backend_check import (
     BF16_FACTOR,
+    MIN_TOLERANCE,
     MIN_TOLERANCE_BF16,
     CannotRun,
     CheckText,
@@ -22,7 +23,9 @@ from trainer.evaluation.backend_check import (
     Reference,
     Texts,
     decode,
+    depends_on_what_follows,
     difference,
+    generated,
 )
 from trainer.evaluation.backends import Backend, Choose, SomeOccupant
 from trainer.evaluation.backends.transformers import CACHE_USES, CacheUse, TransformersBackend
@@ -52,9 +55,10 @@ class BackendChoice:
         """Return one line for the user."""
         if self.name == SLOTS:
             return f"decoding in slots equals the model's own forward pass (difference {self.difference:.0e})"
-        how = "in batches" if self.cache_use.batch else "one problem at a time"
+        how = "and cache" if self.cache_use.cache else "without a cache (slow)"
+        batch = "" if self.cache_use.batch else ", one problem at a time"
         why = f": {self.reason}" if self.reason else ""
-        return f"decoding by the model's own forward pass and cache, {how}{why}"
+        return f"decoding by the model's own forward pass {how}{batch}{why}"
 
     def record(self) -> dict[str, Any]:
         """Return what results.json says."""
@@ -97,30 +101,20 @@ def choose_backend(model: PreTrainedModel, texts: Texts, name: str, requested: s
     the requested one is not, and for weights that are not finite.
     """
     reasons: list[str] = []
-    candidates = [BackendChoice(SLOTS)] if requested != TRANSFORMERS else []
-    if requested != SLOTS:
-        candidates += [BackendChoice(TRANSFORMERS, use) for use in CACHE_USES]
+    own = [BackendChoice(TRANSFORMERS, use) for use in CACHE_USES] if requested != SLOTS else []
     checks = _Checks(model)
-    for candidate in candidates:
-        try:
-            checked = checks.check(candidate, texts)
-        except CannotRun as finding:
-            reasons.append(str(finding))
-            continue
-        if checked.difference is not None and checked.tolerance is not None:
-            if checked.difference <= checked.tolerance:
-                return dataclasses.replace(checked, reason=_slots_reason(requested, reasons))
-            reasons.append(
-                f"its logits differ from those of the plain forward pass by {checked.difference:.1e} standard deviations "
-                f"({checked.tolerance:.0e} would be rounding)"
-            )
+    for candidate in [*([BackendChoice(SLOTS)] if requested != TRANSFORMERS else []), *own]:
+        if checked := checks.passed(candidate, texts, reasons):
+            return dataclasses.replace(checked, reason=_slots_reason(requested, reasons))
+    if own and (checked := checks.as_generate(texts, reasons)):
+        return dataclasses.replace(checked, reason=_slots_reason(requested, reasons))
     if requested == SLOTS:
         raise UserError(
             f"{name} cannot be decoded in slots: {reasons[0]}; use backend auto, which decodes it by its own forward pass "
             "if that is right"
         )
     raise UserError(
-        f"{name} ({type(model).__name__}) cannot be evaluated: decoded by its own forward pass and cache, {reasons[-1]}; "
+        f"{name} ({type(model).__name__}) cannot be evaluated: decoded by its own forward pass, {reasons[-1]}; "
         "choose another model, or another release of transformers"
     )
 
@@ -135,6 +129,39 @@ class _Checks:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._references: dict[str, Reference] = {}
+
+    def passed(self, candidate: BackendChoice, texts: Texts, reasons: list[str]) -> BackendChoice | None:
+        """Return the candidate with what was measured if it is right, else add the reason why it is not."""
+        try:
+            checked = self.check(candidate, texts)
+        except CannotRun as finding:
+            reasons.append(str(finding))
+            return None
+        assert checked.difference is not None and checked.tolerance is not None
+        if checked.difference <= checked.tolerance:
+            return checked
+        reasons.append(
+            f"its logits differ from those of the plain forward pass by {checked.difference:.1e} standard deviations "
+            f"({checked.tolerance:.0e} would be rounding)"
+        )
+        return None
+
+    def as_generate(self, texts: Texts, reasons: list[str]) -> BackendChoice | None:
+        """Return the own cache, one problem at a time, if `generate` is the only measure and it equals that."""
+        candidate = BackendChoice(TRANSFORMERS, next(use for use in CACHE_USES if not use.batch))
+        try:
+            if not depends_on_what_follows(self._model, texts.own_cache[0]):
+                return None
+            made = [generated(self._model, text) for text in texts.own_cache]
+            ours = [text for text, _ in made]
+            found = difference(self._decode(candidate, texts, ours), [logits for _, logits in made])
+        except CannotRun as finding:
+            reasons.append(str(finding))
+            return None
+        reasons.append(f"its logits differ from those of generate by {found:.1e} standard deviations")
+        dtype = "bf16" if _is_16_bit(self._model) else "fp32"
+        checked = dataclasses.replace(candidate, difference=found, tolerance=MIN_TOLERANCE, dtype=dtype)
+        return checked if found <= MIN_TOLERANCE else None
 
     def check(self, candidate: BackendChoice, texts: Texts) -> BackendChoice:
         """Return the candidate with what was measured. Raises CannotRun and UserError."""

@@ -13,6 +13,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Generic
 
 import torch
@@ -31,12 +32,14 @@ class CacheUse:
     """How the model's cache may be used. Not all is right for all families; backend_check.py finds out what is.
 
     batch: several problems in a batch. select: rows that have ended are removed from the cache, else they are fed until
-    the last one ends. chunks: several tokens are read at once into a cache that holds some, else one at a time.
+    the last one ends. chunks: several tokens are read at once into a cache that holds some, else one at a time. cache:
+    without one, every step reads the whole text again.
     """
 
     batch: bool = True
     select: bool = True
     chunks: bool = True
+    cache: bool = True
 
 
 # From the fastest on: what is tried until the answers are the model's own.
@@ -45,65 +48,80 @@ CACHE_USES = (
     CacheUse(chunks=False),
     CacheUse(chunks=False, select=False),
     CacheUse(chunks=False, select=False, batch=False),
+    CacheUse(cache=False),
+    CacheUse(cache=False, batch=False),
 )
 
 
 @contextlib.contextmanager
 def default_attention(model: PreTrainedModel, attention: str | None = None) -> Iterator[None]:
-    """Context manager: evaluation mode, and the attention that transformers chooses for this family by default.
+    """Context manager: evaluation mode, and an attention of transformers.
 
-    attention: another implementation instead, "sdpa" or "eager".
+    A model that has one keeps it; one of ours (packed, slots) is replaced by the family's default. attention: this one
+    instead, "sdpa" or "eager".
     """
-    before, training = model.config._attn_implementation, model.training
-    wanted = attention or ("sdpa" if model._supports_sdpa else "eager")
+    training = model.training
+    # The parts of a composite model may differ in their implementations.
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    is_ours = any(name not in ("sdpa", "eager") for _, name in before)
     model.eval()
     try:
-        if wanted != before:
-            model.set_attn_implementation(wanted)
+        if attention or is_ours:
+            model.set_attn_implementation(attention or ("sdpa" if model._supports_sdpa else "eager"))
         yield
     finally:
-        if wanted != before:
-            model.set_attn_implementation(before)
+        for config, name in before:  # a whole before its parts: setting one sets the parts of it as well
+            if config._attn_implementation != name:
+                config._attn_implementation = name
         model.train(training)
 
 
 class _Rows:
     """Equally long rows of tokens that a model has read, with its cache of them."""
 
-    def __init__(self, model: PreTrainedModel, num_rows: int, capacity: int) -> None:
+    def __init__(self, model: PreTrainedModel, num_rows: int, capacity: int, use_cache: bool) -> None:
         self._model: Any = model
         self._capacity = capacity
+        self._use_cache = use_cache
         self._cache: dict[str, Any] = {}  # under the name that the model has for it; {} if it makes none
         self.input_ids = torch.zeros(num_rows, 0, dtype=torch.int64, device=model.device)
 
     def read(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Read `tokens`, equally many in every row; return logits [rows, vocabulary] of the last ones."""
         new = torch.tensor(tokens, dtype=torch.int64).to(self._model.device)
-        is_first = self.input_ids.shape[1] == 0
         self.input_ids = torch.cat([self.input_ids, new], dim=1)
+        outputs = self._model(**self._inputs(new.shape[1]), return_dict=True)
+        found = [(name, outputs[name]) for name in _CACHE_NAMES if outputs.get(name) is not None]
+        self._cache = dict(found[:1]) if self._use_cache else {}
+        logits: torch.Tensor = outputs.logits[:, -1]
+        return logits
+
+    def _inputs(self, num_new: int) -> dict[str, Any]:
+        """Return the arguments of the forward pass that reads the last `num_new` tokens of the rows."""
         num_rows, length = self.input_ids.shape
+        accepted = inspect.signature(self._model.forward).parameters
+        more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        if not self._use_cache:
+            if "use_cache" in accepted:
+                more["use_cache"] = False
+            return {"input_ids": self.input_ids, **more}
+        is_first = num_new == length
         if is_first:
             self._model._prepare_cache_for_generation(
                 GenerationConfig(), self._cache, GenerationMode.GREEDY_SEARCH, num_rows, self._capacity
             )
-        accepted = inspect.signature(self._model.forward).parameters
-        more: dict[str, Any] = dict(self._cache)
         if "position_ids" in accepted:
-            more["position_ids"] = torch.arange(length, device=new.device).expand(num_rows, -1)
-        if "logits_to_keep" in accepted:
-            more["logits_to_keep"] = 1
-        inputs = self._model.prepare_inputs_for_generation(
+            more["position_ids"] = torch.arange(length, device=self.input_ids.device).expand(num_rows, -1)
+        inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
             self.input_ids,
-            next_sequence_length=None if is_first or not self._cache else new.shape[1],
+            next_sequence_length=None if is_first or not self._cache else num_new,
             is_first_iteration=is_first,
             use_cache=True,
             **more,
+            **self._cache,
         )
-        outputs = self._model(**inputs, return_dict=True)
-        found = {name: outputs[name] for name in _CACHE_NAMES if outputs.get(name) is not None}
-        self._cache = dict(list(found.items())[:1])
-        logits: torch.Tensor = outputs.logits[:, -1]
-        return logits
+        return inputs
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows in this order; a row may be taken more than once. Raises TypeError for an unknown cache."""
@@ -195,7 +213,7 @@ class TransformersBackend(Generic[SomeOccupant]):
         self._begin()
         found = []
         for batch in self._batches:
-            if any(occupant is not None and occupant.turn == self._seat for occupant in batch.occupants):
+            if any(self._waits(occupant) for occupant in batch.occupants):
                 found += self._advance(batch)
                 if not self._use.batch:
                     break  # one at a time: caches of problems that have not begun take no memory
@@ -204,31 +222,28 @@ class TransformersBackend(Generic[SomeOccupant]):
     def _begin(self) -> None:
         """Make batches of new problems: at once if none is under way, else when half of the slots have come free."""
         if not self._use.batch:
-            if any(occupant is not None and occupant.turn == self._seat
-                   for batch in self._batches for occupant in batch.occupants):  # fmt: skip
-                return
-            waiting = [occupant for occupant in self._new if occupant.turn == self._seat]
-            for occupant in waiting[:1]:
-                self._new.remove(occupant)
-                self._batches.append(_Batch([occupant], self._begun([occupant])))
+            if not any(self._waits(occupant) for batch in self._batches for occupant in batch.occupants):
+                first = next((occupant for occupant in self._new if self._waits(occupant)), None)
+                if first is not None:
+                    self._new.remove(first)
+                    self._batches.append(_Batch([first], self._begun([first])))
             return
         while self._new and (not self._batches or len(self._new) >= self._num_slots // 2):
-            taken, num_tokens = 0, 0
-            for occupant in self._new:
-                num_tokens += len(occupant.feeds[self._seat].pending)
-                if taken and num_tokens > _MAX_PROMPT_TOKENS:
-                    break
-                taken += 1
+            lengths = accumulate(len(occupant.feeds[self._seat].pending) for occupant in self._new)
+            taken = max(1, sum(length <= _MAX_PROMPT_TOKENS for length in lengths))
             occupants, self._new = self._new[:taken], self._new[taken:]
             self._batches.append(_Batch(occupants, self._begun(occupants)))
+
+    def _waits(self, occupant: SomeOccupant | None) -> bool:
+        return occupant is not None and occupant.turn == self._seat
 
     def _begun(self, occupants: Sequence[SomeOccupant]) -> _Rows:
         """Return rows for new problems, which hold the prefix already if the cache can be copied."""
         may_copy = self._use.chunks and (self._use.select or len(occupants) == 1)
         if not (self._prefix and may_copy):
-            return _Rows(self.model, len(occupants), self._capacity)
+            return _Rows(self.model, len(occupants), self._capacity, self._use.cache)
         if self._prefix_rows is None:
-            self._prefix_rows = _Rows(self.model, 1, self._capacity)
+            self._prefix_rows = _Rows(self.model, 1, self._capacity, self._use.cache)
             self._prefix_rows.read([self._prefix])
         for occupant in occupants:
             feed = occupant.feeds[self._seat]
