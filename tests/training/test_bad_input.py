@@ -61,7 +61,7 @@ CANNOT_BE_TRAINED = {
     "model": ({"config_name": "no/such-model"}, "no model config at no/such-model"),
     "vocabulary": (
         {"config_overrides": "vocab_size=100"},
-        "has 100 embeddings but the shards' tokenizer has",
+        "has 100 embeddings but token",
     ),
     "context": ({"config_overrides": "max_position_embeddings=64"}, "examples of up to"),
     "override": ({"config_overrides": "n_layer=2"}, "'n_layer=2' does not name a setting"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.problems.problem import Problem
 from trainer.shards.methods import METHODS
 from trainer.shards.segments import prefix_tokens, texts
@@ -22,21 +23,29 @@ _BETWEEN = "\n\n"
 
 
 def exemplar_tokens(exemplars: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What comes between the tokenizer's prefix (BOS) and the problem's own tokens."""
+    """Return what comes between the tokenizer's prefix (BOS) and the problem's own tokens."""
     if not exemplars:
-        return []  # a tokenizer refuses an empty batch
+        return []
     pieces = [
         text
         for problem in exemplars
         for text in (*(text for role, text in texts(problem) if role in _SHOWN), _BETWEEN)
     ]
-    encoded = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    codec = segment_tokenizer(tokenizer)
+    encoded = [*codec.encode_first(pieces[:1]), *codec.encode_next(pieces[1:])]
     return [token for tokens in encoded for token in tokens]
 
 
 def after_exemplars(
     prompt: Sequence[int], exemplars: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """The prompt of a problem (prefix and problem, as in the shards) with the exemplars' tokens between the two."""
+    """Return the prompt of a problem (prefix and problem, as in the shards) with the exemplars' tokens between the two.
+
+    The problem starts a text in the shards and continues one here, where it has other tokens with some tokenizers.
+    """
     prefix = len(prefix_tokens(tokenizer))
-    return [*prompt[:prefix], *exemplars, *prompt[prefix:]]
+    problem = list(prompt[prefix:])
+    codec = segment_tokenizer(tokenizer)
+    if exemplars and problem and codec.continues_differently:
+        problem = codec.encode_next(codec.decode_texts([problem]))[0]
+    return [*prompt[:prefix], *exemplars, *problem]

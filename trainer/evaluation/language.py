@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trainer.models.segment_tokenizer import SegmentTokenizer, segment_tokenizer
 from trainer.problems import calculator
 
 
@@ -14,17 +15,19 @@ class Language:
     """A tokenizer as the solving methods need it. All models of an evaluation share it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self._codec = segment_tokenizer(tokenizer)
         self.newlines = tokens_whose_text(tokenizer, lambda text: "\n" in text)
         # A text is decoded only after a token that can complete `<<48/2=` or `####`.
         self.equals = tokens_whose_text(tokenizer, lambda text: text.endswith("="))
         self.hashes = tokens_whose_text(tokenizer, lambda text: "#" in text)
 
     def text(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+        """Return the text of tokens that continue a text."""
+        return self._codec.decode_next(tokens)
 
     def tokens(self, text: str) -> tuple[int, ...]:
-        return _tokens_of(self._tokenizer, text)
+        """Return the tokens that a text has where it continues a text, as in the shards."""
+        return _tokens_of(self._codec, text)
 
     def calculated(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """If the text ends in an open annotation the calculator accepts: the tokens of its result and `>>`."""
@@ -53,5 +56,5 @@ def _texts_of_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 @lru_cache(maxsize=4096)
-def _tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _tokens_of(codec: SegmentTokenizer, text: str) -> tuple[int, ...]:
+    return tuple(codec.encode_next([text])[0])

@@ -120,7 +120,7 @@ def open_student(
     if fingerprint(tokenizer) != shards.facts["tokenizer_fingerprint"]:
         raise UserError(_other_tokenizer(student, shards))
     model = load.load_model(name, dtype)
-    load.check_vocabulary(model.config, tokenizer, name)
+    load.check_vocabulary(model.config, shards.max_token_id, name)
     model.to(device=load.device())  # type: ignore[call-arg]
     return model, tokenizer
 

@@ -24,7 +24,7 @@ from trainer.models.text_part import (
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -71,18 +71,23 @@ def override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
     return config
 
 
-def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a model that has no embedding for some tokens. Raises UserError."""
-    if config.vocab_size < len(tokenizer):
+def check_vocabulary(config: PreTrainedConfig, max_token_id: int, name: str) -> None:
+    """Refuse a model that has no embedding for a token that occurs.
+
+    `max_token_id`: the largest that occurs in the shards, or that a text can have (`tokenizer.max_text_token_id`): a
+    tokenizer may well have more tokens than its model has embeddings (Gemma 3). Raises UserError.
+    """
+    size = text_config(config).vocab_size
+    if size <= max_token_id:
         raise UserError(
-            f"{name} has {config.vocab_size} embeddings but the shards' tokenizer has {len(tokenizer)} tokens: "
+            f"{name} has {size} embeddings but token {max_token_id} occurs: "
             "prepare the shards with the model's own tokenizer"
         )
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Longest sequence the positions of the model reach, or 0 if it has no limit."""
-    return getattr(config, "max_position_embeddings", 0) or 0
+    """Return the longest sequence the positions of the model reach, or 0 if it has no limit."""
+    return getattr(text_config(config), "max_position_embeddings", 0) or 0
 
 
 def default_attention(config: PreTrainedConfig) -> str:

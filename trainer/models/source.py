@@ -21,17 +21,22 @@ def check_source(name: str) -> None:
 
     `name`: a local folder or file, or a Hub name (whose cached or remote adapter config is looked up).
     """
-    path = Path(name)
-    if path.suffix == ".gguf" or (path.is_dir() and _holds_only_gguf(path)):
-        raise UserError(
-            f"{name} is in GGUF, a quantised format for inference: give the folder or Hub name of the original model "
-            "in safetensors"
-        )
+    check_gguf(name)
     if _has_adapter(name):
         raise UserError(
             f"{name} holds an adapter ({_ADAPTER}), not only a model: merge it first (peft: merge_and_unload, then "
             f"save_pretrained with the tokenizer) and give the merged folder, or remove {_ADAPTER} to use the model beside it "
             "without the adapter"
+        )
+
+
+def check_gguf(name: str) -> None:
+    """Refuse a GGUF file, and a folder that holds no other weights. Raises UserError."""
+    path = Path(name)
+    if path.suffix == ".gguf" or (path.is_dir() and _holds_only_gguf(path)):
+        raise UserError(
+            f"{name} is in GGUF, a quantised format for inference: give the folder or Hub name of the original model "
+            "in safetensors"
         )
 
 

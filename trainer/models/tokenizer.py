@@ -1,51 +1,66 @@
-"""Load a tokenizer and tell whether two are the same."""
+"""Load a tokenizer as its authors wrote it, and tell whether two are the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import tempfile
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from trainer import terminal
 from trainer.errors import UserError
+from trainer.models.source import check_gguf, reason
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 STORIES = "stories"
+_FILE = "tokenizer.json"
+_NUM_PROBES = 500  # texts made of the vocabulary, beside these
+_PROBES = (
+    "2023 = 15", "1 + 2 = 3\n", "12,345.67%", "  two  spaces ", "tab\tand\r\n\n\nlines", "don't we'll I'M",
+    "CamelCase snake_case", "naïve café", "nai\u0308ve", "½ ² ﬁ Ａ", "日本語 中文 한국어", "مرحبا", "🙂👩‍👧", "x=<<3*4=12>>12",
+    "#### 72", "a\u00a0b\u200bc", "(a[b]{c})", "Äpfel, Öl", "http://a.b/c?d=1", "",
+)  # fmt: skip
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local folder or the hub; `stories` is the small embedded one, made on the spot.
+    """Return the tokenizer of a local folder or the hub; `stories` is the small embedded one, made on the spot.
 
-    Raises UserError if there is none.
+    A tokenizer.json that transformers' class of the tokenizer would change is loaded as it is written, with a line on
+    rank 0. Raises UserError if there is none.
     """
     from transformers import AutoTokenizer
 
-    if str(name_or_path) == STORIES:
+    name = str(name_or_path)
+    if name == STORIES:
         from trainer.models.stories_tokenizer import build
 
+        tokenizer: PreTrainedTokenizerBase
         with tempfile.TemporaryDirectory() as folder:
             build(Path(folder))
             tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.name_or_path = STORIES
         return tokenizer
+    check_gguf(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"no tokenizer at {name_or_path} (a local folder or a hub name is expected): {reason}"
-        ) from None
+        tokenizer = _as_written(AutoTokenizer.from_pretrained(name, trust_remote_code=False), name)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises errors of many types for files it cannot read
+        expected = "" if Path(name).exists() else " (a local folder or a hub name is expected)"
+        raise UserError(f"no tokenizer at {name}{expected}: {reason(error)}") from None
     # Trap: a tokenizer made without its vocabulary file loads without an error and returns nothing.
     if not tokenizer("1 + 2", add_special_tokens=False)["input_ids"]:
-        raise UserError(f"the tokenizer at {name_or_path} turns text into nothing: its vocabulary is missing")
+        raise UserError(f"the tokenizer at {name} turns text into nothing: its vocabulary is missing")
     return tokenizer
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of everything that decides which tokens a text gets; equal before and after saving and loading."""
+    """Return a SHA-256 of everything that decides which tokens a text gets; equal before and after saving and loading."""
     state: dict[str, object] = {"vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -54,3 +69,127 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         state["merges"] = rules["model"].get("merges")
     state["special"] = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def max_text_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the largest token id that a text, BOS or EOS can have; special tokens of other uses are left out.
+
+    Gemma 3's tokenizer has one token for images that its text model has no embedding for.
+    """
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ours = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    return max((set(tokenizer.get_vocab().values()) - special) | ours, default=0)
+
+
+def check_saved_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that transformers changes when it is saved beside this config, as in an export.
+
+    transformers chooses the class of some tokenizers by the config's model type (qwen2), whatever the files say.
+    Raises UserError.
+    """
+    from transformers import AutoTokenizer
+    from transformers.models.auto import tokenization_auto
+
+    fixed = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", None)
+    if fixed is not None and config.model_type not in fixed:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if fingerprint(found) != fingerprint(tokenizer) and not _same_tokens(found, tokenizer):
+        raise UserError(
+            f"transformers loads every tokenizer beside a {config.model_type} config as {type(found).__name__}, which gives "
+            f"other tokens than {tokenizer.name_or_path}: exports would be read with foreign tokens. "
+            f"Prepare the shards with the tokenizer of a {config.model_type} model, or choose another model type"
+        )
+
+
+def _as_written(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of tokenizer.json itself where transformers' class has made another of it."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if (
+        not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast
+    ):  # the latter loads the file as it is
+        return tokenizer
+    path = _tokenizer_json(name)
+    if path is None or _is_written_in(Path(path), tokenizer.backend_tokenizer):
+        return tokenizer
+    written = Tokenizer.from_file(path)
+    changed = _differences(tokenizer.backend_tokenizer, written)
+    if _same_tokens(tokenizer, written):
+        return tokenizer
+    loaded = PreTrainedTokenizerFast.from_pretrained(name)
+    if not _same_tokens(loaded, written):
+        raise UserError(
+            f"the tokenizer at {name}: transformers does not load {_FILE} as it is written "
+            f"({', '.join(_differences(loaded.backend_tokenizer, written))}); save it again with a newer transformers"
+        )
+    _say_once(
+        f"tokenizer {name}: used as its {_FILE} is written; transformers' {type(tokenizer).__name__} would change its "
+        f"{' and '.join(changed)}, and so its tokens"
+    )
+    return loaded
+
+
+@lru_cache(maxsize=64)
+def _say_once(text: str) -> None:
+    terminal.say(text)
+
+
+def _tokenizer_json(name: str) -> str | None:
+    from transformers.utils import cached_file
+
+    quiet: dict[str, Any] = {
+        "_raise_exceptions_for_gated_repo": False,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    return cached_file(name, _FILE, **quiet)  # type: ignore[no-any-return]
+
+
+def _is_written_in(path: Path, backend: Tokenizer) -> bool:
+    """Return whether a compiled tokenizer is the one of a tokenizer.json; quicker than compiling that as well."""
+    written, ours = json.loads(path.read_text(encoding="utf-8")), json.loads(backend.to_str())
+    steps = ("normalizer", "pre_tokenizer", "decoder")
+    return all(written.get(step) == ours[step] for step in steps) and all(
+        _plain_merges(written["model"].get(key)) == _plain_merges(value)
+        for key, value in ours["model"].items()
+    )
+
+
+def _plain_merges(value: Any) -> Any:
+    """Older files write a merge as one string, "a b"."""
+    return (
+        [" ".join(merge) for merge in value]
+        if isinstance(value, list) and value and isinstance(value[0], list)
+        else value
+    )
+
+
+def _differences(one: Tokenizer, other: Tokenizer) -> list[str]:
+    """Return which parts of two compiled tokenizers differ."""
+    parts = ("normalizer", "pre_tokenizer", "decoder", "model")
+    return [part.replace("_", "-") for part in parts if _state(one, part) != _state(other, part)]
+
+
+def _state(tokenizer: Tokenizer, part: str) -> bytes | None:
+    step = getattr(tokenizer, part)
+    return None if step is None else step.__getstate__()
+
+
+def _same_tokens(one: Any, other: Any) -> bool:
+    """Return whether two tokenizers, compiled or of transformers, have one vocabulary and give many texts equal tokens."""
+    compiled = [getattr(tokenizer, "backend_tokenizer", tokenizer) for tokenizer in (one, other)]
+    vocabularies = [tokenizer.get_vocab(with_added_tokens=False) for tokenizer in compiled]
+    if vocabularies[0] != vocabularies[1]:
+        return False
+    words = [word.replace("Ġ", " ").replace("▁", " ") for word in sorted(vocabularies[0])]
+    texts = [*_PROBES, *("".join(words[start::_NUM_PROBES][:200]) for start in range(_NUM_PROBES))]
+    tokens = [
+        [tokenizer.encode(text, add_special_tokens=False).ids for text in texts] for tokenizer in compiled
+    ]
+    decoded = [tokenizer.decode_batch(tokens[0], skip_special_tokens=False) for tokenizer in compiled]
+    return tokens[0] == tokens[1] and decoded[0] == decoded[1]

@@ -18,6 +18,7 @@ REASONS = {
     "not_json": "the record is not JSON",
     "not_an_object": "the record is JSON, but not an object",
     "too_long": "the record is longer than any problem, or its example than max_length tokens",
+    "changed_by_tokenizer": "the tokens of the problem do not give its text back",
     "nul_character": "a text holds the character NUL",
     "unknown_key": "the record has a key that the format does not know",
     "wrong_type": "a value has another type than the format says",

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from trainer.errors import UserError
+from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.methods import Role, method
 from trainer.shards.read import Shards
@@ -18,7 +19,7 @@ _STYLES = {"read": "dim", "learned": "bold green", "calculator": "magenta"}
 def show(directory: str, method_name: str, count: int) -> None:
     """Print `count` examples in colour, decoded from the tokens on disk (not from the text they came from)."""
     shards = Shards.open(directory, verify=True)
-    tokenizer = load_tokenizer(shards.tokenizer_path)
+    codec = segment_tokenizer(load_tokenizer(shards.tokenizer_path))
     view = method(method_name)
     lengths = shards.lengths(view)
     usable = [index for index in range(len(shards)) if lengths[index]]
@@ -36,7 +37,7 @@ def show(directory: str, method_name: str, count: int) -> None:
         parts = [(role, tokens) for role, tokens in shards.segments(index) if role in view.reads]
         for learned, group in itertools.groupby(parts, key=lambda part: _kind(part[0], view.learns)):
             for _, tokens in group:
-                shown.append(str(tokenizer.decode(tokens.tolist())), _STYLES[learned])
+                shown.append(codec.decode_next(tokens.tolist()), _STYLES[learned])
         learned_tokens = int(shards.learned_lengths(view)[index])
         console.rule(
             f"{shards.problem(index).id}: {lengths[index]} tokens, {learned_tokens} learned", align="left"

@@ -20,16 +20,20 @@ import numpy as np
 
 from trainer import commit, startup, terminal
 from trainer.errors import UserError
+from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.models.tokenizer import fingerprint, load_tokenizer
 from trainer.problems.problem import Problem, Reject
 from trainer.problems.sources import read_problems, source_digest
 from trainer.settings import PrepareSettings
 from trainer.shards.read import KIND, REJECTS, TOKENIZER, Shards
-from trainer.shards.segments import check_tokenizer, example_length
+from trainer.shards.segments import check_tokenizer, example_length, prefix_tokens
 from trainer.shards.workers import tokenise_all
 from trainer.shards.write import ShardWriter
 
-_SEGMENTS = 2  # counts the ways a problem was cut into segments so far; 2: with guidance
+# Counts the ways a problem was cut into segments so far. 2: with guidance. 3: every segment as inside the text, checked by
+# decoding, behind all tokens that the tokenizer puts before a text; the same bytes as 2 for most byte-level tokenizers.
+_SEGMENTS, _UNCHANGED_SEGMENTS = 3, 2
+_MAX_CHANGED = 0.5  # of all problems; more: the tokenizer is unfit
 
 
 def prepare(settings: PrepareSettings) -> Shards:
@@ -40,7 +44,8 @@ def prepare(settings: PrepareSettings) -> Shards:
     final = Path(settings.output_dir)
     tokenizer = load_tokenizer(settings.tokenizer_name)
     startup.done()
-    recipe = _recipe(settings, fingerprint(tokenizer))
+    check_tokenizer(tokenizer)
+    recipe = _recipe(settings, tokenizer)
     if commit.is_finished(final):
         if _same_recipe(final, recipe):
             terminal.say(f"{final}: already prepared, {len(Shards.open(final))} problems")
@@ -83,20 +88,31 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
     if first is None:
         reasons = dict(Counter(reject.reason for reject in rejects))
         raise UserError(f"{source} split {settings.split!r}: no usable problem ({reasons})")
-    check_tokenizer(tokenizer, first)
     token_dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
     writer = ShardWriter(staging, token_dtype)
     wanted = itertools.islice(itertools.chain([first], problems), settings.max_problems or None)
     tokenised = tokenise_all(wanted, tokenizer, settings.with_facts, settings.num_processes)
+    changed = 0
     with terminal.progress("tokenise", settings.max_problems or _expected(settings)) as bar:
-        for problem, segments in tokenised:
+        for problem, segments, change in tokenised:
             length = example_length(segments)
-            if length > settings.max_length:
+            if change:
+                changed += 1
+                rejects.append(
+                    Reject(source, 0, "changed_by_tokenizer", f"{problem.id}: {change}", problem.question)
+                )
+            elif length > settings.max_length:
                 detail = f"{problem.id}: {length} tokens, max_length is {settings.max_length}"
                 rejects.append(Reject(source, 0, "too_long", detail, problem.question))
             else:
                 writer.add(problem, segments, length)
             bar.update(writer.num_problems)
+    if changed > _MAX_CHANGED * (changed + writer.num_problems):
+        detail = next(reject.detail for reject in rejects if reject.reason == "changed_by_tokenizer")
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path} changes the text of {changed} of {changed + writer.num_problems} problems "
+            f"({detail}): choose a tokenizer that gives texts back as they are"
+        )
     with open(staging / REJECTS, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
     facts.update(writer.close(), token_dtype=token_dtype.name, vocabulary_size=len(tokenizer))
@@ -127,18 +143,25 @@ def _expected(settings: PrepareSettings) -> int:
     return settings.num_problems if settings.data == "stories" else 0
 
 
-def _recipe(settings: PrepareSettings, tokenizer_fingerprint: str) -> dict[str, Any]:
+def _recipe(settings: PrepareSettings, tokenizer: Any) -> dict[str, Any]:
     """What decides the bytes of the shards: equal recipes give equal shards."""
     names = ("data", "split", "max_length", "max_problems", "with_facts")
     recipe = {
         **{name: getattr(settings, name) for name in names},
         **_options(settings),
-        "segments": _SEGMENTS,
+        "segments": _UNCHANGED_SEGMENTS if _as_before(tokenizer) else _SEGMENTS,
     }
     recipe["source"] = source_digest(
         settings.data, settings.split, settings.data_path or None, **_options(settings)
     )
-    return {**recipe, "tokenizer": tokenizer_fingerprint}
+    return {**recipe, "tokenizer": fingerprint(tokenizer)}
+
+
+def _as_before(tokenizer: Any) -> bool:
+    """Return whether shards have the same bytes as when segments were tokenised as if each were a whole text."""
+    codec, bos = segment_tokenizer(tokenizer), tokenizer.bos_token_id
+    prefix = [token for token in tokenizer("")["input_ids"] if token == bos]
+    return codec.is_lossless and not codec.continues_differently and prefix == prefix_tokens(tokenizer)
 
 
 def _same_recipe(final: Path, recipe: dict[str, Any]) -> bool:

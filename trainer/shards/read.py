@@ -71,6 +71,12 @@ class Shards:
     def tokenizer_path(self) -> Path:
         return self.path / TOKENIZER
 
+    @functools.cached_property
+    def max_token_id(self) -> int:
+        """The largest token id that occurs; of shards made before it was written down, looked up in all tokens."""
+        known = self.facts.get("max_token_id")
+        return int(self.tokens.max(initial=0)) if known is None else int(known)
+
     def problem(self, index: int) -> Problem:
         """The problem's text and gold answer."""
         with open(self.path / PROBLEMS, "rb") as file:

@@ -1,22 +1,27 @@
-"""Problem -> segments of text -> tokens. Segments are tokenised one by one.
+"""Problem -> segments of text -> tokens. Segments are tokenised one by one, each as it stands inside the text.
 
 A prompt at inference therefore ends on the token boundary it had in training, and what the calculator writes has
-the tokens it had in training.
+the tokens it had in training (see `trainer.models.segment_tokenizer`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.errors import UserError
+from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.problems import calculator
 from trainer.problems.problem import DELIMITER, Problem
 from trainer.shards.methods import GUIDANCE, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_PROBE = "x"
+_SHOWN_CHARACTERS = 20  # before and after the first difference
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,55 @@ def tokenise(
     prefix: list[int],
     with_facts: bool = False,
 ) -> list[list[Segment]]:
-    """Segments of every problem: `prefix` (see `prefix_tokens`) opens the first, EOS closes the last."""
+    """Return the segments of every problem: `prefix` (see `prefix_tokens`) opens the first, EOS closes the last."""
+    return [segments for segments, _ in tokenise_checked(problems, tokenizer, prefix, with_facts)]
+
+
+def tokenise_checked(
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: list[int],
+    with_facts: bool = False,
+) -> list[tuple[list[Segment], str]]:
+    """Return the segments of every problem, and "" or where the text that their tokens spell is not the problem's."""
     pieces = [texts(problem, with_facts) for problem in problems]
-    tokens = iter(_encode([text for cut in pieces for _, text in cut], tokenizer))
-    segmented = [[Segment(role, next(tokens)) for role, _ in cut] for cut in pieces]
+    codec = segment_tokenizer(tokenizer)
+    if codec.continues_differently:
+        first = codec.encode_first([cut[0][1] for cut in pieces])
+        following = iter(codec.encode_next([text for cut in pieces for _, text in cut[1:]]))
+        encoded = [
+            [start, *(next(following) for _ in cut[1:])] for start, cut in zip(first, pieces, strict=True)
+        ]
+    else:
+        joined = iter(codec.encode_first([text for cut in pieces for _, text in cut]))
+        encoded = [[next(joined) for _ in cut] for cut in pieces]
+    changes = [""] * len(pieces)
+    if not codec.is_lossless:
+        spelt = codec.decode_texts([list(itertools.chain.from_iterable(tokens)) for tokens in encoded])
+        changes = [
+            _first_difference("".join(text for _, text in cut), text)
+            for cut, text in zip(pieces, spelt, strict=True)
+        ]
+    segmented = [
+        [Segment(role, tokens) for (role, _), tokens in zip(cut, found, strict=True)]
+        for cut, found in zip(pieces, encoded, strict=True)
+    ]
     for segments in segmented:
         segments[0].tokens[:0] = prefix
         segments[-1].tokens.append(tokenizer.eos_token_id)
-    return segmented
+    return list(zip(segmented, changes, strict=True))
+
+
+def _first_difference(text: str, spelt: str) -> str:
+    """Return "" for equal texts, else where they part."""
+    if text == spelt:
+        return ""
+    at = next(
+        (i for i, (a, b) in enumerate(zip(text, spelt, strict=False)) if a != b), min(len(text), len(spelt))
+    )
+    start = max(0, at - _SHOWN_CHARACTERS)
+    end = at + _SHOWN_CHARACTERS
+    return f"{text[start:end]!r} became {spelt[start:end]!r}"
 
 
 def example_length(segments: Sequence[Segment]) -> int:
@@ -77,43 +123,19 @@ def example_length(segments: Sequence[Segment]) -> int:
     return sum(len(segment.tokens) for segment in segments if segment.role not in GUIDANCE)
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of every text, nothing added; one that spells "<|endoftext|>" is text, it must not end the sequence.
-
-    Asks the compiled tokenizer itself (transformers' `__call__` makes offsets, masks and dictionaries of every text, which
-    takes as long again). Called by several threads; what is set in it here must be set by a first call of one.
-    """
-    if not tokenizer.is_fast:
-        return [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
-    compiled = tokenizer.backend_tokenizer
-    if compiled.truncation or compiled.padding or not compiled.encode_special_tokens:
-        compiled.no_truncation()
-        compiled.no_padding()
-        compiled.encode_special_tokens = True
-    return [encoding.ids for encoding in compiled.encode_batch_fast(texts, add_special_tokens=False)]
-
-
 def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself puts before every text: BOS for Llama, nothing for GPT-2."""
-    special = tokenizer("")["input_ids"]
-    return [token for token in special if token == tokenizer.bos_token_id]
+    """Return every token that the tokenizer itself puts before a text: BOS for Llama, two for GLM, nothing for GPT-2."""
+    plain = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(_PROBE)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return list(whole[:start])
+    return [token for token in whole if token == tokenizer.bos_token_id]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, sample: Problem) -> None:
-    """Refuse a tokenizer with which the pieces of a text are not the text.
-
-    Raises UserError if there is no EOS token, or if joining the pieces' tokens does not give the text back (some
-    sentencepiece tokenizers put a space before every piece).
-    """
-    name = tokenizer.name_or_path
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without an EOS token. Raises UserError."""
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {name} has no end-of-sequence token; a student could never stop")
-    pieces = [text for _, text in texts(sample)]
-    tokens = [token for part in tokenizer(pieces, add_special_tokens=False)["input_ids"] for token in part]
-    whole = "".join(pieces)
-    back = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-    if back != whole:
         raise UserError(
-            f"tokenizer {name} does not give back a text tokenised in pieces: {whole[:120]!r} became {back[:120]!r}; "
-            "use a byte-level tokenizer (GPT-2, Pythia, Qwen, Llama 3)"
+            f"tokenizer {tokenizer.name_or_path} has no end-of-sequence token; a student could never stop"
         )

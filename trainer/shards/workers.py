@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from trainer.problems.problem import Problem
-from trainer.shards.segments import Segment, prefix_tokens, tokenise
+from trainer.shards.segments import Segment, prefix_tokens, tokenise_checked
 
 _CHUNK = 32  # problems a thread tokenises at a time
 _WAITING = 16  # chunks a thread that may lie finished: the memory this takes does not grow with the data
@@ -25,17 +25,21 @@ _WAITING = 16  # chunks a thread that may lie finished: the memory this takes do
 
 def tokenise_all(
     problems: Iterator[Problem], tokenizer: Any, with_facts: bool, num_threads: int
-) -> Iterator[tuple[Problem, list[Segment]]]:
-    """Each problem with its segments, in order, whatever `num_threads` (0: one per usable core)."""
+) -> Iterator[tuple[Problem, list[Segment], str]]:
+    """Yield each problem, its segments, and "" or how its tokens change its text; in order, whatever `num_threads`
+    (0: one per usable core)."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads here are the parallelism
     num_threads = num_threads or len(os.sched_getaffinity(0))
     prefix = prefix_tokens(tokenizer)
-    tokenise([], tokenizer, prefix)  # sets the tokenizer up, which threads must not do at the same time
+    tokenise_checked(
+        [], tokenizer, prefix
+    )  # sets the tokenizer up, which threads must not do at the same time
 
-    def work(chunk: list[Problem]) -> list[tuple[Problem, list[Segment]]]:
-        return list(zip(chunk, tokenise(chunk, tokenizer, prefix, with_facts), strict=True))
+    def work(chunk: list[Problem]) -> list[tuple[Problem, list[Segment], str]]:
+        found = tokenise_checked(chunk, tokenizer, prefix, with_facts)
+        return [(problem, *checked) for problem, checked in zip(chunk, found, strict=True)]
 
-    waiting: deque[Future[list[tuple[Problem, list[Segment]]]]] = deque()
+    waiting: deque[Future[list[tuple[Problem, list[Segment], str]]]] = deque()
     with _little_garbage(), ThreadPoolExecutor(num_threads) as pool:
         for chunk in _chunks(problems):
             waiting.append(pool.submit(work, chunk))

@@ -1,4 +1,4 @@
-"""A teacher on this machine: any causal LM that transformers loads, through our own generation in slots."""
+"""A teacher on this machine: any causal LM that transformers loads."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from trainer import terminal
 from trainer.evaluation import student
-from trainer.evaluation.complete import completions
+from trainer.evaluation.backends.choice import TRANSFORMERS, BackendChoice
+from trainer.evaluation.complete import completion_backend, completions
 from trainer.evaluation.sampling import noise_key
 from trainer.models import load
-from trainer.models.tokenizer import load_tokenizer
+from trainer.models.tokenizer import load_tokenizer, max_text_token_id
 from trainer.teacher.prompts import stop_texts
 from trainer.teacher.responses import Request, Response, ResponseLog
 from trainer.teacher.settings import AnnotateSettings
@@ -37,10 +38,11 @@ def ask_local(
     """
     name = student.find(settings.model_name_or_path).name
     tokenizer = load_tokenizer(name)
-    model = load.load_model(name, settings.dtype, "sdpa")
-    load.check_vocabulary(model.config, tokenizer, name)
+    model = load.load_model(name, settings.dtype)
+    load.check_vocabulary(model.config, max_text_token_id(tokenizer), name)
     model.to(device=load.device())  # type: ignore[call-arg]
     context = load.context_length(model.config)
+    backend: BackendChoice | None = None
     waiting = [list(queue) for queue in queues]
     with terminal.progress("annotate", sum(map(len, waiting))) as bar:
         num_done = 0
@@ -54,18 +56,24 @@ def ask_local(
             fitting = [place for place, prompt in enumerate(prompts) if not context or len(prompt) < context]
             for place in set(range(len(requests))) - set(fitting):
                 log.append(requests[place], name, Response("", "length", len(prompts[place]), 0))
+            asked_prompts = [prompts[place] for place in fitting]
+            if backend is None and fitting:
+                backend = completion_backend(model, asked_prompts, settings.max_new_tokens, name)
+                if backend.name == TRANSFORMERS:
+                    terminal.say(f"{name}: {backend.in_words()}")
             texts = completions(
                 model,
                 tokenizer,
-                [prompts[place] for place in fitting],
+                asked_prompts,
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 seeds=[noise_key(settings.seed, requests[place].key) for place in fitting],
                 stop=tuple(stop_texts(settings)),
                 batch_size=settings.batch_size,
+                backend=backend or "auto",
             )
-            for index, text, num_tokens, finished in texts if fitting else ():
+            for index, text, num_tokens, finished in texts:
                 place = fitting[index]
                 reason = "stop" if finished else "length"
                 log.append(requests[place], name, Response(text, reason, len(prompts[place]), num_tokens))

@@ -19,6 +19,7 @@ from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.shards.methods import method
+from trainer.shards.model_tokenizer import check_model
 from trainer.shards.read import Shards
 from trainer.training import checkpoint, ds_config, time_limit
 from trainer.training.batches import PackedData, StepPlan
@@ -125,7 +126,7 @@ def _intact_shards(path: str) -> Shards:
 def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
     name = settings.model_name_or_path or settings.config_name
     config = load.load_config(name, settings.config_overrides, len(tokenizer))
-    load.check_vocabulary(config, tokenizer, name)
+    check_model(config, name, shards, tokenizer, bool(settings.model_name_or_path))
     longest, context = int(shards.lengths(method(settings.method)).max()), load.context_length(config)
     if context and min(longest, settings.pack_length) > context:
         raise UserError(

@@ -1,0 +1,76 @@
+"""Before a model is built: are the shards' tokens the model's own?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trainer import terminal
+from trainer.errors import UserError
+from trainer.models import load
+from trainer.models.source import check_trainable
+from trainer.models.tokenizer import check_saved_tokenizer, fingerprint, load_tokenizer
+from trainer.shards.read import Shards
+from trainer.shards.segments import prefix_tokens, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_NUM_COMPARED = 100  # problems
+
+
+def check_model(
+    config: PreTrainedConfig,
+    name: str,
+    shards: Shards,
+    tokenizer: PreTrainedTokenizerBase,
+    pretrained: bool,
+) -> None:
+    """Refuse a model that cannot be trained on these shards, before it is built.
+
+    `tokenizer`: the shards'. `pretrained`: the model's weights are loaded, so its tokens must be the shards'. Raises
+    UserError for quantised weights, tokens without an embedding, another tokenizer than the pretrained model's, and a
+    tokenizer that transformers would change beside this config.
+    """
+    if pretrained:
+        check_trainable(config, name)
+    load.check_vocabulary(config, shards.max_token_id, name)
+    if pretrained:
+        check_same_tokens(name, shards, tokenizer)
+    check_saved_tokenizer(config, tokenizer)
+
+
+def check_same_tokens(name: str, shards: Shards, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse shards whose tokens are not those that the pretrained model's own tokenizer gives their problems.
+
+    A folder without a tokenizer, and one whose tokenizer ends texts with another token, is reported in one line.
+    """
+    try:
+        own = load_tokenizer(name)
+    except UserError as error:
+        terminal.warn(f"the shards' tokens could not be compared with the model's: {error}")
+        return
+    if fingerprint(own) == shards.facts["tokenizer_fingerprint"]:
+        return
+    problems = [shards.problem(index) for index in range(min(_NUM_COMPARED, len(shards)))]
+    if own.eos_token_id is None:
+        own.eos_token = tokenizer.eos_token
+    with_facts = bool(shards.facts["recipe"].get("with_facts"))
+    for index, segments in enumerate(tokenise(problems, own, prefix_tokens(own), with_facts)):
+        theirs = [token for segment in segments for token in segment.tokens][:-1]
+        ours = [token for _, tokens in shards.segments(index) for token in tokens.tolist()][:-1]
+        if theirs != ours:
+            at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
+            raise UserError(
+                f"{shards.path} was not made with the tokenizer of {name}: {problems[index].id} has tokens "
+                f"{_shown(tokenizer, ours[at : at + 4])} there, {_shown(own, theirs[at : at + 4])} by the model's own; prepare the "
+                f"shards with --tokenizer_name {name}"
+            )
+    if own.eos_token_id != tokenizer.eos_token_id:
+        terminal.warn(
+            f"{name} ends texts with {own.eos_token!r}, the shards with {tokenizer.eos_token!r}: the student learns the shards'"
+        )
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    named = tokenizer.convert_ids_to_tokens(tokens)
+    return ", ".join(f"{token} {name!r}" for token, name in zip(tokens, named, strict=True))
