@@ -29,11 +29,13 @@ def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settin
     Raises UserError for an unknown key (with the nearest known one) and for a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     coerced: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where}: unknown setting {key!r}{did_you_mean(key, known)}")
+        if isinstance(value, bool) and "true" in known[key].metadata.get("choices", ()):
+            value = str(value).lower()  # YAML reads the words true and false as booleans
         coerced[key] = _coerce(value, hints[key], f"{where}: {key}")
     try:
         return cls(**coerced)

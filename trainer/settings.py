@@ -20,6 +20,7 @@ METHODS = (
 DATA = ("gsm8k", "svamp", "strategyqa", "jsonl", "stories")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("fp32", "bf16")
+PACKING = ("auto", "true", "false")
 MODES = ("auto", "answer_only", "cot", "socratic", "few_shot")
 BACKENDS = ("auto", "slots", "transformers")
 
@@ -80,8 +81,10 @@ class TrainSettings:
     per_device_train_batch_size: int = setting(1, "packs a device takes in one forward pass")
     gradient_accumulation_steps: int = setting(1, "forward passes of a device in one optimizer step")
     pack_length: int = setting(1024, "tokens of a pack; whole examples are packed into it")
-    packing: bool = setting(
-        True, "false: the same batches as padded rows (slow; the reference that packing must equal)"
+    packing: str = setting(
+        "auto",
+        "whole examples in one row: 'auto' where the model's own numbers come out, else padded rows; 'true': or refuse; 'false': never",
+        choices=PACKING,
     )
     learn_calculator_results: bool = setting(
         False, "also learn what the calculator writes (needed to evaluate without it)"
@@ -135,6 +138,8 @@ class TrainSettings:
     def check(self) -> None:
         """Everything but which data and where to; a plan may leave both open. Raises UserError."""
         one_of("method", self.method, METHODS)
+        self.packing = _yes_or_no(self.packing)
+        one_of("packing", self.packing, PACKING)
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         one_of("report_to", self.report_to, ("none", "wandb"))
         if bool(self.model_name_or_path) == bool(self.config_name):
@@ -175,6 +180,12 @@ class TrainSettings:
             )
         if self.eval_steps and not self.eval_shards:
             raise UserError("eval_steps is set but eval_shards is not")
+
+
+def _yes_or_no(value: str | bool) -> str:
+    """Return "true" or "false" for every spelling that a setting of type bool accepts, other words unchanged."""
+    word = str(value).lower()
+    return {"yes": "true", "1": "true", "no": "false", "0": "false"}.get(word, word)
 
 
 @dataclass

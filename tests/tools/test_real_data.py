@@ -58,7 +58,7 @@ def tour(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--max_steps", "4", "--save_steps", "2", "--output_dir", run),
     )
     assert "finished at step 4/4" in seen
-    assert "packed = alone" in seen
+    assert "layout: packed" in seen
     command("python", "tools/convert_checkpoint.py", run, "--verify")
     return folder
 

@@ -17,13 +17,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from trainer.errors import UserError
 from trainer.models import packed_attention
 from trainer.shards.methods import GUIDANCE, Role, method
 from trainer.shards.read import Shards
 from trainer.training.batches import MicroBatch
 from trainer.training.loss import lay_out, token_losses
-from trainer.training.self_check import check_packing
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -113,46 +111,3 @@ def test_solver_in_one_pass_is_n_separate_examples(stories: Shards) -> None:
         apart_loss, apart_gradient = _gradient(model, MicroBatch(0, [], separate), packing=True)
         assert loss == pytest.approx(apart_loss, rel=1e-6)
         assert torch.linalg.norm(gradient - apart_gradient) < 1e-5 * torch.linalg.norm(gradient)
-
-
-def test_a_model_that_ignores_boundaries_is_refused(stories: Shards) -> None:
-    model = _model("llama", stories.facts["vocabulary_size"], packed_attention.register())
-    assert check_packing(model, _batch(stories), torch.float32, CPU) < 1e-5
-
-    def looks_everywhere(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-        kwargs["lengths"] = [query.shape[2]]
-        return packed_attention.attend(module, query, key, value, mask, **kwargs)
-
-    from transformers import AttentionInterface
-
-    AttentionInterface.register("looks_everywhere", looks_everywhere)
-    wrong = _model("llama", stories.facts["vocabulary_size"], "looks_everywhere")
-    with pytest.raises(UserError, match="sees across the examples"):
-        check_packing(wrong, _batch(stories), torch.float32, CPU)
-
-
-def test_positions_that_do_not_restart_are_refused(stories: Shards) -> None:
-    model = _model("gpt2", stories.facts["vocabulary_size"], packed_attention.register())
-
-    def counts_on(module: Any, arguments: tuple, keywords: dict[str, Any]) -> tuple:
-        length = keywords["input_ids"].shape[1]
-        return arguments, {**keywords, "position_ids": torch.arange(length).unsqueeze(0)}
-
-    model.register_forward_pre_hook(counts_on, with_kwargs=True)
-    with pytest.raises(UserError, match="positions do not restart"):
-        check_packing(model, _batch(stories), torch.float32, CPU)
-
-
-def test_a_sliding_window_shorter_than_an_example_is_refused(stories: Shards) -> None:
-    query = torch.zeros(1, 2, 8, 4)
-    with pytest.raises(RuntimeError, match="sliding window"):
-        packed_attention.attend(
-            torch.nn.Module(),
-            query,
-            query,
-            query,
-            None,
-            cu_seq_lens_q=torch.tensor([0, 8]),
-            max_length_q=8,
-            sliding_window=4,
-        )

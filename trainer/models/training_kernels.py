@@ -8,7 +8,10 @@ older generation and a third of a step of 124M; the spelled-out RMS norm is six 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,24 +22,65 @@ _ALIGNED = 64  # rows of a head on an accelerator: a multiple of this
 _RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
+@dataclass(frozen=True)
+class _Replacement:
+    """An attribute of a module, as it was (None: the class's own method) and as it is."""
+
+    owner: torch.nn.Module
+    name: str
+    before: Any
+    after: Any
+
+
 def use(model: Any, on_accelerator: bool) -> None:
     """Give a transformers model, whole or in ZeRO-3's shards, the kernels that are faster where it will be."""
     from transformers.activations import NewGELUActivation
 
+    replacements = []
     if on_accelerator:  # on a CPU torch spells the formula out too
         for norm in rms_norms(model):
-            norm.forward = functools.partial(_normalise, norm)
+            replacements.append(_Replacement(norm, "forward", None, functools.partial(_normalise, norm)))
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) is NewGELUActivation:
-                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+                replacements.append(_Replacement(module, name, child, torch.nn.GELU(approximate="tanh")))
     head = model.get_output_embeddings()
+    function = _projection(head, on_accelerator)
+    if function is not None:
+        replacements.append(_Replacement(head, "forward", None, functools.partial(_project, head, function)))
+    model._kernel_replacements = replacements
+    _replace(replacements)
+
+
+@contextlib.contextmanager
+def without(model: Any) -> Iterator[None]:
+    """Context manager inside which `model` computes with transformers' own kernels, whether or not `use` was called."""
+    replacements = getattr(model, "_kernel_replacements", [])
+    for replacement in replacements:
+        if replacement.before is None:
+            delattr(replacement.owner, replacement.name)
+        else:
+            setattr(replacement.owner, replacement.name, replacement.before)
+    try:
+        yield
+    finally:
+        _replace(replacements)
+
+
+def _replace(replacements: list[_Replacement]) -> None:
+    for replacement in replacements:
+        setattr(replacement.owner, replacement.name, replacement.after)
+
+
+def _projection(head: Any, on_accelerator: bool) -> type[torch.autograd.Function] | None:
+    """Return the faster product for a language model head, None if torch's own is as good."""
     if type(head) is not torch.nn.Linear or head.bias is not None:
-        return
+        return None
     if on_accelerator and head.out_features % _ALIGNED:
-        head.forward = functools.partial(_project, head, _AlignedProjection)
-    elif not on_accelerator and torch.backends.mkldnn.is_available():
-        head.forward = functools.partial(_project, head, _Projection)
+        return _AlignedProjection
+    if not on_accelerator and torch.backends.mkldnn.is_available():
+        return _Projection
+    return None
 
 
 def rms_norms(model: torch.nn.Module) -> list[Any]:

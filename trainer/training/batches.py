@@ -60,6 +60,14 @@ class PackedData:
         epoch, within = divmod(index, self.packs_per_epoch)
         return self._packs_of(epoch)[within]
 
+    def longest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the longest example of the run: tokens [n] int64, learned [n] bool."""
+        return self._shards.example(int(self._usable[self._lengths.argmax()]), self._method)
+
+    def shortest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shortest example of the run, as `longest`."""
+        return self._shards.example(int(self._usable[self._lengths.argmin()]), self._method)
+
     def learned_tokens(self, first: int, last: int) -> int:
         """Tokens that carry loss in packs first..last-1."""
         return sum(int(self._learned[self.pack(index)].sum()) for index in range(first, last))
@@ -67,6 +75,10 @@ class PackedData:
     def tokens(self, first: int, last: int) -> int:
         """Tokens (without padding) in packs first..last-1."""
         return sum(int(self._all_lengths[self.pack(index)].sum()) for index in range(first, last))
+
+    def lengths(self, packs: range, end: int) -> list[int]:
+        """Return the tokens of each example of some packs, in the order of `micro_batch`."""
+        return [int(n) for index in packs if index < end for n in self._all_lengths[self.pack(index)]]
 
     def micro_batch(self, packs: range, end: int) -> MicroBatch:
         """The examples of some packs; packs from `end` on are beyond the run's data and stay empty."""

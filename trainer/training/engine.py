@@ -12,18 +12,23 @@ from typing import Any
 import torch
 
 from trainer import distributed, rendezvous, startup
-from trainer.models import load, packed_attention, training_kernels
+from trainer.models import load, training_kernels
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.training import checkpoint, ds_config, gradient_norm
 
 
 def build_engine(
-    settings: TrainSettings, run: RunDirectory, config: Any, resolved: dict[str, Any], blank: bool = False
+    settings: TrainSettings,
+    run: RunDirectory,
+    config: Any,
+    resolved: dict[str, Any],
+    attention: str,
+    blank: bool = False,
 ) -> Any:
     """Weights as of the seed or the pretrained folder, the same in every ZeRO stage, in a DeepSpeed engine.
 
-    `blank`: no weights at all, a checkpoint will be read into it.
+    `attention`: the attention implementation the model is built with. `blank`: no weights at all, a checkpoint will be read into it.
     """
     import deepspeed
 
@@ -31,7 +36,6 @@ def build_engine(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
     dtype = "bf16" if settings.bf16 else "fp32"
-    attention = packed_attention.register() if settings.packing else "sdpa"
     if blank:
         with _into_shards(resolved):
             model = load.blank_model(config, dtype, attention)

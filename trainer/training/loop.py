@@ -19,9 +19,9 @@ from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.training import checkpoint, throughput
-from trainer.training.loss import lay_out, token_losses
+from trainer.training.layouts import forward_passes, passes_of_step
+from trainer.training.loss import token_losses
 from trainer.training.metrics_log import MetricsLog
-from trainer.training.self_check import check_packing
 from trainer.training.student import Student, enrol
 from trainer.training.watchdog import Watchdog, occupied
 
@@ -132,11 +132,13 @@ def optimizer_step(student: Student, step: int, stop: StopRequest) -> tuple[dict
 
     loss_sum = torch.zeros((), dtype=torch.float64, device=student.device)
     problems: list[int] = []
+    num_passes = passes_of_step(data, plan, step, student.layout.rows)
     for micro, packs in enumerate(plan.micro_batches(step, world.rank)):
         batch = data.micro_batch(packs, end)
         problems += batch.problems
         seed_dropout(student.settings.seed, batch.first_pack)
-        losses = token_losses(engine, lay_out(batch, student.settings.packing, student.device))
+        passes = forward_passes(batch, student.layout, student.device, num_passes[micro])
+        losses = torch.stack([token_losses(engine, rows) for rows in passes]).sum()
         engine.backward(losses * (world.world_size / learned_tokens), scale_wrt_gas=False)
         loss_sum += losses.detach()
         if micro + 1 < plan.accumulation_steps:
@@ -234,7 +236,7 @@ def save(student: Student, step: int, stop: StopRequest) -> None:
 
 
 def greet(student: Student) -> None:
-    """Say what is about to happen, and refuse a model whose packed loss is not its padded one."""
+    """Log what the run is about to do."""
     facts, plan, data = student.facts, student.plan, student.data
     terminal.say(
         f"{student.run.path}: {facts['model_name']} ({facts['num_parameters']:,} parameters, {facts['dtype']}), "
@@ -249,7 +251,4 @@ def greet(student: Student) -> None:
             f"not trained on: {data.num_without_steps} problems without the steps {facts['method']} needs, "
             f"{data.num_too_long} longer than a pack"
         )
-    if student.settings.packing:
-        dtype = torch.bfloat16 if student.settings.bf16 else torch.float32
-        difference = check_packing(student.engine, data.micro_batch(range(1), 1), dtype, student.device)
-        terminal.say(f"  packed = alone: logits differ by {difference:.0e} of their standard deviation")
+    student.layout_of_run.report(student.choice)

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, packed or padded: the same number either way.
+"""The loss of one forward pass, packed or padded: the same number either way.
 
 The step's loss is the sum of the token losses over all ranks divided by the learned tokens of the whole optimizer
 step, counted before the forward passes. Gradients are averaged over ranks by DeepSpeed, hence the factor of the
@@ -8,11 +8,13 @@ a two-rank case.)
 
 from __future__ import annotations
 
+import functools
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from trainer.models import packed_attention
 from trainer.training.batches import MicroBatch
@@ -40,11 +42,19 @@ class Packed:
 
 @dataclass(frozen=True)
 class Padded:
-    """One row per example: tokens [B, T], attention mask [B, T], labels [B, T] shifted to the predicting position."""
+    """One row per example: tokens [B, T], attention mask [B, T] (None if all rows are full), what to predict.
+
+    columns [C]: positions at which any row predicts a learned token; rows [L], places [L]: row and index into `columns`
+    of each learned token; labels [L]: those tokens. counts: as in `Packed`.
+    """
 
     tokens: torch.Tensor
-    mask: torch.Tensor
+    mask: torch.Tensor | None
+    columns: torch.Tensor
+    rows: torch.Tensor
+    places: torch.Tensor
     labels: torch.Tensor
+    counts: bool
 
 
 def lay_out(batch: MicroBatch, packing: bool, device: torch.device) -> Packed | Padded:
@@ -61,13 +71,67 @@ def lay_out(batch: MicroBatch, packing: bool, device: torch.device) -> Packed | 
 
 def token_losses(model: torch.nn.Module, batch: Packed | Padded) -> torch.Tensor:
     """Forward pass; the sum of the losses of the learned tokens, in nats, fp32, with its graph."""
+    losses = summed_cross_entropy(learned_logits(model, batch), batch.labels)
+    return losses if batch.counts else losses * 0
+
+
+def learned_logits(model: torch.nn.Module, batch: Packed | Padded) -> torch.Tensor:
+    """Forward pass; return the logits that predict the learned tokens [L, vocabulary], in the order of the examples.
+
+    `model`: a causal LM of transformers, or the engine around it.
+    """
     if isinstance(batch, Packed):
-        losses = summed_cross_entropy(packed_logits(model, batch), batch.labels)
-        return losses if batch.counts else losses * 0
-    logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
-    return cross_entropy(
-        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        return packed_logits(model, batch, **_boundaries(model, batch))
+    module: Any = getattr(model, "module", model)
+    accepted = _accepted_arguments(type(module))  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"use_cache": False, "logits_to_keep": batch.columns}
+    arguments = {name: value for name, value in arguments.items() if name in accepted or not accepted}
+    logits = model(input_ids=batch.tokens, attention_mask=batch.mask, **arguments).logits
+    if logits.shape[1] != len(batch.columns):  # the family computes all
+        logits = logits[:, batch.columns]
+    return logits[batch.rows, batch.places]  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _accepted_arguments(model_class: type[Any]) -> frozenset[str]:
+    """Return the names of the arguments of a forward pass; empty if it takes any."""
+    parameters = inspect.signature(model_class.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return frozenset() if takes_any else frozenset(parameters)
+
+
+def _boundaries(model: torch.nn.Module, batch: Packed) -> dict[str, torch.Tensor]:
+    """Return what the kernels of recurrent and convolutional layers need to keep the examples of a pack apart.
+
+    `seq_idx` (int32 [1, T]: the example of each token) for causal_conv1d and mamba_ssm, `cu_seq_lens_q` for
+    flash-linear-attention, as transformers' DataCollatorWithFlattening gives them. Only where the kernels are installed:
+    transformers' torch versions of these layers raise an exception for either. No machine of ours has had the kernels,
+    so this was never run; the check before the first step (layout_check.py) decides whether it works.
+    """
+    if not _has_recurrent_kernels() or not _has_convolutions(getattr(model, "module", model)):
+        return {}
+    lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
+    examples = torch.arange(len(batch.lengths), dtype=torch.int32, device=batch.tokens.device)
+    return {"seq_idx": examples.repeat_interleave(lengths).unsqueeze(0), "cu_seq_lens_q": batch.bounds}
+
+
+@functools.cache
+def _has_recurrent_kernels() -> bool:
+    from transformers.utils import import_utils
+
+    return any(
+        check()
+        for check in (
+            import_utils.is_flash_linear_attention_available,
+            import_utils.is_causal_conv1d_available,
+            import_utils.is_mamba_ssm_available,
+        )
     )
+
+
+def _has_convolutions(model: torch.nn.Module) -> bool:
+    """Return whether a model has layers with a short convolution, as all hybrids whose kernels take boundaries have."""
+    return any(isinstance(module, torch.nn.Conv1d) for module in model.modules())
 
 
 def packed_logits(model: torch.nn.Module, batch: Packed, **others: torch.Tensor) -> torch.Tensor:
@@ -116,7 +180,20 @@ def _pad(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.de
         tokens[row, : len(example)] = example
         mask[row, : len(example)] = 1
         labels[row, : len(target)] = target
-    return Padded(_tensor(tokens, device), _tensor(mask, device), _tensor(labels, device))
+    counts = bool((labels != IGNORED).any())
+    if not counts:
+        labels[0, 0] = 0
+    rows, positions = np.nonzero(labels != IGNORED)
+    columns, places = np.unique(positions, return_inverse=True)
+    return Padded(
+        tokens=_tensor(tokens, device),
+        mask=None if mask.all() else _tensor(mask, device),
+        columns=_tensor(columns, device),
+        rows=_tensor(rows, device),
+        places=_tensor(places.reshape(-1), device),
+        labels=_tensor(labels[rows, positions], device),
+        counts=counts,
+    )
 
 
 def _tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:

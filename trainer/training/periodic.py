@@ -11,7 +11,8 @@ from trainer.preemption import StopRequest
 from trainer.shards.methods import method
 from trainer.shards.read import Shards
 from trainer.training.batches import PackedData
-from trainer.training.loss import lay_out, token_losses
+from trainer.training.layouts import forward_passes, most_passes
+from trainer.training.loss import token_losses
 from trainer.training.student import Student
 
 
@@ -41,9 +42,12 @@ class HeldOutLoss:
                 if stopping:
                     break
                 # Every rank makes as many forward passes (ZeRO-3 gathers weights in them); some may be empty.
-                pack = index * world.world_size + world.rank
-                batch = data.micro_batch(range(pack, pack + 1), num_packs)
-                total += token_losses(student.engine, lay_out(batch, settings.packing, student.device))
+                first = index * world.world_size
+                packs = [range(pack, pack + 1) for pack in range(first, first + world.world_size)]
+                num_passes = most_passes(data, packs, num_packs, student.layout.rows)
+                batch = data.micro_batch(packs[world.rank], num_packs)
+                for rows in forward_passes(batch, student.layout, student.device, num_passes):
+                    total += token_losses(student.engine, rows)
         student.engine.train()
         if stopping:
             return None

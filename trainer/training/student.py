@@ -24,7 +24,15 @@ from trainer.shards.read import Shards
 from trainer.training import checkpoint, ds_config, time_limit
 from trainer.training.batches import PackedData, StepPlan
 from trainer.training.engine import build_engine
+from trainer.training.layout_check import Choice
+from trainer.training.layouts import Layout
 from trainer.training.run_files import installed, remove_leftovers, write_run_files
+from trainer.training.run_layout import (
+    LayoutOfRun,
+    layout_of_checkpoint,
+    refuse_another_layout,
+    write_record,
+)
 from trainer.training.schedule import Schedule
 
 # Settings that may differ when a run goes on; everything else decides its numbers. Ranks, ZeRO stage, offload and
@@ -33,7 +41,7 @@ _MAY_CHANGE = {
     "deepspeed", "output_dir", "train_shards", "eval_shards", "eval_steps", "eval_max_problems", "save_steps", "save_total_limit",
     "resume_from_checkpoint", "overwrite_output_dir", "report_to", "wandb_project", "timeout_seconds", "dry_run",
     "time_limit_seconds", "max_restarts", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "gradient_checkpointing", "silence_seconds",
+    "gradient_checkpointing", "silence_seconds", "packing",
 }  # fmt: skip
 
 
@@ -54,6 +62,12 @@ class Student:
     device: torch.device
     first_step: int
     facts: dict[str, Any]
+    layout_of_run: LayoutOfRun
+    choice: Choice
+
+    @property
+    def layout(self) -> Layout:
+        return self.choice.layout
 
 
 def enrol(settings: TrainSettings, world: World, run: RunDirectory, stop: StopRequest) -> Student | None:
@@ -85,14 +99,21 @@ def enrol(settings: TrainSettings, world: World, run: RunDirectory, stop: StopRe
     start = _starting_point(settings, run, facts, plan)
     if start is not None and commit.read_manifest(start)["facts"]["finished"]:
         return None
+    kept = None if start is None else layout_of_checkpoint(start, run)
+    if start is not None:
+        refuse_another_layout(kept, settings.packing, start)
+    layout_of_run = LayoutOfRun(settings, config, kept)
     if distributed.is_main_process():
         write_run_files(settings, run, resolved, facts, config, tokenizer)
-    engine = build_engine(settings, run, config, resolved, blank=start is not None)
+    engine = build_engine(settings, run, config, resolved, layout_of_run.attention, blank=start is not None)
     first_step = 0
     if start is not None:
         checkpoint.load(engine, start)
         first_step = commit.read_manifest(start)["facts"]["step"]
         terminal.say(f"resumed from {start}")
+    choice = layout_of_run.choose(engine, data, fresh=first_step == 0 and not settings.model_name_or_path)
+    facts["layout"] = layout_of_run.record(choice)
+    write_record(run, facts["layout"])
     schedule = Schedule.make(settings, plan.total_steps)
     return Student(
         settings,
@@ -108,6 +129,8 @@ def enrol(settings: TrainSettings, world: World, run: RunDirectory, stop: StopRe
         load.device(),
         first_step,
         facts,
+        layout_of_run,
+        choice,
     )
 
 

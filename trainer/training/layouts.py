@@ -1,0 +1,140 @@
+"""How the examples of a micro-batch become rows of a forward pass, and which ways a model family allows.
+
+All layouts give the same loss and gradient where they are right for a model: which one is, layout_check.py finds out.
+Packed is the fastest. Padded rows suit families whose layers do not keep packed examples apart. Some families compute
+other numbers for a padded row than for the row alone (sparse attention chooses among the padding too, recurrent layers
+read it, LongRoPE follows the longest row): their examples go in rows of equal length, or one at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.models import load, packed_attention
+from trainer.training.batches import MicroBatch, PackedData, StepPlan
+from trainer.training.loss import Packed, Padded, lay_out
+
+PACKED = "packed"
+PADDED = "padded"
+EQUAL = "equal lengths"
+SINGLE = "one example"
+DESCRIPTIONS = {
+    PACKED: "whole examples in one row",
+    PADDED: "one example a row, padded",
+    EQUAL: "rows of equal length, a forward pass for each length",
+    SINGLE: "a forward pass for each example",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """rows: a key of `DESCRIPTIONS`. attention: the attention implementation of transformers."""
+
+    rows: str
+    attention: str
+
+    @property
+    def is_packed(self) -> bool:
+        return self.rows == PACKED
+
+    def __str__(self) -> str:
+        return f"{self.rows} (attention {self.attention})"
+
+
+def candidates(config: Any, packing: str) -> tuple[list[Layout], str]:
+    """Return the layouts to try, the fastest first, and why packed is not among them ("" if it is, or was not asked for).
+
+    `packing`: "auto", "true" (packed or nothing) or "false" (never packed). No weights are read.
+    """
+    default = load.default_attention(config)
+    switchable = load.model_class(config)._can_set_attn_implementation()
+    found, reason = [], ""
+    if packing != "false":
+        reason = _why_not_packed(config, switchable)
+        if not reason:
+            found.append(Layout(PACKED, packed_attention.register()))
+    if packing != "true":
+        found.append(Layout(PADDED, default))
+        if switchable and default != "eager":
+            found.append(Layout(PADDED, "eager"))
+        found += [Layout(EQUAL, default), Layout(SINGLE, default)]
+    return found, reason
+
+
+def _why_not_packed(config: Any, switchable: bool) -> str:
+    """Return why a model of this class cannot have packed attention, "" if it can be built with it."""
+    if not switchable:
+        return "its attention layers in transformers cannot be replaced"
+    from transformers import AutoModelForCausalLM
+
+    name = packed_attention.register()
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=name, trust_remote_code=False
+            )
+    except Exception as error:  # every family refuses in its own way
+        return first_line(error)
+    return ""
+
+
+def first_line(error: Exception) -> str:
+    """Return an exception as one line of text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def group_examples(lengths: Sequence[int], rows: str) -> list[list[int]]:
+    """Return the indices of the examples of each forward pass; without examples one empty pass."""
+    everything = list(range(len(lengths)))
+    if rows in (PACKED, PADDED) or not everything:
+        return [everything]
+    if rows == SINGLE:
+        return [[index] for index in everything]
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(length, []).append(index)
+    return list(groups.values())
+
+
+def forward_passes(
+    batch: MicroBatch, layout: Layout, device: torch.device, num_passes: int = 0
+) -> list[Packed | Padded]:
+    """Return the rows of each forward pass of a micro-batch, filled up to `num_passes` with passes without loss."""
+    groups = group_examples([len(tokens) for tokens, _ in batch.examples], layout.rows)
+    groups += [[]] * (num_passes - len(groups))
+    return [
+        lay_out(
+            dataclasses.replace(batch, examples=[batch.examples[index] for index in group]),
+            layout.is_packed,
+            device,
+        )
+        for group in groups
+    ]
+
+
+def most_passes(data: PackedData, packs_of_ranks: Sequence[range], end: int, rows: str) -> int:
+    """Return how many forward passes the rank with the most of them makes for its packs.
+
+    Every rank makes as many, because ZeRO-3 gathers the weights in them. Nothing is communicated: the packs of all ranks
+    are known to each. `end`: packs from there on are empty.
+    """
+    if rows in (PACKED, PADDED):
+        return 1
+    return max(len(group_examples(data.lengths(packs, end), rows)) for packs in packs_of_ranks)
+
+
+def passes_of_step(data: PackedData, plan: StepPlan, step: int, rows: str) -> list[int]:
+    """Return the number of forward passes of each micro-batch of a step, the same on every rank."""
+    _, end = plan.packs(step)
+    ranks = [plan.micro_batches(step, rank) for rank in range(plan.world_size)]
+    return [
+        most_passes(data, [of_rank[micro] for of_rank in ranks], end, rows)
+        for micro in range(plan.accumulation_steps)
+    ]

@@ -1,0 +1,207 @@
+"""The layout of a run: what may be tried, on which examples it is checked, and what is recorded about it.
+
+A run that goes on keeps the layout it began with, so that its numbers are those of a run that was never killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from trainer import commit, distributed, terminal
+from trainer.errors import UserError
+from trainer.models import load, packed_attention
+from trainer.run_directory import RunDirectory
+from trainer.settings import TrainSettings
+from trainer.shards.methods import method
+from trainer.shards.read import Shards
+from trainer.training import layouts, model_copy
+from trainer.training.batches import PackedData
+from trainer.training.layout_check import Choice, Example, NoLayout, choose_layout, use_attention
+from trainer.training.layouts import DESCRIPTIONS, PACKED, PADDED, Layout
+
+_CPU_TOKENS = 256  # of the run's first examples; an accelerator takes a whole pack in no time
+_NO_MEMORY = "memory"
+
+
+class LayoutOfRun:
+    """Which layouts a run may have, and which one it gets.
+
+    `attention`: the attention implementation that the engine's model must be built with. The final one is set on it later.
+    """
+
+    def __init__(self, settings: TrainSettings, config: Any, kept: Layout | None):
+        """`kept`: the layout of the checkpoint that the run goes on from. Raises UserError. No weights are read."""
+        self._settings = settings
+        self._config = config
+        self._kept = kept
+        self._reason = ""
+        if kept is not None:
+            packed_attention.register()
+            self._layouts = [kept]
+        else:
+            self._layouts, self._reason = layouts.candidates(config, settings.packing)
+        if not self._layouts:
+            raise UserError(self._not_packed(self._reason))
+        self.attention = self._layouts[0].attention
+
+    def choose(self, engine: Any, data: PackedData, fresh: bool) -> Choice:
+        """Collective. Check the layouts on the engine's weights, set its attention; a UserError is raised on every rank.
+
+        `fresh`: the weights are random and no step was made.
+        """
+        outcome = self._check(engine, check_examples(self._settings, data), fresh)
+        if isinstance(outcome, NoLayout):
+            raise UserError(self._explain(outcome))
+        use_attention(engine.module, outcome.layout.attention)
+        return outcome
+
+    def report(self, choice: Choice) -> None:
+        """Say in one line which layout the run has, and in another why it is not packed."""
+        reason = self._reason or choice.reason
+        if reason:
+            first = PADDED if self._settings.packing == "false" else PACKED
+            terminal.warn(f"not {first}: {reason}; instead: {DESCRIPTIONS[choice.layout.rows]}")
+        terminal.say(
+            f"  layout: {choice.layout}; logits differ from the model's own by {choice.difference:.0e} of their standard "
+            f"deviation (allowed: {choice.tolerance:.0e}, {choice.num_examples} examples, {choice.compared_in})"
+        )
+
+    def record(self, choice: Choice) -> dict[str, Any]:
+        """Return the facts for environment.json and the checkpoints."""
+        return {
+            "rows": choice.layout.rows,
+            "attention": choice.layout.attention,
+            "largest_difference": choice.difference,
+            "tolerance": choice.tolerance,
+            "compared_examples": choice.num_examples,
+            "compared_in": choice.compared_in,
+            "not_packed_because": "" if choice.layout.is_packed else self._reason or choice.reason,
+        }
+
+    def _check(self, engine: Any, examples: list[Example], fresh: bool) -> Choice | NoLayout:
+        """Collective. On a plain copy of the model on rank 0; where memory does not allow it, in the engine itself."""
+        model = model_copy.copy_model(engine, self._config, fresh)
+        if model is not None:
+            outcome = self._check_copy(model, engine, examples) if distributed.is_main_process() else None
+            del model
+            gc.collect()
+            outcome = distributed.broadcast_object(outcome)
+            if outcome != _NO_MEMORY:
+                return outcome  # type: ignore[no-any-return]
+        try:
+            return choose_layout(
+                engine, self._layouts, examples, load.device(), agree=distributed.broadcast_object
+            )
+        except NoLayout as error:
+            return error
+
+    def _check_copy(self, model: Any, engine: Any, examples: list[Example]) -> Choice | NoLayout | str:
+        from trainer.models import training_kernels
+
+        @contextlib.contextmanager
+        def as_trained() -> Iterator[None]:
+            before = model_copy.as_trained(model, engine)
+            try:
+                yield
+            finally:
+                model_copy.set_parameters(model, before)
+
+        training_kernels.use(model, on_accelerator=torch.cuda.is_available())
+        try:
+            return choose_layout(
+                model,
+                self._layouts,
+                examples,
+                load.device(),
+                as_trained if self._settings.bf16 else None,
+            )
+        except NoLayout as error:
+            return error
+        except torch.OutOfMemoryError:
+            return _NO_MEMORY
+
+    def _explain(self, error: NoLayout) -> str:
+        if self._kept is not None:
+            return (
+                f"this run was begun with the layout {self._kept}, but {error}; go on with the versions of transformers "
+                "and torch it was begun with (environment.json), or begin again with --overwrite_output_dir"
+            )
+        if self._settings.packing == "true" and error.rejected:
+            return self._not_packed(str(error))
+        tried = "; ".join(f"{layout}: {reason}" for layout, reason in error.rejected)
+        return f"{self._name} cannot be trained: {tried or error}"
+
+    def _not_packed(self, reason: str) -> str:
+        return f"{self._name} cannot be trained packed: {reason}; use --packing auto"
+
+    @property
+    def _name(self) -> str:
+        return self._settings.model_name_or_path or self._settings.config_name
+
+
+def check_examples(settings: TrainSettings, data: PackedData) -> list[Example]:
+    """Return real examples of a run: its first ones, the longest of training and evaluation, and a short one twice.
+
+    The second short one is the beginning of the first example, as long as the short one, so that a batch of rows of equal
+    length is among what is checked. The longest shows whether windows, chunks and LongRoPE are respected.
+    """
+    budget = _CPU_TOKENS if load.device().type == "cpu" else settings.pack_length
+    first: list[Example] = []
+    for tokens, learned in data.micro_batch(range(1), 1).examples:
+        if not first or sum(len(t) for t, _ in first) + len(tokens) <= budget:
+            first.append((tokens, learned))
+    longest, shortest = data.longest(), data.shortest()
+    if settings.eval_shards:
+        longest = max(longest, _longest_held_out(settings), key=lambda example: len(example[0]))
+    length = min(len(shortest[0]), len(first[0][0]))
+    beginning = first[0][0][:length], first[0][1][:length]
+    return [*first, longest, (shortest[0][:length], shortest[1][:length]), beginning]
+
+
+def _longest_held_out(settings: TrainSettings) -> Example:
+    shards = Shards.open(settings.eval_shards)
+    view = method(settings.method, settings.learn_calculator_results)
+    lengths = shards.lengths(view)
+    fitting = np.where(lengths <= settings.pack_length, lengths, 0)
+    return shards.example(int(fitting.argmax()), view)
+
+
+def layout_of_checkpoint(checkpoint: Path, run: RunDirectory) -> Layout | None:
+    """Return the layout a checkpoint was trained in; None if neither it nor the run's settings say."""
+    recorded = commit.read_manifest(checkpoint)["facts"].get("layout")
+    if recorded:
+        return Layout(recorded["rows"], recorded["attention"])
+    try:
+        settings = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
+        packing = settings["packing"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    # Before layouts were recorded, `packing` was true or false, and padded rows always had sdpa.
+    before = {True: Layout(PACKED, packed_attention.NAME), False: Layout(PADDED, "sdpa")}
+    return before.get(packing)
+
+
+def refuse_another_layout(kept: Layout | None, packing: str, checkpoint: Path) -> None:
+    """Raise UserError if a run cannot go on from a checkpoint with this setting of `packing`."""
+    if kept is None or packing == "auto" or kept.is_packed == (packing == "true"):
+        return
+    raise UserError(
+        f"{checkpoint} belongs to another run (its layout is {kept}, now packing is {packing}); use --packing auto to keep "
+        "the layout, another output_dir, or --overwrite_output_dir to start from zero"
+    )
+
+
+def write_record(run: RunDirectory, record: dict[str, Any]) -> None:
+    """Add the record to environment.json (rank 0)."""
+    if distributed.is_main_process():
+        facts = json.loads(run.environment.read_text(encoding="utf-8"))
+        commit.write_text(run.environment, json.dumps({**facts, "layout": record}, indent=1) + "\n")
