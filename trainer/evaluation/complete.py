@@ -1,4 +1,4 @@
-"""Continue any prompts with any causal LM, in slots: for teachers and base models that know nothing of our methods."""
+"""Continue any prompts with any causal LM: for teachers and base models that know nothing of our methods."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trainer.evaluation.backend_check import check_texts
+from trainer.evaluation.backends import Backend
+from trainer.evaluation.backends.choice import BackendChoice, choose_backend, make_backend
 from trainer.evaluation.decoding import STUDENT
-from trainer.evaluation.engine import Engine
 from trainer.evaluation.generate import chooser, generate
 from trainer.evaluation.language import Language, end_tokens
 from trainer.evaluation.solution import Rules, Script, Seat, Solution
@@ -27,13 +29,19 @@ def completions(
     seeds: Sequence[int] | None = None,
     stop: tuple[str, ...] = (),
     batch_size: int = 16,
+    backend: BackendChoice | str = "auto",
 ) -> Iterator[tuple[int, str, int, bool]]:
     """Yield (index of the prompt, text, generated tokens, finished) as they end, which is not in order.
 
     A text ends with an end token or right before the first of the `stop` strings (finished), else at `max_new_tokens`
     or at the model's context. `seeds`: one for each prompt (default: its index); what is sampled depends on the
-    prompt and its seed alone. To sample k texts, give a prompt k times. Raises UserError for logits that are not finite.
+    prompt and its seed alone. To sample k texts, give a prompt k times. backend: how the model is decoded; a name is
+    checked first. Raises UserError for logits that are not finite, and for a model that no backend is right for.
     """
+    if not prompts:
+        return
+    if isinstance(backend, str):
+        backend = completion_backend(model, prompts, max_new_tokens, "the model", backend)
     language = Language(tokenizer)
     context = context_length(model.config) or float("inf")
     rules = Rules(
@@ -64,11 +72,36 @@ def completions(
             return None
         return Solution(index, prompts[index], rules, method, [seeds[index] if seeds else index])
 
-    longest = max(map(len, prompts), default=0) + max_new_tokens
     num_slots = min(batch_size, len(prompts))
-    engine = Engine[Solution](0, model, num_slots, int(min(longest, context)), chooser(temperature, top_p))
-    for solution in generate([engine], draw, Solution.after, num_slots):
+    capacity = _capacity(model, prompts, max_new_tokens)
+    decoder: Backend[Solution] = make_backend(
+        backend, 0, model, num_slots, capacity, chooser(temperature, top_p)
+    )
+    for solution in generate([decoder], draw, Solution.after, num_slots):
         yield solution.index, solution.text, solution.generated.total(), solution.finished
+
+
+def completion_backend(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    name: str,
+    requested: str = "auto",
+) -> BackendChoice:
+    """Return how `completions` of these prompts are decoded, after a check on the shortest, a middle and the longest.
+
+    name: the model's, for messages. Raises UserError if no backend is right, or the requested one is not.
+    """
+    by_length = sorted(prompts, key=len)
+    places = dict.fromkeys((0, len(by_length) // 2, len(by_length) - 1))
+    texts = check_texts([by_length[place] for place in places], _capacity(model, prompts, max_new_tokens))
+    return choose_backend(model, texts, name, requested)
+
+
+def _capacity(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """Return the longest sequence in tokens."""
+    context = context_length(model.config) or float("inf")
+    return int(min(max(map(len, prompts)) + max_new_tokens, context))
 
 
 def _first(text: str, stop: tuple[str, ...]) -> int | None:
