@@ -23,12 +23,11 @@ def build_engine(
     run: RunDirectory,
     config: Any,
     resolved: dict[str, Any],
-    attention: str,
     blank: bool = False,
 ) -> Any:
     """Weights as of the seed or the pretrained folder, the same in every ZeRO stage, in a DeepSpeed engine.
 
-    `attention`: the attention implementation the model is built with. `blank`: no weights at all, a checkpoint will be read into it.
+    `blank`: no weights at all, a checkpoint will be read into it.
     """
     import deepspeed
 
@@ -38,11 +37,11 @@ def build_engine(
     dtype = "bf16" if settings.bf16 else "fp32"
     if blank:
         with _into_shards(resolved):
-            model = load.blank_model(config, dtype, attention)
+            model = load.blank_model(config, dtype)
     else:
         with _weights(settings, config, run) as weights:
             with _into_shards(resolved):
-                model = load.load_model(weights, dtype, attention, config=config)
+                model = load.load_model(weights, dtype, config=config)
             distributed.barrier()  # a temporary folder is removed after everybody has read it
     training_kernels.use(model, on_accelerator=torch.cuda.is_available())
     _gather_by_layer(model)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from trainer.models import load, training_kernels
+from trainer.models.default_attention import can_set_attention, set_attention
 from trainer.training.batches import MicroBatch
 from trainer.training.layouts import SINGLE, Layout, first_line, forward_passes, group_examples
 from trainer.training.loss import lay_out, learned_logits, token_losses
@@ -144,12 +145,6 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def use_attention(module: Any, name: str) -> None:
-    """Set the attention implementation of a transformers model, where its class allows to change it."""
-    if module.config._attn_implementation != name and module._can_set_attn_implementation():
-        module.set_attn_implementation(name)
-
-
 class _Comparison:
     """The plain logits of some examples, and how far those of a layout are from them."""
 
@@ -203,7 +198,7 @@ class _Comparison:
         """
         if self._model is not self._module:
             return
-        use_attention(self._module, layout.attention)
+        set_attention(self._module, layout.attention)
         short = MicroBatch(0, [], self._examples[-2:])
         parameters = [p for p in self._module.parameters() if p.is_floating_point()]
         needed = [parameter.requires_grad for parameter in parameters]
@@ -247,10 +242,11 @@ class _Comparison:
         """
         with self._disturbed_embeddings(torch.finfo(self._dtype).eps):
             rounding = self._high(distances(self._plain_logits(), plain))
-        if self._default != "eager" and self._module._can_set_attn_implementation():
-            with training_kernels.without(self._module):
+        if self._default != "eager" and can_set_attention(type(self._module)):
+            # A few families have no eager attention that works.
+            with contextlib.suppress(Exception), training_kernels.without(self._module):
                 eager = self._logits(Layout(SINGLE, "eager"))
-            rounding = max(rounding, self._high(distances(eager, plain)))
+                rounding = max(rounding, self._high(distances(eager, plain)))
         return rounding
 
     def _high(self, apart: torch.Tensor) -> float:
@@ -258,7 +254,7 @@ class _Comparison:
         return self._agree(float(torch.quantile(apart, 0.9)))
 
     def _logits(self, layout: Layout) -> torch.Tensor:
-        use_attention(self._module, layout.attention)
+        set_attention(self._module, layout.attention)
         return logits_of(self._model, self._examples, layout, self._device)
 
     def _plain_logits(self) -> torch.Tensor:

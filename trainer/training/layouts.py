@@ -8,7 +8,6 @@ read it, LongRoPE follows the longest row): their examples go in rows of equal l
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from trainer.models import load, packed_attention
+from trainer.models.default_attention import can_set_attention
 from trainer.training.batches import MicroBatch, PackedData, StepPlan
 from trainer.training.loss import Packed, Padded, lay_out
 
@@ -47,41 +47,19 @@ class Layout:
         return f"{self.rows} (attention {self.attention})"
 
 
-def candidates(config: Any, packing: str) -> tuple[list[Layout], str]:
-    """Return the layouts to try, the fastest first, and why packed is not among them ("" if it is, or was not asked for).
+def candidates(config: Any, packing: str) -> list[Layout]:
+    """Return the layouts to try, the fastest first. No weights are read.
 
-    `packing`: "auto", "true" (packed or nothing) or "false" (never packed). No weights are read.
+    `packing`: "auto", "true" (packed or nothing) or "false" (never packed).
     """
     default = load.default_attention(config)
-    switchable = load.model_class(config)._can_set_attn_implementation()
-    found, reason = [], ""
-    if packing != "false":
-        reason = _why_not_packed(config, switchable)
-        if not reason:
-            found.append(Layout(PACKED, packed_attention.register()))
+    found = [] if packing == "false" else [Layout(PACKED, packed_attention.register())]
     if packing != "true":
         found.append(Layout(PADDED, default))
-        if switchable and default != "eager":
+        if default != "eager" and can_set_attention(load.model_class(config)):
             found.append(Layout(PADDED, "eager"))
         found += [Layout(EQUAL, default), Layout(SINGLE, default)]
-    return found, reason
-
-
-def _why_not_packed(config: Any, switchable: bool) -> str:
-    """Return why a model of this class cannot have packed attention, "" if it can be built with it."""
-    if not switchable:
-        return "its attention layers in transformers cannot be replaced"
-    from transformers import AutoModelForCausalLM
-
-    name = packed_attention.register()
-    try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), attn_implementation=name, trust_remote_code=False
-            )
-    except Exception as error:  # every family refuses in its own way
-        return first_line(error)
-    return ""
+    return found
 
 
 def first_line(error: Exception) -> str:

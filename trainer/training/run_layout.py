@@ -18,14 +18,15 @@ import yaml
 
 from trainer import commit, distributed, terminal
 from trainer.errors import UserError
-from trainer.models import load, packed_attention
+from trainer.models import load, packed_attention, training_kernels
+from trainer.models.default_attention import set_attention
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.shards.methods import method
 from trainer.shards.read import Shards
 from trainer.training import layouts, model_copy
 from trainer.training.batches import PackedData
-from trainer.training.layout_check import Choice, Example, NoLayout, choose_layout, use_attention
+from trainer.training.layout_check import Choice, Example, NoLayout, choose_layout
 from trainer.training.layouts import DESCRIPTIONS, PACKED, PADDED, Layout
 
 _CPU_TOKENS = 256  # of the run's first examples; an accelerator takes a whole pack in no time
@@ -33,25 +34,15 @@ _NO_MEMORY = "memory"
 
 
 class LayoutOfRun:
-    """Which layouts a run may have, and which one it gets.
-
-    `attention`: the attention implementation that the engine's model must be built with. The final one is set on it later.
-    """
+    """Which layouts a run may have, and which one it gets."""
 
     def __init__(self, settings: TrainSettings, config: Any, kept: Layout | None):
-        """`kept`: the layout of the checkpoint that the run goes on from. Raises UserError. No weights are read."""
+        """`kept`: the layout of the checkpoint that the run goes on from."""
         self._settings = settings
         self._config = config
         self._kept = kept
-        self._reason = ""
-        if kept is not None:
-            packed_attention.register()
-            self._layouts = [kept]
-        else:
-            self._layouts, self._reason = layouts.candidates(config, settings.packing)
-        if not self._layouts:
-            raise UserError(self._not_packed(self._reason))
-        self.attention = self._layouts[0].attention
+        packed_attention.register()
+        self._layouts = [kept] if kept is not None else layouts.candidates(config, settings.packing)
 
     def choose(self, engine: Any, data: PackedData, fresh: bool) -> Choice:
         """Collective. Check the layouts on the engine's weights, set its attention; a UserError is raised on every rank.
@@ -61,15 +52,14 @@ class LayoutOfRun:
         outcome = self._check(engine, check_examples(self._settings, data), fresh)
         if isinstance(outcome, NoLayout):
             raise UserError(self._explain(outcome))
-        use_attention(engine.module, outcome.layout.attention)
+        set_attention(engine.module, outcome.layout.attention)
         return outcome
 
     def report(self, choice: Choice) -> None:
         """Say in one line which layout the run has, and in another why it is not packed."""
-        reason = self._reason or choice.reason
-        if reason:
-            first = PADDED if self._settings.packing == "false" else PACKED
-            terminal.warn(f"not {first}: {reason}; instead: {DESCRIPTIONS[choice.layout.rows]}")
+        if choice.rejected:
+            fastest, reason = choice.rejected[0]
+            terminal.warn(f"not {fastest.rows}: {reason}; instead: {DESCRIPTIONS[choice.layout.rows]}")
         terminal.say(
             f"  layout: {choice.layout}; logits differ from the model's own by {choice.difference:.0e} of their standard "
             f"deviation (allowed: {choice.tolerance:.0e}, {choice.num_examples} examples, {choice.compared_in})"
@@ -84,7 +74,7 @@ class LayoutOfRun:
             "tolerance": choice.tolerance,
             "compared_examples": choice.num_examples,
             "compared_in": choice.compared_in,
-            "not_packed_because": "" if choice.layout.is_packed else self._reason or choice.reason,
+            "fallback_reason": choice.reason,
         }
 
     def _check(self, engine: Any, examples: list[Example], fresh: bool) -> Choice | NoLayout:
@@ -105,8 +95,6 @@ class LayoutOfRun:
             return error
 
     def _check_copy(self, model: Any, engine: Any, examples: list[Example]) -> Choice | NoLayout | str:
-        from trainer.models import training_kernels
-
         @contextlib.contextmanager
         def as_trained() -> Iterator[None]:
             before = model_copy.as_trained(model, engine)
@@ -136,12 +124,9 @@ class LayoutOfRun:
                 "and torch it was begun with (environment.json), or begin again with --overwrite_output_dir"
             )
         if self._settings.packing == "true" and error.rejected:
-            return self._not_packed(str(error))
+            return f"{self._name} cannot be trained packed: {error}; use --packing auto"
         tried = "; ".join(f"{layout}: {reason}" for layout, reason in error.rejected)
         return f"{self._name} cannot be trained: {tried or error}"
-
-    def _not_packed(self, reason: str) -> str:
-        return f"{self._name} cannot be trained packed: {reason}; use --packing auto"
 
     @property
     def _name(self) -> str:

@@ -105,7 +105,7 @@ def enrol(settings: TrainSettings, world: World, run: RunDirectory, stop: StopRe
     layout_of_run = LayoutOfRun(settings, config, kept)
     if distributed.is_main_process():
         write_run_files(settings, run, resolved, facts, config, tokenizer)
-    engine = build_engine(settings, run, config, resolved, layout_of_run.attention, blank=start is not None)
+    engine = build_engine(settings, run, config, resolved, blank=start is not None)
     first_step = 0
     if start is not None:
         checkpoint.load(engine, start)
