@@ -49,8 +49,13 @@ CASES = [
     _case(2, "qwen2", 1, "bf16", "aligned", groups=True, frozen=True, ds_config=_ALIGNED),
     _case(2, "gpt2", 1, "fp32", "buffers", buffer=True),
     _case(2, "gpt2", 3, "bf16", "buffers", buffer=True),
+    # Families whose files have other names than their classes; ernie4_5_moe keeps its routers in fp32.
+    *(_case(2, "ernie4_5_moe", stage, "bf16", family=True) for stage in range(4)),
+    _case(2, "mixtral", 2, "fp32", family=True),
+    _case(2, "mixtral", 3, "fp32", family=True),
 ]
-CONVERTIBLE = [case["name"] for case in CASES if not case.get("buffer")]
+CONVERTIBLE = [case["name"] for case in CASES if not case.get("buffer") and not case.get("family")]
+FAMILIES = [case["name"] for case in CASES if case.get("family")]
 BY_NAME = {case["name"]: case for case in CASES}
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, Qwen2Config
 
+from tests.models.families import family_of
 from trainer import commit, startup
 from trainer.models import architecture
 
@@ -29,6 +30,8 @@ VOCABULARY = 97  # odd sizes, so that every kind of padding occurs
 
 
 def model_of(case: dict[str, Any]) -> PreTrainedModel:
+    if case.get("family"):
+        return family_of(case["model"]).build().train()
     if case["model"] == "gpt2":
         config: Any = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=12, n_layer=2, n_head=2)
     else:
@@ -88,7 +91,7 @@ def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
                 full = unfused.get(parameter, parameter).detach().clone()
         masters[name] = full.detach().cpu().clone()
     masters.update({name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers()
-                    if name in ("calibration", "scale")})  # fmt: skip
+                    if name in engine.module.state_dict()})  # fmt: skip
     return masters
 
 
@@ -117,7 +120,7 @@ def make(case: dict[str, Any], output: Path, rank: int, world_size: int) -> None
         config.save_pretrained(staging / "model")
         if model.generation_config is not None:
             model.generation_config.save_pretrained(staging / "model")
-        if case["model"] == "qwen2":  # as training does; without it the export asks the model class itself
+        if case["model"] != "gpt2":  # as training does; without it the export asks the model class itself
             architecture.record(staging / "model")
         (staging / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}\n')
         facts = {

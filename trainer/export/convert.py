@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +21,10 @@ from trainer.models import architecture
 from trainer.settings import ConvertSettings
 
 if TYPE_CHECKING:
+    from trainer.export.fit import Fit
     from trainer.export.safetensors_writer import Shard
-    from trainer.zero.stored_tensors import StoredTensor
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _SPARE_BYTES = 4 << 20  # for the manifest, the card and what the file system adds
 _MEGABYTE = 10**6
 
@@ -70,8 +71,9 @@ def _stream(
 ) -> None:
     """Plan, write, verify, commit.
 
-    The checkpoint alone says what is to be written. Whether the model class agrees is asked in the background, since
-    importing transformers takes longer than writing a small model; its answer is awaited before the commit.
+    A checkpoint of training has a record of what its model class saves. Without one the class is asked in the
+    background, since importing transformers takes longer than writing a small model: the tensors are written meanwhile
+    under the names they have, and once more if the class saves others.
     """
     import torch
 
@@ -80,31 +82,41 @@ def _stream(
     from trainer.zero import layout
 
     stored = layout.read(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
-    fitting = background.submit(fit, stored, source.path, source.model_folder)
+    fitting = background.submit(fit, stored, source.path, source.model_folder, facts["export_dtype"])
     startup.done()
-    dtype_name = _DTYPES[facts["export_dtype"]]
+    dtype_name = architecture.DTYPES[facts["export_dtype"]]
 
-    def plan(tensors: dict[str, StoredTensor]) -> list[Shard]:
-        return safetensors_writer.plan(tensors, getattr(torch, dtype_name), facts["max_shard_bytes"])
+    def plan(found: Fit | None) -> list[Shard]:
+        tensors: Any = stored.tensors if found is None else found.tensors
+        kept = (
+            {} if found is None else {name: getattr(torch, kind) for name, kind in found.kept_dtypes.items()}
+        )
+        return safetensors_writer.plan(tensors, getattr(torch, dtype_name), facts["max_shard_bytes"], kept)
 
     if settings.dry_run:
-        _describe(plan(fitting.result()[1]), final)
+        _describe(plan(fitting.result()), final)
         return
-    shards = plan(stored.tensors)
+    shards = plan(fitting.result() if architecture.is_recorded(source.model_folder) else None)
     _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
     staging = commit.begin(final)
     try:
-        files = _write_weights(shards, staging, fitting)
-        expected, tensors = fitting.result()
-        if tensors != stored.tensors:  # the class saves tied weights under another name, or twice
-            for shard in shards:
-                (staging / shard.name).unlink()
-            shards = plan(tensors)
+        files = _write_weights(shards, staging, fitting, plan)
+        fitted = fitting.result()
+        if plan(fitted) != shards:
+            for path in staging.iterdir():
+                path.unlink()
+            shards = plan(fitted)
             _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
-            files = _write_weights(shards, staging, fitting)
+            files = _write_weights(shards, staging, fitting, plan)
+        expected = fitted.expected
         facts["num_parameters"] = expected.num_parameters
+        if expected.text_part_of:
+            facts["text_part_of"] = expected.text_part_of
+            terminal.say(
+                f"the export is the text part of the multimodal model ({expected.text_part_of}): a {expected.class_name}"
+            )
         texts = {
-            "config.json": config_text(source.model_folder, expected.class_name, dtype_name),
+            "config.json": config_text(source.model_folder, expected, dtype_name),
             "generation_config.json": generation_config_text(source.model_folder, expected),
             "README.md": model_card.text(facts, expected.class_name, dtype_name),
         }
@@ -127,40 +139,58 @@ def _stream(
     terminal.say(f"exported {source.path} to {final} ({_size(_weight_bytes(shards))}, {dtype_name})")
 
 
-def _write_weights(shards: list[Shard], staging: Path, fitting: Future[Any]) -> dict[str, dict[str, Any]]:
-    """Write the safetensors files, as long as the model class has not refused; returns what the manifest says."""
+def _write_weights(
+    shards: list[Shard],
+    staging: Path,
+    fitting: Future[Fit],
+    plan: Callable[[Fit], list[Shard]],
+) -> dict[str, dict[str, Any]]:
+    """Write the safetensors files and return their entries of the manifest.
+
+    Stops, with some files missing, as soon as `fitting` is done and `plan` of it is another. Raises UserError as `fit`.
+    """
     from trainer.export import safetensors_writer
     from trainer.zero.checked_reader import CheckedReader
 
-    files, done = {}, 0
+    files, done, is_confirmed = {}, 0, False
     with (
         terminal.progress("MB written", _weight_bytes(shards) // _MEGABYTE) as bar,
         CheckedReader() as reader,
     ):
 
         def advance(num_bytes: int) -> None:
-            nonlocal done
+            nonlocal done, is_confirmed
             done += num_bytes
             bar.update(done // _MEGABYTE)
-            if fitting.done():
-                fitting.result()
+            if not is_confirmed and fitting.done():
+                is_confirmed = True
+                if plan(fitting.result()) != shards:
+                    raise _OtherTensors
 
-        for shard in shards:
-            files[shard.name] = safetensors_writer.write(shard, staging / shard.name, reader, advance)
-        reader.finish()
+        with contextlib.suppress(_OtherTensors):
+            for shard in shards:
+                files[shard.name] = safetensors_writer.write(shard, staging / shard.name, reader, advance)
+            reader.finish()
     return files
+
+
+class _OtherTensors(Exception):
+    """The model class saves other tensors than those that are being written."""
 
 
 def _write_small_files(
     texts: dict[str, str], model_folder: Path, staging: Path, weights: set[str]
 ) -> dict[str, dict[str, Any]]:
-    """Write `texts` by name and copy what else lies in the checkpoint's model folder: the tokenizer."""
-    for path in sorted(model_folder.iterdir()):
-        if path.is_file() and path.name not in weights | {architecture.FILE}:
-            shutil.copyfile(path, staging / path.name)
+    """Write `texts` by name and copy what else lies in the checkpoint's model folder: tokenizer, licence, Python files."""
+    for path in sorted(model_folder.rglob("*")):
+        name = path.relative_to(model_folder).as_posix()
+        if path.is_file() and name not in weights | {architecture.FILE}:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, staging / name)
     for name, content in texts.items():
         (staging / name).write_text(content, encoding="utf-8")
-    return commit.digest_files(staging, [path.name for path in staging.iterdir() if path.name not in weights])
+    written = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
+    return commit.digest_files(staging, [name for name in written if name not in weights])
 
 
 def _put_in_place(
@@ -183,7 +213,7 @@ def _verify(export: Path, source: Source, dtype: str) -> None:
     from trainer.export.verify import verify
 
     commit.verify(source.path)
-    verdict = verify(export, source.path, source.facts, getattr(torch, _DTYPES[dtype]))
+    verdict = verify(export, source.path, source.facts, getattr(torch, architecture.DTYPES[dtype]))
     terminal.say(
         f"verified: {verdict.num_tensors} tensors equal the checkpoint bit for bit"
         f"{'' if dtype == 'fp32' else ' after rounding'}; largest logit difference {verdict.max_logit_difference:.3g}"

@@ -33,7 +33,7 @@ A {class_name} with {parameters} parameters, trained to write {writes}.
 
 | | |
 | --- | --- |
-| base model | {base_model} |
+| base model | {base_model}{text_part} |
 | method | `{method}` |
 | data | {data} |
 | optimizer steps | {step} |
@@ -81,6 +81,9 @@ def text(facts: dict[str, Any], class_name: str, export_dtype: str) -> str:
         parameters=f"{facts['num_parameters']:,}",
         writes=_WRITES.get(method, "what its training data shows"),
         base_model=f"`{base_model}`{'' if pretrained else ', random weights'}",
+        text_part=f", its text part alone (of `{facts['text_part_of']}`)"
+        if facts.get("text_part_of")
+        else "",
         method=method,
         data=facts.get("data", "unknown"),
         step=f"{facts['step']:,}",

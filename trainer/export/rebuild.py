@@ -42,7 +42,10 @@ def _stage_0(model: dict[str, Any]) -> dict[str, torch.Tensor]:
     optimizer = model.get("optimizer") or {}
     groups = optimizer.get("fp32_groups") or optimizer.get("fp32_groups_flat") or []
     flat = [torch.cat([part.detach().flatten() for part in _listed(group)]) for group in groups]
-    for name, weight in list(weights.items()):
+    buffers = set(
+        model["buffer_names"]
+    )  # they have no masters, though a buffer of zeros may equal a rounded one
+    for name, weight in ((name, weight) for name, weight in list(weights.items()) if name not in buffers):
         for index, group in enumerate(flat):
             candidate = group[: weight.numel()]
             if torch.equal(candidate.to(weight.dtype), weight.flatten()):

@@ -7,7 +7,7 @@ with spaces, then the tensors' bytes without holes. Files are named and split as
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from trainer.export.output_file import OutputFile
+from trainer.export.rearrange import RearrangedTensor
 from trainer.zero.checked_reader import CheckedReader
 from trainer.zero.stored_tensors import StoredTensor
 from trainer.zero.torch_files import Piece
@@ -28,10 +29,10 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of an output file; floating-point ones are written in `dtype`, others as they are."""
+    """One tensor of an output file, written in `dtype`."""
 
     name: str
-    source: StoredTensor
+    source: StoredTensor | RearrangedTensor
     dtype: torch.dtype
 
     @property
@@ -52,10 +53,19 @@ class Shard:
         return len(self.header) + sum(entry.num_bytes for entry in self.entries)
 
 
-def plan(tensors: dict[str, StoredTensor], dtype: torch.dtype, max_shard_bytes: int) -> list[Shard]:
-    """Place tensors, in the order given, into files of at most `max_shard_bytes` (a larger tensor stands alone)."""
+def plan(
+    tensors: Mapping[str, StoredTensor | RearrangedTensor],
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    kept: dict[str, torch.dtype] | None = None,
+) -> list[Shard]:
+    """Return the files: tensors in the order given, in files of at most `max_shard_bytes` (a larger tensor stands alone).
+
+    Floating-point tensors are written in `dtype`, or in the dtype that `kept` has for their name; others as they are.
+    """
+    kept = kept or {}
     entries = [
-        Entry(name, source, dtype if source.dtype.is_floating_point else source.dtype)
+        Entry(name, source, kept.get(name, dtype) if source.dtype.is_floating_point else source.dtype)
         for name, source in tensors.items()
     ]
     filled: list[list[Entry]] = [[]]
@@ -102,22 +112,49 @@ def index_text(shards: list[Shard], num_parameters: int) -> str:
 
 
 def write(shard: Shard, path: Path, reader: CheckedReader, advance: Callable[[int], None]) -> dict[str, Any]:
-    """Write one file; returns {"bytes", "sha256"}, the file being on the disk by then. `advance` is told of every byte."""
+    """Write one file and return {"bytes", "sha256"}; it is on the disk by then. `advance` gets the number of bytes written.
+
+    Memory: a few chunks of 16 MiB, and for a RearrangedTensor the part of the checkpoint's tensor that it reads, twice.
+    """
     with OutputFile(path) as out:
         out.write(shard.header)
         for entry in shard.entries:
-            for piece in entry.source.pieces:
-                start = 0
-                while start < piece.num_elements:
-                    # A tensor starts at a multiple of its item size, so an element never crosses buffers.
-                    room = out.room()
-                    count = min(len(room) // entry.dtype.itemsize, piece.num_elements - start)
-                    room = room[: count * entry.dtype.itemsize]
-                    _fill(room, entry.dtype, reader, piece, start, count)
-                    out.advance(len(room))
-                    advance(len(room))
-                    start += count
+            if isinstance(entry.source, RearrangedTensor):
+                _write_tensor(out, entry.source.read(reader).to(entry.dtype), advance)
+            else:
+                _write_pieces(out, entry.source, entry.dtype, reader, advance)
         return {"bytes": shard.num_bytes, "sha256": out.finish()}
+
+
+def _write_pieces(
+    out: OutputFile,
+    source: StoredTensor,
+    dtype: torch.dtype,
+    reader: CheckedReader,
+    advance: Callable[[int], None],
+) -> None:
+    for piece in source.pieces:
+        start = 0
+        while start < piece.num_elements:
+            # A tensor starts at a multiple of its item size, so an element never crosses buffers.
+            room = out.room()
+            count = min(len(room) // dtype.itemsize, piece.num_elements - start)
+            room = room[: count * dtype.itemsize]
+            _fill(room, dtype, reader, piece, start, count)
+            out.advance(len(room))
+            advance(len(room))
+            start += count
+
+
+def _write_tensor(out: OutputFile, tensor: torch.Tensor, advance: Callable[[int], None]) -> None:
+    """Write the bytes of a contiguous tensor."""
+    data = memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while data:
+        room = out.room()[: len(data)]
+        room[:] = data[: len(room)]
+        out.advance(len(room))
+        advance(len(room))
+        data = data[len(room) :]
 
 
 def _fill(

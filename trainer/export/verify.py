@@ -1,4 +1,4 @@
-"""Is the export the checkpoint? Reloaded as a user would, compared bit for bit, and asked the same question."""
+"""Reload an export as a user would, and compare it with its checkpoint and with what `save_pretrained` would write."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from trainer.errors import UserError
 from trainer.export import rebuild
+from trainer.models import saved_layout
 from trainer.models.architecture import quiet_transformers
 
 _NUM_TOKENS = 32
@@ -24,9 +26,11 @@ class Verdict:
 def verify(export: Path, checkpoint: Path, facts: dict[str, object], dtype: torch.dtype) -> Verdict:
     """Load `export` with `from_pretrained` and compare it with the weights of `checkpoint` rebuilt by another road.
 
-    Every tensor must be equal bit for bit to the stored one rounded to `dtype`. The logits are computed in fp32 from
-    the export on one side and from the unrounded weights on the other: 0 for an fp32 export, the price of rounding
-    for bf16. Holds the model three times in memory. Raises UserError naming the first tensor that differs.
+    Every tensor must be equal bit for bit to the stored one rounded to `dtype` (or to fp32 where the family keeps that),
+    and the files must hold the names, shapes, dtypes and bits that `save_pretrained` of the loaded model would write.
+    The logits are computed in fp32 from the export on one side and from the unrounded weights on the other: 0 for an
+    fp32 export, the price of rounding for bf16. Holds the model three times in memory. Raises UserError naming the first
+    tensor that differs.
     """
     from transformers import AutoModelForCausalLM
 
@@ -35,32 +39,59 @@ def verify(export: Path, checkpoint: Path, facts: dict[str, object], dtype: torc
     )
     with quiet_transformers():
         reloaded: Any = AutoModelForCausalLM.from_pretrained(
-            export, dtype=dtype, local_files_only=True, output_loading_info=True
+            export, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     model, report = reloaded
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise UserError(f"{export} does not load: {report}")
+    problems = {name: found for name, found in report.items() if found}
+    if problems:
+        raise UserError(f"{export} does not load: {problems}")
+    _compare_files(export, saved_layout.saved_state_dict(model))
     loaded = model.state_dict()
     compared = 0
     for name, tensor in stored.items():
         if name not in loaded:
             raise UserError(f"{export}: {name} of the checkpoint is not in the reloaded model")
-        expected = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        expected = tensor.to(loaded[name].dtype) if tensor.is_floating_point() else tensor
         if not _same_bits(loaded[name], expected):
             raise UserError(f"{export}: {name} differs from the checkpoint {checkpoint}")
         compared += 1
     tied = set(loaded) - set(stored)
     model = model.float().eval()
-    tokens = (torch.arange(_NUM_TOKENS) * 7919 % model.config.get_text_config().vocab_size)[None]
-    limit = getattr(model.config, "max_position_embeddings", None) or _NUM_TOKENS
+    config = model.config.get_text_config()
+    tokens = (torch.arange(_NUM_TOKENS) * 7919 % config.vocab_size)[None]
+    limit = getattr(config, "max_position_embeddings", None) or _NUM_TOKENS
     tokens = tokens[:, : min(limit, _NUM_TOKENS)]
     with torch.no_grad():
-        of_export = model(input_ids=tokens).logits
+        of_export = model(input_ids=tokens, use_cache=False).logits
         complaints = model.load_state_dict({name: t.detach() for name, t in stored.items()}, strict=False)
         if set(complaints.missing_keys) - tied or complaints.unexpected_keys:
             raise UserError(f"{checkpoint} does not load into the model of {export}: {complaints}")
-        of_checkpoint = model(input_ids=tokens).logits
+        of_checkpoint = model(input_ids=tokens, use_cache=False).logits
     return Verdict(compared, (of_export - of_checkpoint).abs().max().item())
+
+
+def _compare_files(export: Path, saved: dict[str, torch.Tensor]) -> None:
+    """Compare the safetensors files with what `save_pretrained` would write. Raises UserError naming the first difference."""
+    left = dict(saved)
+    for path in sorted(export.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in tuple(file.keys()):
+                expected = left.pop(name, None)
+                if expected is None:
+                    raise UserError(f"{path}: save_pretrained would not write {name}")
+                written = file.get_tensor(name)
+                if written.dtype != expected.dtype or written.shape != expected.shape:
+                    raise UserError(
+                        f"{path}: {name} is {_kind(written)}, but save_pretrained would write {_kind(expected)}"
+                    )
+                if not _same_bits(written, expected):
+                    raise UserError(f"{path}: {name} is not what save_pretrained would write")
+    if left:
+        raise UserError(f"{export} has no {min(left)}, which save_pretrained would write")
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -1,9 +1,9 @@
 """What a Hugging Face folder of a model must hold, asked of the model class itself.
 
 The model is built on the meta device (no memory, no random numbers) from a config.json. Its state dict, after
-transformers' own removal of tied aliases, is what `save_pretrained` would write. Training, which has transformers
-loaded anyway, records the answer beside the config, so that an export need not import transformers: on a small
-machine that takes longer than converting a model of 355M parameters.
+transformers' own removal of tied aliases and reversal of weight conversions, is what `save_pretrained` would write.
+Training, which has transformers loaded anyway, records the answer beside the config, so that an export need not import
+transformers: on a small machine that takes longer than converting a model of 355M parameters.
 """
 
 from __future__ import annotations
@@ -11,65 +11,136 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from trainer import commit
 from trainer.errors import UserError
 from trainer.models import load
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from trainer.models.saved_layout import View
+
 FILE = "architecture.json"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
 class Architecture:
     class_name: str  # e.g. GPT2LMHeadModel
-    shapes: dict[str, tuple[int, ...]]  # of what is written, in model order
+    shapes: dict[str, tuple[int, ...]]  # of the model's tensors without tied aliases, in model order
     tied: tuple[str, ...]  # aliases that are not written
     num_parameters: int  # tied ones counted once
     generation_config: str  # JSON, what the class makes by default
+    moved: dict[str, View]  # tensors of the files that are not the model's tensor of that name, as it is
+    kept: dict[str, dict[str, str]]  # "bf16" -> a model's tensor -> its dtype if not bfloat16, e.g. "float32"
+    own_config: str = ""  # JSON of the config to write, if the class is that of a part of the config
+    text_part_of: str = ""  # model type of the multimodal model whose text part this is
 
 
 def read(folder: Path) -> Architecture:
-    """Architecture of the config.json in `folder`: as recorded, if it was of this very config, or else built."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        recorded = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if recorded.pop("config_sha256") == commit.file_digest(folder / "config.json"):
-            shapes = {name: tuple(shape) for name, shape in recorded.pop("shapes").items()}
-            return Architecture(shapes=shapes, tied=tuple(recorded.pop("tied")), **recorded)
-    return build(folder)
+    """Return the architecture of the config.json in `folder`: as recorded, if it was of this very config, or else built."""
+    return _recorded(folder) or build(folder)
 
 
-def record(folder: Path) -> None:
+def is_recorded(folder: Path) -> bool:
+    """Return whether `read` can do without transformers."""
+    return _recorded(folder) is not None
+
+
+def record(folder: Path, text_part_of: str = "") -> None:
     """Write architecture.json beside the config.json in `folder`."""
+    from trainer.models import saved_layout
+
+    built = build(folder)
+    content = {name: value for name, value in vars(built).items() if name != "moved"}
+    content["moved"] = saved_layout.to_json(built.moved)
+    content["text_part_of"] = text_part_of or built.text_part_of
     digest = commit.file_digest(folder / "config.json")
-    commit.write_text(folder / FILE, json.dumps({"config_sha256": digest, **asdict(build(folder))}) + "\n")
+    commit.write_text(folder / FILE, json.dumps({"config_sha256": digest, **content}) + "\n")
 
 
 def build(folder: Path) -> Architecture:
-    """Ask the model class. Raises UserError if transformers cannot build the model."""
+    """Ask the model class. Raises UserError if transformers cannot build the model, or cannot revert its weights' names."""
     from transformers import AutoConfig
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    from trainer.models import saved_layout
 
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = load.build_on_meta(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: transformers cannot build this model: {error}") from None
-    everything = dict(model.state_dict())
-    for name in model._keys_to_ignore_on_save or ():
-        everything.pop(name, None)
-    written = remove_tied_weights_from_state_dict(dict(everything), model)
+            config.dtype = (
+                "float16"  # what the class makes in another dtype shows, since no class asks for this one
+            )
+            model: Any = load.build_on_meta(config)
+    except Exception as error:  # a config that does not fit the class ends in errors of any type
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder / 'config.json'}: transformers cannot build this model: {reason}") from None
+    written = saved_layout.without_aliases(model)
+    try:
+        moved = saved_layout.trace(model)
+    except Exception as error:
+        raise UserError(
+            f"{folder / 'config.json'}: the weights of a {type(model).__name__} cannot be exported under the names of the "
+            f"Hub: {type(error).__name__}: {error}"
+        ) from None
     shapes = {name: tuple(tensor.shape) for name, tensor in written.items()}
-    tied = tuple(name for name in everything if name not in shapes)
+    tied = tuple(name for name in model.state_dict() if name not in shapes)
     generation = "{}" if model.generation_config is None else model.generation_config.to_json_string()
-    return Architecture(type(model).__name__, shapes, tied, model.num_parameters(), generation)
+    is_part = type(model.config) is not type(config)
+    return Architecture(
+        class_name=type(model).__name__,
+        shapes=shapes,
+        tied=tied,
+        num_parameters=model.num_parameters(),
+        generation_config=generation,
+        moved=moved,
+        kept={dtype: _kept(model, written, dtype) for dtype in DTYPES},
+        own_config=model.config.to_json_string() if is_part else "",
+        text_part_of=config.model_type if is_part else "",
+    )
+
+
+def _kept(model: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, str]:
+    """Return the floating-point tensors that `from_pretrained` does not load as `dtype`, and what it loads them as."""
+    import torch
+    from transformers.core_model_loading import build_glob_alternation
+
+    wanted = getattr(torch, DTYPES[dtype])
+    plan = model._get_dtype_plan(wanted)
+    pattern, names, _ = build_glob_alternation(list(plan))
+    kept = {}
+    for name, tensor in tensors.items():
+        match = pattern.search(name) if plan else None
+        if match is not None:
+            found = plan[names[str(match.lastgroup)]]
+        else:
+            found = wanted if tensor.dtype == torch.float16 else tensor.dtype
+        if found != wanted and tensor.is_floating_point():
+            kept[name] = str(found).removeprefix("torch.")
+    return kept
+
+
+def _recorded(folder: Path) -> Architecture | None:
+    """Return what `record` wrote; None if there is nothing, of another config, or of an earlier version of this program."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        recorded = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if recorded.pop("config_sha256") == commit.file_digest(folder / "config.json"):
+            from trainer.models import saved_layout
+
+            shapes = {name: tuple(shape) for name, shape in recorded.pop("shapes").items()}
+            moved = saved_layout.from_json(recorded.pop("moved"))
+            return Architecture(shapes=shapes, moved=moved, tied=tuple(recorded.pop("tied")), **recorded)
+    return None
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars and no advice from transformers; errors are still raised."""
+    """Context manager without bars and advice from transformers; errors are still raised."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

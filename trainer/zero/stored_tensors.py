@@ -21,6 +21,24 @@ class StoredTensor:
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
+    def part(self, start: int, num_elements: int) -> tuple[Piece, ...]:
+        """Return the pieces that hold elements [start, start + num_elements). Raises UserError if there are fewer."""
+        found = []
+        for piece in self.pieces:
+            if start >= piece.num_elements:
+                start -= piece.num_elements
+                continue
+            count = min(num_elements, piece.num_elements - start)
+            found.append(piece.part(start, count))
+            start, num_elements = 0, num_elements - count
+            if not num_elements:
+                return tuple(found)
+        last = self.pieces[-1]
+        return (
+            *found,
+            last.part(last.num_elements, num_elements),
+        )  # nothing, or an error if elements are left
+
     @property
     def dtype(self) -> torch.dtype:
         return self.pieces[0].dtype

@@ -1,0 +1,124 @@
+"""Convert a checkpoint of any model family, and compare the export with what `save_pretrained` writes.
+
+`check_export(folder, work, dtype)` does it for one model; the table of families calls it for every row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from trainer import commit
+from trainer.export.convert import convert
+from trainer.models import architecture, load
+from trainer.run_directory import RunDirectory
+from trainer.settings import ConvertSettings
+
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def check_export(folder: Path, work: Path, dtype: str = "fp32") -> Path:
+    """Train nothing: checkpoint, convert and reload the model in `folder`, and return the export.
+
+    `folder`: a small model saved by `save_pretrained`. `work`: a folder to write into. `dtype`: "fp32" or "bf16".
+    Raises AssertionError naming the first tensor that is not as `save_pretrained` writes it, or not the checkpoint's,
+    and UserError if the product refuses the model.
+    """
+    model = load.load_model(folder, "fp32")
+    give_every_tensor_its_own_numbers(model)
+    model.save_pretrained(
+        work / "noisy"
+    )  # loaded again as training does: Youtu and Zaya then reset some elements
+    model = load.load_model(work / "noisy", "fp32")
+    run = RunDirectory(work / f"run-{dtype}")
+    checkpoint = write_checkpoint(model, run.checkpoint(1), dtype)
+    export = convert(ConvertSettings(str(checkpoint), str(work / f"export-{dtype}"), verify=True))
+    return compare(export, work / f"theirs-{dtype}", model, dtype)
+
+
+def compare(export: Path, theirs: Path, model: PreTrainedModel, dtype: str) -> Path:
+    """Compare `export` with the fp32 weights of `model`, and with what transformers writes to `theirs` after loading it.
+
+    Returns `export`. Raises AssertionError.
+    """
+    reloaded, report = AutoModelForCausalLM.from_pretrained(
+        export, dtype=_TORCH_DTYPES[dtype], output_loading_info=True
+    )
+    assert not any(report.values()), f"{export} does not load: {report}"
+    reloaded.save_pretrained(theirs)
+    ours, expected = _tensors(export), _tensors(theirs)
+    assert set(ours) == set(expected), f"names differ: {sorted(set(ours) ^ set(expected))[:4]}"
+    for name, tensor in ours.items():
+        assert_same_bits(tensor, expected[name], name)
+    loaded = reloaded.state_dict()
+    assert list(loaded) == list(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        wanted = tensor.to(loaded[name].dtype) if tensor.is_floating_point() else tensor
+        if dtype == "bf16" and name not in dict(model.named_parameters(remove_duplicate=False)):
+            wanted = tensor.to(torch.bfloat16).to(loaded[name].dtype)  # DeepSpeed rounds buffers
+        assert_same_bits(loaded[name], wanted, name)
+    return export
+
+
+def assert_same_bits(left: torch.Tensor, right: torch.Tensor, name: str) -> None:
+    assert left.dtype == right.dtype and left.shape == right.shape, (
+        f"{name}: {left.dtype}{left.shape}, {right.dtype}{right.shape}"
+    )
+    same = left.contiguous().view(-1).view(torch.uint8).equal(right.contiguous().view(-1).view(torch.uint8))
+    assert same, f"{name} has other values"
+
+
+@torch.no_grad()
+def give_every_tensor_its_own_numbers(model: PreTrainedModel) -> None:
+    """Add noise to all weights and floating-point buffers, so that no two tensors are equal and none is round."""
+    torch.manual_seed(1)
+    for tensor in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
+        tensor.add_(torch.randn_like(tensor) * 0.01)
+
+
+def write_checkpoint(model: PreTrainedModel, final: Path, dtype: str) -> Path:
+    """Write what training leaves in ZeRO stage 0 on one rank, in DeepSpeed's layout: the model, and in bf16 fp32 masters.
+
+    Returns `final`.
+    """
+    staging = commit.begin(final)
+    state = model.state_dict()
+    content = {
+        "module": state,
+        "buffer_names": [],
+        "optimizer": None,
+        "dp_world_size": 1,
+        "ds_version": "0.19.8",
+    }
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    content["buffer_names"] = [name for name in state if name not in parameters]
+    if dtype == "bf16":
+        masters = [parameter.detach().clone() for parameter in model.parameters()]
+        low: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+        content["module"] = {
+            name: low.setdefault(tensor.data_ptr(), tensor.bfloat16())
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in state.items()
+        }
+        content["optimizer"] = {"fp32_groups": [masters]}
+    torch.save(content, staging / "mp_rank_00_model_states.pt")
+    folder = staging / "model"
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    architecture.record(folder)
+    facts = {
+        "step": 1, "packs_consumed": 1, "world_size": 1, "zero_stage": 0, "dtype": dtype, "method": "socratic",
+        "data": "stories", "model_name": model.config.model_type, "seed": 0, "finished": True,
+        "num_parameters": model.num_parameters(),
+    }  # fmt: skip
+    commit.finish(staging, final, "checkpoint", facts, commit.digest_files(staging))
+    return final
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

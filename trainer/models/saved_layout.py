@@ -1,0 +1,240 @@
+"""Where the elements of every tensor that `save_pretrained` writes lie in the tensors of the model.
+
+transformers 5 renames and fuses weights when it loads them (`experts.0.gate_proj.weight`, ... -> `experts.gate_up_proj`)
+and reverts that in `save_pretrained`. The reversal is asked of transformers itself: it runs once on tensors without
+memory (device meta), and a dispatch mode notes which element of which tensor ends where. The operations that occur
+(split, stack, concatenate, transpose, permute) only move elements; any other operation is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class NotAMoveError(Exception):
+    """A tensor is computed from others, or takes its elements from none."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Views concatenated along dimension `dim`, in row-major order."""
+
+    views: tuple[View, ...]
+    dim: int
+
+
+@dataclass(frozen=True)
+class View:
+    """Elements of `of`, read as `torch.as_strided` does: of a tensor of the model (its name), or of joined views."""
+
+    of: str | Joined
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    @property
+    def first_name(self) -> str:
+        """Return the name of the model's tensor that holds the first element."""
+        return self.of if isinstance(self.of, str) else self.of.views[0].first_name
+
+    @property
+    def names(self) -> set[str]:
+        """Return the names of all tensors of the model that are read."""
+        if isinstance(self.of, str):
+            return {self.of}
+        return set().union(*(view.names for view in self.of.views))
+
+
+def saved_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the tensors that `save_pretrained` would write, by name; tied weights are there once.
+
+    On a model loaded by `from_pretrained` the names are those of the files it came from, otherwise those of the Hub.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, without_aliases(model))
+
+
+def without_aliases(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the state dict of `model` without what `save_pretrained` leaves out, under the names of the class."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    everything = dict(model.state_dict())
+    for name in model._keys_to_ignore_on_save or ():
+        everything.pop(name, None)
+    return remove_tied_weights_from_state_dict(everything, model)
+
+
+def trace(model: PreTrainedModel) -> dict[str, View]:
+    """Return how each tensor of the files is made from the tensors of `model`, by its name in the files.
+
+    A tensor that is written as it is, under its own name, is left out. Raises NotAMoveError naming the tensor if
+    transformers does more than move elements.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = without_aliases(model)
+    recorder = _Recorder()
+    stand_ins = {name: recorder.stand_in(name, tensor) for name, tensor in state.items()}
+    with recorder:
+        saved = revert_weight_conversion(model, dict(stand_ins))
+    views = {name: recorder.view(tensor) for name, tensor in saved.items()}
+    moved = {
+        name: view for name, view in views.items() if name not in state or view != _whole(name, state[name])
+    }
+    lost = set(state) - set().union(*(view.names for view in views.values()))
+    if lost:
+        raise NotAMoveError(f"transformers does not write {sorted(lost)[0]}")
+    return moved
+
+
+def to_json(views: dict[str, View]) -> dict[str, Any]:
+    """Return `views` in plain lists, for a JSON file."""
+    return {name: _view_to_json(view) for name, view in views.items()}
+
+
+def from_json(content: dict[str, Any]) -> dict[str, View]:
+    """Return what `to_json` was given. Raises KeyError, TypeError or ValueError for anything else."""
+    return {name: _view_from_json(view) for name, view in content.items()}
+
+
+def _view_to_json(view: View) -> list[Any]:
+    of: Any = view.of
+    if isinstance(view.of, Joined):
+        of = [view.of.dim, [_view_to_json(part) for part in view.of.views]]
+    return [of, list(view.shape), list(view.strides), view.offset]
+
+
+def _view_from_json(content: list[Any]) -> View:
+    of, shape, strides, offset = content
+    if not isinstance(of, str):
+        dim, parts = of
+        of = Joined(tuple(_view_from_json(part) for part in parts), dim)
+    return View(of, tuple(shape), tuple(strides), offset)
+
+
+def _whole(name: str, tensor: torch.Tensor) -> View:
+    return View(name, tuple(tensor.shape), contiguous_strides(tuple(tensor.shape)), 0)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor of `shape`, in elements."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes for every storage that appears which elements it holds. Views share the storage of what they view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._contents: dict[int, str | Joined] = {}
+        self._kept: list[Any] = []  # or a freed storage's address would be given to another
+
+    def stand_in(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a contiguous tensor on meta that stands for the tensor `name` of the model."""
+        made = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        self._note(made, name)
+        return made
+
+    def view(self, tensor: torch.Tensor) -> View:
+        """Return where the elements of `tensor` come from. Raises NotAMoveError."""
+        found = self._contents.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            raise NotAMoveError("transformers writes a tensor that is not made of the model's own")
+        view = View(found, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+        return _normal(view)
+
+    def _note(self, tensor: torch.Tensor, content: str | Joined) -> None:
+        storage = tensor.untyped_storage()
+        self._kept.append(storage)
+        self._contents[storage._cdata] = content
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, (list, tuple)) else [result]
+        for tensor in made:
+            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage()._cdata in self._contents:
+                continue
+            self._note(tensor, self._copied(func, tensor, args))
+        return result
+
+    def _copied(self, func: Any, made: torch.Tensor, args: Any) -> Joined:
+        """Return what a new tensor holds. Raises NotAMoveError if `func` does not merely copy."""
+        name = func.overloadpacket.__name__
+        if not made.is_contiguous():
+            raise NotAMoveError(f"transformers applies {name}")
+        if name == "clone":
+            return Joined((self.view(args[0]),), 0)
+        if name in ("cat", "stack"):
+            dim = args[1] if len(args) > 1 else 0
+            parts = [part.unsqueeze(dim) for part in args[0]] if name == "stack" else list(args[0])
+            if all(part.dtype == made.dtype for part in parts):
+                return Joined(tuple(self.view(part) for part in parts), dim % made.dim())
+        raise NotAMoveError(f"transformers applies {name}")
+
+
+def _normal(view: View) -> View:
+    """Return an equal view that reads a tensor of the model directly where one view can say it."""
+    if isinstance(view.of, Joined) and len(view.of.views) == 1:
+        (copied,) = view.of.views
+        direct = _view_of_copied(copied, view)
+        if direct is not None:
+            return direct
+    strides = tuple(
+        standard if size == 1 else stride
+        for size, stride, standard in zip(
+            view.shape, view.strides, contiguous_strides(view.shape), strict=True
+        )
+    )
+    return View(view.of, view.shape, strides, view.offset)
+
+
+def _view_of_copied(copied: View, view: View) -> View | None:
+    """Return `view`, which reads a contiguous copy of `copied`, as a view of what `copied` reads; None if it is not one."""
+    shape, strides = merged(copied.shape, copied.strides)
+    steps = contiguous_strides(shape)  # of the copy
+    last, offset, rest = [], copied.offset, view.offset
+    for step, stride in zip(steps, strides, strict=True):
+        index, rest = divmod(rest, step)
+        last.append(index)
+        offset += index * stride
+    found = []
+    for size, stride in zip(view.shape, view.strides, strict=True):
+        if size == 1:
+            found.append(0)
+            continue
+        for dim, step in enumerate(steps):
+            factor, remainder = divmod(stride, step)
+            if remainder == 0 and last[dim] + (size - 1) * factor < shape[dim]:
+                last[dim] += (size - 1) * factor
+                found.append(factor * strides[dim])
+                break
+        else:
+            return None
+    return _normal(View(copied.of, view.shape, tuple(found), offset))
+
+
+def merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return shape and strides with neighbouring dimensions merged where one stride steps through both."""
+    sizes: list[int] = []
+    steps: list[int] = []
+    for size, stride in zip(shape, strides, strict=True):
+        if size == 1:
+            continue
+        if sizes and steps[-1] == size * stride:
+            sizes[-1], steps[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            steps.append(stride)
+    return tuple(sizes), tuple(steps)
