@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trainer import commit
 from trainer.models.tokenizer import load_tokenizer
@@ -41,14 +41,17 @@ def export(students: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def students(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Exports of one study whose students know by heart what their method learns; each is made when it is asked for."""
+def students(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exports of one study whose students know by heart what their method learns; each is made when it is asked for.
+
+    `student(method, hybrid)`: a hybrid has a convolution layer and an attention layer, and cannot be decoded in slots.
+    """
     study = tmp_path_factory.mktemp("runs") / "mine"
 
-    def student(method: str) -> Path:
-        run = study / f"stories.{method}.tiny.s0"
+    def student(method: str, hybrid: bool = False) -> Path:
+        run = study / f"stories.{method}.{'hybrid' if hybrid else 'tiny'}.s0"
         if not run.is_dir():
-            model = _learn_by_heart(shards, method)
+            model = _learn_by_heart(shards, method, hybrid)
             facts = {
                 "method": method, "data": "stories", "model_name": "tiny", "seed": 0, "step": 77, "finished": True,
                 "num_parameters": model.num_parameters(), "learn_calculator_results": False,
@@ -70,15 +73,17 @@ def remade(export: Path, folder: Path, **facts: Any) -> Path:
     return folder / "export"
 
 
-def _learn_by_heart(shards: Shards, method: str) -> LlamaForCausalLM:
+def _learn_by_heart(shards: Shards, method: str, hybrid: bool) -> PreTrainedModel:
     """Sizes differ between the methods, so that nothing can be mistaken for another model's."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shards.facts["vocabulary_size"], hidden_size=64, intermediate_size=128 + 8 * len(method),
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    sizes = {
+        "vocab_size": shards.facts["vocabulary_size"], "hidden_size": 64, "intermediate_size": 128 + 8 * len(method),
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0,
+    }  # fmt: skip
+    model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**sizes))
+    if hybrid:
+        model = Lfm2ForCausalLM(Lfm2Config(**sizes, layer_types=["conv", "full_attention"], pad_token_id=0))
     examples = [shards.example(index, METHODS[method]) for index in range(len(shards))]
     longest = max(len(tokens) for tokens, _ in examples)
     inputs = torch.zeros(len(examples), longest, dtype=torch.int64)

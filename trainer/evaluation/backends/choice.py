@@ -150,7 +150,7 @@ class _Checks:
         """Return the own cache, one problem at a time, if `generate` is the only measure and it equals that."""
         candidate = BackendChoice(TRANSFORMERS, next(use for use in CACHE_USES if not use.batch))
         try:
-            if not depends_on_what_follows(self._model, texts.own_cache[0]):
+            if not any(depends_on_what_follows(self._model, text) for text in texts.own_cache):
                 return None
             made = [generated(self._model, text) for text in texts.own_cache]
             ours = [text for text, _ in made]
