@@ -19,7 +19,7 @@ import yaml
 
 from trainer import commit, distributed
 from trainer.configuration import to_dict
-from trainer.models import architecture
+from trainer.models import architecture, base_files
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 
@@ -34,21 +34,31 @@ def write_run_files(
     config: Any,
     tokenizer: Any,
 ) -> None:
-    """Write them (rank 0): settings, resolved ds_config, environment, and the student's config and tokenizer."""
-    from transformers import GenerationConfig
-
+    """Write them (rank 0): settings, resolved ds_config, environment, and the model's config, tokenizer and small files."""
     run.path.mkdir(parents=True, exist_ok=True)
     commit.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
     commit.write_text(run.ds_config, json.dumps(resolved, indent=1) + "\n")
     commit.write_text(run.environment, json.dumps({**environment(), **facts}, indent=1) + "\n")
-    shutil.rmtree(run.model, ignore_errors=True)
-    tokenizer.save_pretrained(run.model)
+    write_model_files(run.model, settings.model_name_or_path, config, tokenizer)
+
+
+def write_model_files(folder: Path, base_model: str, config: Any, tokenizer: Any) -> None:
+    """Replace `folder` with what an export needs besides the weights.
+
+    `base_model`: the pretrained model (folder or Hub name), "" if there is none; `tokenizer`: that of the shards.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    base = base_files.base_folder(base_model) if base_model else None
     saved = config.__class__.from_dict({**config.to_dict(), "use_cache": True})
-    saved.save_pretrained(run.model)
-    GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
-    ).save_pretrained(run.model)
-    architecture.record(run.model)  # a conversion need not ask transformers for names and shapes again
+    saved.save_pretrained(folder)
+    base_files.copy_tokenizer(base, tokenizer, folder)
+    base_files.copy_licence_and_code(base, folder)
+    generation = base_files.generation_config(base, tokenizer)
+    commit.write_text(
+        folder / "generation_config.json", json.dumps(generation, indent=2, sort_keys=True) + "\n"
+    )
+    # With this record a conversion need not import transformers for names and shapes.
+    architecture.record(folder, base_files.wrapper_type(base, config.model_type))
 
 
 def remove_leftovers(run: RunDirectory) -> None:
