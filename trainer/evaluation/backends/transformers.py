@@ -22,8 +22,10 @@ from transformers.generation import GenerationMode
 
 from trainer.evaluation.backends import Choose, Feed, SomeOccupant
 from trainer.models.blocked_weights import blocked_weights
+from trainer.models.default_attention import UnsupportedAttention, set_attention
 
 _CACHE_NAMES = ("past_key_values", "cache_params", "state")  # as in transformers.generation.utils
+_OF_TRANSFORMERS = ("sdpa", "eager")
 _MAX_PROMPT_TOKENS = 16384  # of the prompts of a batch, which bounds the activations of its first pass
 
 
@@ -62,19 +64,29 @@ def default_attention(model: PreTrainedModel, attention: str | None = None) -> I
     """
     training = model.training
     # The parts of a composite model may differ in their implementations.
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    is_ours = any(name not in ("sdpa", "eager") for _, name in before)
+    parts = {id(part.config): part for part in model.modules() if isinstance(part, PreTrainedModel)}
+    before = [(part.config, part.config._attn_implementation) for part in parts.values()]
+    changes = bool(attention) or any(name not in _OF_TRANSFORMERS for _, name in before)
     model.eval()
     try:
-        if attention or is_ours:
-            model.set_attn_implementation(attention or ("sdpa" if model._supports_sdpa else "eager"))
+        if changes:
+            set_attention(model, attention or _default(model))
+            for part in parts.values():
+                if part.config._attn_implementation not in _OF_TRANSFORMERS:
+                    part.config._attn_implementation = _default(part)
         yield
     finally:
-        for config, name in before:  # a whole before its parts: setting one sets the parts of it as well
-            if config._attn_implementation != name:
-                config._attn_implementation = name
+        if changes:
+            with contextlib.suppress(UnsupportedAttention):  # then nothing was changed
+                set_attention(model, before[0][1])
+            for config, name in before:  # a whole before its parts: setting one sets the parts of it as well
+                if config._attn_implementation != name:
+                    config._attn_implementation = name
         model.train(training)
+
+
+def _default(model: PreTrainedModel) -> str:
+    return "sdpa" if model._supports_sdpa else "eager"
 
 
 class _Rows:
