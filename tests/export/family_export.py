@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -79,10 +80,12 @@ def give_every_tensor_its_own_numbers(model: PreTrainedModel) -> None:
         tensor.add_(torch.randn_like(tensor) * 0.01)
 
 
-def write_checkpoint(model: PreTrainedModel, final: Path, dtype: str) -> Path:
+def write_checkpoint(
+    model: PreTrainedModel, final: Path, dtype: str, model_files: Path | None = None
+) -> Path:
     """Write what training leaves in ZeRO stage 0 on one rank, in DeepSpeed's layout: the model, and in bf16 fp32 masters.
 
-    Returns `final`.
+    `model_files`: the folder that goes into the checkpoint as `model`; None makes one of the config alone. Returns `final`.
     """
     staging = commit.begin(final)
     state = model.state_dict()
@@ -107,10 +110,10 @@ def write_checkpoint(model: PreTrainedModel, final: Path, dtype: str) -> Path:
         content["optimizer"] = {"fp32_groups": [masters]}
     torch.save(content, staging / "mp_rank_00_model_states.pt")
     folder = staging / "model"
-    model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    architecture.record(folder)
+    if model_files is not None:
+        shutil.copytree(model_files, folder)
+    else:
+        _write_model_files(model, folder)
     facts = {
         "step": 1, "packs_consumed": 1, "world_size": 1, "zero_stage": 0, "dtype": dtype, "method": "socratic",
         "data": "stories", "model_name": model.config.model_type, "seed": 0, "finished": True,
@@ -118,6 +121,13 @@ def write_checkpoint(model: PreTrainedModel, final: Path, dtype: str) -> Path:
     }  # fmt: skip
     commit.finish(staging, final, "checkpoint", facts, commit.digest_files(staging))
     return final
+
+
+def _write_model_files(model: PreTrainedModel, folder: Path) -> None:
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    architecture.record(folder)
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

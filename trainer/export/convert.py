@@ -78,7 +78,7 @@ def _stream(
     import torch
 
     from trainer.export import safetensors_writer
-    from trainer.export.fit import config_text, fit, generation_config_text
+    from trainer.export.fit import config_text, fit, generation_config_text, tokenizer_config_text
     from trainer.zero import layout
 
     stored = layout.read(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
@@ -120,6 +120,8 @@ def _stream(
             "generation_config.json": generation_config_text(source.model_folder, expected),
             "README.md": model_card.text(facts, expected.class_name, dtype_name),
         }
+        if (tokenizer_config := tokenizer_config_text(source.model_folder)) is not None:
+            texts["tokenizer_config.json"] = tokenizer_config
         if len(shards) > 1:
             texts[safetensors_writer.INDEX_NAME] = safetensors_writer.index_text(
                 shards, expected.num_parameters

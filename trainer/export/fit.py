@@ -95,6 +95,15 @@ def config_text(folder: Path, expected: Architecture, dtype: str) -> str:
     return _json(config | {"architectures": [expected.class_name], "dtype": dtype})
 
 
+def tokenizer_config_text(folder: Path) -> str | None:
+    """Return tokenizer_config.json without an `auto_map` whose Python files are not there; None if it needs no change."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "auto_map" not in config or _has_code(config.pop("auto_map"), folder):
+        return None
+    return _json(config)
+
+
 def generation_config_text(folder: Path, expected: Architecture) -> str:
     """Return generation_config.json: the checkpoint's, or else the one the model class makes."""
     path = folder / "generation_config.json"

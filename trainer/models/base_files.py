@@ -1,0 +1,146 @@
+"""What comes along from a pretrained model besides its weights: tokenizer, licence, Python files, generation settings.
+
+A run copies them beside its config, so that its checkpoints and exports have them too. Nothing of it is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import terminal
+from trainer.models.tokenizer import fingerprint, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Names in lower case, relative to the folder.
+_WRITTEN_BY_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+_OTHER_TOKENIZER_FILES = (
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model*", "*.tiktoken", "spiece.model", "sentencepiece*.model",
+    "tekken.json",
+)  # fmt: skip
+_LICENCE = ("license*", "licence*", "notice*", "use_policy*", "copying*", "copyright*")
+_GENERATION_CONFIG = "generation_config.json"
+_CODE = ("*.py",)
+_SPELLINGS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # as on the Hub, where patterns match case
+_NOT_COPIED = ("_from_model_config", "transformers_version")
+
+
+def base_folder(name: str) -> Path | None:
+    """Return the folder with the small files of a pretrained model; None if they cannot be had.
+
+    `name`: a local folder, or a Hub name, whose files are downloaded into the cache of the Hub unless they are there.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        return None
+    from huggingface_hub import snapshot_download
+
+    wanted = [*_WRITTEN_BY_TOKENIZER, *_OTHER_TOKENIZER_FILES, *_LICENCE, *_SPELLINGS, *_CODE]
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*wanted, "config.json", _GENERATION_CONFIG]))
+    except Exception as error:  # of many types: no network, no such name, a gated repository
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        terminal.warn(f"{name}: its licence and generation settings do not come along ({reason})")
+        return None
+
+
+def copy_tokenizer(base: Path | None, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    """Put the tokenizer of the shards into `target`, which holds the config: in the files of `base` as they are if they give it.
+
+    What counts is how transformers loads them beside this config. Otherwise the tokenizer is saved anew; then of a base with
+    the same tokens the other files (`tokenizer.model`) come along.
+    """
+    from transformers import AutoTokenizer
+
+    if base is not None:
+        copied = _copy(base, target, _WRITTEN_BY_TOKENIZER + _OTHER_TOKENIZER_FILES)
+        ours = fingerprint(tokenizer)
+        try:
+            found = AutoTokenizer.from_pretrained(target, local_files_only=True, trust_remote_code=False)
+            if fingerprint(found) == ours:
+                return
+            kept = _OTHER_TOKENIZER_FILES if fingerprint(load_tokenizer(base)) == ours else ()
+        except Exception:  # of many types: the base has no tokenizer, or one that transformers cannot load
+            kept = ()
+        for name in copied:
+            if not _matches(name, kept):
+                (target / name).unlink()
+    tokenizer.save_pretrained(target)
+
+
+def copy_licence_and_code(base: Path | None, target: Path) -> None:
+    """Copy the licence into `target`, and the Python files if a config of `base` names some (`auto_map`)."""
+    if base is None:
+        return
+    _copy(base, target, _LICENCE)
+    if any(_json_of(base / name).get("auto_map") for name in ("config.json", "tokenizer_config.json")):
+        _copy(base, target, _CODE)
+
+
+def generation_config(base: Path | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return generation_config.json: the sampling settings and special tokens of `base`, and the tokenizer's where it has none.
+
+    The end tokens are those of `base` (a list stays a list) and the tokenizer's, with which the shards' examples end.
+    """
+    import transformers
+
+    settings = {} if base is None else _json_of(base / _GENERATION_CONFIG)
+    config = {} if base is None else _json_of(base / "config.json")
+    text = config.get("text_config")
+    inherited = [settings, config, text if isinstance(text, dict) else {}]
+
+    def token(kind: str) -> Any:
+        return next((found[kind] for found in inherited if found.get(kind) is not None), None)
+
+    ends = token("eos_token_id")
+    ours = tokenizer.eos_token_id
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if ours is not None and ours not in known:
+        ends = [*known, ours] if known else ours
+    pad = next((i for i in (token("pad_token_id"), tokenizer.pad_token_id, ours) if i is not None), None)
+    bos = next((i for i in (token("bos_token_id"), tokenizer.bos_token_id) if i is not None), None)
+    tokens = {"eos_token_id": ends, "pad_token_id": pad, "bos_token_id": bos}
+    result = {name: value for name, value in settings.items() if name not in _NOT_COPIED}
+    result |= {name: value for name, value in tokens.items() if value is not None}
+    return result | {"transformers_version": transformers.__version__}
+
+
+def wrapper_type(base: Path | None, model_type: str) -> str:
+    """Return the model type of `base` if it is a multimodal model whose text part (of `model_type`) is used, else ""."""
+    config = {} if base is None else _json_of(base / "config.json")
+    is_wrapper = "text_config" in config and config.get("model_type") != model_type
+    return str(config.get("model_type", "")) if is_wrapper else ""
+
+
+def _copy(base: Path, target: Path, patterns: tuple[str, ...]) -> list[str]:
+    """Copy the files of `base` whose relative names match; returns the names."""
+    copied = []
+    for path in sorted([*base.iterdir(), *base.glob("additional_chat_templates/*")]):
+        name = path.relative_to(base).as_posix()
+        if path.is_file() and _matches(name, patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / name)
+            copied.append(name)
+    return copied
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name.lower(), pattern) for pattern in patterns)
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
