@@ -1,5 +1,6 @@
 # make study   everything from nothing: environment, the embedded study on two ranks, a report with plots
 # make test    everything from nothing: environment, then the tests
+# make test-models  every model family of transformers, measured; writes docs/models.md
 # make faults  everything that tries to lose a user's data, the long tests too (tests/faults/README.md)
 # make soak    a study on a small Slurm, disturbed at random for MINUTES (20), then compared with an undisturbed one
 PYTHON ?= python3
@@ -9,7 +10,7 @@ MINUTES ?= 20
 READY := $(VENV)/.ready
 PEERS := .venv-peers
 
-.PHONY: study bench test test-slow faults soak lint format types clean
+.PHONY: study bench test test-slow test-models faults soak lint format types clean
 
 study: $(READY)
 	$(BIN)/python tools/study.py run studies/quickstart.yaml
@@ -19,6 +20,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+test-models: $(READY)
+	$(BIN)/python -m tests.models.table $(MODELS_FLAGS)
 
 # What the benchmarks compare with has an environment of its own, so that it can break nothing.
 bench: $(PEERS)/.ready

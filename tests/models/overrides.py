@@ -79,7 +79,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"global_head_dim": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "mamba2": {"num_heads": 8},
-    "xlstm": {"num_heads": 4},
+    "rwkv": {"attention_hidden_size": 64},
+    "xlstm": {"embedding_dim": 128, "hidden_size": 128},  # its sizes are rounded up to multiples of 64
     # Wrappers.
     "emu3": {"vocabulary_map": {"<image>": 490, "<|extra_200|>": 491, "<|visual token 000000|>": 492}},
     "fuyu": {"image_size": 28, "patch_size": 14},
