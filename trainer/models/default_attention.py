@@ -152,21 +152,45 @@ class LayerMask:
 
 
 def set_attention(model: Any, name: str) -> None:
-    """Set the attention implementation of a transformers model.
+    """Set the attention implementation of a transformers model, and of those of its parts that let it be set.
 
-    Raises UnsupportedAttention if its layers compute attention in a way of their own.
+    Raises UnsupportedAttention if the layers of its text part compute attention in a way of their own; then nothing is
+    changed.
     """
-    if model.config._attn_implementation == name:
+    before = attention_of_parts(model)
+    text = model.config.get_text_config(decoder=True)
+    if text._attn_implementation == name:
         return
     if alibi.replaceable_layers(model):
-        alibi.restore_layers(model)
-        if name in _registered:
-            alibi.replace_layers(model, _registered[name])
+        _use_layers_for(model, name)
         model.config._attn_implementation = name
     else:
         model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
+    if text._attn_implementation != name:
+        restore_attention(model, before)
         raise UnsupportedAttention("its attention layers in transformers cannot be replaced")
+
+
+def attention_of_parts(model: Any) -> list[tuple[Any, str]]:
+    """Return the config of each part of a model with its attention implementation, wholes before their parts."""
+    from transformers import PreTrainedModel
+
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    return [(config, config._attn_implementation) for config in configs.values()]
+
+
+def restore_attention(model: Any, before: list[tuple[Any, str]]) -> None:
+    """Give every part the implementation that `attention_of_parts` returned for it."""
+    _use_layers_for(model, before[0][1])
+    for config, name in before:  # setting that of a whole sets those of its parts
+        if config._attn_implementation != name:
+            config._attn_implementation = name
+
+
+def _use_layers_for(model: Any, name: str) -> None:
+    alibi.restore_layers(model)
+    if name in _registered:
+        alibi.replace_layers(model, _registered[name])
 
 
 def can_set_attention(model_class: Any) -> bool:

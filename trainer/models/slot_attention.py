@@ -215,7 +215,7 @@ def slot_attention_of(model: PreTrainedModel) -> Iterator[None]:
 
     Raises UnsupportedAttention if its layers do not let their attention be replaced.
     """
-    before = model.config._attn_implementation
+    before = default_attention.attention_of_parts(model)
     training = model.training
     default_attention.set_attention(model, IMPLEMENTATION)
     model.eval()
@@ -223,7 +223,7 @@ def slot_attention_of(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-        default_attention.set_attention(model, before)
+        default_attention.restore_attention(model, before)
 
 
 default_attention.register(IMPLEMENTATION, slot_attention, _make_mask)
