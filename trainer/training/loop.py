@@ -138,11 +138,14 @@ def optimizer_step(student: Student, step: int, stop: StopRequest) -> tuple[dict
         problems += batch.problems
         seed_dropout(student.settings.seed, batch.first_pack)
         passes = forward_passes(batch, student.layout, student.device, num_passes[micro])
-        losses = torch.stack([token_losses(engine, rows) for rows in passes]).sum()
-        engine.backward(losses * (world.world_size / learned_tokens), scale_wrt_gas=False)
-        loss_sum += losses.detach()
-        if micro + 1 < plan.accumulation_steps:
-            engine.step()  # counts the micro-batch; the optimizer moves at the last one
+        for number, rows in enumerate(passes):
+            is_last = (micro + 1, number + 1) == (plan.accumulation_steps, len(passes))
+            engine.set_gradient_accumulation_boundary(is_last)  # a layout may need several passes
+            losses = token_losses(engine, rows)
+            engine.backward(losses * (world.world_size / learned_tokens), scale_wrt_gas=False)
+            loss_sum += losses.detach()
+            if not is_last:
+                engine.step()  # counts the pass; the optimizer moves at the last one
 
     loss, asked_to_stop = agree_on(loss_sum, stop.requested, world.world_size)
     refuse_non_finite(student, step, loss, float(loss_sum), problems)
