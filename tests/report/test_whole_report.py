@@ -17,6 +17,7 @@ from trainer.report.build import build_report
 from trainer.report.causes import CAUSES
 from trainer.report.certainty import certainties, half_width
 from trainer.report.comparisons import compare
+from trainer.report.provenance import own_facts, remarks
 from trainer.report.results import load_runs
 from trainer.report.statistics import mcnemar
 from trainer.report.summary import panels
@@ -141,6 +142,38 @@ def test_runs_that_only_ask_and_runs_that_only_help_are_not_unfinished(tmp_path:
     assert run.unfinished == "" and run.max_steps is None and run.only_asked
     assert [m.role for m in run.evaluations[0].members] == ["decomposer", "solver"]
     assert (run.evaluations[0].num_parameters, run.evaluations[0].total_parameters) == (1000, 2000)
+
+
+def test_provenance_says_how_answers_were_decoded(tmp_path: Path) -> None:
+    choices = {
+        "decomposer": {"name": "slots", "difference": 2e-6, "tolerance": 1e-4, "reason": ""},
+        "solver": {
+            "name": "transformers",
+            "difference": 7e-6,
+            "tolerance": 1e-4,
+            "reason": "in slots it differs",
+        },
+    }
+    pair = make_asked_run(tmp_path / "study", "iterative_ahead", "m", 1000, 0)
+    write_evaluation(pair, "iterative_ahead", "m", 1000, 0, 0, num_problems=20, backends=choices)
+    other = make_run(tmp_path / "study", "cot", "m", 1000, 1)
+    write_evaluation(other, "cot", "m", 1000, 1, 0, num_problems=20)  # of an older version
+    runs = load_runs([pair.path, other.path])
+    facts = {run.name: facts for run, facts in own_facts(runs)}
+    assert facts[pair.name]["answers decoded by"] == "slots, transformers"
+    assert facts[pair.name]["their logits differ from the plain forward pass's by"] == (
+        "at most 7e-06 standard deviations"
+    )
+    assert "answers decoded by" not in facts[other.name]
+    notes = [
+        text
+        for name, text in remarks(
+            runs, analyse([evaluation for run in runs for evaluation in run.evaluations])
+        )
+        if name.startswith(pair.name)
+    ]
+    assert "the solver was decoded by the backend transformers: in slots it differs" in notes
+    assert not any("decomposer was decoded" in text for text in notes)
 
 
 def test_guidance_makes_another_method(tmp_path: Path) -> None:

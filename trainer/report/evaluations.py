@@ -51,6 +51,20 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Backend:
+    """How the model that plays `role` was decoded.
+
+    difference: the largest one between its logits and those of the plain forward pass, in standard deviations of the
+    logits, as the check before the first answer found it (None: not checked). reason: why not in slots.
+    """
+
+    role: str
+    name: str
+    difference: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One results.json: one student on one set of problems."""
 
@@ -78,6 +92,7 @@ class Evaluation:
     seconds: float
     calculator_results_given: int | None  # annotations that the calculator filled
     warnings: tuple[str, ...]
+    backends: tuple[Backend, ...]  # () in results of older versions
 
     @property
     def problems(self) -> str:
@@ -162,6 +177,7 @@ def load_evaluation(directory: EvaluationDirectory, run: str, study: str) -> Eva
         train_seed=None if record.get("train_seed") is None else field("train_seed", int),
         stopped_at=whole(record.get("step"), 0) if record.get("finished") is False else None,
         warnings=tuple(clean(str(warning)) for warning in warnings) if isinstance(warnings, list) else (),
+        backends=_backends(record.get("backends")),
         calculator=field("calculator", bool),
         temperature=field("temperature", float),
         seconds=field("seconds", float),
@@ -180,6 +196,22 @@ def _member(role: str, record: Any, path: Path) -> Member:
             f"{path}: {role} is {record!r}, expected model_name, method, num_parameters; evaluate again"
         )
     return Member(role, clean(str(texts[0])), clean(str(texts[1])), size)
+
+
+def _backends(record: Any) -> tuple[Backend, ...]:
+    found = []
+    for role, choice in record.items() if isinstance(record, dict) else ():
+        if isinstance(choice, dict) and choice.get("name"):
+            difference: Any = choice.get("difference")
+            found.append(
+                Backend(
+                    clean(str(role)),
+                    clean(str(choice["name"])),
+                    float(difference) if type(difference) in (int, float) else None,
+                    clean(str(choice.get("reason") or "")),
+                )
+            )
+    return tuple(found)
 
 
 def _guidance(members: tuple[Member, ...], record: dict[str, Any]) -> str:

@@ -64,6 +64,11 @@ def remarks(runs: Sequence[Run], analyses: Analyses) -> list[tuple[str, str]]:
         for evaluation in run.evaluations:
             analysis = analyses[evaluation.directory.path]
             notes = list(evaluation.warnings)
+            notes += [
+                f"the {backend.role} was decoded by the backend {backend.name}: {backend.reason}"
+                for backend in evaluation.backends
+                if backend.reason
+            ]
             notes += [f"answers cut at {clean(why)}: {n}" for why, n in sorted(analysis.stopped.items())]
             if analysis.without_gold_steps:
                 notes.append("predictions without gold steps, of an older version: no causes, no quality")
@@ -72,6 +77,22 @@ def remarks(runs: Sequence[Run], analyses: Analyses) -> list[tuple[str, str]]:
 
 
 def _facts(run: Run) -> dict[str, str]:
+    return _made_with(run) | _decoding(run)
+
+
+def _decoding(run: Run) -> dict[str, str]:
+    """Which backends decoded the answers of a run, and how far their logits were from the models' own."""
+    backends = [backend for evaluation in run.evaluations for backend in evaluation.backends]
+    differences = [backend.difference for backend in backends if backend.difference is not None]
+    if not differences:
+        return {}
+    return {
+        "answers decoded by": ", ".join(sorted({backend.name for backend in backends})),
+        "their logits differ from the plain forward pass's by": f"at most {max(differences):.0e} standard deviations",
+    }
+
+
+def _made_with(run: Run) -> dict[str, str]:
     if run.only_asked:
         members = {m.role: f"{m.model_name} ({m.method})" for e in run.evaluations for m in e.members}
         asked = {name: run.settings[name] for name in _ASKED if run.settings.get(name)}
