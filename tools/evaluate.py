@@ -23,6 +23,10 @@ solves them. Their sizes may differ, their tokenizer may not; one socratic expor
 
 A decomposer_operators or _equations is guided by a plan: add --planner EXPORT, or --guidance_from gold.
 
+Before the first answer a few prompts are decoded and compared with the model's own forward pass. With --backend auto a
+model is decoded in slots where the logits are its own, else by its own forward pass and cache, which is slower and works
+for every family; results.json says which, how far apart the logits were, and why.
+
 Writes predictions.jsonl and results.json into evaluation/<data>-<split>-<mode> of the run directory; of a pair, in a run
 beside those of its students, <data>.iterative_interleaved.<model>.s<seed>. Run the same command again after an
 interruption: what is solved is kept."""
