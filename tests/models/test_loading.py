@@ -61,6 +61,14 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "text_config": {**TEXT, **LINEAR},
         "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64},
     },
+    "llama4": {
+        "text_config": {**TEXT, "intermediate_size_mlp": 96, "num_local_experts": 2, "interleave_moe_layer_step": 2},
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+            "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+            "pixel_shuffle_ratio": 0.5,
+        },
+    },
     "mistral3": {
         "text_config": {**TEXT, "model_type": "ministral3", "rope_parameters": ROPE},
         "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16},
@@ -109,7 +117,9 @@ def test_missing_weights_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_weights_under_another_prefix_are_refused_and_both_names_are_shown(tmp_path: Path) -> None:
     folder = _edit(_tiny(tmp_path / "m"), _prefix)
-    with pytest.raises(UserError, match=r"21 weights the model needs .* its files hold module.lm_head.weight"):
+    with pytest.raises(
+        UserError, match=r"21 weights the model needs .* its files hold module.lm_head.weight"
+    ):
         load.load_model(folder, "fp32")
 
 
@@ -153,7 +163,10 @@ terminal.run(lambda: print("loaded", type(load.load_model(sys.argv[1], "fp32")).
     ("change", "problem"),
     [
         (_drop("model.norm.weight"), "1 weight the model needs is not in its files (model.norm.weight)"),
-        (lambda weights: weights.update({"lm_head.weight": torch.zeros(90, 32)}), "size mismatch for lm_head.weight"),
+        (
+            lambda weights: weights.update({"lm_head.weight": torch.zeros(90, 32)}),
+            "size mismatch for lm_head.weight",
+        ),
     ],
     ids=["missing", "mismatched"],
 )

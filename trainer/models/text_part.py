@@ -91,11 +91,17 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def key_mapping(model: type[PreTrainedModel]) -> dict[str, str]:
     """Return the renaming of a wrapper's weights to those of its text model, as `from_pretrained` takes it.
 
-    Wrappers are saved as `language_model.model.*` (transformers 4) or `model.language_model.*` (transformers 5).
+    Wrappers are saved as `language_model.model.*` (transformers 4), `model.language_model.*` or, Llama 4,
+    `language_model.*` (transformers 5).
     """
-    base = model.base_model_prefix
+    # The name of the body inside the causal LM. Llama 4's base_model_prefix is the wrapper's name for it.
+    tied = getattr(model, "_tied_weights_keys", None)
+    body = (
+        next(iter(tied.values())).split(".")[0]
+        if isinstance(tied, dict) and tied
+        else model.base_model_prefix
+    )
     return {
-        r"^language_model\.model\.": f"{base}.",
-        r"^language_model\.lm_head\.": "lm_head.",
-        r"^model\.language_model\.": f"{base}.",
+        r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+        r"^(?:model\.)?language_model\.(?:model\.)?": f"{body}.",
     }

@@ -34,7 +34,6 @@ class ShardWriter:
         self._line = [0]
         self._present: Counter[frozenset[Role]] = Counter()  # roles of a problem -> number of such problems
         self._longest = 0
-        self._max_token = 0
 
     @property
     def num_problems(self) -> int:
@@ -45,7 +44,6 @@ class ShardWriter:
         end = self._ends[-1] if self._ends else 0
         joined = list(itertools.chain.from_iterable(segment.tokens for segment in segments))
         self._tokens.write(np.array(joined, dtype=self._token_dtype).tobytes())
-        self._max_token = max(self._max_token, *joined)
         for segment in segments:
             end += len(segment.tokens)
             self._roles.append(segment.role)
@@ -71,7 +69,6 @@ class ShardWriter:
             "num_segments": len(self._roles),
             "num_tokens": self._ends[-1] if self._ends else 0,
             "longest_example": self._longest,
-            "max_token_id": self._max_token,
             "problems_per_method": {
                 name: sum(count for roles, count in self._present.items() if view.needs <= roles)
                 for name, view in METHODS.items()

@@ -1,0 +1,197 @@
+"""Tokenizers that put a space before every text: a segment has the tokens it has inside the text, and the text comes back."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.sentencepiece import KINDS, make
+from trainer.errors import UserError
+from trainer.evaluation.few_shot import after_exemplars, exemplar_tokens
+from trainer.evaluation.language import Language
+from trainer.models.segment_tokenizer import segment_tokenizer
+from trainer.models.tokenizer import load_tokenizer
+from trainer.problems.problem import Problem, Step
+from trainer.problems.sources import read_problems
+from trainer.settings import PrepareSettings
+from trainer.shards.methods import Role, method
+from trainer.shards.prepare import prepare
+from trainer.shards.read import Shards
+from trainer.shards.segments import prefix_tokens, texts
+
+_COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def built(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Shards]]:
+    """Shards of GSM8K's first test problems, by a tokenizer of every kind."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    problems = list(read_problems("gsm8k", "test_socratic", str(shared_data / "gsm8k")))[:300]
+    corpus = [text for problem in problems for _, text in texts(problem)]  # type: ignore[arg-type]
+    return {
+        kind: (
+            made := make(kind, corpus, folder / kind),
+            _prepare(shared_data, made, folder / f"{kind}-shards"),
+        )
+        for kind in KINDS
+    }
+
+
+def _prepare(shared_data: Path, tokenizer: Path, folder: Path, **changes: object) -> Shards:
+    values = {
+        "data": "gsm8k", "data_path": str(shared_data / "gsm8k"), "split": "test_socratic",
+        "tokenizer_name": str(tokenizer), "output_dir": str(folder), "max_problems": _COUNT, "max_length": 4096,
+    }  # fmt: skip
+    return prepare(PrepareSettings(**{**values, **changes}))  # type: ignore[arg-type]
+
+
+def _text(problem: Problem, roles: frozenset[Role]) -> str:
+    return "".join(text for role, text in texts(problem) if role in roles)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_example_decodes_to_its_text(kind: str, built: dict[str, tuple[Path, Shards]]) -> None:
+    folder, shards = built[kind]
+    assert len(shards) == _COUNT and not shards.facts["rejects"]
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for name in ("cot", "socratic", "decomposer", "answer_only", "planner_equations"):
+        view = method(name)
+        for index in range(0, _COUNT, 7):
+            tokens, _ = shards.example(index, view)
+            found = plain.decode(tokens.tolist(), skip_special_tokens=False)
+            end = "</s>" if Role.ANSWER in view.reads else ""
+            assert found == f"<s> {_text(shards.problem(index), view.reads)}{end}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_segments_have_the_tokens_they_have_inside_the_text(
+    kind: str, built: dict[str, tuple[Path, Shards]]
+) -> None:
+    """A newline is a byte of its own here, so a text cut at line ends has the tokens of the whole text, BOS included."""
+    folder, shards = built[kind]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    view = method("decomposer")
+    for index in range(_COUNT):
+        tokens, _ = shards.example(index, view)
+        assert tokens.tolist() == tokenizer(_text(shards.problem(index), view.reads))["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_calculator_writes_the_tokens_of_the_shards(
+    kind: str, built: dict[str, tuple[Path, Shards]]
+) -> None:
+    folder, shards = built[kind]
+    language = Language(load_tokenizer(folder))
+    results = 0
+    for index in range(_COUNT):
+        segments = shards.segments(index)
+        expected = [text for role, text in texts(shards.problem(index)) if role == Role.CALCULATOR]
+        found = [tokens.tolist() for role, tokens in segments if role == Role.CALCULATOR]
+        assert [list(language.tokens(text)) for text in expected] == found
+        assert [language.text(tokens) for tokens in found] == expected
+        results += len(found)
+        delimiter = next(tokens.tolist() for role, tokens in segments if role == Role.DELIMITER)
+        answer = next(tokens.tolist() for role, tokens in segments if role == Role.ANSWER)
+        assert list(language.tokens("####")) == delimiter
+        assert language.text(answer[:-1]) == f" {shards.problem(index).answer}"
+    assert results > 50
+
+
+def test_an_annotation_is_continued_with_the_tokens_of_the_shards(
+    built: dict[str, tuple[Path, Shards]],
+) -> None:
+    language = Language(load_tokenizer(built["legacy"][0]))
+    written = language.tokens("She has 48/2 = <<48/2=")
+    assert language.calculated(written) == language.tokens("24>>")
+    assert language.text([*written, *language.calculated(written)]) == "She has 48/2 = <<48/2=24>>"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_problem_after_exemplars_continues_their_text(
+    kind: str, built: dict[str, tuple[Path, Shards]]
+) -> None:
+    folder, shards = built[kind]
+    tokenizer = load_tokenizer(folder)
+    exemplars = [Problem("a", "How many?", "3", (Step("", "1+2 = <<1+2=3>>3"),)), shards.problem(1)]
+    shown = "".join(_text(problem, method("cot").reads) + "\n\n" for problem in exemplars)
+    prompt = after_exemplars(shards.prompt(0).tolist(), exemplar_tokens(exemplars, tokenizer), tokenizer)
+    question = shards.problem(0).question + "\n"
+    assert tokenizer.decode(prompt) == f"<s> {shown}{question}"
+    line = tokenizer(f"\n{question}", add_special_tokens=False)[
+        "input_ids"
+    ]  # a space, the newline, the question
+    assert prompt[-len(line) + 2 :] == line[2:]
+
+
+def test_byte_level_prompts_after_exemplars_stay_as_they_were(shared_data: Path, tmp_path: Path) -> None:
+    shards = _prepare(shared_data, shared_data / "gpt2-tokenizer", tmp_path / "s", max_problems=2)
+    tokenizer = load_tokenizer(shared_data / "gpt2-tokenizer")
+    exemplars = exemplar_tokens([shards.problem(1)], tokenizer)
+    prompt = shards.prompt(0).tolist()
+    assert after_exemplars(prompt, exemplars, tokenizer) == [*exemplars, *prompt]
+    assert not segment_tokenizer(tokenizer).continues_differently
+
+
+def _characters(kind: str, folder: Path) -> Path:
+    """A tokenizer of characters, as people make for models from scratch; it knows ASCII only."""
+    unknown = "<unk>" if kind == "unknown" else None
+    vocabulary = {c: i for i, c in enumerate(["<s>", "</s>", "<unk>", *sorted(set(string.printable))])}
+    made = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
+    made.decoder = decoders.Fuse()
+    if kind == "nfkc":
+        made.normalizer = normalizers.NFKC()
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token=unknown
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["drops", "unknown", "nfkc"])
+def test_problems_that_a_tokenizer_changes_are_set_aside(
+    kind: str, shared_data: Path, tmp_path: Path
+) -> None:
+    shards = _prepare(
+        shared_data, _characters(kind, tmp_path / "t"), tmp_path / "s", max_problems=0, split="train"
+    )
+    source = list(read_problems("gsm8k", "train", str(shared_data / "gsm8k")))
+    kept = {shards.problem(index).id for index in range(len(shards))}
+    foreign = [
+        problem.id
+        for problem in source
+        if isinstance(problem, Problem) and not "".join(text for _, text in texts(problem)).isascii()
+    ]
+    assert kept == {problem.id for problem in source if isinstance(problem, Problem)} - set(foreign)
+    assert shards.facts["rejects"]["changed_by_tokenizer"] == len(foreign) > 100
+    rejects = [
+        json.loads(line) for line in (shards.path / "rejects.jsonl").read_text().rstrip("\n").split("\n")
+    ]
+    assert {reject["reason"] for reject in rejects} == {"changed_by_tokenizer"}
+    assert all(" became " in reject["detail"] for reject in rejects)
+
+
+def test_a_tokenizer_that_changes_most_problems_is_refused(shared_data: Path, tmp_path: Path) -> None:
+    vocabulary = {c: i for i, c in enumerate(["<s>", "</s>", *string.ascii_lowercase, " ", "\n"])}
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(
+        tmp_path / "t"
+    )
+    with pytest.raises(UserError, match=r"changes the text of 60 of 60 problems \(.* became "):
+        _prepare(shared_data, tmp_path / "t", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_every_token_before_a_text_is_kept_and_none_behind(tmp_path: Path, shared_data: Path) -> None:
+    """GLM puts `[gMASK]<sop>` before a text; T5 puts its EOS behind."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "gpt2-tokenizer")
+    assert prefix_tokens(tokenizer) == []
+    marks = [("a", tokenizer.convert_tokens_to_ids("a")), ("b", tokenizer.convert_tokens_to_ids("b"))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="a b $A a", special_tokens=marks)
+    assert prefix_tokens(tokenizer) == [index for _, index in marks]
