@@ -74,10 +74,12 @@ def assert_same_bits(left: torch.Tensor, right: torch.Tensor, name: str) -> None
 
 @torch.no_grad()
 def give_every_tensor_its_own_numbers(model: PreTrainedModel) -> None:
-    """Add noise to all weights and floating-point buffers, so that no two tensors are equal and none is round."""
+    """Add noise to all weights and saved floating-point buffers, so that no two tensors are equal and none is round."""
     torch.manual_seed(1)
-    for tensor in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
-        tensor.add_(torch.randn_like(tensor) * 0.01)
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}  # tied ones once
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            tensor.add_(torch.randn_like(tensor) * 0.01)
 
 
 def write_checkpoint(

@@ -95,9 +95,7 @@ def generation_config(base: Path | None, tokenizer: PreTrainedTokenizerBase) -> 
     import transformers
 
     settings = {} if base is None else _json_of(base / _GENERATION_CONFIG)
-    config = {} if base is None else _json_of(base / "config.json")
-    text = config.get("text_config")
-    inherited = [settings, config, text if isinstance(text, dict) else {}]
+    inherited = [settings, {} if base is None else _json_of(base / "config.json"), published_settings(base)]
 
     def token(kind: str) -> Any:
         return next((found[kind] for found in inherited if found.get(kind) is not None), None)
@@ -113,6 +111,13 @@ def generation_config(base: Path | None, tokenizer: PreTrainedTokenizerBase) -> 
     result = {name: value for name, value in settings.items() if name not in _NOT_COPIED}
     result |= {name: value for name, value in tokens.items() if value is not None}
     return result | {"transformers_version": transformers.__version__}
+
+
+def published_settings(base: Path | None) -> dict[str, Any]:
+    """Return the config.json of `base` as it is written, of a multimodal model that of its text part; {} without a base."""
+    config = {} if base is None else _json_of(base / "config.json")
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 def wrapper_type(base: Path | None, model_type: str) -> str:

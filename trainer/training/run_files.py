@@ -20,6 +20,7 @@ import yaml
 from trainer import commit, distributed
 from trainer.configuration import to_dict
 from trainer.models import architecture, base_files
+from trainer.models.old_settings import add_old_settings
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 
@@ -51,6 +52,8 @@ def write_model_files(folder: Path, base_model: str, config: Any, tokenizer: Any
     base = base_files.base_folder(base_model) if base_model else None
     saved = config.__class__.from_dict({**config.to_dict(), "use_cache": True})
     saved.save_pretrained(folder)
+    with architecture.quiet_transformers():
+        add_old_settings(folder / "config.json", base_files.published_settings(base))
     base_files.copy_tokenizer(base, tokenizer, folder)
     base_files.copy_licence_and_code(base, folder)
     generation = base_files.generation_config(base, tokenizer)
