@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from trainer import terminal
 from trainer.errors import UserError
 from trainer.export import rebuild
 from trainer.models import saved_layout
@@ -29,7 +31,7 @@ def verify(export: Path, checkpoint: Path, facts: dict[str, object], dtype: torc
     Every tensor must be equal bit for bit to the stored one rounded to `dtype` (or to fp32 where the family keeps that),
     and the files must hold the names, shapes, dtypes and bits that `save_pretrained` of the loaded model would write.
     The logits are computed in fp32 from the export on one side and from the unrounded weights on the other: 0 for an
-    fp32 export, the price of rounding for bf16. Holds the model three times in memory. Raises UserError naming the first
+    fp32 export, the price of rounding for bf16. Holds the model up to four times in memory. Raises UserError naming the first
     tensor that differs.
     """
     from transformers import AutoModelForCausalLM
@@ -45,16 +47,26 @@ def verify(export: Path, checkpoint: Path, facts: dict[str, object], dtype: torc
     problems = {name: found for name, found in report.items() if found}
     if problems:
         raise UserError(f"{export} does not load: {problems}")
-    _compare_files(export, saved_layout.saved_state_dict(model))
+    # Of the class, not of the names in this export: transformers would write fused experts again if it had read them.
+    model._weight_conversions = None
+    _compare_names(export, saved_layout.saved_state_dict(model))
     loaded = model.state_dict()
-    compared = 0
+    changed = {}
     for name, tensor in stored.items():
         if name not in loaded:
             raise UserError(f"{export}: {name} of the checkpoint is not in the reloaded model")
         expected = tensor.to(loaded[name].dtype) if tensor.is_floating_point() else tensor
         if not _same_bits(loaded[name], expected):
-            raise UserError(f"{export}: {name} differs from the checkpoint {checkpoint}")
-        compared += 1
+            changed[name] = loaded[name][loaded[name] != expected]
+            loaded[name].copy_(expected)  # as in the checkpoint, to see what its files would be
+    _compare_values(export, checkpoint, saved_layout.saved_state_dict(model))
+    for name, values in changed.items():
+        fault = f"a fault of its {type(model).__name__}; the files hold the numbers of {checkpoint}"
+        if len(values.unique()) != 1:
+            raise UserError(f"{export}: transformers loads {name} with other numbers, {fault}")
+        terminal.warn(
+            f"whenever transformers loads {name}, it sets {len(values)} elements to {values[0].item():g}: {fault}"
+        )
     tied = set(loaded) - set(stored)
     model = model.float().eval()
     config = model.config.get_text_config()
@@ -67,27 +79,36 @@ def verify(export: Path, checkpoint: Path, facts: dict[str, object], dtype: torc
         if set(complaints.missing_keys) - tied or complaints.unexpected_keys:
             raise UserError(f"{checkpoint} does not load into the model of {export}: {complaints}")
         of_checkpoint = model(input_ids=tokens, use_cache=False).logits
-    return Verdict(compared, (of_export - of_checkpoint).abs().max().item())
+    return Verdict(len(stored), (of_export - of_checkpoint).abs().max().item())
 
 
-def _compare_files(export: Path, saved: dict[str, torch.Tensor]) -> None:
-    """Compare the safetensors files with what `save_pretrained` would write. Raises UserError naming the first difference."""
+def _compare_names(export: Path, saved: dict[str, torch.Tensor]) -> None:
+    """Compare names, shapes and dtypes in the files with those of `save_pretrained`. Raises UserError naming a difference."""
     left = dict(saved)
+    for path, name, written in _tensors(export):
+        expected = left.pop(name, None)
+        if expected is None:
+            raise UserError(f"{path}: save_pretrained would not write {name}")
+        if written.dtype != expected.dtype or written.shape != expected.shape:
+            raise UserError(
+                f"{path}: {name} is {_kind(written)}, but save_pretrained would write {_kind(expected)}"
+            )
+    if left:
+        raise UserError(f"{export} has no {min(left)}, which save_pretrained would write")
+
+
+def _compare_values(export: Path, checkpoint: Path, saved: dict[str, torch.Tensor]) -> None:
+    """Compare the files bit for bit with what `save_pretrained` would write of the checkpoint's weights. Raises UserError."""
+    for path, name, written in _tensors(export):
+        if not _same_bits(written, saved[name]):
+            raise UserError(f"{path}: {name} differs from the checkpoint {checkpoint}")
+
+
+def _tensors(export: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
     for path in sorted(export.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in tuple(file.keys()):
-                expected = left.pop(name, None)
-                if expected is None:
-                    raise UserError(f"{path}: save_pretrained would not write {name}")
-                written = file.get_tensor(name)
-                if written.dtype != expected.dtype or written.shape != expected.shape:
-                    raise UserError(
-                        f"{path}: {name} is {_kind(written)}, but save_pretrained would write {_kind(expected)}"
-                    )
-                if not _same_bits(written, expected):
-                    raise UserError(f"{path}: {name} is not what save_pretrained would write")
-    if left:
-        raise UserError(f"{export} has no {min(left)}, which save_pretrained would write")
+                yield path, name, file.get_tensor(name)
 
 
 def _kind(tensor: torch.Tensor) -> str:

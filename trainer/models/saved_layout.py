@@ -55,7 +55,7 @@ class View:
 def saved_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the tensors that `save_pretrained` would write, by name; tied weights are there once.
 
-    On a model loaded by `from_pretrained` the names are those of the files it came from, otherwise those of the Hub.
+    Names are those of the files that `from_pretrained` read, or those of the Hub if `_weight_conversions` is None or not set.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
