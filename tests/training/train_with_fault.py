@@ -31,7 +31,7 @@ def see_other_rows() -> None:
 
 def no_memory() -> None:
     """No rank has memory for a copy of the model."""
-    model_copy._fits = lambda parameters, fresh: False
+    model_copy._fits = lambda parameters, copy_all: False
 
 
 if __name__ == "__main__":

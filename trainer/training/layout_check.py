@@ -31,8 +31,9 @@ Example = tuple[np.ndarray, np.ndarray]
 _ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # always allowed
 _MAX_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-1}  # never more than this
 _MULTIPLE = 8  # of what rounding alone changes in the plain model
-_MOST_POSITIONS = 128  # compared, of all examples together: logits of a large vocabulary take much memory
+_MOST_POSITIONS = 64  # compared, of all examples together: logits of a large vocabulary take much memory
 _DISTURBANCE = 1e-3  # of the embeddings in the second try
+_BACKWARD_TOKENS = 16  # of two examples: enough to see whether there is a backward pass
 _LARGE = 1e30  # logits beyond are a mask
 
 
@@ -126,9 +127,11 @@ def distances(found: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
     Root mean square over the vocabulary, in parts of the standard deviation of all plain logits. Logits that a model
     masks (huge, or infinite) are left out.
     """
-    usable = plain.abs() < _LARGE
-    difference = torch.where(usable, found - plain, 0.0)
-    return difference.square().mean(1).sqrt() / plain[usable].std()
+    difference, spread = found - plain, plain.std()
+    if not spread < _LARGE:
+        usable = plain.abs() < _LARGE
+        difference, spread = torch.where(usable, difference, 0.0), plain[usable].std()
+    return torch.linalg.vector_norm(difference, dim=1) / plain.shape[1] ** 0.5 / spread
 
 
 def logits_of(model: Any, examples: Sequence[Example], layout: Layout, device: torch.device) -> torch.Tensor:
@@ -199,7 +202,8 @@ class _Comparison:
         if self._model is not self._module:
             return
         set_attention(self._module, layout.attention)
-        short = MicroBatch(0, [], self._examples[-2:])
+        cut = [tokens[:_BACKWARD_TOKENS] for tokens, _ in self._examples[-2:]]
+        short = MicroBatch(0, [], [(tokens, np.ones(len(tokens), bool)) for tokens in cut])
         parameters = [p for p in self._module.parameters() if p.is_floating_point()]
         needed = [parameter.requires_grad for parameter in parameters]
         # A gradient is dropped as soon as it is complete: there may be no memory for all.

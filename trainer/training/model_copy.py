@@ -27,20 +27,22 @@ def copy_model(engine: Any, config: Any, fresh: bool) -> Any:
 
     `fresh`: the weights are random and no step was made. Then they are scaled (see `_enliven`).
     """
-    parameters = list(engine.module.named_parameters())
-    fits = distributed.broadcast_object(_fits([p for _, p in parameters], fresh))
+    parameters = list(engine.module.parameters())
+    # RWKV divides its weights in place on entering evaluation mode.
+    copy_all = fresh or hasattr(config, "rescale_every")
+    fits = distributed.broadcast_object(_fits(parameters, copy_all))
     if not fits:
         return None
     main = distributed.is_main_process()
     model = _empty_model(config) if main else None
     made: dict[int, torch.nn.Parameter] = {}
     embeddings = _embeddings(engine.module)
-    for parameter in _gathered([p for _, p in parameters]):
+    for parameter in _gathered(parameters):
         if main:
             values = parameter.detach()
-            if hasattr(parameter, "ds_id") and values.dtype == torch.float32:
-                values = values.clone()  # the gathered memory is about to be freed
-            values = values.float() if values.is_floating_point() else values
+            # The memory of a gathered parameter is about to be freed.
+            copied = copy_all or hasattr(parameter, "ds_id")
+            values = values.to(torch.float32 if values.is_floating_point() else values.dtype, copy=copied)
             if fresh:
                 values = _enliven(values, id(parameter) in embeddings)
             made[id(parameter)] = torch.nn.Parameter(values, requires_grad=False)
@@ -71,6 +73,12 @@ def set_parameters(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> N
         parameter.data = values[name]
 
 
+def free(model: torch.nn.Module) -> None:
+    """Give the copy's memory back at once, without a search for the reference cycles that still hold its modules."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
 def _empty_model(config: Any) -> Any:
     """Return the plain model with parameters that have no memory yet; its buffers are computed as always."""
     from accelerate import init_empty_weights
@@ -86,11 +94,11 @@ def _empty_model(config: Any) -> Any:
         )
 
 
-def _fits(parameters: list[torch.Tensor], fresh: bool) -> bool:
+def _fits(parameters: list[torch.Tensor], copy_all: bool) -> bool:
     copied = [
         parameter
         for parameter in parameters
-        if fresh or hasattr(parameter, "ds_id") or parameter.dtype != torch.float32
+        if copy_all or hasattr(parameter, "ds_id") or parameter.dtype != torch.float32
     ]
     needed = 4 * sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in copied)
     return needed <= _SPARE * _free_bytes()

@@ -6,7 +6,6 @@ A run that goes on keeps the layout it began with, so that its numbers are those
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,7 @@ from trainer.training.batches import PackedData
 from trainer.training.layout_check import Choice, Example, NoLayout, choose_layout
 from trainer.training.layouts import DESCRIPTIONS, PACKED, PADDED, Layout
 
-_CPU_TOKENS = 256  # of the run's first examples; an accelerator takes a whole pack in no time
+_CPU_TOKENS = 128  # of the run's first example; an accelerator takes a whole pack in no time
 _NO_MEMORY = "memory"
 
 
@@ -82,8 +81,8 @@ class LayoutOfRun:
         model = model_copy.copy_model(engine, self._config, fresh)
         if model is not None:
             outcome = self._check_copy(model, engine, examples) if distributed.is_main_process() else None
-            del model
-            gc.collect()
+            if distributed.is_main_process():
+                model_copy.free(model)
             outcome = distributed.broadcast_object(outcome)
             if outcome != _NO_MEMORY:
                 return outcome  # type: ignore[no-any-return]
@@ -139,11 +138,9 @@ def check_examples(settings: TrainSettings, data: PackedData) -> list[Example]:
     The second short one is the beginning of the first example, as long as the short one, so that a batch of rows of equal
     length is among what is checked. The longest shows whether windows, chunks and LongRoPE are respected.
     """
-    budget = _CPU_TOKENS if load.device().type == "cpu" else settings.pack_length
-    first: list[Example] = []
-    for tokens, learned in data.micro_batch(range(1), 1).examples:
-        if not first or sum(len(t) for t, _ in first) + len(tokens) <= budget:
-            first.append((tokens, learned))
+    first = data.micro_batch(range(1), 1).examples
+    if load.device().type == "cpu":
+        first = [(tokens[:_CPU_TOKENS], learned[:_CPU_TOKENS]) for tokens, learned in first[:1]]
     longest, shortest = data.longest(), data.shortest()
     if settings.eval_shards:
         longest = max(longest, _longest_held_out(settings), key=lambda example: len(example[0]))
