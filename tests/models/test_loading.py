@@ -144,6 +144,32 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+PADDED = {
+    "youtu": {
+        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "hidden_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96, "vocab_size": 100,
+    },
+    "recurrent_gemma": {
+        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 100,
+        "lru_width": 64, "head_dim": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_the_row_of_the_padding_token_is_the_files(name: str, tmp_path: Path) -> None:
+    """transformers sets it to zero after it has read it; a base model, or a student of ours, may have trained it."""
+    config = AutoConfig.for_model(name, **PADDED[name], pad_token_id=3)
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path)
+    expected = model.get_input_embeddings().weight
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight
+    assert expected[3].any()
+    assert plain[3].any() == (name != "youtu")  # the trap is there
+    assert torch.equal(load.load_model(tmp_path, "fp32").get_input_embeddings().weight, expected)
+
+
 UNDER_ZERO_3 = """
 import sys
 import deepspeed

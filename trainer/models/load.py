@@ -157,15 +157,16 @@ def load_model(
     if is_wrapper(written):
         kwargs["key_mapping"] = key_mapping(model_type)
     try:
-        model, info = model_type.from_pretrained(
-            name,
-            config=config,
-            dtype=getattr(torch, TORCH_DTYPES[dtype]),
-            attn_implementation=attention or default_attention(config),
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-            **kwargs,
-        )
+        with _loaded_rows_kept():
+            model, info = model_type.from_pretrained(
+                name,
+                config=config,
+                dtype=getattr(torch, TORCH_DTYPES[dtype]),
+                attn_implementation=attention or default_attention(config),
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                **kwargs,
+            )
         check_weights(model, info, name, written)
         if is_wrapper(written):
             # Otherwise save_pretrained would write the wrapper's names beside the text config.
@@ -185,6 +186,23 @@ def load_model(
         raise UserError(problem)
     assert model is not None
     return model
+
+
+@contextlib.contextmanager
+def _loaded_rows_kept() -> Iterator[None]:
+    """Context manager in which transformers does not set a part of a tensor to zero.
+
+    transformers 5 marks what it has read from a file as initialised, but a row of it (`weight[padding_idx]`) has no mark:
+    families that set the padding row to zero (Youtu, RecurrentGemma) would lose the row that the file holds.
+    """
+    from transformers import initialization
+
+    original = initialization.zeros_
+    initialization.zeros_ = lambda tensor: tensor if tensor._base is not None else original(tensor)
+    try:
+        yield
+    finally:
+        initialization.zeros_ = original
 
 
 def blank_model(config: PreTrainedConfig, dtype: str, attention: str | None = None) -> PreTrainedModel:
