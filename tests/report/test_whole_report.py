@@ -176,6 +176,31 @@ def test_provenance_says_how_answers_were_decoded(tmp_path: Path) -> None:
     assert not any("decomposer was decoded" in text for text in notes)
 
 
+def test_provenance_says_how_examples_were_laid_out(tmp_path: Path) -> None:
+    layout = {
+        "rows": "padded",
+        "attention": "sdpa",
+        "largest_difference": 7.3e-7,
+        "tolerance": 2e-6,
+        "compared_examples": 4,
+        "compared_in": "fp32",
+        "fallback_reason": "its logits differ",
+    }
+    run, older = (make_run(tmp_path / "study", "cot", "m", 1000, seed) for seed in (0, 1))
+    environment = json.loads(run.environment.read_text())
+    run.environment.write_text(json.dumps({**environment, "layout": layout}))
+    runs = load_runs([run.path, older.path])
+    facts = {found.name: facts for found, facts in own_facts(runs)}
+    assert facts[run.name]["layout of examples"] == "padded (attention sdpa)"
+    assert facts[run.name]["its logits differ from the plain forward pass's by"] == (
+        "7e-07 standard deviations (allowed: 2e-06; 4 examples, fp32)"
+    )
+    assert "layout of examples" not in facts[older.name]
+    assert remarks(runs, analyse([])) == [
+        (run.name, "trained with a slower layout of examples: its logits differ")
+    ]
+
+
 def test_guidance_makes_another_method(tmp_path: Path) -> None:
     run = make_asked_run(tmp_path / "study", "iterative_ahead_operators", "m", 1000, 0)
     assert load_runs([run.path])[0].method == "iterative_ahead+operators"

@@ -61,6 +61,9 @@ def remarks(runs: Sequence[Run], analyses: Analyses) -> list[tuple[str, str]]:
             (metrics.non_finite_losses, "steps without a finite loss"),
         )
         found += [(run.name, f"{text}: {number}") for number, text in counted if number]
+        reason = (run.environment.get("layout") or {}).get("fallback_reason")
+        if reason:
+            found.append((run.name, f"trained with a slower layout of examples: {clean(reason)}"))
         for evaluation in run.evaluations:
             analysis = analyses[evaluation.directory.path]
             notes = list(evaluation.warnings)
@@ -77,7 +80,19 @@ def remarks(runs: Sequence[Run], analyses: Analyses) -> list[tuple[str, str]]:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    return _made_with(run) | _decoding(run)
+    return _made_with(run) | _layout(run) | _decoding(run)
+
+
+def _layout(run: Run) -> dict[str, str]:
+    """How the examples of a training were laid out, and how far their logits were from the model's own."""
+    layout = run.environment.get("layout")
+    if run.only_asked or not isinstance(layout, dict):  # of an older version
+        return {}
+    return {
+        "layout of examples": f"{layout['rows']} (attention {layout['attention']})",
+        "its logits differ from the plain forward pass's by": f"{layout['largest_difference']:.0e} standard deviations "
+        f"(allowed: {layout['tolerance']:.0e}; {layout['compared_examples']} examples, {layout['compared_in']})",
+    }
 
 
 def _decoding(run: Run) -> dict[str, str]:
