@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from trainer.models import load, training_kernels
-from trainer.models.default_attention import can_set_attention, set_attention
+from trainer.models.default_attention import UnsupportedAttention, can_set_attention, set_attention
 from trainer.training.batches import MicroBatch
 from trainer.training.layouts import SINGLE, Layout, first_line, forward_passes, group_examples
 from trainer.training.loss import lay_out, learned_logits, token_losses
@@ -103,7 +103,7 @@ def choose_layout(
                 except (torch.OutOfMemoryError, NoLayout):
                     raise
                 except Exception as error:  # as above
-                    rejected.append((layout, f"it fails there ({type(error).__name__}: {first_line(error)})"))
+                    rejected.append((layout, _sentence(error)))
                     comparison.recover()
                     continue
                 if not difference <= tolerance:
@@ -142,6 +142,12 @@ def logits_of(model: Any, examples: Sequence[Example], layout: Layout, device: t
         counts = [int(examples[index][1][1:].sum()) for index in group]
         parts |= zip(group, learned_logits(model, batch).float().split(counts), strict=True)
     return torch.cat([parts[index] for index in range(len(examples))])
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, UnsupportedAttention):  # its message is written for users
+        return first_line(error)
+    return f"it fails there ({type(error).__name__}: {first_line(error)})"
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:
