@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trainer.errors import UserError
 from trainer.evaluation.backends import Backend, Feed
 from trainer.evaluation.backends.transformers import default_attention
+from trainer.models.default_attention import UnsupportedAttention
 from trainer.evaluation.generate import generate
 from trainer.evaluation.sampling import not_finite
 
@@ -144,7 +145,7 @@ def exceptions_are_findings() -> Iterator[None]:
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise CannotRun(
-            first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+            first if isinstance(error, UserError | UnsupportedAttention) else f"{type(error).__name__}: {first}"
         ) from error
 
 

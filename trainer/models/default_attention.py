@@ -141,6 +141,13 @@ def attend(
     return output
 
 
+class _MaskIsNoTensor(UnsupportedAttention, AttributeError):
+    """Raised where a layer treats a `LayerMask` as a tensor; an AttributeError, so that `hasattr` returns False."""
+
+    def __init__(self) -> None:
+        super().__init__("its layers compute with the attention mask themselves")
+
+
 class LayerMask:
     """What layers receive as `attention_mask`. It stands for no tensor; families that look at its shape find none."""
 
@@ -149,6 +156,16 @@ class LayerMask:
     def to(self, *_: Any) -> LayerMask:
         """Return the mask itself: MPT asks for a boolean one."""
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise _MaskIsNoTensor
+
+    def __getitem__(self, index: Any) -> Any:
+        raise _MaskIsNoTensor
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise _MaskIsNoTensor
 
 
 def set_attention(model: Any, name: str) -> None:
