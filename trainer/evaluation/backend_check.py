@@ -21,9 +21,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from trainer.errors import UserError
 from trainer.evaluation.backends import Backend, Feed
 from trainer.evaluation.backends.transformers import default_attention
-from trainer.models.default_attention import UnsupportedAttention
 from trainer.evaluation.generate import generate
 from trainer.evaluation.sampling import not_finite
+from trainer.models.default_attention import UnsupportedAttention
 
 MIN_TOLERANCE = 1e-4  # rounding of fp32
 MAX_TOLERANCE = 1e-2
@@ -145,7 +145,9 @@ def exceptions_are_findings() -> Iterator[None]:
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise CannotRun(
-            first if isinstance(error, UserError | UnsupportedAttention) else f"{type(error).__name__}: {first}"
+            first
+            if isinstance(error, UserError | UnsupportedAttention)
+            else f"{type(error).__name__}: {first}"
         ) from error
 
 
