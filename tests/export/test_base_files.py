@@ -116,7 +116,7 @@ def test_generation_settings_of_the_base(base: Path, tmp_path: Path) -> None:
     assert written["bos_token_id"] == 5 and written["pad_token_id"] == tokenizer.eos_token_id
     assert {name: written[name] for name in _SAMPLING} == _SAMPLING
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export")
-    assert loaded.generation_config.eos_token_id == written["eos_token_id"]
+    assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id == written["eos_token_id"]
 
 
 def test_end_tokens_of_the_config_count_where_there_are_no_generation_settings(base: Path) -> None:

@@ -50,13 +50,13 @@ def write_model_files(folder: Path, base_model: str, config: Any, tokenizer: Any
     """
     shutil.rmtree(folder, ignore_errors=True)
     base = base_files.base_folder(base_model) if base_model else None
-    saved = config.__class__.from_dict({**config.to_dict(), "use_cache": True})
-    saved.save_pretrained(folder)
+    generation = base_files.generation_config(base, tokenizer)
+    changes = {"use_cache": True, "eos_token_id": generation.get("eos_token_id")}
+    config.__class__.from_dict(config.to_dict() | changes).save_pretrained(folder)
     with architecture.quiet_transformers():
         add_old_settings(folder / "config.json", base_files.published_settings(base))
     base_files.copy_tokenizer(base, tokenizer, folder)
     base_files.copy_licence_and_code(base, folder)
-    generation = base_files.generation_config(base, tokenizer)
     commit.write_text(
         folder / "generation_config.json", json.dumps(generation, indent=2, sort_keys=True) + "\n"
     )
