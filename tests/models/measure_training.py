@@ -23,10 +23,8 @@ from trainer.training.loss import token_losses
 LENGTHS = (40, 57, 23, 23, 9)  # tokens; a pair is equally long
 _PROMPT = 5  # tokens without loss
 _MAX_LOSS_ERROR = 1e-5  # relative
-_MAX_GRADIENT_ERROR = (
-    1e-4  # relative, or this multiple of what transformers' own gradients are off from those in fp64:
-)
-_MULTIPLE = 4
+_MAX_GRADIENT_ERROR = 1e-4  # relative
+_MULTIPLE = 4  # or so many times what transformers' own gradients are off from those in fp64, up to
 _LARGEST_ERROR = 1e-2
 CPU = torch.device("cpu")
 
@@ -37,13 +35,12 @@ Gradients = dict[str, torch.Tensor]
 class Reference:
     """Summed loss in nats and the gradient of each parameter. gradient_error: what counts as rounding, relative.
 
-    training: whether the model was in training mode. failure: why transformers itself cannot compute them; then training must be refused.
+    failure: why transformers itself cannot compute them; then training must be refused.
     """
 
     loss: float = 0.0
     gradients: Gradients = field(default_factory=dict)
     gradient_error: float = 0.0
-    training: bool = False
     failure: str = ""
 
 
@@ -61,23 +58,16 @@ def reference(model: Any, batch: Sequence[Example]) -> Reference:
     """Compute the loss and gradients of transformers' own forward pass, one example at a time."""
     try:
         loss, gradients = _of(model, lambda: _plain_loss(model, batch))
-    except RuntimeError:
-        # Two recurrent families overwrite what their backward pass needs, but in training mode they do not.
-        model.train()
-        try:
-            loss, gradients = _of(model, lambda: _plain_loss(model, batch))
-        except RuntimeError as error:
-            return Reference(failure=str(error).partition("\n")[0])
+    except RuntimeError as error:
+        return Reference(failure=str(error).partition("\n")[0])
     rounding = 0.0
     try:
         _, exact = _of(model.double(), lambda: _plain_loss(model, batch))
         rounding = distance({name: gradient.double() for name, gradient in gradients.items()}, exact)
     except RuntimeError:  # some families compute parts in fp32 whatever the weights are
         model.zero_grad()
-    error = min(max(_MAX_GRADIENT_ERROR, _MULTIPLE * rounding), _LARGEST_ERROR)
-    found = Reference(loss, gradients, error, model.training)
-    model.float().eval()
-    return found
+    model.float()
+    return Reference(loss, gradients, min(max(_MAX_GRADIENT_ERROR, _MULTIPLE * rounding), _LARGEST_ERROR))
 
 
 def measure(folder: str, packing: str, batch: list[Example], wanted: Reference) -> Cell:
@@ -91,7 +81,6 @@ def measure(folder: str, packing: str, batch: list[Example], wanted: Reference) 
         return Cell(REFUSED, reason=str(error))
     if wanted.failure:
         return Cell(WRONG, "trained although transformers itself fails", wanted.failure)
-    model.train(wanted.training)
     loss, gradients = _in_layout(model, choice.layout, batch)
     loss_error = abs(loss - wanted.loss) / abs(wanted.loss)
     gradient_error = distance(gradients, wanted.gradients)
