@@ -40,7 +40,7 @@ _MIDDLE = (1, 3, 1, 1, 1, 1, 1)
 
 
 class CannotRun(Exception):
-    """A backend raised an exception for this model; the message is its first line."""
+    """A backend raised an exception for this model; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,9 @@ def exceptions_are_findings() -> Iterator[None]:
         yield
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
-        raise CannotRun(
-            first
-            if isinstance(error, UserError | UnsupportedAttention)
-            else f"{type(error).__name__}: {first}"
-        ) from error
+        has_words = isinstance(error, (UserError, UnsupportedAttention))
+        message = first if has_words else f"its forward pass fails ({type(error).__name__}: {first})"
+        raise CannotRun(message) from error
 
 
 @torch.no_grad()
