@@ -15,6 +15,7 @@ from trainer import distributed, startup, terminal
 from trainer.configuration import to_dict
 from trainer.distributed import World
 from trainer.errors import UserError
+from trainer.malloc import HeapLimit
 from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
@@ -75,6 +76,7 @@ def _train(
     watchdog.moved(step)
     stop.begin_work()
     distributed.barrier()  # from here on nobody ends alone
+    limit_heap = HeapLimit()
     with terminal.progress("train", plan.total_steps, step) as bar:
         stopping = not evaluate_if_due(student, step, evaluate, log, stop)  # a restart may have cut it short
         while step < plan.total_steps and not stopping:
@@ -82,6 +84,7 @@ def _train(
             step += 1
             watchdog.moved(step)
             stop.took(step=metrics["seconds"])
+            limit_heap()
             log.write({"step": step, "total_steps": plan.total_steps, **metrics})
             bar.update(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s")
             stopping = stopping or not evaluate_if_due(student, step, evaluate, log, stop)

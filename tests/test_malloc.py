@@ -1,0 +1,45 @@
+"""What is freed in pieces of changing size does not make a process grow without end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Blocks of changing size between small ones that stay, as logits between a run's other tensors.
+GROW = """
+import sys
+import torch
+from trainer import malloc
+from trainer.malloc import HeapLimit, _resident_bytes
+malloc.keep_freed_memory()
+limited = sys.argv[1] == "limited"
+limit, kept, sizes, trimmed = HeapLimit(), [], [], 0
+for step in range(24):
+    blocks = [torch.ones((20 + 3 * step) << 18) for _ in range(3)]
+    kept.append(torch.ones(1 << 18))
+    del blocks
+    trimmed += limit() if limited else 0
+    sizes.append(_resident_bytes() >> 20)
+print(trimmed, sizes[1], max(sizes[2:]), sizes[-1])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_holes_are_handed_back() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+
+    def run(which: str) -> list[int]:
+        command = [sys.executable, "-c", GROW, which]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=environment, cwd=Path(__file__).parents[1]
+        )
+        return [int(word) for word in done.stdout.split()]
+
+    times, _, _, last = run("limited")
+    _, _, _, unlimited = run("unlimited")
+    assert times > 0
+    assert last < unlimited - 100
