@@ -109,7 +109,8 @@ class LayoutOfRun:
                 self._layouts,
                 examples,
                 load.device(),
-                as_trained if self._settings.bf16 else None,
+                # Accelerators have kernels for bf16 alone; on a CPU the functions are those of fp32.
+                as_trained if self._settings.bf16 and torch.cuda.is_available() else None,
             )
         except NoLayout as error:
             return error
