@@ -7,6 +7,7 @@ below ZeRO-3 holds anyway is shared.
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,9 @@ def free(model: torch.nn.Module) -> None:
     """Give the copy's memory back at once, without a search for the reference cycles that still hold its modules."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # malloc.py keeps freed memory in the heap, in holes that later tensors need not fit into
 
 
 def _empty_model(config: Any) -> Any:
