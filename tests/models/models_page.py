@@ -53,11 +53,11 @@ def versions() -> str:
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
-def text(rows: Sequence[Row], excluded: Mapping[str, str], seconds: float) -> str:
+def text(rows: Sequence[Row], excluded: Mapping[str, str]) -> str:
     """Return the page."""
     lines = [
         _INTRODUCTION,
-        f"`make test-models` on {datetime.date.today()}, {versions()}, {seconds / 60:.0f} minutes on two cores.",
+        f"`make test-models` on {datetime.date.today()}, {versions()}.",
         "",
         f"**{summary(rows)}**",
         "",

@@ -147,7 +147,7 @@ def main() -> int:
     if not arguments.names:
         path = _REPOSITORY / "docs" / "models.md"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(models_page.text(rows, families.excluded(), seconds), encoding="utf-8")
+        path.write_text(models_page.text(rows, families.excluded()), encoding="utf-8")
         print(f"wrote {path.relative_to(_REPOSITORY)}")
     return int(any(row.has(WRONG) or row.has(CRASH) for row in rows))
 

@@ -69,7 +69,7 @@ def test_a_page_is_read_as_it_was_written() -> None:
         Row("b-window", "b", Cell(FALLBACK, "padded", "a | b\nc"), Cell(OK), Cell(WRONG, "slots"), Cell(OK), Cell(CRASH, "", "x")),
         Row("c", "c", *[Cell(REFUSED, reason="/tmp/tmpabc/model: no")] * 5),
     ]  # fmt: skip
-    page = text(rows, {"bert": "an encoder"}, 60.0)
+    page = text(rows, {"bert": "an encoder"})
     line, cells = parse(page)
     assert (
         line
