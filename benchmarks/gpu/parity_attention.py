@@ -29,7 +29,8 @@ def main() -> None:
             details[name] = {"packed": packed, "alone": single, "allowed": allowed}
             if not packed <= allowed:
                 failures.append(f"{name}: off by {packed:.2e}, allowed {allowed:.2e}")
-    kernel = packed_attention.has_kernel(torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=load.device()))
+    heads = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=load.device())
+    kernel = packed_attention.has_kernel(heads, heads)
     print(
         json.dumps({"checks": len(details), "failures": failures, "one_kernel": kernel, "details": details})
     )
@@ -57,10 +58,8 @@ def with_gradients(function: Any, given: list[torch.Tensor], weight: torch.Tenso
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     ends = torch.tensor([0, *LENGTHS], device=query.device).cumsum(0).int()
-    out, _ = packed_attention.attend(
-        torch.nn.Module(), query, key, value, None,
-        cu_seq_lens_q=ends, max_length_q=max(LENGTHS), lengths=list(LENGTHS),
-    )  # fmt: skip
+    mask = packed_attention.causal_mask(LENGTHS, ends)
+    out, _ = packed_attention.attend(torch.nn.Module(), query, key, value, mask)
     return out
 
 

@@ -46,12 +46,12 @@ def test_packed_attention_is_that_of_each_example_alone(capsys: pytest.CaptureFi
 def test_attention_that_looks_across_examples_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend = packed_attention.attend
+    causal_mask = packed_attention.causal_mask
 
-    def leaking(*arguments: Any, **keywords: Any) -> Any:
-        return attend(*arguments, **{**keywords, "lengths": [sum(parity_attention.LENGTHS)]})
+    def of_one_example(lengths: Any, bounds: torch.Tensor) -> Any:
+        return causal_mask([sum(lengths)], bounds[[0, -1]])
 
-    monkeypatch.setattr(packed_attention, "attend", leaking)
+    monkeypatch.setattr(packed_attention, "causal_mask", of_one_example)
     parity_attention.main()
     found = output(capsys)
     assert len(found["failures"]) == 8
@@ -83,10 +83,10 @@ def test_the_one_kernel_is_called_as_torch_2_11_wants_it(monkeypatch: pytest.Mon
         return query + 1
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-    packed_attention._wants_to_be_told_of_groups.cache_clear()
+    packed_attention._takes_enable_gqa.cache_clear()
     query, key = torch.zeros(1, 4, 10, 16), torch.zeros(1, 2, 10, 16)
     out = packed_attention.varlen(query, key, key, None, torch.tensor([0, 10]), 10)
-    packed_attention._wants_to_be_told_of_groups.cache_clear()
+    packed_attention._takes_enable_gqa.cache_clear()
     assert out.shape == (1, 10, 4, 16) and bool((out == 1).all())
 
 

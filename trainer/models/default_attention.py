@@ -174,6 +174,8 @@ def set_attention(model: Any, name: str) -> None:
     Raises UnsupportedAttention if the layers of its text part compute attention in a way of their own; then nothing is
     changed.
     """
+    if name in _registered:
+        leave_out_cudnn()
     before = attention_of_parts(model)
     text = model.config.get_text_config(decoder=True)
     if text._attn_implementation == name:

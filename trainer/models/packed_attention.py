@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,13 @@ class PackMask(LayerMask):
         return self._square[:length, :length]
 
 
+def causal_mask(lengths: Sequence[int], bounds: torch.Tensor) -> PackMask:
+    """Return the mask of a pack (see `Pack`) in plain causal attention, to call `attend` without a model."""
+    from transformers.masking_utils import causal_mask_function
+
+    return PackMask(Pack(lengths, bounds, sdpa=True), MaskPattern(causal_mask_function, math.inf))  # type: ignore[arg-type]
+
+
 _current: Pack | None = None
 
 
@@ -102,7 +110,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, ...] -> [1, tokens, heads, value head_dim].
 
-    key_bias [heads, at least the longest example]: see default_attention.attend. Raises UnsupportedAttention if the layer does not hand down the mask.
+    key_bias [heads, at least the longest example]: see default_attention.attend. Raises UnsupportedAttention if the layer
+    does not hand down the mask.
     """
     if not isinstance(attention_mask, PackMask) or query.shape[0] != 1:
         raise UnsupportedAttention("its layers do not hand the attention mask on")
