@@ -11,6 +11,8 @@ import torch
 from transformers import AutoConfig
 
 from tests.distributed import run_well
+from tests.models.families import family_of
+from trainer.errors import UserError
 from trainer.models import shapes
 from trainer.planning.activations import trace
 
@@ -78,3 +80,28 @@ def test_nothing_is_allocated() -> None:
     shape.use_cache, shape.num_hidden_layers = False, 4
     assert trace(shape, [512] * 8, 4096, torch.float32, False, True).peak_bytes > 3e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < 0.5e9
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mixtral", "gpt_oss", "deepseek_v3", "ernie4_5_moe", "falcon", "gptj", "bloom", "doge", "openai-gpt"],
+)
+@pytest.mark.parametrize("cuda", [False, True])
+def test_families_without_packing_or_with_experts_are_planned(name: str, cuda: bool) -> None:
+    """Twice as many examples take about twice the memory, in packs or in padded rows."""
+    small = family_of(name).config
+    few, many = (trace(small, [40] * n, 20 * n, torch.float32, cuda, cuda).peak_bytes for n in (4, 8))
+    assert 1.5 < many / few < 2.5
+
+
+def test_padding_is_counted_where_a_family_is_not_packed() -> None:
+    small = family_of("gptj").config
+    even, uneven = (
+        trace(small, lengths, 40, torch.float32, False, False).peak_bytes for lengths in ([30, 30], [10, 50])
+    )
+    assert uneven > 1.3 * even
+
+
+def test_a_family_that_needs_numbers_is_refused_with_the_reason() -> None:
+    with pytest.raises(UserError, match="memory of a jetmoe model cannot be planned, because"):
+        trace(family_of("jetmoe").config, [40], 20, torch.float32, False, False)

@@ -8,6 +8,7 @@ checkpointing, tied heads and the logits at learned positions need no case of th
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import warnings
 import weakref
@@ -20,9 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.models import packed_attention, training_kernels
+from trainer.errors import UserError
+from trainer.models import default_attention, load, packed_attention, training_kernels
 from trainer.models.architecture import quiet_transformers
-from trainer.training.loss import Packed, token_losses
+from trainer.models.default_attention import set_attention
+from trainer.training.layouts import first_line
+from trainer.training.loss import Packed, Padded, token_losses
 
 _CUDA_ATTENTION = "planned"
 
@@ -58,16 +62,39 @@ def trace(
 
     `cuda`: attention over a pack is one kernel that keeps query, key, value, output and one fp32 number a head and
     token (flash attention), an RMS norm is one kernel, and dropout keeps one byte an element. Otherwise what torch does
-    on a CPU is counted.
+    on a CPU is counted. Families that cannot be packed are counted in padded rows. Raises UserError for a model that does
+    not run on shapes alone.
     """
-    name = _register_cuda_attention() if cuda else packed_attention.register()
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), quiet_transformers():
+    reasons = []
+    for packed in (True, False):  # as the training: packed where the family allows it, else padded
+        try:
+            return _trace(config, lengths, learned_tokens, dtype, checkpointing, cuda, packed)
+        except Exception as error:  # families raise errors of many types for attention they do not know
+            reasons.append(first_line(error))
+    raise UserError(
+        f"the memory of a {config.model_type} model cannot be planned, because its forward pass does not run on shapes alone "
+        f"({reasons[-1]}): train it for a step and read memory_bytes in metrics.jsonl"
+    )
+
+
+def _trace(
+    config: Any,
+    lengths: list[int],
+    learned_tokens: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    cuda: bool,
+    packed: bool,
+) -> Timeline:
+    quiet = warnings.catch_warnings(), quiet_transformers(), _grouped_products()
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet[0], quiet[1], quiet[2]:
         warnings.simplefilter("ignore")
-        model = _model(config, name, dtype, checkpointing, cuda)
-        batch = batch_of(lengths, learned_tokens)
+        model = _model(config, packed, dtype, checkpointing, cuda)
+        batch = batch_of(lengths, learned_tokens) if packed else padded_batch_of(lengths, learned_tokens)
         counter = _LiveBytes([*model.parameters(), *model.buffers(), *vars(batch).values()])
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(counter.gradient_done)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(counter.gradient_done)
         with counter, _dropout(cuda):
             loss = token_losses(model, batch)
             saved = counter.live
@@ -75,19 +102,39 @@ def trace(
     return Timeline(tuple(counter.finish()), saved)
 
 
-def _model(
-    config: Any, attention: str, dtype: torch.dtype, checkpointing: bool, cuda: bool
-) -> torch.nn.Module:
+def _model(config: Any, packed: bool, dtype: torch.dtype, checkpointing: bool, cuda: bool) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    # A copy: a model shares its config, and the attention set below would stay in it.
+    attention = load.default_attention(config)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), attn_implementation=attention, dtype=dtype
+    )
+    if packed:
+        set_attention(model, _register_cuda_attention() if cuda else packed_attention.register())
     model.config.use_cache = False
     training_kernels.use(model, on_accelerator=cuda)
     for norm in training_kernels.rms_norms(model) if cuda else []:
         norm.forward = functools.partial(_normalise, norm)
-    if checkpointing:
+    if checkpointing and model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+@contextlib.contextmanager
+def _grouped_products() -> Iterator[None]:
+    """Context manager in which a Mixture of Experts multiplies by an operator that knows its shapes in every dtype.
+
+    torch's grouped product knows them in bf16 only; transformers' replacement for it has the same inputs and outputs.
+    """
+    from transformers.integrations import moe
+
+    original = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = original
 
 
 def batch_of(lengths: list[int], learned_tokens: int) -> Packed:
@@ -98,6 +145,23 @@ def batch_of(lengths: list[int], learned_tokens: int) -> Packed:
         lengths=lengths,
         bounds=torch.zeros(len(lengths) + 1, dtype=torch.int32),
         predicting=torch.zeros(learned_tokens, dtype=torch.int64),
+        labels=torch.zeros(learned_tokens, dtype=torch.int64),
+        counts=True,
+    )
+
+
+def padded_batch_of(lengths: list[int], learned_tokens: int) -> Padded:
+    """Return one row for each example; the learned tokens are at the ends of the rows."""
+    rows, longest = len(lengths), max(lengths)
+    columns = min(longest, -(-learned_tokens // rows))
+    mask = torch.zeros(rows, longest, dtype=torch.int64)
+    places = torch.arange(learned_tokens)
+    return Padded(
+        tokens=torch.zeros(rows, longest, dtype=torch.int64),
+        mask=mask if len(set(lengths)) > 1 else None,
+        columns=torch.arange(longest - columns, longest),
+        rows=(places // columns).clamp(max=rows - 1),
+        places=places % columns,
         labels=torch.zeros(learned_tokens, dtype=torch.int64),
         counts=True,
     )
@@ -176,7 +240,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
         statistics = torch.empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, statistics)
         return out
@@ -211,7 +275,5 @@ def _normalise(norm: Any, hidden: Any) -> Any:
 
 
 def _register_cuda_attention() -> str:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_CUDA_ATTENTION, _attend)
+    default_attention.register(_CUDA_ATTENTION, _attend, lambda pattern: default_attention.LayerMask())
     return _CUDA_ATTENTION
