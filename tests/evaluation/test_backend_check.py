@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -109,8 +110,10 @@ def test_texts_have_refills_forced_tokens_and_the_longest_answer() -> None:
     assert len(first.tokens) == CAPACITY and first.prompt[:40] == prompts()[2]
     assert second.prompt == prompts()[0] and refill.prompt == prompts()[1]
     assert len(second.given) < len(first.given) and max(map(len, refill.given)) > 1
-    lengths = [len(text.prompt) for text in made.own_cache]
-    assert lengths[0] > lengths[1] > lengths[0] - 5
+    *batch, long_text, beside = made.own_cache
+    assert len(long_text.prompt) > len(beside.prompt) > len(long_text.prompt) - 5
+    ends = [len(text.given) for text in batch]
+    assert len(batch) == 4 and ends[0] == min(ends) and len(set(ends)) == 4  # the first row ends first
     prefixed = check_texts([[7, 8, 9, *prompt] for prompt in prompts()], CAPACITY, [7, 8, 9])
     assert all(text.prompt[:3] == [7, 8, 9] for text in (*prefixed.slots, *prefixed.own_cache))
     for capacity in range(5, 20):  # a context that is nearly full, and an answer of one token
@@ -146,6 +149,42 @@ def test_a_planted_fault_is_caught(
     choice = chosen(model, "transformers")
     assert choice.reason == "" and choice.difference < 1e-4  # type: ignore[operator]
     assert (choice.cache_use.cache, choice.cache_use.batch) == (uses_cache, uses_batch)
+
+
+class KeepsTheFirstRows(LlamaForCausalLM):
+    """Has a cache that keeps its first rows, whichever rows go on."""
+
+    def forward(self, *arguments: Any, **others: Any) -> Any:
+        outputs = super().forward(*arguments, **others)
+        cache = outputs.past_key_values
+        if cache is not None:
+            for layer in cache.layers:
+                layer.batch_select_indices = functools.partial(self._keep, layer)
+        return outputs
+
+    @staticmethod
+    def _keep(layer: Any, indices: torch.Tensor) -> None:
+        layer.keys, layer.values = layer.keys[: len(indices)], layer.values[: len(indices)]
+
+
+class MixesManyRows(LlamaForCausalLM):
+    """Rows see each other where there are more than two."""
+
+    def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
+        embedded = self.get_input_embeddings()(input_ids)
+        if len(embedded) > 2:
+            embedded = embedded + 0.3 * embedded.roll(1, 0)
+        return super().forward(inputs_embeds=embedded, **others)
+
+
+def test_a_cache_that_keeps_the_wrong_rows_is_caught() -> None:
+    choice = chosen(sharpened(KeepsTheFirstRows(config())), "transformers")
+    assert choice.cache_use.batch and not choice.cache_use.select
+
+
+def test_a_leak_that_needs_many_rows_is_caught() -> None:
+    choice = chosen(sharpened(MixesManyRows(config())), "transformers")
+    assert not choice.cache_use.batch
 
 
 def test_nothing_depends_on_a_padding_mask() -> None:

@@ -226,6 +226,26 @@ def test_memory_between_forward_passes_is_refused(monkeypatch: pytest.MonkeyPatc
         _choose(_llama())
 
 
+def test_a_layer_that_follows_the_batch_in_training_is_refused() -> None:
+    """In evaluation mode a batch norm gives every example its own numbers."""
+    model = _llama()
+    model.model.norm = torch.nn.Sequential(model.model.norm, _NormOverBatch(64))
+    with pytest.raises(NoLayout, match="follow the batch in training"):
+        _choose(model)
+
+
+class _NormOverBatch(torch.nn.BatchNorm1d):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden.flatten(0, 1)).view_as(hidden)
+
+
+def test_weights_that_are_not_numbers_are_named() -> None:
+    model = _llama()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(NoLayout, match="its weights hold NaN"):
+        _choose(model)
+
+
 def test_a_window_that_only_the_longest_example_exceeds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.models.default_attention import MaskPattern
 

@@ -37,6 +37,7 @@ _MAX_LOGITS_BYTES = 1 << 28
 _LONG = (1, 1, 4, 1, 1, 1, 1)
 _SHORT = (1, 2)
 _MIDDLE = (1, 3, 1, 1, 1, 1, 1)
+_BATCH = ((1,), (1, 1, 1, 1, 1, 1, 1), (1, 1, 1), (1, 2, 1, 1))
 
 
 class CannotRun(Exception):
@@ -96,7 +97,9 @@ def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequenc
     early = text(short, _SHORT, len(short), 2)
     late = text(middle, _MIDDLE, len(middle), 3)
     beside = text(middle, _SHORT, len(long_text.prompt) - 3, 4)
-    return Texts([long_text, early, late], [long_text, beside, early], list(prefix), capacity)
+    # A batch whose rows end one after another, the first one first: what is kept of a cache must be the rows that go on.
+    batch = [text(short, counts, len(short) + row, 5 + row) for row, counts in enumerate(_BATCH)]
+    return Texts([long_text, early, late], [*batch, long_text, beside], list(prefix), capacity)
 
 
 class _Decoded:

@@ -203,10 +203,13 @@ def _backends(record: Any) -> tuple[Backend, ...]:
     for role, choice in record.items() if isinstance(record, dict) else ():
         if isinstance(choice, dict) and choice.get("name"):
             difference: Any = choice.get("difference")
+            name = clean(str(choice["name"]))
+            if choice.get("compared_with") == "generate":  # no statement about the plain forward pass
+                difference, name = None, f"{name} (as generate decodes)"
             found.append(
                 Backend(
                     clean(str(role)),
-                    clean(str(choice["name"])),
+                    name,
                     float(difference) if type(difference) in (int, float) else None,
                     clean(str(choice.get("reason") or "")),
                 )

@@ -98,11 +98,13 @@ def _layout(run: Run) -> dict[str, str]:
 def _decoding(run: Run) -> dict[str, str]:
     """Which backends decoded the answers of a run, and how far their logits were from the models' own."""
     backends = [backend for evaluation in run.evaluations for backend in evaluation.backends]
+    if not backends:
+        return {}
+    found = {"answers decoded by": ", ".join(sorted({backend.name for backend in backends}))}
     differences = [backend.difference for backend in backends if backend.difference is not None]
     if not differences:
-        return {}
-    return {
-        "answers decoded by": ", ".join(sorted({backend.name for backend in backends})),
+        return found
+    return found | {
         "their logits differ from the plain forward pass's by": f"at most {max(differences):.0e} standard deviations",
     }
 

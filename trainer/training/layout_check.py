@@ -91,6 +91,8 @@ def choose_layout(
             try:
                 comparison.compute_plain()
             except Exception as error:  # every family fails in its own way
+                if isinstance(error, NoLayout):
+                    raise
                 raise NoLayout(f"its own forward pass fails: {first_line(error)}") from error
             for layout in layouts:
                 try:
@@ -174,6 +176,8 @@ class _Comparison:
 
     def compute_plain(self) -> None:
         self._plain[False] = self._plain_logits()
+        if self._agree(float(self._plain[False].isnan().any())):
+            raise NoLayout("its logits are not finite: its weights hold NaN or infinite numbers")
 
     def difference(self, layout: Layout) -> tuple[float, float]:
         """Return the largest difference over all positions and what is allowed, of the second try if the first fails."""
@@ -218,14 +222,25 @@ class _Comparison:
         ]
         self._module.train()
         try:
+            state = self._state()
             with torch.enable_grad():
                 passes = forward_passes(short, layout, self._device)
                 torch.stack([token_losses(self._module, rows) for rows in passes]).sum().backward()
+            changed = [name for name, now in self._state().items() if not torch.equal(now, state[name])]
+            if changed:
+                raise NoLayout(
+                    f"its layers follow the batch in training ({changed[0]} changes), so an example's numbers depend on the others"
+                )
         finally:
             self._module.eval()
             for hook, parameter, need in zip(hooks, parameters, needed, strict=True):
                 hook.remove()
                 parameter.requires_grad_(need)
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """Return copies of the buffers that a checkpoint holds, such as the running statistics of a batch norm."""
+        saved = self._module.state_dict().keys()
+        return {name: buffer.clone() for name, buffer in self._module.named_buffers() if name in saved}
 
     def recover(self) -> None:
         """After an exception inside a forward pass: ZeRO-3 must not keep half a model gathered."""

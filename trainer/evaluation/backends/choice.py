@@ -32,7 +32,8 @@ from trainer.evaluation.backends.transformers import CACHE_USES, CacheUse, Trans
 from trainer.evaluation.engine import Engine
 
 SLOTS, TRANSFORMERS = "slots", "transformers"
-_NUM_SLOTS = 2  # of a check
+PLAIN, GENERATE = "plain forward pass", "generate"
+_NUM_SLOTS = {SLOTS: 2, TRANSFORMERS: 4}  # of a check
 # Some families compute a decode step by another formula than a whole text (Nemotron-H: 5e-4 in fp32). Where no use of
 # the cache is as near as rounding, one this near is taken: it is what `generate` computes, and without a cache every step
 # reads the whole text again.
@@ -43,9 +44,9 @@ OWN_CACHE_TOLERANCE = 2e-3
 class BackendChoice:
     """A backend for one model, and what the check measured.
 
-    difference: the largest one between the backend's logits and the plain forward pass's, in standard deviations of the
-    logits (None: not checked). tolerance: the largest that is taken for rounding. dtype: what both were computed in.
-    reason: why not slots, if they were tried.
+    difference: the largest one between the backend's logits and those of `compared_with` (PLAIN or GENERATE), in standard
+    deviations of the logits (None: not checked). tolerance: the largest that is taken for rounding. dtype: what both were
+    computed in. reason: why not slots, if they were tried.
     """
 
     name: str
@@ -54,6 +55,7 @@ class BackendChoice:
     tolerance: float | None = None
     dtype: str = ""
     reason: str = ""
+    compared_with: str = PLAIN
 
     def in_words(self) -> str:
         """Return one line for the user."""
@@ -61,6 +63,8 @@ class BackendChoice:
             return f"decoding in slots equals the model's own forward pass (difference {self.difference:.0e})"
         how = "and cache" if self.cache_use.cache else "without a cache (slow)"
         batch = "" if self.cache_use.batch else ", one problem at a time"
+        if self.compared_with == GENERATE:
+            batch += ", as generate does (the logits of a whole text depend on what follows)"
         why = f": {self.reason}" if self.reason else ""
         return f"decoding by the model's own forward pass {how}{batch}{why}"
 
@@ -84,6 +88,7 @@ class BackendChoice:
             "tolerance": self.tolerance,
             "dtype": self.dtype,
             "reason": self.reason,
+            "compared_with": self.compared_with,
             "cache_use": own,
         }
 
@@ -182,7 +187,9 @@ class _Checks:
             return None
         reasons.append(f"its logits differ from those of generate by {found:.1e} standard deviations")
         dtype = "bf16" if _is_16_bit(self._model) else "fp32"
-        checked = dataclasses.replace(candidate, difference=found, tolerance=MIN_TOLERANCE, dtype=dtype)
+        checked = dataclasses.replace(
+            candidate, difference=found, tolerance=MIN_TOLERANCE, dtype=dtype, compared_with=GENERATE
+        )
         return checked if found <= MIN_TOLERANCE else None
 
     def check(self, candidate: BackendChoice, texts: Texts) -> BackendChoice:
@@ -221,13 +228,13 @@ class _Checks:
     def _decode(
         self, candidate: BackendChoice, texts: Texts, ours: Sequence[CheckText]
     ) -> list[torch.Tensor]:
-        recorder = Recorder(ours)
+        recorder, num_slots = Recorder(ours), _NUM_SLOTS[candidate.name]
 
         def make() -> Backend[Any]:
-            arguments = (0, self._model, _NUM_SLOTS, texts.capacity, recorder.choose, texts.prefix)
+            arguments = (0, self._model, num_slots, texts.capacity, recorder.choose, texts.prefix)
             return make_backend(candidate, *arguments)
 
-        return decode(make, recorder, _NUM_SLOTS)
+        return decode(make, recorder, num_slots)
 
 
 def _is_16_bit(model: PreTrainedModel) -> bool:
