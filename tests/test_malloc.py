@@ -35,7 +35,12 @@ def test_holes_are_handed_back() -> None:
     def run(which: str) -> list[int]:
         command = [sys.executable, "-c", GROW, which]
         done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env=environment, cwd=Path(__file__).parents[1]
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+            cwd=Path(__file__).parents[1],
         )
         return [int(word) for word in done.stdout.split()]
 
