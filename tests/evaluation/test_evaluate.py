@@ -14,6 +14,7 @@ from tests.evaluation.conftest import remade
 from trainer import commit
 from trainer.errors import UserError
 from trainer.evaluation import gather, task
+from trainer.evaluation import student as students
 from trainer.evaluation.decoding import Decoding
 from trainer.evaluation.evaluate import evaluate, evaluate_model
 from trainer.models import packed_attention
@@ -196,3 +197,13 @@ def test_a_model_in_training_is_evaluated_in_passing(export: Path, shards: Shard
             parameter.data = parameter.data[:0]
     with pytest.raises(UserError, match="ZeRO-3"):
         evaluate_model(model, load_tokenizer(export), shards, Decoding("socratic"))
+
+
+def test_a_folder_without_a_model_is_named_before_its_tokenizer_is_looked_for(
+    shards: Shards, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    student = students.find(str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match=r"holds an adapter .* merge it first"):
+        students.open_student(student, shards, "fp32", tmp_path)

@@ -116,6 +116,7 @@ def open_student(
     if student.kind == "export" and distributed.is_main_process():
         commit.verify(folder)  # once for all ranks
     name = student.name if student.kind == "model" else str(folder)
+    load.load_config(name)  # refuses a folder without a model before its tokenizer is looked for
     tokenizer = load_tokenizer(name)
     if fingerprint(tokenizer) != shards.facts["tokenizer_fingerprint"]:
         raise UserError(_other_tokenizer(student, shards))

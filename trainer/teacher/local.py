@@ -37,6 +37,7 @@ def ask_local(
     with a text that was cut off at once.
     """
     name = student.find(settings.model_name_or_path).name
+    load.load_config(name)  # refuses a folder without a model before its tokenizer is looked for
     tokenizer = load_tokenizer(name)
     model = load.load_model(name, settings.dtype)
     load.check_vocabulary(model.config, max_text_token_id(tokenizer), name)
