@@ -44,6 +44,7 @@ class Layout:
     reduce_bucket: int  # elements
     overlap: bool
     gathered_limit: int  # elements of gathered weights under ZeRO-3
+    prefetch: int  # elements that ZeRO-3 gathers ahead in one collective
     sub_group: int  # elements of the largest sub-group of a rank, which ZeRO-3 updates at a time
     persistent: int  # elements of parameters that ZeRO-3 never divides
     offload_optimizer: bool
@@ -79,6 +80,7 @@ class Layout:
             accumulation_steps=int(resolved["gradient_accumulation_steps"]),
             reduce_bucket=int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET)),
             overlap=bool(zero.get("overlap_comm", int(zero.get("stage", 0)) == 3)),
+            prefetch=prefetch,
             gathered_limit=min(live, reuse) + prefetch + max(*sizes, largest_layer),
             sub_group=int(zero.get("sub_group_size", _DEFAULT_SUB_GROUP)) + -(-max(sizes) // world_size),
             persistent=sum(size for size in sizes if size < threshold),
@@ -190,7 +192,12 @@ def _kept(layout: Layout) -> Counter[str]:
     if layout.accumulation_steps > 1 and layout.stage == 1 and layout.overlap:
         now[GRADIENTS] = k * layout.num_parameters
     if layout.stage == 3:
-        now[GATHERED] = k * min(layout.num_parameters - layout.persistent, layout.gathered_limit)
+        divided = layout.num_parameters - layout.persistent
+        now[GATHERED] = k * min(divided, layout.gathered_limit)
+        if layout.world_size > 1:
+            # Weights gathered ahead lie in one buffer, out of which each is copied. Peaks that were measured are those
+            # with the buffer still there in the backward pass. The embedding, the largest, is not gathered ahead.
+            now[BUCKETS] += k * max(0, min(layout.prefetch, divided - layout.largest_parameter))
     return now
 
 
