@@ -1,4 +1,4 @@
-"""What is freed in pieces of changing size does not make a process grow without end."""
+"""Memory that is freed in pieces of changing size does not make a process grow without end."""
 
 from __future__ import annotations
 

@@ -9,3 +9,9 @@ class UserError(Exception):
     The tools print it as one message without a traceback and exit with status 2. Anything else that escapes is a
     fault of ours and keeps its traceback.
     """
+
+
+def first_line(error: Exception) -> str:
+    """Return an exception as one line of text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

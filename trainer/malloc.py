@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 _GROWTH = 1.2  # of the process over its size after the first steps
 _GROWTH_BYTES = 256 << 20
@@ -34,6 +35,28 @@ def keep_freed_memory() -> None:
         mallopt(_M_ARENA_MAX, 1)
 
 
+def hand_back() -> None:
+    """Give the free pages of the heap back to the kernel, those in the middle of it too; nothing without glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def available_bytes() -> float:
+    """Return the memory that the machine, or this process's control group, has left."""
+    import psutil
+
+    free = float(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii")
+        used = (group / "memory.current").read_text(encoding="ascii")
+        free = min(free, float(limit) - float(used))
+    except (OSError, ValueError):  # no control group, or "max"
+        pass
+    return free
+
+
 class HeapLimit:
     """Called after each step: hands free memory back to the kernel when the process has grown much since its first steps.
 
@@ -41,21 +64,20 @@ class HeapLimit:
     """
 
     def __init__(self) -> None:
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._num_calls = 0
         self._limit_bytes = 0.0
 
     def __call__(self) -> bool:
         """Return whether memory was handed back."""
         self._num_calls += 1
-        if self._trim is None or self._num_calls < _FIRST_STEPS:
+        if self._num_calls < _FIRST_STEPS:
             return False
         resident = _resident_bytes()
         if self._num_calls == _FIRST_STEPS:
             self._limit_bytes = _GROWTH * resident + _GROWTH_BYTES
         if resident <= self._limit_bytes:
             return False
-        self._trim(0)
+        hand_back()
         return True
 
 

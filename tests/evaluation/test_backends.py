@@ -66,7 +66,7 @@ def folder(model: PreTrainedModel, shards: Shards, path: Path) -> Path:
 
 
 def continued(model: PreTrainedModel, prompt: list[int], number: int) -> list[int]:
-    """What transformers generates, without its end token."""
+    """Return the text that transformers generates, without its end token."""
     output = model.generate(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=number, eos_token_id=0, pad_token_id=0
     )

@@ -1,4 +1,4 @@
-"""What an export takes from the pretrained model besides weights: tokenizer files, licence, code, generation settings."""
+"""Files that an export takes from the pretrained model besides weights: tokenizer files, licence, code, generation settings."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def export_of(base: Path, tmp_path: Path, tokenizer: Any = None) -> Path:
-    """What training and conversion make of `base`."""
+    """Return the export that training and conversion make of `base`."""
     load_config = load.load_config(str(base))
     write_model_files(tmp_path / "model", str(base), load_config, tokenizer or load_tokenizer("stories"))
     model = load.load_model(base, "fp32")

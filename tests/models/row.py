@@ -1,4 +1,4 @@
-"""What is measured of one model family: the cells of its row in docs/models.md."""
+"""Measurements of one model family: the cells of its row in docs/models.md."""
 
 from __future__ import annotations
 

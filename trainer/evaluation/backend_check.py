@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.evaluation.backends import Backend, Feed
 from trainer.evaluation.backends.transformers import default_attention
 from trainer.evaluation.generate import generate
 from trainer.evaluation.sampling import not_finite
 from trainer.models.default_attention import UnsupportedAttention
+
+T = TypeVar("T")
 
 MIN_TOLERANCE = 1e-4  # rounding of fp32
 MAX_TOLERANCE = 1e-2
@@ -71,6 +73,12 @@ class Texts:
     capacity: int  # longest sequence in tokens
 
 
+def shortest_middle_longest(items: Iterable[T], length: Callable[[T], int]) -> list[T]:
+    """Return these three of `items`, at least one, in this order; fewer if there are fewer."""
+    ordered = sorted(items, key=length)
+    return [ordered[place] for place in dict.fromkeys((0, len(ordered) // 2, len(ordered) - 1))]
+
+
 def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequence[int] = ()) -> Texts:
     """Make texts of the shortest, the middle and the longest of the prompts, all of which begin with `prefix`.
 
@@ -79,7 +87,7 @@ def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequenc
     """
     if capacity < len(prefix) + 2:
         raise UserError(f"a text has room for {capacity} tokens, but the prompt alone has {len(prefix) + 1}")
-    by_length = sorted(prompts, key=len)
+    by_length = shortest_middle_longest(prompts, len)
     material = [token for prompt in by_length for token in prompt[len(prefix) :]] or [*by_length[0]]
     longest = max(len(by_length[-1]), min(capacity, _MAX_LENGTH) - sum(_LONG))
 
@@ -146,7 +154,7 @@ def exceptions_are_findings() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
+        first = first_line(error)
         has_words = isinstance(error, (UserError, UnsupportedAttention))
         message = first if has_words else f"its forward pass fails ({type(error).__name__}: {first})"
         raise CannotRun(message) from error

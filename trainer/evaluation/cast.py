@@ -10,7 +10,7 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.evaluation import solve
-from trainer.evaluation.backend_check import check_texts
+from trainer.evaluation.backend_check import check_texts, shortest_middle_longest
 from trainer.evaluation.backends.choice import UNCHECKED, BackendChoice, choose_backend
 from trainer.evaluation.decoding import AHEAD, FEW_SHOT, GOLD, SOLVER, UNIFIED, Decoding
 from trainer.evaluation.few_shot import after_exemplars, exemplar_tokens
@@ -72,9 +72,8 @@ class Cast:
 
         requested: "auto", "slots" or "transformers". Raises UserError for a model that none is right for.
         """
-        by_length = sorted(indices, key=lambda index: len(self.shards.prompt(index)))
-        places = dict.fromkeys((0, len(by_length) // 2, len(by_length) - 1))
-        prompts = [self.prompt(by_length[place]) for place in places]
+        chosen = shortest_middle_longest(indices, lambda index: len(self.shards.prompt(index)))
+        prompts = [self.prompt(index) for index in chosen]
         names = {id(actor.model): actor.name for actor in self.actors.values()}
         return [
             choose_backend(model, check_texts(prompts, capacity, self.prefix), names[id(model)], requested)

@@ -92,9 +92,7 @@ def completion_backend(
 
     name: the model's, for messages. Raises UserError if no backend is right, or the requested one is not.
     """
-    by_length = sorted(prompts, key=len)
-    places = dict.fromkeys((0, len(by_length) // 2, len(by_length) - 1))
-    texts = check_texts([by_length[place] for place in places], _capacity(model, prompts, max_new_tokens))
+    texts = check_texts(prompts, _capacity(model, prompts, max_new_tokens))
     return choose_backend(model, texts, name, requested)
 
 

@@ -1,4 +1,4 @@
-"""What comes along from a pretrained model besides its weights: tokenizer, licence, Python files, generation settings.
+"""Files of a pretrained model besides its weights: tokenizer, licence, Python files, generation settings.
 
 A run copies them beside its config, so that its checkpoints and exports have them too. Nothing of it is executed.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import terminal
+from trainer.errors import first_line
 from trainer.models.tokenizer import fingerprint, load_tokenizer
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ def base_folder(name: str) -> Path | None:
     try:
         return Path(snapshot_download(name, allow_patterns=[*wanted, "config.json", _GENERATION_CONFIG]))
     except Exception as error:  # of many types: no network, no such name, a gated repository
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        terminal.warn(f"{name}: its licence and generation settings do not come along ({reason})")
+        terminal.warn(f"{name}: its licence and generation settings do not come along ({first_line(error)})")
         return None
 
 

@@ -15,7 +15,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,7 +34,7 @@ class UnsupportedAttention(RuntimeError):
 
 
 class MaskPattern:
-    """Which keys a query sees, as a function of both positions within one sequence."""
+    """The rule of the keys that a query sees, as a function of both positions within one sequence."""
 
     def __init__(self, function: _MaskFunction, longest_causal: float) -> None:
         """`function`: transformers' mask function. `longest_causal`: up to this length it is plain causal attention."""
@@ -56,14 +56,8 @@ class MaskPattern:
         return self.visible(positions[:, None], positions[None, :])
 
 
-class MakeMask(Protocol):
-    """Return what layers receive as `attention_mask`."""
-
-    def __call__(self, pattern: MaskPattern) -> object: ...
-
-
-def register(name: str, attention: Callable[..., Any], make_mask: MakeMask) -> None:
-    """Make an attention implementation known to transformers, with the masks that it needs."""
+def register(name: str, attention: Callable[..., Any], make_mask: Callable[[MaskPattern], LayerMask]) -> None:
+    """Make an attention implementation known to transformers; layers get what `make_mask` returns as `attention_mask`."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
@@ -149,7 +143,7 @@ class _MaskIsNoTensor(UnsupportedAttention, AttributeError):
 
 
 class LayerMask:
-    """What layers receive as `attention_mask`. It stands for no tensor; families that look at its shape find none."""
+    """The `attention_mask` that layers receive. It is no tensor; families that look at its shape find none."""
 
     ndim = 0  # Falcon adds its own bias to masks of 4 dimensions
 

@@ -27,8 +27,8 @@ _NOT_KEPT = {
 def add_old_settings(path: Path, published: dict[str, Any]) -> None:
     """Add to the config.json at `path` what `published`, the config.json of the base model, says and it does not.
 
-    Settings of rotary positions and numbers of experts that `published` does not have are derived. All are added only if transformers reads the
-    same config with them, and also without `rope_parameters`.
+    Settings of rotary positions and numbers of experts that `published` does not have are derived. All are added only if
+    transformers reads the same config with them, and also without `rope_parameters`.
     """
     from transformers import AutoConfig
 

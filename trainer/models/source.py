@@ -99,6 +99,14 @@ def _has_adapter(name: str) -> bool:
         return os.path.isfile(os.path.join(name, _ADAPTER))
     if os.path.exists(name):
         return False
+    try:
+        return find_file(name, _ADAPTER) is not None
+    except (OSError, ValueError):
+        return False  # not a Hub name either: loading its config says so
+
+
+def find_file(name: str, file: str) -> str | None:
+    """Return the path of a file of a local folder or Hub name (downloaded if need be), None if it has none."""
     from transformers.utils import cached_file
 
     quiet: dict[str, Any] = {
@@ -106,7 +114,4 @@ def _has_adapter(name: str) -> bool:
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
     }
-    try:
-        return cached_file(name, _ADAPTER, **quiet) is not None
-    except (OSError, ValueError):
-        return False  # not a Hub name either: loading its config says so
+    return cached_file(name, file, **quiet)  # type: ignore[no-any-return]

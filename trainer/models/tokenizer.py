@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import terminal
 from trainer.errors import UserError
-from trainer.models.source import check_gguf, reason
+from trainer.models.source import check_gguf, find_file, reason
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -114,7 +114,7 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToke
         not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast
     ):  # the latter loads the file as it is
         return tokenizer
-    path = _tokenizer_json(name)
+    path = find_file(name, _FILE)
     if path is None or _is_written_in(Path(path), tokenizer.backend_tokenizer):
         return tokenizer
     written = Tokenizer.from_file(path)
@@ -137,17 +137,6 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToke
 @lru_cache(maxsize=64)
 def _say_once(text: str) -> None:
     terminal.say(text)
-
-
-def _tokenizer_json(name: str) -> str | None:
-    from transformers.utils import cached_file
-
-    quiet: dict[str, Any] = {
-        "_raise_exceptions_for_gated_repo": False,
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    return cached_file(name, _FILE, **quiet)  # type: ignore[no-any-return]
 
 
 def _is_written_in(path: Path, backend: Tokenizer) -> bool:

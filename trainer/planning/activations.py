@@ -21,11 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.models import default_attention, load, packed_attention, training_kernels
 from trainer.models.architecture import quiet_transformers
 from trainer.models.default_attention import set_attention
-from trainer.training.layouts import first_line
 from trainer.training.loss import Packed, Padded, token_losses
 
 _CUDA_ATTENTION = "planned"

@@ -5,8 +5,9 @@ on a model handing positions and boundaries down to layers that respect them; pa
 padding. A model that does neither trains on wrong numbers without an error. The layouts are tried from the fastest to the
 slowest, on real examples of the run, and the first one that agrees is used.
 
-What may differ is rounding. How much that is follows from the model: see `_Comparison._rounding`. A Mixture of Experts may choose another expert because of rounding, where two
-are nearly equal. So a difference counts only if it is there a second time, with slightly other embeddings.
+Only rounding may differ, by an amount that follows from the model: see `_Comparison._rounding`. A Mixture of Experts may
+choose another expert because of rounding, where two are nearly equal. So a difference counts only if it is there a second
+time, with slightly other embeddings.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.errors import first_line
 from trainer.models import load, training_kernels
 from trainer.models.default_attention import UnsupportedAttention, can_set_attention, set_attention
 from trainer.training.batches import MicroBatch
-from trainer.training.layouts import SINGLE, Layout, first_line, forward_passes, group_examples
+from trainer.training.layouts import SINGLE, Layout, forward_passes, group_examples
 from trainer.training.loss import lay_out, learned_logits, token_losses
 
 Example = tuple[np.ndarray, np.ndarray]

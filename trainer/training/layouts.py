@@ -62,12 +62,6 @@ def candidates(config: Any, packing: str) -> list[Layout]:
     return found
 
 
-def first_line(error: Exception) -> str:
-    """Return an exception as one line of text."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def group_examples(lengths: Sequence[int], rows: str) -> list[list[int]]:
     """Return the indices of the examples of each forward pass; without examples one empty pass."""
     everything = list(range(len(lengths)))

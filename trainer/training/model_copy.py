@@ -7,16 +7,13 @@ below ZeRO-3 holds anyway is shared.
 from __future__ import annotations
 
 import copy
-import ctypes
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from trainer import distributed
+from trainer import distributed, malloc
 from trainer.models import load
 
 _GATHERED_BYTES = 64 << 20  # of ZeRO-3 parameters in one collective
@@ -78,9 +75,7 @@ def free(model: torch.nn.Module) -> None:
     """Give the copy's memory back at once, without a search for the reference cycles that still hold its modules."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)  # malloc.py keeps freed memory in the heap, in holes that later tensors need not fit into
+    malloc.hand_back()  # else it stays in the heap, in holes that later tensors need not fit into
 
 
 def _empty_model(config: Any) -> Any:
@@ -109,18 +104,10 @@ def _fits(parameters: list[torch.Tensor], copy_all: bool) -> bool:
 
 
 def _free_bytes() -> float:
-    """Return the free memory of this rank's device: the accelerator's, or what the machine or its control group has left."""
+    """Return the free memory of this rank's device."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
-    free = float(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii")
-        used = (group / "memory.current").read_text(encoding="ascii")
-        free = min(free, float(limit) - float(used))
-    except (OSError, ValueError):  # no control group, or "max"
-        pass
-    return free
+    return malloc.available_bytes()
 
 
 def _gathered(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Parameter]:

@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from trainer import malloc
 from trainer.errors import UserError
 from trainer.evaluation.backend_check import (
     BF16_FACTOR,
@@ -261,9 +261,4 @@ def fits_in_fp32(model: PreTrainedModel) -> bool:
     if model.device.type == "cuda":
         reserved = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         return needed < 0.8 * (torch.cuda.mem_get_info(model.device)[0] + reserved)
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return False
-    return 2 * needed < 0.8 * free
+    return 2 * needed < 0.8 * malloc.available_bytes()

@@ -22,7 +22,12 @@ from transformers.generation import GenerationMode
 
 from trainer.evaluation.backends import Choose, Feed, SomeOccupant
 from trainer.models.blocked_weights import blocked_weights
-from trainer.models.default_attention import UnsupportedAttention, set_attention
+from trainer.models.default_attention import (
+    attention_of_parts,
+    restore_attention,
+    set_attention,
+    uses_sdpa,
+)
 
 _CACHE_NAMES = ("past_key_values", "cache_params", "state")  # as in transformers.generation.utils
 _OF_TRANSFORMERS = ("sdpa", "eager")
@@ -63,30 +68,27 @@ def default_attention(model: PreTrainedModel, attention: str | None = None) -> I
     instead, "sdpa" or "eager".
     """
     training = model.training
-    # The parts of a composite model may differ in their implementations.
-    parts = {id(part.config): part for part in model.modules() if isinstance(part, PreTrainedModel)}
-    before = [(part.config, part.config._attn_implementation) for part in parts.values()]
+    before = attention_of_parts(model)
     changes = bool(attention) or any(name not in _OF_TRANSFORMERS for _, name in before)
     model.eval()
     try:
         if changes:
             set_attention(model, attention or _default(model))
-            for part in parts.values():
-                if part.config._attn_implementation not in _OF_TRANSFORMERS:
+            for part in model.modules():  # a part that set_attention could not change
+                if (
+                    isinstance(part, PreTrainedModel)
+                    and part.config._attn_implementation not in _OF_TRANSFORMERS
+                ):
                     part.config._attn_implementation = _default(part)
         yield
     finally:
         if changes:
-            with contextlib.suppress(UnsupportedAttention):  # then nothing was changed
-                set_attention(model, before[0][1])
-            for config, name in before:  # a whole before its parts: setting one sets the parts of it as well
-                if config._attn_implementation != name:
-                    config._attn_implementation = name
+            restore_attention(model, before)
         model.train(training)
 
 
 def _default(model: PreTrainedModel) -> str:
-    return "sdpa" if model._supports_sdpa else "eager"
+    return "sdpa" if uses_sdpa(model) else "eager"
 
 
 class _Rows:
