@@ -9,20 +9,23 @@ from pathlib import Path
 
 import pytest
 
-# Blocks of changing size between small ones that stay, as logits between a run's other tensors.
+# Holes between small blocks that stay. All blocks exist at the same time: whether later ones fit into the holes of earlier
+# ones depends on where the heap happens to lie.
 GROW = """
 import sys
 import torch
 from trainer import malloc
 from trainer.malloc import HeapLimit, _resident_bytes
 malloc.keep_freed_memory()
-limited = sys.argv[1] == "limited"
-limit, kept, sizes, trimmed = HeapLimit(), [], [], 0
-for step in range(24):
-    blocks = [torch.ones((20 + 3 * step) << 18) for _ in range(3)]
-    kept.append(torch.ones(1 << 18))
-    del blocks
-    trimmed += limit() if limited else 0
+limit, trimmed, sizes = HeapLimit(), 0, []
+blocks, kept = [], []
+for step in range(4):
+    if step == 2:
+        for _ in range(16):
+            blocks.append(torch.ones(16 << 20))
+            kept.append(torch.ones(1 << 18))
+        blocks.clear()
+    trimmed += limit() if sys.argv[1] == "limited" else 0
     sizes.append(_resident_bytes() >> 20)
 print(trimmed, sizes[1], max(sizes[2:]), sizes[-1])
 """
