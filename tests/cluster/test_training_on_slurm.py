@@ -115,8 +115,9 @@ def test_ranks_on_two_nodes_take_problems_from_one_queue(cluster: Cluster, train
     job = cluster.sbatch(output, *TWO_NODES, "slurm/evaluate.sbatch", *flags, f"--output_dir={over_tcp}")
     cluster.wait_for_state(job, "COMPLETED")
     over_mpi = trained.folder / "over_mpi"
-    command = ["srun", "--mpi=pmi2", *TWO_NODES, cluster.environment["PYTHON"], "tools/evaluate.py"]
-    cluster.run_well(*command, *flags, f"--output_dir={over_mpi}")
+    srun = ["srun", "--mpi=pmi2", "--kill-on-bad-exit", *TWO_NODES]
+    flags += [f"--output_dir={over_mpi}"]
+    cluster.run_well(*srun, cluster.environment["PYTHON"], "tools/evaluate.py", *flags)
     assert json.loads((over_tcp / "results.json").read_text())["world_size"] == 2
     assert (over_tcp / "predictions.jsonl").read_bytes() == (over_mpi / "predictions.jsonl").read_bytes()
 
