@@ -8,6 +8,7 @@ as two jobs share a node.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -368,27 +369,24 @@ def _agree_over_mpi() -> tuple[str, int]:
 def joined_by_mpi() -> bool:
     """Collective. Whether MPI joins our ranks as well: under mpiexec, and under `srun --mpi=pmi2` with an MPICH.
 
-    Another MPI may end the process when it meets a PMI it was not built for, so it is not tried. A rank's address by
-    UCX can be longer than the 1024 bytes slurmstepd reads (github.com/pmodels/mpich/issues/6924), so OFI is preferred.
+    Another MPI may end the process when it meets a PMI it was not built for, so it is not tried. OFI is preferred: an
+    address by UCX can be longer than the 1024 bytes slurmstepd reads (github.com/pmodels/mpich/issues/6924).
     """
     if world().launcher != "slurm" or "PMI_RANK" not in os.environ:
         return world().launcher == "mpi"
     joined = False
-    try:
+    with contextlib.suppress(ImportError, RuntimeError):  # no mpi4py, or no library that it can load
         import mpi4py
 
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
 
-        library = MPI.Get_library_version()
+        library, ours = MPI.Get_library_version(), (world().rank, world().world_size)
         if "MPICH" in library and not MPI.Is_initialized():
             if re.search(r"MPICH Device:.*\bofi\b", library):
                 os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
             MPI.Init()
-        ours = world().rank, world().world_size
         joined = "MPICH" in library and ours == (MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
-    except (ImportError, RuntimeError):  # no mpi4py, or no library that it can load
-        pass
     return not any_rank(not joined)
 
 
