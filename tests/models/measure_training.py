@@ -24,7 +24,7 @@ LENGTHS = (40, 57, 23, 23, 9)  # tokens; a pair is equally long
 _PROMPT = 5  # tokens without loss
 _MAX_LOSS_ERROR = 1e-5  # relative
 _MAX_GRADIENT_ERROR = 1e-4  # relative
-_MULTIPLE = 4  # or so many times what transformers' own gradients are off from those in fp64, up to
+_MULTIPLE = 4  # or this multiple of the error of transformers' own gradients against fp64, up to
 _LARGEST_ERROR = 1e-2
 CPU = torch.device("cpu")
 

@@ -64,15 +64,15 @@ def trace(
     on a CPU is counted. Families that cannot be packed are counted in padded rows. Raises UserError for a model that does
     not run on shapes alone.
     """
-    reasons = []
+    reason = ""
     for packed in (True, False):  # as the training: packed where the family allows it, else padded
         try:
             return _trace(config, lengths, learned_tokens, dtype, checkpointing, cuda, packed)
         except Exception as error:  # families raise errors of many types for attention they do not know
-            reasons.append(first_line(error))
+            reason = first_line(error)
     raise UserError(
         f"the memory of a {config.model_type} model cannot be planned, because its forward pass does not run on shapes alone "
-        f"({reasons[-1]}): train it for a step and read memory_bytes in metrics.jsonl"
+        f"({reason}): train it for a step and read memory_bytes in metrics.jsonl"
     )
 
 
@@ -85,8 +85,12 @@ def _trace(
     cuda: bool,
     packed: bool,
 ) -> Timeline:
-    quiet = warnings.catch_warnings(), quiet_transformers(), _grouped_products()
-    with FakeTensorMode(allow_non_fake_inputs=True), quiet[0], quiet[1], quiet[2]:
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        warnings.catch_warnings(),
+        quiet_transformers(),
+        _grouped_products(),
+    ):
         warnings.simplefilter("ignore")
         model = _model(config, packed, dtype, checkpointing, cuda)
         batch = batch_of(lengths, learned_tokens) if packed else padded_batch_of(lengths, learned_tokens)

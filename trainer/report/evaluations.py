@@ -52,7 +52,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Backend:
-    """How the model that plays `role` was decoded.
+    """The backend that decoded the model of a role.
 
     difference: the largest one between its logits and those of the plain forward pass, in standard deviations of the
     logits, as the check before the first answer found it (None: not checked). reason: why not in slots.

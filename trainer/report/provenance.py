@@ -84,7 +84,7 @@ def _facts(run: Run) -> dict[str, str]:
 
 
 def _layout(run: Run) -> dict[str, str]:
-    """How the examples of a training were laid out, and how far their logits were from the model's own."""
+    """Return the layout of a training's examples, and the difference of its logits from the model's own."""
     layout = run.environment.get("layout")
     if run.only_asked or not isinstance(layout, dict):  # of an older version
         return {}
@@ -96,7 +96,7 @@ def _layout(run: Run) -> dict[str, str]:
 
 
 def _decoding(run: Run) -> dict[str, str]:
-    """Which backends decoded the answers of a run, and how far their logits were from the models' own."""
+    """Return the backends that decoded a run's answers, and the largest difference of their logits from the models' own."""
     backends = [backend for evaluation in run.evaluations for backend in evaluation.backends]
     if not backends:
         return {}

@@ -117,7 +117,7 @@ class TorchFile:
                 return sorted(archive.infolist(), key=lambda entry: entry.header_offset)
         except FileNotFoundError:
             raise UserError(f"{self.path} is missing") from None
-        # NotImplementedError is what zipfile says of a compression or a version it does not know: damaged bytes.
+        # zipfile raises NotImplementedError for an unknown compression or version, which here means damaged bytes.
         except (zipfile.BadZipFile, StopIteration, EOFError, OSError, NotImplementedError) as error:
             detail = str(error) or "no data.pkl inside"
             raise UserError(f"{self.path} is corrupt or not a torch file ({detail})") from None
