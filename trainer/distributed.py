@@ -8,7 +8,6 @@ as two jobs share a node.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import socket
@@ -364,30 +363,6 @@ def _agree_over_mpi() -> tuple[str, int]:
     host, port = MPI.COMM_WORLD.bcast(here, root=0)
     same_host = MPI.COMM_WORLD.allreduce(int(host == socket.gethostname())) == MPI.COMM_WORLD.Get_size()
     return ("127.0.0.1" if same_host else host), port
-
-
-def joined_by_mpi() -> bool:
-    """Collective. Whether MPI joins our ranks as well: under mpiexec, and under `srun --mpi=pmi2` with an MPICH.
-
-    Another MPI may end the process when it meets a PMI it was not built for, so it is not tried. OFI is preferred: an
-    address by UCX can be longer than the 1024 bytes slurmstepd reads (github.com/pmodels/mpich/issues/6924).
-    """
-    if world().launcher != "slurm" or "PMI_RANK" not in os.environ:
-        return world().launcher == "mpi"
-    joined = False
-    with contextlib.suppress(ImportError, RuntimeError):  # no mpi4py, or no library that it can load
-        import mpi4py
-
-        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
-        from mpi4py import MPI
-
-        library, ours = MPI.Get_library_version(), (world().rank, world().world_size)
-        if "MPICH" in library and not MPI.Is_initialized():
-            if re.search(r"MPICH Device:.*\bofi\b", library):
-                os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
-            MPI.Init()
-        joined = "MPICH" in library and ours == (MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
-    return not any_rank(not joined)
 
 
 def agree(what: str, value: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -212,40 +211,6 @@ def test_tickets_are_drawn_over_mpi_where_srun_joins_the_ranks_by_it(
     srun = ["srun", f"--mpi={mpi}", "--kill-on-bad-exit", "--nodes=2"]
     output = cluster.run_well(*srun, cluster.environment["PYTHON"], "-c", TICKETS)
     assert f"{counter} {list(range(10))}" in output, output
-
-
-JOINED = """
-import os, socket
-
-ours, rank_side = socket.socketpair()
-relay = os.fork()
-if relay == 0:
-    rank_side.close()
-    slurm, longest = socket.socket(fileno=int(os.environ["PMI_FD"])), 0
-    while request := ours.recv(4096):
-        longest = max(longest, len(request))
-        slurm.sendall(request)
-        ours.sendall(slurm.recv(4096))
-    print(f"longest request: {longest} bytes", flush=True)
-    os._exit(0)
-ours.close()
-os.environ["PMI_FD"] = str(rank_side.fileno())
-from trainer import distributed
-print(f"joined: {distributed.joined_by_mpi()}", flush=True)
-distributed.shutdown()
-rank_side.close()
-os.waitpid(relay, 0)
-"""
-
-
-def test_the_address_of_a_rank_fits_into_one_request_to_slurm(cluster: Cluster) -> None:
-    """slurmstepd reads at most 1024 bytes of a request; MPICH's address by UCX is 4096 bytes of unset memory."""
-    pytest.importorskip("mpi4py")
-    srun = ["srun", "--mpi=pmi2", "--kill-on-bad-exit", "--nodes=2"]
-    output = cluster.run_well(*srun, cluster.environment["PYTHON"], "-c", JOINED)
-    assert output.count("joined: True") == 2, output
-    lengths = [int(length) for length in re.findall(r"longest request: (\d+) bytes", output)]
-    assert len(lengths) == 2 and max(lengths) < 256, output
 
 
 def test_the_doctor_looks_at_every_node_of_a_job(cluster: Cluster, tmp_path: Path) -> None:

@@ -105,21 +105,20 @@ def test_final_weights_are_those_of_the_undisturbed_run(cluster: Cluster, traine
 
 
 def test_ranks_on_two_nodes_take_problems_from_one_queue(cluster: Cluster, trained: Trained) -> None:
-    """By the batch script over TCP, and by hand over MPI: the same predictions."""
+    """By the batch script, and by hand where Slurm offers PMI to every task: the same predictions."""
     if not trained.undisturbed.export.exists():
         pytest.skip("the conversion failed")
     flags = [f"--model_name_or_path={trained.undisturbed.export}", f"--shards={trained.folder}/shards"]
     flags += ["--max_problems=6", "--max_new_tokens=8"]
     output = f"--output={trained.folder}/evaluate.out"
-    over_tcp = trained.folder / "over_tcp"
-    job = cluster.sbatch(output, *TWO_NODES, "slurm/evaluate.sbatch", *flags, f"--output_dir={over_tcp}")
+    by_script = trained.folder / "by_script"
+    job = cluster.sbatch(output, *TWO_NODES, "slurm/evaluate.sbatch", *flags, f"--output_dir={by_script}")
     cluster.wait_for_state(job, "COMPLETED")
-    over_mpi = trained.folder / "over_mpi"
-    srun = ["srun", "--mpi=pmi2", "--kill-on-bad-exit", *TWO_NODES]
-    flags += [f"--output_dir={over_mpi}"]
-    cluster.run_well(*srun, cluster.environment["PYTHON"], "tools/evaluate.py", *flags)
-    assert json.loads((over_tcp / "results.json").read_text())["world_size"] == 2
-    assert (over_tcp / "predictions.jsonl").read_bytes() == (over_mpi / "predictions.jsonl").read_bytes()
+    with_pmi = trained.folder / "with_pmi"
+    command = ["srun", "--mpi=pmi2", *TWO_NODES, cluster.environment["PYTHON"], "tools/evaluate.py"]
+    cluster.run_well(*command, *flags, f"--output_dir={with_pmi}")
+    assert json.loads((by_script / "results.json").read_text())["world_size"] == 2
+    assert (by_script / "predictions.jsonl").read_bytes() == (with_pmi / "predictions.jsonl").read_bytes()
 
 
 @pytest.mark.slow

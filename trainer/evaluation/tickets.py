@@ -120,7 +120,7 @@ def shared_counter() -> Iterator[Counter]:
     counter: Counter
     if world.world_size == 1:
         counter = LocalCounter()
-    elif distributed.joined_by_mpi():
+    elif world.launcher == "mpi":
         counter = WindowCounter()
     else:
         counter = StoreCounter(world)
