@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from trainer import malloc
+from trainer.planning.accelerators import host_memory_bytes
 
 # Holes between small blocks that stay. All blocks exist at the same time: whether later ones fit into the holes of earlier
 # ones depends on where the heap happens to lie.
@@ -51,3 +55,22 @@ def test_holes_are_handed_back() -> None:
     _, _, _, unlimited = run("unlimited")
     assert times > 0
     assert last < unlimited - 100
+
+
+@pytest.mark.parametrize("version", ["2", "1", "without a limit", "none"])
+def test_the_limit_of_a_control_group_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    files = [
+        (tmp_path / "max", tmp_path / "current"),
+        (tmp_path / "limit_in_bytes", tmp_path / "usage_in_bytes"),
+    ]
+    monkeypatch.setattr(malloc, "_CONTROL_GROUP_FILES", files)
+    if version != "none":
+        limit, used = files[version == "1"]
+        limit.write_text("max\n" if version == "without a limit" else "1000000\n")
+        used.write_text("400000\n")
+    has_limit = version in ("1", "2")
+    assert malloc.control_group_bytes() == ((1e6, 4e5) if has_limit else (math.inf, 0.0))
+    assert (malloc.available_bytes() == 6e5) == has_limit
+    assert (host_memory_bytes() == 10**6) == has_limit

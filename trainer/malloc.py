@@ -13,12 +13,20 @@ back to the kernel when they have become many.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from pathlib import Path
 
 _GROWTH = 1.2  # of the process over its size after the first steps
 _GROWTH_BYTES = 256 << 20
 _FIRST_STEPS = 2  # the optimizer's state is there after one
+_CONTROL_GROUP_FILES = [
+    (Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used))
+    for limit, used in (
+        ("memory.max", "memory.current"),  # version 2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # version 1
+    )
+]
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
@@ -46,15 +54,18 @@ def available_bytes() -> float:
     """Return the memory that the machine, or this process's control group, has left."""
     import psutil
 
-    free = float(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii")
-        used = (group / "memory.current").read_text(encoding="ascii")
-        free = min(free, float(limit) - float(used))
-    except (OSError, ValueError):  # no control group, or "max"
-        pass
-    return free
+    limit, used = control_group_bytes()
+    return min(float(psutil.virtual_memory().available), limit - used)
+
+
+def control_group_bytes() -> tuple[float, float]:
+    """Return the memory limit of this process's control group and what it uses: infinity and 0 without a limit."""
+    for limit, used in _CONTROL_GROUP_FILES:
+        try:
+            return float(limit.read_text(encoding="ascii")), float(used.read_text(encoding="ascii"))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return math.inf, 0.0
 
 
 class HeapLimit:

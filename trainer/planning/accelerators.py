@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from trainer import malloc
 from trainer.configuration import did_you_mean
 from trainer.errors import UserError
 
@@ -68,14 +69,8 @@ def find(name: str, per_machine: int) -> Accelerator:
 
 def host_memory_bytes() -> int:
     """Memory of this machine, or of the part of it we may use (control group)."""
-    total = psutil.virtual_memory().total
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(file, encoding="ascii") as limit:
-                return min(total, int(limit.read()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return total
+    limit, _ = malloc.control_group_bytes()
+    return int(min(psutil.virtual_memory().total, limit))
 
 
 def _here() -> str:
