@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
                 exhaust(counter)
                 break
             time.sleep(0.002)
-    (folder / f"{world.launcher}-{world.rank}.json").write_text(json.dumps(got))
+    (folder / f"{type(counter).__name__}-{world.rank}.json").write_text(json.dumps(got))
     distributed.shutdown()
 
 

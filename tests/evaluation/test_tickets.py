@@ -15,8 +15,8 @@ from trainer.evaluation.tickets import LocalCounter, Tickets, exhaust, ticket_si
 COMMAND = ["-m", "tests.evaluation.draw_tickets"]
 
 
-def check(folder: Path, launcher: str, num_ranks: int) -> None:
-    ranks = [json.loads((folder / f"{launcher}-{rank}.json").read_text()) for rank in range(num_ranks)]
+def check(folder: Path, counter: str, num_ranks: int) -> None:
+    ranks = [json.loads((folder / f"{counter}-{rank}.json").read_text()) for rank in range(num_ranks)]
     for count in counts(num_ranks):
         for size in SIZES:
             taken = [problem for rank in ranks for problem in rank[f"{count}/{size}"]]
@@ -31,7 +31,7 @@ def check(folder: Path, launcher: str, num_ranks: int) -> None:
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_tickets_over_a_tcp_store(tmp_path: Path, num_ranks: int) -> None:
     run_well([*COMMAND, str(tmp_path)], num_ranks, timeout=100)
-    check(tmp_path, "env", num_ranks)
+    check(tmp_path, "StoreCounter", num_ranks)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_tickets_over_an_mpi_window(tmp_path: Path, num_ranks: int, environment:
     pytest.importorskip("mpi4py")
     status, output = mpiexec([*COMMAND, str(tmp_path)], num_ranks, **environment)
     assert status == 0, output
-    check(tmp_path, "mpi", num_ranks)
+    check(tmp_path, "WindowCounter", num_ranks)
 
 
 def test_tickets_of_one_process() -> None:
