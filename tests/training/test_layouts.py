@@ -94,7 +94,7 @@ def _stages(name: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass
 class Plain:
-    """Return what transformers computes one example at a time: mean loss and gradient norm of a step, the held-out loss."""
+    """Results of transformers, one example at a time: mean loss and gradient norm of a step, the held-out loss."""
 
     loss: float
     gradient_norm: float

@@ -105,7 +105,7 @@ def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequenc
     early = text(short, _SHORT, len(short), 2)
     late = text(middle, _MIDDLE, len(middle), 3)
     beside = text(middle, _SHORT, len(long_text.prompt) - 3, 4)
-    # A batch whose rows end one after another, the first one first: what is kept of a cache must be the rows that go on.
+    # A batch whose rows end one after another, the first one first: the cache must keep the unfinished rows.
     batch = [text(short, counts, len(short) + row, 5 + row) for row, counts in enumerate(_BATCH)]
     return Texts([long_text, early, late], [*batch, long_text, beside], list(prefix), capacity)
 
