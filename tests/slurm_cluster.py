@@ -33,7 +33,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        ours = distributed.without_launcher(os.environ)
+        ours = distributed.without_launcher_variables(os.environ)
         conf = {"SLURM_CONF": str(self.folder / "slurm.conf"), "DEV_CLUSTER_DIR": str(self.folder)}
         return {**ours, **conf, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 

@@ -18,7 +18,7 @@ from trainer.errors import UserError
 
 
 def _make(final: Path, content: bytes = b"hello", **facts: object) -> None:
-    with commit.directory(final, "test", dict(facts)) as staging:
+    with commit.atomic_directory(final, "test", dict(facts)) as staging:
         (staging / "folder").mkdir()
         (staging / "folder" / "file.bin").write_bytes(content)
 
@@ -26,12 +26,12 @@ def _make(final: Path, content: bytes = b"hello", **facts: object) -> None:
 def test_what_was_written_is_read_back_and_verified(tmp_path: Path) -> None:
     _make(tmp_path / "done", answer=42)
     assert commit.read_manifest(tmp_path / "done", "test")["facts"] == {"answer": 42}
-    commit.verify(tmp_path / "done")
+    commit.verify_digests(tmp_path / "done")
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), commit.directory(tmp_path / "done", "test", {}) as staging:
+    with pytest.raises(RuntimeError), commit.atomic_directory(tmp_path / "done", "test", {}) as staging:
         (staging / "half").write_text("x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -46,7 +46,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     else:
         file.write_bytes(b"hellO" if damage == "flipped" else b"hell")
     with pytest.raises(UserError, match=r"file\.bin"):
-        commit.verify(tmp_path / "done")
+        commit.verify_digests(tmp_path / "done")
 
 
 def test_unfinished_and_absent_are_told_apart(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_of_several_builders_one_wins_and_none_is_mixed(tmp_path: Path) -> None:
     winner = commit.read_manifest(tmp_path / "done")["facts"]["winner"]
     assert printed[int(winner)] == "won"
     assert (tmp_path / "done" / "file").read_text() == winner * 1000
-    commit.verify(tmp_path / "done")
+    commit.verify_digests(tmp_path / "done")
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
@@ -115,18 +115,18 @@ def test_a_killed_builder_is_not_visible_and_does_not_disturb_the_next(tmp_path:
     assert leftover.exists()  # it may belong to a live builder on another node
     yesterday = time.time() - 2 * 24 * 3600
     os.utime(leftover, (yesterday, yesterday))
-    with pytest.raises(commit.AlreadyThere):
+    with pytest.raises(commit.ArtifactExistsError):
         _make(tmp_path / "done")
     assert not leftover.exists()
 
 
 def test_a_living_builder_is_left_alone_however_old_its_files_look(tmp_path: Path) -> None:
     """The clock may have jumped, and a directory does not change while one long file in it is written."""
-    with commit.directory(tmp_path / "done", "test", {}) as staging:
+    with commit.atomic_directory(tmp_path / "done", "test", {}) as staging:
         (staging / "file").write_text("first")
         yesterday = time.time() - 2 * 24 * 3600
         os.utime(staging, (yesterday, yesterday))
-        another = commit.begin(tmp_path / "done")  # looks for what was abandoned
+        another = commit.create_staging(tmp_path / "done")  # looks for what was abandoned
         shutil.rmtree(another)
         (staging / "file").write_text("second")
     assert (tmp_path / "done" / "file").read_text() == "second"
@@ -138,7 +138,7 @@ def test_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: 
         monkeypatch.setattr(commit, "_exchange", lambda one, other: False)
     _make(tmp_path / "old", b"old")
     _make(tmp_path / "new", b"new")
-    commit.replace(tmp_path / "old", tmp_path / "new")
+    commit.replace_directory(tmp_path / "old", tmp_path / "new")
     assert (tmp_path / "old" / "folder" / "file.bin").read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
@@ -146,13 +146,13 @@ def test_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: 
 def test_one_of_the_two_is_there_at_every_moment(tmp_path: Path) -> None:
     _make(tmp_path / "one")
     _make(tmp_path / "other")
-    if not commit._exchange(tmp_path / "one", tmp_path / "other"):
+    if not commit._exchange_names(tmp_path / "one", tmp_path / "other"):
         pytest.skip(f"the file system of {tmp_path} cannot exchange two names")
     missing, over = [], threading.Event()
 
     def look() -> None:
         while not over.is_set():
-            if not commit.is_finished(tmp_path / "one"):
+            if not commit.is_complete(tmp_path / "one"):
                 missing.append(time.time())
 
     looking = threading.Thread(target=look)
@@ -160,7 +160,7 @@ def test_one_of_the_two_is_there_at_every_moment(tmp_path: Path) -> None:
     try:
         for number in range(100):
             _make(tmp_path / f"new-{number}")
-            commit.replace(tmp_path / "one", tmp_path / f"new-{number}")
+            commit.replace_directory(tmp_path / "one", tmp_path / f"new-{number}")
     finally:
         over.set()
         looking.join()

@@ -13,9 +13,9 @@ import pytest
 
 from tests.distributed import run_well
 from trainer.distributed import (
-    World,
+    DistributedEnvironment,
     device_index,
-    discover,
+    environment_from_launcher,
     first_host,
     seconds_left_of_job,
     threads_per_rank,
@@ -23,14 +23,14 @@ from trainer.distributed import (
 from trainer.errors import UserError
 
 ENVIRONMENTS = {
-    "nothing": ({}, World(0, 1, 0, 1, "single")),
+    "nothing": ({}, DistributedEnvironment(0, 1, 0, 1, "single")),
     "deepspeed": (
         {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"},
-        World(3, 4, 1, 2, "env"),
+        DistributedEnvironment(3, 4, 1, 2, "env"),
     ),
     "torchrun": (
         {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
-        World(1, 2, 1, 2, "env"),
+        DistributedEnvironment(1, 2, 1, 2, "env"),
     ),
     "srun": (
         {
@@ -40,7 +40,7 @@ ENVIRONMENTS = {
             "SLURM_LOCALID": "1",
             "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
         },
-        World(5, 8, 1, 4, "slurm"),
+        DistributedEnvironment(5, 8, 1, 4, "slurm"),
     ),
     "srun, a part of the job's tasks, on a smaller node": (
         {
@@ -52,18 +52,18 @@ ENVIRONMENTS = {
             "SLURM_NODEID": "1",
             "SLURM_STEP_TASKS_PER_NODE": "4,1",
         },
-        World(4, 5, 0, 1, "slurm"),
+        DistributedEnvironment(4, 5, 0, 1, "slurm"),
     ),
     "torchrun, one agent a node of srun": (
         {
             **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
             **{"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
         },
-        World(5, 8, 1, 4, "env"),
+        DistributedEnvironment(5, 8, 1, 4, "env"),
     ),
     "mpich": (
         {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
-        World(1, 2, 1, 2, "mpi"),
+        DistributedEnvironment(1, 2, 1, 2, "mpi"),
     ),
     "open mpi": (
         {
@@ -72,7 +72,7 @@ ENVIRONMENTS = {
             "OMPI_COMM_WORLD_LOCAL_RANK": "0",
             "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
         },
-        World(1, 2, 0, 1, "mpi"),
+        DistributedEnvironment(1, 2, 0, 1, "mpi"),
     ),
 }
 
@@ -80,7 +80,7 @@ ENVIRONMENTS = {
 @pytest.mark.parametrize("launcher", ENVIRONMENTS)
 def test_place_is_read_from_the_environment(launcher: str) -> None:
     environment, expected = ENVIRONMENTS[launcher]
-    assert discover(environment) == expected
+    assert environment_from_launcher(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_place_is_read_from_the_environment(launcher: str) -> None:
 )
 def test_contradictions_are_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        discover(environment)
+        environment_from_launcher(environment)
 
 
 def test_a_tool_without_srun_in_a_job_of_several_tasks_is_refused() -> None:
@@ -138,10 +138,10 @@ def test_seconds_left_where_slurm_tells_them() -> None:
 
 
 def test_threads_are_shared_not_fought_over() -> None:
-    two = World(0, 2, 0, 2, "env")
+    two = DistributedEnvironment(0, 2, 0, 2, "env")
     assert threads_per_rank({"OMP_NUM_THREADS": "3"}, two) == 3
     assert threads_per_rank({"SLURM_CPUS_PER_TASK": "7"}, two) == 7
-    alone = threads_per_rank({}, World())
+    alone = threads_per_rank({}, DistributedEnvironment())
     assert threads_per_rank({}, two) == max(1, alone // 2)
 
 

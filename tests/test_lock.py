@@ -17,8 +17,8 @@ import pytest
 from tests.distributed import REPOSITORY
 from trainer import lock as locks
 from trainer.errors import UserError
-from trainer.identity import Identity
-from trainer.lock import Owner
+from trainer.identity import ProcessIdentity
+from trainer.lock import LockOwner
 from trainer.run_directory import RunDirectory
 
 HOLD = """
@@ -76,12 +76,12 @@ def test_of_many_takers_exactly_one_wins(tmp_path: Path, stale: bool) -> None:
     assert not RunDirectory(run).lock.exists()  # released
 
 
-def _held_by(run: RunDirectory, process: Identity) -> None:
-    assert locks._install(run.lock, Owner(process, "token-of-the-other", "2026-01-01 00:00:00 +0000"))
+def _held_by(run: RunDirectory, process: ProcessIdentity) -> None:
+    assert locks._install(run.lock, LockOwner(process, "token-of-the-other", "2026-01-01 00:00:00 +0000"))
 
 
-def _mine(**changes: object) -> Identity:
-    return replace(Identity.of_this_process(), **changes)  # type: ignore[arg-type]
+def _mine(**changes: object) -> ProcessIdentity:
+    return replace(ProcessIdentity.of_this_process(), **changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -148,16 +148,16 @@ def test_a_jump_of_the_clock_takes_no_lock_from_a_living_owner(
 
 def test_a_lock_in_use_shows_signs_of_life(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
-    with locks.held(run.lock):
+    with locks.locked(run.lock):
         owner = run.lock / "owner.json"
         os.utime(owner, (0, 0))
         deadline = time.monotonic() + 60
         while owner.stat().st_mtime == 0:
             assert time.monotonic() < deadline, "no sign of life"
             time.sleep(0.01)
-        found = locks.holder(run.lock)
-        assert found is not None and found.process == Identity.of_this_process()
-    assert locks.holder(run.lock) is None
+        found = locks.current_owner(run.lock)
+        assert found is not None and found.process == ProcessIdentity.of_this_process()
+    assert locks.current_owner(run.lock) is None
 
 
 def test_a_damaged_lock_is_nobodys_to_take(run: RunDirectory) -> None:
@@ -169,11 +169,11 @@ def test_a_damaged_lock_is_nobodys_to_take(run: RunDirectory) -> None:
 
 def test_a_lost_lock_is_noticed_and_not_released(run: RunDirectory) -> None:
     lock = locks.acquire(run.lock)
-    assert lock.loss() is None
+    assert lock.taken_over_by() is None
     held = json.loads((run.lock / "owner.json").read_text())
-    other = Owner(_mine(host="thief"), "another-token", "2026-01-01 00:00:00 +0000")
+    other = LockOwner(_mine(host="thief"), "another-token", "2026-01-01 00:00:00 +0000")
     (run.lock / "owner.json").write_text(json.dumps({**held, **asdict(other)}))
-    assert "was taken from this job by" in (lock.loss() or "") and "thief" in (lock.loss() or "")
+    assert "was taken from this job by" in (lock.taken_over_by() or "") and "thief" in (lock.taken_over_by() or "")
     lock.release()
     assert run.lock.exists()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer.preemption import StopRequest
-from trainer.terminal import GO_ON_LATER
+from trainer.terminal import EXIT_REQUEUE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LISTEN = """
@@ -50,7 +50,7 @@ def test_before_there_is_work_the_process_ends_at_once(number: signal.Signals) -
     process = started("")
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == GO_ON_LATER
+    assert process.returncode == EXIT_REQUEUE
     assert errors == f"{number.name}: ended as asked, everything done so far is on disk\n"
 
 
@@ -65,20 +65,20 @@ def test_at_work_a_signal_is_remembered_and_later_ones_do_not_change_the_status(
     for again in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         process.send_signal(again)
     process.communicate(input="", timeout=60)
-    assert process.returncode == GO_ON_LATER
+    assert process.returncode == EXIT_REQUEUE
 
 
 def test_the_time_limit_leaves_room_for_a_step_and_a_save() -> None:
     stop = StopRequest()
-    stop.took(step=1800.0, save=1900.0)
-    assert not stop.requested, "there is no limit"
+    stop.record_duration(step=1800.0, save=1900.0)
+    assert not stop.is_requested, "there is no limit"
     stop = StopRequest()
-    stop.limit(3600.0, save_seconds=60.0)
-    assert not stop.requested
-    stop.took(step=1800.0)
+    stop.set_deadline(3600.0, save_seconds=60.0)
+    assert not stop.is_requested
+    stop.record_duration(step=1800.0)
     assert stop.reason == "the time limit is near"
     stop = StopRequest()
-    stop.limit(3600.0, save_seconds=60.0)
-    stop.took(save=1900.0)
-    assert stop.requested, "saving turned out to take long"
-    assert stop.agreed(), "a world of one agrees with itself"
+    stop.set_deadline(3600.0, save_seconds=60.0)
+    stop.record_duration(save=1900.0)
+    assert stop.is_requested, "saving turned out to take long"
+    assert stop.should_stop_on_any_rank(), "a world of one agrees with itself"

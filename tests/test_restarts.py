@@ -12,7 +12,7 @@ from trainer.errors import UserError
 
 def start(file: Path, monkeypatch: pytest.MonkeyPatch, restart: int, progress: int, most: int = 2) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-    restarts.count(file, progress, most)
+    restarts.record_restart(file, progress, most)
 
 
 def test_a_job_that_gets_further_may_be_restarted_for_ever(
@@ -48,7 +48,7 @@ def test_a_start_by_a_person_begins_anew(tmp_path: Path, monkeypatch: pytest.Mon
 def test_without_a_scheduler_nothing_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     for _ in range(5):
-        restarts.count(tmp_path / "restarts.json", 0, 0)
+        restarts.record_restart(tmp_path / "restarts.json", 0, 0)
 
 
 def test_a_damaged_count_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

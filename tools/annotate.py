@@ -34,7 +34,7 @@ def _annotate(settings: AnnotateSettings) -> None:
 
         show_plan(settings)
         return
-    terminal.capture_chatter(AnnotationDirectory(Path(settings.output_dir)).logs, "annotate")
+    terminal.redirect_library_output(AnnotationDirectory(Path(settings.output_dir)).logs, "annotate")
     from trainer.teacher.annotate import annotate
 
     annotate(settings)

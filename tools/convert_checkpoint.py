@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def _convert(settings: ConvertSettings) -> None:
-    startup.begin()
+    startup.pause_gc()
     from trainer.export.convert import convert
 
     convert(settings)

@@ -29,10 +29,10 @@ def _examine(settings: DoctorSettings) -> None:
 
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="doctor-") as logs:
-        terminal.capture_chatter(Path(logs), "doctor")
+        terminal.redirect_library_output(Path(logs), "doctor")
         from trainer import startup
 
-        startup.begin()
+        startup.pause_gc()
         from trainer.doctor.examine import examine, tell
 
         healthy = tell(examine(settings), time.monotonic() - start, settings.json)

@@ -38,14 +38,14 @@ def main() -> None:
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
-    startup.begin()
-    StopRequest().listen()
+    startup.pause_gc()
+    StopRequest().install_signal_handlers()
     from trainer.evaluation import task
 
     directory = task.plan(settings).directory
-    terminal.capture_chatter(directory.logs, "evaluate")
-    solved = sum(part.stat().st_size for part in directory.parts.glob("*.jsonl"))
-    restarts.count(directory.restarts, solved, settings.max_restarts)
+    terminal.redirect_library_output(directory.logs, "evaluate")
+    solved = sum(part.stat().st_size for part in directory.rank_files.glob("*.jsonl"))
+    restarts.record_restart(directory.restarts, solved, settings.max_restarts)
     distributed.initialize()
     from trainer.evaluation.evaluate import evaluate
 

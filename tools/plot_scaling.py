@@ -30,7 +30,7 @@ def _plot(settings: PlotSettings) -> None:
     page = build_report(
         settings.runs, settings.output_dir, settings.title, settings.max_examples, settings.bertscore_model
     )
-    terminal.say(f"report: {page}")
+    terminal.info(f"report: {page}")
 
 
 if __name__ == "__main__":

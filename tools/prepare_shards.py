@@ -27,7 +27,7 @@ def _prepare(settings: PrepareSettings) -> None:
 
         show(settings.output_dir, settings.method, settings.inspect)
     else:
-        startup.begin()
+        startup.pause_gc()
         from trainer.shards.prepare import prepare
 
         prepare(settings)

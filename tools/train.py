@@ -30,19 +30,19 @@ def _train(settings: TrainSettings) -> None:
         from trainer.planning.run import dry_run
 
         raise SystemExit(0 if dry_run(settings) else 1)
-    startup.begin()
+    startup.pause_gc()
     stop = StopRequest()
-    stop.listen()
+    stop.install_signal_handlers()
     run = RunDirectory(Path(settings.output_dir))
-    terminal.capture_chatter(run.logs, "train")
-    finished = [step for step in run.checkpoint_steps() if commit.is_finished(run.checkpoint(step))]
-    restarts.count(run.restarts, max(finished, default=0), settings.max_restarts)
+    terminal.redirect_library_output(run.logs, "train")
+    finished = [step for step in run.checkpoint_steps() if commit.is_complete(run.checkpoint(step))]
+    restarts.record_restart(run.restarts, max(finished, default=0), settings.max_restarts)
     from trainer.training.loop import train
     from trainer.training.periodic import HeldOutLoss
 
     evaluate = HeldOutLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
     if not train(settings, evaluate, stop):
-        terminal.go_on_later()
+        terminal.exit_for_requeue()
 
 
 if __name__ == "__main__":

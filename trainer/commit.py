@@ -30,27 +30,27 @@ _READ_BYTES = 512 << 10  # stays in a core's cache until it is digested
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
-class AlreadyThere(Exception):
+class ArtifactExistsError(Exception):
     """Somebody else committed the same directory first; the loser's files are gone, the winner's stand."""
 
 
 @contextlib.contextmanager
-def directory(final: Path, kind: str, facts: dict[str, Any]) -> Iterator[Path]:
+def atomic_directory(final: Path, kind: str, facts: dict[str, Any]) -> Iterator[Path]:
     """Write a directory of one process: yields the temporary directory, commits it on a normal exit.
 
     `facts` goes into the manifest and may be filled inside the block. On an exception nothing is left behind.
     Raises AlreadyThere if `final` exists when the rename is tried.
     """
-    staging = begin(final)
+    staging = create_staging(final)
     try:
         yield staging
-        finish(staging, final, kind, facts, digest_files(staging))
+        publish(staging, final, kind, facts, digest_files(staging))
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def begin(final: Path) -> Path:
+def create_staging(final: Path) -> Path:
     """Create and return a temporary directory beside `final`, under a name nobody else has."""
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = final.parent / f".{final.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
@@ -65,14 +65,14 @@ def digest_files(staging: Path, names: Iterable[str] | None = None) -> dict[str,
 
     def one(name: str) -> dict[str, Any]:
         path = staging / name
-        _flush(path)
+        _fsync(path)
         return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         return dict(zip(chosen, pool.map(one, chosen), strict=True))
 
 
-def finish(
+def publish(
     staging: Path, final: Path, kind: str, facts: dict[str, Any], files: dict[str, dict[str, Any]]
 ) -> None:
     """Write the manifest and rename `staging` to `final`. Every file must be in `files` and the other way round."""
@@ -81,34 +81,34 @@ def finish(
         raise RuntimeError(f"{staging}: files and digests differ: {sorted(present ^ set(files))}")
     manifest = {"format": FORMAT, "kind": kind, "facts": facts, "files": files}
     text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-    _write_and_flush(staging / MANIFEST, text.encode("utf-8"))
+    _write_and_fsync(staging / MANIFEST, text.encode("utf-8"))
     for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
-        _flush(folder)
+        _fsync(folder)
     try:
         os.rename(staging, final)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise AlreadyThere(str(final)) from error
+            raise ArtifactExistsError(str(final)) from error
         raise
-    _flush(final.parent)
+    _fsync(final.parent)
 
 
-def replace(old: Path, new: Path) -> None:
+def replace_directory(old: Path, new: Path) -> None:
     """Put the committed directory `new` in the place of `old`, and remove the old one.
 
     The two change names in one step, so that one of them is always there. Where the file system cannot do that (NFS,
     Lustre) there is a moment without either: killed then, nothing is lost that cannot be made again.
     """
     aside = new
-    if not _exchange(old, new):
+    if not _exchange_names(old, new):
         aside = old.parent / f".{old.name}.{secrets.token_hex(4)}.replaced.tmp"
         os.rename(old, aside)
         os.rename(new, old)
-    _flush(old.parent)
+    _fsync(old.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange_names(one: Path, other: Path) -> bool:
     """Swap two names by Linux's renameat2; False if that cannot be done here."""
     at_working_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
@@ -119,7 +119,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(at_working_directory, names[0], at_working_directory, names[1], exchange) == 0
 
 
-def is_finished(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
@@ -141,7 +141,7 @@ def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
     return manifest
 
 
-def verify(path: Path, names: Iterable[str] | None = None) -> None:
+def verify_digests(path: Path, names: Iterable[str] | None = None) -> None:
     """Compare files with the manifest, size first and then digest. Raises UserError naming the first bad file."""
     path = Path(path)
     files = read_manifest(path)["files"]
@@ -192,7 +192,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
-        _write_and_flush(staging, content)
+        _write_and_fsync(staging, content)
         os.replace(staging, path)
     except BaseException:
         staging.unlink(missing_ok=True)
@@ -203,14 +203,14 @@ def _files_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _write_and_flush(path: Path, content: bytes) -> None:
+def _write_and_fsync(path: Path, content: bytes) -> None:
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _flush(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -226,11 +226,11 @@ def _remove_abandoned(final: Path, staging: Path) -> None:
     now = staging.stat().st_mtime
     for leftover in final.parent.glob(f".{final.name}.*.tmp"):
         with contextlib.suppress(OSError):
-            if now - leftover.stat().st_mtime > _ABANDONED_AFTER_SECONDS and not _builder_lives(leftover):
+            if now - leftover.stat().st_mtime > _ABANDONED_AFTER_SECONDS and not _builder_is_alive(leftover):
                 shutil.rmtree(leftover)
 
 
-def _builder_lives(staging: Path) -> bool:
+def _builder_is_alive(staging: Path) -> bool:
     """Whether the process that a temporary directory's name tells is there; False if it cannot be seen from here."""
     builder = staging.name.rpartition("-")[0]
     host, _, pid = builder.rpartition("-")

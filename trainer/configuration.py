@@ -47,19 +47,19 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
-def required(name: str, value: str) -> None:
+def check_given(name: str, value: str) -> None:
     if not value:
         raise UserError(f"{name} is required")
 
 
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(
             f"{name} is {value!r}; choose one of {', '.join(choices)}{did_you_mean(value, choices)}"
         )
 
 
-def at_least(name: str, value: float, least: float) -> None:
+def check_at_least(name: str, value: float, least: float) -> None:
     if not value >= least:  # also catches NaN
         raise UserError(f"{name} is {value}; it must be at least {least}")
 

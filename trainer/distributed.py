@@ -24,7 +24,7 @@ from trainer.errors import UserError
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedEnvironment:
     """Who this process is. `launcher`: "env" (RANK given), "slurm", "mpi" or "single"."""
 
     rank: int = 0
@@ -34,46 +34,46 @@ class World:
     launcher: str = "single"
 
 
-_world: World | None = None  # set by initialize
+_environment: DistributedEnvironment | None = None  # set by initialize
 
 
-def initialize(timeout_seconds: int = 1800) -> World:
+def initialize(timeout_seconds: int = 1800) -> DistributedEnvironment:
     """Find our place, complete the environment, set threads, memory and device, and open the process group.
 
     Gloo carries CPU tensors and NCCL CUDA ones. A process without a launcher is a world of one. A second call
     changes nothing. Raises UserError for a contradictory environment, a taken port, or ranks that do not meet.
     """
-    global _world
-    if _world is not None:
-        return _world
+    global _environment
+    if _environment is not None:
+        return _environment
     import torch
     import torch.distributed as dist
 
-    _world = discover(os.environ)
-    _refuse_tasks_without_srun(os.environ, _world)
-    if _world.launcher == "mpi":
-        address, port = _agree_over_mpi()
+    _environment = environment_from_launcher(os.environ)
+    _check_started_by_srun(os.environ, _environment)
+    if _environment.launcher == "mpi":
+        address, port = _master_address_over_mpi()
     else:
-        address, port = _master(os.environ, _world)
+        address, port = _master_address(os.environ, _environment)
     os.environ.update(
-        RANK=str(_world.rank),
-        WORLD_SIZE=str(_world.world_size),
-        LOCAL_RANK=str(_world.local_rank),
-        LOCAL_WORLD_SIZE=str(_world.local_world_size),
+        RANK=str(_environment.rank),
+        WORLD_SIZE=str(_environment.world_size),
+        LOCAL_RANK=str(_environment.local_rank),
+        LOCAL_WORLD_SIZE=str(_environment.local_world_size),
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
-    torch.set_num_threads(threads_per_rank(os.environ, _world))
-    malloc.keep_freed_memory()
+    torch.set_num_threads(threads_per_rank(os.environ, _environment))
+    malloc.tune_glibc_malloc()
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(device_index(_world.local_rank, torch.cuda.device_count()))
+        torch.cuda.set_device(device_index(_environment.local_rank, torch.cuda.device_count()))
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
-        rendezvous.join(backend, _world.rank, _world.world_size, timeout_seconds)
+        rendezvous.init_process_group(backend, _environment.rank, _environment.world_size, timeout_seconds)
     if torch.cuda.is_available():
-        _refuse_shared_devices(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
-    return _world
+        _check_one_gpu_per_rank(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+    return _environment
 
 
 def device_index(local_rank: int, num_visible: int) -> int:
@@ -81,7 +81,7 @@ def device_index(local_rank: int, num_visible: int) -> int:
     return local_rank % num_visible
 
 
-def _refuse_shared_devices(identity: str) -> None:
+def _check_one_gpu_per_rank(identity: str) -> None:
     """Collective. Two ranks on one GPU would hang in NCCL or run out of memory."""
     owners: dict[str, int] = {}
     for rank, device in enumerate(gather_objects(identity)):
@@ -93,23 +93,23 @@ def _refuse_shared_devices(identity: str) -> None:
         owners[device] = rank
 
 
-def discover(environment: Mapping[str, str]) -> World:
+def environment_from_launcher(environment: Mapping[str, str]) -> DistributedEnvironment:
     """Read our place from the environment; changes nothing. Raises UserError naming contradictory variables."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        world = _read(environment, "env", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        _refuse_contradiction(environment, world)
+        world = _read_environment(environment, "env", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        _check_consistent(environment, world)
         return world
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
         tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
         names = ("SLURM_PROCID", tasks, "SLURM_LOCALID", "_LOCAL")
-        return _read({**environment, "_LOCAL": str(tasks_on_this_node(environment))}, "slurm", *names)
+        return _read_environment({**environment, "_LOCAL": str(tasks_on_this_node(environment))}, "slurm", *names)
     if "PMI_RANK" in environment:
-        return _read(environment, "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+        return _read_environment(environment, "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
     if "OMPI_COMM_WORLD_RANK" in environment:
         prefix = "OMPI_COMM_WORLD_"
         names = (prefix + "RANK", prefix + "SIZE", prefix + "LOCAL_RANK", prefix + "LOCAL_SIZE")
-        return _read(environment, "mpi", *names)
-    return World()
+        return _read_environment(environment, "mpi", *names)
+    return DistributedEnvironment()
 
 
 def tasks_on_this_node(environment: Mapping[str, str]) -> int:
@@ -137,12 +137,12 @@ def seconds_left_of_job(environment: Mapping[str, str]) -> float | None:
     end = environment.get("SLURM_JOB_END_TIME", "")  # Slurm 23.02 and later
     if end.isdigit():
         return int(end) - time.time()
-    told = _told_by_scontrol("job", environment["SLURM_JOB_ID"])
+    told = _scontrol_show("job", environment["SLURM_JOB_ID"])
     match = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", told)
     return datetime.fromisoformat(match[1]).timestamp() - time.time() if match else None
 
 
-def _told_by_scontrol(kind: str, name: str) -> str:
+def _scontrol_show(kind: str, name: str) -> str:
     """What Slurm knows of a job or a node; "" in a container without its commands (--signal still tells the time)."""
     command = ["scontrol", "--oneliner", "show", kind, name]
     try:
@@ -151,7 +151,7 @@ def _told_by_scontrol(kind: str, name: str) -> str:
         return ""
 
 
-def threads_per_rank(environment: Mapping[str, str], world: World) -> int:
+def threads_per_rank(environment: Mapping[str, str], world: DistributedEnvironment) -> int:
     """Threads of one rank: as told by OMP_NUM_THREADS or Slurm, else this node's share of the usable cores.
 
     Without a limit every rank would start as many threads as there are cores, and they would fight over them.
@@ -163,7 +163,7 @@ def threads_per_rank(environment: Mapping[str, str], world: World) -> int:
     return max(1, cores // world.local_world_size)
 
 
-def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+def without_launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without our place in it: for a program that starts a world of its own.
 
     What is left of a shell, an allocation or an srun step would make its ranks believe that they are somebody else.
@@ -178,21 +178,21 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def world() -> World:
+def environment() -> DistributedEnvironment:
     """Who we are; before `initialize` (an early error must be told once, not by every rank) as the launcher says."""
-    return _world or discover(os.environ)
+    return _environment or environment_from_launcher(os.environ)
 
 
 def is_main_process() -> bool:
-    return world().rank == 0
+    return environment().rank == 0
 
 
-def _alone() -> bool:
-    return _world is None or _world.world_size == 1
+def _is_single_process() -> bool:
+    return _environment is None or _environment.world_size == 1
 
 
 def barrier() -> None:
-    if not _alone():
+    if not _is_single_process():
         import torch.distributed as dist
 
         dist.barrier()
@@ -200,7 +200,7 @@ def barrier() -> None:
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank (a small picklable object; it comes from our own processes only)."""
-    if _alone():
+    if _is_single_process():
         return value
     import torch.distributed as dist
 
@@ -211,18 +211,18 @@ def broadcast_object(value: Any) -> Any:
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
-    if _alone():
+    if _is_single_process():
         return [value]
     import torch.distributed as dist
 
-    values: list[Any] = [None] * world().world_size
+    values: list[Any] = [None] * environment().world_size
     dist.all_gather_object(values, value)
     return values
 
 
 def any_rank(flag: bool) -> bool:
     """Collective. Whether the flag is set on any rank; one small reduction on the CPU."""
-    if _alone():
+    if _is_single_process():
         return flag
     import torch
     import torch.distributed as dist
@@ -232,7 +232,7 @@ def any_rank(flag: bool) -> bool:
     return float(flags) > 0
 
 
-def raise_together(error: str | None) -> None:
+def raise_on_all_ranks(error: str | None) -> None:
     """If any rank has an error, every rank raises it: nobody is left waiting in a collective."""
     errors = [(rank, text) for rank, text in enumerate(gather_objects(error)) if text]
     if errors:
@@ -240,7 +240,7 @@ def raise_together(error: str | None) -> None:
         raise UserError(text if rank == 0 else f"rank {rank}: {text}")
 
 
-def is_lost_connection(error: Exception) -> bool:
+def is_communication_failure(error: Exception) -> bool:
     """Whether a collective failed because a rank is gone, or does not answer. (Gloo has no exception of its own.)"""
     if "torch.distributed" not in sys.modules:
         return False
@@ -251,7 +251,7 @@ def is_lost_connection(error: Exception) -> bool:
 
 def shutdown() -> None:
     """Close the process group and leave MPI's world, if there is one of either. Nothing may be said to others after."""
-    global _world
+    global _environment
     if "torch.distributed" in sys.modules:
         import torch.distributed as dist
 
@@ -262,10 +262,10 @@ def shutdown() -> None:
 
         if MPI.Is_initialized() and not MPI.Is_finalized():
             MPI.Finalize()
-    _world = None
+    _environment = None
 
 
-def _read(environment: Mapping[str, str], launcher: str, *names: str) -> World:
+def _read_environment(environment: Mapping[str, str], launcher: str, *names: str) -> DistributedEnvironment:
     rank, size, local_rank, local_size = names
     values = {}
     for name in names:
@@ -281,7 +281,7 @@ def _read(environment: Mapping[str, str], launcher: str, *names: str) -> World:
             raise UserError(
                 f"{name}={text!r} in the environment is not a number ({launcher} launch)"
             ) from None
-    found = World(values[rank], values[size], values[local_rank], values[local_size], launcher)
+    found = DistributedEnvironment(values[rank], values[size], values[local_rank], values[local_size], launcher)
     if not 0 <= found.rank < found.world_size:
         raise UserError(
             f"{rank}={found.rank} but {size}={found.world_size}: a rank is below the number of ranks"
@@ -289,7 +289,7 @@ def _read(environment: Mapping[str, str], launcher: str, *names: str) -> World:
     return found
 
 
-def _refuse_contradiction(environment: Mapping[str, str], found: World) -> None:
+def _check_consistent(environment: Mapping[str, str], found: DistributedEnvironment) -> None:
     """RANK set by hand, or left over in a shell, inside an srun step: N separate runs, or ranks waiting for ever.
 
     Right are one task a rank with Slurm's own numbers, and one launcher task a node.
@@ -311,7 +311,7 @@ def _refuse_contradiction(environment: Mapping[str, str], found: World) -> None:
         )
 
 
-def _refuse_tasks_without_srun(environment: Mapping[str, str], found: World) -> None:
+def _check_started_by_srun(environment: Mapping[str, str], found: DistributedEnvironment) -> None:
     """A tool started in a batch script without srun would be alone, and the job's other tasks idle."""
     tasks = environment.get("SLURM_NTASKS", "")
     if found.launcher == "single" and tasks.isdigit() and int(tasks) > 1:
@@ -321,7 +321,7 @@ def _refuse_tasks_without_srun(environment: Mapping[str, str], found: World) -> 
         )
 
 
-def _master(environment: Mapping[str, str], found: World) -> tuple[str, int]:
+def _master_address(environment: Mapping[str, str], found: DistributedEnvironment) -> tuple[str, int]:
     """Address and port of rank 0. On Slurm the port follows from the job id: two jobs on a node do not meet."""
     if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
         return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
@@ -329,20 +329,20 @@ def _master(environment: Mapping[str, str], found: World) -> tuple[str, int]:
         # A restarted job takes another port: the old one may still be held by ranks that take long to die.
         job = int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])
         port = 20000 + (job + 13 * restarts_of_job(environment)) % 20000
-        return _address(first_host(environment["SLURM_STEP_NODELIST"])), port
+        return _node_address(first_host(environment["SLURM_STEP_NODELIST"])), port
     if found.world_size > 1:
         raise UserError("RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT are not")
     return "127.0.0.1", rendezvous.free_port()
 
 
-def _address(node: str) -> str:
+def _node_address(node: str) -> str:
     """A node's name, or, where names of nodes are not names of hosts, the address Slurm itself uses."""
     try:
         socket.getaddrinfo(node, None)
         return node
     except OSError:
         pass
-    match = re.search(r"\bNodeAddr=(\S+)", _told_by_scontrol("node", node))
+    match = re.search(r"\bNodeAddr=(\S+)", _scontrol_show("node", node))
     if not match:
         raise UserError(f"the node name {node} does not resolve, and scontrol does not tell its address")
     return match[1]
@@ -356,7 +356,7 @@ def first_host(nodelist: str) -> str:
     return match[1] + (match[2] or "") + match[3]
 
 
-def _agree_over_mpi() -> tuple[str, int]:
+def _master_address_over_mpi() -> tuple[str, int]:
     from mpi4py import MPI
 
     here = (socket.gethostname(), rendezvous.free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
@@ -365,7 +365,7 @@ def _agree_over_mpi() -> tuple[str, int]:
     return ("127.0.0.1" if same_host else host), port
 
 
-def agree(what: str, value: Any) -> None:
+def assert_same_on_all_ranks(what: str, value: Any) -> None:
     """Refuse to go on if ranks see different things (another file, another code version). Raises UserError on all."""
     values = gather_objects(value)
     for rank, other in enumerate(values):

@@ -11,7 +11,7 @@ from trainer import distributed
 
 
 @dataclass(frozen=True)
-class Identity:
+class ProcessIdentity:
     """A process. Process numbers are used again, so its start counts too; they mean something in one `space` only."""
 
     host: str
@@ -22,34 +22,34 @@ class Identity:
     restarts: int  # of that job
 
     @classmethod
-    def of_this_process(cls) -> Identity:
+    def of_this_process(cls) -> ProcessIdentity:
         return cls(
             socket.gethostname(),
             os.getpid(),
-            _start(os.getpid()) or 0,
-            _space(),
+            _start_ticks(os.getpid()) or 0,
+            _pid_space(),
             os.environ.get("SLURM_JOB_ID", ""),
             distributed.restarts_of_job(os.environ),
         )
 
-    def lives(self) -> bool | None:
+    def is_alive(self) -> bool | None:
         """Whether the process is still there; None if that cannot be seen from here."""
-        if self.space != _space() or not self.started:
+        if self.space != _pid_space() or not self.started:
             return None
-        return _start(self.pid) == self.started
+        return _start_ticks(self.pid) == self.started
 
     def __str__(self) -> str:
         job = f"Slurm job {self.job}, " if self.job else ""
         return f"{job}host {self.host}, pid {self.pid}"
 
 
-def _start(pid: int) -> int | None:
+def _start_ticks(pid: int) -> int | None:
     """When a process was started, in clock ticks after boot; None if there is none (or nothing but its exit status)."""
     fields = _stat(pid)
     return None if not fields or fields[0] in "ZX" else int(fields[19])
 
 
-def parent(pid: int) -> int:
+def parent_pid(pid: int) -> int:
     """The number of a process's parent; 0 if there is no such process, or no /proc."""
     fields = _stat(pid)
     return int(fields[1]) if fields else 0
@@ -64,7 +64,7 @@ def _stat(pid: int) -> list[str]:
     return text.rpartition(")")[2].split()  # the command, in parentheses before them, may contain anything
 
 
-def _space() -> str:
+def _pid_space() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -15,23 +15,23 @@ from trainer import identity
 
 _COMMANDS = {"deepspeed", "torchrun"}
 _MODULES = {"deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"}
-_MOST = 8  # a launcher, its helper, numactl, shells between them
+_MAX_ANCESTORS = 8  # a launcher, its helper, numactl, shells between them
 
 
 class Launcher:
     """The line of processes from our parent up to the launcher; empty if no launcher is known."""
 
     def __init__(self) -> None:
-        ancestors = _ancestors(_MOST)
+        ancestors = _ancestors(_MAX_ANCESTORS)
         launchers = [place for place, pid in enumerate(ancestors) if _is_launcher(pid)]
         self._line = ancestors[: launchers[-1] + 1] if launchers else []
 
     @property
-    def known(self) -> bool:
+    def is_known(self) -> bool:
         return bool(self._line)
 
     @property
-    def gone(self) -> bool:
+    def is_gone(self) -> bool:
         """Whether one of them has ended: its child then has another parent."""
         return _ancestors(len(self._line)) != self._line
 
@@ -42,7 +42,7 @@ def _ancestors(most: int) -> list[int]:
     pid = os.getppid()
     while len(found) < most and pid > 1:
         found.append(pid)
-        pid = identity.parent(pid)
+        pid = identity.parent_pid(pid)
     return found
 
 

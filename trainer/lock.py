@@ -30,36 +30,36 @@ from pathlib import Path
 
 from trainer import commit, terminal
 from trainer.errors import UserError
-from trainer.identity import Identity
+from trainer.identity import ProcessIdentity
 
-BEAT_SECONDS = 10.0  # at least so often the owner gives a sign of life
-_SILENT_SECONDS = 300.0
-_WATCH_SECONDS = 3 * BEAT_SECONDS
+HEARTBEAT_SECONDS = 10.0  # at least so often the owner gives a sign of life
+_STALE_SECONDS = 300.0
+_WATCH_SECONDS = 3 * HEARTBEAT_SECONDS
 _OWNER = "owner.json"
-_KEPT_ASIDE = 8
-_ATTEMPTS = 20
+_MAX_STALE_LOCKS = 8
+_MAX_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
-class Owner:
-    process: Identity
+class LockOwner:
+    process: ProcessIdentity
     token: str  # of this taking
     since: str  # local time, for people
 
 
-class Lock:
+class DirectoryLock:
     """A hold on a directory; without an owner (a rank whose rank 0 holds it) an empty shell."""
 
-    def __init__(self, path: Path, owner: Owner | None):
+    def __init__(self, path: Path, owner: LockOwner | None):
         self._path, self._owner = path, owner
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """A sign of life."""
         if self._owner:
             with contextlib.suppress(OSError):
                 os.utime(self._path / _OWNER)  # no time given: the file server's own
 
-    def loss(self) -> str | None:
+    def taken_over_by(self) -> str | None:
         """Who has taken the lock from us, as a message; None while it is ours."""
         if self._owner is None:
             return None
@@ -70,7 +70,7 @@ class Lock:
         return f"{self._path} was taken from this job {by}; it stops here, before it could overwrite the other's work"
 
     def release(self) -> None:
-        if self._owner and self.loss() is None:
+        if self._owner and self.taken_over_by() is None:
             aside = self._path.with_name(f".{self._path.name}.{self._owner.token}.released.tmp")
             with contextlib.suppress(OSError):
                 os.rename(self._path, aside)
@@ -78,13 +78,13 @@ class Lock:
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock while in use; a thread gives the signs of life. Raises UserError, naming the holder, if it is taken."""
     lock, ended = acquire(path), threading.Event()
 
     def beat() -> None:
-        while not ended.wait(BEAT_SECONDS):
-            lock.beat()
+        while not ended.wait(HEARTBEAT_SECONDS):
+            lock.heartbeat()
 
     threading.Thread(target=beat, name="lock", daemon=True).start()
     try:
@@ -94,35 +94,35 @@ def held(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def holder(path: Path) -> Owner | None:
+def current_owner(path: Path) -> LockOwner | None:
     """Who holds the lock, to show it; None if nobody does, or it is known to be gone. Raises UserError if it is damaged."""
     found = _read(path)
-    return None if found is None or found.process.lives() is False else found
+    return None if found is None or found.process.is_alive() is False else found
 
 
-def acquire(path: Path) -> Lock:
+def acquire(path: Path) -> DirectoryLock:
     """Take the lock, also from an owner that is gone. Raises UserError, naming who holds it and since when, or OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    me = Owner(Identity.of_this_process(), secrets.token_hex(8), time.strftime("%Y-%m-%d %H:%M:%S %z"))
-    for _ in range(_ATTEMPTS):
+    me = LockOwner(ProcessIdentity.of_this_process(), secrets.token_hex(8), time.strftime("%Y-%m-%d %H:%M:%S %z"))
+    for _ in range(_MAX_ATTEMPTS):
         if _install(path, me):
-            _forget_old(path)
-            return Lock(path, me)
+            _remove_old_locks(path)
+            return DirectoryLock(path, me)
         other = _read(path)
         if other is None:  # released between the two looks
             continue
-        reason = _why_gone(path, other, me)
+        reason = _reason_owner_is_gone(path, other, me)
         if reason is None:
             raise UserError(
                 f"{path.parent} is in use: {other.process}, since {other.since}; wait for it, end it, or give another "
                 f"output_dir (if it is surely gone, remove {path})"
             )
         if _set_aside(path, other):
-            terminal.warn(f"{path.parent}: took over from {other.process}, since {other.since}: {reason}")
+            terminal.warning(f"{path.parent}: took over from {other.process}, since {other.since}: {reason}")
     raise UserError(f"{path}: others take and release it all the time; start one job per directory")
 
 
-def _install(path: Path, owner: Owner) -> bool:
+def _install(path: Path, owner: LockOwner) -> bool:
     staging = path.with_name(f".{path.name}.{owner.token}.tmp")
     staging.mkdir(exist_ok=True)
     commit.write_text(staging / _OWNER, json.dumps(asdict(owner), indent=1) + "\n")
@@ -136,11 +136,11 @@ def _install(path: Path, owner: Owner) -> bool:
     return True
 
 
-def _read(path: Path) -> Owner | None:
+def _read(path: Path) -> LockOwner | None:
     """The owner of the lock; None if nobody is. Raises UserError if the file is damaged."""
     try:
         found = json.loads((path / _OWNER).read_text(encoding="utf-8"))
-        return Owner(Identity(**found["process"]), found["token"], found["since"])
+        return LockOwner(ProcessIdentity(**found["process"]), found["token"], found["since"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -149,7 +149,7 @@ def _read(path: Path) -> Owner | None:
         ) from None
 
 
-def _set_aside(path: Path, other: Owner) -> bool:
+def _set_aside(path: Path, other: LockOwner) -> bool:
     """Move the lock of an owner that is gone out of the way; False if somebody else was faster."""
     try:
         os.rename(path, path.with_name(f".{path.name}.{other.token}.gone.tmp"))
@@ -160,17 +160,17 @@ def _set_aside(path: Path, other: Owner) -> bool:
         raise
 
 
-def _forget_old(path: Path) -> None:
+def _remove_old_locks(path: Path) -> None:
     """Keep the last few locks that were set aside: a slow taker may still be about to move the same one."""
     with contextlib.suppress(OSError):
         aside = sorted(path.parent.glob(f".{path.name}.*.gone.tmp"), key=lambda old: old.stat().st_ctime)
-        for old in aside[:-_KEPT_ASIDE]:
+        for old in aside[:-_MAX_STALE_LOCKS]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _why_gone(path: Path, other: Owner, me: Owner) -> str | None:
+def _reason_owner_is_gone(path: Path, other: LockOwner, me: LockOwner) -> str | None:
     """Why the other owner no longer counts; None if it may be alive."""
-    lives = other.process.lives()
+    lives = other.process.is_alive()
     if lives is not None:
         return None if lives else "its process is gone"
     if other.process.job and other.process.job == me.process.job:
@@ -178,7 +178,7 @@ def _why_gone(path: Path, other: Owner, me: Owner) -> str | None:
             return "this is the same Slurm job, started again"
     elif other.process.job and _job_is_gone(other.process.job):
         return "its Slurm job is not running any more"
-    return _silence(path)
+    return _reason_stale(path)
 
 
 def _job_is_gone(job: str) -> bool:
@@ -193,15 +193,15 @@ def _job_is_gone(job: str) -> bool:
     return not told.stdout.strip() or set(told.stdout.split()) <= {"PENDING"}
 
 
-def _silence(path: Path) -> str | None:
+def _reason_stale(path: Path) -> str | None:
     """How long there was no sign of life, if it is long enough and stays so while we watch."""
     owner = path / _OWNER
     try:
         last, now = owner.stat().st_mtime_ns, _file_system_time(path.parent)
         silent = (now - last) / 1e9
-        if silent < _SILENT_SECONDS:
+        if silent < _STALE_SECONDS:
             return None
-        terminal.say(f"{path}: no sign of life for {silent:.0f} s; watching it for {_WATCH_SECONDS:.0f} s")
+        terminal.info(f"{path}: no sign of life for {silent:.0f} s; watching it for {_WATCH_SECONDS:.0f} s")
         time.sleep(_WATCH_SECONDS)
         return f"no sign of life for {silent:.0f} s" if owner.stat().st_mtime_ns == last else None
     except FileNotFoundError:

@@ -30,7 +30,7 @@ _CONTROL_GROUP_FILES = [
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
-def keep_freed_memory() -> None:
+def tune_glibc_malloc() -> None:
     """Before there are other threads. Nothing on an accelerator, without glibc, or if MALLOC_* in the environment decide."""
     import torch
 
@@ -43,7 +43,7 @@ def keep_freed_memory() -> None:
         mallopt(_M_ARENA_MAX, 1)
 
 
-def hand_back() -> None:
+def trim_heap() -> None:
     """Give the free pages of the heap back to the kernel, those in the middle of it too; nothing without glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -88,7 +88,7 @@ class HeapLimit:
             self._limit_bytes = _GROWTH * resident + _GROWTH_BYTES
         if resident <= self._limit_bytes:
             return False
-        hand_back()
+        trim_heap()
         return True
 
 

@@ -14,7 +14,7 @@ _SLACK_SECONDS = 2.0  # in which torch's own reason may still come
 _WAIT_SECONDS = 300  # ranks of one job start together, but one node may have to import over a slow network
 
 
-def join(backend: str, rank: int, world_size: int, timeout_seconds: int) -> None:
+def init_process_group(backend: str, rank: int, world_size: int, timeout_seconds: int) -> None:
     """Open the process group; its collectives wait for `timeout_seconds`. The environment is complete.
 
     Raises UserError on rank 0 if another program has the port, and on the others if rank 0 does not answer in time.
@@ -31,7 +31,7 @@ def join(backend: str, rank: int, world_size: int, timeout_seconds: int) -> None
         store.set_timeout(timeout)
 
     try:
-        _within(wait + _SLACK_SECONDS, meet)
+        _run_with_timeout(wait + _SLACK_SECONDS, meet)
     except (dist.DistError, TimeoutError) as error:
         if rank == 0 and "EADDRINUSE" in str(error):
             raise UserError(
@@ -49,7 +49,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def limit_waiting(timeout_seconds: int) -> None:
+def set_group_timeouts(timeout_seconds: int) -> None:
     """Give every process group this limit: DeepSpeed's own keep torch's 30 minutes, whatever the first was given."""
     import torch.distributed as dist
 
@@ -57,7 +57,7 @@ def limit_waiting(timeout_seconds: int) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
-def _within(seconds: float, action: Callable[[], None]) -> None:
+def _run_with_timeout(seconds: float, action: Callable[[], None]) -> None:
     """Do it; raises what it raises, or TimeoutError if it takes longer.
 
     In a thread, because torch waits without an end for the first word of a listener that is not torch's, and because no

@@ -16,7 +16,7 @@ from trainer import commit, distributed
 from trainer.errors import UserError
 
 
-def count(file: Path, progress: int, most: int) -> None:
+def record_restart(file: Path, progress: int, max_restarts: int) -> None:
     """Rank 0: write this start into `file`; `progress` is a number that grows whenever something was kept.
 
     Raises UserError if the scheduler has restarted the job more than `most` times since `progress` last grew. A start
@@ -36,10 +36,10 @@ def count(file: Path, progress: int, most: int) -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     commit.write_text(file, json.dumps(now) + "\n")
-    if without_progress > most:
+    if without_progress > max_restarts:
         raise UserError(
             f"restarted {without_progress} times without getting further than {progress}; this is the end of it "
-            f"(max_restarts is {most}). Look at the logs for the cause, then start it again ({file} has the count)"
+            f"(max_restarts is {max_restarts}). Look at the logs for the cause, then start it again ({file} has the count)"
         )
 
 

@@ -19,7 +19,7 @@ def evaluation_name(*parts: str, calculator: bool = True, temperature: float = 0
     return "-".join(name)
 
 
-def parts_of_name(name: str) -> tuple[str, str, str, int | None]:
+def parse_run_name(name: str) -> tuple[str, str, str, int | None]:
     """<data>.<method>.<model>.s<seed> -> its parts; a model's name may hold dots. Other names say nothing."""
     parts = name.split(".")
     if len(parts) < 4 or not parts[-1].startswith("s") or not parts[-1][1:].isdecimal():
@@ -42,7 +42,7 @@ class EvaluationDirectory:
         return self.path / "predictions.jsonl"
 
     @property
-    def parts(self) -> Path:
+    def rank_files(self) -> Path:
         return self.path / "parts"
 
     @property
@@ -183,12 +183,12 @@ class StudyDirectory:
         return [run for run in found if run.settings.is_file()]
 
 
-def composite_run(method: str, runs: list[RunDirectory]) -> RunDirectory | None:
+def pair_run(method: str, runs: list[RunDirectory]) -> RunDirectory | None:
     """Where the students of several runs answer together by `method`: a run beside theirs, that trains nothing.
 
     None if they are not of one study, or differ in data or seed. Models that differ are both in its name.
     """
-    names = [parts_of_name(run.name) for run in runs]
+    names = [parse_run_name(run.name) for run in runs]
     origins = {(run.path.resolve().parent, name[0], name[3]) for run, name in zip(runs, names, strict=True)}
     if len(origins) != 1:
         return None
@@ -209,7 +209,7 @@ class AnnotationDirectory:
         return self.path / "responses.jsonl"
 
     @property
-    def damaged(self) -> Path:
+    def corrupt_lines(self) -> Path:
         """Half-written lines that were cut off the end of `responses`."""
         return self.path / "responses.damaged.txt"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trainer.configuration import at_least, one_of, required, setting
+from trainer.configuration import check_at_least, check_one_of, check_given, setting
 from trainer.errors import UserError
 
 METHODS = (
@@ -49,19 +49,19 @@ class PrepareSettings:
     method: str = setting("socratic", "whose view --inspect shows", choices=METHODS)
 
     def __post_init__(self) -> None:
-        one_of("data", self.data, DATA)
-        one_of("method", self.method, METHODS)
-        required("output_dir", self.output_dir)
+        check_one_of("data", self.data, DATA)
+        check_one_of("method", self.method, METHODS)
+        check_given("output_dir", self.output_dir)
         if not self.inspect:
-            required("tokenizer_name", self.tokenizer_name)
+            check_given("tokenizer_name", self.tokenizer_name)
             if self.data != "stories":
-                required("data_path", self.data_path)
-        at_least("max_length", self.max_length, 8)
-        at_least("num_problems", self.num_problems, 1)
-        at_least("min_steps", self.min_steps, 1)
-        at_least("max_steps", self.max_steps, self.min_steps)
+                check_given("data_path", self.data_path)
+        check_at_least("max_length", self.max_length, 8)
+        check_at_least("num_problems", self.num_problems, 1)
+        check_at_least("min_steps", self.min_steps, 1)
+        check_at_least("max_steps", self.max_steps, self.min_steps)
         for name in ("max_problems", "num_processes", "inspect"):
-            at_least(name, getattr(self, name), 0)
+            check_at_least(name, getattr(self, name), 0)
 
 
 @dataclass
@@ -131,17 +131,17 @@ class TrainSettings:
     dry_run: bool = setting(False, "only show what memory, disk and time the run would need here")
 
     def __post_init__(self) -> None:
-        required("train_shards", self.train_shards)
-        required("output_dir", self.output_dir)
+        check_given("train_shards", self.train_shards)
+        check_given("output_dir", self.output_dir)
         self.check()
 
     def check(self) -> None:
         """Everything but which data and where to; a plan may leave both open. Raises UserError."""
-        one_of("method", self.method, METHODS)
+        check_one_of("method", self.method, METHODS)
         self.packing = _yes_or_no(self.packing)
-        one_of("packing", self.packing, PACKING)
-        one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
-        one_of("report_to", self.report_to, ("none", "wandb"))
+        check_one_of("packing", self.packing, PACKING)
+        check_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        check_one_of("report_to", self.report_to, ("none", "wandb"))
         if bool(self.model_name_or_path) == bool(self.config_name):
             raise UserError(
                 "give either model_name_or_path (pretrained) or config_name (random weights), not both or none"
@@ -157,8 +157,8 @@ class TrainSettings:
             "save_total_limit",
         )
         for name in (*at_least_one, "timeout_seconds"):
-            at_least(name, getattr(self, name), 1)
-        at_least("pack_length", self.pack_length, 8)
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("pack_length", self.pack_length, 8)
         not_negative = (
             "max_steps",
             "time_limit_seconds",
@@ -169,7 +169,7 @@ class TrainSettings:
             "max_grad_norm",
         )
         for name in not_negative:
-            at_least(name, getattr(self, name), 0)
+            check_at_least(name, getattr(self, name), 0)
         if self.max_steps == 0 and self.num_train_epochs <= 0:
             raise UserError("nothing to train: both max_steps and num_train_epochs are 0")
         if not 0 < self.learning_rate < math.inf:
@@ -237,20 +237,20 @@ class EvaluateSettings:
     overwrite: bool = setting(False, "evaluate again although results with other settings are there")
 
     def __post_init__(self) -> None:
-        required("shards", self.shards)
+        check_given("shards", self.shards)
         self._check_who_answers()
-        one_of("mode", self.mode, MODES)
+        check_one_of("mode", self.mode, MODES)
         if (self.mode == "few_shot") != bool(self.exemplars):
             raise UserError("mode few_shot and exemplars (a JSONL file of solved problems) go together")
-        one_of("dtype", self.dtype, DTYPES)
-        one_of("backend", self.backend, BACKENDS)
-        at_least("temperature", self.temperature, 0)
-        one_of("subquestions", self.subquestions, ("decomposer", "gold"))
-        one_of("guidance_from", self.guidance_from, ("planner", "gold"))
+        check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("backend", self.backend, BACKENDS)
+        check_at_least("temperature", self.temperature, 0)
+        check_one_of("subquestions", self.subquestions, ("decomposer", "gold"))
+        check_one_of("guidance_from", self.guidance_from, ("planner", "gold"))
         for name in ("max_new_tokens", "batch_size", "max_steps"):
-            at_least(name, getattr(self, name), 1)
-        at_least("max_restarts", self.max_restarts, 0)
-        at_least("max_problems", self.max_problems, 0)
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("max_restarts", self.max_restarts, 0)
+        check_at_least("max_problems", self.max_problems, 0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it is a probability above 0 and at most 1")
 
@@ -294,8 +294,8 @@ class ConvertSettings:
     dry_run: bool = setting(False, "only show what would be written, with sizes")
 
     def __post_init__(self) -> None:
-        required("checkpoint_dir", self.checkpoint_dir)
-        one_of("dtype", self.dtype, ("same", *DTYPES))
+        check_given("checkpoint_dir", self.checkpoint_dir)
+        check_one_of("dtype", self.dtype, ("same", *DTYPES))
 
 
 @dataclass
@@ -316,11 +316,11 @@ class PlanSettings(TrainSettings):
     def __post_init__(self) -> None:
         if not self.study:
             self.check()
-        at_least("nodes", self.nodes, 1)
-        at_least("gpus_per_node", self.gpus_per_node, 1)
-        at_least("mean_length", self.mean_length, 2)
+        check_at_least("nodes", self.nodes, 1)
+        check_at_least("gpus_per_node", self.gpus_per_node, 1)
+        check_at_least("mean_length", self.mean_length, 2)
         for name in ("host_memory_gb", "disk_gb", "num_problems"):
-            at_least(name, getattr(self, name), 0)
+            check_at_least(name, getattr(self, name), 0)
 
 
 @dataclass
@@ -338,8 +338,8 @@ class DoctorSettings:
     json: bool = setting(False, "print JSON")
 
     def __post_init__(self) -> None:
-        required("output_dir", self.output_dir)
-        at_least("min_free_gb", self.min_free_gb, 0)
+        check_given("output_dir", self.output_dir)
+        check_at_least("min_free_gb", self.min_free_gb, 0)
 
 
 @dataclass
@@ -360,4 +360,4 @@ class PlotSettings:
     def __post_init__(self) -> None:
         if not self.runs:
             raise UserError("name at least one study directory or run directory, e.g. runs/quickstart")
-        at_least("max_examples", self.max_examples, 0)
+        check_at_least("max_examples", self.max_examples, 0)

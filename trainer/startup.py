@@ -12,12 +12,12 @@ import os
 from collections.abc import Iterator
 
 
-def begin() -> None:
+def pause_gc() -> None:
     """Called by a tool that is about to load the heavy libraries: no collection until `done`."""
     gc.disable()
 
 
-def done() -> None:
+def freeze_gc() -> None:
     """Loaded: collect from now on, but only among what is made from now on. Without `begin` nothing changes."""
     if not gc.isenabled():
         gc.freeze()
@@ -25,7 +25,7 @@ def done() -> None:
 
 
 @contextlib.contextmanager
-def without_compiler() -> Iterator[None]:
+def torch_compile_disabled() -> Iterator[None]:
     """Inside, torch.compile gives functions back as they are. For `deepspeed.initialize`.
 
     It looks whether the optimizer is Muon, and importing Muon (0.19.8) decorates kernels that AdamW never calls: that

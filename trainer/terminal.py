@@ -19,28 +19,28 @@ from typing import Any, NoReturn, TextIO
 from trainer import distributed
 from trainer.errors import UserError
 
-_LINE_EVERY_SECONDS = 15.0  # of progress, where there is no terminal to draw a bar on
+_LINE_INTERVAL_SECONDS = 15.0  # of progress, where there is no terminal to draw a bar on
 _OTHERS_WAIT_SECONDS = (
     3.0  # a failing rank lets rank 0 speak first: the launcher ends the others when it exits
 )
 
-GO_ON_LATER = (
+EXIT_REQUEUE = (
     75  # exit status of a tool that was asked to stop and can be started again (EX_TEMPFAIL of sysexits.h)
 )
 
-LOST_OTHERS = 76  # ... of a rank that cannot go on because another is gone: the cause is elsewhere
+EXIT_PEER_LOST = 76  # ... of a rank that cannot go on because another is gone: the cause is elsewhere
 
 _output: TextIO | None = None
 _log: Path | None = None
 
 
-def capture_chatter(logs: Path, tool: str) -> None:
+def redirect_library_output(logs: Path, tool: str) -> None:
     """From now on stdout and stderr of this process go to `logs/<tool>.rank<r>.log`; `say`, `warn` and bars do not.
 
     Called before the heavy imports, which are the first to chatter.
     """
     global _output, _log
-    rank = distributed.discover(os.environ).rank
+    rank = distributed.environment_from_launcher(os.environ).rank
     logs.mkdir(parents=True, exist_ok=True)
     _log = logs / f"{tool}.rank{rank}.log"
     sys.stdout.flush()
@@ -54,43 +54,43 @@ def capture_chatter(logs: Path, tool: str) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def say(text: str) -> None:
+def info(text: str) -> None:
     """One event, for the user, once."""
     if distributed.is_main_process():
         _write_line(text, sys.stdout)
 
 
-def warn(text: str) -> None:
-    say(f"warning: {text}")
+def warning(text: str) -> None:
+    info(f"warning: {text}")
 
 
-def alarm(text: str) -> None:
+def error_on_any_rank(text: str) -> None:
     """Of any rank, at once: what the others cannot say because they hang."""
     _write_line(text, sys.stderr)
 
 
-class Bars:
+class ProgressBars:
     """Progress of what goes on at the same time: bars below each other on a terminal, a line every few seconds elsewhere,
     nothing on other ranks."""
 
     def __init__(self) -> None:
-        self._open: list[Bar] = []
+        self._open: list[ProgressBar] = []
         self._drawn: Any = None  # rich's, while a bar is open
 
-    def add(self, label: str, total: int, done: int = 0) -> Bar:
+    def add(self, label: str, total: int, done: int = 0) -> ProgressBar:
         """Total 0: unknown."""
         if not self._open:
             self._drawn = _drawn()
-        bar = Bar(self, self._drawn, label, total, done)
+        bar = ProgressBar(self, self._drawn, label, total, done)
         self._open.append(bar)
         return bar
 
     @property
     def line_every_seconds(self) -> float:
         """Of one of them, where there is no terminal: the more there are, the less often, and lines come as often as ever."""
-        return _LINE_EVERY_SECONDS * len(self._open)
+        return _LINE_INTERVAL_SECONDS * len(self._open)
 
-    def remove(self, bar: Bar) -> None:
+    def remove(self, bar: ProgressBar) -> None:
         if bar in self._open:
             self._open.remove(bar)
             if self._drawn is not None and not self._open:
@@ -101,10 +101,10 @@ class Bars:
             bar.close()
 
 
-class Bar:
+class ProgressBar:
     """How far one thing is; made by `Bars.add` or `progress`."""
 
-    def __init__(self, bars: Bars, drawn: Any, label: str, total: int, done: int):
+    def __init__(self, bars: ProgressBars, drawn: Any, label: str, total: int, done: int):
         self._bars, self._drawn = bars, drawn
         self._label, self._total, self._done = label, total, done
         self._start, self._start_done, self._last_line = time.monotonic(), done, time.monotonic()
@@ -120,7 +120,7 @@ class Bar:
         elif time.monotonic() - self._last_line >= self._bars.line_every_seconds:
             self._last_line = time.monotonic()
             of_total = f"/{self._total}" if self._total else ""
-            say(f"{self._label} {done}{of_total}{', ' + note if note else ''}{self._eta()}")
+            info(f"{self._label} {done}{of_total}{', ' + note if note else ''}{self._eta()}")
 
     def close(self) -> None:
         self._bars.remove(self)
@@ -149,8 +149,8 @@ def _drawn() -> Any:
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int, done: int = 0) -> Iterator[Bar]:
-    with contextlib.closing(Bars().add(label, total, done)) as bar:
+def progress(label: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
+    with contextlib.closing(ProgressBars().add(label, total, done)) as bar:
         yield bar
 
 
@@ -181,8 +181,8 @@ def run(main: Callable[[], object]) -> NoReturn:
     except Exception as error:
         traceback.print_exc()  # to the log, if chatter is captured
         where = f" (traceback in {_log})" if _log else ""
-        is_lost = distributed.is_lost_connection(error)
-        _fail(f"error: {type(error).__name__}: {error}{where}", LOST_OTHERS if is_lost else 1)
+        is_lost = distributed.is_communication_failure(error)
+        _fail(f"error: {type(error).__name__}: {error}{where}", EXIT_PEER_LOST if is_lost else 1)
     if not isinstance(status, int):  # sys.exit("why")
         _fail(str(status), 1)
     distributed.shutdown()
@@ -190,14 +190,14 @@ def run(main: Callable[[], object]) -> NoReturn:
     _end(int(status))
 
 
-def go_on_later() -> NoReturn:
+def exit_for_requeue() -> NoReturn:
     """End this process with the status that says: I was asked to stop, what is done is kept, start me again."""
-    _end(GO_ON_LATER)
+    _end(EXIT_REQUEUE)
 
 
 def _fail(message: str, status: int) -> NoReturn:
     try:
-        rank = distributed.world().rank
+        rank = distributed.environment().rank
     except UserError:  # the environment is what is wrong
         rank = 0
     if rank != 0:

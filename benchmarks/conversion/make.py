@@ -61,10 +61,10 @@ def config_of(size: str) -> Any:
 def make(run: Path, size: str, stage: int, ranks: int) -> Path:
     """`run/checkpoints/step-000001`, finished, unless it is there. Returns it."""
     final = run / "checkpoints" / f"step-{STEP:06d}"
-    if commit.is_finished(final):
+    if commit.is_complete(final):
         return final
     template = _template(run.parent, size, stage, ranks)
-    staging = commit.begin(final)
+    staging = commit.create_staging(final)
     places = list(_places(size))
     for path in sorted(template.glob("*_states.pt")):
         state = _load(path)
@@ -78,7 +78,7 @@ def make(run: Path, size: str, stage: int, ranks: int) -> Path:
         "data": "none", "model_name": f"gpt2-{size}", "seed": 0, "finished": True,
         "num_parameters": sum(place.count for place in places),
     }  # fmt: skip
-    commit.finish(staging, final, "checkpoint", facts, commit.digest_files(staging))
+    commit.publish(staging, final, "checkpoint", facts, commit.digest_files(staging))
     return final
 
 

@@ -25,7 +25,7 @@ def main() -> None:
         config = GPT2Config(
             n_layer=int(layers), n_head=int(heads), n_embd=int(heads), vocab_size=64, n_positions=8
         )
-        with startup.without_compiler():
+        with startup.torch_compile_disabled():
             engine, *_ = deepspeed.initialize(model=GPT2LMHeadModel(config), config={
                 "train_micro_batch_size_per_gpu": 1,
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "fused": True}},

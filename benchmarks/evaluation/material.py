@@ -60,7 +60,7 @@ def shards() -> Shards:
 def student(name: str = "student") -> Path:
     """An export of a `socratic` student that writes the problems' own solutions; equal weights under every name."""
     path = FOLDER / name
-    if commit.is_finished(path):
+    if commit.is_complete(path):
         return path
     found = shards()
     if name == "student":
@@ -74,7 +74,7 @@ def student(name: str = "student") -> Path:
         "finished": True,
         "tokenizer_fingerprint": found.facts["tokenizer_fingerprint"],
     }
-    with commit.directory(path, "export", facts) as staging:
+    with commit.atomic_directory(path, "export", facts) as staging:
         model.save_pretrained(staging)
         load_tokenizer(found.tokenizer_path).save_pretrained(staging)
     return path

@@ -32,7 +32,7 @@ from trainer.models.tokenizer import load_tokenizer
 def main() -> None:
     given = arguments(__doc__)
     distributed.initialize()
-    world = distributed.world()
+    world = distributed.environment()
     shards = material.shards()
     model = load_model(material.student(), "fp32", "sdpa")
     decoding = Decoding(material.METHOD, max_new_tokens=material.MAX_NEW_TOKENS, batch_size=given.slots)

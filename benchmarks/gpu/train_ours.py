@@ -66,7 +66,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     return {"fits": not refused, "refused": "; ".join(refused), "predicted_bytes": counted}
 
 
-def train(settings: TrainSettings, world: distributed.World, tiny: bool) -> dict[str, Any]:
+def train(settings: TrainSettings, world: distributed.DistributedEnvironment, tiny: bool) -> dict[str, Any]:
     """The real loop's steps, without the checkpoint at its end."""
     from trainer.training import throughput
     from trainer.training.loop import optimizer_step

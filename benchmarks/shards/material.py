@@ -22,12 +22,12 @@ EXAMPLES = 1_000_000
 def ours() -> Path:
     """The arrays of GSM8K's shards repeated; texts, which no example needs, are left empty."""
     final = FOLDER / "million"
-    if commit.is_finished(final):
+    if commit.is_complete(final):
         return final
     one = training.shards("train")
     times = -(-EXAMPLES // len(one))
     facts = dict(one.facts)
-    with commit.directory(final, "shards", facts) as staging:
+    with commit.atomic_directory(final, "shards", facts) as staging:
         counts = {"num_problems": len(one) * times, "num_segments": len(one.roles) * times}
         facts.update(counts, num_tokens=len(one.tokens) * times)
         np.tile(one.tokens, times).tofile(staging / "tokens.bin")

@@ -35,7 +35,7 @@ def make(folder: Path, stage: int) -> Path:
     """Train one step with tools/train.py; returns the checkpoint."""
     run = RunDirectory(folder / f"stage{stage}")
     found = run.checkpoint(1)
-    if commit.is_finished(found):
+    if commit.is_complete(found):
         return found
     shutil.rmtree(run.path, ignore_errors=True)
     shards = training.shards("train", 200)

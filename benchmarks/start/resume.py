@@ -19,7 +19,7 @@ sys.argv = [argument for argument in sys.argv if not argument.startswith("--loca
 
 from trainer import distributed, startup, terminal  # noqa: E402
 
-startup.begin()
+startup.pause_gc()
 
 import deepspeed  # noqa: E402, F401
 import transformers  # noqa: E402

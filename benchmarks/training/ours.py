@@ -88,7 +88,7 @@ def enrolled(
         learning_rate=1e-4,
         bf16=bf16,
     )
-    student = enrol(settings, distributed.world(), RunDirectory(output), stop)
+    student = enrol(settings, distributed.environment(), RunDirectory(output), stop)
     assert student is not None
     return student
 

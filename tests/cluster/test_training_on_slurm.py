@@ -133,7 +133,7 @@ def test_a_run_saves_before_its_time_limit_and_goes_on(cluster: Cluster, trained
     job = cluster.sbatch(*options, "slurm/train.sbatch", "--config", file)
     cluster.wait(lambda: submitted.exists() and "is requeued" in submitted.read_text(), "it asks", 400)
     assert "stopped as asked (the time limit is near)" in submitted.read_text()
-    assert run.checkpoint_steps() and commit.is_finished(run.checkpoint(run.checkpoint_steps()[-1]))
+    assert run.checkpoint_steps() and commit.is_complete(run.checkpoint(run.checkpoint_steps()[-1]))
     cluster.run_well("scancel", job)
 
 

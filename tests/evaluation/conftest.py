@@ -57,7 +57,7 @@ def students(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callab
                 "num_parameters": model.num_parameters(), "learn_calculator_results": False,
                 "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
             }  # fmt: skip
-            with commit.directory(run / "export", "export", facts) as staging:
+            with commit.atomic_directory(run / "export", "export", facts) as staging:
                 model.save_pretrained(staging)
                 load_tokenizer(shards.tokenizer_path).save_pretrained(staging)
         return run / "export"
@@ -68,7 +68,7 @@ def students(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callab
 def remade(export: Path, folder: Path, **facts: Any) -> Path:
     """The same student, whose manifest says something else."""
     old = commit.read_manifest(export)["facts"]
-    with commit.directory(folder / "export", "export", {**old, **facts}) as staging:
+    with commit.atomic_directory(folder / "export", "export", {**old, **facts}) as staging:
         shutil.copytree(export, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(commit.MANIFEST))
     return folder / "export"
 

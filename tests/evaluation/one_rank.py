@@ -22,7 +22,7 @@ HALF_A_LINE = b'{"id": "half a li'
 
 def put_in(fault: str) -> None:
     kind, *numbers = fault.split(":")
-    if kind == "none" or distributed.world().rank != int(numbers[0]):
+    if kind == "none" or distributed.environment().rank != int(numbers[0]):
         return
     append, written = gather.Part.append, []
 
@@ -43,7 +43,7 @@ def put_in(fault: str) -> None:
 
 
 def main() -> None:
-    startup.begin()
+    startup.pause_gc()
     fault, model, shards, output_dir = sys.argv[1:]
     who = json.loads(model) if model.startswith("{") else {"model_name_or_path": model}
     settings = EvaluateSettings(**who, shards=shards, output_dir=output_dir, batch_size=2)

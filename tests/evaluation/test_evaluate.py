@@ -56,7 +56,7 @@ def test_results_and_predictions(export: Path, shards: Shards, tmp_path: Path) -
     lines = [json.loads(line) for line in directory.predictions.read_text().splitlines()]
     assert [line["id"] for line in lines] == [shards.problem(index).id for index in range(10)]
     assert sum(line["generated_tokens"] for line in lines) == results["generated_tokens"]
-    assert not directory.parts.exists()
+    assert not directory.rank_files.exists()
 
     without = evaluate(settings(run.path, shards, calculator=False))  # a run directory stands for its export
     assert (
@@ -103,17 +103,17 @@ def test_goes_on_after_an_interruption(
     with pytest.raises(KeyboardInterrupt):
         evaluate(settings(export, shards, output_dir=str(killed.path)))
     monkeypatch.setattr(gather.Part, "append", lambda p, x: (append(p, x), appended.append(x["id"])))
-    assert not killed.results.exists() and len(list(killed.parts.iterdir())) == 1
+    assert not killed.results.exists() and len(list(killed.rank_files.iterdir())) == 1
 
     evaluate(
         settings(export, shards, output_dir=str(tmp_path / "killed"), seed=1)
     )  # other settings: from the start
-    assert len(appended) == 14 and len(list(killed.parts.iterdir())) == 1
+    assert len(appended) == 14 and len(list(killed.rank_files.iterdir())) == 1
     killed.results.unlink()
     evaluate(settings(export, shards, output_dir=str(killed.path)))
     assert len(appended) == 20 and sorted(appended[:4] + appended[14:]) == sorted(set(appended))
     assert "4 of 10 problems were solved before" in capsys.readouterr().out
-    assert read(killed) == read(undisturbed) and not killed.parts.exists()
+    assert read(killed) == read(undisturbed) and not killed.rank_files.exists()
 
 
 def test_finished_results_are_kept(
@@ -140,7 +140,7 @@ def test_two_evaluations_of_one_directory_are_noticed(export: Path, shards: Shar
     identity = task.digest(work.recipe({"student": commit.manifest_digest(export)}))
     first = shards.problem(0).id
     for _ in range(2):  # two processes that both looked before the other had written
-        with gather.Part(work.directory.parts, identity) as part:
+        with gather.Part(work.directory.rank_files, identity) as part:
             part.append({"id": first, "correct_strict": True})
     with pytest.raises(UserError, match=f"'{first}' occur more than once"):
         evaluate(ours)

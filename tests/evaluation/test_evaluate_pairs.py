@@ -162,10 +162,10 @@ def test_three_ranks_and_two_of_which_one_is_killed(
         str(killed.path),
     ]
     assert all(outcome.status != 0 for outcome in run(arguments, 2, timeout=100))
-    assert sum(len(list(read_part(part))) for part in killed.parts.glob("*.jsonl")) >= 2
+    assert sum(len(list(read_part(part))) for part in killed.rank_files.glob("*.jsonl")) >= 2
     assert not killed.results.exists()
     evaluate(settings(shards, **pair, output_dir=str(killed.path)))
-    assert read(killed) == read(undisturbed) and not killed.parts.exists()
+    assert read(killed) == read(undisturbed) and not killed.rank_files.exists()
 
 
 def test_every_student_counts_for_what_was_evaluated(

@@ -16,7 +16,7 @@ from tests.evaluation.conftest import mpiexec
 from tests.evaluation.test_evaluate import read, settings
 from tests.slurm_cluster import Cluster
 from trainer import terminal
-from trainer.distributed import without_launcher
+from trainer.distributed import without_launcher_variables
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.gather import read_part
 from trainer.rendezvous import free_port
@@ -68,9 +68,9 @@ def test_a_killed_rank_costs_time_only(
     arguments = [*COMMAND, f"kill:{killed}:2", str(export), str(shards.path), str(tmp_path)]
     outcomes = run(arguments, 2, timeout=100)
     assert outcomes[killed].status == -signal.SIGKILL, outcomes
-    assert outcomes[1 - killed].status == terminal.LOST_OTHERS, outcomes
+    assert outcomes[1 - killed].status == terminal.EXIT_PEER_LOST, outcomes
     directory = EvaluationDirectory(tmp_path)
-    parts = {part.name[: len("rank-0")]: list(read_part(part)) for part in directory.parts.iterdir()}
+    parts = {part.name[: len("rank-0")]: list(read_part(part)) for part in directory.rank_files.iterdir()}
     assert len(parts[f"rank-{killed}"]) == 2 and not directory.results.exists()
     evaluate(settings(export, shards, output_dir=str(tmp_path)))
     assert read(directory) == read(undisturbed)
@@ -105,12 +105,12 @@ def test_a_killed_rank_under_the_deepspeed_launcher(
     done = subprocess.run(
         [str(word) for word in (*command, "kill:1:2", export, shards.path, tmp_path)],
         cwd=REPOSITORY,
-        env={**without_launcher(os.environ), "OMP_NUM_THREADS": "1"},
+        env={**without_launcher_variables(os.environ), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode != 0 and len(list(EvaluationDirectory(tmp_path).parts.iterdir())) == 2, done
+    assert done.returncode != 0 and len(list(EvaluationDirectory(tmp_path).rank_files.iterdir())) == 2, done
     evaluate(settings(export, shards, output_dir=str(tmp_path)))
     assert read(EvaluationDirectory(tmp_path)) == read(undisturbed)
 

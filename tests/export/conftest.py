@@ -118,4 +118,4 @@ def rewrite_manifest(checkpoint: Path, **facts: Any) -> None:
     old = commit.read_manifest(checkpoint)
     (checkpoint / commit.MANIFEST).unlink()
     staging = checkpoint.rename(checkpoint.with_name("staging"))
-    commit.finish(staging, checkpoint, "checkpoint", old["facts"] | facts, commit.digest_files(staging))
+    commit.publish(staging, checkpoint, "checkpoint", old["facts"] | facts, commit.digest_files(staging))

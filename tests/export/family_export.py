@@ -87,7 +87,7 @@ def write_checkpoint(
 
     `model_files`: the folder that goes into the checkpoint as `model`; None makes one of the config alone. Returns `final`.
     """
-    staging = commit.begin(final)
+    staging = commit.create_staging(final)
     state = model.state_dict()
     content = {
         "module": state,
@@ -119,7 +119,7 @@ def write_checkpoint(
         "data": "stories", "model_name": model.config.model_type, "seed": 0, "finished": True,
         "num_parameters": model.num_parameters(),
     }  # fmt: skip
-    commit.finish(staging, final, "checkpoint", facts, commit.digest_files(staging))
+    commit.publish(staging, final, "checkpoint", facts, commit.digest_files(staging))
     return final
 
 

@@ -83,7 +83,7 @@ def visible(run: RunDirectory) -> str:
     if not run.export.exists():
         return "none"
     try:
-        commit.verify(run.export)
+        commit.verify_digests(run.export)
         return "whole"
     except UserError as error:
         return str(error)

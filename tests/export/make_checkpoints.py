@@ -98,7 +98,7 @@ def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
 def make(case: dict[str, Any], output: Path, rank: int, world_size: int) -> None:
     model = model_of(case)
     config = model.config
-    with startup.without_compiler():
+    with startup.torch_compile_disabled():
         engine, *_ = deepspeed.initialize(
             model=model,
             config=config_of(case),
@@ -128,7 +128,7 @@ def make(case: dict[str, Any], output: Path, rank: int, world_size: int) -> None
             "dtype": case["dtype"], "method": "socratic", "data": "stories", "model_name": case["model"], "seed": 0,
             "num_parameters": sum(tensor.numel() for tensor in masters.values()), "finished": True,
         }  # fmt: skip
-        commit.finish(staging, final, "checkpoint", facts, commit.digest_files(staging))
+        commit.publish(staging, final, "checkpoint", facts, commit.digest_files(staging))
     torch.distributed.barrier()
     engine.destroy()
 

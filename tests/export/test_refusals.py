@@ -212,7 +212,7 @@ def test_existing_exports(checkpoint_copy: Copy, capsys: pytest.CaptureFixture) 
     convert(ConvertSettings(str(checkpoint), dtype="bf16", overwrite=True))
     assert commit.read_manifest(export)["facts"]["step"] == 3
     assert json.loads((export / "config.json").read_text())["dtype"] == "bfloat16"
-    commit.verify(export)
+    commit.verify_digests(export)
     os.truncate(export / "model.safetensors", 100)
     with pytest.raises(UserError, match=r"has 100 bytes.*--overwrite to write the export again"):
         convert(ConvertSettings(str(checkpoint), dtype="bf16"))
@@ -258,7 +258,7 @@ def test_checkpoint_outside_a_run_needs_an_output_dir(checkpoint_copy: Copy, tmp
         convert(ConvertSettings(str(alone)))
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new"):
-        commit.verify(convert(ConvertSettings(str(alone), str(tmp_path / name))))
+        commit.verify_digests(convert(ConvertSettings(str(alone), str(tmp_path / name))))
 
 
 def test_full_disk_is_seen_before_writing(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_killed_converter_leaves_nothing_visible(checkpoint_copy: Copy) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert staged[0].is_dir() and not (run / "export").exists()
-    commit.verify(convert(ConvertSettings(str(run))))
+    commit.verify_digests(convert(ConvertSettings(str(run))))
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

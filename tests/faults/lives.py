@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.distributed import REPOSITORY, Outcome
-from trainer.distributed import without_launcher
+from trainer.distributed import without_launcher_variables
 from trainer.rendezvous import free_port
 
 TRAIN = "tools/train.py"
@@ -108,7 +108,7 @@ def start(
 
     `last_ranks_own`: flags that the last rank alone is given.
     """
-    base = without_launcher(os.environ)
+    base = without_launcher_variables(os.environ)
     port, processes, outputs = str(free_port()), [], []
     logs.mkdir(parents=True, exist_ok=True)
     for rank in range(num_ranks):

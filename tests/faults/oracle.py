@@ -48,7 +48,7 @@ def trajectory(run: RunDirectory) -> tuple[dict[int, dict], dict[int, dict]]:
 
 def state_digest(checkpoint: Path) -> str:
     """SHA-256 over every weight and moment of a checkpoint, by name, after its files were found whole."""
-    commit.verify(checkpoint)
+    commit.verify_digests(checkpoint)
     facts = commit.read_manifest(checkpoint)["facts"]
     state = read_state(checkpoint, facts["zero_stage"], facts["world_size"], facts["dtype"])
     digest = hashlib.sha256(f"{state.step}".encode())
@@ -106,7 +106,7 @@ def so_far(run: RunDirectory, reference: Reference) -> None:
         assert values == reference.steps[step], f"step {step}"
     assert evaluations.items() <= reference.evaluations.items()
     for step in run.checkpoint_steps():
-        commit.verify(run.checkpoint(step))
+        commit.verify_digests(run.checkpoint(step))
 
 
 def each_example_once(records: Path, reference: Reference) -> None:
@@ -147,7 +147,7 @@ def leftovers(run: RunDirectory) -> list[str]:
         if not any(part.startswith(f".{run.lock.name}.") for part in path.relative_to(run.path).parts)
     ]
     locks = list(run.path.glob(f".{run.lock.name}.*"))
-    assert len(locks) <= lock._KEPT_ASIDE + 1, locks
+    assert len(locks) <= lock._MAX_STALE_LOCKS + 1, locks
     live = [path.name for path in (run.lock, run.heartbeats) if path.exists()]
     return sorted(found + live)
 

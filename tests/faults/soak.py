@@ -131,7 +131,7 @@ class SoakedStudy:
 
     def trained(self) -> bool:
         steps = [
-            step for step in self.run.checkpoint_steps() if commit.is_finished(self.run.checkpoint(step))
+            step for step in self.run.checkpoint_steps() if commit.is_complete(self.run.checkpoint(step))
         ]
         return bool(steps) and commit.read_manifest(self.run.checkpoint(steps[-1]))["facts"]["finished"]
 

@@ -157,7 +157,7 @@ def test_a_planted_pickle_is_not_run_by_resuming(copy: Case, tmp_path: Path) -> 
     facts = commit.read_manifest(checkpoint)["facts"]
     (checkpoint / commit.MANIFEST).unlink()
     staging = checkpoint.rename(tmp_path / "staging")
-    commit.finish(staging, checkpoint, "checkpoint", facts, commit.digest_files(staging))
+    commit.publish(staging, checkpoint, "checkpoint", facts, commit.digest_files(staging))
     copy.refused(rf"{file.name} is refused: it asks for (posix|nt)\.system")
     assert not marker.exists()
     torch.load(file, weights_only=False)  # the weapon does work

@@ -22,7 +22,7 @@ from tests.faults import oracle
 from tests.faults.conftest import Case, printed, values_of
 from trainer import distributed, rendezvous
 from trainer.shards.read import Shards
-from trainer.terminal import GO_ON_LATER
+from trainer.terminal import EXIT_REQUEUE
 
 pytestmark = pytest.mark.faults
 
@@ -48,7 +48,7 @@ def launched(case: Case, port: int = 0) -> Iterator[subprocess.Popen[bytes]]:
     """`deepspeed --num_gpus 2 tools/train.py` in a process group of its own; at the end nobody of it is left."""
     bin_folder, file = Path(sys.executable).parent, case.run.path.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(case.values), encoding="utf-8")
-    environment = distributed.without_launcher(os.environ) | {
+    environment = distributed.without_launcher_variables(os.environ) | {
         MARK: str(case.run.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
     }  # fmt: skip
@@ -136,7 +136,7 @@ def test_all_are_told_while_one_is_not_at_work_yet(case: Callable[..., Case]) ->
         time.sleep(1)  # rank 0 is at work, and waits
         life.kill(number=signal.SIGTERM)
         outcomes = life.wait()
-    assert [outcome.status for outcome in outcomes] == [GO_ON_LATER, GO_ON_LATER], printed(outcomes)
+    assert [outcome.status for outcome in outcomes] == [EXIT_REQUEUE, EXIT_REQUEUE], printed(outcomes)
     assert "stopped as asked (SIGTERM)" in outcomes[0].output, outcomes[0].output
     run.finish()
     run.same()

@@ -75,7 +75,7 @@ def make_run(
             "model_name": model,
         }
         facts |= {"seed": seed, "num_parameters": size}
-        with commit.directory(run.export, "export", facts) as staging:
+        with commit.atomic_directory(run.export, "export", facts) as staging:
             (staging / "config.json").write_text("{}")
     return run
 

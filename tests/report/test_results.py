@@ -56,10 +56,10 @@ def test_a_study_is_read_as_it_was_written(study: StudyDirectory) -> None:
 def test_unfinished_runs_are_kept_with_what_is_missing(study: StudyDirectory) -> None:
     trained = make_run(study.path, "cot", "stories-2m", 2_013_952, seed=3)
     shutil.rmtree(trained.export)
-    with commit.directory(trained.checkpoint(240), "checkpoint", {"finished": True, "step": 240}):
+    with commit.atomic_directory(trained.checkpoint(240), "checkpoint", {"finished": True, "step": 240}):
         pass
     make_run(study.path, "cot", "stories-2m", 2_013_952, seed=4)
-    make_run(study.path, "cot", "stories-2m", 2_013_952, seed=5).evaluation("stories-test-cot").parts.mkdir(
+    make_run(study.path, "cot", "stories-2m", 2_013_952, seed=5).evaluation("stories-test-cot").rank_files.mkdir(
         parents=True
     )
     planned = {

@@ -23,14 +23,14 @@ from trainer.run_directory import AnnotationDirectory, EvaluationDirectory, RunD
 from trainer.study import processes
 
 flags = dict(part[2:].split("=", 1) for part in sys.argv[1:] if part.startswith("--") and "=" in part)
-world = distributed.discover(os.environ)
+world = distributed.environment_from_launcher(os.environ)
 
 
 def annotate() -> None:
     directory = AnnotationDirectory(Path(flags["output_dir"]))
     recipe = {"data": "svamp", "style": flags.get("style", "socratic")}
     facts = {"recipe": recipe, "summary": {"problems": {"annotated": 600, "unannotated": 90}}}
-    with commit.directory(directory.result, "annotations", facts) as staging:
+    with commit.atomic_directory(directory.result, "annotations", facts) as staging:
         (staging / "annotated.jsonl").write_text("{}\n")
 
 
@@ -40,7 +40,7 @@ def prepare_shards() -> None:
         sys.exit(f"error: there is no {path}")
     recipe = {"data": flags.get("data", "stories"), "num_problems": int(flags.get("num_problems", 4000))}
     facts = {"recipe": recipe, "num_problems": 30, "vocabulary_size": 1024}
-    with commit.directory(Path(flags["output_dir"]), "shards", facts):
+    with commit.atomic_directory(Path(flags["output_dir"]), "shards", facts):
         pass
 
 
@@ -79,7 +79,7 @@ def train() -> None:
         commit.write_text(run.settings, "method: cot\n")
         seen = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
         facts = {"finished": True, "environment": seen}
-        with commit.directory(run.checkpoint(2), "checkpoint", facts):
+        with commit.atomic_directory(run.checkpoint(2), "checkpoint", facts):
             pass
 
 
@@ -101,7 +101,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def convert_checkpoint() -> None:
-    with commit.directory(Path(flags["output_dir"]), "export", {"finished": True}) as staging:
+    with commit.atomic_directory(Path(flags["output_dir"]), "export", {"finished": True}) as staging:
         (staging / "model.safetensors").write_bytes(bytes(1000))
 
 
@@ -110,7 +110,7 @@ def evaluate() -> None:
         flags[name] for name in ("model_name_or_path", "decomposer", "solver", "planner") if name in flags
     ]
     for student in students:
-        if student.endswith("export") and not commit.is_finished(Path(student)):
+        if student.endswith("export") and not commit.is_complete(Path(student)):
             sys.exit(f"error: there is no {student}")
     if world.rank == 0:
         run = RunDirectory(Path(flags["output_dir"]).parent.parent)

@@ -19,7 +19,7 @@ MakeStudy = Callable[[dict[str, Any]], Study]
 
 
 def commit_directory(path: Path, kind: str, **facts: Any) -> None:
-    with commit.directory(path, kind, facts):
+    with commit.atomic_directory(path, kind, facts):
         pass
 
 
@@ -115,7 +115,7 @@ def test_evaluation_progress_counts_finished_problems(values: dict[str, Any], ma
     commit_directory(Path(settings.shards), "shards", num_problems=30)
     progress = state.EvaluationProgress(settings)
     assert progress() == state.Progress(0, 30)
-    parts = EvaluationDirectory(Path(settings.output_dir)).parts
+    parts = EvaluationDirectory(Path(settings.output_dir)).rank_files
     parts.mkdir(parents=True)
     for rank in range(2):
         (parts / f"rank-{rank}.jsonl").write_text('{"id": 1}\n{"id": 2}\n{"i')

@@ -61,7 +61,7 @@ def test_right_chains_become_problems_with_steps(
         assert len(endpoint.prompts) == len(set(endpoint.prompts)) == len(solved_problems)
         bodies = endpoint.bodies
     assert all(set(b) == {"messages", "model", "temperature", "top_p", "max_tokens"} for b in bodies)
-    commit.verify(result_of(data_file))
+    commit.verify_digests(result_of(data_file))
     read = list(read_problems("jsonl", "train", str(result_of(data_file) / "annotated.jsonl")))
     for problem, gold in zip(read, solved_problems.values(), strict=True):
         assert isinstance(problem, Problem) and (problem.id, problem.answer) == (gold.id, gold.answer)

@@ -20,7 +20,7 @@ from trainer.zero.state import read_state
 def run(tmp_path: Path) -> RunDirectory:
     run = RunDirectory(tmp_path)
     for step in (10, 20, 30):
-        with commit.directory(run.checkpoint(step), checkpoint.KIND, {"step": step}) as staging:
+        with commit.atomic_directory(run.checkpoint(step), checkpoint.KIND, {"step": step}) as staging:
             torch.save({"step": step}, staging / "weights.pt")
     return run
 
@@ -74,7 +74,7 @@ def test_a_malicious_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     for number, plant in enumerate((pickle.dumps(_Malicious()), None)):
         folder = tmp_path / str(number)
-        with commit.directory(folder, checkpoint.KIND, {}) as staging:
+        with commit.atomic_directory(folder, checkpoint.KIND, {}) as staging:
             file = staging / "mp_rank_00_model_states.pt"
             if plant is None:
                 torch.save({"module": _Malicious()}, file)

@@ -75,7 +75,7 @@ def test_without_the_watchdog_the_time_limit_of_a_collective_ends_the_others(
         _wait_for_step(RunDirectory(tmp_path / "run"), 2, ranks, 1)
         os.kill(ranks.processes[1].pid, signal.SIGSTOP)
         output, _ = ranks.processes[0].communicate(timeout=300)
-    assert ranks.processes[0].returncode == terminal.LOST_OTHERS
+    assert ranks.processes[0].returncode == terminal.EXIT_PEER_LOST
     assert "Timed out waiting 15000ms" in output
 
 

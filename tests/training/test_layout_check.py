@@ -358,8 +358,8 @@ def test_a_checkpoint_of_before_keeps_its_layout(packing: str, rows: str, tmp_pa
     run = RunDirectory(tmp_path)
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     checkpoint.parent.mkdir()
-    staging = commit.begin(checkpoint)
-    commit.finish(staging, checkpoint, "checkpoint", {"step": 1}, {})
+    staging = commit.create_staging(checkpoint)
+    commit.publish(staging, checkpoint, "checkpoint", {"step": 1}, {})
     assert layout_of_checkpoint(checkpoint, run) is None
     run.settings.write_text(f"packing: {packing}\n", encoding="utf-8")
     kept = layout_of_checkpoint(checkpoint, run)

@@ -16,7 +16,7 @@ from tests.training.conftest import settings, trajectory
 from trainer import commit
 from trainer.run_directory import RunDirectory
 from trainer.shards.read import Shards
-from trainer.terminal import GO_ON_LATER
+from trainer.terminal import EXIT_REQUEUE
 
 STEPS = 30
 
@@ -48,7 +48,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, stories: Shards) -> Path:
             time.sleep(0.01)
         ranks.processes[1].send_signal(signal.SIGUSR1)
         outcomes = ranks.wait(200)
-    assert [outcome.status for outcome in outcomes] == [GO_ON_LATER, GO_ON_LATER], outcomes[0].output
+    assert [outcome.status for outcome in outcomes] == [EXIT_REQUEUE, EXIT_REQUEUE], outcomes[0].output
     assert "stopped as asked (another rank was told)" in outcomes[0].output
     return folder
 

@@ -16,7 +16,7 @@ from trainer.settings import TrainSettings
 
 
 def main() -> None:
-    startup.begin()
+    startup.pause_gc()
     from trainer.training.loop import train
     from trainer.training.periodic import HeldOutLoss
 

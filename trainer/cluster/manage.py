@@ -20,7 +20,7 @@ def cancel(study: Study) -> None:
     live = submit.live_jobs(study.directory)
     if live:
         slurm.cancel(sorted({str(job) for job in live.values()}))
-    terminal.say(f"study {study.name}: {len(live)} jobs cancelled; what is done is kept")
+    terminal.info(f"study {study.name}: {len(live)} jobs cancelled; what is done is kept")
 
 
 def show_logs(study: Study, name: str) -> None:
@@ -42,6 +42,6 @@ def _show(log: Path, stage: Stage) -> None:
     """Nothing is shown of a file that is not there or empty."""
     if log.is_file() and log.stat().st_size:
         end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-        terminal.say(f"--- {stage.label}: {log}")
+        terminal.info(f"--- {stage.label}: {log}")
         for line in end:
-            terminal.say(line)
+            terminal.info(line)

@@ -146,7 +146,7 @@ def _run(command: list[str]) -> str:
 
 def _finish(command: list[str]) -> subprocess.CompletedProcess[str]:
     # What is left of a shell or a job in our environment would be handed to every job.
-    ours = distributed.without_launcher(os.environ)
+    ours = distributed.without_launcher_variables(os.environ)
     kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     try:
         return subprocess.run(

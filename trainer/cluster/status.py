@@ -46,13 +46,13 @@ def show(study: Study) -> None:
         name: sum(line.state == name for line in found)
         for name in dict.fromkeys(line.state for line in found)
     }
-    terminal.say(
+    terminal.info(
         f"jobs of study {study.name}: {', '.join(f'{count} {name}' for name, count in counts.items())}"
     )
     if table.row_count:
-        terminal.say(table_text(table))
+        terminal.info(table_text(table))
     if counts.get("failed"):
-        terminal.say(f"submit what failed again: tools/study.py resubmit {study.file} --failed")
+        terminal.info(f"submit what failed again: tools/study.py resubmit {study.file} --failed")
 
 
 def lines(study: Study) -> list[Line]:
@@ -92,7 +92,7 @@ def how_it_goes(stage: Stage) -> str:
             remaining = (progress.total - progress.done) * sum(seconds) / len(seconds)
             left = f"{terminal.duration(remaining)} left"
         return _join(f"step {progress.done}/{progress.total or '?'}", progress.note, per_second, left)
-    if stage.kind == "evaluate" and commit.is_finished(Path(stage.settings.shards)):
+    if stage.kind == "evaluate" and commit.is_complete(Path(stage.settings.shards)):
         solved = state.EvaluationProgress(stage.settings)()
         return f"{solved.done}/{solved.total} problems"
     return ""

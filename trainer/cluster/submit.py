@@ -30,7 +30,7 @@ def submit(study: Study, tools: Path, cluster: Path, dry_run: bool = False) -> N
     if dry_run:
         _show(batches.plan(todo, _done(todo), {}, study.name), site, _place(study, tools))
         return
-    with lock.held(study.directory.lock):
+    with lock.locked(study.directory.lock):
         slurm.refuse_missing()
         _submit(study, todo, site, cluster, _place(study, tools))
 
@@ -44,7 +44,7 @@ def resubmit(study: Study, tools: Path) -> None:
             f"nothing of study {study.name} was submitted yet: tools/study.py submit {study.file} --cluster ..."
         )
     todo = [stage for stage in stages.of_study(study) if stage.label in before or stage.kind == "report"]
-    with lock.held(study.directory.lock):
+    with lock.locked(study.directory.lock):
         _submit(study, todo, read(kept), kept, _place(study, tools))
 
 
@@ -67,7 +67,7 @@ def _submit(study: Study, todo: Sequence[Stage], site: Site, cluster: Path, plac
     done = _done(todo)
     planned = batches.plan(todo, done, live, study.name)
     if not planned:
-        terminal.say(f"study {study.name}: nothing to submit, {len(done)} stages are done")
+        terminal.info(f"study {study.name}: nothing to submit, {len(done)} stages are done")
         return
     check.refuse(planned, site, str(cluster))
     texts = [scripts.text(batch, site, place) for batch in planned]
@@ -94,12 +94,12 @@ def _submit(study: Study, todo: Sequence[Stage], site: Site, cluster: Path, plac
             f"{'; is it ' + ', '.join(suspects) + '?' if suspects else ''} (asked for: {asked})"
         ) from None
     for batch, job in zip(planned, submitted, strict=True):
-        terminal.say(_in_words(batch, job, dependency(batch.needs, submitted)))
+        terminal.info(_in_words(batch, job, dependency(batch.needs, submitted)))
     changes.remember(study)
     kept = site_file(study.directory)
     if cluster != kept:
         commit.write_text(kept, cluster.read_text(encoding="utf-8"))
-    terminal.say(
+    terminal.info(
         f"study {study.name}: {sum(len(batch.stages) for batch in planned)} stages in {len(planned)} jobs, "
         f"{len(done)} done, {len(live)} in the queue before; how it goes: tools/study.py status {study.file}"
     )
@@ -117,11 +117,11 @@ def dependency(needs: Sequence[Need], submitted: Sequence[str]) -> str:
 def _show(planned: Sequence[Batch], site: Site, place: Place) -> None:
     for number, batch in enumerate(planned):
         names = [f"<{other.name} {position}>" for position, other in enumerate(planned)]
-        terminal.say(
+        terminal.info(
             f"### {number}: {_in_words(batch, f'<{batch.name} {number}>', dependency(batch.needs, names))}"
         )
-        terminal.say(scripts.text(batch, site, place))
-    terminal.say(
+        terminal.info(scripts.text(batch, site, place))
+    terminal.info(
         f"{sum(len(batch.stages) for batch in planned)} stages in {len(planned)} jobs; nothing was submitted"
     )
 

@@ -45,7 +45,7 @@ def examine(settings: DoctorSettings) -> list[Finding]:
                 f"skip: there is no group {group!r}; known: {', '.join(GROUPS)}{did_you_mean(group, GROUPS)}"
             )
     wanted = [group for group in ranks.GROUPS if group not in settings.skip]
-    world = distributed.discover(os.environ)
+    world = distributed.environment_from_launcher(os.environ)
     if world.world_size == 1:
         return [*_local(settings), *_started(wanted)]
     distributed.initialize(timeout_seconds=_RANKS_TIMEOUT_SECONDS)
@@ -69,14 +69,14 @@ def tell(findings: list[Finding], seconds: float, as_json: bool) -> bool:
             "seconds": seconds,
             "findings": [finding.as_dict() for finding in findings],
         }
-        terminal.say(json.dumps(result, indent=1))
+        terminal.info(json.dumps(result, indent=1))
         return not failed
     for finding in findings:
         where = f" [{finding.host}]" if finding.host else ""
-        terminal.say(f"{finding.status:<4}  {finding.group}: {finding.name}{where}: {finding.detail}")
+        terminal.info(f"{finding.status:<4}  {finding.group}: {finding.name}{where}: {finding.detail}")
         if finding.remedy:
-            terminal.say(f"      -> {finding.remedy}")
-    terminal.say(f"{len(findings)} checks in {seconds:.0f} s: {failed} failed, {warned} warning(s)")
+            terminal.info(f"      -> {finding.remedy}")
+    terminal.info(f"{len(findings)} checks in {seconds:.0f} s: {failed} failed, {warned} warning(s)")
     return not failed
 
 
@@ -118,7 +118,7 @@ def _started(groups: list[str]) -> list[Finding]:
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "trainer.doctor.ranks", *groups],
-                    env={**distributed.without_launcher(os.environ), **ours},
+                    env={**distributed.without_launcher_variables(os.environ), **ours},
                     stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                     stderr=log,
                     text=True,

@@ -86,7 +86,7 @@ def _check(case: Case) -> Finding:
 
 def _compare(case: Case) -> tuple[float, float]:
     """(distance of the gradients, of the losses after the step), both in parts."""
-    world = distributed.world()
+    world = distributed.environment()
     device = (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()
@@ -179,7 +179,7 @@ def _engine(model: Any, case: Case, world_size: int) -> Any:
         },
         "steps_per_print": 1 << 30,
     }
-    with startup.without_compiler():
+    with startup.torch_compile_disabled():
         engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
     engine.train()
     return engine

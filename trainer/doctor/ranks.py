@@ -52,7 +52,7 @@ def network() -> Finding:
     import torch
     import torch.distributed as dist
 
-    world = distributed.world()
+    world = distributed.environment()
     if world.world_size == 1:
         return Finding("network", "all-reduce", OK, "one rank: nothing is sent")
     device = "cuda" if torch.cuda.is_available() else "cpu"

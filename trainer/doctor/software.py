@@ -136,7 +136,7 @@ def slurm() -> list[Finding]:
     """Is there a Slurm, does its controller answer, and does this job's environment make sense?"""
     found = []
     try:
-        world = distributed.world()
+        world = distributed.environment()
         if "SLURM_JOB_ID" in os.environ:
             detail = f"job {os.environ['SLURM_JOB_ID']}, {world.world_size} rank(s) by {world.launcher}"
             found.append(Finding("slurm", "environment", OK, detail))
@@ -156,7 +156,7 @@ def slurm() -> list[Finding]:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run without what a launcher left in the environment; a program that hangs or is missing is a failed one."""
-    environment = distributed.without_launcher(os.environ)
+    environment = distributed.without_launcher_variables(os.environ)
     if "SLURM_CONF" in os.environ:
         environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
     try:

@@ -41,24 +41,24 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         work = task.plan(settings)
         ids = [work.shards.problem(index).id for index in range(work.num_problems)]
     facts = {part: student.facts for part, student in work.students.items()}
-    distributed.agree("evaluation", {**work.recipe({}), "students": facts, "code": trainer.__version__})
+    distributed.assert_same_on_all_ranks("evaluation", {**work.recipe({}), "students": facts, "code": trainer.__version__})
     digests, earlier = _on_rank_0(lambda: _what_is_there(work, settings.overwrite))
     if earlier is not None:
-        terminal.say(f"already evaluated: {in_words(earlier['accuracy'])}; {work.directory.results}")
+        terminal.info(f"already evaluated: {in_words(earlier['accuracy'])}; {work.directory.results}")
         return earlier
     for warning in record.warnings(work):
-        terminal.warn(warning)
-    terminal.say(record.in_words(work))
+        terminal.warning(warning)
+    terminal.info(record.in_words(work))
     _on_rank_0(lambda: _prepare(work, settings))
     with gather.errors_together():
         cast = _open_cast(work)
-    startup.done()
+    startup.freeze_gc()
 
     recipe = work.recipe(digests)
     identity = task.digest(recipe)
     parts, solved = _on_rank_0(lambda: _what_is_solved(work, identity))
     if solved:
-        terminal.say(f"{len(solved)} of {len(ids)} problems were solved before; going on")
+        terminal.info(f"{len(solved)} of {len(ids)} problems were solved before; going on")
     left = [index for index, problem_id in enumerate(ids) if problem_id not in solved]
     if left:
         _choose_backends(cast, range(len(ids)), settings.backend)
@@ -69,14 +69,14 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     about = {
         **record.about(work, _sizes(work, cast), digests),
         "seconds": round(max(seconds for _, seconds in finished), 3),
-        "world_size": distributed.world().world_size,
+        "world_size": distributed.environment().world_size,
         "backends": {part: cast.backend_of(part).record() for part in work.students},
         **recipe,
         "identity": identity,
     }
     parts += [path for path, _ in finished]
     results = _on_rank_0(lambda: _write(work, parts, ids, about))
-    terminal.say(
+    terminal.info(
         f"{in_words(results['accuracy'])}; {results['generated_tokens']} tokens in "
         f"{terminal.duration(results['seconds'])}; {work.directory.results}"
     )
@@ -139,7 +139,7 @@ def _choose_backends(cast: Cast, indices: Sequence[int], requested: str) -> None
     told = {part: cast.backend_of(part) for part in cast.actors}
     for part, choice in told.items():
         if choice.name == TRANSFORMERS:
-            terminal.say(f"{part}: {choice.in_words()}")
+            terminal.info(f"{part}: {choice.in_words()}")
 
 
 def _sizes(work: Task, cast: Cast) -> dict[str, int]:
@@ -166,7 +166,7 @@ def _solve_into_part(
 ) -> Path:
     """Collective. Solve what is left; every prediction is on disk at once, in this rank's part file."""
     with gather.errors_together():
-        part = gather.Part(work.directory.parts, identity)
+        part = gather.Part(work.directory.rank_files, identity)
     with part, terminal.progress("solve", work.num_problems, len(solved)) as bar:
         tell = _Tell(bar, len(solved), sum(solved.values()))
 
@@ -181,7 +181,7 @@ def _solve_into_part(
 class _Tell:
     """Tells the other ranks, and rank 0 its user, how far all ranks together are."""
 
-    def __init__(self, bar: terminal.Bar, solved: int, correct: int) -> None:
+    def __init__(self, bar: terminal.ProgressBar, solved: int, correct: int) -> None:
         self._bar = bar
         self._before = (solved, correct)
         self._untold = [0, 0]
@@ -234,7 +234,7 @@ def _what_is_there(work: Task, overwrite: bool) -> tuple[dict[str, str], dict[st
 
 def _what_is_solved(work: Task, identity: str) -> tuple[list[Path], dict[str, bool]]:
     """Part files of earlier evaluations of the same making, and the ids in them with whether they are correct."""
-    parts = gather.parts_of(work.directory.parts, identity)
+    parts = gather.parts_of(work.directory.rank_files, identity)
     solved = [prediction for part in parts for prediction in gather.read_part(part)]
     return parts, {prediction["id"]: prediction["correct_strict"] for prediction in solved}
 

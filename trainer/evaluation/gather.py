@@ -31,7 +31,7 @@ class Part:
 
     def __init__(self, folder: Path, identity: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"rank-{distributed.world().rank}-{identity[:16]}-{secrets.token_hex(4)}.jsonl"
+        name = f"rank-{distributed.environment().rank}-{identity[:16]}-{secrets.token_hex(4)}.jsonl"
         self.path = folder / name
         self._file = open(self.path, "x", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by __exit__)
 
@@ -124,7 +124,7 @@ class Attempt:
 
     def raise_together(self) -> None:
         """Collective: every rank raises if any rank failed."""
-        distributed.raise_together(self.error)
+        distributed.raise_on_all_ranks(self.error)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ def predictions(cast: Cast, indices: Sequence[int], counter: Counter) -> Iterato
     shards, decoding = cast.shards, cast.decoding
     order = longest_first(shards, indices)
     # With more slots than problems the first rank to ask would take them all.
-    num_slots = min(decoding.batch_size, -(-len(order) // distributed.world().world_size))
+    num_slots = min(decoding.batch_size, -(-len(order) // distributed.environment().world_size))
     tickets = Tickets(counter, order, ticket_size(len(order), num_slots))
 
     def draw() -> Solution | None:

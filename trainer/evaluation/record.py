@@ -73,7 +73,7 @@ def in_words(task: Task) -> str:
     decoding = task.decoding
     how = f"temperature {decoding.temperature:g}" if decoding.temperature else "greedy"
     calculator = "with calculator" if decoding.calculator else "without calculator"
-    slots = f"{distributed.world().world_size} x {decoding.batch_size} slots"
+    slots = f"{distributed.environment().world_size} x {decoding.batch_size} slots"
     return (
         f"{' and '.join(task.parts_of_students)} on {task.shards.path}: {decoding.mode}, {how}, {calculator}, "
         f"{task.num_problems} problems, {slots}"

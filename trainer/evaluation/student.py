@@ -53,9 +53,9 @@ def find(name_or_path: str) -> Student:
     """
     path = Path(name_or_path)
     run = RunDirectory(path)
-    if not commit.is_finished(path) and (commit.is_finished(run.export) or run.settings.is_file()):
+    if not commit.is_complete(path) and (commit.is_complete(run.export) or run.settings.is_file()):
         path = run.export
-    if commit.is_finished(path) or path.name == run.export.name:
+    if commit.is_complete(path) or path.name == run.export.name:
         manifest = commit.read_manifest(path)
         if manifest["kind"] not in ("export", "checkpoint"):
             raise UserError(f"{path} holds {manifest['kind']}; expected an export, a checkpoint or a model")
@@ -114,7 +114,7 @@ def open_student(
     """
     folder = _export_in(scratch) if student.kind == "checkpoint" else Path(student.name)
     if student.kind == "export" and distributed.is_main_process():
-        commit.verify(folder)  # once for all ranks
+        commit.verify_digests(folder)  # once for all ranks
     name = student.name if student.kind == "model" else str(folder)
     load.load_config(name)  # refuses a folder without a model before its tokenizer is looked for
     tokenizer = load_tokenizer(name)

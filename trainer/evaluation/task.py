@@ -78,7 +78,7 @@ class Task:
 
     def scratch(self, student: Student) -> Path:
         """For the temporary export of a checkpoint; a killed evaluation finds it again."""
-        return self.directory.parts / self.parts_of_students[student.name]
+        return self.directory.rank_files / self.parts_of_students[student.name]
 
     def recipe(self, digests: Mapping[str, str]) -> dict[str, Any]:
         """What decides the predictions, with the digests of the students by part. Neither slots nor ranks do."""

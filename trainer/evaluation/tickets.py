@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from trainer import distributed
-from trainer.distributed import World
+from trainer.distributed import DistributedEnvironment
 
 CELLS = ("next_ticket", "solved", "correct")
 _EXHAUSTED = 1 << 40
@@ -55,7 +55,7 @@ class LocalCounter:
 class StoreCounter:
     """On a TCP store that rank 0 serves from a thread of its own. Collective."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: DistributedEnvironment) -> None:
         from torch.distributed import TCPStore
 
         # MASTER_ADDR reaches rank 0 from everywhere; the port is any free one, and the process group tells it.
@@ -116,7 +116,7 @@ class WindowCounter:
 def shared_counter() -> Iterator[Counter]:
     """The counter for the way this world was launched. Collective at both ends; the block must not raise on one
     rank alone (see `gather.errors_together`)."""
-    world = distributed.world()
+    world = distributed.environment()
     counter: Counter
     if world.world_size == 1:
         counter = LocalCounter()
@@ -154,4 +154,4 @@ def exhaust(counter: Counter) -> None:
 
 def ticket_size(num_problems: int, num_slots: int) -> int:
     """About eight tickets for each slot of all ranks, so that the last ones to be drawn are small."""
-    return max(1, min(_LARGEST_TICKET, num_problems // (8 * num_slots * distributed.world().world_size)))
+    return max(1, min(_LARGEST_TICKET, num_problems // (8 * num_slots * distributed.environment().world_size)))

@@ -43,7 +43,7 @@ def convert(settings: ConvertSettings) -> Path:
     dtype = source.facts["dtype"] if settings.dtype == "same" else settings.dtype
     options = {"checkpoint_digest": source.digest, "export_dtype": dtype, "max_shard_bytes": max_shard_bytes}
     if sources.already_exported(final, options, settings.overwrite or settings.dry_run):
-        terminal.say(f"already exported: {final}")
+        terminal.info(f"already exported: {final}")
         if settings.verify:
             _verify(final, source, dtype)
         return final
@@ -83,7 +83,7 @@ def _stream(
 
     stored = layout.read(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
     fitting = background.submit(fit, stored, source.path, source.model_folder, facts["export_dtype"])
-    startup.done()
+    startup.freeze_gc()
     dtype_name = architecture.DTYPES[facts["export_dtype"]]
 
     def plan(found: Fit | None) -> list[Shard]:
@@ -98,7 +98,7 @@ def _stream(
         return
     shards = plan(fitting.result() if architecture.is_recorded(source.model_folder) else None)
     _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
-    staging = commit.begin(final)
+    staging = commit.create_staging(final)
     try:
         files = _write_weights(shards, staging, fitting, plan)
         fitted = fitting.result()
@@ -112,7 +112,7 @@ def _stream(
         facts["num_parameters"] = expected.num_parameters
         if expected.text_part_of:
             facts["text_part_of"] = expected.text_part_of
-            terminal.say(
+            terminal.info(
                 f"the export is the text part of the multimodal model ({expected.text_part_of}): a {expected.class_name}"
             )
         texts = {
@@ -138,7 +138,7 @@ def _stream(
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    terminal.say(f"exported {source.path} to {final} ({_size(_weight_bytes(shards))}, {dtype_name})")
+    terminal.info(f"exported {source.path} to {final} ({_size(_weight_bytes(shards))}, {dtype_name})")
 
 
 def _write_weights(
@@ -199,13 +199,13 @@ def _put_in_place(
     staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]
 ) -> None:
     try:
-        if commit.is_finished(final):  # to be replaced: the old one goes only when the new one stands
+        if commit.is_complete(final):  # to be replaced: the old one goes only when the new one stands
             fresh = final.parent / f".{final.name}.{secrets.token_hex(4)}.fresh.tmp"
-            commit.finish(staging, fresh, "export", facts, files)
-            commit.replace(final, fresh)
+            commit.publish(staging, fresh, "export", facts, files)
+            commit.replace_directory(final, fresh)
         else:
-            commit.finish(staging, final, "export", facts, files)
-    except commit.AlreadyThere:
+            commit.publish(staging, final, "export", facts, files)
+    except commit.ArtifactExistsError:
         raise UserError(f"{final} was written by another process meanwhile; theirs stands") from None
 
 
@@ -214,9 +214,9 @@ def _verify(export: Path, source: Source, dtype: str) -> None:
 
     from trainer.export.verify import verify
 
-    commit.verify(source.path)
+    commit.verify_digests(source.path)
     verdict = verify(export, source.path, source.facts, getattr(torch, architecture.DTYPES[dtype]))
-    terminal.say(
+    terminal.info(
         f"verified: {verdict.num_tensors} tensors equal the checkpoint bit for bit"
         f"{'' if dtype == 'fp32' else ' after rounding'}; largest logit difference {verdict.max_logit_difference:.3g}"
     )
@@ -224,9 +224,9 @@ def _verify(export: Path, source: Source, dtype: str) -> None:
 
 def _describe(shards: list[Shard], final: Path) -> None:
     for shard in shards:
-        terminal.say(f"{_size(shard.num_bytes):>10}  {shard.name}, {len(shard.entries)} tensors")
+        terminal.info(f"{_size(shard.num_bytes):>10}  {shard.name}, {len(shard.entries)} tensors")
     free = shutil.disk_usage(_existing(final)).free
-    terminal.say(f"would write {_size(_weight_bytes(shards))} to {final}; {_size(free)} are free there")
+    terminal.info(f"would write {_size(_weight_bytes(shards))} to {final}; {_size(free)} are free there")
 
 
 def _check_disk(final: Path, needed: int) -> None:

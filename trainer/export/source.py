@@ -38,12 +38,12 @@ def find(path: Path) -> Source:
     if not run.checkpoints.is_dir() and not run.settings.is_file():
         return _open(path)
     for step in reversed(run.checkpoint_steps()):
-        if not commit.is_finished(run.checkpoint(step)):
+        if not commit.is_complete(run.checkpoint(step)):
             continue
         try:
             return _open(run.checkpoint(step))
         except UserError as error:
-            terminal.warn(f"{error}; trying the checkpoint before it")
+            terminal.warning(f"{error}; trying the checkpoint before it")
     raise UserError(
         f"{run.checkpoints} holds no finished checkpoint; train first, or name a checkpoint directory"
     )
@@ -53,7 +53,7 @@ def _open(path: Path) -> Source:
     manifest = commit.read_manifest(path, kind="checkpoint")
     files, facts = manifest["files"], manifest["facts"]
     commit.verify_sizes(path, files, files)
-    commit.verify(path, [name for name in files if name.startswith(f"{MODEL_FOLDER}/")])
+    commit.verify_digests(path, [name for name in files if name.startswith(f"{MODEL_FOLDER}/")])
     if f"{MODEL_FOLDER}/config.json" not in files:
         raise UserError(
             f"{path / MODEL_FOLDER / 'config.json'} is missing; without it nobody can load the weights"
@@ -88,7 +88,7 @@ def already_exported(final: Path, facts: dict[str, Any], overwrite: bool) -> boo
     """
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return False
-    if not commit.is_finished(final):
+    if not commit.is_complete(final):
         raise UserError(
             f"{final} exists and is not an export; choose another output_dir or remove it yourself"
         )

@@ -64,7 +64,7 @@ def verify(export: Path, checkpoint: Path, facts: dict[str, object], dtype: torc
         fault = f"a fault of its {type(model).__name__}; the files hold the numbers of {checkpoint}"
         if len(values.unique()) != 1:
             raise UserError(f"{export}: transformers loads {name} with other numbers, {fault}")
-        terminal.warn(
+        terminal.warning(
             f"whenever transformers loads {name}, it sets {len(values)} elements to {values[0].item():g}: {fault}"
         )
     tied = set(loaded) - set(stored)

@@ -114,7 +114,7 @@ class DecodeGraphs:
         except RuntimeError as error:
             _cannot_capture.add(type(self._model))
             why = str(error.__context__ or error).partition("\n")[0]
-            terminal.warn(f"{type(self._model).__name__} decodes without CUDA graphs, more slowly: {why}")
+            terminal.warning(f"{type(self._model).__name__} decodes without CUDA graphs, more slowly: {why}")
 
     def _write_logits(self, shape: Shape) -> None:
         assert self._logits is not None

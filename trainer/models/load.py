@@ -174,14 +174,14 @@ def load_model(
     except UserError as error:
         problem = str(error)
     except Exception as error:  # transformers raises errors of many types for files it cannot read
-        if isinstance(error, torch.OutOfMemoryError) or distributed.is_lost_connection(error):
+        if isinstance(error, torch.OutOfMemoryError) or distributed.is_communication_failure(error):
             raise
         traceback.print_exc()  # into the log
         problem = f"no model at {name} (a local folder or a hub name): {reason(error)}"
         if not str(error).startswith("Error(s) in loading state_dict"):
             raise UserError(problem) from None  # under ZeRO-3 the other ranks may wait in a collective
     if is_deepspeed_zero3_enabled():
-        distributed.raise_together(problem)  # only rank 0 reads the weights
+        distributed.raise_on_all_ranks(problem)  # only rank 0 reads the weights
     elif problem is not None:
         raise UserError(problem)
     assert model is not None

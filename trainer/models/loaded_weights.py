@@ -43,12 +43,12 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str, writt
             "give a complete model whose config.json belongs to its weights"
         )
     if is_wrapper(written):
-        terminal.say(
+        terminal.info(
             f"{name} is multimodal ({written.model_type}): its text part ({model.config.model_type}) alone is used and exported"
             + (f"; {_count(unexpected)} of the other parts are left out" if unexpected else "")
         )
     elif unexpected:
-        terminal.warn(
+        terminal.warning(
             f"{name} holds {_count(unexpected)} the model has no use for ({_some(unexpected)}): left out"
         )
 

@@ -136,7 +136,7 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToke
 
 @lru_cache(maxsize=64)
 def _say_once(text: str) -> None:
-    terminal.say(text)
+    terminal.info(text)
 
 
 def _is_written_in(path: Path, backend: Tokenizer) -> bool:

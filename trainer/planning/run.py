@@ -35,7 +35,7 @@ def plan_training(settings: PlanSettings) -> bool:
 
 def dry_run(settings: TrainSettings) -> bool:
     """What tools/train.py --dry_run prints: the plan for this machine and this number of ranks (rank 0)."""
-    world = distributed.world()
+    world = distributed.environment()
     if world.rank != 0:
         return True
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainSettings)}
@@ -65,7 +65,7 @@ def _of_run(settings: PlanSettings, train: TrainSettings, study: Study) -> PlanS
     """The run's training on the asked hardware."""
     values = {field.name: getattr(train, field.name) for field in dataclasses.fields(TrainSettings)}
     own = {name: getattr(settings, name) for name in PlanSettings.__annotations__ if name != "study"}
-    if not commit.is_finished(Path(train.train_shards)):
+    if not commit.is_complete(Path(train.train_shards)):
         prepared = next(one for one in study.shards if one.output_dir == train.train_shards)
         values["train_shards"] = ""
         own["num_problems"] = settings.num_problems or (

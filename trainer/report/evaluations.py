@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.report.format import clean
 from trainer.report.methods import GUIDED
 from trainer.report.statistics import wilson_interval
-from trainer.run_directory import EvaluationDirectory, parts_of_name
+from trainer.run_directory import EvaluationDirectory, parse_run_name
 
 RULES = ("strict", "flexible")
 _ROLES = ("decomposer", "solver", "planner")
@@ -99,7 +99,7 @@ class Evaluation:
         """What it was evaluated on, in words: a study may call a set of its own data by another name."""
         name = clean(self.directory.path.name)
         # <data>-<split>-<mode>, where a guided pair has the name of its run's method, and then how it was asked.
-        for mode in filter(None, (parts_of_name(self.run)[1], self.mode)):
+        for mode in filter(None, (parse_run_name(self.run)[1], self.mode)):
             found = re.fullmatch(f"(.+)-{re.escape(mode)}(?:-.*)?", name)
             if found and found[1] != f"{self.data}-{self.split}":
                 return found[1]
@@ -108,7 +108,7 @@ class Evaluation:
     @property
     def trained_elsewhere(self) -> str:
         """Name of the training data if it is not the data of the evaluation, else ""."""
-        name = parts_of_name(self.run)[0] or self.train_data
+        name = parse_run_name(self.run)[0] or self.train_data
         same = self.data in (name, self.train_data) or self.problems.startswith(f"{name}-")
         return "" if same else name
 
@@ -161,7 +161,7 @@ def load_evaluation(directory: EvaluationDirectory, run: str, study: str) -> Eva
     numbers = {name: field(name, int) for name in counts}
     if texts["mode"] == "few_shot" and not texts["train_data"]:
         # A published model does not know what the study calls it; then it stands in the row of its students.
-        texts["model_name"] = clean(parts_of_name(run)[2]) or texts["model_name"]
+        texts["model_name"] = clean(parse_run_name(run)[2]) or texts["model_name"]
     members = tuple(_member(role, record[role], path) for role in _ROLES if record.get(role))
     total = whole(record.get("total_parameters"), numbers["num_parameters"])
     warnings = record.get("warnings")

@@ -17,7 +17,7 @@ from trainer.report.evaluations import Evaluation, load_evaluation, read_json, w
 from trainer.report.format import clean
 from trainer.report.methods import canonical, is_part
 from trainer.report.metrics import Metrics, read_metrics
-from trainer.run_directory import RunDirectory, StudyDirectory, parts_of_name
+from trainer.run_directory import RunDirectory, StudyDirectory, parse_run_name
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ def _planned(study: StudyDirectory) -> dict[str, set[str]]:
 
 def _name_models(runs: list[Run]) -> list[Run]:
     """Give runs that ended before anything wrote their model down the name and size of a sister run's model."""
-    known = {parts_of_name(run.name)[2]: run for run in runs if run.num_parameters is not None}
+    known = {parse_run_name(run.name)[2]: run for run in runs if run.num_parameters is not None}
 
     def named(run: Run) -> Run:
-        sister = known.get(parts_of_name(run.name)[2])
+        sister = known.get(parse_run_name(run.name)[2])
         if run.num_parameters is not None or sister is None:
             return run
         return replace(run, model_name=sister.model_name, num_parameters=sister.num_parameters)
@@ -101,7 +101,7 @@ def _load_run(directory: RunDirectory, planned: set[str]) -> Run:
     )  # settings of an evaluation: their seed and max_steps are not a training's
     trained = {} if only_asked else settings
     facts = environment | _facts(directory)
-    data, method, model_name, seed = parts_of_name(name)
+    data, method, model_name, seed = parse_run_name(name)
     parts = {part for part in directory.evaluation_names() if not part.startswith(".")} | planned
     there = [part for part in sorted(parts) if directory.evaluation(part).results.is_file()]
     evaluations = [load_evaluation(directory.evaluation(part), name, study) for part in there]
@@ -138,7 +138,7 @@ def _facts(directory: RunDirectory) -> dict[str, Any]:
     """What the export, or else the newest finished checkpoint, says about its student; {} without either."""
     checkpoints = [directory.checkpoint(step) for step in reversed(directory.checkpoint_steps())]
     for path in (directory.export, *checkpoints):
-        if commit.is_finished(path):
+        if commit.is_complete(path):
             return {**commit.read_manifest(path)["facts"], "is_export": path == directory.export}
     return {}
 

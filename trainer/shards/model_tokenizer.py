@@ -47,7 +47,7 @@ def check_same_tokens(name: str, shards: Shards, tokenizer: PreTrainedTokenizerB
     try:
         own = load_tokenizer(name)
     except UserError as error:
-        terminal.warn(f"the shards' tokens could not be compared with the model's: {error}")
+        terminal.warning(f"the shards' tokens could not be compared with the model's: {error}")
         return
     if fingerprint(own) == shards.facts["tokenizer_fingerprint"]:
         return
@@ -66,7 +66,7 @@ def check_same_tokens(name: str, shards: Shards, tokenizer: PreTrainedTokenizerB
                 f"shards with --tokenizer_name {name}"
             )
     if own.eos_token_id != tokenizer.eos_token_id:
-        terminal.warn(
+        terminal.warning(
             f"{name} ends texts with {own.eos_token!r}, the shards with {tokenizer.eos_token!r}: the student learns the shards'"
         )
 

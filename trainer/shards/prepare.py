@@ -43,30 +43,30 @@ def prepare(settings: PrepareSettings) -> Shards:
     """
     final = Path(settings.output_dir)
     tokenizer = load_tokenizer(settings.tokenizer_name)
-    startup.done()
+    startup.freeze_gc()
     check_tokenizer(tokenizer)
     recipe = _recipe(settings, tokenizer)
-    if commit.is_finished(final):
+    if commit.is_complete(final):
         if _same_recipe(final, recipe):
-            terminal.say(f"{final}: already prepared, {len(Shards.open(final))} problems")
+            terminal.info(f"{final}: already prepared, {len(Shards.open(final))} problems")
             return Shards.open(final)
         if not settings.overwrite:
             raise UserError(_difference(final, recipe) + "; choose another output_dir or give --overwrite")
-    building = final.parent / f"{final.name}.new-{os.getpid()}" if commit.is_finished(final) else final
+    building = final.parent / f"{final.name}.new-{os.getpid()}" if commit.is_complete(final) else final
     facts: dict[str, Any] = {"recipe": recipe, "data": settings.data, "split": settings.split}
     facts["tokenizer_fingerprint"] = recipe["tokenizer"]
     start = time.monotonic()
     try:
-        with commit.directory(building, KIND, facts) as staging:
+        with commit.atomic_directory(building, KIND, facts) as staging:
             tokenizer.save_pretrained(staging / TOKENIZER)
             _build(settings, tokenizer, staging, facts)
-    except commit.AlreadyThere:
+    except commit.ArtifactExistsError:
         if not _same_recipe(final, recipe):
             raise UserError(_difference(final, recipe) + "; another builder was first") from None
     if building != final:
-        commit.replace(final, building)
+        commit.replace_directory(final, building)
     shards = Shards.open(final)
-    terminal.say(f"{final}: {describe(shards)} in {terminal.duration(time.monotonic() - start)}")
+    terminal.info(f"{final}: {describe(shards)} in {terminal.duration(time.monotonic() - start)}")
     return shards
 
 

@@ -59,7 +59,7 @@ class Shards:
         path = Path(directory)
         manifest = commit.read_manifest(path, KIND)
         if verify:
-            commit.verify(path)
+            commit.verify_digests(path)
         else:
             commit.verify_sizes(path, manifest["files"], manifest["files"])
         return cls(path, manifest, commit.manifest_digest(path))

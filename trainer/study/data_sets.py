@@ -66,7 +66,7 @@ def _prepare(
         raise UserError(f"{path}: data is missing; choose one of {', '.join(DATA)}")
     output_dir = root / f"{data}-{name}"
     made = from_dict(PrepareSettings, {**defaults, **shared, **own, "output_dir": str(output_dir)}, path)
-    if not commit.is_finished(output_dir):  # finished shards no longer need their source
+    if not commit.is_complete(output_dir):  # finished shards no longer need their source
         checks.refuse_missing(made.data_path, f"{path}: data_path")
         checks.refuse_missing(made.tokenizer_name, f"{path}: tokenizer_name")
     return made

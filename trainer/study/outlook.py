@@ -83,4 +83,4 @@ def _vocabulary_size(prepared: PrepareSettings) -> int:
 
 def _facts(shards: str) -> dict[str, Any]:
     path = Path(shards)
-    return dict(commit.read_manifest(path, "shards")["facts"]) if commit.is_finished(path) else {}
+    return dict(commit.read_manifest(path, "shards")["facts"]) if commit.is_complete(path) else {}

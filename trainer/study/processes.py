@@ -55,7 +55,7 @@ def start(
     command: Sequence[str], study: StudyDirectory, stage: str, log: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     """Start a stage's command whose output is appended to `log`, out of reach of the terminal's Ctrl-C."""
-    inherited = distributed.without_launcher(os.environ)
+    inherited = distributed.without_launcher_variables(os.environ)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         return subprocess.Popen(
@@ -130,7 +130,7 @@ def _ranks(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     ranks = {}
     for process in processes:
         with contextlib.suppress(psutil.Error, OSError, UserError):
-            if distributed.discover(process.environ()).launcher != "single":
+            if distributed.environment_from_launcher(process.environ()).launcher != "single":
                 ranks[process.pid] = process
     return [process for process in ranks.values() if _parent(process) not in ranks]
 

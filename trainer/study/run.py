@@ -32,27 +32,27 @@ def run(study: Study, tools: Path, keep_going: bool = False) -> int:
     """
     changes.refuse(study)
     todo = stages.of_study(study)
-    with lock.held(study.directory.lock), processes.Interrupts() as interrupts:
+    with lock.locked(study.directory.lock), processes.Interrupts() as interrupts:
         changes.remember(study)
         _end_leftovers(study, interrupts)
         done = [stage for stage in todo if state.is_done(stage)]
         beside = f", {study.num_parallel} at a time" if study.num_parallel > 1 else ""
-        terminal.say(
+        terminal.info(
             f"study {study.name}: {len(study.runs)} runs, {len(todo)} stages, {len(done)} done{beside}"
         )
         if strangers := changes.strangers(study):
-            terminal.say(f"not in {study.file}, but in the report while they exist: {', '.join(strangers)}")
+            terminal.info(f"not in {study.file}, but in the report while they exist: {', '.join(strangers)}")
         failures = _do(todo, done, study, tools, keep_going, interrupts)
         if interrupts.count:
-            terminal.say("interrupted; run the same command to go on")
+            terminal.info("interrupted; run the same command to go on")
             return INTERRUPTED
         if failures and not keep_going:
             raise UserError("\n".join(failures.values()))
         if failures:
             raise UserError(f"{len(failures)} of {len(todo)} stages failed: {'; '.join(failures)}")
         for headline in state.headlines(study.directory):
-            terminal.say(headline)
-        terminal.say(f"report: {study.directory.report / 'index.html'}")
+            terminal.info(headline)
+        terminal.info(f"report: {study.directory.report / 'index.html'}")
     return 0
 
 
@@ -76,7 +76,7 @@ def _do(
     running: list[Running] = []
     failures: dict[str, str] = {}
     try:
-        with contextlib.closing(terminal.Bars()) as bars:
+        with contextlib.closing(terminal.ProgressBars()) as bars:
             while not interrupts.count:
                 may_start = (keep_going or not failures) and len(running) < study.num_parallel
                 if may_start and (stage := schedule.next()):
@@ -113,9 +113,9 @@ def _tell(ended: Running, running: Sequence[Running], keep_going: bool) -> str:
     if not failure:
         ended.say_result()
     elif keep_going or running:
-        terminal.say(f"{ended.place} {failure}")
+        terminal.info(f"{ended.place} {failure}")
         if not keep_going:
-            terminal.say(f"nothing new is started; waiting for {_labels(running)}")
+            terminal.info(f"nothing new is started; waiting for {_labels(running)}")
     return failure
 
 
@@ -131,7 +131,7 @@ def _interrupt(running: Sequence[Running], study: Study, interrupts: processes.I
     """Let all stages that run save, and end them."""
     told = interrupts.count
     it = "it" if len(running) == 1 else "them"
-    terminal.say(f"ending {_labels(running)}; Ctrl-C once more ends {it} without saving")
+    terminal.info(f"ending {_labels(running)}; Ctrl-C once more ends {it} without saving")
     _warn(processes.end(study.directory, _GRACE_SECONDS, lambda: interrupts.count > told))
     for one in running:
         one.child.poll()
@@ -139,7 +139,7 @@ def _interrupt(running: Sequence[Running], study: Study, interrupts: processes.I
 
 def _warn(survivors: Sequence[psutil.Process]) -> None:
     for survivor in survivors:
-        terminal.warn(f"process {survivor.pid} cannot be killed; it hangs in the kernel")
+        terminal.warning(f"process {survivor.pid} cannot be killed; it hangs in the kernel")
 
 
 def _labels(running: Sequence[Running]) -> str:
@@ -151,5 +151,5 @@ def _end_leftovers(study: Study, interrupts: processes.Interrupts) -> None:
     leftovers = processes.of_study(study.directory)
     if leftovers:
         numbers = ", ".join(str(process.pid) for process in leftovers)
-        terminal.say(f"ending processes {numbers}, left over from an earlier start that was killed")
+        terminal.info(f"ending processes {numbers}, left over from an earlier start that was killed")
         processes.end(study.directory, _GRACE_SECONDS, lambda: interrupts.count > 0)

@@ -35,7 +35,7 @@ class Running:
         place: str,
         study: Study,
         tools: Path,
-        bars: terminal.Bars,
+        bars: terminal.ProgressBars,
         cores: int,
         devices: Sequence[str] = (),
         ports: Collection[int] = (),
@@ -77,7 +77,7 @@ class Running:
 
     def say_result(self) -> None:
         seconds = time.monotonic() - self._start
-        terminal.say(f"{self.place} {self.stage.label}: {_result(self.stage)} ({terminal.duration(seconds)})")
+        terminal.info(f"{self.place} {self.stage.label}: {_result(self.stage)} ({terminal.duration(seconds)})")
 
     def _tail(self) -> str:
         """The last lines of this start that are not noise, indented."""
@@ -141,8 +141,8 @@ def _describe(code: int | None) -> str:
         name = signal.Signals(number).name
     except ValueError:
         told = {
-            terminal.GO_ON_LATER: ": it was told to stop, and what is done is kept",
-            terminal.LOST_OTHERS: ": a rank that the others needed is gone",
+            terminal.EXIT_REQUEUE: ": it was told to stop, and what is done is kept",
+            terminal.EXIT_PEER_LOST: ": a rank that the others needed is gone",
         }
         return f"exit code {code}{told.get(code, '')}"
     return f"exit code {code} ({name}{': out of memory?' if number == signal.SIGKILL else ''})"

@@ -38,7 +38,7 @@ class Progress:
 def is_done(stage: Stage) -> bool:
     """Whether the stage's result is there. A student that nobody will ask any more needs neither checkpoint nor export."""
     if stage.kind == "annotate":
-        return annotated(stage.settings) or commit.is_finished(Path(stage.shards))
+        return annotated(stage.settings) or commit.is_complete(Path(stage.shards))
     if stage.kind == "prepare":
         return shards_ready(stage.settings)
     if stage.kind == "report":
@@ -57,7 +57,7 @@ def is_done(stage: Stage) -> bool:
 def annotated(settings: AnnotateSettings) -> bool:
     """Whether the teacher's steps are there. Raises UserError if they were made with other settings."""
     path = AnnotationDirectory(Path(settings.output_dir)).result
-    if not commit.is_finished(path):
+    if not commit.is_complete(path):
         return False
     recipe = commit.read_manifest(path, "annotations")["facts"].get("recipe", {})
     compared = [key for key in _TEACHING if key in recipe]
@@ -75,7 +75,7 @@ def annotated(settings: AnnotateSettings) -> bool:
 def shards_ready(settings: PrepareSettings) -> bool:
     """Whether the shards are there. Raises UserError if they were made with other settings."""
     path = Path(settings.output_dir)
-    if not commit.is_finished(path):
+    if not commit.is_complete(path):
         return False
     recipe = commit.read_manifest(path, "shards")["facts"].get("recipe", {})
     for key in sorted(recipe.keys() & vars(settings).keys()):
@@ -92,13 +92,13 @@ def trained(run: RunDirectory) -> bool:
     return any(
         commit.read_manifest(run.checkpoint(step), "checkpoint")["facts"].get("finished") is True
         for step in run.checkpoint_steps()
-        if commit.is_finished(run.checkpoint(step))
+        if commit.is_complete(run.checkpoint(step))
     )
 
 
 def exported(run: RunDirectory) -> bool:
     """Whether the export is there and of the last step."""
-    finished = commit.is_finished(run.export)
+    finished = commit.is_complete(run.export)
     return finished and commit.read_manifest(run.export, "export")["facts"].get("finished") is True
 
 
@@ -108,8 +108,8 @@ def evaluated(settings: EvaluateSettings) -> bool:
 
 def has_work(run: RunDirectory) -> bool:
     """Whether anything of value is there: a finished checkpoint, an export or an evaluation."""
-    checkpoints = any(commit.is_finished(run.checkpoint(step)) for step in run.checkpoint_steps())
-    return checkpoints or commit.is_finished(run.export) or bool(run.evaluation_names())
+    checkpoints = any(commit.is_complete(run.checkpoint(step)) for step in run.checkpoint_steps())
+    return checkpoints or commit.is_complete(run.export) or bool(run.evaluation_names())
 
 
 def training_progress(settings: TrainSettings) -> Progress:
@@ -160,7 +160,7 @@ class EvaluationProgress:
     """Counts finished problems, the lines of the ranks' files, reading only what is new since the last look."""
 
     def __init__(self, settings: EvaluateSettings):
-        self._parts = EvaluationDirectory(Path(settings.output_dir)).parts
+        self._parts = EvaluationDirectory(Path(settings.output_dir)).rank_files
         self._offsets: dict[Path, int] = {}
         self._done = 0
         facts = commit.read_manifest(Path(settings.shards), "shards")["facts"]

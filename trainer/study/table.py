@@ -33,25 +33,25 @@ def show_status(study: Study) -> None:
         )
     todo = stages.of_study(study)
     done = sum(state.is_done(stage) for stage in todo)
-    terminal.say(f"study {study.name} ({study.directory.path}): {done} of {len(todo)} stages done")
+    terminal.info(f"study {study.name} ({study.directory.path}): {done} of {len(todo)} stages done")
     for settings in study.shards:
         ready = "not prepared"
         if state.shards_ready(settings):
             facts = commit.read_manifest(Path(settings.output_dir))["facts"]
             ready = f"{facts['num_problems']} problems"
-        terminal.say(f"shards {settings.output_dir}: {ready}")
-    terminal.say(table_text(table))
-    running = lock.holder(study.directory.lock)
+        terminal.info(f"shards {settings.output_dir}: {ready}")
+    terminal.info(table_text(table))
+    running = lock.current_owner(study.directory.lock)
     leftovers = processes.of_study(study.directory)
     if running:
-        terminal.say(f"in use: {running.process}, since {running.since}")
+        terminal.info(f"in use: {running.process}, since {running.since}")
     elif leftovers:
         numbers = ", ".join(str(process.pid) for process in leftovers)
-        terminal.say(
+        terminal.info(
             f"not being run, but processes {numbers} of an earlier start live; a run ends them first"
         )
     if state.is_done(todo[-1]):
-        terminal.say(f"report: {study.directory.report / 'index.html'}")
+        terminal.info(f"report: {study.directory.report / 'index.html'}")
 
 
 def show_plan(study: Study, tools: Path) -> None:
@@ -59,15 +59,15 @@ def show_plan(study: Study, tools: Path) -> None:
     changes.refuse(study)
     todo = stages.of_study(study)
     waiting = [stage for stage in todo if not state.is_done(stage)]
-    terminal.say(table_text(_models(study)) + "\n")
+    terminal.info(table_text(_models(study)) + "\n")
     table = make_table("", "stage", "state", "ranks", "problems")
     for number, stage in enumerate(todo, 1):
         ready = "to do" if stage in waiting else "done"
         table.add_row(str(number), stage.label, ready, str(stage.num_ranks), _num_problems(stage, study))
-    terminal.say(table_text(table))
-    terminal.say(f"study {study.name}: {len(study.runs)} runs, {len(todo)} stages, {len(waiting)} to do")
+    terminal.info(table_text(table))
+    terminal.info(f"study {study.name}: {len(study.runs)} runs, {len(todo)} stages, {len(waiting)} to do")
     for stage in waiting:
-        terminal.say("\n" + shlex.join(stages.command(stage, tools, study.launcher)))
+        terminal.info("\n" + shlex.join(stages.command(stage, tools, study.launcher)))
 
 
 def _models(study: Study) -> Table:
@@ -123,7 +123,7 @@ def _training(run: Run) -> tuple[str, str, str]:
 def _evaluation(settings: EvaluateSettings) -> str:
     if state.evaluated(settings):
         return state.accuracy(settings)
-    if not EvaluationDirectory(Path(settings.output_dir)).parts.is_dir():
+    if not EvaluationDirectory(Path(settings.output_dir)).rank_files.is_dir():
         return "-"
     progress = state.EvaluationProgress(settings)()
     return f"{progress.done}/{progress.total}"

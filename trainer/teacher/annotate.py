@@ -25,13 +25,13 @@ def annotate(settings: AnnotateSettings) -> None:
     not answer.
     """
     directory = AnnotationDirectory(Path(settings.output_dir))
-    with lock.held(directory.lock):
+    with lock.locked(directory.lock):
         todo = _prepare(settings)
         if _is_there(directory.result, todo):
-            terminal.say(summary.table(_summary(directory.result)))
-            terminal.say(f"{directory.result}: already annotated")
+            terminal.info(summary.table(_summary(directory.result)))
+            terminal.info(f"{directory.result}: already annotated")
             return
-        log = ResponseLog(directory.responses, directory.damaged)
+        log = ResponseLog(directory.responses, directory.corrupt_lines)
         try:
             _ask(todo, log)
             _commit(directory.result, todo, log)
@@ -43,7 +43,7 @@ def show_plan(settings: AnnotateSettings) -> None:
     """Say what a run would ask and cost at most, and show one prompt. Asks nothing and writes nothing."""
     directory = AnnotationDirectory(Path(settings.output_dir))
     todo = _prepare(settings)
-    log = ResponseLog(directory.responses, directory.damaged, read_only=True)
+    log = ResponseLog(directory.responses, directory.corrupt_lines, read_only=True)
     requests = [request for queue in todo.requests.values() for request in queue]
     answered = sum(log.get(request.key) is not None for request in requests)
     queues = todo.queues(log)
@@ -51,20 +51,20 @@ def show_plan(settings: AnnotateSettings) -> None:
     prompt_tokens = (
         sum(len(r.prompt) for q in queues for r in q if log.get(r.key) is None) / _CHARACTERS_A_TOKEN
     )
-    terminal.say(
+    terminal.info(
         f"{len(todo.problems)} problems to annotate; left out: {len(todo.contaminated)} like test questions, "
         f"{len(todo.bad_records)} bad records"
     )
     now = f"{most}" if least == most else f"{least} to {most}"
-    terminal.say(f"{len(requests)} requests at most, {answered} of them already answered; a run sends {now}")
-    terminal.say(
+    terminal.info(f"{len(requests)} requests at most, {answered} of them already answered; a run sends {now}")
+    terminal.info(
         f"about {prompt_tokens:,.0f} prompt tokens and at most {most * settings.max_new_tokens:,} completion tokens"
     )
     cost = summary.cost_of(prompt_tokens, most * settings.max_new_tokens, settings)
     if cost is not None:
-        terminal.say(f"cost at most about {cost:.2f}")
+        terminal.info(f"cost at most about {cost:.2f}")
     first = todo.problems[0]
-    terminal.say(f"the prompt for {first.id}:\n\n{todo.requests[first.id][0].prompt}\n")
+    terminal.info(f"the prompt for {first.id}:\n\n{todo.requests[first.id][0].prompt}\n")
 
 
 def _prepare(settings: AnnotateSettings) -> Work:
@@ -83,7 +83,7 @@ def _ask(todo: Work, log: ResponseLog) -> None:
     known = sum(
         log.get(request.key) is not None for requests in todo.requests.values() for request in requests
     )
-    terminal.say(
+    terminal.info(
         f"{len(todo.problems)} problems, {known} answers known; asking {todo.teacher['model']} "
         f"for {len(queues)} {'samples' if todo.settings.keep_all else 'problems'}"
     )
@@ -108,21 +108,21 @@ def _commit(final: Path, todo: Work, log: ResponseLog) -> None:
         "gold_hint": todo.settings.gold_hint,
     }
     facts |= {"endpoint": todo.settings.base_url, "summary": numbers}
-    there = commit.is_finished(final)
+    there = commit.is_complete(final)
     building = final.parent / f"{final.name}.new-{os.getpid()}" if there else final
-    with commit.directory(building, result.KIND, facts) as staging:
+    with commit.atomic_directory(building, result.KIND, facts) as staging:
         result.write(staging, todo, outcomes, numbers)
     if there:
-        commit.replace(final, building)
-    terminal.say(summary.table(numbers))
+        commit.replace_directory(final, building)
+    terminal.info(summary.table(numbers))
     if not numbers["problems"]["annotated"]:
-        terminal.warn(f"not one chain was kept; {final / result.REJECTED} says why")
-    terminal.say(f"{final / result.ANNOTATED}: {numbers['samples']['kept']} problems with steps")
+        terminal.warning(f"not one chain was kept; {final / result.REJECTED} says why")
+    terminal.info(f"{final / result.ANNOTATED}: {numbers['samples']['kept']} problems with steps")
 
 
 def _is_there(final: Path, todo: Work) -> bool:
     """Whether the finished result is the one asked for. Raises UserError if it is of another making."""
-    if not commit.is_finished(final):
+    if not commit.is_complete(final):
         return False
     old, new = commit.read_manifest(final, result.KIND)["facts"]["recipe"], todo.recipe
     if old == new:
@@ -138,7 +138,7 @@ def _is_there(final: Path, todo: Work) -> bool:
 
 
 def _summary(final: Path) -> dict[str, Any]:
-    commit.verify(final, [result.SUMMARY])
+    commit.verify_digests(final, [result.SUMMARY])
     return json.loads((final / result.SUMMARY).read_text(encoding="utf-8"))
 
 

@@ -52,7 +52,7 @@ class _Workers:
         queues: Sequence[Sequence[Request]],
         log: ResponseLog,
         satisfied: Satisfied,
-        bar: terminal.Bar,
+        bar: terminal.ProgressBar,
     ) -> None:
         self._settings, self._endpoint, self._log, self._bar = settings, endpoint, log, bar
         self._waiting, self._satisfied = iter(queues), satisfied
@@ -89,7 +89,7 @@ class _Workers:
                 f"{what}. {self._num_answered} answers of this run are kept; run the same command again to ask for "
                 "the rest only, or give --allow_unanswered to finish without them"
             )
-        terminal.warn(what)
+        terminal.warning(what)
 
     async def _answer(self, request: Request) -> Response | None:
         """Ask; requests with one key (the same question twice) are asked once. None: no answer, noted."""

@@ -61,7 +61,7 @@ def ask_local(
             if backend is None and fitting:
                 backend = completion_backend(model, asked_prompts, settings.max_new_tokens, name)
                 if backend.name == TRANSFORMERS:
-                    terminal.say(f"{name}: {backend.in_words()}")
+                    terminal.info(f"{name}: {backend.in_words()}")
             texts = completions(
                 model,
                 tokenizer,

@@ -72,7 +72,7 @@ class ResponseLog:
                 f"cannot use {path}: {error.strerror}; check the disk and its permissions"
             ) from error
         if self.num_unreadable:
-            terminal.warn(
+            terminal.warning(
                 f"{path}: {self.num_unreadable} lines are no responses; their requests are repeated"
             )
 
@@ -135,7 +135,7 @@ def _set_aside(path: Path, damaged: Path, length: int, rest: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.truncate(path, length)
-    terminal.warn(
+    terminal.warning(
         f"{path}: its last line is half written ({len(rest)} bytes); moved to {damaged.name}, "
         "and only that request is repeated"
     )

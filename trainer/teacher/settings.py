@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trainer.configuration import at_least, one_of, required, setting
+from trainer.configuration import check_at_least, check_one_of, check_given, setting
 from trainer.errors import UserError
 from trainer.settings import DTYPES
 
@@ -64,13 +64,13 @@ class AnnotateSettings:
     dry_run: bool = setting(False, "only show how many requests there are, their cost and one prompt")
 
     def __post_init__(self) -> None:
-        required("data_path", self.data_path)
-        required("output_dir", self.output_dir)
-        one_of("data", self.data, TAUGHT_DATA)
-        one_of("style", self.style, STYLES)
-        one_of("api", self.api, TEACHER_APIS)
-        one_of("dtype", self.dtype, DTYPES)
-        one_of("token_limit_field", self.token_limit_field, TOKEN_LIMIT_FIELDS)
+        check_given("data_path", self.data_path)
+        check_given("output_dir", self.output_dir)
+        check_one_of("data", self.data, TAUGHT_DATA)
+        check_one_of("style", self.style, STYLES)
+        check_one_of("api", self.api, TEACHER_APIS)
+        check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("token_limit_field", self.token_limit_field, TOKEN_LIMIT_FIELDS)
         if bool(self.base_url) == bool(self.model_name_or_path):
             raise UserError(
                 "give either base_url (an endpoint) or model_name_or_path (local), not both or none"
@@ -87,12 +87,12 @@ class AnnotateSettings:
             "max_attempts",
             "min_steps",
         ):
-            at_least(name, getattr(self, name), 1)
-        at_least("max_steps", self.max_steps, self.min_steps)
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("max_steps", self.max_steps, self.min_steps)
         not_negative = ("max_problems", "exemplars_from_gold", "temperature", "requests_per_minute")
         prices = ("price_per_million_input", "price_per_million_output")
         for name in (*not_negative, *prices, "retry_seconds", "decontaminate_ngram"):
-            at_least(name, getattr(self, name), 0)
+            check_at_least(name, getattr(self, name), 0)
         if not 0 < self.timeout_seconds < math.inf:
             raise UserError(f"timeout_seconds is {self.timeout_seconds}; it must be a positive number")
         if not 0 < self.top_p <= 1:

@@ -153,7 +153,7 @@ def _held_out(settings: AnnotateSettings) -> tuple[HeldOutQuestions, list[list[s
         for record in read_problems(data, split, path or None, **options):
             if isinstance(record, Problem):
                 questions.append((f"{data}:{split}:{record.id}", record.question))
-        terminal.say(f"test set {data} {split}: {len(questions) - before} questions must not be annotated")
+        terminal.info(f"test set {data} {split}: {len(questions) - before} questions must not be annotated")
         digests.append([data, split, source_digest(data, split, path or None, **options)])
     return HeldOutQuestions(questions, settings.decontaminate_ngram), digests
 

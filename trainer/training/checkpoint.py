@@ -81,7 +81,7 @@ class _ByteCounter(io.RawIOBase):
 def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model_files: Path) -> None:
     """Collective. Write `checkpoints/step-NNNNNN`; it is complete or not there. Raises UserError on every rank."""
     final, first = run.checkpoint(step), distributed.is_main_process()
-    begun = _together(lambda: str(commit.begin(final)) if first else "")
+    begun = _together(lambda: str(commit.create_staging(final)) if first else "")
     staging = Path(distributed.broadcast_object(begun))
     writer = engine.checkpoint_engine
     # DeepSpeed would leave converters beside the checkpoints, where rank 0 alone may meet a full disk.
@@ -108,7 +108,7 @@ def _together(action: Callable[[], Any]) -> Any:
         result = action()
     except (OSError, shutil.Error) as problem:
         error = f"the checkpoint could not be written: {problem}; the one before it is untouched"
-    distributed.raise_together(error)
+    distributed.raise_on_all_ranks(error)
     return result
 
 
@@ -120,10 +120,10 @@ def _copy_model_files(source: Path, target: Path, written: list[Path]) -> None:
 def _commit(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
     """Into place; a checkpoint of the same step, which was passed over or not gone on from, is replaced."""
     if not final.exists():
-        return commit.finish(staging, final, KIND, facts, files)
+        return commit.publish(staging, final, KIND, facts, files)
     fresh = staging.with_name(staging.name.replace(".tmp", ".fresh.tmp"))
-    commit.finish(staging, fresh, KIND, facts, files)
-    commit.replace(final, fresh)
+    commit.publish(staging, fresh, KIND, facts, files)
+    commit.replace_directory(final, fresh)
 
 
 def _refuse_failed_write(writer: SafeCheckpointEngine, staging: Path) -> None:
@@ -147,7 +147,7 @@ def prune(run: RunDirectory, keep: int) -> None:
     """Remove all but the newest `keep` finished checkpoints (rank 0)."""
     if not distributed.is_main_process():
         return
-    finished = [step for step in run.checkpoint_steps() if commit.is_finished(run.checkpoint(step))]
+    finished = [step for step in run.checkpoint_steps() if commit.is_complete(run.checkpoint(step))]
     for step in finished[:-keep]:
         _remove(run.checkpoint(step))
 
@@ -171,7 +171,7 @@ def newest_valid(run: RunDirectory) -> Path | None:
         problem = _damage(run.checkpoint(step))
         if problem is None:
             return run.checkpoint(step)
-        terminal.warn(f"checkpoint passed over: {problem}")
+        terminal.warning(f"checkpoint passed over: {problem}")
     if steps:
         raise UserError(
             f"{run.checkpoints} holds {len(steps)} checkpoint(s) but none is valid; "
@@ -198,8 +198,8 @@ def _damage(path: Path) -> str | None:
     problem = None
     try:
         names = sorted(commit.read_manifest(path, KIND)["files"])
-        world = distributed.world()
-        commit.verify(path, names[world.rank :: world.world_size])
+        world = distributed.environment()
+        commit.verify_digests(path, names[world.rank :: world.world_size])
     except UserError as error:
         problem = str(error)
     return next((text for text in distributed.gather_objects(problem) if text), None)

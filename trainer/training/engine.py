@@ -47,11 +47,11 @@ def build_engine(
     _gather_by_layer(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with startup.without_compiler(), _unsent() if blank else contextlib.nullcontext():
+    with startup.torch_compile_disabled(), _unsent() if blank else contextlib.nullcontext():
         engine, _, _, _ = deepspeed.initialize(
             model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
         )
-    rendezvous.limit_waiting(settings.timeout_seconds)
+    rendezvous.set_group_timeouts(settings.timeout_seconds)
     gradient_norm.read_once(engine.optimizer)
     engine.checkpoint_engine = checkpoint.SafeCheckpointEngine()
     engine.train()

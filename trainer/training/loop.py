@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from trainer import distributed, startup, terminal
 from trainer.configuration import to_dict
-from trainer.distributed import World
+from trainer.distributed import DistributedEnvironment
 from trainer.errors import UserError
 from trainer.malloc import HeapLimit
 from trainer.preemption import StopRequest
@@ -39,19 +39,19 @@ def train(
     after saving a checkpoint. Raises UserError on every rank.
     """
     stop = stop or StopRequest()
-    stop.listen()
+    stop.install_signal_handlers()
     world = distributed.initialize(settings.timeout_seconds)
     # Nodes may have copies of the shards in other places; that they are the same shards is seen to later.
     same = {key: value for key, value in to_dict(settings).items() if not key.endswith("_shards")}
-    distributed.agree("settings", same)
+    distributed.assert_same_on_all_ranks("settings", same)
     run = RunDirectory(Path(settings.output_dir))
     with occupied(run, settings) as watchdog:
         try:
             return _train(settings, world, run, evaluate, stop, watchdog)
         except Exception as error:
-            if not (stop.requested and distributed.is_lost_connection(error)):
+            if not (stop.is_requested and distributed.is_communication_failure(error)):
                 raise
-            terminal.say(
+            terminal.info(
                 f"{run.path}: stopped as asked ({stop.reason}) while others ended; what was saved stands"
             )
             return False
@@ -59,7 +59,7 @@ def train(
 
 def _train(
     settings: TrainSettings,
-    world: World,
+    world: DistributedEnvironment,
     run: RunDirectory,
     evaluate: Evaluation | None,
     stop: StopRequest,
@@ -67,14 +67,14 @@ def _train(
 ) -> bool:
     student = enrol(settings, world, run, stop)
     if student is None:
-        terminal.say(f"{run.path}: already finished")
+        terminal.info(f"{run.path}: already finished")
         return True
     greet(student)
-    startup.done()
+    startup.freeze_gc()
     log = MetricsLog(run, settings, student.facts)
     plan, step = student.plan, student.first_step
     watchdog.moved(step)
-    stop.begin_work()
+    stop.defer_signals()
     distributed.barrier()  # from here on nobody ends alone
     limit_heap = HeapLimit()
     with terminal.progress("train", plan.total_steps, step) as bar:
@@ -83,7 +83,7 @@ def _train(
             metrics, stopping = optimizer_step(student, step, stop)
             step += 1
             watchdog.moved(step)
-            stop.took(step=metrics["seconds"])
+            stop.record_duration(step=metrics["seconds"])
             limit_heap()
             log.write({"step": step, "total_steps": plan.total_steps, **metrics})
             bar.update(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s")
@@ -91,13 +91,13 @@ def _train(
             if stopping or step == plan.total_steps or is_due(step, settings.save_steps):
                 watchdog.refuse_if_lost()
                 save(student, step, stop)
-                stopping = stopping or stop.agreed()  # a signal may have come while it was written
+                stopping = stopping or stop.should_stop_on_any_rank()  # a signal may have come while it was written
     reason = stop.reason or "another rank was told"
-    stop.end_work()
+    stop.ignore_signals()
     finished = step == plan.total_steps
     log.close(finished)
     state = "finished" if finished else f"stopped as asked ({reason}), start it again to go on"
-    terminal.say(f"{run.path}: {state} at step {step}/{plan.total_steps}")
+    terminal.info(f"{run.path}: {state} at step {step}/{plan.total_steps}")
     distributed.barrier()  # who ends first must not have the others killed while they still close their files
     return finished
 
@@ -150,7 +150,7 @@ def optimizer_step(student: Student, step: int, stop: StopRequest) -> tuple[dict
             if not is_last:
                 engine.step()  # counts the pass; the optimizer moves at the last one
 
-    loss, asked_to_stop = agree_on(loss_sum, stop.requested, world.world_size)
+    loss, asked_to_stop = agree_on(loss_sum, stop.is_requested, world.world_size)
     refuse_non_finite(student, step, loss, float(loss_sum), problems)
     grad_norm, skipped = global_grad_norm(engine), engine.skipped_steps
     if grad_norm is None or math.isfinite(grad_norm):
@@ -204,7 +204,7 @@ def refuse_non_finite(student: Student, step: int, loss: float, own_loss: float,
     if not math.isfinite(own_loss):
         ids = name_problems(student, problems)
         where = f"step {step + 1}: the loss on rank {student.world.rank} is {own_loss}; {ids}"
-    distributed.raise_together(where)
+    distributed.raise_on_all_ranks(where)
     raise UserError(f"step {step + 1}: the loss is {loss}, although it is finite on every rank")
 
 
@@ -238,22 +238,22 @@ def save(student: Student, step: int, stop: StopRequest) -> None:
     progress = {"step": step, "packs_consumed": packs_consumed, "finished": step == student.plan.total_steps}
     checkpoint.save(student.engine, student.run, step, {**student.facts, **progress}, student.run.model)
     checkpoint.prune(student.run, student.settings.save_total_limit)
-    stop.took(save=time.perf_counter() - start)
+    stop.record_duration(save=time.perf_counter() - start)
 
 
 def greet(student: Student) -> None:
     """Log what the run is about to do."""
     facts, plan, data = student.facts, student.plan, student.data
-    terminal.say(
+    terminal.info(
         f"{student.run.path}: {facts['model_name']} ({facts['num_parameters']:,} parameters, {facts['dtype']}), "
         f"method {facts['method']}, ZeRO {facts['zero_stage']}, {student.world.world_size} rank(s)"
     )
-    terminal.say(
+    terminal.info(
         f"  {data.num_examples} examples in {data.packs_per_epoch} packs an epoch, "
         f"{plan.packs_per_step} packs a step, {plan.total_steps} steps"
     )
     if data.num_without_steps or data.num_too_long:
-        terminal.warn(
+        terminal.warning(
             f"not trained on: {data.num_without_steps} problems without the steps {facts['method']} needs, "
             f"{data.num_too_long} longer than a pack"
         )

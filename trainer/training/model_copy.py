@@ -75,7 +75,7 @@ def free(model: torch.nn.Module) -> None:
     """Give the copy's memory back at once, without a search for the reference cycles that still hold its modules."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    malloc.hand_back()  # else it stays in the heap, in holes that later tensors need not fit into
+    malloc.trim_heap()  # else it stays in the heap, in holes that later tensors need not fit into
 
 
 def _empty_model(config: Any) -> Any:

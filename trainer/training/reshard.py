@@ -43,7 +43,7 @@ def load(engine: Any, path: Path, zero_stage: int, world_size: int, dtype: str) 
             _fill_untrained(engine, stored, reader, path)
     except (UserError, OSError) as problem:
         error = str(problem)
-    distributed.raise_together(error)
+    distributed.raise_on_all_ranks(error)
     _spread(optimizer)
     engine.global_steps = stored.step
     engine.global_samples = stored.step * engine.train_batch_size()

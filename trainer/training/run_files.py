@@ -104,7 +104,7 @@ def environment() -> dict[str, Any]:
         if torch.cuda.is_available()
         else platform.processor() or "cpu",
         "threads_per_rank": torch.get_num_threads(),
-        "launcher": distributed.world().launcher,
+        "launcher": distributed.environment().launcher,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "code_revision": revision.stdout.strip(),

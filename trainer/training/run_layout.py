@@ -58,8 +58,8 @@ class LayoutOfRun:
         """Say in one line which layout the run has, and in another why it is not packed."""
         if choice.rejected:
             fastest, reason = choice.rejected[0]
-            terminal.warn(f"not {fastest.rows}: {reason}; instead: {DESCRIPTIONS[choice.layout.rows]}")
-        terminal.say(
+            terminal.warning(f"not {fastest.rows}: {reason}; instead: {DESCRIPTIONS[choice.layout.rows]}")
+        terminal.info(
             f"  layout: {choice.layout}; logits differ from the model's own by {choice.difference:.0e} of their standard "
             f"deviation (allowed: {choice.tolerance:.0e}, {choice.num_examples} examples, {choice.compared_in})"
         )

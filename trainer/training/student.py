@@ -11,7 +11,7 @@ import yaml
 
 from trainer import commit, distributed, terminal
 from trainer.configuration import to_dict
-from trainer.distributed import World
+from trainer.distributed import DistributedEnvironment
 from trainer.errors import UserError
 from trainer.models import load
 from trainer.models.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ class Student:
     """A run in progress. `facts` go into every checkpoint's manifest."""
 
     settings: TrainSettings
-    world: World
+    world: DistributedEnvironment
     run: RunDirectory
     shards: Shards
     data: PackedData
@@ -70,13 +70,13 @@ class Student:
         return self.choice.layout
 
 
-def enrol(settings: TrainSettings, world: World, run: RunDirectory, stop: StopRequest) -> Student | None:
+def enrol(settings: TrainSettings, world: DistributedEnvironment, run: RunDirectory, stop: StopRequest) -> Student | None:
     """Check everything that can be checked, then build the engine and load the newest valid checkpoint.
 
     `stop` learns of the time limit, if there is one. None if the run is finished already. Collective; a UserError is
     raised on every rank.
     """
-    distributed.agree("installation", installed())
+    distributed.assert_same_on_all_ranks("installation", installed())
     if distributed.is_main_process():
         remove_leftovers(run)
     shards = _intact_shards(settings.train_shards)
@@ -94,7 +94,7 @@ def enrol(settings: TrainSettings, world: World, run: RunDirectory, stop: StopRe
     )
     resolved = ds_config.resolve(settings, world.world_size)
     facts = _facts(settings, world, shards, config, resolved, data)
-    distributed.agree("training setup", {**facts, "plan": repr(plan), "ds_config": resolved})
+    distributed.assert_same_on_all_ranks("training setup", {**facts, "plan": repr(plan), "ds_config": resolved})
     time_limit.impose(stop, settings.time_limit_seconds, run, facts)
     start = _starting_point(settings, run, facts, plan)
     if start is not None and commit.read_manifest(start)["facts"]["finished"]:
@@ -110,7 +110,7 @@ def enrol(settings: TrainSettings, world: World, run: RunDirectory, stop: StopRe
     if start is not None:
         checkpoint.load(engine, start)
         first_step = commit.read_manifest(start)["facts"]["step"]
-        terminal.say(f"resumed from {start}")
+        terminal.info(f"resumed from {start}")
     choice = layout_of_run.choose(engine, data, fresh=first_step == 0 and not settings.model_name_or_path)
     facts["layout"] = layout_of_run.record(choice)
     write_record(run, facts["layout"])
@@ -138,10 +138,10 @@ def _intact_shards(path: str) -> Shards:
     """Collective. Every byte is compared with its digest, once a node: a node may have a copy of its own."""
     shards, error = None, None
     try:
-        shards = Shards.open(path, verify=distributed.world().local_rank == 0)
+        shards = Shards.open(path, verify=distributed.environment().local_rank == 0)
     except UserError as problem:
         error = str(problem)
-    distributed.raise_together(error)
+    distributed.raise_on_all_ranks(error)
     assert shards is not None
     return shards
 
@@ -164,7 +164,7 @@ def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
 
 def _facts(
     settings: TrainSettings,
-    world: World,
+    world: DistributedEnvironment,
     shards: Shards,
     config: Any,
     resolved: dict[str, Any],

@@ -32,7 +32,7 @@ def impose(stop: StopRequest, time_limit_seconds: float, run: RunDirectory, fact
             f"the time limit leaves {left:.1f} s, and one checkpoint takes about {save:.1f} s here: nothing could be "
             "kept; ask for more time (Slurm's --time, or time_limit_seconds)"
         )
-    stop.limit(left, save)
+    stop.set_deadline(left, save)
 
 
 def _seconds_left(time_limit_seconds: float, started: float) -> float | None:
@@ -55,7 +55,7 @@ def _seconds_of_a_save(run: RunDirectory, facts: dict[str, Any]) -> float:
             speed = _bytes_per_second(run)
         except OSError as error:
             fault = f"nothing can be written into {run.path}: {error.strerror}; make room, or give another output_dir"
-    distributed.raise_together(fault)
+    distributed.raise_on_all_ranks(fault)
     speed = distributed.broadcast_object(speed)
     optimizer = _BYTES_OF_OPTIMIZER / facts["world_size"]
     return facts["num_parameters"] * (_BYTES_OF_WEIGHTS + optimizer) / speed

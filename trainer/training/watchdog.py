@@ -29,8 +29,8 @@ from typing import Any
 from trainer import commit, distributed, terminal
 from trainer import lock as locks
 from trainer.errors import UserError
-from trainer.identity import Identity
-from trainer.lock import Lock
+from trainer.identity import ProcessIdentity
+from trainer.lock import DirectoryLock
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 
@@ -64,9 +64,9 @@ def occupied(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
         lock.release()
 
 
-def _take(path: Path) -> Lock:
+def _take(path: Path) -> DirectoryLock:
     """Collective. Rank 0 holds it for all. Raises UserError on every rank, naming the job that holds it, if one does."""
-    lock, error = Lock(path, None), None
+    lock, error = DirectoryLock(path, None), None
     if distributed.is_main_process():
         try:
             lock = locks.acquire(path)
@@ -74,18 +74,18 @@ def _take(path: Path) -> Lock:
             error = str(problem)
         except OSError as problem:
             error = f"{path} cannot be made: {problem}"
-    distributed.raise_together(error)
+    distributed.raise_on_all_ranks(error)
     return lock
 
 
 class Watchdog:
     """This rank's signs of life, and its look at the next one. `moved` tells the step; `start` is collective."""
 
-    def __init__(self, run: RunDirectory, silence_seconds: float, lock: Lock):
-        world = distributed.world()
+    def __init__(self, run: RunDirectory, silence_seconds: float, lock: DirectoryLock):
+        world = distributed.environment()
         self._folder, self._lock, self._rank = run.heartbeats, lock, world.rank
         self._silence = silence_seconds
-        self._interval = min(locks.BEAT_SECONDS, (silence_seconds or locks.BEAT_SECONDS) / _LOOKS)
+        self._interval = min(locks.HEARTBEAT_SECONDS, (silence_seconds or locks.HEARTBEAT_SECONDS) / _LOOKS)
         self._next = (world.rank + 1) % world.world_size
         self._watches = bool(silence_seconds) and world.world_size > 1
         self._stopped = threading.Event()
@@ -113,17 +113,17 @@ class Watchdog:
 
     def refuse_if_lost(self) -> None:
         """Collective. Raises UserError if another job has taken the run: nothing may be written any more."""
-        distributed.raise_together(self._lock.loss())
+        distributed.raise_on_all_ranks(self._lock.taken_over_by())
 
     def name_the_last(self) -> None:
         """If a collective failed: say which ranks were behind the others, or are no more."""
         others = {
-            rank: record for rank in range(distributed.world().world_size) if (record := self._read(rank))
+            rank: record for rank in range(distributed.environment().world_size) if (record := self._read(rank))
         }
         most = max((record["step"] for record in others.values()), default=0)
         for rank, record in others.items():
-            if record["step"] < most or Identity(**record["process"]).lives() is False:
-                terminal.alarm(f"rank {self._rank}: {_describe(rank, record)}")
+            if record["step"] < most or ProcessIdentity(**record["process"]).is_alive() is False:
+                terminal.error_on_any_rank(f"rank {self._rank}: {_describe(rank, record)}")
 
     def stop(self, in_order: bool) -> None:
         """The end of our signs of life; if it is not in order, the others shall miss them."""
@@ -140,7 +140,7 @@ class Watchdog:
         while not self._stopped.wait(self._interval):
             try:
                 self._beat()
-                self._lock.beat()
+                self._lock.heartbeat()
                 verdict = self._told() or (self._look() if self._watches else None)
             except (OSError, ValueError):
                 continue  # the file system has trouble: that says nothing about a rank
@@ -152,7 +152,7 @@ class Watchdog:
         self._beats, self._wrote = self._beats + 1, time.monotonic()
         record = {
             "token": self._token, "beats": self._beats, "step": self._step,
-            "process": asdict(Identity.of_this_process()),
+            "process": asdict(ProcessIdentity.of_this_process()),
         }  # fmt: skip
         descriptor = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
         try:
@@ -176,7 +176,7 @@ class Watchdog:
     def _end(self, verdict: str) -> None:
         """End this process; the one that found out tells the others first, and ends those of its host that cannot."""
         if not self._ended.exists():
-            terminal.alarm(f"error: {verdict}")
+            terminal.error_on_any_rank(f"error: {verdict}")
             with contextlib.suppress(OSError):
                 commit.write_text(self._ended, json.dumps({"token": self._token, "verdict": verdict}) + "\n")
             self._end_others_here()
@@ -193,10 +193,10 @@ class Watchdog:
 
     def _end_others_here(self) -> None:
         """Launchers end what they started, but a plain start has nobody, and a stopped process hears no SIGTERM."""
-        records = [record for rank in range(distributed.world().world_size) if (record := self._read(rank))]
-        others = [Identity(**record["process"]) for record in records]
+        records = [record for rank in range(distributed.environment().world_size) if (record := self._read(rank))]
+        others = [ProcessIdentity(**record["process"]) for record in records]
         deadline = time.monotonic() + max(_LEAVING_SECONDS, 3 * self._interval)
-        while others := [other for other in others if other.pid != os.getpid() and other.lives()]:
+        while others := [other for other in others if other.pid != os.getpid() and other.is_alive()]:
             if time.monotonic() > deadline:
                 for other in others:
                     with contextlib.suppress(OSError):
@@ -221,6 +221,6 @@ class Watchdog:
 
 
 def _describe(rank: int, record: dict[str, Any]) -> str:
-    process = Identity(**record["process"])
-    state = "is gone" if process.lives() is False else "has not moved"
+    process = ProcessIdentity(**record["process"])
+    state = "is gone" if process.is_alive() is False else "has not moved"
     return f"rank {rank} ({process}) {state} since step {record['step']}"
