@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from trainer.problems import answers
-from trainer.problems.answers import RULES, extract, kind, same
+from trainer.problems.answers import RULES, extract_answer, answer_type, answers_match
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ from trainer.problems.answers import RULES, extract, kind, same
 )
 def test_ways_to_write_eighteen(answer):
     assert (
-        same(answer, "18") and not same(answer, "17") and not same(answer, "-18") and not same(answer, "0.18")
+        answers_match(answer, "18") and not answers_match(answer, "17") and not answers_match(answer, "-18") and not answers_match(answer, "0.18")
     )
 
 
@@ -77,7 +77,7 @@ def test_ways_to_write_eighteen(answer):
     ],
 )
 def test_what_is_not_eighteen(answer):
-    assert not same(answer, "18")
+    assert not answers_match(answer, "18")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_what_is_not_eighteen(answer):
     ],
 )
 def test_same(answer, gold):
-    assert same(answer, gold)
+    assert answers_match(answer, gold)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_same(answer, gold):
     ],
 )
 def test_not_same(answer, gold):
-    assert not same(answer, gold)
+    assert not answers_match(answer, gold)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_not_same(answer, gold):
     ],
 )
 def test_strict_takes_the_line_after_the_last_delimiter(text, answer):
-    assert extract(text) == extract(text, "strict") == answer
+    assert extract_answer(text) == extract_answer(text, "strict") == answer
 
 
 @pytest.mark.parametrize(
@@ -179,18 +179,18 @@ def test_strict_takes_the_line_after_the_last_delimiter(text, answer):
     ],
 )
 def test_flexible_takes_the_stated_number_or_the_last_one(text, number):
-    assert extract(text, "flexible", "number") == number
+    assert extract_answer(text, "flexible", "number") == number
 
 
 def test_flexible_knows_the_kind_of_the_gold_and_nothing_else():
     text = "Is 300 more than 20? Yes, so true. There were 2 of them."
-    assert extract(text, "flexible", "yes_no") == "true"
-    assert extract(text, "flexible", "number") == extract(text, "flexible") == "2"
-    assert extract("3 of 4.\n#### no", "flexible") == "no"
-    assert extract("It sinks, so no.", "flexible") == "no"
-    assert extract("The city is\nParis", "flexible", "text") == "Paris"
-    assert extract("so\n#### Paris\nbye", "flexible", "text") == extract("#### Paris", "flexible") == "Paris"
-    assert [kind(gold) for gold in ("18", "-1,080.5", "$3", "1/2", "yes", "False.", "18 eggs", "no one")] == [
+    assert extract_answer(text, "flexible", "yes_no") == "true"
+    assert extract_answer(text, "flexible", "number") == extract_answer(text, "flexible") == "2"
+    assert extract_answer("3 of 4.\n#### no", "flexible") == "no"
+    assert extract_answer("It sinks, so no.", "flexible") == "no"
+    assert extract_answer("The city is\nParis", "flexible", "text") == "Paris"
+    assert extract_answer("so\n#### Paris\nbye", "flexible", "text") == extract_answer("#### Paris", "flexible") == "Paris"
+    assert [answer_type(gold) for gold in ("18", "-1,080.5", "$3", "1/2", "yes", "False.", "18 eggs", "no one")] == [
         *["number"] * 4,
         *["yes_no"] * 2,
         *["text"] * 2,
@@ -200,7 +200,7 @@ def test_flexible_knows_the_kind_of_the_gold_and_nothing_else():
 @pytest.mark.parametrize("arguments", [("x", "lenient"), ("x", "flexible", "date"), ("x", "strict", "date")])
 def test_unknown_rules_and_kinds_are_refused(arguments):
     with pytest.raises(ValueError, match="rule"):
-        extract(*arguments)
+        extract_answer(*arguments)
 
 
 def test_time_is_linear_in_what_a_student_writes():
@@ -208,10 +208,10 @@ def test_time_is_linear_in_what_a_student_writes():
     start = time.perf_counter()
     for text in [piece * 20_000 for piece in pieces] + ["#### " + piece * 20_000 for piece in pieces]:
         for rule in RULES:
-            for kind_of_gold in (None, *answers.KINDS):
-                extract(text, rule, kind_of_gold)
+            for kind_of_gold in (None, *answers.ANSWER_TYPES):
+                extract_answer(text, rule, kind_of_gold)
         for gold in ("18", "yes", "Paris"):
-            same(text, gold)
+            answers_match(text, gold)
     assert time.perf_counter() - start < 15  # about 1 s; a quadratic pattern would take many minutes
 
 
@@ -229,7 +229,7 @@ def test_every_gold_solution_of_gsm8k_is_right_and_every_changed_answer_wrong(sh
     for gold, text in _gold_texts(shared_data):
         num_problems += 1
         value = Fraction(gold)
-        assert kind(gold) == "number" and answers.number(gold) == value
+        assert answer_type(gold) == "number" and answers.parse_number(gold) == value
         body = text.rpartition("####")[0]
         with_commas = f"{int(gold):,}"
         for stated in (
@@ -241,14 +241,14 @@ def test_every_gold_solution_of_gsm8k_is_right_and_every_changed_answer_wrong(sh
             f" {with_commas} ",
         ):
             for rule in RULES:
-                answer = extract(f"{body}#### {stated}", rule, "number")
-                assert same(answer, gold), (rule, stated, answer, gold)
+                answer = extract_answer(f"{body}#### {stated}", rule, "number")
+                assert answers_match(answer, gold), (rule, stated, answer, gold)
         wrong = [value + 1, value - 1, value * 10, -value, value / 10, value + Fraction(1, 100)]
         for changed in (str(w) for w in wrong if w != value):
             for rule in RULES:
-                assert not same(extract(f"{body}#### {changed}", rule, "number"), gold), (rule, changed, gold)
-        assert not same(extract(body, "strict"), gold)
-        assert same(extract(f"{body}So the answer is {gold}.", "flexible", "number"), gold)
+                assert not answers_match(extract_answer(f"{body}#### {changed}", rule, "number"), gold), (rule, changed, gold)
+        assert not answers_match(extract_answer(body, "strict"), gold)
+        assert answers_match(extract_answer(f"{body}So the answer is {gold}.", "flexible", "number"), gold)
     assert num_problems == 1319
 
 
@@ -257,12 +257,12 @@ def test_right_under_strict_is_right_under_flexible(shared_data):
     for gold, text in list(_gold_texts(shared_data))[:200]:
         for tail in tails:
             for some_gold in (gold, "yes", "no", "7", "Paris"):
-                if same(extract(text + tail, "strict"), some_gold):
-                    assert same(extract(text + tail, "flexible", kind(some_gold)), some_gold)
+                if answers_match(extract_answer(text + tail, "strict"), some_gold):
+                    assert answers_match(extract_answer(text + tail, "flexible", answer_type(some_gold)), some_gold)
 
 
 def test_last_number_agrees_with_gold_for_solutions_without_delimiter(shared_data):
     """The last number of a GSM8K solution nearly always is its answer; a broken pattern would show here."""
     texts = [(gold, text.rpartition("####")[0]) for gold, text in _gold_texts(shared_data)]
-    num_right = sum(same(extract(text, "flexible", "number"), gold) for gold, text in texts)
+    num_right = sum(answers_match(extract_answer(text, "flexible", "number"), gold) for gold, text in texts)
     assert num_right / len(texts) > 0.9

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from trainer.errors import UserError
-from trainer.problems.problem import REASONS, Problem, Reject
+from trainer.problems.problem import REJECTION_REASONS, Problem, RejectedRecord
 from trainer.problems.records import MAX_RECORD_BYTES
 from trainer.problems.sources import read_problems
 
@@ -58,7 +58,7 @@ def test_every_bad_line_costs_one_record_whatever_is_around_it(tmp_path):
         lines += [bad, _bytes(question=f"good one after line {len(lines) + 1}?")]
     path.write_bytes(b"\n".join(lines))  # no newline at the end of the file either
     items = list(read_problems("gsm8k", "train", str(path)))
-    rejects = [item for item in items if isinstance(item, Reject)]
+    rejects = [item for item in items if isinstance(item, RejectedRecord)]
     assert [(r.line, r.reason) for r in rejects] == [
         (2 * n + 2, reason) for n, (_, reason) in enumerate(BAD_LINES)
     ]
@@ -180,11 +180,11 @@ def test_a_bad_element_of_an_array_costs_one_record(tmp_path):
     ]
     lines = text.splitlines()
     for item, number in zip(items, range(1, 9), strict=True):
-        if isinstance(item, Reject):
+        if isinstance(item, RejectedRecord):
             assert lines[item.line].strip() == f'"ID": "chal-{number}",'
     assert "line 2 " in items[6].detail
     for split in ("train", "test"):  # whose split cannot be known is reported in every one
-        reasons = [r.reason for r in read_problems("svamp", split, str(path)) if isinstance(r, Reject)]
+        reasons = [r.reason for r in read_problems("svamp", split, str(path)) if isinstance(r, RejectedRecord)]
         assert {"not_utf8", "not_json", "bad_id"} <= set(reasons)
 
 
@@ -249,4 +249,4 @@ def test_a_file_without_one_problem_is_the_users_error(tmp_path):
 
 
 def test_every_reason_is_explained():
-    assert {reason for _, reason in BAD_LINES} <= set(REASONS) and all(REASONS.values())
+    assert {reason for _, reason in BAD_LINES} <= set(REJECTION_REASONS) and all(REJECTION_REASONS.values())

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from trainer.problems import answers, calculator, jsonl, svamp
-from trainer.problems.problem import Problem, RecordError, Reject, Step, one_line
+from trainer.problems.problem import Problem, RecordError, RejectedRecord, Step, one_line
 from trainer.problems.sources import read_problems
 
 
@@ -87,7 +87,7 @@ def test_svamp_problems_are_their_equations(shared_data):
 
 
 def test_svamp_rejects_the_record_that_contradicts_itself(shared_data):
-    rejects = [item for item in _read(shared_data, "svamp", "all") if isinstance(item, Reject)]
+    rejects = [item for item in _read(shared_data, "svamp", "all") if isinstance(item, RejectedRecord)]
     assert [(r.reason, r.line, r.detail) for r in rejects] == [
         ("answer_mismatch", 5434, "the equation (4-2)+3 gives 5, the answer is 1")
     ]
@@ -119,7 +119,7 @@ def test_svamp_with_another_seed_divides_the_same_problems(shared_data):
 def test_strategyqa_answers_facts_and_references(shared_data):
     problems = _read(shared_data, "strategyqa", "train")
     assert Counter(problem.answer for problem in problems) == {"no": 1097, "yes": 964}
-    assert all(answers.kind(problem.answer) == "yes_no" and problem.facts for problem in problems)
+    assert all(answers.answer_type(problem.answer) == "yes_no" and problem.facts for problem in problems)
     assert not any(step.solution for problem in problems for step in problem.steps)
     assert problems[0].id == "2bc9c4f9c19c167187f2"
     assert problems[0].steps[2] == Step("Is #2 greater than #1?")
@@ -136,10 +136,10 @@ def test_a_student_that_writes_the_gold_answer_is_right_on_every_data_set(shared
         for problem in _read(shared_data, data, split):
             if isinstance(problem, Problem):
                 text = f"{problem.question}\n#### {problem.answer}"
-                answer = answers.extract(text, rule, answers.kind(problem.answer))
-                assert answers.same(answer, problem.answer), problem
+                answer = answers.extract_answer(text, rule, answers.answer_type(problem.answer))
+                assert answers.answers_match(answer, problem.answer), problem
                 wrong = {"yes": "no", "no": "yes"}.get(problem.answer, problem.answer + "1")
-                assert not answers.same(answer, wrong)
+                assert not answers.answers_match(answer, wrong)
 
 
 @pytest.mark.parametrize(

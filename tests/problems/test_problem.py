@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.problems.problem import Problem, RecordError, Reject, Step, one_line
+from trainer.problems.problem import Problem, RecordError, RejectedRecord, Step, one_line
 
 
 def test_one_line_joins_every_kind_of_white_space():
@@ -46,6 +46,6 @@ def test_a_question_may_have_several_lines_and_a_step_only_one_half():
 
 
 def test_a_reject_keeps_the_beginning_of_a_long_record_and_only_known_reasons():
-    assert Reject("a.jsonl", 3, "too_long", "why", "x" * 10**6).text == "x" * 200
+    assert RejectedRecord("a.jsonl", 3, "too_long", "why", "x" * 10**6).text == "x" * 200
     with pytest.raises(AssertionError):
-        Reject("a.jsonl", 3, "no_such_reason", "why", "")
+        RejectedRecord("a.jsonl", 3, "no_such_reason", "why", "")

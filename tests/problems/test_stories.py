@@ -12,7 +12,7 @@ from trainer.errors import UserError
 from trainer.problems import stories
 from trainer.problems.calculator import evaluate
 from trainer.problems.problem import Problem
-from trainer.problems.stories.plot import LARGEST
+from trainer.problems.stories.plot import MAX_NUMBER
 from trainer.problems.stories.worlds import PEOPLE
 
 ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
@@ -24,7 +24,7 @@ def read(split: str, num_problems: int, **options: int) -> list[Problem]:
 
 @pytest.fixture(scope="module")
 def long_stories() -> list[Problem]:
-    return read("train", 3000, min_steps=1, max_steps=stories.MOST_STEPS)
+    return read("train", 3000, min_steps=1, max_steps=stories.MAX_STEPS)
 
 
 def test_the_text_never_changes() -> None:
@@ -70,7 +70,7 @@ def test_every_calculation_is_right_and_leads_to_the_answer(long_stories: list[P
         for step in problem.steps:
             ((expression, result),) = ANNOTATION.findall(step.solution)
             assert evaluate(expression) == result
-            assert 2 <= int(result) <= LARGEST
+            assert 2 <= int(result) <= MAX_NUMBER
             left, right = (int(number) for number in re.findall(r"\d+", expression))
             assert left in known and right in known, "a number comes from nowhere"
             assert step.solution.count(f"{expression} = <<{expression}={result}>>{result} ") == 1
@@ -94,7 +94,7 @@ def test_texts_are_plain_sentences_on_one_line(long_stories: list[Problem]) -> N
 
 def test_the_number_of_steps_is_uniform(long_stories: list[Problem]) -> None:
     counts = Counter(len(problem.steps) for problem in long_stories)
-    assert sorted(counts) == list(range(1, stories.MOST_STEPS + 1))
+    assert sorted(counts) == list(range(1, stories.MAX_STEPS + 1))
     expected = len(long_stories) / len(counts)
     assert all(0.8 * expected < count < 1.2 * expected for count in counts.values())
     assert {len(problem.steps) for problem in read("test", 20, min_steps=8, max_steps=8)} == {8}

@@ -207,7 +207,7 @@ def _predictions(method: str, seed: int, level: float, num_problems: int) -> lis
                 "num_steps": num_steps,
                 "gold_steps": [asdict(step) for step in problem.steps],
                 "text": text,
-                "strict": answers.extract(text, "strict"),
+                "strict": answers.extract_answer(text, "strict"),
                 "flexible": problem.answer if flexible else "0",
                 "correct_strict": strict,
                 "correct_flexible": flexible,

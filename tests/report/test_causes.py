@@ -16,8 +16,8 @@ MOON = "How many miles is it to the moon?"
 
 
 def _cause(text: str, mode: str = "socratic", gold: tuple[StepText, ...] = GOLD, right: str = "7") -> tuple:
-    strict = answers.extract(text, "strict")
-    finding = find_cause(parse(text, mode), answers.same(strict, right), bool(strict), mode, gold)
+    strict = answers.extract_answer(text, "strict")
+    finding = find_cause(parse(text, mode), answers.answers_match(strict, right), bool(strict), mode, gold)
     return finding.cause, finding.step
 
 

@@ -77,6 +77,6 @@ def test_gold_solutions_are_right_step_by_step(shared_data: Path) -> None:
         ]
         gold = tuple(StepText(question.strip(), solution.strip()) for question, solution in pairs)
         text = "\n".join(f"{step.question}\n{step.solution}" for step in gold) + f"\n{ending}1"
-        assert answers.extract(text) == ending.removeprefix("#### ") + "1"
+        assert answers.extract_answer(text) == ending.removeprefix("#### ") + "1"
         finding = find_cause(parse(text, "socratic"), False, True, "socratic", gold)
         assert (finding.cause, finding.step) == ("other", None), text

@@ -95,7 +95,7 @@ def test_exemplars_are_right(path: Path) -> None:
             assert problem.answer in ("yes", "no")
         else:
             (expression,) = calculator.expressions(problem.steps[-1].solution)
-            assert answers.same(problem.answer, calculator.evaluate(expression) or "")
+            assert answers.answers_match(problem.answer, calculator.evaluate(expression) or "")
 
 
 def test_yes_and_no_are_balanced_enough() -> None:

@@ -14,8 +14,8 @@ from trainer.report.statistics import wilson_interval
 def judge(problem: Problem, text: str, written: dict[str, Any]) -> dict[str, Any]:
     """One line of predictions.jsonl: the raw text, what each extraction rule reads out of it, and how it was `written`:
     at least generated_tokens, calculator_results_given and finished."""
-    kind = answers.kind(problem.answer)
-    extracted = {rule: answers.extract(text, rule, kind) for rule in answers.RULES}
+    kind = answers.answer_type(problem.answer)
+    extracted = {rule: answers.extract_answer(text, rule, kind) for rule in answers.RULES}
     return {
         "id": problem.id,
         "question": problem.question,
@@ -24,7 +24,7 @@ def judge(problem: Problem, text: str, written: dict[str, Any]) -> dict[str, Any
         "gold_steps": [asdict(step) for step in problem.steps],
         "text": text,
         **extracted,
-        **{f"correct_{rule}": answers.same(answer, problem.answer) for rule, answer in extracted.items()},
+        **{f"correct_{rule}": answers.answers_match(answer, problem.answer) for rule, answer in extracted.items()},
         **written,
     }
 

@@ -27,7 +27,7 @@ from fractions import Fraction
 from trainer.problems.problem import DELIMITER, one_line
 
 RULES = ("strict", "flexible")
-KINDS = ("number", "yes_no", "text")
+ANSWER_TYPES = ("number", "yes_no", "text")
 
 MAX_NUMBER_CHARACTERS = 200
 MAX_UNIT_WORDS = 4
@@ -46,20 +46,20 @@ _YES_NO_IN_TEXT = re.compile(r"\b(?:yes|no|true|false)\b", re.IGNORECASE)
 _EDGES = " \t\r\n.,;:!?\"'“”‘’`*"
 
 
-def extract(text: str, rule: str = "strict", kind: str | None = None) -> str | None:
+def extract_answer(text: str, rule: str = "strict", kind: str | None = None) -> str | None:
     """The final answer of a generated text as it stands there (`$1,000`), or None when the rule finds none.
 
     rule: one of RULES. kind: one of KINDS, the kind of answer that the question asks for, `kind(gold)`; only
     the flexible rule looks at it, and of the gold it knows nothing else. Without it, a number goes before a
     yes or no. Raises ValueError for an unknown rule or kind.
     """
-    if rule not in RULES or kind not in (None, *KINDS):
-        raise ValueError(f"unknown rule {rule!r} or kind {kind!r}; rules are {RULES}, kinds are {KINDS}")
+    if rule not in RULES or kind not in (None, *ANSWER_TYPES):
+        raise ValueError(f"unknown rule {rule!r} or kind {kind!r}; rules are {RULES}, kinds are {ANSWER_TYPES}")
     stated = _after_delimiter(text)
     if rule == "strict" or kind == "text":
         return stated if stated or rule == "strict" else _last_line(text)
     if stated and (
-        (kind != "yes_no" and number(stated) is not None) or (kind != "number" and yes_no(stated) is not None)
+        (kind != "yes_no" and parse_number(stated) is not None) or (kind != "number" and parse_yes_no(stated) is not None)
     ):
         return stated
     if kind == "number":
@@ -69,26 +69,26 @@ def extract(text: str, rule: str = "strict", kind: str | None = None) -> str | N
     return _last_number(text) or _last_yes_no(text) or stated
 
 
-def same(answer: str | None, gold: str) -> bool:
+def answers_match(answer: str | None, gold: str) -> bool:
     """Whether an extracted answer is the gold one. The gold says how to compare: `kind(gold)`. None is never
     right."""
     if answer is None:
         return False
     if (gold_number := _bare_number(gold)) is not None:
-        return number(answer) == gold_number
+        return parse_number(answer) == gold_number
     if (gold_yes := _bare_yes_no(gold)) is not None:
-        return yes_no(answer) == gold_yes
-    return _plain(answer) == _plain(gold)
+        return parse_yes_no(answer) == gold_yes
+    return _without_markup(answer) == _without_markup(gold)
 
 
-def kind(gold: str) -> str:
+def answer_type(gold: str) -> str:
     """What sort of answer a gold answer is: `number` (no words beside it), `yes_no` or `text`."""
     if _bare_number(gold) is not None:
         return "number"
     return "text" if _bare_yes_no(gold) is None else "yes_no"
 
 
-def number(text: str) -> Fraction | None:
+def parse_number(text: str) -> Fraction | None:
     """The exact value of an answer that is one number, with currency sign, percent sign or unit words; else
     None."""
     parsed = _number_and_unit(text)
@@ -101,12 +101,12 @@ def number(text: str) -> Fraction | None:
     return value if all(_UNIT_WORD.fullmatch(word) for word in words) else None
 
 
-def without_separators(answer: str) -> str:
+def strip_thousands(answer: str) -> str:
     """A gold answer as it is stored and learned: `1080` for the number `1,080`; anything else as it is."""
-    return answer.replace(",", "") if kind(answer) == "number" else answer
+    return answer.replace(",", "") if answer_type(answer) == "number" else answer
 
 
-def yes_no(text: str) -> bool | None:
+def parse_yes_no(text: str) -> bool | None:
     """Whether an answer begins with yes/true or no/false, alone or before punctuation ("No, it sinks."); else
     None."""
     match = _YES_NO.fullmatch(text.lstrip(_EDGES).rstrip())
@@ -152,7 +152,7 @@ def _last_number(text: str) -> str | None:
         return None
     last = numbers[-1].rstrip(",")
     for candidate in (last, last.rpartition(",")[2], re.findall("[0-9]+", last)[-1]):
-        if number(candidate) is not None:  # "3,4,5" is a list, its last number is 5
+        if parse_number(candidate) is not None:  # "3,4,5" is a list, its last number is 5
             return candidate
     return None
 
@@ -162,5 +162,5 @@ def _last_yes_no(text: str) -> str | None:
     return words[-1] if words else None
 
 
-def _plain(text: str) -> str:
+def _without_markup(text: str) -> str:
     return one_line(unicodedata.normalize("NFKC", text)).strip(_EDGES).casefold()

@@ -21,7 +21,7 @@ from fractions import Fraction
 MAX_CHARACTERS = 200  # GSM8K's longest is 30; also bounds every intermediate number to about 200 digits
 MAX_DEPTH = 20
 MAX_DECIMALS = 6
-LIMIT = 10**15  # no word problem is about more; keeps a forced result from flooding the context
+MAX_MAGNITUDE = 10**15  # no word problem is about more; keeps a forced result from flooding the context
 
 _TOKEN = re.compile(r"\s*([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+\.?[0-9]*|\.[0-9]+|[-+*/()])\s*")
 _SIGNS = str.maketrans("×÷−", "*/-")
@@ -148,7 +148,7 @@ def _operand(tokens: tuple[str, ...], at: int, depth: int) -> tuple[_Number, int
 def _decimal_text(value: _Number) -> str | None:
     scaled = abs(value) * 10**MAX_DECIMALS
     rounded = (2 * scaled.numerator + scaled.denominator) // (2 * scaled.denominator)  # half away from zero
-    if (rounded == 0 and value != 0) or rounded >= LIMIT * 10**MAX_DECIMALS:
+    if (rounded == 0 and value != 0) or rounded >= MAX_MAGNITUDE * 10**MAX_DECIMALS:
         return None
     whole, decimals = divmod(rounded, 10**MAX_DECIMALS)
     fraction = f"{decimals:0{MAX_DECIMALS}d}".rstrip("0")

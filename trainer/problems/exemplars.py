@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.problems.problem import Problem, Reject
+from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import read_problems
 
 
@@ -13,7 +13,7 @@ def read_exemplars(path: str) -> list[Problem]:
     """All problems of a JSONL file (see jsonl.py), in order. Raises UserError naming the line that is none."""
     found = []
     for record in read_problems("jsonl", Path(path).stem, path):
-        if isinstance(record, Reject):
+        if isinstance(record, RejectedRecord):
             raise UserError(
                 f"{path}, line {record.line}: {record.reason}: {record.detail}; mend the exemplar"
             )

@@ -32,9 +32,9 @@ def from_record(record: dict[str, Any], id: str) -> Problem:
     answer = one_line(answer)
     if not answer:
         raise RecordError("no_answer", f"nothing follows {DELIMITER!r}")
-    if answers.kind(answer) != "number":
+    if answers.answer_type(answer) != "number":
         raise RecordError("bad_answer", f"{answer[:80]!r} is not a number")
-    return Problem(id, question, answers.without_separators(answer), steps=_steps(solution))
+    return Problem(id, question, answers.strip_thousands(answer), steps=_steps(solution))
 
 
 def _steps(solution: str) -> tuple[Step, ...]:

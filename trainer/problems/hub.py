@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.problems.problem import MAX_REJECT_TEXT
-from trainer.problems.records import Record
+from trainer.problems.problem import MAX_REJECTED_TEXT
+from trainer.problems.records import JsonRecord
 
 
 def read_hub(
     name: str, configuration: str | None, split: str | None, revision: str | None
-) -> Iterator[Record]:
+) -> Iterator[JsonRecord]:
     """Yield every row; `split` None: of all splits, one after the other. Downloads before the first row.
 
     Raises UserError with what `datasets` said: no such data set, configuration or split, no network, a broken
@@ -38,9 +38,9 @@ def read_hub(
     return _rows(parts)
 
 
-def _rows(parts: list[Any]) -> Iterator[Record]:
+def _rows(parts: list[Any]) -> Iterator[JsonRecord]:
     position = 0
     for part in parts:
         for row in part:
-            yield Record(position + 1, position, row, raw=repr(row)[:MAX_REJECT_TEXT])
+            yield JsonRecord(position + 1, position, row, raw=repr(row)[:MAX_REJECTED_TEXT])
             position += 1

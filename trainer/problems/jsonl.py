@@ -24,7 +24,7 @@ from typing import Any
 
 from trainer.problems import answers
 from trainer.problems.problem import Problem, RecordError, Step, one_line
-from trainer.problems.records import answer_text, json_type, required_text, texts
+from trainer.problems.records import answer_text, json_type, required_text, optional_texts
 
 KEYS = ("id", "question", "answer", "steps", "facts", "meta")
 STEP_KEYS = ("question", "solution")
@@ -42,9 +42,9 @@ def from_record(record: dict[str, Any], id: str) -> Problem:
     return Problem(
         id=id,
         question=required_text(record, "question", "no_question"),
-        answer=answers.without_separators(one_line(answer_text(record, "answer"))),
+        answer=answers.strip_thousands(one_line(answer_text(record, "answer"))),
         steps=tuple(_step(number, step) for number, step in enumerate(steps or (), start=1)),
-        facts=tuple(one_line(text) for text in texts(record, "facts")),
+        facts=tuple(one_line(text) for text in optional_texts(record, "facts")),
     )
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 DELIMITER = "####"
 MAX_ID_CHARACTERS = 200
-MAX_REJECT_TEXT = 200
+MAX_REJECTED_TEXT = 200
 
-REASONS = {
+REJECTION_REASONS = {
     "not_utf8": "the bytes are not UTF-8, or a text holds half of a surrogate pair",
     "not_json": "the record is not JSON",
     "not_an_object": "the record is JSON, but not an object",
@@ -38,7 +38,7 @@ class RecordError(ValueError):
     """One record is not a problem. `reason` is a key of REASONS, `detail` says what was found."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        assert reason in REASONS, reason
+        assert reason in REJECTION_REASONS, reason
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
@@ -105,7 +105,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Reject:
+class RejectedRecord:
     """A record that was left out, so that nothing is left out in silence.
 
     source: file or hub name. line: the record's first line in it, from 1 (a hub data set: its row, from 1).
@@ -119,8 +119,8 @@ class Reject:
     text: str
 
     def __post_init__(self) -> None:
-        assert self.reason in REASONS, self.reason
-        object.__setattr__(self, "text", self.text[:MAX_REJECT_TEXT])
+        assert self.reason in REJECTION_REASONS, self.reason
+        object.__setattr__(self, "text", self.text[:MAX_REJECTED_TEXT])
 
 
 def one_line(text: str) -> str:

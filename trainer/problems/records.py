@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from trainer.errors import UserError
-from trainer.problems.problem import MAX_REJECT_TEXT, RecordError, Reject
+from trainer.problems.problem import MAX_REJECTED_TEXT, RecordError, RejectedRecord
 
 MAX_RECORD_BYTES = 1 << 20  # the longest record of the known data sets, a StrategyQA question, has 3 kB
 _BUFFER_BYTES = 1 << 20  # every read lets go of Python's lock, and waits for it where threads tokenise
@@ -25,7 +25,7 @@ _BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
 
 
 @dataclass(frozen=True)
-class Record:
+class JsonRecord:
     """line: where the record begins, from 1. position: its number in the file, from 0, bad records counted
     too.
 
@@ -38,7 +38,7 @@ class Record:
     raw: str
 
 
-def read_records(path: Path) -> Iterator[Record | Reject]:
+def read_records(path: Path) -> Iterator[JsonRecord | RejectedRecord]:
     """Yield every record of a file in order. Blank lines are not records.
 
     A file named `.jsonl`, or whose first character is not `[`, is JSON Lines. Raises UserError if it cannot
@@ -50,11 +50,11 @@ def read_records(path: Path) -> Iterator[Record | Reject]:
             file.seek(0)
             is_array = start.startswith(b"[") and path.suffix != ".jsonl"
             for position, (line, raw) in enumerate(_elements(file.read()) if is_array else _lines(file)):
-                begin = raw[: 4 * MAX_REJECT_TEXT].decode("utf-8", errors="replace").strip()[:MAX_REJECT_TEXT]
+                begin = raw[: 4 * MAX_REJECTED_TEXT].decode("utf-8", errors="replace").strip()[:MAX_REJECTED_TEXT]
                 try:
-                    record = Record(line, position, _parse(raw), begin)
+                    record = JsonRecord(line, position, _parse(raw), begin)
                 except RecordError as error:
-                    yield Reject(str(path), line, error.reason, error.detail, begin)
+                    yield RejectedRecord(str(path), line, error.reason, error.detail, begin)
                 else:
                     yield record
     except OSError as error:
@@ -90,7 +90,7 @@ def answer_text(record: dict[str, Any], key: str) -> str:
     return str(value) if isinstance(value, int) else required_text(record, key, "no_answer")
 
 
-def texts(record: dict[str, Any], key: str) -> list[str]:
+def optional_texts(record: dict[str, Any], key: str) -> list[str]:
     """The list of texts under `key`, [] if it is missing or null. Raises RecordError("wrong_type")."""
     value = record.get(key)
     if value is None:
@@ -163,8 +163,8 @@ def json_type(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=_refuse_constant)
+_DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=_reject_constant)

@@ -18,8 +18,8 @@ from trainer.commit import file_digest
 from trainer.errors import UserError
 from trainer.problems import gsm8k, jsonl, strategyqa, svamp
 from trainer.problems.hub import read_hub
-from trainer.problems.problem import Problem, RecordError, Reject
-from trainer.problems.records import Record, read_records
+from trainer.problems.problem import Problem, RecordError, RejectedRecord
+from trainer.problems.records import JsonRecord, read_records
 
 HUB_EXAMPLES = {"gsm8k": "openai/gsm8k", "svamp": "ChilleD/SVAMP", "strategyqa": "ChilleD/StrategyQA"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
@@ -28,7 +28,7 @@ _SPLIT_NAMES = ("train", "validation", "dev", "test")
 
 
 @dataclass(frozen=True)
-class _DataSet:
+class DatasetSource:
     """from_record: a record and the id it gets if it has none -> Problem. files: names to look for in a
     folder.
 
@@ -42,8 +42,8 @@ class _DataSet:
     options: tuple[str, ...] = ("revision",)
 
 
-_DATA_SETS = {
-    "gsm8k": _DataSet(
+_DATASETS = {
+    "gsm8k": DatasetSource(
         gsm8k.from_record,
         files=lambda split: (f"{split}.jsonl",),
         hub=lambda split: (
@@ -51,29 +51,29 @@ _DATA_SETS = {
             split.removesuffix(gsm8k.SOCRATIC),
         ),
     ),
-    "svamp": _DataSet(
+    "svamp": DatasetSource(
         svamp.from_record,
         files=lambda split: ("SVAMP.json",),
         hub=lambda split: (None, None),
         options=("revision", "seed"),
     ),
-    "strategyqa": _DataSet(
+    "strategyqa": DatasetSource(
         strategyqa.from_record,
         files=lambda split: (f"{split}.json", f"{split}.jsonl"),
         hub=lambda split: (None, split),
     ),
-    "jsonl": _DataSet(
+    "jsonl": DatasetSource(
         jsonl.from_record,
         files=lambda split: (f"{split}.jsonl", f"{split}.json"),
         hub=lambda split: (None, split),
     ),
 }
-DATA = (*_DATA_SETS, "stories")
+DATA = (*_DATASETS, "stories")
 
 
 def read_problems(
     data: str, split: str, path: str | None = None, **options: Any
-) -> Iterator[Problem | Reject]:
+) -> Iterator[Problem | RejectedRecord]:
     """Yield the problems of one split in the order of the data, and a Reject for every record that is not
     one.
 
@@ -95,7 +95,7 @@ def read_problems(
         if path:
             raise UserError(f"stories are generated, they are not read from {path}; leave the path empty")
         return stories.read(split, **options)
-    data_set = _DATA_SETS[data]
+    data_set = _DATASETS[data]
     for name in options:
         if name not in data_set.options:
             raise UserError(f"{data} takes no option {name!r}; it takes {', '.join(data_set.options)}")
@@ -104,7 +104,7 @@ def read_problems(
     source, records = _open(data, data_set, split, path, options.get("revision"))
     if data == "svamp" and split != "all":
         seed = options.get("seed", 0)
-        records = (r for r in records if isinstance(r, Reject) or svamp.belongs(r.value, split, seed))
+        records = (r for r in records if isinstance(r, RejectedRecord) or svamp.in_split(r.value, split, seed))
     return _problems(data, data_set, split, source, records)
 
 
@@ -116,7 +116,7 @@ def source_digest(data: str, split: str, path: str | None = None, **options: Any
     if data == "stories":
         first = itertools.islice(read_problems(data, split, path, **options), 64)
         return hashlib.sha256(repr(list(first)).encode()).hexdigest()
-    source, _ = _open(data, _DATA_SETS[data], split, path, options.get("revision"))
+    source, _ = _open(data, _DATASETS[data], split, path, options.get("revision"))
     local = Path(source).expanduser()
     if local.is_dir():
         files = sorted(local.rglob("*.parquet"))
@@ -126,13 +126,13 @@ def source_digest(data: str, split: str, path: str | None = None, **options: Any
 
 
 def _problems(
-    data: str, data_set: _DataSet, split: str, source: str, records: Iterable[Record | Reject]
-) -> Iterator[Problem | Reject]:
+    data: str, data_set: DatasetSource, split: str, source: str, records: Iterable[JsonRecord | RejectedRecord]
+) -> Iterator[Problem | RejectedRecord]:
     prefix = split if data == "jsonl" else f"{data}-{split.removesuffix(gsm8k.SOCRATIC)}"
     first_line: dict[str, int] = {}
-    first_reject: Reject | None = None
+    first_reject: RejectedRecord | None = None
     for record in records:
-        if isinstance(record, Record):
+        if isinstance(record, JsonRecord):
             try:
                 problem = data_set.from_record(record.value, f"{prefix}-{record.position:06d}")
                 if problem.id in first_line:
@@ -140,7 +140,7 @@ def _problems(
                         "repeated_id", f"{problem.id!r} is the id of line {first_line[problem.id]} too"
                     )
             except RecordError as error:
-                record = Reject(source, record.line, error.reason, error.detail, record.raw)
+                record = RejectedRecord(source, record.line, error.reason, error.detail, record.raw)
             else:
                 first_line[problem.id] = record.line
                 yield problem
@@ -159,8 +159,8 @@ def _problems(
 
 
 def _open(
-    data: str, data_set: _DataSet, split: str, path: str | None, revision: str | None
-) -> tuple[str, Iterable[Record | Reject]]:
+    data: str, data_set: DatasetSource, split: str, path: str | None, revision: str | None
+) -> tuple[str, Iterable[JsonRecord | RejectedRecord]]:
     """The name of the source, for messages, and its records."""
     hub_example = f", or a hub name such as {HUB_EXAMPLES[data]}" if data in HUB_EXAMPLES else ""
     if not path:
@@ -187,7 +187,7 @@ def _open(
     return str(file), read_records(file)
 
 
-def _file_in(folder: Path, data: str, data_set: _DataSet, split: str) -> Path:
+def _file_in(folder: Path, data: str, data_set: DatasetSource, split: str) -> Path:
     for name in data_set.files(split):
         if (folder / name).is_file():
             return folder / name

@@ -40,7 +40,7 @@ def from_record(record: dict[str, Any], id: str = "") -> Problem:
     result = calculator.evaluate(expression)
     if result is None:
         raise RecordError("bad_step", f"the equation is not arithmetic: {record['Equation']!r}")
-    if not answers.same(answer, result):
+    if not answers.answers_match(answer, result):
         raise RecordError(
             "answer_mismatch", f"the equation {expression} gives {result}, the answer is {answer}"
         )
@@ -56,7 +56,7 @@ def split_of(id: str, seed: int = 0) -> str:
     return "test" if id in _test_ids(seed) else "train"
 
 
-def belongs(record: dict[str, Any], split: str, seed: int = 0) -> bool:
+def in_split(record: dict[str, Any], split: str, seed: int = 0) -> bool:
     """Whether a record is of the split. One without a usable id is of every split, so that it gets
     reported."""
     try:

@@ -37,7 +37,7 @@ class Equation:
 
     @cached_property
     def stated(self) -> Fraction | None:
-        return answers.number(self.result)
+        return answers.parse_number(self.result)
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class StepText:
         """What the step comes to: the result of its last equation, else its last number; None without any."""
         if self.equations:
             return self.equations[-1].stated
-        found = answers.extract(self.solution, "flexible", "number")
-        return None if found is None else answers.number(found)
+        found = answers.extract_answer(self.solution, "flexible", "number")
+        return None if found is None else answers.parse_number(found)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from trainer import commit, startup, terminal
 from trainer.errors import UserError
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.models.tokenizer import fingerprint, load_tokenizer
-from trainer.problems.problem import Problem, Reject
+from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import read_problems, source_digest
 from trainer.settings import PrepareSettings
 from trainer.shards.read import KIND, REJECTS, TOKENIZER, Shards
@@ -82,7 +82,7 @@ def describe(shards: Shards) -> str:
 def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict[str, Any]) -> None:
     """Write all files of the directory and fill `facts` with what they hold."""
     source = settings.data_path or settings.data
-    rejects: list[Reject] = []
+    rejects: list[RejectedRecord] = []
     problems = _accepted(_records(settings), rejects)
     first = next(problems, None)
     if first is None:
@@ -99,11 +99,11 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
             if change:
                 changed += 1
                 rejects.append(
-                    Reject(source, 0, "changed_by_tokenizer", f"{problem.id}: {change}", problem.question)
+                    RejectedRecord(source, 0, "changed_by_tokenizer", f"{problem.id}: {change}", problem.question)
                 )
             elif length > settings.max_length:
                 detail = f"{problem.id}: {length} tokens, max_length is {settings.max_length}"
-                rejects.append(Reject(source, 0, "too_long", detail, problem.question))
+                rejects.append(RejectedRecord(source, 0, "too_long", detail, problem.question))
             else:
                 writer.add(problem, segments, length)
             bar.update(writer.num_problems)
@@ -121,7 +121,7 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
         raise UserError(f"{source}: every problem was set aside: {facts['rejects']}")
 
 
-def _records(settings: PrepareSettings) -> Iterator[Problem | Reject]:
+def _records(settings: PrepareSettings) -> Iterator[Problem | RejectedRecord]:
     return read_problems(settings.data, settings.split, settings.data_path or None, **_options(settings))
 
 
@@ -131,9 +131,9 @@ def _options(settings: PrepareSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names.get(settings.data, ())}
 
 
-def _accepted(records: Iterable[Problem | Reject], rejects: list[Reject]) -> Iterator[Problem]:
+def _accepted(records: Iterable[Problem | RejectedRecord], rejects: list[RejectedRecord]) -> Iterator[Problem]:
     for record in records:
-        if isinstance(record, Reject):
+        if isinstance(record, RejectedRecord):
             rejects.append(record)
         else:
             yield record

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.problems.exemplars import read_exemplars
-from trainer.problems.problem import Problem, Reject
+from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import DATA, read_problems
 from trainer.teacher.decontaminate import HeldOutQuestions
 from trainer.teacher.prompts import solution_text
@@ -81,5 +81,5 @@ def _fault(problem: Problem, rules: Rules) -> str:
     return "" if verdict.kept else f"would be rejected itself ({verdict.reason}: {verdict.detail})"
 
 
-def _problems(records: Iterable[Problem | Reject]) -> Iterator[Problem]:
+def _problems(records: Iterable[Problem | RejectedRecord]) -> Iterator[Problem]:
     return (record for record in records if isinstance(record, Problem))

@@ -57,7 +57,7 @@ class Prompter:
 
     def prompt(self, problem: Problem) -> str:
         """The prompt for one problem. Raises UserError if the template asks for a name that is not there."""
-        kind = answers.kind(problem.answer)
+        kind = answers.answer_type(problem.answer)
         values: dict[str, Any] = {
             "question": problem.question,
             "kind": kind,
@@ -78,7 +78,7 @@ class Prompter:
 
     def _exemplars_for(self, problem: Problem, kind: str) -> list[Problem]:
         """Those with the same kind of answer, and never the problem itself."""
-        same_kind = [exemplar for exemplar in self.exemplars if answers.kind(exemplar.answer) == kind]
+        same_kind = [exemplar for exemplar in self.exemplars if answers.answer_type(exemplar.answer) == kind]
         if self.exemplars and not same_kind:
             raise UserError(
                 f"problem {problem.id} asks for a {kind} but no exemplar answers with one; "

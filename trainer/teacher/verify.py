@@ -92,14 +92,14 @@ def _first_fault(chain: Sequence[Step], text: str, problem: Problem, rules: Rule
     for annotation in annotations:
         if annotation.count("=") != 1:
             return "bad_annotation", f"<<{annotation[:80]}>>"
-    if rules.require_annotations and not annotations and answers.kind(problem.answer) == "number":
+    if rules.require_annotations and not annotations and answers.answer_type(problem.answer) == "number":
         return "no_annotation", ""
     for annotation in annotations:
         expression, _, result = annotation.partition("=")
         if not recomputes(expression, result):
             return "wrong_arithmetic", f"<<{annotation[:80]}>>, it is {calculator.evaluate(expression)}"
-    answer = answers.extract(text, "strict")
-    if not answers.same(answer, problem.answer):
+    answer = answers.extract_answer(text, "strict")
+    if not answers.answers_match(answer, problem.answer):
         return "wrong_answer", f"{(answer or '')[:80]!r}, gold is {problem.answer!r}"
     return "", ""
 

@@ -13,7 +13,7 @@ from typing import Any
 from trainer import terminal
 from trainer.errors import UserError
 from trainer.problems.jsonl import to_record
-from trainer.problems.problem import Problem, Reject
+from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import read_problems, source_digest
 from trainer.teacher import exemplars
 from trainer.teacher.decontaminate import HeldOutQuestions
@@ -30,7 +30,7 @@ class Work:
     settings: AnnotateSettings
     problems: tuple[Problem, ...]
     contaminated: tuple[tuple[Problem, str], ...]
-    bad_records: tuple[Reject, ...]
+    bad_records: tuple[RejectedRecord, ...]
     prompter: Prompter
     teacher: dict[str, Any]  # the model and all parameters of its requests
     recipe: dict[str, Any]  # decides the result; equal recipes and equal answers give equal files
@@ -85,10 +85,10 @@ def prepare(settings: AnnotateSettings, model_digest: str = "") -> Work:
     held_out, test_sets = _held_out(settings)
     problems: list[Problem] = []
     contaminated: list[tuple[Problem, str]] = []
-    bad_records: list[Reject] = []
+    bad_records: list[RejectedRecord] = []
     options = exemplars.options_of(settings.data, settings.seed)
     for record in read_problems(settings.data, settings.split, settings.data_path, **options):
-        if isinstance(record, Reject):
+        if isinstance(record, RejectedRecord):
             bad_records.append(record)
             continue
         if settings.max_problems and len(problems) + len(contaminated) == settings.max_problems:

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 
 from trainer.errors import UserError
 from trainer.problems.problem import Problem
-from trainer.problems.stories.plot import DeadEnd, Story
+from trainer.problems.stories.plot import Retry, Story
 from trainer.problems.stories.worlds import PEOPLE
 
 SPLITS = ("train", "validation", "test")
-MOST_STEPS = 10
+MAX_STEPS = 10
 
 _KEY = b"stories, format 1"
 _TENTHS = {0: "test", 1: "validation"}
@@ -57,7 +57,7 @@ def read(
         for _ in range(_ATTEMPTS):
             try:
                 story = Story(rng, num_steps)
-            except DeadEnd:
+            except Retry:
                 continue
             question = story.question
             digest = _digest(question)
@@ -84,7 +84,7 @@ def _check(split: str, num_problems: int, min_steps: int, max_steps: int) -> Non
         raise UserError(f"stories have no split {split!r}; choose one of {', '.join(SPLITS)}")
     if num_problems < 0:
         raise UserError(f"num_problems is {num_problems}; it must not be negative")
-    if not 1 <= min_steps <= max_steps <= MOST_STEPS:
+    if not 1 <= min_steps <= max_steps <= MAX_STEPS:
         raise UserError(
-            f"stories need 1 <= min_steps <= max_steps <= {MOST_STEPS}, got {min_steps} and {max_steps}"
+            f"stories need 1 <= min_steps <= max_steps <= {MAX_STEPS}, got {min_steps} and {max_steps}"
         )

@@ -18,17 +18,17 @@ from trainer.problems.problem import Step
 from trainer.problems.stories import worlds
 from trainer.problems.stories.worlds import Groups, Phrase
 
-LARGEST = 999
-LARGEST_OPENING = 60
-LARGEST_CHANGE = 40
-LARGEST_GROUP = 12
-LARGEST_FACTOR = 9
-STEPS_BEFORE_LOOKING_BACK = 3
+MAX_NUMBER = 999
+MAX_OPENING = 60
+MAX_CHANGE = 40
+MAX_GROUP = 12
+MAX_FACTOR = 9
+MIN_STEPS_BEFORE_LOOK_BACK = 3
 
 Anything = TypeVar("Anything")
 
 
-class DeadEnd(Exception):
+class Retry(Exception):
     """This event cannot happen now: the numbers do not allow it, or its phrases have all been told."""
 
 
@@ -45,13 +45,13 @@ class Story:
         self._sentences: list[str] = []
         self._told: set[str] = set()
         self.steps: list[Step] = []
-        self._world = self._choose(worlds.WORLDS)
+        self._world = self._choose(worlds.SETTINGS)
         hero, friend = self._choose(worlds.PEOPLE), self._choose(worlds.PEOPLE)
         while friend is hero:
             friend = self._choose(worlds.PEOPLE)
         self._fields: dict[str, object] = {}
         self._name_people(hero, friend)
-        self._become("items", self._world.units)
+        self._set_quantity("items", self._world.units)
         self._value = 0
         self._open()
         self._opening_value, self._opening_hero = self._value, hero
@@ -68,7 +68,7 @@ class Story:
     def _integer(self, low: int, high: int) -> int:
         """A whole number from low to high, both included."""
         if low > high:
-            raise DeadEnd
+            raise Retry
         return low + int(self._random() * (high - low + 1))
 
     def _choose(self, options: Sequence[Anything]) -> Anything:
@@ -78,14 +78,14 @@ class Story:
         """A number that divides the value evenly and leaves at least 2."""
         divisors = [d for d in range(2, min(largest, self._value // 2) + 1) if self._value % d == 0]
         if not divisors:
-            raise DeadEnd
+            raise Retry
         return self._choose(divisors)
 
-    def _fresh(self, phrases: Sequence[Phrase]) -> Phrase:
+    def _unused(self, phrases: Sequence[Phrase]) -> Phrase:
         """A phrase that this story has not used yet."""
         fresh = [phrase for phrase in phrases if phrase[0] not in self._told]
         if not fresh:
-            raise DeadEnd
+            raise Retry
         return self._choose(fresh)
 
     def _next_event(self) -> None:
@@ -96,9 +96,9 @@ class Story:
                 try:
                     event(self)
                     return
-                except DeadEnd:
+                except Retry:
                     continue
-        raise DeadEnd
+        raise Retry
 
     # Telling.
 
@@ -107,17 +107,17 @@ class Story:
         self._fields.update(Name=hero.name, he=hero.he, his=hero.his, him=hero.him, Friend=friend.name)
         self._fields.update(He=hero.he.capitalize(), His=hero.his.capitalize())
 
-    def _become(self, kind: str, units: str) -> None:
+    def _set_quantity(self, kind: str, units: str) -> None:
         self._kind = kind
         self._fields["units"] = units
 
-    def _tell(self, sentence: str, **numbers: int) -> None:
+    def _add_sentence(self, sentence: str, **numbers: int) -> None:
         if sentence in self._told:
-            raise DeadEnd
+            raise Retry
         self._told.add(sentence)
         self._sentences.append(sentence.format(**self._fields, **numbers))
 
-    def _calculate(self, ask: str, solve: str, left: int, operator: str, right: int) -> int:
+    def _add_step(self, ask: str, solve: str, left: int, operator: str, right: int) -> int:
         """Add a step and return its result; in `solve`, {result} stands for the calculation."""
         if operator == "+":
             value = left + right
@@ -132,119 +132,119 @@ class Story:
     def _has(self, when: str, operator: str, right: int) -> None:
         """The step most events end with: what the hero has at that moment."""
         ask = "How many {units} does {he} have " + when + "?"
-        self._value = self._calculate(ask, "{He} has {result} {units}.", self._value, operator, right)
+        self._value = self._add_step(ask, "{He} has {result} {units}.", self._value, operator, right)
 
     # What may happen.
 
     def _open(self) -> None:
         if self._random() < 0.3:
             sentence, ask = self._world.opening_in_groups
-            k, b = self._integer(2, LARGEST_FACTOR), self._integer(2, LARGEST_GROUP)
-            self._tell(sentence, k=k, b=b)
-            self._value = self._calculate(ask, "{He} starts with {result} {units}.", k, "*", b)
+            k, b = self._integer(2, MAX_FACTOR), self._integer(2, MAX_GROUP)
+            self._add_sentence(sentence, k=k, b=b)
+            self._value = self._add_step(ask, "{He} starts with {result} {units}.", k, "*", b)
         else:
-            self._value = self._integer(5, LARGEST_OPENING)
-            self._tell(self._choose(self._world.openings), a=self._value)
+            self._value = self._integer(5, MAX_OPENING)
+            self._add_sentence(self._choose(self._world.openings), a=self._value)
 
     def gain(self) -> None:
-        sentence, when = self._fresh(self._of_kind(self._world.gains, worlds.GAINS))
-        b = self._integer(2, min(LARGEST_CHANGE, LARGEST - self._value))
-        self._tell(sentence, b=b)
+        sentence, when = self._unused(self._of_kind(self._world.gains, worlds.GAINS))
+        b = self._integer(2, min(MAX_CHANGE, MAX_NUMBER - self._value))
+        self._add_sentence(sentence, b=b)
         self._has(when, "+", b)
 
     def lose(self) -> None:
-        sentence, when = self._fresh(self._of_kind(self._world.losses, worlds.LOSSES))
-        b = self._integer(2, min(LARGEST_CHANGE, self._value - 2))
-        self._tell(sentence, b=b)
+        sentence, when = self._unused(self._of_kind(self._world.losses, worlds.LOSSES))
+        b = self._integer(2, min(MAX_CHANGE, self._value - 2))
+        self._add_sentence(sentence, b=b)
         self._has(when, "-", b)
 
     def grow(self) -> None:
         sentence, when = self._world.growth if self._kind == "items" else worlds.MONEY_GROWTH
-        k = self._integer(2, min(5, LARGEST // self._value))
-        self._tell(sentence, k=k)
+        k = self._integer(2, min(5, MAX_NUMBER // self._value))
+        self._add_sentence(sentence, k=k)
         self._has(when, "*", k)
 
     def groups_arrive(self) -> None:
         groups = self._world.groups_in if self._kind == "items" else worlds.MONEY_GROUPS_IN
-        k = self._integer(2, LARGEST_FACTOR)
-        b = self._integer(2, min(LARGEST_GROUP, (LARGEST - self._value) // k))
+        k = self._integer(2, MAX_FACTOR)
+        b = self._integer(2, min(MAX_GROUP, (MAX_NUMBER - self._value) // k))
         self._groups(groups, k, b, "+")
 
     def groups_leave(self) -> None:
         groups = self._world.groups_out if self._kind == "items" else worlds.MONEY_GROUPS_OUT
-        k = self._integer(2, min(LARGEST_FACTOR, (self._value - 2) // 2))
-        b = self._integer(2, min(LARGEST_GROUP, (self._value - 2) // k))
+        k = self._integer(2, min(MAX_FACTOR, (self._value - 2) // 2))
+        b = self._integer(2, min(MAX_GROUP, (self._value - 2) // k))
         self._groups(groups, k, b, "-")
 
     def _groups(self, groups: Groups, k: int, b: int, operator: str) -> None:
         sentence, ask, solve, when = groups
-        self._tell(sentence, k=k, b=b)
-        self._has(when, operator, self._calculate(ask, solve, k, "*", b))
+        self._add_sentence(sentence, k=k, b=b)
+        self._has(when, operator, self._add_step(ask, solve, k, "*", b))
 
     def friend_gives(self) -> None:
         """A friend has so many times as many, or so many more or fewer, and gives them all."""
         operator = self._choose("*+-")
         largest = {
-            "*": min(4, LARGEST // self._value - 1),
-            "+": LARGEST_CHANGE,
-            "-": min(LARGEST_CHANGE, self._value - 2),
+            "*": min(4, MAX_NUMBER // self._value - 1),
+            "+": MAX_CHANGE,
+            "-": min(MAX_CHANGE, self._value - 2),
         }
         b = self._integer(2, largest[operator])
-        if 2 * self._value + b > LARGEST:
-            raise DeadEnd
-        self._tell(worlds.FRIEND_GIVES[operator], b=b)
+        if 2 * self._value + b > MAX_NUMBER:
+            raise Retry
+        self._add_sentence(worlds.FRIEND_GIVES[operator], b=b)
         ask, solve = "How many {units} does {Friend} give?", "{Friend} gives {result} {units}."
-        self._has("with those of {Friend}", "+", self._calculate(ask, solve, self._value, operator, b))
+        self._has("with those of {Friend}", "+", self._add_step(ask, solve, self._value, operator, b))
 
     def as_at_the_start(self) -> None:
         """Points back to the beginning: as many again as the hero had then."""
-        if not self._start_is_far() or self._value + self._opening_value > LARGEST:
-            raise DeadEnd
-        self._tell(worlds.AS_AT_THE_START)
+        if not self._start_is_far() or self._value + self._opening_value > MAX_NUMBER:
+            raise Retry
+        self._add_sentence(worlds.AS_AT_THE_START)
         self._has("with the present of {Friend}", "+", self._opening_value)
 
     def more_than_at_the_start(self) -> None:
         """Points back to the beginning, and only as the last question."""
         is_last = len(self.steps) == self._num_steps - 1
         if not is_last or not self._start_is_far() or self._value < self._opening_value + 2:
-            raise DeadEnd
+            raise Retry
         ask, solve = (
             "How many more {units} does {he} have than at the start?",
             "{He} has {result} more {units}.",
         )
-        self._value = self._calculate(ask, solve, self._value, "-", self._opening_value)
+        self._value = self._add_step(ask, solve, self._value, "-", self._opening_value)
 
     def _start_is_far(self) -> bool:
         """Whether the hero of the beginning is still the hero, and some steps have passed since."""
-        return self._hero is self._opening_hero and len(self.steps) >= STEPS_BEFORE_LOOKING_BACK
+        return self._hero is self._opening_hero and len(self.steps) >= MIN_STEPS_BEFORE_LOOK_BACK
 
     def pack(self) -> None:
-        b = self._divisor(LARGEST_GROUP)
-        self._tell(self._world.packing, b=b)
-        self._become("containers", self._world.containers)
+        b = self._divisor(MAX_GROUP)
+        self._add_sentence(self._world.packing, b=b)
+        self._set_quantity("containers", self._world.containers)
         ask, solve = "How many {units} does {he} fill?", "{He} fills {result} {units}."
-        self._value = self._calculate(ask, solve, self._value, "/", b)
+        self._value = self._add_step(ask, solve, self._value, "/", b)
 
     def share(self) -> None:
-        k = self._divisor(LARGEST_FACTOR)
+        k = self._divisor(MAX_FACTOR)
         self._name_people(self._friend, self._hero)
-        self._tell(worlds.SHARE, k=k)
+        self._add_sentence(worlds.SHARE, k=k)
         ask, solve = "How many {units} does {Name} get?", "{Name} gets {result} {units}."
-        self._value = self._calculate(ask, solve, self._value, "/", k)
+        self._value = self._add_step(ask, solve, self._value, "/", k)
 
     def sell(self) -> None:
-        b = self._integer(2, min(LARGEST_FACTOR, LARGEST // self._value))
-        self._tell(worlds.SELL, b=b)
-        self._become("money", "dollars")
+        b = self._integer(2, min(MAX_FACTOR, MAX_NUMBER // self._value))
+        self._add_sentence(worlds.SELL, b=b)
+        self._set_quantity("money", "dollars")
         ask, solve = "How many {units} does {he} earn at the market?", "{He} earns {result} {units}."
-        self._value = self._calculate(ask, solve, self._value, "*", b)
+        self._value = self._add_step(ask, solve, self._value, "*", b)
 
     def buy(self) -> None:
-        b = self._divisor(LARGEST_GROUP)
-        self._become("goods", self._choose(worlds.GOODS))
-        self._tell(worlds.BUY, b=b)
+        b = self._divisor(MAX_GROUP)
+        self._set_quantity("goods", self._choose(worlds.GOODS))
+        self._add_sentence(worlds.BUY, b=b)
         ask, solve = "How many {units} does {he} buy?", "{He} buys {result} {units}."
-        self._value = self._calculate(ask, solve, self._value, "/", b)
+        self._value = self._add_step(ask, solve, self._value, "/", b)
 
     def _of_kind(self, items: Sequence[Phrase], others: dict[str, tuple[Phrase, ...]]) -> Sequence[Phrase]:
         return items if self._kind == "items" else others[self._kind]

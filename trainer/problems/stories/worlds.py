@@ -35,7 +35,7 @@ PEOPLE = tuple(
 
 
 @dataclass(frozen=True)
-class World:
+class Setting:
     """One small world: what is collected there, and what may happen to it."""
 
     units: str
@@ -55,8 +55,8 @@ class World:
     """All of it goes into containers, {b} to a container."""
 
 
-WORLDS = (
-    World(
+SETTINGS = (
+    Setting(
         units="shells",
         containers="jars",
         openings=(
@@ -92,7 +92,7 @@ WORLDS = (
         ),
         packing="{He} puts all the shells into jars, {b} shells to a jar.",
     ),
-    World(
+    Setting(
         units="apples",
         containers="baskets",
         openings=(
@@ -128,7 +128,7 @@ WORLDS = (
         ),
         packing="{He} packs all the apples into baskets, {b} apples to a basket.",
     ),
-    World(
+    Setting(
         units="muffins",
         containers="boxes",
         openings=(
@@ -164,7 +164,7 @@ WORLDS = (
         ),
         packing="{He} packs all the muffins into boxes, {b} muffins to a box.",
     ),
-    World(
+    Setting(
         units="books",
         containers="crates",
         openings=(
@@ -200,7 +200,7 @@ WORLDS = (
         ),
         packing="{He} packs all the books into crates, {b} books to a crate.",
     ),
-    World(
+    Setting(
         units="eggs",
         containers="cartons",
         openings=(
@@ -236,7 +236,7 @@ WORLDS = (
         ),
         packing="{He} puts all the eggs into cartons, {b} eggs to a carton.",
     ),
-    World(
+    Setting(
         units="lanterns",
         containers="chests",
         openings=(
