@@ -23,9 +23,9 @@ def main() -> None:
 
 def _prepare(settings: PrepareSettings) -> None:
     if settings.inspect:
-        from trainer.shards.inspect import show
+        from trainer.shards.inspect import print_examples
 
-        show(settings.output_dir, settings.method, settings.inspect)
+        print_examples(settings.output_dir, settings.method, settings.inspect)
     else:
         startup.pause_gc()
         from trainer.shards.prepare import prepare

@@ -86,7 +86,7 @@ class TrainSettings:
         "whole examples in one row: 'auto' where the model's own numbers come out, else padded rows; 'true': or refuse; 'false': never",
         choices=PACKING,
     )
-    learn_calculator_results: bool = setting(
+    train_on_calculator_results: bool = setting(
         False, "also learn what the calculator writes (needed to evaluate without it)"
     )
     learning_rate: float = setting(5e-5, "peak learning rate of AdamW")
@@ -119,7 +119,7 @@ class TrainSettings:
     )
     wandb_project: str = setting("socratic-trainer", "W&B project")
     timeout_seconds: int = setting(1800, "a collective that waits longer than this ends the run")
-    silence_seconds: int = setting(
+    heartbeat_timeout_seconds: int = setting(
         300, "a rank without a sign of life for so long is named and the run ended (0: never)"
     )
     time_limit_seconds: int = setting(

@@ -25,7 +25,7 @@ from benchmarks.training.material import data_folder
 from trainer import commit
 from trainer.models.tokenizer import load_tokenizer
 from trainer.settings import PrepareSettings
-from trainer.shards.methods import METHODS
+from trainer.shards.methods import VIEWS
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
 
@@ -111,7 +111,7 @@ def _batches(found: Shards, vocabulary: torch.Tensor) -> list[tuple[torch.Tensor
     """Padded inputs and labels [_ROWS, tokens], examples of like length together."""
     inputs, labels = [], []
     for index in range(len(found)):
-        tokens = torch.from_numpy(found.example(index, METHODS[METHOD])[0].astype("int64"))
+        tokens = torch.from_numpy(found.example(index, VIEWS[METHOD])[0].astype("int64"))
         inputs.append(torch.searchsorted(vocabulary, tokens))
         labels.append(inputs[-1].clone())
         labels[-1][: len(found.prompt(index))] = _NOT_LEARNED

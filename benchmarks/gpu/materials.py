@@ -68,7 +68,7 @@ def student(tiny: bool) -> Path:
         cuda = not tiny
         settings = TrainSettings(
             train_shards=str(learned.path), output_dir=str(run), method="socratic",
-            config_name="stories-0.2m" if tiny else "stories-30m", learn_calculator_results=True,
+            config_name="stories-0.2m" if tiny else "stories-30m", train_on_calculator_results=True,
             deepspeed=str(REPOSITORY / "ds_configs" / "zero1.json"), bf16=cuda, learning_rate=1e-3,
             per_device_train_batch_size=8 if cuda else 2, pack_length=1024 if cuda else 512, warmup_ratio=0.1,
             num_train_epochs=1.0, max_steps=0 if cuda else 20, adam_beta2=0.98,

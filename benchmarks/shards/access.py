@@ -24,10 +24,10 @@ AT_ONCE = 6
 
 
 def ours(path: str) -> Any:
-    from trainer.shards.methods import method
+    from trainer.shards.methods import view_of
     from trainer.shards.read import Shards
 
-    view = method("cot")
+    view = view_of("cot")
 
     def opened() -> Any:
         shards = Shards.open(path)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.training.material import data_folder  # noqa: E402
 from trainer.models.tokenizer import load_tokenizer  # noqa: E402
 from trainer.problems.gsm8k import from_record  # noqa: E402
-from trainer.shards.segments import texts  # noqa: E402
+from trainer.shards.segments import segment_texts  # noqa: E402
 
 PROCESSES = 2
 
@@ -51,7 +51,7 @@ def with_datasets(output: Path) -> tuple[float, np.ndarray]:
         pieces = []
         for question, answer in zip(batch["question"], batch["answer"], strict=True):
             problem = from_record({"question": question, "answer": answer}, "x")
-            pieces.append(texts(problem))
+            pieces.append(segment_texts(problem))
         encoded = iter(
             tokenizer(
                 [text for cut in pieces for _, text in cut],

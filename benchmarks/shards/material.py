@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.harness import MATERIALS
 from benchmarks.training import material as training
 from trainer import commit
-from trainer.shards.methods import method
+from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 
 FOLDER = MATERIALS / "shards"
@@ -56,7 +56,7 @@ def arrow() -> Path:
     if (final / "dataset_info.json").is_file():
         return final
     one = training.shards("train")
-    rows = [one.example(index, method(METHOD)) for index in range(len(one))]
+    rows = [one.example(index, view_of(METHOD)) for index in range(len(one))]
     features = datasets.Features(
         input_ids=datasets.Sequence(datasets.Value("uint16")),
         learned=datasets.Sequence(datasets.Value("bool")),

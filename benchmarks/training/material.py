@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.harness import MATERIALS, REPOSITORY
 from trainer.settings import PrepareSettings
-from trainer.shards.methods import method
+from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import PackedData
 
@@ -89,24 +89,24 @@ def model(shape: str, dropout: bool) -> Path:
 
 def proof_packs(found: Shards) -> int:
     """Packs of the proof."""
-    return PackedData(found, METHOD, method(METHOD), PROOF_PACK_LENGTH, seed=0).packs_per_epoch
+    return PackedData(found, METHOD, view_of(METHOD), PROOF_PACK_LENGTH, seed=0).packs_per_epoch
 
 
 def problems(found: Shards, num_packs: int, pack_length: int) -> list[int]:
     """The problems in the first packs of our first epoch."""
-    data = PackedData(found, METHOD, method(METHOD), pack_length, seed=0)
+    data = PackedData(found, METHOD, view_of(METHOD), pack_length, seed=0)
     return [int(problem) for index in range(num_packs) for problem in data.pack(index)]
 
 
 def usable(found: Shards, pack_length: int) -> np.ndarray:
     """Problems that can be trained on: those that fit into a pack."""
-    lengths = found.lengths(method(METHOD))
+    lengths = found.lengths(view_of(METHOD))
     return np.flatnonzero((lengths > 0) & (lengths <= pack_length))
 
 
 def rows(found: Shards, problems: list[int]) -> list[dict[str, Any]]:
     """input_ids and labels (-100 where nothing is learned), as Hugging Face's trainers take them."""
-    examples = [found.example(problem, method(METHOD)) for problem in problems]
+    examples = [found.example(problem, view_of(METHOD)) for problem in problems]
     return [
         {"input_ids": tokens.tolist(), "labels": np.where(learned, tokens, IGNORED).tolist()}
         for tokens, learned in examples

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.processes import apart, turns
 from benchmarks.training import material
-from trainer.shards.methods import method
+from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -152,7 +152,7 @@ def choose(way: str, shards: Shards, pack_length: int, steps: int) -> tuple[list
     if way == "packed":
         return material.problems(shards, all_steps * RANKS, pack_length), 1
     usable = material.usable(shards, pack_length)
-    lengths = shards.lengths(method(material.METHOD))[usable]
+    lengths = shards.lengths(view_of(material.METHOD))[usable]
     size = round(pack_length / lengths.mean())
     random = torch.Generator().manual_seed(0)
     if way == "padded":

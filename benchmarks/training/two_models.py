@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.training import material
 from trainer.models import packed_attention
-from trainer.shards.methods import GUIDANCE, method
+from trainer.shards.methods import GUIDANCE, view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import MicroBatch, PackedData
 from trainer.training.loss import lay_out, token_losses
@@ -40,9 +40,9 @@ def main() -> None:
             )
             examples = [example for i in range(COMPARED) for example in separate(shards, i, name)]
         else:
-            data = PackedData(shards, name, method(name), PACK_LENGTH, seed=0)
+            data = PackedData(shards, name, view_of(name), PACK_LENGTH, seed=0)
             tokens += data.tokens_per_epoch
-            examples = [shards.example(index, method(name)) for index in range(COMPARED)]
+            examples = [shards.example(index, view_of(name)) for index in range(COMPARED)]
         loss, gradient = loss_and_gradient(examples, packing=not apart)
         losses.append(loss)
         gradients += gradient
@@ -51,13 +51,13 @@ def main() -> None:
 
 def separate(shards: Shards, index: int, name: str) -> list[Example]:
     """One example for every run of segments that the model learns, with all that it reads before."""
-    view = method(name)
+    view = view_of(name)
     parts = [
         (role, tokens)
         for role, tokens in shards.segments(index)
-        if role not in GUIDANCE and role in view.reads
+        if role not in GUIDANCE and role in view.inputs
     ]
-    marks = [role in view.learns for role, _ in parts]
+    marks = [role in view.targets for role, _ in parts]
     examples, start = [], 0
     while start < len(parts):
         end = start + 1

@@ -16,7 +16,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausa
 from trainer import commit
 from trainer.models.tokenizer import load_tokenizer
 from trainer.settings import PrepareSettings
-from trainer.shards.methods import METHODS
+from trainer.shards.methods import VIEWS
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
 
@@ -84,7 +84,7 @@ def _learn_by_heart(shards: Shards, method: str, hybrid: bool) -> PreTrainedMode
     model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**sizes))
     if hybrid:
         model = Lfm2ForCausalLM(Lfm2Config(**sizes, layer_types=["conv", "full_attention"], pad_token_id=0))
-    examples = [shards.example(index, METHODS[method]) for index in range(len(shards))]
+    examples = [shards.example(index, VIEWS[method]) for index in range(len(shards))]
     longest = max(len(tokens) for tokens, _ in examples)
     inputs = torch.zeros(len(examples), longest, dtype=torch.int64)
     labels = torch.full((len(examples), longest), -100)

@@ -24,7 +24,7 @@ from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.exemplars import read_exemplars
 from trainer.problems.jsonl import to_record
 from trainer.settings import EvaluateSettings
-from trainer.shards.methods import METHODS
+from trainer.shards.methods import VIEWS
 from trainer.shards.read import Shards
 
 
@@ -57,7 +57,7 @@ def test_the_prompt_is_the_exemplars_as_students_learn_them_and_the_problem(
     between = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
     expected: list[int] = []
     for index in (0, 1):
-        tokens, _ = shards.example(index, METHODS["cot"])
+        tokens, _ = shards.example(index, VIEWS["cot"])
         expected += [*tokens.tolist()[:-1], *between]  # without the end-of-sequence token
     assert shown == expected
 

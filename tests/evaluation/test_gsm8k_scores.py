@@ -12,8 +12,8 @@ import pytest
 from trainer.evaluation.score import judge, summarise
 from trainer.problems.problem import DELIMITER, Problem
 from trainer.problems.sources import read_problems
-from trainer.shards.methods import METHODS
-from trainer.shards.segments import texts
+from trainer.shards.methods import VIEWS
+from trainer.shards.segments import segment_texts
 
 WRITTEN = {"generated_tokens": 1, "calculator_results_given": 0, "finished": True}
 NUM_PROBLEMS = 1319
@@ -36,7 +36,7 @@ def correct(problems: Iterable[Problem], text: Callable[[Problem], str]) -> dict
 
 def view(problem: Problem, method: str) -> str:
     """What a student of that method learns to write."""
-    return "".join(text for role, text in texts(problem) if role in METHODS[method].learns or role == 3)
+    return "".join(text for role, text in segment_texts(problem) if role in VIEWS[method].targets or role == 3)
 
 
 def with_answer(problem: Problem, answer: str) -> str:

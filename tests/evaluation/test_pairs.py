@@ -18,7 +18,7 @@ from trainer.evaluation.predict import predictions
 from trainer.evaluation.tickets import LocalCounter
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
-from trainer.shards.methods import METHODS, Role
+from trainer.shards.methods import VIEWS, Role
 from trainer.shards.read import Shards
 
 CHAOS = {"temperature": 1.4, "seed": 4, "max_new_tokens": 80, "max_steps": 2}
@@ -106,7 +106,7 @@ def test_they_write_what_they_know_by_heart_and_read_every_token_once(
             assert prediction["plan"] == tokenizer.decode(plan).strip() != ""
             assert prediction["generated_by"].get(PLANNER, len(plan)) == len(plan)
     for part, method in methods.items():
-        views = [shards.example(index, METHODS[method])[0] for index in range(len(shards))]
+        views = [shards.example(index, VIEWS[method])[0] for index in range(len(shards))]
         # The last token of each view (the end, the delimiter, the plan's line break) is written and not read again.
         assert num_read[part] == sum(len(tokens) - 1 for tokens in views)
 
@@ -193,7 +193,7 @@ def test_a_solver_that_reads_no_further_than_its_context_is_cut(
     shards: Shards,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    longest = max(len(shards.example(index, METHODS["solver"])[0]) for index in range(len(shards)))
+    longest = max(len(shards.example(index, VIEWS["solver"])[0]) for index in range(len(shards)))
     monkeypatch.setattr(models("solver").config, "max_position_embeddings", longest - 1)
     cut = solve_all(models, tokenizer, shards, INTERLEAVED, mode="iterative_interleaved")
     assert {made["stopped"] for made in cut.values()} == {"", "context"}

@@ -27,7 +27,7 @@ from trainer.evaluation.solution import Rules, Script, Seat, Solution
 from trainer.evaluation.student import Student
 from trainer.evaluation.tickets import LocalCounter
 from trainer.models.tokenizer import load_tokenizer
-from trainer.shards.methods import METHODS, Role
+from trainer.shards.methods import VIEWS, Role
 from trainer.shards.read import Shards
 
 END = 0
@@ -62,7 +62,7 @@ class Play:
     ) -> None:
         language = Language(tokenizer)
         seats = [
-            Seat(METHODS[name].reads, context, frozenset([END]))
+            Seat(VIEWS[name].inputs, context, frozenset([END]))
             for name, context in zip(methods.values(), contexts, strict=False)
         ]
         voices = {part: seat for seat, parts in enumerate(methods) for part in parts.split()}
@@ -300,7 +300,7 @@ def test_what_is_forced_has_the_tokens_it_had_in_training(
     cast = Cast({STUDENT: Actor(model, "socratic")}, tokenizer, shards, decoding)
     found = {made["id"]: made for made in predictions(cast, range(len(shards)), LocalCounter())}
     for index in range(len(shards)):
-        tokens, _ = shards.example(index, METHODS["socratic"])
+        tokens, _ = shards.example(index, VIEWS["socratic"])
         expected = tokens[len(shards.prompt(index)) :].tolist()
         assert len(shards.segment_tokens(index, Role.CALCULATOR)) > 0
         prediction = found[shards.problem(index).id]

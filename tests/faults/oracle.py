@@ -19,7 +19,7 @@ from trainer import commit, lock
 from trainer.configuration import from_dict
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
-from trainer.shards.methods import method
+from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import PackedData
 from trainer.zero.checked_reader import CheckedReader
@@ -118,7 +118,7 @@ def each_example_once(records: Path, reference: Reference) -> None:
     data = PackedData(
         Shards.open(settings.train_shards),
         settings.method,
-        method(settings.method),
+        view_of(settings.method),
         settings.pack_length,
         settings.seed,
     )

@@ -20,7 +20,7 @@ from trainer.models.tokenizer import (
     max_text_token_id,
 )
 from trainer.settings import PrepareSettings
-from trainer.shards.model_tokenizer import check_model, check_same_tokens
+from trainer.shards.model_tokenizer import check_model_fits_shards, check_same_tokens
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
 
@@ -178,7 +178,7 @@ def test_quantised_weights_are_refused_before_a_model_is_built(gpt2_shards: Shar
     config = AutoConfig.for_model("gpt2", quantization_config={"quant_method": "gptq", "bits": 4})
     tokenizer = load_tokenizer(gpt2_shards.tokenizer_path)
     with pytest.raises(UserError, match="quantised weights"):
-        check_model(config, "m", gpt2_shards, tokenizer, pretrained=True)
+        check_model_fits_shards(config, "m", gpt2_shards, tokenizer, pretrained=True)
 
 
 def test_a_tokenizer_of_no_compiled_kind_is_not_needed() -> None:

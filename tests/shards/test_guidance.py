@@ -15,8 +15,8 @@ from trainer.problems import calculator
 from trainer.settings import METHODS as NAMES
 from trainer.settings import PrepareSettings
 from trainer.shards import methods
-from trainer.shards.inspect import show
-from trainer.shards.methods import METHODS, Role, method
+from trainer.shards.inspect import print_examples
+from trainer.shards.methods import VIEWS, Role, view_of
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
 
@@ -83,18 +83,18 @@ def expected_view(tokenizer: Any, problem: Any, name: str) -> tuple[list[int], l
 def test_methods_without_guidance_see_none_of_it(gsm8k: Shards, shared_data: Path, name: str) -> None:
     tokenizer = load_tokenizer(shared_data / "gpt2-tokenizer")
     for index in range(0, len(gsm8k), 10):
-        tokens, learned = gsm8k.example(index, method(name))
+        tokens, learned = gsm8k.example(index, view_of(name))
         assert (tokens.tolist(), learned.tolist()) == expected_view(tokenizer, gsm8k.problem(index), name)
 
 
 def test_a_guided_view_is_the_plain_one_with_the_plan_after_the_problem(gsm8k: Shards) -> None:
     seen = 0
     for name, (plain, role) in GUIDED.items():
-        view = method(name)
+        view = view_of(name)
         usable = np.flatnonzero(gsm8k.lengths(view))
         for index in usable[::10].tolist():
             tokens, learned = gsm8k.example(index, view)
-            plain_tokens, plain_learned = gsm8k.example(index, method(plain))
+            plain_tokens, plain_learned = gsm8k.example(index, view_of(plain))
             plan, start = gsm8k.segment_tokens(index, role), len(gsm8k.prompt(index))
             assert len(plan) and tokens[start : start + len(plan)].tolist() == plan.tolist()
             end = start + len(plan)
@@ -110,7 +110,7 @@ def test_a_planner_reads_the_problem_and_learns_the_plan(gsm8k: Shards) -> None:
         for index in range(0, len(gsm8k), 10):
             plan = gsm8k.segment_tokens(index, role)
             if len(plan):
-                tokens, learned = gsm8k.example(index, method(name))
+                tokens, learned = gsm8k.example(index, view_of(name))
                 assert tokens.tolist() == [*gsm8k.prompt(index).tolist(), *plan.tolist()]
                 assert tokens[learned].tolist() == plan.tolist()
 
@@ -127,7 +127,7 @@ def test_the_plan_in_words(shared_data: Path, tmp_path: Path) -> None:
     assert {role for role, _ in shards.segments(1)}.isdisjoint(methods.GUIDANCE)
     for name in NAMES:
         guided = methods.guidance_of(name) is not None
-        assert bool(shards.lengths(method(name))[1]) is not guided
+        assert bool(shards.lengths(view_of(name))[1]) is not guided
         assert shards.facts["problems_per_method"][name] == (1 if guided else 2)
 
 
@@ -135,8 +135,8 @@ def test_guidance_takes_no_problem_from_anybody(shared_data: Path, tmp_path: Pat
     """max_length is of what the methods without guidance may see."""
     gpt2 = shared_data / "gpt2-tokenizer"
     shards = shards_of(gpt2, tmp_path, BAGS)
-    without = int(shards.lengths(method("socratic"))[0])
-    assert int(shards.lengths(method("decomposer_interleaved_equations"))[0]) > without - 10
+    without = int(shards.lengths(view_of("socratic"))[0])
+    assert int(shards.lengths(view_of("decomposer_interleaved_equations"))[0]) > without - 10
     assert sum(len(tokens) for _, tokens in shards.segments(0)) > without
     assert shards.facts["longest_example"] == without
     exact = shards_of(gpt2, tmp_path, BAGS, max_length=without, output_dir=str(tmp_path / "exact"))
@@ -146,15 +146,15 @@ def test_guidance_takes_no_problem_from_anybody(shared_data: Path, tmp_path: Pat
 
 
 def test_what_a_method_is() -> None:
-    assert set(NAMES) == set(METHODS), "the settings offer what the shards know"
-    assert [name for name in METHODS if methods.is_decomposer(name)] == [
+    assert set(NAMES) == set(VIEWS), "the settings offer what the shards know"
+    assert [name for name in VIEWS if methods.is_decomposer(name)] == [
         *("decomposer", "decomposer_interleaved"),
         *GUIDED,
     ]
-    interleaved = [name for name in METHODS if "interleaved" in name]
-    assert [name for name in METHODS if methods.is_interleaved(name)] == interleaved
-    assert [name for name in METHODS if methods.is_planner(name)] == list(PLANNERS)
-    guidance = {name: role for name in METHODS if (role := methods.guidance_of(name)) is not None}
+    interleaved = [name for name in VIEWS if "interleaved" in name]
+    assert [name for name in VIEWS if methods.is_interleaved(name)] == interleaved
+    assert [name for name in VIEWS if methods.is_planner(name)] == list(PLANNERS)
+    guidance = {name: role for name in VIEWS if (role := methods.guidance_of(name)) is not None}
     assert guidance == PLANNERS | {name: role for name, (_, role) in GUIDED.items()}
 
 
@@ -165,7 +165,7 @@ def test_inspect_shows_the_plan_to_those_who_see_it(
 
     def shown(name: str) -> str:
         capsys.readouterr()
-        show(str(tmp_path / "shards"), name, 1)
+        print_examples(str(tmp_path / "shards"), name, 1)
         return capsys.readouterr().out
 
     equations = shown("decomposer_interleaved_equations")

@@ -19,10 +19,10 @@ from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.problem import Problem, Step
 from trainer.problems.sources import read_problems
 from trainer.settings import PrepareSettings
-from trainer.shards.methods import Role, method
+from trainer.shards.methods import Role, view_of
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
-from trainer.shards.segments import prefix_tokens, texts
+from trainer.shards.segments import bos_tokens, segment_texts
 
 _COUNT = 60
 
@@ -32,7 +32,7 @@ def built(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """Shards of GSM8K's first test problems, by a tokenizer of every kind."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     problems = list(read_problems("gsm8k", "test_socratic", str(shared_data / "gsm8k")))[:300]
-    corpus = [text for problem in problems for _, text in texts(problem)]  # type: ignore[arg-type]
+    corpus = [text for problem in problems for _, text in segment_texts(problem)]  # type: ignore[arg-type]
     return {
         kind: (
             made := make(kind, corpus, folder / kind),
@@ -51,7 +51,7 @@ def _prepare(shared_data: Path, tokenizer: Path, folder: Path, **changes: object
 
 
 def _text(problem: Problem, roles: frozenset[Role]) -> str:
-    return "".join(text for role, text in texts(problem) if role in roles)
+    return "".join(text for role, text in segment_texts(problem) if role in roles)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,12 +60,12 @@ def test_every_example_decodes_to_its_text(kind: str, built: dict[str, tuple[Pat
     assert len(shards) == _COUNT and not shards.facts["rejects"]
     plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for name in ("cot", "socratic", "decomposer", "answer_only", "planner_equations"):
-        view = method(name)
+        view = view_of(name)
         for index in range(0, _COUNT, 7):
             tokens, _ = shards.example(index, view)
             found = plain.decode(tokens.tolist(), skip_special_tokens=False)
-            end = "</s>" if Role.ANSWER in view.reads else ""
-            assert found == f"<s> {_text(shards.problem(index), view.reads)}{end}"
+            end = "</s>" if Role.ANSWER in view.inputs else ""
+            assert found == f"<s> {_text(shards.problem(index), view.inputs)}{end}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,10 +75,10 @@ def test_segments_have_the_tokens_they_have_inside_the_text(
     """A newline is a byte of its own here, so a text cut at line ends has the tokens of the whole text, BOS included."""
     folder, shards = built[kind]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    view = method("decomposer")
+    view = view_of("decomposer")
     for index in range(_COUNT):
         tokens, _ = shards.example(index, view)
-        assert tokens.tolist() == tokenizer(_text(shards.problem(index), view.reads))["input_ids"]
+        assert tokens.tolist() == tokenizer(_text(shards.problem(index), view.inputs))["input_ids"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,7 +90,7 @@ def test_the_calculator_writes_the_tokens_of_the_shards(
     results = 0
     for index in range(_COUNT):
         segments = shards.segments(index)
-        expected = [text for role, text in texts(shards.problem(index)) if role == Role.CALCULATOR]
+        expected = [text for role, text in segment_texts(shards.problem(index)) if role == Role.CALCULATOR]
         found = [tokens.tolist() for role, tokens in segments if role == Role.CALCULATOR]
         assert [list(language.tokens(text)) for text in expected] == found
         assert [language.text(tokens) for tokens in found] == expected
@@ -118,7 +118,7 @@ def test_a_problem_after_exemplars_continues_their_text(
     folder, shards = built[kind]
     tokenizer = load_tokenizer(folder)
     exemplars = [Problem("a", "How many?", "3", (Step("", "1+2 = <<1+2=3>>3"),)), shards.problem(1)]
-    shown = "".join(_text(problem, method("cot").reads) + "\n\n" for problem in exemplars)
+    shown = "".join(_text(problem, view_of("cot").inputs) + "\n\n" for problem in exemplars)
     prompt = after_exemplars(shards.prompt(0).tolist(), exemplar_tokens(exemplars, tokenizer), tokenizer)
     question = shards.problem(0).question + "\n"
     assert tokenizer.decode(prompt) == f"<s> {shown}{question}"
@@ -163,7 +163,7 @@ def test_problems_that_a_tokenizer_changes_are_set_aside(
     foreign = [
         problem.id
         for problem in source
-        if isinstance(problem, Problem) and not "".join(text for _, text in texts(problem)).isascii()
+        if isinstance(problem, Problem) and not "".join(text for _, text in segment_texts(problem)).isascii()
     ]
     assert kept == {problem.id for problem in source if isinstance(problem, Problem)} - set(foreign)
     assert shards.facts["rejects"]["changed_by_tokenizer"] == len(foreign) > 100
@@ -191,7 +191,7 @@ def test_every_token_before_a_text_is_kept_and_none_behind(tmp_path: Path, share
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "gpt2-tokenizer")
-    assert prefix_tokens(tokenizer) == []
+    assert bos_tokens(tokenizer) == []
     marks = [("a", tokenizer.convert_tokens_to_ids("a")), ("b", tokenizer.convert_tokens_to_ids("b"))]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="a b $A a", special_tokens=marks)
-    assert prefix_tokens(tokenizer) == [index for _, index in marks]
+    assert bos_tokens(tokenizer) == [index for _, index in marks]

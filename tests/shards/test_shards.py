@@ -16,7 +16,7 @@ from trainer.models.tokenizer import fingerprint, load_tokenizer
 from trainer.problems.sources import read_problems
 from trainer.settings import PrepareSettings
 from trainer.shards import segments
-from trainer.shards.methods import METHODS, Role, method
+from trainer.shards.methods import VIEWS, Role, view_of
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
 
@@ -46,17 +46,17 @@ def test_every_problem_comes_back_as_it_was(gsm8k: Shards, shared_data: Path) ->
 def test_decoded_segments_are_the_text(gsm8k: Shards, shared_data: Path) -> None:
     tokenizer = load_tokenizer(shared_data / "gpt2-tokenizer")
     for index in range(0, len(gsm8k), 20):
-        expected = segments.texts(gsm8k.problem(index))
+        expected = segments.segment_texts(gsm8k.problem(index))
         found = [(role, tokenizer.decode(tokens.tolist())) for role, tokens in gsm8k.segments(index)]
         assert found[:-1] == expected[:-1]
         assert found[-1] == (Role.ANSWER, expected[-1][1] + "<|endoftext|>")
 
 
 def test_bulk_lengths_are_those_of_the_examples(gsm8k: Shards) -> None:
-    for name in METHODS:
+    for name in VIEWS:
         for with_results in (False, True):
-            view = method(name, with_results)
-            lengths, learned_lengths = gsm8k.lengths(view), gsm8k.learned_lengths(view)
+            view = view_of(name, with_results)
+            lengths, learned_lengths = gsm8k.lengths(view), gsm8k.target_lengths(view)
             usable = np.flatnonzero(lengths)  # a problem without a calculation has no plan to see
             assert len(usable) > 1000
             for index in usable[::50].tolist():
@@ -67,7 +67,7 @@ def test_bulk_lengths_are_those_of_the_examples(gsm8k: Shards) -> None:
 
 
 def test_totals_are_of_all_segments(gsm8k: Shards) -> None:
-    totals = gsm8k.totals()
+    totals = gsm8k.total_lengths()
     assert len(totals) == len(gsm8k) and totals.sum() == len(gsm8k.tokens)
     for index in range(0, len(gsm8k), 50):
         assert totals[index] == sum(len(tokens) for _, tokens in gsm8k.segments(index))
@@ -75,8 +75,8 @@ def test_totals_are_of_all_segments(gsm8k: Shards) -> None:
 
 def test_decomposer_and_solver_share_what_socratic_learns(gsm8k: Shards) -> None:
     for index in range(0, len(gsm8k), 50):
-        tokens, socratic = gsm8k.example(index, method("socratic"))
-        solver_tokens, solver = gsm8k.example(index, method("solver"))
+        tokens, socratic = gsm8k.example(index, view_of("socratic"))
+        solver_tokens, solver = gsm8k.example(index, view_of("solver"))
         assert np.array_equal(tokens, solver_tokens)
         asks = socratic & ~solver
         questions = len(gsm8k.segment_tokens(index, Role.SUBQUESTION))
@@ -167,7 +167,7 @@ def test_bad_records_are_set_aside_with_line_and_reason(shared_data: Path, tmp_p
     assert reasons == {2: "not_json", 3: "not_utf8", 4: "no_answer", 5: "repeated_id", 7: "nul_character"}
     # A text that spells the end-of-sequence token does not become one.
     eos = load_tokenizer(shared_data / "gpt2-tokenizer").eos_token_id
-    tokens, _ = shards.example(1, method("cot"))
+    tokens, _ = shards.example(1, view_of("cot"))
     assert (tokens == eos).sum() == 1
 
 
@@ -181,9 +181,9 @@ def test_a_method_without_its_steps_has_no_examples(shared_data: Path, tmp_path:
         with_facts=True,
     )
     shards = prepare(settings)
-    assert (shards.lengths(method("answer_only")) > 0).all()
-    assert (shards.lengths(method("decomposer")) > 0).all()
-    assert not shards.lengths(method("cot")).any()
+    assert (shards.lengths(view_of("answer_only")) > 0).all()
+    assert (shards.lengths(view_of("decomposer")) > 0).all()
+    assert not shards.lengths(view_of("cot")).any()
     assert shards.facts["problems_per_method"]["cot"] == 0
     facts = shards.problem(0).facts
     text = load_tokenizer(shared_data / "gpt2-tokenizer").decode(shards.prompt(0).tolist())

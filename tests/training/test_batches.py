@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from trainer.errors import UserError
-from trainer.shards.methods import method
+from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import PackedData, StepPlan, best_fit_decreasing
 
 
 def _data(shards: Shards, seed: int = 0, pack_length: int = 512) -> PackedData:
-    return PackedData(shards, "socratic", method("socratic"), pack_length, seed)
+    return PackedData(shards, "socratic", view_of("socratic"), pack_length, seed)
 
 
 def test_every_example_exactly_once_an_epoch_and_packs_fit(stories: Shards) -> None:
     data = _data(stories)
-    lengths = stories.lengths(method("socratic"))
+    lengths = stories.lengths(view_of("socratic"))
     for epoch in range(3):
         packs = [data.pack(epoch * data.packs_per_epoch + index) for index in range(data.packs_per_epoch)]
         assert sorted(np.concatenate(packs).tolist()) == list(range(len(stories)))

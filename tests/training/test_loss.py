@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from trainer.models import packed_attention
-from trainer.shards.methods import GUIDANCE, Role, method
+from trainer.shards.methods import GUIDANCE, Role, view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import MicroBatch
 from trainer.training.loss import lay_out, token_losses
@@ -47,7 +47,7 @@ def _model(name: str, vocabulary: int, attention: str) -> Any:
 
 
 def _batch(shards: Shards, name: str = "socratic", count: int = 5) -> MicroBatch:
-    return MicroBatch(0, list(range(count)), [shards.example(index, method(name)) for index in range(count)])
+    return MicroBatch(0, list(range(count)), [shards.example(index, view_of(name)) for index in range(count)])
 
 
 def _gradient(model: Any, batch: MicroBatch, packing: bool) -> tuple[float, torch.Tensor]:
@@ -76,7 +76,7 @@ def test_an_empty_batch_has_no_loss_and_no_gradient(stories: Shards) -> None:
 
 def _separate_solver_examples(shards: Shards, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """One example a step, as a trainer without masks would write them: everything before is read, one part learned."""
-    learns = method("solver").learns
+    learns = view_of("solver").targets
     parts = [(role, tokens) for role, tokens in shards.segments(index) if role not in GUIDANCE]
     # The pieces of one solution (text, calculator, text) belong to one step; the answer is the last example.
     examples, before, current = [], [], []
@@ -106,7 +106,7 @@ def test_solver_in_one_pass_is_n_separate_examples(stories: Shards) -> None:
     for index in range(3):
         separate = _separate_solver_examples(stories, index)
         assert len(separate) == len(stories.problem(index).steps) + 1
-        together = MicroBatch(0, [index], [stories.example(index, method("solver"))])
+        together = MicroBatch(0, [index], [stories.example(index, view_of("solver"))])
         loss, gradient = _gradient(model, together, packing=True)
         apart_loss, apart_gradient = _gradient(model, MicroBatch(0, [], separate), packing=True)
         assert loss == pytest.approx(apart_loss, rel=1e-6)

@@ -19,9 +19,9 @@ from trainer.evaluation.sampling import noise_key
 from trainer.evaluation.solution import Rules, Seat, Solution
 from trainer.models.load import context_length
 from trainer.problems.problem import DELIMITER, Problem
-from trainer.shards.methods import METHODS, Role
+from trainer.shards.methods import VIEWS, Role
 from trainer.shards.read import Shards
-from trainer.shards.segments import prefix_tokens
+from trainer.shards.segments import bos_tokens
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Cast:
         """What the prompts of all problems begin with."""
         if not self._exemplars:
             return []
-        return after_exemplars(prefix_tokens(self._tokenizer), self._exemplars, self._tokenizer)
+        return after_exemplars(bos_tokens(self._tokenizer), self._exemplars, self._tokenizer)
 
     def capacities(self, indices: Sequence[int]) -> list[int]:
         """Longest sequence in tokens that each seat may have to hold."""
@@ -138,5 +138,5 @@ class Cast:
 
 
 def _seat(actor: Actor, tokenizer: PreTrainedTokenizerBase) -> Seat:
-    reads = METHODS[actor.method].reads if actor.method in METHODS else frozenset[Role]()
+    reads = VIEWS[actor.method].inputs if actor.method in VIEWS else frozenset[Role]()
     return Seat(reads, context_length(actor.model.config) or math.inf, end_tokens(actor.model, tokenizer))

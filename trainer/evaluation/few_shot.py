@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.problems.problem import Problem
-from trainer.shards.methods import METHODS
-from trainer.shards.segments import prefix_tokens, texts
+from trainer.shards.methods import VIEWS
+from trainer.shards.segments import bos_tokens, segment_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SHOWN = METHODS["cot"].reads
+_SHOWN = VIEWS["cot"].inputs
 _BETWEEN = "\n\n"
 
 
@@ -29,7 +29,7 @@ def exemplar_tokens(exemplars: Sequence[Problem], tokenizer: PreTrainedTokenizer
     pieces = [
         text
         for problem in exemplars
-        for text in (*(text for role, text in texts(problem) if role in _SHOWN), _BETWEEN)
+        for text in (*(text for role, text in segment_texts(problem) if role in _SHOWN), _BETWEEN)
     ]
     codec = segment_tokenizer(tokenizer)
     encoded = [*codec.encode_first(pieces[:1]), *codec.encode_next(pieces[1:])]
@@ -43,7 +43,7 @@ def after_exemplars(
 
     The problem starts a text in the shards and continues one here, where it has other tokens with some tokenizers.
     """
-    prefix = len(prefix_tokens(tokenizer))
+    prefix = len(bos_tokens(tokenizer))
     problem = list(prompt[prefix:])
     codec = segment_tokenizer(tokenizer)
     if exemplars and problem and codec.continues_differently:

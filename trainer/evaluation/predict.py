@@ -47,7 +47,7 @@ def predictions(cast: Cast, indices: Sequence[int], counter: Counter) -> Iterato
 
 def longest_first(shards: Shards, indices: Iterable[int]) -> list[int]:
     """The long ones first, not last. What the data writes foretells what a student will write better than its prompt does."""
-    totals = shards.totals()
+    totals = shards.total_lengths()
     return sorted(indices, key=lambda index: -totals[index])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.models import load, shapes
 from trainer.settings import PlanSettings, TrainSettings
-from trainer.shards.methods import method
+from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import PackedData, StepPlan
 
@@ -77,7 +77,7 @@ def model_config(settings: TrainSettings) -> Any:
 
 def _from_shards(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     shards = Shards.open(settings.train_shards)
-    view = method(settings.method, settings.learn_calculator_results)
+    view = view_of(settings.method, settings.train_on_calculator_results)
     data = PackedData(shards, settings.method, view, settings.pack_length, settings.seed)
     micro = settings.per_device_train_batch_size
     plan = StepPlan.make(

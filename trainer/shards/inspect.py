@@ -10,17 +10,17 @@ from rich.text import Text
 from trainer.errors import UserError
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.models.tokenizer import load_tokenizer
-from trainer.shards.methods import Role, method
+from trainer.shards.methods import Role, view_of
 from trainer.shards.read import Shards
 
 _STYLES = {"read": "dim", "learned": "bold green", "calculator": "magenta"}
 
 
-def show(directory: str, method_name: str, count: int) -> None:
+def print_examples(directory: str, method_name: str, count: int) -> None:
     """Print `count` examples in colour, decoded from the tokens on disk (not from the text they came from)."""
     shards = Shards.open(directory, verify=True)
     codec = segment_tokenizer(load_tokenizer(shards.tokenizer_path))
-    view = method(method_name)
+    view = view_of(method_name)
     lengths = shards.lengths(view)
     usable = [index for index in range(len(shards)) if lengths[index]]
     if not usable:
@@ -34,11 +34,11 @@ def show(directory: str, method_name: str, count: int) -> None:
     console.print(legend)
     for index in usable[:count]:
         shown = Text()
-        parts = [(role, tokens) for role, tokens in shards.segments(index) if role in view.reads]
-        for learned, group in itertools.groupby(parts, key=lambda part: _kind(part[0], view.learns)):
+        parts = [(role, tokens) for role, tokens in shards.segments(index) if role in view.inputs]
+        for learned, group in itertools.groupby(parts, key=lambda part: _kind(part[0], view.targets)):
             for _, tokens in group:
                 shown.append(codec.decode_next(tokens.tolist()), _STYLES[learned])
-        learned_tokens = int(shards.learned_lengths(view)[index])
+        learned_tokens = int(shards.target_lengths(view)[index])
         console.rule(
             f"{shards.problem(index).id}: {lengths[index]} tokens, {learned_tokens} learned", align="left"
         )

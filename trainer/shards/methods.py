@@ -32,12 +32,12 @@ class Role(IntEnum):
 
 
 @dataclass(frozen=True)
-class Method:
+class View:
     """`reads`: roles in the sequence. `learns`: roles whose tokens carry loss. `needs`: roles a problem must have."""
 
-    reads: frozenset[Role]
-    learns: frozenset[Role]
-    needs: frozenset[Role]
+    inputs: frozenset[Role]
+    targets: frozenset[Role]
+    required: frozenset[Role]
 
 
 GUIDANCE = (Role.OPERATORS, Role.EQUATIONS)
@@ -45,54 +45,54 @@ GUIDANCE = (Role.OPERATORS, Role.EQUATIONS)
 _P, _Q, _S, _C, _D, _A, _O, _E = Role
 
 
-def _method(reads: set[Role], learns: set[Role], needs: set[Role]) -> Method:
-    return Method(frozenset(reads), frozenset(learns), frozenset(needs))
+def _view(reads: set[Role], learns: set[Role], needs: set[Role]) -> View:
+    return View(frozenset(reads), frozenset(learns), frozenset(needs))
 
 
-METHODS = {
-    "answer_only": _method({_P, _D, _A}, {_D, _A}, set()),
-    "cot": _method({_P, _S, _C, _D, _A}, {_S, _D, _A}, {_S}),
-    "socratic": _method({_P, _Q, _S, _C, _D, _A}, {_Q, _S, _D, _A}, {_Q, _S}),
-    "decomposer": _method({_P, _Q, _D}, {_Q, _D}, {_Q}),
-    "decomposer_interleaved": _method({_P, _Q, _S, _C, _D}, {_Q, _D}, {_Q, _S}),
-    "solver": _method({_P, _Q, _S, _C, _D, _A}, {_S, _A}, {_Q, _S}),
-    "planner_operators": _method({_P, _O}, {_O}, {_O}),
-    "planner_equations": _method({_P, _E}, {_E}, {_E}),
-    "decomposer_operators": _method({_P, _O, _Q, _D}, {_Q, _D}, {_O, _Q}),
-    "decomposer_equations": _method({_P, _E, _Q, _D}, {_Q, _D}, {_E, _Q}),
-    "decomposer_interleaved_operators": _method({_P, _O, _Q, _S, _C, _D}, {_Q, _D}, {_O, _Q, _S}),
-    "decomposer_interleaved_equations": _method({_P, _E, _Q, _S, _C, _D}, {_Q, _D}, {_E, _Q, _S}),
+VIEWS = {
+    "answer_only": _view({_P, _D, _A}, {_D, _A}, set()),
+    "cot": _view({_P, _S, _C, _D, _A}, {_S, _D, _A}, {_S}),
+    "socratic": _view({_P, _Q, _S, _C, _D, _A}, {_Q, _S, _D, _A}, {_Q, _S}),
+    "decomposer": _view({_P, _Q, _D}, {_Q, _D}, {_Q}),
+    "decomposer_interleaved": _view({_P, _Q, _S, _C, _D}, {_Q, _D}, {_Q, _S}),
+    "solver": _view({_P, _Q, _S, _C, _D, _A}, {_S, _A}, {_Q, _S}),
+    "planner_operators": _view({_P, _O}, {_O}, {_O}),
+    "planner_equations": _view({_P, _E}, {_E}, {_E}),
+    "decomposer_operators": _view({_P, _O, _Q, _D}, {_Q, _D}, {_O, _Q}),
+    "decomposer_equations": _view({_P, _E, _Q, _D}, {_Q, _D}, {_E, _Q}),
+    "decomposer_interleaved_operators": _view({_P, _O, _Q, _S, _C, _D}, {_Q, _D}, {_O, _Q, _S}),
+    "decomposer_interleaved_equations": _view({_P, _E, _Q, _S, _C, _D}, {_Q, _D}, {_E, _Q, _S}),
 }
 
 
-def method(name: str, learn_calculator_results: bool = False) -> Method:
+def view_of(name: str, train_on_calculator_results: bool = False) -> View:
     """The view of that name. With `learn_calculator_results` whoever learns solutions learns the results too.
 
     Raises UserError for an unknown name.
     """
-    if name not in METHODS:
-        raise UserError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
-    view = METHODS[name]
-    if learn_calculator_results and Role.SOLUTION in view.learns:
-        return Method(view.reads, view.learns | {Role.CALCULATOR}, view.needs)
+    if name not in VIEWS:
+        raise UserError(f"unknown method {name!r}; choose one of {', '.join(VIEWS)}")
+    view = VIEWS[name]
+    if train_on_calculator_results and Role.SOLUTION in view.targets:
+        return View(view.inputs, view.targets | {Role.CALCULATOR}, view.required)
     return view
 
 
 def guidance_of(name: str) -> Role | None:
     """The plan that a method of that name reads or, a planner, writes; None for methods without one."""
-    return next((role for role in GUIDANCE if role in METHODS[name].reads), None)
+    return next((role for role in GUIDANCE if role in VIEWS[name].inputs), None)
 
 
 def is_planner(name: str) -> bool:
     """Whether it writes a plan for a guided decomposer."""
-    return bool(METHODS[name].learns & set(GUIDANCE))
+    return bool(VIEWS[name].targets & set(GUIDANCE))
 
 
 def is_decomposer(name: str) -> bool:
     """Whether it asks sub-questions and leaves their solutions to a solver."""
-    return Role.SUBQUESTION in METHODS[name].learns and Role.SOLUTION not in METHODS[name].learns
+    return Role.SUBQUESTION in VIEWS[name].targets and Role.SOLUTION not in VIEWS[name].targets
 
 
 def is_interleaved(name: str) -> bool:
     """Whether it is a decomposer that reads the solutions so far before it asks the next sub-question."""
-    return is_decomposer(name) and Role.SOLUTION in METHODS[name].reads
+    return is_decomposer(name) and Role.SOLUTION in VIEWS[name].inputs

@@ -10,7 +10,7 @@ from trainer.models import load
 from trainer.models.source import check_trainable
 from trainer.models.tokenizer import check_saved_tokenizer, fingerprint, load_tokenizer
 from trainer.shards.read import Shards
-from trainer.shards.segments import prefix_tokens, tokenise
+from trainer.shards.segments import bos_tokens, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _NUM_COMPARED = 100  # problems
 
 
-def check_model(
+def check_model_fits_shards(
     config: PreTrainedConfig,
     name: str,
     shards: Shards,
@@ -55,7 +55,7 @@ def check_same_tokens(name: str, shards: Shards, tokenizer: PreTrainedTokenizerB
     if own.eos_token_id is None:
         own.eos_token = tokenizer.eos_token
     with_facts = bool(shards.facts["recipe"].get("with_facts"))
-    for index, segments in enumerate(tokenise(problems, own, prefix_tokens(own), with_facts)):
+    for index, segments in enumerate(tokenise(problems, own, bos_tokens(own), with_facts)):
         theirs = [token for segment in segments for token in segment.tokens][:-1]
         ours = [token for _, tokens in shards.segments(index) for token in tokens.tolist()][:-1]
         if theirs != ours:

@@ -26,7 +26,7 @@ from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import read_problems, source_digest
 from trainer.settings import PrepareSettings
 from trainer.shards.read import KIND, REJECTS, TOKENIZER, Shards
-from trainer.shards.segments import check_tokenizer, example_length, prefix_tokens
+from trainer.shards.segments import check_tokenizer, example_length, bos_tokens
 from trainer.shards.workers import tokenise_all
 from trainer.shards.write import ShardWriter
 
@@ -45,9 +45,9 @@ def prepare(settings: PrepareSettings) -> Shards:
     tokenizer = load_tokenizer(settings.tokenizer_name)
     startup.freeze_gc()
     check_tokenizer(tokenizer)
-    recipe = _recipe(settings, tokenizer)
+    recipe = _fingerprint(settings, tokenizer)
     if commit.is_complete(final):
-        if _same_recipe(final, recipe):
+        if _has_fingerprint(final, recipe):
             terminal.info(f"{final}: already prepared, {len(Shards.open(final))} problems")
             return Shards.open(final)
         if not settings.overwrite:
@@ -61,16 +61,16 @@ def prepare(settings: PrepareSettings) -> Shards:
             tokenizer.save_pretrained(staging / TOKENIZER)
             _build(settings, tokenizer, staging, facts)
     except commit.ArtifactExistsError:
-        if not _same_recipe(final, recipe):
+        if not _has_fingerprint(final, recipe):
             raise UserError(_difference(final, recipe) + "; another builder was first") from None
     if building != final:
         commit.replace_directory(final, building)
     shards = Shards.open(final)
-    terminal.info(f"{final}: {describe(shards)} in {terminal.duration(time.monotonic() - start)}")
+    terminal.info(f"{final}: {summary_line(shards)} in {terminal.duration(time.monotonic() - start)}")
     return shards
 
 
-def describe(shards: Shards) -> str:
+def summary_line(shards: Shards) -> str:
     """One line: how much there is, and what was set aside and why."""
     facts = shards.facts
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(facts["rejects"].items()))
@@ -143,7 +143,7 @@ def _expected(settings: PrepareSettings) -> int:
     return settings.num_problems if settings.data == "stories" else 0
 
 
-def _recipe(settings: PrepareSettings, tokenizer: Any) -> dict[str, Any]:
+def _fingerprint(settings: PrepareSettings, tokenizer: Any) -> dict[str, Any]:
     """What decides the bytes of the shards: equal recipes give equal shards."""
     names = ("data", "split", "max_length", "max_problems", "with_facts")
     recipe = {
@@ -161,10 +161,10 @@ def _as_before(tokenizer: Any) -> bool:
     """Return whether shards have the same bytes as when segments were tokenised as if each were a whole text."""
     codec, bos = segment_tokenizer(tokenizer), tokenizer.bos_token_id
     prefix = [token for token in tokenizer("")["input_ids"] if token == bos]
-    return codec.is_lossless and not codec.continues_differently and prefix == prefix_tokens(tokenizer)
+    return codec.is_lossless and not codec.continues_differently and prefix == bos_tokens(tokenizer)
 
 
-def _same_recipe(final: Path, recipe: dict[str, Any]) -> bool:
+def _has_fingerprint(final: Path, recipe: dict[str, Any]) -> bool:
     return commit.read_manifest(final, KIND)["facts"]["recipe"] == recipe
 
 

@@ -26,10 +26,10 @@ import numpy as np
 from trainer import commit
 from trainer.errors import UserError
 from trainer.problems.problem import Problem, Step
-from trainer.shards.methods import Method, Role
+from trainer.shards.methods import View, Role
 
 KIND = "shards"
-_UNREAD, _READ, _LEARNED = 0, 1, 2
+_ABSENT, _INPUT, _TARGET = 0, 1, 2
 TOKENIZER = "tokenizer"
 PROBLEMS = "problems.jsonl"
 REJECTS = "rejects.jsonl"
@@ -105,11 +105,11 @@ class Shards:
         start = int(self._ends[first - 1]) if first else 0
         return self.tokens[start : int(self._ends[first])]
 
-    def example(self, index: int, method: Method) -> tuple[np.ndarray, np.ndarray]:
+    def example(self, index: int, method: View) -> tuple[np.ndarray, np.ndarray]:
         """A method's view of a problem: tokens [n] (int64) and learned [n] (bool; True: this token is a target)."""
         return self.examples([index], method)[0]
 
-    def examples(self, indices: Sequence[int], method: Method) -> list[tuple[np.ndarray, np.ndarray]]:
+    def examples(self, indices: Sequence[int], method: View) -> list[tuple[np.ndarray, np.ndarray]]:
         """`example` of several problems: most of the work does not grow with their number."""
         numbers = np.asarray(indices, np.int64)
         first = self._first_segment.take(numbers)
@@ -118,31 +118,31 @@ class Shards:
         segments = _ranges(first, counts, last)
         starts = self._ends.take(segments - 1)
         starts[segments == 0] = 0
-        use = _uses(method).take(self.roles.take(segments))
-        lengths = (self._ends.take(segments) - starts) * (use != _UNREAD)
+        use = _role_use(method).take(self.roles.take(segments))
+        lengths = (self._ends.take(segments) - starts) * (use != _ABSENT)
         ends = lengths.cumsum()
         tokens = self.tokens.take(_ranges(starts, lengths, ends)).astype(np.int64)
-        learned = (use == _LEARNED).repeat(lengths)
+        learned = (use == _TARGET).repeat(lengths)
         bounds = [0, *ends.take(last - 1).tolist()]
         return [(tokens[a:b], learned[a:b]) for a, b in itertools.pairwise(bounds)]
 
-    def totals(self) -> np.ndarray:
+    def total_lengths(self) -> np.ndarray:
         """Tokens of every problem, all its segments together [num_problems] (int64)."""
         return np.diff(self._ends[self._first_segment[1:] - 1].astype(np.int64), prepend=0)
 
-    def lengths(self, method: Method) -> np.ndarray:
+    def lengths(self, method: View) -> np.ndarray:
         """Tokens of every problem in a method's view [num_problems] (int64); 0 where the problem lacks what it needs."""
         bounds = self._first_segment
         segment_lengths = np.diff(self._ends, prepend=0)
-        lengths = np.add.reduceat(segment_lengths * self._has(method.reads), bounds[:-1])
-        for role in method.needs:
+        lengths = np.add.reduceat(segment_lengths * self._has(method.inputs), bounds[:-1])
+        for role in method.required:
             lengths[np.add.reduceat(self._has({role}), bounds[:-1]) == 0] = 0
         return lengths
 
-    def learned_lengths(self, method: Method) -> np.ndarray:
+    def target_lengths(self, method: View) -> np.ndarray:
         """Tokens that carry loss in every problem of a method's view [num_problems] (int64)."""
         segment_lengths = np.diff(self._ends, prepend=0)
-        return np.add.reduceat(segment_lengths * self._has(method.learns), self._first_segment[:-1])
+        return np.add.reduceat(segment_lengths * self._has(method.targets), self._first_segment[:-1])
 
     def _has(self, roles: set[Role] | frozenset[Role]) -> np.ndarray:
         return np.isin(self.roles, list(roles)).astype(np.int64)
@@ -173,9 +173,9 @@ def _ranges(starts: np.ndarray, counts: np.ndarray, ends: np.ndarray) -> np.ndar
 
 
 @functools.cache
-def _uses(method: Method) -> np.ndarray:
+def _role_use(method: View) -> np.ndarray:
     """What a method does with the tokens of a role [256] (uint8)."""
-    uses = np.full(256, _UNREAD, np.uint8)
-    uses[[int(role) for role in method.reads]] = _READ
-    uses[[int(role) for role in method.reads & method.learns]] = _LEARNED
+    uses = np.full(256, _ABSENT, np.uint8)
+    uses[[int(role) for role in method.inputs]] = _INPUT
+    uses[[int(role) for role in method.inputs & method.targets]] = _TARGET
     return uses

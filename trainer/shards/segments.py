@@ -32,7 +32,7 @@ class Segment:
     tokens: list[int]
 
 
-def texts(problem: Problem, with_facts: bool = False) -> list[tuple[Role, str]]:
+def segment_texts(problem: Problem, with_facts: bool = False) -> list[tuple[Role, str]]:
     """The text of a problem, cut by role; the pieces that a method reads, joined, are its example (without BOS, EOS)."""
     facts = "".join(f"{fact}\n" for fact in problem.facts) if with_facts else ""
     pieces = [(Role.PROBLEM, f"{facts}{problem.question}\n"), *_guidance(problem)]
@@ -78,7 +78,7 @@ def tokenise_checked(
     with_facts: bool = False,
 ) -> list[tuple[list[Segment], str]]:
     """Return the segments of every problem, and "" or where the text that their tokens spell is not the problem's."""
-    pieces = [texts(problem, with_facts) for problem in problems]
+    pieces = [segment_texts(problem, with_facts) for problem in problems]
     codec = segment_tokenizer(tokenizer)
     if codec.continues_differently:
         first = codec.encode_first([cut[0][1] for cut in pieces])
@@ -123,7 +123,7 @@ def example_length(segments: Sequence[Segment]) -> int:
     return sum(len(segment.tokens) for segment in segments if segment.role not in GUIDANCE)
 
 
-def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return every token that the tokenizer itself puts before a text: BOS for Llama, two for GLM, nothing for GPT-2."""
     plain = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     whole = tokenizer(_PROBE)["input_ids"]

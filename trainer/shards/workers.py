@@ -17,10 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from trainer.problems.problem import Problem
-from trainer.shards.segments import Segment, prefix_tokens, tokenise_checked
+from trainer.shards.segments import Segment, bos_tokens, tokenise_checked
 
-_CHUNK = 32  # problems a thread tokenises at a time
-_WAITING = 16  # chunks a thread that may lie finished: the memory this takes does not grow with the data
+_CHUNK_PROBLEMS = 32  # problems a thread tokenises at a time
+_MAX_PENDING_CHUNKS = 16  # chunks a thread that may lie finished: the memory this takes does not grow with the data
 
 
 def tokenise_all(
@@ -30,7 +30,7 @@ def tokenise_all(
     (0: one per usable core)."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads here are the parallelism
     num_threads = num_threads or len(os.sched_getaffinity(0))
-    prefix = prefix_tokens(tokenizer)
+    prefix = bos_tokens(tokenizer)
     tokenise_checked(
         [], tokenizer, prefix
     )  # sets the tokenizer up, which threads must not do at the same time
@@ -40,17 +40,17 @@ def tokenise_all(
         return [(problem, *checked) for problem, checked in zip(chunk, found, strict=True)]
 
     waiting: deque[Future[list[tuple[Problem, list[Segment], str]]]] = deque()
-    with _little_garbage(), ThreadPoolExecutor(num_threads) as pool:
+    with _rare_garbage_collection(), ThreadPoolExecutor(num_threads) as pool:
         for chunk in _chunks(problems):
             waiting.append(pool.submit(work, chunk))
-            if len(waiting) > _WAITING * num_threads:
+            if len(waiting) > _MAX_PENDING_CHUNKS * num_threads:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
 
 
 @contextlib.contextmanager
-def _little_garbage() -> Iterator[None]:
+def _rare_garbage_collection() -> Iterator[None]:
     """Inside, the garbage collector leaves alone what was there before: all of transformers, which the many new lists would
     have it search again and again (a tenth of the time, measured)."""
     gc.freeze()
@@ -61,5 +61,5 @@ def _little_garbage() -> Iterator[None]:
 
 
 def _chunks(problems: Iterator[Problem]) -> Iterator[list[Problem]]:
-    while chunk := list(itertools.islice(problems, _CHUNK)):
+    while chunk := list(itertools.islice(problems, _CHUNK_PROBLEMS)):
         yield chunk

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trainer.problems.problem import Problem
-from trainer.shards.methods import METHODS, Role
+from trainer.shards.methods import VIEWS, Role
 from trainer.shards.read import PROBLEMS
 from trainer.shards.segments import Segment
 
@@ -70,7 +70,7 @@ class ShardWriter:
             "num_tokens": self._ends[-1] if self._ends else 0,
             "longest_example": self._longest,
             "problems_per_method": {
-                name: sum(count for roles, count in self._present.items() if view.needs <= roles)
-                for name, view in METHODS.items()
+                name: sum(count for roles, count in self._present.items() if view.required <= roles)
+                for name, view in VIEWS.items()
             },
         }

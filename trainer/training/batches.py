@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.errors import UserError
-from trainer.shards.methods import Method
+from trainer.shards.methods import View
 from trainer.shards.read import Shards
 
 
@@ -33,7 +33,7 @@ class MicroBatch:
 class PackedData:
     """The endless sequence of packs of one run; pack p belongs to epoch p // packs_per_epoch."""
 
-    def __init__(self, shards: Shards, method_name: str, method: Method, pack_length: int, seed: int):
+    def __init__(self, shards: Shards, method_name: str, method: View, pack_length: int, seed: int):
         self._shards = shards
         self._method = method
         self._pack_length = pack_length
@@ -49,7 +49,7 @@ class PackedData:
             )
         self._all_lengths = lengths
         self._lengths = lengths[self._usable]
-        self._learned = shards.learned_lengths(method)
+        self._learned = shards.target_lengths(method)
         self._epoch: tuple[int, list[np.ndarray]] | None = None
         self.num_examples = len(self._usable)
         self.tokens_per_epoch = int(self._lengths.sum())

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.preemption import StopRequest
-from trainer.shards.methods import method
+from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import PackedData
 from trainer.training.layouts import forward_passes, most_passes
@@ -27,7 +27,7 @@ class HeldOutLoss:
     def __call__(self, student: Student, stop: StopRequest) -> dict[str, Any] | None:
         settings, world = student.settings, student.world
         if self._data is None:
-            view = method(settings.method, settings.learn_calculator_results)
+            view = view_of(settings.method, settings.train_on_calculator_results)
             self._data = PackedData(self._shards, settings.method, view, settings.pack_length, seed=0)
         data = self._data
         part = min(1.0, self._max_problems / data.num_examples)

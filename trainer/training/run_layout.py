@@ -21,7 +21,7 @@ from trainer.models import load, packed_attention, training_kernels
 from trainer.models.default_attention import set_attention
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
-from trainer.shards.methods import method
+from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.training import layouts, model_copy
 from trainer.training.batches import PackedData
@@ -152,7 +152,7 @@ def check_examples(settings: TrainSettings, data: PackedData) -> list[Example]:
 
 def _longest_held_out(settings: TrainSettings) -> Example:
     shards = Shards.open(settings.eval_shards)
-    view = method(settings.method, settings.learn_calculator_results)
+    view = view_of(settings.method, settings.train_on_calculator_results)
     lengths = shards.lengths(view)
     fitting = np.where(lengths <= settings.pack_length, lengths, 0)
     return shards.example(int(fitting.argmax()), view)

@@ -18,8 +18,8 @@ from trainer.models.tokenizer import load_tokenizer
 from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
-from trainer.shards.methods import method
-from trainer.shards.model_tokenizer import check_model
+from trainer.shards.methods import view_of
+from trainer.shards.model_tokenizer import check_model_fits_shards
 from trainer.shards.read import Shards
 from trainer.training import checkpoint, ds_config, time_limit
 from trainer.training.batches import PackedData, StepPlan
@@ -82,7 +82,7 @@ def enrol(settings: TrainSettings, world: DistributedEnvironment, run: RunDirect
     shards = _intact_shards(settings.train_shards)
     tokenizer = load_tokenizer(shards.tokenizer_path)
     config = _config(settings, shards, tokenizer)
-    view = method(settings.method, settings.learn_calculator_results)
+    view = view_of(settings.method, settings.train_on_calculator_results)
     data = PackedData(shards, settings.method, view, settings.pack_length, settings.seed)
     plan = StepPlan.make(
         settings.per_device_train_batch_size,
@@ -149,8 +149,8 @@ def _intact_shards(path: str) -> Shards:
 def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
     name = settings.model_name_or_path or settings.config_name
     config = load.load_config(name, settings.config_overrides, len(tokenizer))
-    check_model(config, name, shards, tokenizer, bool(settings.model_name_or_path))
-    longest, context = int(shards.lengths(method(settings.method)).max()), load.context_length(config)
+    check_model_fits_shards(config, name, shards, tokenizer, bool(settings.model_name_or_path))
+    longest, context = int(shards.lengths(view_of(settings.method)).max()), load.context_length(config)
     if context and min(longest, settings.pack_length) > context:
         raise UserError(
             f"{shards.path} has examples of up to {longest} tokens but {name} reaches {context}: "
@@ -182,7 +182,7 @@ def _facts(
         "world_size": world.world_size,
         "zero_stage": ds_config.stage(resolved),
         "dtype": "bf16" if settings.bf16 else "fp32",
-        "learn_calculator_results": settings.learn_calculator_results,
+        "learn_calculator_results": settings.train_on_calculator_results,
         "shards_fingerprint": shards.fingerprint,
         "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
         "packs_per_epoch": data.packs_per_epoch,

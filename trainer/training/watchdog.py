@@ -46,7 +46,7 @@ def occupied(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
     """Collective. Hold the run's lock and watch over its ranks. Raises UserError if another job holds the run."""
     lock = _take(run.lock)
     try:
-        watchdog = Watchdog(run, settings.silence_seconds, lock)
+        watchdog = Watchdog(run, settings.heartbeat_timeout_seconds, lock)
         watchdog.start()
         in_order = False
         try:
