@@ -49,7 +49,7 @@ def recording() -> Callable[[Callable[[], object]], Callable[[], object]]:
     return capture
 
 
-def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> list[decode_graphs.Shape]:
+def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> list[decode_graphs.GraphShape]:
     """From now on engines on the CPU decode as on a GPU, in small shapes; returns the shapes that will be replayed."""
     monkeypatch.setattr(engine, "decodes_by_graph", lambda device: True)
     monkeypatch.setattr(engine, "FEW_TOKENS", few_tokens)
@@ -59,14 +59,14 @@ def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> li
     monkeypatch.setattr(decode_graphs, "_LENGTH_MULTIPLE", 24)
     monkeypatch.setattr(decode_graphs, "_SMALLEST_BLOCK", 2)
     monkeypatch.setattr(decode_graphs, "_USES_WITH_A_LARGER", 6)
-    replayed: list[decode_graphs.Shape] = []
-    choose = decode_graphs.DecodeGraphs._smallest_that_holds
+    replayed: list[decode_graphs.GraphShape] = []
+    choose = decode_graphs.CudaGraphRunner._smallest_that_holds
 
-    def noted(self: decode_graphs.DecodeGraphs, shape: decode_graphs.Shape) -> decode_graphs.Shape | None:
+    def noted(self: decode_graphs.CudaGraphRunner, shape: decode_graphs.GraphShape) -> decode_graphs.GraphShape | None:
         used = choose(self, shape)
         if used is not None:
             replayed.append(used)
         return used
 
-    monkeypatch.setattr(decode_graphs.DecodeGraphs, "_smallest_that_holds", noted)
+    monkeypatch.setattr(decode_graphs.CudaGraphRunner, "_smallest_that_holds", noted)
     return replayed

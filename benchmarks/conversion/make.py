@@ -72,7 +72,7 @@ def make(run: Path, size: str, stage: int, ranks: int) -> Path:
         torch.save(state, staging / path.name)
         del state
     config_of(size).save_pretrained(staging / "model")
-    architecture.record(staging / "model")
+    architecture.record_architecture(staging / "model")
     facts = {
         "step": STEP, "packs_consumed": STEP, "world_size": ranks, "zero_stage": stage, "dtype": "fp32", "method": "cot",
         "data": "none", "model_name": f"gpt2-{size}", "seed": 0, "finished": True,

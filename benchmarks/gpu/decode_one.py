@@ -33,14 +33,14 @@ def main() -> None:
     if way == "eager":
         engine.decodes_by_graph = lambda device: False
     captures: list[float] = []
-    capture = decode_graphs.DecodeGraphs._try_to_capture
+    capture = decode_graphs.CudaGraphRunner._try_to_capture
 
-    def timed(graphs: decode_graphs.DecodeGraphs, shape: decode_graphs.Shape) -> None:
+    def timed(graphs: decode_graphs.CudaGraphRunner, shape: decode_graphs.GraphShape) -> None:
         start = time.perf_counter()
         capture(graphs, shape)
         captures.append(time.perf_counter() - start)
 
-    decode_graphs.DecodeGraphs._try_to_capture = timed  # type: ignore[method-assign]
+    decode_graphs.CudaGraphRunner._try_to_capture = timed  # type: ignore[method-assign]
     solve = static if way == "static" else ours
     solve(model, tokenizer, shards, range(slots), limit // 7, slots)  # warm up
     captures.clear()

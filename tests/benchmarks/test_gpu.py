@@ -22,7 +22,7 @@ from benchmarks import harness
 from benchmarks.gpu import cases, facts, parity, parity_attention, run, study, table
 from benchmarks.harness import Comparison, Contender, Unequal, python
 from trainer.models import packed_attention, sizes
-from trainer.models.slot_attention import slot_attention_of
+from trainer.models.slot_attention import use_slot_attention
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems import stories
 from trainer.study.plan import load
@@ -67,7 +67,7 @@ def test_the_one_kernel_is_called_as_this_torch_wants_it(groups: int) -> None:
     with FakeTensorMode():
         query, key = torch.empty(1, 4, 10, 16), torch.empty(1, groups, 10, 16)
         bounds = torch.empty(3, dtype=torch.int32)
-        out = packed_attention.varlen(query, key, key, None, bounds, 6)
+        out = packed_attention.varlen_attention(query, key, key, None, bounds, 6)
     assert out.shape == (1, 10, 4, 16)
 
 
@@ -85,7 +85,7 @@ def test_the_one_kernel_is_called_as_torch_2_11_wants_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     packed_attention._takes_enable_gqa.cache_clear()
     query, key = torch.zeros(1, 4, 10, 16), torch.zeros(1, 2, 10, 16)
-    out = packed_attention.varlen(query, key, key, None, torch.tensor([0, 10]), 10)
+    out = packed_attention.varlen_attention(query, key, key, None, torch.tensor([0, 10]), 10)
     packed_attention._takes_enable_gqa.cache_clear()
     assert out.shape == (1, 10, 4, 16) and bool((out == 1).all())
 
@@ -96,7 +96,7 @@ def test_attention_of_changing_lengths_is_not_cudnns(user: str) -> None:
     if user == "packs":
         packed_attention.register()
     else:
-        with slot_attention_of(LlamaForCausalLM(cases.config("llama-2-7b", tiny=True))):
+        with use_slot_attention(LlamaForCausalLM(cases.config("llama-2-7b", tiny=True))):
             pass
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 

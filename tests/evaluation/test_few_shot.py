@@ -19,7 +19,7 @@ from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.few_shot import exemplar_tokens
 from trainer.evaluation.predict import predictions
 from trainer.evaluation.tickets import LocalCounter
-from trainer.models.slots import SlotStep, plan_step
+from trainer.models.slots import ForwardBatch, prepare_prefill
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.exemplars import read_exemplars
 from trainer.problems.jsonl import to_record
@@ -104,8 +104,8 @@ def test_exemplars_are_read_once_and_the_texts_are_those_of_reading_them_every_t
 
     read: list[int] = []
 
-    def counted(*arguments: Any) -> SlotStep:
-        step = plan_step(*arguments)
+    def counted(*arguments: Any) -> ForwardBatch:
+        step = prepare_prefill(*arguments)
         read.append(step.input_ids.shape[1])
         return step
 

@@ -30,8 +30,8 @@ from trainer.evaluation.generate import chooser, generate
 from trainer.evaluation.language import Language, end_tokens
 from trainer.evaluation.sampling import noise_key
 from trainer.evaluation.solution import Rules, Script, Seat, Solution
-from trainer.models.slot_attention import slot_attention_of
-from trainer.models.slots import SlotStep
+from trainer.models.slot_attention import use_slot_attention
+from trainer.models.slots import ForwardBatch
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.read import Shards
 
@@ -168,7 +168,7 @@ def test_parked_slots_and_tokens_read_in_pieces_change_no_logits(name: str) -> N
             seen[id(feed)] = row.clone()
         return [0] * len(feeds)
 
-    with slot_attention_of(model):
+    with use_slot_attention(model):
         machine = Engine[Reading](0, model, 4, 32, keep)
         readings = [Reading(text, *plan) for text, plan in zip(texts, plans, strict=True)]
         for reading in readings:
@@ -195,9 +195,9 @@ def test_prompts_that_are_too_much_for_one_pass_take_turns(
     together = solve(model, tokenizer, texts, num_slots=8)
     monkeypatch.setattr(engine, "MOST_TOKENS_A_STEP", 20)
     sizes: list[int] = []
-    plan_step = engine.plan_step
+    plan_step = engine.prepare_prefill
 
-    def counted(*arguments: Any) -> SlotStep:
+    def counted(*arguments: Any) -> ForwardBatch:
         step = plan_step(*arguments)
         sizes.append(step.input_ids.shape[1])
         return step

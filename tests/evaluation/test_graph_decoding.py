@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from tests.evaluation.test_generate import MODELS, make, prompts, solve
 from tests.recorded_launches import decode_by_graphs
 from trainer.evaluation.engine import Engine, Feed, is_decoding
-from trainer.models.slot_attention import slot_attention_of
+from trainer.models.slot_attention import use_slot_attention
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.read import Shards
 
@@ -72,7 +72,7 @@ def test_parked_slots_go_on_where_they_stopped(name: str, monkeypatch: pytest.Mo
             listener.seen[feed.length] = row.clone()
         return [0] * len(feeds)
 
-    with slot_attention_of(model):
+    with use_slot_attention(model):
         machine = Engine[Listener](0, model, 9, capacity, keep)
         for listener in listeners:
             machine.add(listener)
@@ -118,7 +118,7 @@ def test_graphs_are_gone_with_their_engine(monkeypatch: pytest.MonkeyPatch) -> N
     """At once: what they hold on the device is not left to the garbage collector."""
     model = make("llama")
     decode_by_graphs(monkeypatch)
-    with slot_attention_of(model):
+    with use_slot_attention(model):
         machine = Engine[Listener](0, model, 2, 30, lambda logits, feeds: [0] * len(feeds))
         listener = Listener([7] * 20)
         machine.add(listener)

@@ -127,7 +127,7 @@ def _write_model_files(model: PreTrainedModel, folder: Path) -> None:
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    architecture.record(folder)
+    architecture.record_architecture(folder)
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -121,7 +121,7 @@ def make(case: dict[str, Any], output: Path, rank: int, world_size: int) -> None
         if model.generation_config is not None:
             model.generation_config.save_pretrained(staging / "model")
         if case["model"] != "gpt2":  # as training does; without it the export asks the model class itself
-            architecture.record(staging / "model")
+            architecture.record_architecture(staging / "model")
         (staging / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}\n')
         facts = {
             "step": STEPS, "packs_consumed": STEPS, "world_size": world_size, "zero_stage": case["stage"],

@@ -169,10 +169,10 @@ assert not {{"transformers", "deepspeed"}} & set(sys.modules)
 @pytest.mark.parametrize("name", ["qwen2-zero3-bf16-2ranks", "gpt2-zero3-bf16-2ranks"])
 def test_recorded_architecture_is_that_of_the_class(name: str, made: Path, checkpoint_copy) -> None:
     folder = checkpoint_copy(name) / "model"
-    built = architecture.build(folder)
-    assert architecture.read(folder) == built
-    architecture.record(folder)
-    assert architecture.read(folder) == built
+    built = architecture.build_architecture(folder)
+    assert architecture.read_architecture(folder) == built
+    architecture.record_architecture(folder)
+    assert architecture.read_architecture(folder) == built
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
-    assert architecture.read(folder) != built  # the record is of another config
+    assert architecture.read_architecture(folder) != built  # the record is of another config

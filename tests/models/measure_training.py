@@ -74,7 +74,7 @@ def measure(folder: str, packing: str, batch: list[Example], wanted: Reference) 
     """Load the model as training does, let the check choose a layout, and compare the layout's loss and gradients."""
     config = load.load_config(folder)
     model: Any = load.load_model(folder, "fp32", config=config).eval()
-    training_kernels.use(model, on_accelerator=False)
+    training_kernels.patch_kernels(model, on_accelerator=False)
     try:
         choice = choose_layout(model, candidates(config, packing), batch, CPU)
     except NoLayout as error:

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trainer.models import packed_attention
 from trainer.models.default_attention import UnsupportedAttention, set_attention
-from trainer.models.slot_attention import newest_logits, slot_attention_of
-from trainer.models.slots import SlotCache, plan_step
+from trainer.models.slot_attention import last_token_logits, use_slot_attention
+from trainer.models.slots import KVCache, prepare_prefill
 from trainer.training.batches import MicroBatch
 from trainer.training.loss import lay_out, token_losses
 
@@ -86,15 +86,15 @@ def test_loss_and_gradient_of_a_pack_are_those_of_the_plain_model(name: str) -> 
 @pytest.mark.parametrize("name", FEATURES)
 @torch.no_grad()
 def test_logits_in_slots_are_those_of_the_plain_model(name: str) -> None:
-    model, cache = make(name), SlotCache(4, 40)
+    model, cache = make(name), KVCache(4, 40)
     # Slot 1 has no sequence. What is read at a time differs: whole prompts, one token, several tokens behind others.
     slots, given = [0, 2, 3], [list(map(int, text)) for text in texts()]
     cuts = [(0, 7, 8, 20, 29), (0, 2, 3, 4, 5), (0, 12, 15, 16, 18)]
     for step in range(4):
         new = [text[cut[step] : cut[step + 1]] for text, cut in zip(given, cuts, strict=True)]
-        with slot_attention_of(model):
-            plan = plan_step(cache, slots, [cut[step] for cut in cuts], new, torch.float32, CPU)
-            logits = newest_logits(model, plan)
+        with use_slot_attention(model):
+            plan = prepare_prefill(cache, slots, [cut[step] for cut in cuts], new, torch.float32, CPU)
+            logits = last_token_logits(model, plan)
         for row, text, cut in zip(logits, given, cuts, strict=True):
             want = model(input_ids=torch.tensor([text[: cut[step + 1]]]), use_cache=False).logits[0, -1]
             torch.testing.assert_close(row, want, atol=2e-4 * float(want.std()), rtol=0)

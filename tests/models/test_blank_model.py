@@ -45,7 +45,7 @@ def test_with_a_loaded_models_weights_it_computes_what_that_one_computes(kind: s
     config = AutoConfig.for_model(kind, **CONFIGS[kind])
     load.write_random_weights(config, 0, tmp_path)
     loaded = load.load_model(tmp_path, "fp32", "sdpa", config=config).eval()
-    blank = load.blank_model(config, "fp32", "sdpa").eval()
+    blank = load.empty_model(config, "fp32", "sdpa").eval()
     for name, buffer in loaded.named_buffers():  # those that no checkpoint holds, e.g. rotary frequencies
         assert torch.equal(buffer, blank.get_buffer(name)), name
     tied = [parameter.data_ptr() for parameter in loaded.state_dict().values()]

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trainer.models import training_kernels
-from trainer.models.blocked_weights import blocked_weights
+from trainer.models.blocked_weights import prepacked_weights
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2]])
 
@@ -40,7 +40,7 @@ def num_changed(model: PreTrainedModel) -> int:
 def test_same_numbers_inside_and_the_same_model_afterwards(make, linear_layers, dtype, tolerance) -> None:
     model = make().to(dtype)
     before = logits(model)
-    with blocked_weights(model):
+    with prepacked_weights(model):
         assert num_changed(model) == linear_layers
         torch.testing.assert_close(logits(model), before, rtol=tolerance, atol=tolerance)
     assert num_changed(model) == 0
@@ -49,7 +49,7 @@ def test_same_numbers_inside_and_the_same_model_afterwards(make, linear_layers, 
 
 def test_weights_that_were_trained_in_between_are_the_ones_used() -> None:
     model = gpt2()
-    with blocked_weights(model):
+    with prepacked_weights(model):
         before = logits(model)
     model(TOKENS, labels=TOKENS).loss.backward()
     with torch.no_grad():
@@ -57,15 +57,15 @@ def test_weights_that_were_trained_in_between_are_the_ones_used() -> None:
             parameter -= 0.5 * parameter.grad
     expected = logits(model)
     assert not torch.allclose(expected, before, atol=1e-2)
-    with blocked_weights(model):
+    with prepacked_weights(model):
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_that_computed_in_another_way_does_so_again() -> None:
     model = gpt2()
-    training_kernels.use(model, on_accelerator=False)
+    training_kernels.patch_kernels(model, on_accelerator=False)
     other = model.lm_head.forward
-    with blocked_weights(model):
+    with prepacked_weights(model):
         assert model.lm_head.forward is not other
     assert model.lm_head.forward is other
 
@@ -80,7 +80,7 @@ def test_a_layer_that_may_do_more_is_left_alone_and_an_error_leaves_the_model_pl
     head.weight = model.lm_head.weight
     model.lm_head = head
     expected = logits(model)
-    with pytest.raises(KeyboardInterrupt), blocked_weights(model):
+    with pytest.raises(KeyboardInterrupt), prepacked_weights(model):
         assert num_changed(model) == 2 * 4
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
         raise KeyboardInterrupt

@@ -10,9 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.models import packed_attention, slot_attention
-from trainer.models.decode_graphs import Shape, shape_for
-from trainer.models.slot_attention import newest_logits, slot_attention_of
-from trainer.models.slots import SlotCache, SlotStep, plan_step
+from trainer.models.decode_graphs import GraphShape, shape_for
+from trainer.models.slot_attention import last_token_logits, use_slot_attention
+from trainer.models.slots import KVCache, ForwardBatch, prepare_prefill
 
 LAYERS = 2
 
@@ -54,7 +54,7 @@ def as_the_kernel_does(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def read(model: LlamaForCausalLM, cache: SlotCache) -> list[torch.Tensor]:
+def read(model: LlamaForCausalLM, cache: KVCache) -> list[torch.Tensor]:
     """Prompts, then pieces that continue some of them beside a prompt and single tokens; a parked slot among them."""
     passes = [
         ([0, 1, 2], [0, 0, 0], [[5, 6, 7, 8], [9] * 7, [3]]),
@@ -62,17 +62,17 @@ def read(model: LlamaForCausalLM, cache: SlotCache) -> list[torch.Tensor]:
         ([0, 1, 2, 3], [7, 7, 2, 5], [[21], [22, 23], [24] * 9, [25]]),
     ]
     seen = []
-    with torch.no_grad(), slot_attention_of(model):
+    with torch.no_grad(), use_slot_attention(model):
         for active, lengths, tokens in passes:
-            plan: SlotStep = plan_step(cache, active, lengths, tokens, torch.float32, torch.device("cpu"))
-            seen.append(newest_logits(model, plan))
+            plan: ForwardBatch = prepare_prefill(cache, active, lengths, tokens, torch.float32, torch.device("cpu"))
+            seen.append(last_token_logits(model, plan))
     return seen
 
 
 def test_all_pieces_in_one_call_are_each_piece_alone(
     llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = read(llama, SlotCache(4, 32))
+    expected = read(llama, KVCache(4, 32))
     bounds = []
 
     def noted(*arguments: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_all_pieces_in_one_call_are_each_piece_alone(
 
     monkeypatch.setattr(slot_attention, "has_kernel", lambda query, value: True)
     monkeypatch.setattr(slot_attention, "varlen", noted)
-    found = read(llama, SlotCache(4, 32))
+    found = read(llama, KVCache(4, 32))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert [bound.tolist() for bound in bounds] == [
         *[[0, 3, 9]] * LAYERS, *[[0, 2, 6]] * LAYERS, *[[0, 1, 9]] * LAYERS
@@ -96,7 +96,7 @@ def test_the_kernel_takes_more_keys_than_queries() -> None:
     with FakeTensorMode():
         query, key = torch.empty(1, 4, 10, 16), torch.empty(1, 2, 25, 16)
         bounds = torch.empty(3, dtype=torch.int32)
-        out = packed_attention.varlen(query, key, key, None, bounds, 6, torch.empty_like(bounds), 13)
+        out = packed_attention.varlen_attention(query, key, key, None, bounds, 6, torch.empty_like(bounds), 13)
     assert out.shape == (1, 10, 4, 16)
 
 
@@ -110,5 +110,5 @@ def test_a_graph_is_for_all_slots_or_a_half_or_a_quarter_of_them() -> None:
     assert [shape_for(1, 1, longest, 600) for longest in (1, 128, 129, 513, 600)] == [
         (1, 128), (1, 128), (1, 256), (1, 600), (1, 600)
     ]  # fmt: skip
-    assert Shape(16, 256).holds(Shape(16, 256)) and Shape(16, 256).holds(Shape(8, 128))
-    assert not Shape(16, 128).holds(Shape(8, 256)) and not Shape(8, 256).holds(Shape(16, 128))
+    assert GraphShape(16, 256).holds(GraphShape(16, 256)) and GraphShape(16, 256).holds(GraphShape(8, 128))
+    assert not GraphShape(16, 128).holds(GraphShape(8, 256)) and not GraphShape(8, 256).holds(GraphShape(16, 128))

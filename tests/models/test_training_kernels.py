@@ -32,7 +32,7 @@ def test_same_numbers(tied: bool, on_accelerator: bool) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     names = list(model.state_dict())
     logits, gradient = _logits_and_gradient(model)
-    training_kernels.use(model, on_accelerator)
+    training_kernels.patch_kernels(model, on_accelerator)
     assert not any(type(module).__name__ == "NewGELUActivation" for module in model.modules())
     found_logits, found_gradient = _logits_and_gradient(model)
     assert torch.allclose(found_logits, logits, rtol=1e-5, atol=1e-6)

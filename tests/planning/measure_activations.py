@@ -39,7 +39,7 @@ def drop(parameter: torch.Tensor) -> None:
 def peak(config: Any, checkpointing: bool) -> int:
     """Bytes above what was there before, in the third pass (the first ones fill caches of kernels)."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=packed_attention.register()).train()
-    training_kernels.use(model, on_accelerator=False)
+    training_kernels.patch_kernels(model, on_accelerator=False)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter in model.parameters():

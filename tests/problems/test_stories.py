@@ -134,7 +134,7 @@ def test_tokenizer_is_deterministic_and_loses_nothing(tmp_path: Path) -> None:
     from trainer.models import stories_tokenizer
 
     for name in ("one", "two"):
-        stories_tokenizer.build(tmp_path / name)
+        stories_tokenizer.train_tokenizer(tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
     for name in files:

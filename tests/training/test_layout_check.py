@@ -75,7 +75,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_layout_gives_the_models_own_loss_and_gradient(name: str) -> None:
     plain, model = family_of(name).build(), family_of(name).build()
-    training_kernels.use(model, on_accelerator=False)
+    training_kernels.patch_kernels(model, on_accelerator=False)
     examples = _examples()
     choice = _choose(model, examples=examples)
     assert choice.layout.rows == EXPECTED[name]
@@ -118,7 +118,7 @@ def test_rounding_in_a_mixture_of_experts_is_no_difference(seed: int) -> None:
 
 def test_the_check_leaves_the_model_as_it_was() -> None:
     model = _llama().train()
-    training_kernels.use(model, on_accelerator=False)
+    training_kernels.patch_kernels(model, on_accelerator=False)
     before = copy.deepcopy(model.state_dict())
     _choose(model)
     assert model.training
@@ -136,7 +136,7 @@ def _patch_mlp(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor],
 
 
 def test_attention_that_ignores_boundaries_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = packed_attention.Pack
+    right = packed_attention.PackedSequence
 
     def one_example(lengths: Any, bounds: torch.Tensor, sdpa: bool) -> Any:
         return right([sum(lengths)], bounds[[0, -1]], sdpa)
@@ -150,7 +150,7 @@ def test_attention_that_ignores_boundaries_is_caught(monkeypatch: pytest.MonkeyP
 
 
 def test_a_leak_between_examples_is_caught_in_a_mixture_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = packed_attention.Pack
+    right = packed_attention.PackedSequence
     monkeypatch.setattr(
         packed_attention, "Pack", lambda lengths, bounds, sdpa: right([sum(lengths)], bounds[[0, -1]], sdpa)
     )

@@ -14,9 +14,9 @@ from trainer.training import model_copy
 
 def ignore_boundaries() -> None:
     """Packed attention takes a pack for one example."""
-    right = packed_attention.Pack
+    right = packed_attention.PackedSequence
     replaced: Any = lambda lengths, bounds, sdpa: right([sum(lengths)], bounds[[0, -1]], sdpa)  # noqa: E731
-    packed_attention.Pack = replaced  # type: ignore[misc]
+    packed_attention.PackedSequence = replaced  # type: ignore[misc]
 
 
 def see_other_rows() -> None:

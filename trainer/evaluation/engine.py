@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from trainer.evaluation.backends import Choose, Feed, SomeOccupant
-from trainer.models.blocked_weights import blocked_weights
-from trainer.models.decode_graphs import DecodeGraphs
-from trainer.models.slot_attention import newest_logits, slot_attention_of
-from trainer.models.slots import SlotCache, plan_step
+from trainer.models.blocked_weights import prepacked_weights
+from trainer.models.decode_graphs import CudaGraphRunner
+from trainer.models.slot_attention import last_token_logits, use_slot_attention
+from trainer.models.slots import KVCache, prepare_prefill
 
 MOST_TOKENS_A_STEP = 16384  # bounds the activations when many prompts are read at once
 FEW_TOKENS = 16  # on a GPU so many are read one by one, in graphs, while others decode
@@ -72,16 +72,16 @@ class Engine(Generic[SomeOccupant]):
         self.slots: list[SomeOccupant] = []
         self._num_slots = num_slots
         self._prefix = Feed(list(prefix))
-        self._cache = SlotCache(num_slots + bool(prefix), capacity)
+        self._cache = KVCache(num_slots + bool(prefix), capacity)
         self._choose = choose
         self._dtype = model.dtype
         self._device = model.device
-        self._graphs = DecodeGraphs(model, self._cache, num_slots) if decodes_by_graph(model.device) else None
+        self._graphs = CudaGraphRunner(model, self._cache, num_slots) if decodes_by_graph(model.device) else None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Context manager that switches the model to attention over slots and blocked weights."""
-        with slot_attention_of(self.model), blocked_weights(self.model):
+        with use_slot_attention(self.model), prepacked_weights(self.model):
             yield
 
     @property
@@ -112,7 +112,7 @@ class Engine(Generic[SomeOccupant]):
         feeds = [occupant.feeds[self.seat] for occupant in self.slots]
         waiting = [slot for slot, occupant in enumerate(self.slots) if occupant.turn == self.seat]
         num_pending = [len(feeds[slot].pending) for slot in waiting]
-        if self._graphs and self._graphs.usable and is_decoding(num_pending):
+        if self._graphs and self._graphs.is_usable and is_decoding(num_pending):
             active, logits = self._read_one_token_each(self._graphs, waiting, feeds)
         else:  # always, on a CPU
             active = waiting[: _how_many_fit(num_pending)]
@@ -132,7 +132,7 @@ class Engine(Generic[SomeOccupant]):
 
     def _read_all(self, active: list[int], feeds: list[Feed]) -> torch.Tensor:
         """One forward pass over what is pending: logits [feeds, vocabulary] of the newest tokens."""
-        step = plan_step(
+        step = prepare_prefill(
             self._cache,
             active,
             [feed.length for feed in feeds],
@@ -140,14 +140,14 @@ class Engine(Generic[SomeOccupant]):
             self._dtype,
             self._device,
         )
-        logits = newest_logits(self.model, step)
+        logits = last_token_logits(self.model, step)
         for feed in feeds:
             feed.length += len(feed.pending)
             feed.pending = []
         return logits
 
     def _read_one_token_each(
-        self, graphs: DecodeGraphs, waiting: list[int], feeds: list[Feed]
+        self, graphs: CudaGraphRunner, waiting: list[int], feeds: list[Feed]
     ) -> tuple[list[int], torch.Tensor]:
         """One forward pass over the waiting slots with few pending tokens, the first of each: the slots that have now read
         all, and logits [such slots, vocabulary]. `feeds`: of all occupied slots."""

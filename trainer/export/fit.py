@@ -31,7 +31,7 @@ def fit(stored: StoredModel, checkpoint: Path, folder: Path, dtype: str) -> Fit:
     `dtype`: "fp32", "bf16" or "fp16". Raises UserError naming a parameter that is missing, that is not the model's, or
     that has another shape.
     """
-    expected = architecture.read(folder)
+    expected = architecture.read_architecture(folder)
     chosen = _chosen(stored, checkpoint, folder / "config.json", expected)
     place = {tensor.pieces: number for number, tensor in enumerate(stored.tensors.values())}
     read_first = {name: (place[tensor.pieces], 0) for name, tensor in chosen.items()}

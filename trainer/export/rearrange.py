@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.models.saved_layout import Joined, View, merged
+from trainer.models.saved_layout import Joined, StridedView, merged
 from trainer.zero.checked_reader import CheckedReader
 from trainer.zero.stored_tensors import StoredTensor
 from trainer.zero.torch_files import Piece
@@ -26,7 +26,7 @@ _Run = tuple[str, int, int]  # name of the model's tensor, first element, number
 class RearrangedTensor:
     """A tensor that is read whole: what `view` reads of the tensors in `stored`."""
 
-    view: View
+    view: StridedView
     stored: tuple[tuple[str, StoredTensor], ...]
 
     @property
@@ -51,7 +51,7 @@ class RearrangedTensor:
         return _read(self.view, dict(self.stored), reader).contiguous()
 
 
-def build(view: View, stored: dict[str, StoredTensor]) -> StoredTensor | RearrangedTensor:
+def build(view: StridedView, stored: dict[str, StoredTensor]) -> StoredTensor | RearrangedTensor:
     """Return the tensor that `view` describes. `stored` has the tensors of the model by name."""
     runs = _runs(view)
     if runs is None:
@@ -60,7 +60,7 @@ def build(view: View, stored: dict[str, StoredTensor]) -> StoredTensor | Rearran
     return StoredTensor(view.shape, tuple(pieces))
 
 
-def _runs(view: View) -> list[_Run] | None:
+def _runs(view: StridedView) -> list[_Run] | None:
     """Return the runs of elements that `view` reads, in row-major order; None if they are too short to be copied singly."""
     sizes, strides = merged(view.shape, view.strides)
     run = 1
@@ -106,7 +106,7 @@ def _cut(runs: list[_Run], start: int, num_elements: int) -> list[_Run]:
     return found
 
 
-def _read(view: View, stored: dict[str, StoredTensor], reader: CheckedReader) -> torch.Tensor:
+def _read(view: StridedView, stored: dict[str, StoredTensor], reader: CheckedReader) -> torch.Tensor:
     if isinstance(view.of, str):
         first, last = _span(view)
         pieces = stored[view.of].part(first, last - first)
@@ -116,7 +116,7 @@ def _read(view: View, stored: dict[str, StoredTensor], reader: CheckedReader) ->
     return joined.flatten().as_strided(view.shape, view.strides, view.offset)
 
 
-def _span(view: View) -> tuple[int, int]:
+def _span(view: StridedView) -> tuple[int, int]:
     """Return the first element that `view` reads, and the one after the last."""
     if math.prod(view.shape) == 0:
         return view.offset, view.offset

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from trainer.models.saved_layout import View
+    from trainer.models.saved_layout import StridedView
 
 FILE = "architecture.json"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -36,15 +36,15 @@ class Architecture:
     tied: tuple[str, ...]  # aliases that are not written
     num_parameters: int  # tied ones counted once
     generation_config: str  # JSON, what the class makes by default
-    moved: dict[str, View]  # tensors of the files that are not the model's tensor of that name, as it is
+    moved: dict[str, StridedView]  # tensors of the files that are not the model's tensor of that name, as it is
     kept: dict[str, dict[str, str]]  # "bf16" -> a model's tensor -> its dtype if not bfloat16, e.g. "float32"
     own_config: str = ""  # JSON of the config to write, if the class is that of a part of the config
     text_part_of: str = ""  # model type of the multimodal model whose text part this is
 
 
-def read(folder: Path) -> Architecture:
+def read_architecture(folder: Path) -> Architecture:
     """Return the architecture of the config.json in `folder`: as recorded, if it was of this very config, or else built."""
-    return _recorded(folder) or build(folder)
+    return _recorded(folder) or build_architecture(folder)
 
 
 def is_recorded(folder: Path) -> bool:
@@ -52,11 +52,11 @@ def is_recorded(folder: Path) -> bool:
     return _recorded(folder) is not None
 
 
-def record(folder: Path, text_part_of: str = "") -> None:
+def record_architecture(folder: Path, text_part_of: str = "") -> None:
     """Write architecture.json beside the config.json in `folder`."""
     from trainer.models import saved_layout
 
-    built = build(folder)
+    built = build_architecture(folder)
     content = {name: value for name, value in vars(built).items() if name != "moved"}
     content["moved"] = saved_layout.to_json(built.moved)
     content["text_part_of"] = text_part_of or built.text_part_of
@@ -64,7 +64,7 @@ def record(folder: Path, text_part_of: str = "") -> None:
     commit.write_text(folder / FILE, json.dumps({"config_sha256": digest, **content}) + "\n")
 
 
-def build(folder: Path) -> Architecture:
+def build_architecture(folder: Path) -> Architecture:
     """Ask the model class. Raises UserError if transformers cannot build the model, or cannot revert its weights' names."""
     from transformers import AutoConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def leave_out_cudnn() -> None:
+def disable_cudnn_sdpa() -> None:
     """For this process: `scaled_dot_product_attention` takes flash or memory-efficient attention instead.
 
     On Hopper and Blackwell torch (2.11 to 2.13) tries cuDNN's first, which builds a plan for every new shape: 0.4 s were

@@ -21,7 +21,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 @contextlib.contextmanager
-def blocked_weights(model: PreTrainedModel) -> Iterator[None]:
+def prepacked_weights(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the linear layers of a model on the CPU multiply with copies of their weights in blocked order.
 
     That takes the memory of these weights once more, given back on exit. The weights must not change inside. No

@@ -20,8 +20,8 @@ import torch
 from transformers import PreTrainedModel
 
 from trainer import terminal
-from trainer.models.slot_attention import newest_logits
-from trainer.models.slots import SlotCache, plan_decode
+from trainer.models.slot_attention import last_token_logits
+from trainer.models.slots import KVCache, prepare_decode
 
 _LENGTH_MULTIPLE = 128
 _SMALLEST_BLOCK = 8  # with fewer slots a step takes as long
@@ -35,44 +35,44 @@ _cannot_capture: set[type[PreTrainedModel]] = set()  # their forward pass asks t
 Launch = Callable[[], object]
 
 
-class Shape(NamedTuple):
+class GraphShape(NamedTuple):
     """What a graph is made for: the slots 0..block-1, each of which sees up to `longest` positions."""
 
     block: int
     longest: int
 
-    def holds(self, other: Shape) -> bool:
+    def holds(self, other: GraphShape) -> bool:
         return self.block >= other.block and self.longest >= other.longest
 
 
-def shape_for(num_occupied: int, num_slots: int, longest: int, capacity: int) -> Shape:
+def shape_for(num_occupied: int, num_slots: int, longest: int, capacity: int) -> GraphShape:
     """The shape of a step over the first `num_occupied` slots: all slots or a half, a quarter, ... of them."""
     block = num_slots
     while block // 2 >= max(num_occupied, _SMALLEST_BLOCK):
         block //= 2
-    return Shape(block, min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, capacity))
+    return GraphShape(block, min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, capacity))
 
 
-class DecodeGraphs:
+class CudaGraphRunner:
     """Passes in which every slot reads one token. They and their memory are gone with this object."""
 
-    def __init__(self, model: PreTrainedModel, cache: SlotCache, num_slots: int) -> None:
+    def __init__(self, model: PreTrainedModel, cache: KVCache, num_slots: int) -> None:
         """`num_slots`: how many of the cache's take part, the first ones."""
         self._model = model
         self._cache = cache
         self._num_slots = num_slots
         self._numbers = torch.zeros(2, num_slots, dtype=torch.int64, device=model.device)
         self._logits: torch.Tensor | None = None  # [slots, vocabulary], of all graphs
-        self._graphs: dict[Shape, Launch] = {}
-        self._uses: Counter[Shape] = Counter()
+        self._graphs: dict[GraphShape, Launch] = {}
+        self._uses: Counter[GraphShape] = Counter()
         self._capture: Callable[[Launch], Launch] | None = None
 
     @property
-    def usable(self) -> bool:
+    def is_usable(self) -> bool:
         return type(self._model) not in _cannot_capture
 
     @property
-    def captured(self) -> list[Shape]:
+    def captured(self) -> list[GraphShape]:
         return list(self._graphs)
 
     def step(self, tokens: Sequence[int], positions: Sequence[int], longest: int) -> torch.Tensor:
@@ -98,34 +98,34 @@ class DecodeGraphs:
         self._graphs[used]()
         return self._logits[: used.block]
 
-    def _smallest_that_holds(self, shape: Shape) -> Shape | None:
+    def _smallest_that_holds(self, shape: GraphShape) -> GraphShape | None:
         return min((other for other in self._graphs if other.holds(shape)), default=None)
 
-    def _is_worth_capturing(self, shape: Shape) -> bool:
-        if shape in self._graphs or not self.usable:
+    def _is_worth_capturing(self, shape: GraphShape) -> bool:
+        if shape in self._graphs or not self.is_usable:
             return False
         needed = _USES_WITHOUT_ANY if self._smallest_that_holds(shape) is None else _USES_WITH_A_LARGER
         return self._uses[shape] >= needed
 
-    def _try_to_capture(self, shape: Shape) -> None:
+    def _try_to_capture(self, shape: GraphShape) -> None:
         try:
-            self._capture = self._capture or capturer()
+            self._capture = self._capture or make_capture()
             self._graphs[shape] = self._capture(partial(self._write_logits, shape))
         except RuntimeError as error:
             _cannot_capture.add(type(self._model))
             why = str(error.__context__ or error).partition("\n")[0]
             terminal.warning(f"{type(self._model).__name__} decodes without CUDA graphs, more slowly: {why}")
 
-    def _write_logits(self, shape: Shape) -> None:
+    def _write_logits(self, shape: GraphShape) -> None:
         assert self._logits is not None
         self._logits[: shape.block].copy_(self._forward(shape))
 
-    def _forward(self, shape: Shape) -> torch.Tensor:
+    def _forward(self, shape: GraphShape) -> torch.Tensor:
         numbers = self._numbers[:, : shape.block]
-        return newest_logits(self._model, plan_decode(self._cache, numbers, shape.longest, self._model.dtype))
+        return last_token_logits(self._model, prepare_decode(self._cache, numbers, shape.longest, self._model.dtype))
 
 
-def capturer() -> Callable[[Launch], Launch]:
+def make_capture() -> Callable[[Launch], Launch]:
     """`capture(work)` records what work launches, without doing it, and returns what launches it again.
 
     All that one capturer records shares memory, as no two of them run at the same time. Raises RuntimeError.

@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.models import alibi
-from trainer.models.attention_kernels import leave_out_cudnn
+from trainer.models.attention_kernels import disable_cudnn_sdpa
 
 _MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]  # batch, head, query, key
 
@@ -75,7 +75,7 @@ def register(name: str, attention: Callable[..., Any], make_mask: Callable[[Mask
         longest_causal = math.inf if mask_function is causal_mask_function else local_size or 0
         return make_mask(MaskPattern(mask_function, longest_causal))
 
-    leave_out_cudnn()
+    disable_cudnn_sdpa()
     _registered[name] = attention
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
@@ -169,8 +169,8 @@ def set_attention(model: Any, name: str) -> None:
     changed.
     """
     if name in _registered:
-        leave_out_cudnn()
-    before = attention_of_parts(model)
+        disable_cudnn_sdpa()
+    before = attention_of_submodules(model)
     text = model.config.get_text_config(decoder=True)
     if text._attn_implementation == name:
         return
@@ -184,7 +184,7 @@ def set_attention(model: Any, name: str) -> None:
         raise UnsupportedAttention("its attention layers in transformers cannot be replaced")
 
 
-def attention_of_parts(model: Any) -> list[tuple[Any, str]]:
+def attention_of_submodules(model: Any) -> list[tuple[Any, str]]:
     """Return the config of each part of a model with its attention implementation, wholes before their parts."""
     from transformers import PreTrainedModel
 

@@ -12,7 +12,7 @@ from trainer import distributed
 from trainer.errors import UserError
 from trainer.models import sizes
 from trainer.models.loaded_weights import check_weights
-from trainer.models.source import check_source, reason
+from trainer.models.source import check_source, error_reason
 from trainer.models.text_part import (
     causal_lm_config,
     has_causal_lm,
@@ -40,7 +40,7 @@ def load_config(name_or_path: str, overrides: str = "", vocabulary_size: int = 0
         config = sizes.config(name_or_path, vocabulary_size)
     else:
         config = causal_lm_config(_read_config(name_or_path), name_or_path)
-    return override(config, overrides)
+    return apply_overrides(config, overrides)
 
 
 def _read_config(name_or_path: str) -> PreTrainedConfig:
@@ -56,10 +56,10 @@ def _read_config(name_or_path: str) -> PreTrainedConfig:
             if Path(name_or_path).exists()
             else f" (a folder, a hub name, or one of {', '.join(sizes.names())})"
         )
-        raise UserError(f"no model config at {name_or_path}{expected}: {reason(error)}") from None
+        raise UserError(f"no model config at {name_or_path}{expected}: {error_reason(error)}") from None
 
 
-def override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
+def apply_overrides(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
     """Change a config in place: "n_layer=6,n_embd=384". Raises UserError."""
     for item in filter(None, overrides.split(",")):
         key, separator, text = item.partition("=")
@@ -67,7 +67,7 @@ def override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
             raise UserError(
                 f"config_overrides: {item!r} does not name a setting of a {config.model_type} config; write key=value"
             )
-        setattr(config, key.strip(), _like(getattr(config, key.strip()), text.strip(), item))
+        setattr(config, key.strip(), _parse_like(getattr(config, key.strip()), text.strip(), item))
     return config
 
 
@@ -177,7 +177,7 @@ def load_model(
         if isinstance(error, torch.OutOfMemoryError) or distributed.is_communication_failure(error):
             raise
         traceback.print_exc()  # into the log
-        problem = f"no model at {name} (a local folder or a hub name): {reason(error)}"
+        problem = f"no model at {name} (a local folder or a hub name): {error_reason(error)}"
         if not str(error).startswith("Error(s) in loading state_dict"):
             raise UserError(problem) from None  # under ZeRO-3 the other ranks may wait in a collective
     if is_deepspeed_zero3_enabled():
@@ -205,7 +205,7 @@ def _loaded_rows_kept() -> Iterator[None]:
         initialization.zeros_ = original
 
 
-def blank_model(config: PreTrainedConfig, dtype: str, attention: str | None = None) -> PreTrainedModel:
+def empty_model(config: PreTrainedConfig, dtype: str, attention: str | None = None) -> PreTrainedModel:
     """The model with whatever lies in memory for weights, to read a checkpoint into; its buffers are made as always.
 
     Neither a seed nor a pretrained model's files are asked for: a run that goes on does not wait for them.
@@ -259,7 +259,7 @@ def device() -> torch.device:
     )
 
 
-def _like(old: Any, text: str, where: str) -> Any:
+def _parse_like(old: Any, text: str, where: str) -> Any:
     try:
         if isinstance(old, bool):
             return {"true": True, "false": False}[text.lower()]

@@ -25,38 +25,38 @@ NAME = "packed"
 
 
 @dataclass(frozen=True)
-class Pack:
+class PackedSequence:
     """The examples of a flat row: `lengths` in tokens; `bounds` int32 [examples + 1], where they start, and the total."""
 
     lengths: Sequence[int]
-    bounds: torch.Tensor
+    cu_seqlens: torch.Tensor
     sdpa: bool  # else the family's eager attention
 
     @functools.cached_property
-    def longest(self) -> int:
+    def max_seqlen(self) -> int:
         return max(self.lengths)
 
 
 class PackMask(LayerMask):
     """The mask of a pack: every example has the upper left corner of its longest one's."""
 
-    def __init__(self, pack: Pack, pattern: MaskPattern) -> None:
+    def __init__(self, pack: PackedSequence, pattern: MaskPattern) -> None:
         self.pack = pack
-        self.is_causal = pattern.is_causal(pack.longest)
+        self.is_causal = pattern.is_causal(pack.max_seqlen)
         self._pattern = pattern
         self._square: torch.Tensor | None = None
 
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
-        return self.pack.longest
+        return self.pack.max_seqlen
 
     def of_example(self, length: int) -> torch.Tensor | None:
         """Return the boolean mask [length, length] of an example, None for plain causal attention."""
         if self.is_causal or self._pattern.is_causal(length):
             return None
         if self._square is None:
-            self._square = self._pattern.square(self.pack.longest, self.pack.bounds.device)
+            self._square = self._pattern.square(self.pack.max_seqlen, self.pack.cu_seqlens.device)
         return self._square[:length, :length]
 
 
@@ -64,10 +64,10 @@ def causal_mask(lengths: Sequence[int], bounds: torch.Tensor) -> PackMask:
     """Return the mask of a pack (see `Pack`) in plain causal attention, to call `attend` without a model."""
     from transformers.masking_utils import causal_mask_function
 
-    return PackMask(Pack(lengths, bounds, sdpa=True), MaskPattern(causal_mask_function, math.inf))  # type: ignore[arg-type]
+    return PackMask(PackedSequence(lengths, bounds, sdpa=True), MaskPattern(causal_mask_function, math.inf))  # type: ignore[arg-type]
 
 
-_current: Pack | None = None
+_current: PackedSequence | None = None
 
 
 @contextlib.contextmanager
@@ -78,7 +78,7 @@ def use_pack(model: Any, lengths: Sequence[int], bounds: torch.Tensor) -> Iterat
     """
     global _current
     before = _current
-    _current = Pack(lengths, bounds, default_attention.uses_sdpa(model))
+    _current = PackedSequence(lengths, bounds, default_attention.uses_sdpa(model))
     try:
         yield
     finally:
@@ -119,7 +119,7 @@ def attend(
     default_attention.check_keywords(others)
     plain = pack.sdpa and mask.is_causal and key_bias is None and dropout == 0.0
     if plain and has_kernel(query, value):
-        return varlen(query, key, value, scaling, pack.bounds, pack.longest), None
+        return varlen_attention(query, key, value, scaling, pack.cu_seqlens, pack.max_seqlen), None
     # One call per example: work grows with the sum of squared lengths, not with the square of the pack's.
     lengths = list(pack.lengths)
     cut = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), lengths, strict=True)
@@ -145,7 +145,7 @@ def has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     )
 
 
-def varlen(
+def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -26,12 +26,12 @@ class NotAMoveError(Exception):
 class Joined:
     """Views concatenated along dimension `dim`, in row-major order."""
 
-    views: tuple[View, ...]
+    views: tuple[StridedView, ...]
     dim: int
 
 
 @dataclass(frozen=True)
-class View:
+class StridedView:
     """Elements of `of`, read as `torch.as_strided` does: of a tensor of the model (its name), or of joined views."""
 
     of: str | Joined
@@ -72,7 +72,7 @@ def without_aliases(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return remove_tied_weights_from_state_dict(everything, model)
 
 
-def trace(model: PreTrainedModel) -> dict[str, View]:
+def trace(model: PreTrainedModel) -> dict[str, StridedView]:
     """Return how each tensor of the files is made from the tensors of `model`, by its name in the files.
 
     A tensor that is written as it is, under its own name, is left out. Raises NotAMoveError naming the tensor if
@@ -95,33 +95,33 @@ def trace(model: PreTrainedModel) -> dict[str, View]:
     return moved
 
 
-def to_json(views: dict[str, View]) -> dict[str, Any]:
+def to_json(views: dict[str, StridedView]) -> dict[str, Any]:
     """Return `views` in plain lists, for a JSON file."""
     return {name: _view_to_json(view) for name, view in views.items()}
 
 
-def from_json(content: dict[str, Any]) -> dict[str, View]:
+def from_json(content: dict[str, Any]) -> dict[str, StridedView]:
     """Return what `to_json` was given. Raises KeyError, TypeError or ValueError for anything else."""
     return {name: _view_from_json(view) for name, view in content.items()}
 
 
-def _view_to_json(view: View) -> list[Any]:
+def _view_to_json(view: StridedView) -> list[Any]:
     of: Any = view.of
     if isinstance(view.of, Joined):
         of = [view.of.dim, [_view_to_json(part) for part in view.of.views]]
     return [of, list(view.shape), list(view.strides), view.offset]
 
 
-def _view_from_json(content: list[Any]) -> View:
+def _view_from_json(content: list[Any]) -> StridedView:
     of, shape, strides, offset = content
     if not isinstance(of, str):
         dim, parts = of
         of = Joined(tuple(_view_from_json(part) for part in parts), dim)
-    return View(of, tuple(shape), tuple(strides), offset)
+    return StridedView(of, tuple(shape), tuple(strides), offset)
 
 
-def _whole(name: str, tensor: torch.Tensor) -> View:
-    return View(name, tuple(tensor.shape), contiguous_strides(tuple(tensor.shape)), 0)
+def _whole(name: str, tensor: torch.Tensor) -> StridedView:
+    return StridedView(name, tuple(tensor.shape), contiguous_strides(tuple(tensor.shape)), 0)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -147,12 +147,12 @@ class _Recorder(TorchDispatchMode):
         self._note(made, name)
         return made
 
-    def view(self, tensor: torch.Tensor) -> View:
+    def view(self, tensor: torch.Tensor) -> StridedView:
         """Return where the elements of `tensor` come from. Raises NotAMoveError."""
         found = self._contents.get(tensor.untyped_storage()._cdata)
         if found is None:
             raise NotAMoveError("transformers writes a tensor that is not made of the model's own")
-        view = View(found, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+        view = StridedView(found, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
         return _normal(view)
 
     def _note(self, tensor: torch.Tensor, content: str | Joined) -> None:
@@ -184,7 +184,7 @@ class _Recorder(TorchDispatchMode):
         raise NotAMoveError(f"transformers applies {name}")
 
 
-def _normal(view: View) -> View:
+def _normal(view: StridedView) -> StridedView:
     """Return an equal view that reads a tensor of the model directly where one view can say it."""
     if isinstance(view.of, Joined) and len(view.of.views) == 1:
         (copied,) = view.of.views
@@ -197,10 +197,10 @@ def _normal(view: View) -> View:
             view.shape, view.strides, contiguous_strides(view.shape), strict=True
         )
     )
-    return View(view.of, view.shape, strides, view.offset)
+    return StridedView(view.of, view.shape, strides, view.offset)
 
 
-def _view_of_copied(copied: View, view: View) -> View | None:
+def _view_of_copied(copied: StridedView, view: StridedView) -> StridedView | None:
     """Return `view`, which reads a contiguous copy of `copied`, as a view of what `copied` reads; None if it is not one."""
     shape, strides = merged(copied.shape, copied.strides)
     steps = contiguous_strides(shape)  # of the copy
@@ -222,7 +222,7 @@ def _view_of_copied(copied: View, view: View) -> View | None:
                 break
         else:
             return None
-    return _normal(View(copied.of, view.shape, tuple(found), offset))
+    return _normal(StridedView(copied.of, view.shape, tuple(found), offset))
 
 
 def merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

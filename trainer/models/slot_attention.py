@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from trainer.models import default_attention
 from trainer.models.default_attention import LayerMask, MaskPattern, UnsupportedAttention
-from trainer.models.packed_attention import has_kernel, varlen
-from trainer.models.slots import Piece, SlotStep
+from trainer.models.packed_attention import has_kernel, varlen_attention
+from trainer.models.slots import PrefillChunk, ForwardBatch
 
 IMPLEMENTATION = "slots"
 
@@ -28,7 +28,7 @@ IMPLEMENTATION = "slots"
 class SlotMask(LayerMask):
     """The mask of a forward pass over slots, for all layers of one pattern."""
 
-    def __init__(self, step: SlotStep, pattern: MaskPattern, sdpa: bool) -> None:
+    def __init__(self, step: ForwardBatch, pattern: MaskPattern, sdpa: bool) -> None:
         self.step = step
         self.sdpa = sdpa
         self.is_causal = pattern.is_causal(step.longest)
@@ -40,35 +40,35 @@ class SlotMask(LayerMask):
         return self.step.longest
 
     @functools.cached_property
-    def newest(self) -> torch.Tensor:
+    def decode(self) -> torch.Tensor:
         """Mask [block, 1, 1, longest] of the newest tokens: 0 or -inf for a causal pattern, else boolean."""
         if self.is_causal:
             return self.step.mask
-        return self.newest_visible
+        return self.decode_visible
 
     @functools.cached_property
-    def newest_visible(self) -> torch.Tensor:
+    def decode_visible(self) -> torch.Tensor:
         """The same, always boolean."""
         keys = torch.arange(self.step.longest, device=self.step.slots.device)
         return self._pattern.visible(self.step.last_positions[:, None, None, None], keys)
 
-    def of_piece(self, piece: Piece) -> torch.Tensor | None:
+    def of_chunk(self, piece: PrefillChunk) -> torch.Tensor | None:
         """Boolean mask [tokens of the piece, tokens of the sequence]; None for a causal one of a sequence's start."""
-        if piece.past == 0 and self._pattern.is_causal(piece.end):
+        if piece.num_cached == 0 and self._pattern.is_causal(piece.end):
             return None
         positions = torch.arange(piece.end, device=self.step.slots.device)
-        return self._pattern.visible(positions[piece.past :, None], positions)
+        return self._pattern.visible(positions[piece.num_cached :, None], positions)
 
 
-_current: tuple[SlotStep, bool] | None = None  # of the forward pass under way, and whether it uses sdpa
+_current: tuple[ForwardBatch, bool] | None = None  # of the forward pass under way, and whether it uses sdpa
 
 
-def newest_logits(model: PreTrainedModel, step: SlotStep) -> torch.Tensor:
+def last_token_logits(model: PreTrainedModel, step: ForwardBatch) -> torch.Tensor:
     """One forward pass: logits [slots that take part, vocabulary] of their newest tokens."""
     global _current
     num_tokens = step.input_ids.shape[1]
     # As a tensor: with a number Gemma 4's layers that share keys and values read the last tokens only.
-    newest = torch.arange(num_tokens - step.num_newest, num_tokens, device=step.input_ids.device)
+    newest = torch.arange(num_tokens - step.num_decode, num_tokens, device=step.input_ids.device)
     _current = step, default_attention.uses_sdpa(model)
     try:
         logits: torch.Tensor = model(
@@ -80,7 +80,7 @@ def newest_logits(model: PreTrainedModel, step: SlotStep) -> torch.Tensor:
         ).logits[0]
     finally:
         _current = None
-    return logits[-step.num_newest :]
+    return logits[-step.num_decode :]
 
 
 def _make_mask(pattern: MaskPattern) -> SlotMask:
@@ -112,31 +112,31 @@ def slot_attention(
 
     num_tokens = query.shape[2]
     plain = mask.sdpa and mask.is_causal and key_bias is None
-    if step.pieces and plain and has_kernel(query, value):
-        outputs = [_pack_attention(step, query, keys, values, scaling)]
+    if step.chunks and plain and has_kernel(query, value):
+        outputs = [_varlen_attention(step, query, keys, values, scaling)]
     else:
         outputs = [
-            _piece_attention(module, piece, mask, query, key, value, keys, values, scaling, others, key_bias)
-            for piece in step.pieces
+            _chunk_attention(module, piece, mask, query, key, value, keys, values, scaling, others, key_bias)
+            for piece in step.chunks
         ]
-    newest = query[0, :, num_tokens - step.num_newest :].transpose(0, 1)
+    newest = query[0, :, num_tokens - step.num_decode :].transpose(0, 1)
     if step.rows is not None:
         newest = newest.new_zeros(step.block, *newest.shape[1:]).index_copy_(0, step.rows, newest)
     cached = keys[: step.block, :, : step.longest], values[: step.block, :, : step.longest]
     if key_bias is not None:
-        attended = _newest_attention(newest, *cached, _biased(mask.newest, key_bias, keys.shape[1]), scaling)
+        attended = _decode_attention(newest, *cached, _biased(mask.decode, key_bias, keys.shape[1]), scaling)
     elif mask.sdpa:
-        attended = _newest_attention(newest, *cached, mask.newest, scaling)
+        attended = _decode_attention(newest, *cached, mask.decode, scaling)
     else:
         attended = default_attention.attend(
-            module, newest.unsqueeze(2), *cached, mask.newest_visible, scaling, 0.0, False, others
+            module, newest.unsqueeze(2), *cached, mask.decode_visible, scaling, 0.0, False, others
         ).squeeze(1)
     outputs.append(attended if step.rows is None else attended[step.rows])
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined[None], None
 
 
-def _newest_attention(
+def _decode_attention(
     newest: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -166,27 +166,27 @@ def _biased(mask: torch.Tensor, key_bias: torch.Tensor, num_groups: int) -> torc
     return mask + bias.to(mask.dtype)
 
 
-def _pack_attention(
-    step: SlotStep, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
+def _varlen_attention(
+    step: ForwardBatch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
     """Attention of all pieces: [tokens of the pieces, heads, head size].
 
     One call and two copies out of the cache a layer. A call for each piece is what reading many prompts would wait for:
     about 400 ms for 256 of them in 10 layers on an H200.
     """
-    pack = step.pack
+    pack = step.varlen_batch
     key, value = (
         cached[pack.key_slots, :, pack.key_positions].transpose(0, 1)[None] for cached in (keys, values)
     )
-    of_pieces = query[:, :, : step.pieces[-1].stop]
-    return varlen(
-        of_pieces, key, value, scaling, pack.bounds, pack.longest, pack.key_bounds, pack.longest_key
+    of_pieces = query[:, :, : step.chunks[-1].stop]
+    return varlen_attention(
+        of_pieces, key, value, scaling, pack.cu_seqlens, pack.max_seqlen, pack.cu_seqlens_k, pack.max_seqlen_k
     )[0]
 
 
-def _piece_attention(
+def _chunk_attention(
     module: torch.nn.Module,
-    piece: Piece,
+    piece: PrefillChunk,
     mask: SlotMask,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -199,23 +199,23 @@ def _piece_attention(
 ) -> torch.Tensor:
     """Attention of several new tokens of one slot: [tokens of the piece, heads, value head size]."""
     new = slice(piece.start, piece.stop)
-    if piece.past == 0:
+    if piece.num_cached == 0:
         seen = key[:, :, new], value[:, :, new]
     else:
         seen = keys[piece.slot, None, :, : piece.end], values[piece.slot, None, :, : piece.end]
-    visible = mask.of_piece(piece)
+    visible = mask.of_chunk(piece)
     return default_attention.attend(
         module, query[:, :, new], *seen, visible, scaling, 0.0, mask.sdpa, others, key_bias
     )[0]
 
 
 @contextlib.contextmanager
-def slot_attention_of(model: PreTrainedModel) -> Iterator[None]:
+def use_slot_attention(model: PreTrainedModel) -> Iterator[None]:
     """Switch `model` to attention over slots and to evaluation mode; on exit both are as they were.
 
     Raises UnsupportedAttention if its layers do not let their attention be replaced.
     """
-    before = default_attention.attention_of_parts(model)
+    before = default_attention.attention_of_submodules(model)
     training = model.training
     default_attention.set_attention(model, IMPLEMENTATION)
     model.eval()

@@ -19,7 +19,7 @@ import torch
 _LENGTH_MULTIPLE = 8  # CUDA's memory-efficient kernel wants rows of the mask aligned to 8 elements
 
 
-class SlotCache:
+class KVCache:
     """Keys and values of every attention call of a forward pass, each [slots, key-value heads, capacity, head size].
 
     They are numbered in the order of the calls, since a layer may call attention twice and a looped model runs its
@@ -53,34 +53,34 @@ class SlotCache:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PrefillChunk:
     """Tokens `start:stop` of the flat row: they continue the sequence in `slot`, which holds `past` tokens already."""
 
     start: int
     stop: int
     slot: int
-    past: int
+    num_cached: int
 
     @property
     def end(self) -> int:
         """Length of the sequence with the piece."""
-        return self.past + self.stop - self.start
+        return self.num_cached + self.stop - self.start
 
 
 @dataclass(frozen=True)
-class Pack:
+class VarlenBatch:
     """All pieces of a pass as one kernel takes them: their queries side by side, and so their keys, from position 0 on."""
 
-    bounds: torch.Tensor  # [pieces + 1] int32, where the queries of each begin, and the total
-    key_bounds: torch.Tensor  # [pieces + 1] int32, the same of its keys
+    cu_seqlens: torch.Tensor  # [pieces + 1] int32, where the queries of each begin, and the total
+    cu_seqlens_k: torch.Tensor  # [pieces + 1] int32, the same of its keys
     key_slots: torch.Tensor  # [keys] int64, where they are in the cache
     key_positions: torch.Tensor  # [keys] int64
-    longest: int  # queries of a piece
-    longest_key: int  # keys of a piece
+    max_seqlen: int  # queries of a piece
+    max_seqlen_k: int  # keys of a piece
 
 
 @dataclass(frozen=True)
-class SlotStep:
+class ForwardBatch:
     """What one forward pass adds to which slot.
 
     The flat row ends with exactly one token for each slot that takes part, in slot order: the newest token of its
@@ -92,17 +92,17 @@ class SlotStep:
     others side by side would cost more. (In a decode step, `plan_decode`, all of a block take part.)
     """
 
-    cache: SlotCache
+    cache: KVCache
     input_ids: torch.Tensor  # [1, tokens] int64
     positions: torch.Tensor  # [1, tokens] int64, the place of a token in its own sequence
     slots: torch.Tensor  # [tokens] int64
-    num_newest: int  # slots that take part
+    num_decode: int  # slots that take part
     block: int  # slots 0..block-1 hold them
     rows: torch.Tensor | None  # [num_newest] int64, which of the block take part; None: all of them
     longest: int  # length of the longest of their sequences after this step, rounded up
     last_positions: torch.Tensor  # [block] int64, of each slot's newest token; 0 for a parked slot
     mask: torch.Tensor  # [block, 1, 1, longest], 0 inside a sequence and -inf behind its end
-    pieces: tuple[Piece, ...]
+    chunks: tuple[PrefillChunk, ...]
     _stored: list[tuple[Any, Any]] = field(
         default_factory=list
     )  # weak references to keys and values, by call
@@ -123,35 +123,35 @@ class SlotStep:
         return keys, values
 
     @functools.cached_property
-    def pack(self) -> Pack:
+    def varlen_batch(self) -> VarlenBatch:
         """The pieces, at least one, for all layers: made when the first one asks."""
         device = self.input_ids.device
-        keys = [piece.end for piece in self.pieces]
-        bounds = [0, *(piece.stop for piece in self.pieces)]
+        keys = [piece.end for piece in self.chunks]
+        bounds = [0, *(piece.stop for piece in self.chunks)]
         starts = list(accumulate(keys, initial=0))
-        slots = [piece.slot for piece in self.pieces]
+        slots = [piece.slot for piece in self.chunks]
         numbers = torch.tensor([slots, starts[:-1], keys]).to(device)
         # output_size: the number of keys is known, the device need not be asked for it.
         slot_and_start = numbers[:2].repeat_interleave(numbers[2], dim=1, output_size=starts[-1])
         both_bounds = torch.tensor([bounds, starts], dtype=torch.int32).to(device)
-        return Pack(
-            bounds=both_bounds[0],
-            key_bounds=both_bounds[1],
+        return VarlenBatch(
+            cu_seqlens=both_bounds[0],
+            cu_seqlens_k=both_bounds[1],
             key_slots=slot_and_start[0],
             key_positions=torch.arange(starts[-1], device=device) - slot_and_start[1],
-            longest=max(piece.stop - piece.start for piece in self.pieces),
-            longest_key=max(keys),
+            max_seqlen=max(piece.stop - piece.start for piece in self.chunks),
+            max_seqlen_k=max(keys),
         )
 
 
-def plan_step(
-    cache: SlotCache,
+def prepare_prefill(
+    cache: KVCache,
     active: Sequence[int],
     lengths: Sequence[int],
     new_tokens: Sequence[Sequence[int]],
     dtype: torch.dtype,
     device: torch.device,
-) -> SlotStep:
+) -> ForwardBatch:
     """Plan a forward pass: slot `active[i]` holds `lengths[i]` tokens already and gets `new_tokens[i]`, at least one.
 
     `active` ascends; it has at least one slot.
@@ -159,14 +159,14 @@ def plan_step(
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    pieces: list[Piece] = []
+    pieces: list[PrefillChunk] = []
     for slot, length, new in zip(active, lengths, new_tokens, strict=True):
         if len(new) > 1:
             start = len(tokens)
             tokens += new[:-1]
             positions += range(length, length + len(new) - 1)
             slots += [slot] * (len(new) - 1)
-            pieces.append(Piece(start, len(tokens), slot, length))
+            pieces.append(PrefillChunk(start, len(tokens), slot, length))
     num_newest, block = len(active), active[-1] + 1
     ends = [length + len(new) for length, new in zip(lengths, new_tokens, strict=True)]
     longest = max(ends)
@@ -181,40 +181,40 @@ def plan_step(
     if rows is not None:  # a parked slot sees its first position, so that its dropped row has no NaN
         last_positions = last_positions.new_zeros(block).index_copy_(0, rows, last_positions)
     longest = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, cache.capacity)
-    return SlotStep(
+    return ForwardBatch(
         cache=cache,
         input_ids=numbers[:1],
         positions=numbers[1:2],
         slots=numbers[2],
-        num_newest=num_newest,
+        num_decode=num_newest,
         block=block,
         rows=rows,
         longest=longest,
         last_positions=last_positions,
         mask=_mask(last_positions, longest, dtype),
-        pieces=tuple(pieces),
+        chunks=tuple(pieces),
     )
 
 
-def plan_decode(cache: SlotCache, numbers: torch.Tensor, longest: int, dtype: torch.dtype) -> SlotStep:
+def prepare_decode(cache: KVCache, numbers: torch.Tensor, longest: int, dtype: torch.dtype) -> ForwardBatch:
     """Plan a pass in which each of the slots 0..block-1 gets one token, in operations of the device alone.
 
     numbers: [2, block] int64 on the device, each slot's token and its position, which is all that may change from one
     such pass to the next (decode_graphs.py). A slot sees at most `longest` positions.
     """
     block = numbers.shape[1]
-    return SlotStep(
+    return ForwardBatch(
         cache=cache,
         input_ids=numbers[:1],
         positions=numbers[1:],
         slots=torch.arange(block, device=numbers.device),
-        num_newest=block,
+        num_decode=block,
         block=block,
         rows=None,
         longest=longest,
         last_positions=numbers[1],
         mask=_mask(numbers[1], longest, dtype),
-        pieces=(),
+        chunks=(),
     )
 
 

@@ -60,7 +60,7 @@ def quantisation(config: PreTrainedConfig) -> str:
     return str(getattr(method, "value", method))
 
 
-def reason(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
     """Return the cause of a failed load in one line, with a remedy where it is known."""
     text = " ".join(str(error).split())
     lower = text.lower()

@@ -22,7 +22,7 @@ LONGEST_EXAMPLE = 2048
 """Tokens. Ten steps take about 700."""
 
 
-def build(directory: Path, seed: int = 0) -> None:
+def train_tokenizer(directory: Path, seed: int = 0) -> None:
     """Train on training stories of `seed` and save into `directory`, for `AutoTokenizer.from_pretrained`.
 
     The same seed gives the same bytes. At most VOCAB_SIZE tokens; `<|endoftext|>` is token 0, and is BOS, EOS and

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import terminal
 from trainer.errors import UserError
-from trainer.models.source import check_gguf, find_file, reason
+from trainer.models.source import check_gguf, find_file, error_reason
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,11 +37,11 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
     name = str(name_or_path)
     if name == STORIES:
-        from trainer.models.stories_tokenizer import build
+        from trainer.models.stories_tokenizer import train_tokenizer
 
         tokenizer: PreTrainedTokenizerBase
         with tempfile.TemporaryDirectory() as folder:
-            build(Path(folder))
+            train_tokenizer(Path(folder))
             tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.name_or_path = STORIES
         return tokenizer
@@ -52,7 +52,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:  # transformers raises errors of many types for files it cannot read
         expected = "" if Path(name).exists() else " (a local folder or a hub name is expected)"
-        raise UserError(f"no tokenizer at {name}{expected}: {reason(error)}") from None
+        raise UserError(f"no tokenizer at {name}{expected}: {error_reason(error)}") from None
     # Trap: a tokenizer made without its vocabulary file loads without an error and returns nothing.
     if not tokenizer("1 + 2", add_special_tokens=False)["input_ids"]:
         raise UserError(f"the tokenizer at {name} turns text into nothing: its vocabulary is missing")
@@ -127,7 +127,7 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToke
             f"the tokenizer at {name}: transformers does not load {_FILE} as it is written "
             f"({', '.join(_differences(loaded.backend_tokenizer, written))}); save it again with a newer transformers"
         )
-    _say_once(
+    _warn_once(
         f"tokenizer {name}: used as its {_FILE} is written; transformers' {type(tokenizer).__name__} would change its "
         f"{' and '.join(changed)}, and so its tokens"
     )
@@ -135,7 +135,7 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToke
 
 
 @lru_cache(maxsize=64)
-def _say_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     terminal.info(text)
 
 

@@ -32,7 +32,7 @@ class _Replacement:
     after: Any
 
 
-def use(model: Any, on_accelerator: bool) -> None:
+def patch_kernels(model: Any, on_accelerator: bool) -> None:
     """Give a transformers model, whole or in ZeRO-3's shards, the kernels that are faster where it will be."""
     from transformers.activations import NewGELUActivation
 
@@ -53,7 +53,7 @@ def use(model: Any, on_accelerator: bool) -> None:
 
 
 @contextlib.contextmanager
-def without(model: Any) -> Iterator[None]:
+def unpatched(model: Any) -> Iterator[None]:
     """Context manager inside which `model` computes with transformers' own kernels, whether or not `use` was called."""
     replacements = getattr(model, "_kernel_replacements", [])
     for replacement in replacements:

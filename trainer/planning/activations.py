@@ -116,7 +116,7 @@ def _model(config: Any, packed: bool, dtype: torch.dtype, checkpointing: bool, c
     if packed:
         set_attention(model, _register_cuda_attention() if cuda else packed_attention.register())
     model.config.use_cache = False
-    training_kernels.use(model, on_accelerator=cuda)
+    training_kernels.patch_kernels(model, on_accelerator=cuda)
     for norm in training_kernels.rms_norms(model) if cuda else []:
         norm.forward = functools.partial(_normalise, norm)
     if checkpointing and model.supports_gradient_checkpointing:

@@ -65,7 +65,7 @@ def model_config(settings: TrainSettings) -> Any:
     name = settings.model_name_or_path or settings.config_name
     short = name.rpartition("/")[2].lower()
     if short in shapes.names() and not Path(name).exists():
-        config = load.override(shapes.config(short), settings.config_overrides)
+        config = load.apply_overrides(shapes.config(short), settings.config_overrides)
     else:
         facts = Shards.open(settings.train_shards).facts if settings.train_shards else {}
         config = load.load_config(

@@ -37,13 +37,13 @@ def build_engine(
     dtype = "bf16" if settings.bf16 else "fp32"
     if blank:
         with _into_shards(resolved):
-            model = load.blank_model(config, dtype)
+            model = load.empty_model(config, dtype)
     else:
         with _weights(settings, config, run) as weights:
             with _into_shards(resolved):
                 model = load.load_model(weights, dtype, config=config)
             distributed.barrier()  # a temporary folder is removed after everybody has read it
-    training_kernels.use(model, on_accelerator=torch.cuda.is_available())
+    training_kernels.patch_kernels(model, on_accelerator=torch.cuda.is_available())
     _gather_by_layer(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -277,7 +277,7 @@ class _Comparison:
             rounding = self._high(distances(self._plain_logits(), plain))
         if self._default != "eager" and can_set_attention(type(self._module)):
             # A few families have no eager attention that works.
-            with contextlib.suppress(Exception), training_kernels.without(self._module):
+            with contextlib.suppress(Exception), training_kernels.unpatched(self._module):
                 eager = self._logits(Layout(SINGLE, "eager"))
                 rounding = max(rounding, self._high(distances(eager, plain)))
         return rounding
@@ -291,7 +291,7 @@ class _Comparison:
         return logits_of(self._model, self._examples, layout, self._device)
 
     def _plain_logits(self) -> torch.Tensor:
-        with training_kernels.without(self._module):
+        with training_kernels.unpatched(self._module):
             return self._logits(Layout(SINGLE, self._default))
 
     @contextlib.contextmanager

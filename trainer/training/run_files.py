@@ -61,7 +61,7 @@ def write_model_files(folder: Path, base_model: str, config: Any, tokenizer: Any
         folder / "generation_config.json", json.dumps(generation, indent=2, sort_keys=True) + "\n"
     )
     # With this record a conversion need not import transformers for names and shapes.
-    architecture.record(folder, base_files.wrapper_type(base, config.model_type))
+    architecture.record_architecture(folder, base_files.wrapper_type(base, config.model_type))
 
 
 def remove_leftovers(run: RunDirectory) -> None:

@@ -102,7 +102,7 @@ class LayoutOfRun:
             finally:
                 model_copy.set_parameters(model, before)
 
-        training_kernels.use(model, on_accelerator=torch.cuda.is_available())
+        training_kernels.patch_kernels(model, on_accelerator=torch.cuda.is_available())
         try:
             return choose_layout(
                 model,

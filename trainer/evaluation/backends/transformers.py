@@ -21,9 +21,9 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from trainer.evaluation.backends import Choose, Feed, SomeOccupant
-from trainer.models.blocked_weights import blocked_weights
+from trainer.models.blocked_weights import prepacked_weights
 from trainer.models.default_attention import (
-    attention_of_parts,
+    attention_of_submodules,
     restore_attention,
     set_attention,
     uses_sdpa,
@@ -68,7 +68,7 @@ def default_attention(model: PreTrainedModel, attention: str | None = None) -> I
     instead, "sdpa" or "eager".
     """
     training = model.training
-    before = attention_of_parts(model)
+    before = attention_of_submodules(model)
     changes = bool(attention) or any(name not in _OF_TRANSFORMERS for _, name in before)
     model.eval()
     try:
@@ -207,7 +207,7 @@ class TransformersBackend(Generic[SomeOccupant]):
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Context manager that switches the model to evaluation mode, its default attention and blocked weights."""
-        with default_attention(self.model), blocked_weights(self.model):
+        with default_attention(self.model), prepacked_weights(self.model):
             yield
 
     @property
