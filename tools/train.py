@@ -38,9 +38,9 @@ def _train(settings: TrainSettings) -> None:
     finished = [step for step in run.checkpoint_steps() if commit.is_complete(run.checkpoint(step))]
     restarts.record_restart(run.restarts, max(finished, default=0), settings.max_restarts)
     from trainer.training.loop import train
-    from trainer.training.periodic import HeldOutLoss
+    from trainer.training.periodic import ValidationLoss
 
-    evaluate = HeldOutLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
+    evaluate = ValidationLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
     if not train(settings, evaluate, stop):
         terminal.exit_for_requeue()
 

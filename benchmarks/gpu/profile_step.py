@@ -21,7 +21,7 @@ from trainer.preemption import StopRequest
 from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.training.loop import optimizer_step
-from trainer.training.student import enrol
+from trainer.training.student import setup_training
 
 STEPS, ROWS, CHARACTERS = 5, 25, 110
 
@@ -31,7 +31,7 @@ def main() -> None:
     world, stop = distributed.initialize(600), StopRequest()
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainSettings(**train_ours.settings_of(case), output_dir=folder)
-        student = enrol(settings, world, RunDirectory(Path(folder)), stop)
+        student = setup_training(settings, world, RunDirectory(Path(folder)), stop)
     metrics, ends = [], []
     for step in range(STEPS + 1):
         metrics.append(optimizer_step(student, step, stop)[0])

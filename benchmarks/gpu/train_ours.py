@@ -70,10 +70,10 @@ def train(settings: TrainSettings, world: distributed.DistributedEnvironment, ti
     """The real loop's steps, without the checkpoint at its end."""
     from trainer.training import throughput
     from trainer.training.loop import optimizer_step
-    from trainer.training.student import enrol
+    from trainer.training.student import setup_training
 
     stop = StopRequest()
-    student = enrol(settings, world, RunDirectory(Path(settings.output_dir)), stop)
+    student = setup_training(settings, world, RunDirectory(Path(settings.output_dir)), stop)
     assert student is not None
     metrics, ends = [], []
     for step in range(settings.max_steps):

@@ -25,7 +25,7 @@ from benchmarks.gpu import cases, materials
 from benchmarks.harness import REPOSITORY
 from trainer.rendezvous import free_port
 from trainer.shards.methods import view_of
-from trainer.training.batches import PackedData
+from trainer.training.batches import PackedDataset
 
 IGNORED = -100
 
@@ -100,7 +100,7 @@ def ds_config(stage: int) -> dict[str, Any]:
 def rows(case: cases.Case, found: Any) -> Dataset:
     """The examples of our first packs, with -100 where nothing is learned."""
     view = view_of(cases.METHOD)
-    data = PackedData(found, cases.METHOD, view, case.pack_length, seed=0)
+    data = PackedDataset(found, cases.METHOD, view, case.pack_length, seed=0)
     packs = (cases.WARM_UP + cases.TIMED) * case.packs * case.accumulation
     examples = [found.example(int(i), view) for pack in range(packs) for i in data.pack(pack)]
     return Dataset.from_list(

@@ -29,8 +29,8 @@ from transformers import GPT2LMHeadModel  # noqa: E402, F401
 from benchmarks.start import material  # noqa: E402
 from trainer.preemption import StopRequest  # noqa: E402
 from trainer.run_directory import RunDirectory  # noqa: E402
-from trainer.training.loop import greet, optimizer_step  # noqa: E402
-from trainer.training.student import enrol  # noqa: E402
+from trainer.training.loop import log_run_header, optimizer_step  # noqa: E402
+from trainer.training.student import setup_training  # noqa: E402
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     world = distributed.initialize()
     run = RunDirectory(Path(output))
     stop = StopRequest()
-    student = enrol(material.settings(Path(folder), run.path, int(stage)), world, run, stop)
+    student = setup_training(material.settings(Path(folder), run.path, int(stage)), world, run, stop)
     assert student is not None
     if name == "deepspeed":
         student.engine.checkpoint_engine = TorchCheckpointEngine()
@@ -49,7 +49,7 @@ def main() -> None:
     distributed.barrier()
     restored = time.time()
     if name == "ours":
-        greet(student)
+        log_run_header(student)
     metrics, _ = optimizer_step(student, 1, stop)
     done = time.time()
     if world.rank == 0:

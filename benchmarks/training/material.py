@@ -18,7 +18,7 @@ from benchmarks.harness import MATERIALS, REPOSITORY
 from trainer.settings import PrepareSettings
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
-from trainer.training.batches import PackedData
+from trainer.training.batches import PackedDataset
 
 FOLDER = MATERIALS / "training"
 METHOD = "cot"
@@ -89,12 +89,12 @@ def model(shape: str, dropout: bool) -> Path:
 
 def proof_packs(found: Shards) -> int:
     """Packs of the proof."""
-    return PackedData(found, METHOD, view_of(METHOD), PROOF_PACK_LENGTH, seed=0).packs_per_epoch
+    return PackedDataset(found, METHOD, view_of(METHOD), PROOF_PACK_LENGTH, seed=0).packs_per_epoch
 
 
 def problems(found: Shards, num_packs: int, pack_length: int) -> list[int]:
     """The problems in the first packs of our first epoch."""
-    data = PackedData(found, METHOD, view_of(METHOD), pack_length, seed=0)
+    data = PackedDataset(found, METHOD, view_of(METHOD), pack_length, seed=0)
     return [int(problem) for index in range(num_packs) for problem in data.pack(index)]
 
 

@@ -23,7 +23,7 @@ from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.shards.read import Shards
 from trainer.training.loop import optimizer_step
-from trainer.training.student import Student, enrol
+from trainer.training.student import TrainState, setup_training
 
 WARM_UP = 1
 
@@ -74,7 +74,7 @@ def enrolled(
     pack_length: int,
     bf16: bool,
     stop: StopRequest,
-) -> Student:
+) -> TrainState:
     """Collective. What the real loop steps with."""
     settings = TrainSettings(
         train_shards=str(shards.path),
@@ -88,7 +88,7 @@ def enrolled(
         learning_rate=1e-4,
         bf16=bf16,
     )
-    student = enrol(settings, distributed.environment(), RunDirectory(output), stop)
+    student = setup_training(settings, distributed.environment(), RunDirectory(output), stop)
     assert student is not None
     return student
 

@@ -56,7 +56,7 @@ def main() -> None:
         return result
 
     loop.optimizer_step = watched
-    loop.token_losses = timed("forward", loop.token_losses)
+    loop.summed_token_loss = timed("forward", loop.summed_token_loss)
     with tempfile.TemporaryDirectory() as folder:
         loop.train(
             TrainSettings(

@@ -21,8 +21,8 @@ from benchmarks.training import material
 from trainer.models import packed_attention
 from trainer.shards.methods import GUIDANCE, view_of
 from trainer.shards.read import Shards
-from trainer.training.batches import MicroBatch, PackedData
-from trainer.training.loss import lay_out, token_losses
+from trainer.training.batches import MicroBatch, PackedDataset
+from trainer.training.loss import collate, summed_token_loss
 
 MODELS = ("decomposer_interleaved", "solver")
 PACK_LENGTH, BATCH, COMPARED = 1024, 8, 4
@@ -40,7 +40,7 @@ def main() -> None:
             )
             examples = [example for i in range(COMPARED) for example in separate(shards, i, name)]
         else:
-            data = PackedData(shards, name, view_of(name), PACK_LENGTH, seed=0)
+            data = PackedDataset(shards, name, view_of(name), PACK_LENGTH, seed=0)
             tokens += data.tokens_per_epoch
             examples = [shards.example(index, view_of(name)) for index in range(COMPARED)]
         loss, gradient = loss_and_gradient(examples, packing=not apart)
@@ -91,7 +91,7 @@ def loss_and_gradient(examples: list[Example], packing: bool) -> tuple[float, li
     torch.manual_seed(0)
     attention = packed_attention.register() if packing else "sdpa"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    loss = token_losses(model, lay_out(MicroBatch(0, [], examples), packing, torch.device("cpu")))
+    loss = summed_token_loss(model, collate(MicroBatch(0, [], examples), packing, torch.device("cpu")))
     loss.backward()
     return float(loss.detach()), [
         float(torch.linalg.norm(parameter.grad)) for parameter in model.parameters()

@@ -58,11 +58,11 @@ def _count_steps(loop: Any) -> None:
 
 
 def _record(folder: Path, life: int, rank: int) -> None:
-    from trainer.training.batches import PackedData
+    from trainer.training.batches import PackedDataset
 
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / f"{life:05d}-{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    original = PackedData.micro_batch
+    original = PackedDataset.micro_batch
 
     def micro_batch(self: Any, packs: range, end: int) -> Any:
         batch = original(self, packs, end)
@@ -71,7 +71,7 @@ def _record(folder: Path, life: int, rank: int) -> None:
             os.write(descriptor, json.dumps(line).encode() + b"\n")  # at once: it survives our death
         return batch
 
-    PackedData.micro_batch = micro_batch  # type: ignore[method-assign]
+    PackedDataset.micro_batch = micro_batch  # type: ignore[method-assign]
 
 
 def _arm_kill(fault: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ def _arm_kill(fault: dict[str, Any]) -> None:
 def _arm_poison(fault: dict[str, Any]) -> None:
     from trainer.training import loop
 
-    original, marker = loop.token_losses, Path(fault["marker"])
+    original, marker = loop.summed_token_loss, Path(fault["marker"])
 
     def token_losses(engine: Any, *arguments: Any) -> Any:
         losses = original(engine, *arguments)
@@ -100,7 +100,7 @@ def _arm_poison(fault: dict[str, Any]) -> None:
         losses.register_hook(lambda gradient: gradient * float("inf"))
         return losses
 
-    loop.token_losses = token_losses
+    loop.summed_token_loss = token_losses
 
 
 def _jump(loop: Any, hours: list[float], rank: int) -> None:

@@ -47,7 +47,7 @@ def _in_backward(die: Die, now: Now, step: int) -> None:
     """Where the gradient of the first layer's first norm is ready: all but the embeddings are."""
     from trainer.training import loop
 
-    original = loop.token_losses
+    original = loop.summed_token_loss
 
     def token_losses(engine: Any, *arguments: Any) -> Any:
         if now():
@@ -55,7 +55,7 @@ def _in_backward(die: Die, now: Now, step: int) -> None:
             parameter.register_hook(lambda gradient: die())
         return original(engine, *arguments)
 
-    loop.token_losses = token_losses
+    loop.summed_token_loss = token_losses
 
 
 _COLLECTIVES = (

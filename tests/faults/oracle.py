@@ -21,7 +21,7 @@ from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
-from trainer.training.batches import PackedData
+from trainer.training.batches import PackedDataset
 from trainer.zero.checked_reader import CheckedReader
 from trainer.zero.state import read_state
 
@@ -115,7 +115,7 @@ def each_example_once(records: Path, reference: Reference) -> None:
     A life goes on from a checkpoint, so of a step that was taken in several lives the last one's counts, on all ranks.
     """
     settings = reference.settings
-    data = PackedData(
+    data = PackedDataset(
         Shards.open(settings.train_shards),
         settings.method,
         view_of(settings.method),

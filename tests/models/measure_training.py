@@ -18,7 +18,7 @@ from trainer.models.default_attention import set_attention
 from trainer.training.batches import MicroBatch
 from trainer.training.layout_check import Example, NoLayout, choose_layout
 from trainer.training.layouts import PACKED, PADDED, Layout, candidates, forward_passes
-from trainer.training.loss import token_losses
+from trainer.training.loss import summed_token_loss
 
 LENGTHS = (40, 57, 23, 23, 9)  # tokens; a pair is equally long
 _PROMPT = 5  # tokens without loss
@@ -118,7 +118,7 @@ def _plain_loss(model: Any, batch: Sequence[Example]) -> torch.Tensor:
 def _in_layout(model: Any, layout: Layout, batch: list[Example]) -> tuple[float, Gradients]:
     set_attention(model, layout.attention)
     passes = forward_passes(MicroBatch(0, [], batch), layout, CPU)
-    return _of(model, lambda: torch.stack([token_losses(model, rows) for rows in passes]).sum())
+    return _of(model, lambda: torch.stack([summed_token_loss(model, rows) for rows in passes]).sum())
 
 
 def _of(model: Any, compute: Callable[[], torch.Tensor]) -> tuple[float, Gradients]:

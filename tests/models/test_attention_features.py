@@ -15,7 +15,7 @@ from trainer.models.default_attention import UnsupportedAttention, set_attention
 from trainer.models.slot_attention import last_token_logits, use_slot_attention
 from trainer.models.slots import KVCache, prepare_prefill
 from trainer.training.batches import MicroBatch
-from trainer.training.loss import lay_out, token_losses
+from trainer.training.loss import collate, summed_token_loss
 
 VOCABULARY = 200
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_loss_and_gradient_of_a_pack_are_those_of_the_plain_model(name: str) -> 
         loss.backward()
         total += float(loss.detach())
     batch = MicroBatch(0, [], [(text, np.ones(len(text), bool)) for text in texts()])
-    loss = token_losses(packed, lay_out(batch, True, CPU))
+    loss = summed_token_loss(packed, collate(batch, True, CPU))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(total, rel=1e-6)
     parameters = zip(plain.parameters(), packed.parameters(), strict=True)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer.models import packed_attention, training_kernels
 from trainer.planning.activations import batch_of, trace
-from trainer.training.loss import token_losses
+from trainer.training.loss import summed_token_loss
 
 LENGTHS, LEARNED = [96] * 5 + [32], 200
 COMMON = {
@@ -50,7 +50,7 @@ def peak(config: Any, checkpointing: bool) -> int:
         before = resident("VmRSS")
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")  # forget the highest resident set so far
-        token_losses(model, batch).backward()
+        summed_token_loss(model, batch).backward()
         found = resident("VmHWM") - before
     return found
 

@@ -8,11 +8,11 @@ import pytest
 from trainer.errors import UserError
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
-from trainer.training.batches import PackedData, StepPlan, best_fit_decreasing
+from trainer.training.batches import PackedDataset, BatchPlan, best_fit_decreasing
 
 
-def _data(shards: Shards, seed: int = 0, pack_length: int = 512) -> PackedData:
-    return PackedData(shards, "socratic", view_of("socratic"), pack_length, seed)
+def _data(shards: Shards, seed: int = 0, pack_length: int = 512) -> PackedDataset:
+    return PackedDataset(shards, "socratic", view_of("socratic"), pack_length, seed)
 
 
 def test_every_example_exactly_once_an_epoch_and_packs_fit(stories: Shards) -> None:
@@ -51,7 +51,7 @@ def test_number_of_bins_does_not_depend_on_the_order() -> None:
     ("size", "accumulation", "world"), [(1, 1, 1), (1, 2, 2), (2, 2, 1), (4, 1, 1), (1, 1, 4)]
 )
 def test_ranks_and_micro_batches_share_the_packs_of_a_step(size: int, accumulation: int, world: int) -> None:
-    plan = StepPlan.make(size, accumulation, world, packs_per_epoch=10, epochs=1, max_steps=0)
+    plan = BatchPlan.make(size, accumulation, world, packs_per_epoch=10, epochs=1, max_steps=0)
     seen = []
     for step in range(plan.total_steps):
         taken = [
@@ -68,8 +68,8 @@ def test_ranks_and_micro_batches_share_the_packs_of_a_step(size: int, accumulati
 
 
 def test_fractions_of_an_epoch_and_max_steps() -> None:
-    assert StepPlan.make(1, 1, 2, packs_per_epoch=10, epochs=0.5, max_steps=0).total_packs == 5
-    assert StepPlan.make(1, 1, 2, packs_per_epoch=10, epochs=3, max_steps=7).total_packs == 14
+    assert BatchPlan.make(1, 1, 2, packs_per_epoch=10, epochs=0.5, max_steps=0).total_packs == 5
+    assert BatchPlan.make(1, 1, 2, packs_per_epoch=10, epochs=3, max_steps=7).total_packs == 14
 
 
 def test_nothing_to_train_on_is_an_error(stories: Shards) -> None:

@@ -32,7 +32,7 @@ def _flip(file: Path) -> None:
 
 
 def test_newest_is_found_without_a_hint(run: RunDirectory) -> None:
-    assert checkpoint.newest_valid(run) == run.checkpoint(30)
+    assert checkpoint.latest_valid(run) == run.checkpoint(30)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "unfinished"])
@@ -46,7 +46,7 @@ def test_a_damaged_one_is_named_and_passed_over(
         file.unlink()
     else:
         (run.checkpoint(30) / commit.MANIFEST).unlink()
-    assert checkpoint.newest_valid(run) == run.checkpoint(20)
+    assert checkpoint.latest_valid(run) == run.checkpoint(20)
     assert "step-000030" in capsys.readouterr().out
 
 
@@ -54,8 +54,8 @@ def test_none_valid_is_an_error_and_none_at_all_is_not(run: RunDirectory, tmp_pa
     for step in (10, 20, 30):
         _flip(run.checkpoint(step) / "weights.pt")
     with pytest.raises(UserError, match="--overwrite_output_dir"):
-        checkpoint.newest_valid(run)
-    assert checkpoint.newest_valid(RunDirectory(tmp_path / "fresh")) is None
+        checkpoint.latest_valid(run)
+    assert checkpoint.latest_valid(RunDirectory(tmp_path / "fresh")) is None
 
 
 def test_old_ones_are_pruned_newest_stay(run: RunDirectory) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from trainer.errors import UserError
 from trainer.settings import TrainSettings
-from trainer.training.ds_config import resolve
+from trainer.training.ds_config import resolve_ds_config
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -24,7 +24,7 @@ def _settings(**changes: object) -> TrainSettings:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_resolved_is_the_golden_one(file: Path) -> None:
     """To accept a change, delete the golden file and run the test."""
-    resolved = resolve(
+    resolved = resolve_ds_config(
         _settings(deepspeed=str(file), bf16=file.stem != "zero0", weight_decay=0.1), world_size=2
     )
     assert "auto" not in json.dumps(resolved)
@@ -36,7 +36,7 @@ def test_resolved_is_the_golden_one(file: Path) -> None:
 
 
 def test_numbers_are_those_of_the_settings() -> None:
-    config = resolve(
+    config = resolve_ds_config(
         _settings(per_device_train_batch_size=2, learning_rate=7e-4, max_grad_norm=0.5), world_size=4
     )
     assert config["train_batch_size"] == 2 * 3 * 4
@@ -81,20 +81,20 @@ def test_mistakes_are_named(tmp_path: Path, content: dict, message: str) -> None
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=message) as raised:
-        resolve(_settings(deepspeed=str(file)), world_size=1)
+        resolve_ds_config(_settings(deepspeed=str(file)), world_size=1)
     assert "mine.json" in str(raised.value)
 
 
 def test_bf16_at_stage_0_is_refused_because_its_numbers_are_wrong() -> None:
     with pytest.raises(UserError, match="wrongly in bf16 at ZeRO stage 0"):
-        resolve(_settings(deepspeed=str(ROOT / "ds_configs/zero0.json"), bf16=True), world_size=1)
-    assert resolve(_settings(bf16=True), world_size=1)["zero_optimization"]["stage"] == 1
+        resolve_ds_config(_settings(deepspeed=str(ROOT / "ds_configs/zero0.json"), bf16=True), world_size=1)
+    assert resolve_ds_config(_settings(bf16=True), world_size=1)["zero_optimization"]["stage"] == 1
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"{", "is not JSON"), (b"[]", "is not a JSON object")])
 def test_unreadable_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "mine.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        resolve(_settings(deepspeed=str(tmp_path / "mine.json")), world_size=1)
+        resolve_ds_config(_settings(deepspeed=str(tmp_path / "mine.json")), world_size=1)
     with pytest.raises(UserError, match="does not exist"):
-        resolve(_settings(deepspeed=str(tmp_path / "nowhere.json")), world_size=1)
+        resolve_ds_config(_settings(deepspeed=str(tmp_path / "nowhere.json")), world_size=1)

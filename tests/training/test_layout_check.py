@@ -22,11 +22,11 @@ from trainer.models.default_attention import set_attention
 from trainer.run_directory import RunDirectory
 from trainer.training import layouts
 from trainer.training.batches import MicroBatch
-from trainer.training.layout_check import Choice, Example, NoLayout, choose_layout, distances
+from trainer.training.layout_check import LayoutChoice, Example, NoLayout, choose_layout, distances
 from trainer.training.layouts import EQUAL, PACKED, PADDED, SINGLE, Layout, forward_passes, group_examples
-from trainer.training.loss import token_losses
-from trainer.training.model_copy import _enliven, set_parameters
-from trainer.training.run_layout import layout_of_checkpoint, refuse_another_layout
+from trainer.training.loss import summed_token_loss
+from trainer.training.model_copy import _set_nonzero, set_parameters
+from trainer.training.run_layout import layout_of_checkpoint, check_same_layout
 
 CPU = torch.device("cpu")
 LENGTHS = (40, 57, 23, 23, 9)
@@ -37,7 +37,7 @@ def _examples(lengths: tuple[int, ...] = LENGTHS, vocabulary: int = 480) -> list
     return [(random.integers(3, vocabulary, length), np.arange(length) >= length // 3) for length in lengths]
 
 
-def _choose(model: Any, packing: str = "auto", examples: list[Example] | None = None, **more: Any) -> Choice:
+def _choose(model: Any, packing: str = "auto", examples: list[Example] | None = None, **more: Any) -> LayoutChoice:
     return choose_layout(
         model, layouts.candidates(model.config, packing), examples or _examples(), CPU, **more
     )
@@ -92,7 +92,7 @@ def test_the_layout_gives_the_models_own_loss_and_gradient(name: str) -> None:
     assert len(passes) == (1 if choice.layout.rows in (PACKED, PADDED) else 4) + (
         6 if choice.layout.rows in (PACKED, PADDED) else 3
     )
-    loss = torch.stack([token_losses(model, rows) for rows in passes]).sum()
+    loss = torch.stack([summed_token_loss(model, rows) for rows in passes]).sum()
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
     ours, theirs = (_gradient(m) for m in (model, plain))
@@ -323,13 +323,13 @@ def test_masked_logits_do_not_hide_a_difference() -> None:
 
 
 def test_random_first_weights_show_every_path() -> None:
-    gate = _enliven(torch.zeros(8), is_embedding=False)
+    gate = _set_nonzero(torch.zeros(8), is_embedding=False)
     assert float(gate.std()) > 0.01
     small = 0.02 * torch.randn(64, 64)
-    assert float(_enliven(small, is_embedding=False).square().mean().sqrt()) == pytest.approx(1 / 8, rel=1e-5)
-    assert torch.equal(_enliven(small, is_embedding=True), small)
+    assert float(_set_nonzero(small, is_embedding=False).square().mean().sqrt()) == pytest.approx(1 / 8, rel=1e-5)
+    assert torch.equal(_set_nonzero(small, is_embedding=True), small)
     large = torch.randn(64, 64)
-    assert torch.equal(_enliven(large, is_embedding=False), large)
+    assert torch.equal(_set_nonzero(large, is_embedding=False), large)
 
 
 def test_examples_are_grouped() -> None:
@@ -364,7 +364,7 @@ def test_a_checkpoint_of_before_keeps_its_layout(packing: str, rows: str, tmp_pa
     run.settings.write_text(f"packing: {packing}\n", encoding="utf-8")
     kept = layout_of_checkpoint(checkpoint, run)
     assert kept is not None and kept.rows == rows
-    refuse_another_layout(kept, "auto", checkpoint)
-    refuse_another_layout(kept, packing, checkpoint)
+    check_same_layout(kept, "auto", checkpoint)
+    check_same_layout(kept, packing, checkpoint)
     with pytest.raises(UserError, match="belongs to another run"):
-        refuse_another_layout(kept, "false" if packing == "true" else "true", checkpoint)
+        check_same_layout(kept, "false" if packing == "true" else "true", checkpoint)

@@ -20,7 +20,7 @@ from trainer.models.tokenizer import load_tokenizer
 from trainer.run_directory import RunDirectory
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
-from trainer.training.batches import PackedData
+from trainer.training.batches import PackedDataset
 from trainer.training.layouts import EQUAL, PACKED, PADDED, SINGLE
 
 PACKS = 4  # of a step
@@ -103,12 +103,12 @@ class Plain:
 
 def _plain(weights: Path, shards: Shards) -> Plain:
     model = load.load_model(weights, "fp32").eval()
-    data = PackedData(shards, "socratic", view_of("socratic"), 512, SEED)
+    data = PackedDataset(shards, "socratic", view_of("socratic"), 512, SEED)
     examples = data.micro_batch(range(PACKS), PACKS).examples
     loss = _mean_loss(model, examples)
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    held_out = PackedData(shards, "socratic", view_of("socratic"), 512, 0)
+    held_out = PackedDataset(shards, "socratic", view_of("socratic"), 512, 0)
     num_packs = max(1, round(20 / held_out.num_examples * held_out.packs_per_epoch))
     with torch.no_grad():
         evaluated = _mean_loss(model, held_out.micro_batch(range(num_packs), num_packs).examples)

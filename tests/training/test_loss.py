@@ -21,7 +21,7 @@ from trainer.models import packed_attention
 from trainer.shards.methods import GUIDANCE, Role, view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import MicroBatch
-from trainer.training.loss import lay_out, token_losses
+from trainer.training.loss import collate, summed_token_loss
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -52,7 +52,7 @@ def _batch(shards: Shards, name: str = "socratic", count: int = 5) -> MicroBatch
 
 def _gradient(model: Any, batch: MicroBatch, packing: bool) -> tuple[float, torch.Tensor]:
     model.zero_grad()
-    loss = token_losses(model, lay_out(batch, packing, CPU))
+    loss = summed_token_loss(model, collate(batch, packing, CPU))
     loss.backward()
     return float(loss.detach()), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 

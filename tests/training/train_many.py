@@ -18,12 +18,12 @@ from trainer.settings import TrainSettings
 def main() -> None:
     startup.pause_gc()
     from trainer.training.loop import train
-    from trainer.training.periodic import HeldOutLoss
+    from trainer.training.periodic import ValidationLoss
 
     for number, values in enumerate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
         settings = from_dict(TrainSettings, values, sys.argv[1])
         evaluate = (
-            HeldOutLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
+            ValidationLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
         )
         try:
             train(settings, evaluate)

@@ -25,7 +25,7 @@ from trainer.errors import UserError, first_line
 from trainer.models import default_attention, load, packed_attention, training_kernels
 from trainer.models.architecture import quiet_transformers
 from trainer.models.default_attention import set_attention
-from trainer.training.loss import Packed, Padded, token_losses
+from trainer.training.loss import PackedBatch, PaddedBatch, summed_token_loss
 
 _CUDA_ATTENTION = "planned"
 
@@ -99,7 +99,7 @@ def _trace(
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(counter.gradient_done)
         with counter, _dropout(cuda):
-            loss = token_losses(model, batch)
+            loss = summed_token_loss(model, batch)
             saved = counter.live
             loss.backward()
     return Timeline(tuple(counter.finish()), saved)
@@ -140,33 +140,33 @@ def _grouped_products() -> Iterator[None]:
         moe._can_use_grouped_mm = original
 
 
-def batch_of(lengths: list[int], learned_tokens: int) -> Packed:
+def batch_of(lengths: list[int], learned_tokens: int) -> PackedBatch:
     tokens = sum(lengths)
-    return Packed(
+    return PackedBatch(
         tokens=torch.zeros(1, tokens, dtype=torch.int64),
         positions=torch.zeros(1, tokens, dtype=torch.int64),
         lengths=lengths,
-        bounds=torch.zeros(len(lengths) + 1, dtype=torch.int32),
-        predicting=torch.zeros(learned_tokens, dtype=torch.int64),
+        cu_seqlens=torch.zeros(len(lengths) + 1, dtype=torch.int32),
+        target_positions=torch.zeros(learned_tokens, dtype=torch.int64),
         labels=torch.zeros(learned_tokens, dtype=torch.int64),
-        counts=True,
+        has_targets=True,
     )
 
 
-def padded_batch_of(lengths: list[int], learned_tokens: int) -> Padded:
+def padded_batch_of(lengths: list[int], learned_tokens: int) -> PaddedBatch:
     """Return one row for each example; the learned tokens are at the ends of the rows."""
     rows, longest = len(lengths), max(lengths)
     columns = min(longest, -(-learned_tokens // rows))
     mask = torch.zeros(rows, longest, dtype=torch.int64)
     places = torch.arange(learned_tokens)
-    return Padded(
+    return PaddedBatch(
         tokens=torch.zeros(rows, longest, dtype=torch.int64),
-        mask=mask if len(set(lengths)) > 1 else None,
+        attention_mask=mask if len(set(lengths)) > 1 else None,
         columns=torch.arange(longest - columns, longest),
         rows=(places // columns).clamp(max=rows - 1),
         places=places % columns,
         labels=torch.zeros(learned_tokens, dtype=torch.int64),
-        counts=True,
+        has_targets=True,
     )
 
 

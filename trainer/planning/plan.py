@@ -113,7 +113,7 @@ def of(
 ) -> Plan:
     """The plan when the activations' timeline is known already."""
     accelerator = machine.accelerator
-    resolved = ds_config.resolve(settings, machine.world_size)
+    resolved = ds_config.resolve_ds_config(settings, machine.world_size)
     process = _process_bytes(ds_config.stage(resolved)) if process_bytes is None else process_bytes
     kept = 0.0 if keeps_nothing or "MALLOC_MMAP_THRESHOLD_" in os.environ else measured()["kept_by_glibc"]
     needed = memory.of_rank(work, resolved, accelerator, machine.world_size, timeline, process, kept)

@@ -12,7 +12,7 @@ from trainer.models import load, shapes
 from trainer.settings import PlanSettings, TrainSettings
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
-from trainer.training.batches import PackedData, StepPlan
+from trainer.training.batches import PackedDataset, BatchPlan
 
 _MOST_PACKS_LOOKED_AT = 20_000
 _STORIES_TOKENS = 1024  # of the embedded tokenizer, for the stories shapes when there are no shards
@@ -78,9 +78,9 @@ def model_config(settings: TrainSettings) -> Any:
 def _from_shards(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     shards = Shards.open(settings.train_shards)
     view = view_of(settings.method, settings.train_on_calculator_results)
-    data = PackedData(shards, settings.method, view, settings.pack_length, settings.seed)
+    data = PackedDataset(shards, settings.method, view, settings.pack_length, settings.seed)
     micro = settings.per_device_train_batch_size
-    plan = StepPlan.make(
+    plan = BatchPlan.make(
         micro,
         settings.gradient_accumulation_steps,
         world_size,
@@ -94,7 +94,7 @@ def _from_shards(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     batch = data.micro_batch(range(fullest, fullest + micro), packs)
     return {
         "lengths": tuple(len(tokens) for tokens, _ in batch.examples),
-        "learned_tokens": data.learned_tokens(fullest, min(fullest + micro, packs)),
+        "learned_tokens": data.num_target_tokens(fullest, min(fullest + micro, packs)),
         "mean_length": data.tokens_per_epoch / data.num_examples,
         "tokens_per_step": data.tokens_per_epoch / data.packs_per_epoch * plan.packs_per_step,
         "total_steps": plan.total_steps,
@@ -102,9 +102,9 @@ def _from_shards(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     }
 
 
-def _weight(data: PackedData, start: int, micro: int, end: int) -> tuple[int, int]:
+def _weight(data: PackedDataset, start: int, micro: int, end: int) -> tuple[int, int]:
     last = min(start + micro, end)
-    return data.tokens(start, last), data.learned_tokens(start, last)
+    return data.num_tokens(start, last), data.num_target_tokens(start, last)
 
 
 def _assumed(settings: PlanSettings, world_size: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class MicroBatch:
     examples: list[tuple[np.ndarray, np.ndarray]]
 
 
-class PackedData:
+class PackedDataset:
     """The endless sequence of packs of one run; pack p belongs to epoch p // packs_per_epoch."""
 
     def __init__(self, shards: Shards, method_name: str, method: View, pack_length: int, seed: int):
@@ -68,11 +68,11 @@ class PackedData:
         """Return the shortest example of the run, as `longest`."""
         return self._shards.example(int(self._usable[self._lengths.argmin()]), self._method)
 
-    def learned_tokens(self, first: int, last: int) -> int:
+    def num_target_tokens(self, first: int, last: int) -> int:
         """Tokens that carry loss in packs first..last-1."""
         return sum(int(self._learned[self.pack(index)].sum()) for index in range(first, last))
 
-    def tokens(self, first: int, last: int) -> int:
+    def num_tokens(self, first: int, last: int) -> int:
         """Tokens (without padding) in packs first..last-1."""
         return sum(int(self._all_lengths[self.pack(index)].sum()) for index in range(first, last))
 
@@ -126,7 +126,7 @@ def best_fit_decreasing(lengths: np.ndarray, order: np.ndarray, capacity: int) -
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class BatchPlan:
     """How packs fall on steps, ranks and micro-batches: one optimizer step takes `packs_per_step` consecutive packs."""
 
     packs_per_micro_batch: int
@@ -144,7 +144,7 @@ class StepPlan:
         packs_per_epoch: int,
         epochs: float,
         max_steps: int,
-    ) -> StepPlan:
+    ) -> BatchPlan:
         per_step = packs_per_micro_batch * accumulation_steps * world_size
         total_packs = max_steps * per_step if max_steps else math.ceil(epochs * packs_per_epoch)
         total_steps = math.ceil(total_packs / per_step)

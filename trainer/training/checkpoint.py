@@ -81,7 +81,7 @@ class _ByteCounter(io.RawIOBase):
 def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model_files: Path) -> None:
     """Collective. Write `checkpoints/step-NNNNNN`; it is complete or not there. Raises UserError on every rank."""
     final, first = run.checkpoint(step), distributed.is_main_process()
-    begun = _together(lambda: str(commit.create_staging(final)) if first else "")
+    begun = _on_all_ranks(lambda: str(commit.create_staging(final)) if first else "")
     staging = Path(distributed.broadcast_object(begun))
     writer = engine.checkpoint_engine
     # DeepSpeed would leave converters beside the checkpoints, where rank 0 alone may meet a full disk.
@@ -89,19 +89,19 @@ def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model
     try:
         names = reshard.saved_names(engine)
         engine.save_checkpoint(str(staging.parent), tag=staging.name, client_state=names, save_latest=False)
-        _refuse_failed_write(writer, staging)
-        _together(lambda: _copy_model_files(model_files, staging / MODEL, writer.written) if first else None)
+        _check_written(writer, staging)
+        _on_all_ranks(lambda: _copy_model_files(model_files, staging / MODEL, writer.written) if first else None)
         ours = [path.relative_to(staging).as_posix() for path in writer.written]
-        digests = distributed.gather_objects(_together(lambda: commit.digest_files(staging, ours)))
+        digests = distributed.gather_objects(_on_all_ranks(lambda: commit.digest_files(staging, ours)))
         files = {name: digest for part in digests for name, digest in part.items()}
-        _together(lambda: _commit(staging, final, facts, files) if first else None)
+        _on_all_ranks(lambda: _commit(staging, final, facts, files) if first else None)
     except BaseException:
         if first:
             shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def _together(action: Callable[[], Any]) -> Any:
+def _on_all_ranks(action: Callable[[], Any]) -> Any:
     """Collective. Do it; if the file system refuses on any rank, a UserError on all: nobody waits for the others."""
     result, error = None, None
     try:
@@ -126,7 +126,7 @@ def _commit(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, 
     commit.replace_directory(final, fresh)
 
 
-def _refuse_failed_write(writer: SafeCheckpointEngine, staging: Path) -> None:
+def _check_written(writer: SafeCheckpointEngine, staging: Path) -> None:
     """Collective. Raises UserError if a file of any rank is missing, and says by how much the disk is too small."""
     errors = distributed.gather_objects((writer.error, writer.unwritten_bytes))
     failed = [error for error, _ in errors if error]
@@ -160,7 +160,7 @@ def remove_all(run: RunDirectory) -> None:
     distributed.barrier()
 
 
-def newest_valid(run: RunDirectory) -> Path | None:
+def latest_valid(run: RunDirectory) -> Path | None:
     """Collective. The newest checkpoint all of whose digests are right; damaged ones are named and passed over.
 
     None if there is none at all. Raises UserError if there are checkpoints but not a valid one: starting from zero

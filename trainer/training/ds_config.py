@@ -58,7 +58,7 @@ OPTIMIZER_KEYS = (
 DEFAULT = {"zero_optimization": {"stage": 1}}
 
 
-def resolve(settings: TrainSettings, world_size: int) -> dict[str, Any]:
+def resolve_ds_config(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run. Raises UserError naming file, key, both values, and the remedy."""
     name = settings.deepspeed or "the default ds_config"
     config = _read(Path(settings.deepspeed)) if settings.deepspeed else json.loads(json.dumps(DEFAULT))
@@ -71,8 +71,8 @@ def resolve(settings: TrainSettings, world_size: int) -> dict[str, Any]:
         "gradient_clipping": settings.max_grad_norm,
     }
     for key, value in wanted.items():
-        _settle(config, key, value, name)
-    _settle(config.setdefault("bf16", {}), "enabled", settings.bf16, f"{name}: bf16")
+        _set_or_check(config, key, value, name)
+    _set_or_check(config.setdefault("bf16", {}), "enabled", settings.bf16, f"{name}: bf16")
     _resolve_optimizer(config, settings, name)
     _check_zero(config.setdefault("zero_optimization", {}), name)
     if settings.bf16 and stage(config) == 0:
@@ -83,7 +83,7 @@ def resolve(settings: TrainSettings, world_size: int) -> dict[str, Any]:
         )
     config.setdefault("steps_per_print", 1 << 30)  # metrics.jsonl has every step; DeepSpeed need not print
     config["checkpoint"] = {"tag_validation": "Ignore"}  # the tag is broadcast by us
-    _refuse_auto(config, name)
+    _check_no_auto(config, name)
     return config
 
 
@@ -106,10 +106,10 @@ def _resolve_optimizer(config: dict[str, Any], settings: TrainSettings, name: st
         )
     parameters = optimizer.setdefault("params", {})
     _check_keys(parameters, OPTIMIZER_KEYS, f"{name}: optimizer.params")
-    _settle(parameters, "lr", settings.learning_rate, f"{name}: optimizer.params")
-    _settle(parameters, "betas", [settings.adam_beta1, settings.adam_beta2], f"{name}: optimizer.params")
-    _settle(parameters, "eps", settings.adam_epsilon, f"{name}: optimizer.params")
-    _settle(parameters, "weight_decay", settings.weight_decay, f"{name}: optimizer.params")
+    _set_or_check(parameters, "lr", settings.learning_rate, f"{name}: optimizer.params")
+    _set_or_check(parameters, "betas", [settings.adam_beta1, settings.adam_beta2], f"{name}: optimizer.params")
+    _set_or_check(parameters, "eps", settings.adam_epsilon, f"{name}: optimizer.params")
+    _set_or_check(parameters, "weight_decay", settings.weight_decay, f"{name}: optimizer.params")
     if not offloads({"zero_optimization": config.get("zero_optimization", {})}):
         parameters.setdefault("torch_adam", True)
         if parameters["torch_adam"]:
@@ -139,7 +139,7 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
             )
 
 
-def _settle(section: dict[str, Any], key: str, value: Any, where: str) -> None:
+def _set_or_check(section: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Put `value` where the file has "auto" or nothing; refuse another value."""
     found = section.get(key, "auto")
     if found != "auto" and found != value:
@@ -160,12 +160,12 @@ def _check_keys(section: dict[str, Any], known: tuple[str, ...], where: str) -> 
             )
 
 
-def _refuse_auto(value: Any, where: str) -> None:
+def _check_no_auto(value: Any, where: str) -> None:
     if value == "auto":
         raise UserError(f'{where} is "auto", but nothing in the settings decides it; write a value')
     if isinstance(value, dict):
         for key, inner in value.items():
-            _refuse_auto(inner, f"{where}: {key}")
+            _check_no_auto(inner, f"{where}: {key}")
 
 
 def _read(path: Path) -> dict[str, Any]:

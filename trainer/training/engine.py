@@ -47,12 +47,12 @@ def build_engine(
     _gather_by_layer(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with startup.torch_compile_disabled(), _unsent() if blank else contextlib.nullcontext():
+    with startup.torch_compile_disabled(), _without_broadcast() if blank else contextlib.nullcontext():
         engine, _, _, _ = deepspeed.initialize(
             model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
         )
     rendezvous.set_group_timeouts(settings.timeout_seconds)
-    gradient_norm.read_once(engine.optimizer)
+    gradient_norm.patch_gradient_norm(engine.optimizer)
     engine.checkpoint_engine = checkpoint.SafeCheckpointEngine()
     engine.train()
     return engine
@@ -87,7 +87,7 @@ def _gather_by_layer(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _unsent() -> Iterator[None]:
+def _without_broadcast() -> Iterator[None]:
     """Inside, an engine is made without sending rank 0's weights to all ranks: a checkpoint will be read into them."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 

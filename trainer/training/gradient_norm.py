@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 
 
-def read_once(optimizer: Any) -> None:
+def patch_gradient_norm(optimizer: Any) -> None:
     """Give a ZeRO optimizer of stage 1, 2 or 3 this norm. Where gradients are offloaded to the host DeepSpeed's own stays."""
     offloaded = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
     if offloaded or not hasattr(optimizer, "get_grad_norm_direct"):
         return
     optimizer.get_grad_norm_direct = partial(_norm, optimizer.dp_process_group)
-    optimizer.check_overflow = _leave_it_to_the_norm
+    optimizer.check_overflow = _without_overflow_check
 
 
-def _leave_it_to_the_norm(partition_gradients: bool = True) -> None:
+def _without_overflow_check(partition_gradients: bool = True) -> None:
     """`step` takes a norm of -1 for an overflow, as it does a NaN it found itself."""
 
 

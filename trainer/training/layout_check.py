@@ -25,7 +25,7 @@ from trainer.models import load, training_kernels
 from trainer.models.default_attention import UnsupportedAttention, can_set_attention, set_attention
 from trainer.training.batches import MicroBatch
 from trainer.training.layouts import SINGLE, Layout, forward_passes, group_examples
-from trainer.training.loss import lay_out, learned_logits, token_losses
+from trainer.training.loss import collate, target_logits, summed_token_loss
 
 Example = tuple[np.ndarray, np.ndarray]
 
@@ -40,7 +40,7 @@ _LARGE = 1e30  # logits beyond are a mask
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayoutChoice:
     """The layout of a run and how it was found.
 
     difference: the largest of the learned positions' (see `distances`), tolerance: what was allowed. rejected: the
@@ -75,7 +75,7 @@ def choose_layout(
     device: torch.device,
     in_training_dtype: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
     agree: Callable[[float], float] = float,
-) -> Choice:
+) -> LayoutChoice:
     """Return the first of `layouts` that gives the plain model's logits. Raises NoLayout.
 
     `model`: a causal LM of transformers, or the engine around one (collective under ZeRO-3). Its attention
@@ -83,7 +83,7 @@ def choose_layout(
     context manager inside which an fp32 model has the dtypes it is trained in; then both are compared. `agree`
     makes a number the same on all ranks.
     """
-    comparison = _Comparison(model, _thin(examples), device, agree)
+    comparison = _Comparison(model, _subsample(examples), device, agree)
     module = getattr(model, "module", model)
     was_training = module.training
     module.eval()
@@ -117,7 +117,7 @@ def choose_layout(
                     reason = "in the dtype of the training its logits differ by {:.1g} of their standard deviation (allowed: {:.1g})"
                     rejected.append((layout, reason.format(*rounding)))
                 else:
-                    return Choice(
+                    return LayoutChoice(
                         layout, difference, tolerance, len(examples), tuple(rejected), comparison.dtype_name
                     )
     finally:
@@ -142,9 +142,9 @@ def logits_of(model: Any, examples: Sequence[Example], layout: Layout, device: t
     """Return the logits at the learned positions in a layout, fp32 [L, vocabulary], in the order of the examples."""
     parts: dict[int, torch.Tensor] = {}
     for group in group_examples([len(tokens) for tokens, _ in examples], layout.rows):
-        batch = lay_out(MicroBatch(0, [], [examples[index] for index in group]), layout.is_packed, device)
+        batch = collate(MicroBatch(0, [], [examples[index] for index in group]), layout.is_packed, device)
         counts = [int(examples[index][1][1:].sum()) for index in group]
-        parts |= zip(group, learned_logits(model, batch).float().split(counts), strict=True)
+        parts |= zip(group, target_logits(model, batch).float().split(counts), strict=True)
     return torch.cat([parts[index] for index in range(len(examples))])
 
 
@@ -227,7 +227,7 @@ class _Comparison:
             state = self._state()
             with torch.enable_grad():
                 passes = forward_passes(short, layout, self._device)
-                torch.stack([token_losses(self._module, rows) for rows in passes]).sum().backward()
+                torch.stack([summed_token_loss(self._module, rows) for rows in passes]).sum().backward()
             changed = [name for name, now in self._state().items() if not torch.equal(now, state[name])]
             if changed:
                 raise NoLayout(
@@ -310,7 +310,7 @@ class _Comparison:
             hook.remove()
 
 
-def _thin(examples: Sequence[Example]) -> list[Example]:
+def _subsample(examples: Sequence[Example]) -> list[Example]:
     """Keep some of the learned positions of each example, evenly spread, the last one among them."""
     most = max(4, _MOST_POSITIONS // len(examples))
     thinned = []

@@ -17,8 +17,8 @@ import torch
 
 from trainer.models import load, packed_attention
 from trainer.models.default_attention import can_set_attention
-from trainer.training.batches import MicroBatch, PackedData, StepPlan
-from trainer.training.loss import Packed, Padded, lay_out
+from trainer.training.batches import MicroBatch, PackedDataset, BatchPlan
+from trainer.training.loss import PackedBatch, PaddedBatch, collate
 
 PACKED = "packed"
 PADDED = "padded"
@@ -77,12 +77,12 @@ def group_examples(lengths: Sequence[int], rows: str) -> list[list[int]]:
 
 def forward_passes(
     batch: MicroBatch, layout: Layout, device: torch.device, num_passes: int = 0
-) -> list[Packed | Padded]:
+) -> list[PackedBatch | PaddedBatch]:
     """Return the rows of each forward pass of a micro-batch, filled up to `num_passes` with passes without loss."""
     groups = group_examples([len(tokens) for tokens, _ in batch.examples], layout.rows)
     groups += [[]] * (num_passes - len(groups))
     return [
-        lay_out(
+        collate(
             dataclasses.replace(batch, examples=[batch.examples[index] for index in group]),
             layout.is_packed,
             device,
@@ -91,7 +91,7 @@ def forward_passes(
     ]
 
 
-def most_passes(data: PackedData, packs_of_ranks: Sequence[range], end: int, rows: str) -> int:
+def max_passes(data: PackedDataset, packs_of_ranks: Sequence[range], end: int, rows: str) -> int:
     """Return how many forward passes the rank with the most of them makes for its packs.
 
     Every rank makes as many, because ZeRO-3 gathers the weights in them. Nothing is communicated: the packs of all ranks
@@ -102,11 +102,11 @@ def most_passes(data: PackedData, packs_of_ranks: Sequence[range], end: int, row
     return max(len(group_examples(data.lengths(packs, end), rows)) for packs in packs_of_ranks)
 
 
-def passes_of_step(data: PackedData, plan: StepPlan, step: int, rows: str) -> list[int]:
+def passes_of_step(data: PackedDataset, plan: BatchPlan, step: int, rows: str) -> list[int]:
     """Return the number of forward passes of each micro-batch of a step, the same on every rank."""
     _, end = plan.packs(step)
     ranks = [plan.micro_batches(step, rank) for rank in range(plan.world_size)]
     return [
-        most_passes(data, [of_rank[micro] for of_rank in ranks], end, rows)
+        max_passes(data, [of_rank[micro] for of_rank in ranks], end, rows)
         for micro in range(plan.accumulation_steps)
     ]

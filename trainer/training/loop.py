@@ -21,13 +21,13 @@ from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.training import checkpoint, throughput
 from trainer.training.layouts import forward_passes, passes_of_step
-from trainer.training.loss import token_losses
+from trainer.training.loss import summed_token_loss
 from trainer.training.metrics_log import MetricsLog
-from trainer.training.student import Student, enrol
-from trainer.training.watchdog import Watchdog, occupied
+from trainer.training.student import TrainState, setup_training
+from trainer.training.watchdog import Watchdog, run_guard
 
 # Called on every rank; returns what is logged, or None if it ended early because a stop was requested.
-Evaluation = Callable[[Student, StopRequest], dict[str, Any] | None]
+Evaluation = Callable[[TrainState, StopRequest], dict[str, Any] | None]
 
 
 def train(
@@ -45,7 +45,7 @@ def train(
     same = {key: value for key, value in to_dict(settings).items() if not key.endswith("_shards")}
     distributed.assert_same_on_all_ranks("settings", same)
     run = RunDirectory(Path(settings.output_dir))
-    with occupied(run, settings) as watchdog:
+    with run_guard(run, settings) as watchdog:
         try:
             return _train(settings, world, run, evaluate, stop, watchdog)
         except Exception as error:
@@ -65,31 +65,31 @@ def _train(
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> bool:
-    student = enrol(settings, world, run, stop)
+    student = setup_training(settings, world, run, stop)
     if student is None:
         terminal.info(f"{run.path}: already finished")
         return True
-    greet(student)
+    log_run_header(student)
     startup.freeze_gc()
     log = MetricsLog(run, settings, student.facts)
-    plan, step = student.plan, student.first_step
-    watchdog.moved(step)
+    plan, step = student.batch_plan, student.first_step
+    watchdog.report_step(step)
     stop.defer_signals()
     distributed.barrier()  # from here on nobody ends alone
     limit_heap = HeapLimit()
     with terminal.progress("train", plan.total_steps, step) as bar:
-        stopping = not evaluate_if_due(student, step, evaluate, log, stop)  # a restart may have cut it short
+        stopping = not validate_if_due(student, step, evaluate, log, stop)  # a restart may have cut it short
         while step < plan.total_steps and not stopping:
             metrics, stopping = optimizer_step(student, step, stop)
             step += 1
-            watchdog.moved(step)
+            watchdog.report_step(step)
             stop.record_duration(step=metrics["seconds"])
             limit_heap()
             log.write({"step": step, "total_steps": plan.total_steps, **metrics})
             bar.update(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s")
-            stopping = stopping or not evaluate_if_due(student, step, evaluate, log, stop)
-            if stopping or step == plan.total_steps or is_due(step, settings.save_steps):
-                watchdog.refuse_if_lost()
+            stopping = stopping or not validate_if_due(student, step, evaluate, log, stop)
+            if stopping or step == plan.total_steps or every(step, settings.save_steps):
+                watchdog.check_lock()
                 save(student, step, stop)
                 stopping = stopping or stop.should_stop_on_any_rank()  # a signal may have come while it was written
     reason = stop.reason or "another rank was told"
@@ -102,15 +102,15 @@ def _train(
     return finished
 
 
-def is_due(step: int, every: int) -> bool:
+def every(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def evaluate_if_due(
-    student: Student, step: int, evaluate: Evaluation | None, log: MetricsLog, stop: StopRequest
+def validate_if_due(
+    student: TrainState, step: int, evaluate: Evaluation | None, log: MetricsLog, stop: StopRequest
 ) -> bool:
     """Collective. Log the periodic evaluation of this step unless it is logged; False if a stop cut it short."""
-    if evaluate is None or not is_due(step, student.settings.eval_steps):
+    if evaluate is None or not every(step, student.settings.eval_steps):
         return True
     if distributed.broadcast_object(step in log.evaluated_steps):
         return True
@@ -120,16 +120,16 @@ def evaluate_if_due(
     return result is not None
 
 
-def optimizer_step(student: Student, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+def optimizer_step(student: TrainState, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     """One step of the optimizer, counted from 0: every micro-batch forward and backward, one update. Collective.
 
     Returns what is logged, and whether any rank was asked to stop.
     """
     start = time.perf_counter()
-    engine, plan, data, world = student.engine, student.plan, student.data, student.world
+    engine, plan, data, world = student.engine, student.batch_plan, student.data, student.world
     first, end = plan.packs(step)
-    learned_tokens = data.learned_tokens(first, end)
-    learning_rate = student.schedule.learning_rate(step)
+    learned_tokens = data.num_target_tokens(first, end)
+    learning_rate = student.learning_rates.learning_rate(step)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
 
@@ -144,25 +144,25 @@ def optimizer_step(student: Student, step: int, stop: StopRequest) -> tuple[dict
         for number, rows in enumerate(passes):
             is_last = (micro + 1, number + 1) == (plan.accumulation_steps, len(passes))
             engine.set_gradient_accumulation_boundary(is_last)  # a layout may need several passes
-            losses = token_losses(engine, rows)
+            losses = summed_token_loss(engine, rows)
             engine.backward(losses * (world.world_size / learned_tokens), scale_wrt_gas=False)
             loss_sum += losses.detach()
             if not is_last:
                 engine.step()  # counts the pass; the optimizer moves at the last one
 
-    loss, asked_to_stop = agree_on(loss_sum, stop.is_requested, world.world_size)
-    refuse_non_finite(student, step, loss, float(loss_sum), problems)
+    loss, asked_to_stop = all_reduce_loss_and_stop(loss_sum, stop.is_requested, world.world_size)
+    check_finite(student, step, loss, float(loss_sum), problems)
     grad_norm, skipped = global_grad_norm(engine), engine.skipped_steps
     if grad_norm is None or math.isfinite(grad_norm):
         engine.step()
         grad_norm = engine.get_global_grad_norm() if grad_norm is None else grad_norm
     if not math.isfinite(grad_norm) or engine.skipped_steps != skipped:
-        ids = name_problems(student, problems)
+        ids = problem_ids(student, problems)
         raise UserError(
             f"step {step + 1}: the gradient is not finite (the loss is {loss / learned_tokens}); {ids}"
         )
     seconds = time.perf_counter() - start
-    tokens = data.tokens(first, end)
+    tokens = data.num_tokens(first, end)
     metrics = {
         "epoch": end / data.packs_per_epoch,
         "loss": loss / learned_tokens,
@@ -172,7 +172,7 @@ def optimizer_step(student: Student, step: int, stop: StopRequest) -> tuple[dict
         "grad_norm": float(grad_norm),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "mfu": model_flops_utilisation(student, tokens / seconds, learned_tokens / tokens),
+        "mfu": model_flops_utilization(student, tokens / seconds, learned_tokens / tokens),
         "memory_bytes": throughput.peak_memory_bytes(),
         "packs_consumed": end,
     }
@@ -184,7 +184,7 @@ def seed_dropout(seed: int, first_pack: int) -> None:
     torch.manual_seed((seed << 40) + first_pack)
 
 
-def agree_on(loss_sum: torch.Tensor, stop_requested: bool, world_size: int) -> tuple[float, bool]:
+def all_reduce_loss_and_stop(loss_sum: torch.Tensor, stop_requested: bool, world_size: int) -> tuple[float, bool]:
     """The step's loss over all ranks, and whether any rank was asked to stop: one small collective for both."""
     both = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop_requested))])
     if world_size > 1:
@@ -193,7 +193,7 @@ def agree_on(loss_sum: torch.Tensor, stop_requested: bool, world_size: int) -> t
     return loss, stops > 0
 
 
-def refuse_non_finite(student: Student, step: int, loss: float, own_loss: float, problems: list[int]) -> None:
+def check_finite(student: TrainState, step: int, loss: float, own_loss: float, problems: list[int]) -> None:
     """A NaN or Inf never reaches the weights: the run ends and says where, its last checkpoint untouched.
 
     (DeepSpeed would skip the step in silence.) Collective if the loss is not finite.
@@ -202,13 +202,13 @@ def refuse_non_finite(student: Student, step: int, loss: float, own_loss: float,
         return
     where = None
     if not math.isfinite(own_loss):
-        ids = name_problems(student, problems)
+        ids = problem_ids(student, problems)
         where = f"step {step + 1}: the loss on rank {student.world.rank} is {own_loss}; {ids}"
     distributed.raise_on_all_ranks(where)
     raise UserError(f"step {step + 1}: the loss is {loss}, although it is finite on every rank")
 
 
-def name_problems(student: Student, problems: list[int]) -> str:
+def problem_ids(student: TrainState, problems: list[int]) -> str:
     return "problems of this rank: " + ", ".join(student.shards.problem(index).id for index in problems[:20])
 
 
@@ -220,7 +220,7 @@ def global_grad_norm(engine: Any) -> float | None:
     return float(torch.nn.utils.get_total_norm(gradients))
 
 
-def model_flops_utilisation(student: Student, tokens_per_second: float, learned_part: float) -> float | None:
+def model_flops_utilization(student: TrainState, tokens_per_second: float, learned_part: float) -> float | None:
     peak = throughput.peak_flops()
     if peak is None:
         return None
@@ -231,19 +231,19 @@ def model_flops_utilisation(student: Student, tokens_per_second: float, learned_
     return tokens_per_second * flops / (peak * student.world.world_size)
 
 
-def save(student: Student, step: int, stop: StopRequest) -> None:
+def save(student: TrainState, step: int, stop: StopRequest) -> None:
     """Checkpoint after `step` steps. Collective."""
     start = time.perf_counter()
-    _, packs_consumed = student.plan.packs(step - 1)
-    progress = {"step": step, "packs_consumed": packs_consumed, "finished": step == student.plan.total_steps}
+    _, packs_consumed = student.batch_plan.packs(step - 1)
+    progress = {"step": step, "packs_consumed": packs_consumed, "finished": step == student.batch_plan.total_steps}
     checkpoint.save(student.engine, student.run, step, {**student.facts, **progress}, student.run.model)
     checkpoint.prune(student.run, student.settings.save_total_limit)
     stop.record_duration(save=time.perf_counter() - start)
 
 
-def greet(student: Student) -> None:
+def log_run_header(student: TrainState) -> None:
     """Log what the run is about to do."""
-    facts, plan, data = student.facts, student.plan, student.data
+    facts, plan, data = student.facts, student.batch_plan, student.data
     terminal.info(
         f"{student.run.path}: {facts['model_name']} ({facts['num_parameters']:,} parameters, {facts['dtype']}), "
         f"method {facts['method']}, ZeRO {facts['zero_stage']}, {student.world.world_size} rank(s)"
@@ -257,4 +257,4 @@ def greet(student: Student) -> None:
             f"not trained on: {data.num_without_steps} problems without the steps {facts['method']} needs, "
             f"{data.num_too_long} longer than a pack"
         )
-    student.layout_of_run.report(student.choice)
+    student.layout_selection.report(student.layout_choice)

@@ -24,7 +24,7 @@ IGNORED = -100  # a label that carries no loss (torch's and transformers' conven
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedBatch:
     """One row: tokens [1, T], positions [1, T] restarting per example, where examples start, what to predict.
 
     predicting [L]: positions whose next token is learned; labels [L]: those tokens. counts: False if nothing is learned;
@@ -34,14 +34,14 @@ class Packed:
     tokens: torch.Tensor
     positions: torch.Tensor
     lengths: list[int]
-    bounds: torch.Tensor
-    predicting: torch.Tensor
+    cu_seqlens: torch.Tensor
+    target_positions: torch.Tensor
     labels: torch.Tensor
-    counts: bool
+    has_targets: bool
 
 
 @dataclass(frozen=True)
-class Padded:
+class PaddedBatch:
     """One row per example: tokens [B, T], attention mask [B, T] (None if all rows are full), what to predict.
 
     columns [C]: positions at which any row predicts a learned token; rows [L], places [L]: row and index into `columns`
@@ -49,15 +49,15 @@ class Padded:
     """
 
     tokens: torch.Tensor
-    mask: torch.Tensor | None
+    attention_mask: torch.Tensor | None
     columns: torch.Tensor
     rows: torch.Tensor
     places: torch.Tensor
     labels: torch.Tensor
-    counts: bool
+    has_targets: bool
 
 
-def lay_out(batch: MicroBatch, packing: bool, device: torch.device) -> Packed | Padded:
+def collate(batch: MicroBatch, packing: bool, device: torch.device) -> PackedBatch | PaddedBatch:
     """Numpy examples -> tensors on the device. An empty batch becomes two tokens without loss.
 
     (A rank without data in the last step still takes part in every collective of the forward and backward pass.)
@@ -69,24 +69,24 @@ def lay_out(batch: MicroBatch, packing: bool, device: torch.device) -> Packed | 
     return _pad([tokens for tokens, _ in examples], targets, device)
 
 
-def token_losses(model: torch.nn.Module, batch: Packed | Padded) -> torch.Tensor:
+def summed_token_loss(model: torch.nn.Module, batch: PackedBatch | PaddedBatch) -> torch.Tensor:
     """Forward pass; the sum of the losses of the learned tokens, in nats, fp32, with its graph."""
-    losses = summed_cross_entropy(learned_logits(model, batch), batch.labels)
-    return losses if batch.counts else losses * 0
+    losses = summed_cross_entropy(target_logits(model, batch), batch.labels)
+    return losses if batch.has_targets else losses * 0
 
 
-def learned_logits(model: torch.nn.Module, batch: Packed | Padded) -> torch.Tensor:
+def target_logits(model: torch.nn.Module, batch: PackedBatch | PaddedBatch) -> torch.Tensor:
     """Forward pass; return the logits that predict the learned tokens [L, vocabulary], in the order of the examples.
 
     `model`: a causal LM of transformers, or the engine around it.
     """
-    if isinstance(batch, Packed):
+    if isinstance(batch, PackedBatch):
         return packed_logits(model, batch, **_boundaries(model, batch))
     module: Any = getattr(model, "module", model)
     accepted = _accepted_arguments(type(module))  # type: ignore[arg-type]
     arguments: dict[str, Any] = {"use_cache": False, "logits_to_keep": batch.columns}
     arguments = {name: value for name, value in arguments.items() if name in accepted or not accepted}
-    logits = model(input_ids=batch.tokens, attention_mask=batch.mask, **arguments).logits
+    logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask, **arguments).logits
     if logits.shape[1] != len(batch.columns):  # the family computes all
         logits = logits[:, batch.columns]
     return logits[batch.rows, batch.places]  # type: ignore[no-any-return]
@@ -100,7 +100,7 @@ def _accepted_arguments(model_class: type[Any]) -> frozenset[str]:
     return frozenset() if takes_any else frozenset(parameters)
 
 
-def _boundaries(model: torch.nn.Module, batch: Packed) -> dict[str, torch.Tensor]:
+def _boundaries(model: torch.nn.Module, batch: PackedBatch) -> dict[str, torch.Tensor]:
     """Return what the kernels of recurrent and convolutional layers need to keep the examples of a pack apart.
 
     `seq_idx` (int32 [1, T]: the example of each token) for causal_conv1d and mamba_ssm, `cu_seq_lens_q` for
@@ -112,7 +112,7 @@ def _boundaries(model: torch.nn.Module, batch: Packed) -> dict[str, torch.Tensor
         return {}
     lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
     examples = torch.arange(len(batch.lengths), dtype=torch.int32, device=batch.tokens.device)
-    return {"seq_idx": examples.repeat_interleave(lengths).unsqueeze(0), "cu_seq_lens_q": batch.bounds}
+    return {"seq_idx": examples.repeat_interleave(lengths).unsqueeze(0), "cu_seq_lens_q": batch.cu_seqlens}
 
 
 @functools.cache
@@ -134,25 +134,25 @@ def _has_convolutions(model: torch.nn.Module) -> bool:
     return any(isinstance(module, torch.nn.Conv1d) for module in model.modules())
 
 
-def packed_logits(model: torch.nn.Module, batch: Packed, **others: torch.Tensor) -> torch.Tensor:
+def packed_logits(model: torch.nn.Module, batch: PackedBatch, **others: torch.Tensor) -> torch.Tensor:
     """Forward pass of a pack, the head at the predicting positions only: logits [L, vocabulary].
 
     others: what recurrent layers need besides (sequence boundaries for their kernels).
     """
     # All examples are whole, so the mask hides nothing; with one, transformers does not search positions for packs.
-    with packed_attention.use_pack(model, batch.lengths, batch.bounds):
+    with packed_attention.use_pack(model, batch.lengths, batch.cu_seqlens):
         logits: torch.Tensor = model(
             input_ids=batch.tokens,
             position_ids=batch.positions,
             attention_mask=torch.ones_like(batch.tokens),
             use_cache=False,
-            logits_to_keep=batch.predicting,
+            logits_to_keep=batch.target_positions,
             **others,
         ).logits.squeeze(0)  # not [0], whose gradient is a whole tensor of zeros to copy into
-    return logits if len(logits) == len(batch.predicting) else logits[batch.predicting]
+    return logits if len(logits) == len(batch.target_positions) else logits[batch.target_positions]
 
 
-def _pack(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.device) -> Packed:
+def _pack(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.device) -> PackedBatch:
     lengths = [len(tokens) for tokens in examples]
     # The last position of an example predicts nothing.
     labels = np.concatenate([np.append(target, IGNORED) for target in targets])
@@ -160,18 +160,18 @@ def _pack(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.d
     counts = bool(len(predicting))
     if not counts:
         predicting, labels[0] = np.zeros(1, np.int64), 0
-    return Packed(
+    return PackedBatch(
         tokens=_tensor(np.concatenate(examples), device).unsqueeze(0),
         positions=_tensor(np.concatenate([np.arange(n) for n in lengths]), device).unsqueeze(0),
         lengths=lengths,
-        bounds=_tensor(np.cumsum([0, *lengths], dtype=np.int32), device),
-        predicting=_tensor(predicting, device),
+        cu_seqlens=_tensor(np.cumsum([0, *lengths], dtype=np.int32), device),
+        target_positions=_tensor(predicting, device),
         labels=_tensor(labels[predicting], device),
-        counts=counts,
+        has_targets=counts,
     )
 
 
-def _pad(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.device) -> Padded:
+def _pad(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.device) -> PaddedBatch:
     width = max(len(tokens) for tokens in examples)
     tokens = np.zeros((len(examples), width), np.int64)
     mask = np.zeros((len(examples), width), np.int64)
@@ -185,14 +185,14 @@ def _pad(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.de
         labels[0, 0] = 0
     rows, positions = np.nonzero(labels != IGNORED)
     columns, places = np.unique(positions, return_inverse=True)
-    return Padded(
+    return PaddedBatch(
         tokens=_tensor(tokens, device),
-        mask=None if mask.all() else _tensor(mask, device),
+        attention_mask=None if mask.all() else _tensor(mask, device),
         columns=_tensor(columns, device),
         rows=_tensor(rows, device),
         places=_tensor(places.reshape(-1), device),
         labels=_tensor(labels[rows, positions], device),
-        counts=counts,
+        has_targets=counts,
     )
 
 

@@ -24,7 +24,7 @@ class MetricsLog:
         self._wandb: Any = None
         self.evaluated_steps: set[int] = set()  # rank 0's are the truth
         if distributed.is_main_process():
-            _mend_last_line(run)
+            _remove_partial_line(run)
             self.evaluated_steps = _evaluated_steps(run)
             self._file = open(run.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             if settings.report_to == "wandb":
@@ -45,7 +45,7 @@ class MetricsLog:
             self._wandb.finish(exit_code=0 if finished else 1)
 
 
-def _mend_last_line(run: RunDirectory) -> None:
+def _remove_partial_line(run: RunDirectory) -> None:
     """A killed process may leave half a line; end it, so that the next line stands alone (readers skip the half)."""
     if run.metrics.exists():
         with open(run.metrics, "rb+") as file:

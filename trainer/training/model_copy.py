@@ -42,7 +42,7 @@ def copy_model(engine: Any, config: Any, fresh: bool) -> Any:
             copied = copy_all or hasattr(parameter, "ds_id")
             values = values.to(torch.float32 if values.is_floating_point() else values.dtype, copy=copied)
             if fresh:
-                values = _enliven(values, id(parameter) in embeddings)
+                values = _set_nonzero(values, id(parameter) in embeddings)
             made[id(parameter)] = torch.nn.Parameter(values, requires_grad=False)
     if model is None:
         return True
@@ -133,7 +133,7 @@ def _embeddings(model: torch.nn.Module) -> set[int]:
     return {id(parameter) for table in tables for parameter in table.parameters()}
 
 
-def _enliven(values: torch.Tensor, is_embedding: bool) -> torch.Tensor:
+def _set_nonzero(values: torch.Tensor, is_embedding: bool) -> torch.Tensor:
     """Return random first weights with which every path of a model shows in its logits.
 
     With those of a config (a spread of 0.02, gates and biases of zero) a model 64 wide has attention scores near zero: a

@@ -22,7 +22,7 @@ _FLAT_GROUPS = (
 
 
 @dataclass(frozen=True)
-class Span:
+class ParameterSlice:
     """Elements [start, start + count) of the flattened parameter `name` lie at `offset` of the partition's tensor."""
 
     name: str
@@ -36,7 +36,7 @@ class Partition:
     """`master` [elements] fp32: what the plain optimizer updates on this rank; gaps between spans are padding."""
 
     master: torch.Tensor
-    spans: list[Span]
+    slices: list[ParameterSlice]
 
 
 def partitions(engine: Any) -> list[Partition]:
@@ -51,7 +51,7 @@ def partitions(engine: Any) -> list[Partition]:
             groups = zip(parts, flats, masters, strict=True)
             return [_part_of_flat(*group, engine.global_rank, names) for group in groups]
     return [
-        Partition(parameter, [Span(names[parameter], 0, parameter.numel(), 0)])
+        Partition(parameter, [ParameterSlice(names[parameter], 0, parameter.numel(), 0)])
         for group in optimizer.param_groups
         for parameter in group["params"]
     ]
@@ -98,7 +98,7 @@ def _part_of_flat(
         )
         first, last = max(place, begin), min(place + parameter.numel(), end)
         if first < last:
-            spans.append(Span(names[parameter], first - place, last - first, first - begin))
+            spans.append(ParameterSlice(names[parameter], first - place, last - first, first - begin))
     return Partition(master, spans)
 
 
@@ -108,14 +108,14 @@ def _stage_3(optimizer: Any, names: dict[Any, str]) -> Iterator[Partition]:
         spans, offset = [], 0
         for parameter in parameters:
             share = parameter.ds_tensor.ds_numel
-            start, count = own_share(parameter)
+            start, count = local_shard(parameter)
             if count:
-                spans.append(Span(names[parameter], start, count, offset))
+                spans.append(ParameterSlice(names[parameter], start, count, offset))
             offset += share
         yield Partition(master, spans)
 
 
-def own_share(parameter: Any) -> tuple[int, int]:
+def local_shard(parameter: Any) -> tuple[int, int]:
     """Stage 3: first element and number of elements of a parameter that this rank holds (without padding)."""
     share = parameter.ds_tensor.ds_numel
     start = torch.distributed.get_rank(parameter.ds_process_group) * share

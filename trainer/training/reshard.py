@@ -17,7 +17,7 @@ import torch
 
 from trainer import distributed
 from trainer.errors import UserError
-from trainer.training.partitions import Partition, optimizer_state, own_share, partitions, set_step
+from trainer.training.partitions import Partition, optimizer_state, local_shard, partitions, set_step
 from trainer.zero.checked_reader import CHUNK_BYTES, CheckedReader
 from trainer.zero.state import MOMENTS, NAMES, StoredState, read_state
 from trainer.zero.stored_tensors import StoredTensor
@@ -36,7 +36,7 @@ def load(engine: Any, path: Path, zero_stage: int, world_size: int, dtype: str) 
         optimizer.checkpoint_event_prologue()  # stage 3 lets go of what it has gathered
     try:
         stored = read_state(path, zero_stage, world_size, dtype)
-        _refuse_left_over(engine, stored, path)
+        _check_nothing_left(engine, stored, path)
         with CheckedReader(checksums=False) as reader:
             for partition in partitions(engine):
                 _fill(engine, partition, stored, reader, path)
@@ -53,7 +53,7 @@ def saved_names(engine: Any) -> dict[str, list[str]]:
     """What a checkpoint of stage 0 needs beside the optimizer's state: its parameters' names, in its order."""
     if engine.zero_optimization():
         return {}
-    return {NAMES: [span.name for partition in partitions(engine) for span in partition.spans]}
+    return {NAMES: [span.name for partition in partitions(engine) for span in partition.slices]}
 
 
 def _fill(engine: Any, partition: Partition, stored: StoredState, reader: CheckedReader, path: Path) -> None:
@@ -61,7 +61,7 @@ def _fill(engine: Any, partition: Partition, stored: StoredState, reader: Checke
     set_step(state, stored.step)
     master = partition.master.data.view(-1)
     moments = {which: state[which].view(-1) for which in MOMENTS}
-    for span in partition.spans:
+    for span in partition.slices:
         place = slice(span.offset, span.offset + span.count)
         weight = stored.weights.find(span.name)
         _copy(reader, path, span.name, weight, span.start, master[place])
@@ -83,7 +83,7 @@ def _fill_untrained(engine: Any, stored: StoredState, reader: CheckedReader, pat
             continue
         weight = stored.weights.find(name)
         if hasattr(parameter, "ds_tensor"):
-            start, count = own_share(parameter)
+            start, count = local_shard(parameter)
             _copy(reader, path, name, weight, start, parameter.ds_tensor.data.view(-1)[:count])
         else:
             _copy(reader, path, name, weight, 0, parameter.data.view(-1))
@@ -130,7 +130,7 @@ def _read_into(reader: CheckedReader, piece: Piece, start: int, target: torch.Te
         target.copy_(reader.tensor(piece, start, len(target)))
 
 
-def _refuse_left_over(engine: Any, stored: StoredState, path: Path) -> None:
+def _check_nothing_left(engine: Any, stored: StoredState, path: Path) -> None:
     """Nothing of the checkpoint may be without a place: it would be lost without a word."""
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     shapes |= {name: tuple(buffer.shape) for name, buffer in engine.module.named_buffers()}

@@ -79,7 +79,7 @@ def remove_leftovers(run: RunDirectory) -> None:
             path.unlink(missing_ok=True)
 
 
-def installed() -> dict[str, str]:
+def code_fingerprint() -> dict[str, str]:
     """What must be the same on all ranks: packages, Python, and every line of ours (a revision may be dirty)."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]

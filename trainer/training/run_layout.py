@@ -24,15 +24,15 @@ from trainer.settings import TrainSettings
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.training import layouts, model_copy
-from trainer.training.batches import PackedData
-from trainer.training.layout_check import Choice, Example, NoLayout, choose_layout
+from trainer.training.batches import PackedDataset
+from trainer.training.layout_check import LayoutChoice, Example, NoLayout, choose_layout
 from trainer.training.layouts import DESCRIPTIONS, PACKED, PADDED, Layout
 
 _CPU_TOKENS = 128  # of the run's first example; an accelerator takes a whole pack in no time
 _NO_MEMORY = "memory"
 
 
-class LayoutOfRun:
+class LayoutSelection:
     """Which layouts a run may have, and which one it gets."""
 
     def __init__(self, settings: TrainSettings, config: Any, kept: Layout | None):
@@ -43,7 +43,7 @@ class LayoutOfRun:
         packed_attention.register()
         self._layouts = [kept] if kept is not None else layouts.candidates(config, settings.packing)
 
-    def choose(self, engine: Any, data: PackedData, fresh: bool) -> Choice:
+    def choose(self, engine: Any, data: PackedDataset, fresh: bool) -> LayoutChoice:
         """Collective. Check the layouts on the engine's weights, set its attention; a UserError is raised on every rank.
 
         `fresh`: the weights are random and no step was made.
@@ -54,7 +54,7 @@ class LayoutOfRun:
         set_attention(engine.module, outcome.layout.attention)
         return outcome
 
-    def report(self, choice: Choice) -> None:
+    def report(self, choice: LayoutChoice) -> None:
         """Say in one line which layout the run has, and in another why it is not packed."""
         if choice.rejected:
             fastest, reason = choice.rejected[0]
@@ -64,7 +64,7 @@ class LayoutOfRun:
             f"deviation (allowed: {choice.tolerance:.0e}, {choice.num_examples} examples, {choice.compared_in})"
         )
 
-    def record(self, choice: Choice) -> dict[str, Any]:
+    def record(self, choice: LayoutChoice) -> dict[str, Any]:
         """Return the facts for environment.json and the checkpoints."""
         return {
             "rows": choice.layout.rows,
@@ -76,7 +76,7 @@ class LayoutOfRun:
             "fallback_reason": choice.reason,
         }
 
-    def _check(self, engine: Any, examples: list[Example], fresh: bool) -> Choice | NoLayout:
+    def _check(self, engine: Any, examples: list[Example], fresh: bool) -> LayoutChoice | NoLayout:
         """Collective. On a plain copy of the model on rank 0; where memory does not allow it, in the engine itself."""
         model = model_copy.copy_model(engine, self._config, fresh)
         if model is not None:
@@ -93,7 +93,7 @@ class LayoutOfRun:
         except NoLayout as error:
             return error
 
-    def _check_copy(self, model: Any, engine: Any, examples: list[Example]) -> Choice | NoLayout | str:
+    def _check_copy(self, model: Any, engine: Any, examples: list[Example]) -> LayoutChoice | NoLayout | str:
         @contextlib.contextmanager
         def as_trained() -> Iterator[None]:
             before = model_copy.as_trained(model, engine)
@@ -133,7 +133,7 @@ class LayoutOfRun:
         return self._settings.model_name_or_path or self._settings.config_name
 
 
-def check_examples(settings: TrainSettings, data: PackedData) -> list[Example]:
+def check_examples(settings: TrainSettings, data: PackedDataset) -> list[Example]:
     """Return real examples of a run: its first ones, the longest of training and evaluation, and a short one twice.
 
     The second short one is the beginning of the first example, as long as the short one, so that a batch of rows of equal
@@ -173,7 +173,7 @@ def layout_of_checkpoint(checkpoint: Path, run: RunDirectory) -> Layout | None:
     return before.get(packing)
 
 
-def refuse_another_layout(kept: Layout | None, packing: str, checkpoint: Path) -> None:
+def check_same_layout(kept: Layout | None, packing: str, checkpoint: Path) -> None:
     """Raise UserError if a run cannot go on from a checkpoint with this setting of `packing`."""
     if kept is None or packing == "auto" or kept.is_packed == (packing == "true"):
         return

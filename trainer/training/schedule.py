@@ -9,7 +9,7 @@ from trainer.settings import TrainSettings
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LearningRateSchedule:
     """Linear warm-up to `peak`, then constant, linear to 0, or half a cosine to 0 (transformers' definitions)."""
 
     peak: float
@@ -18,7 +18,7 @@ class Schedule:
     total_steps: int
 
     @classmethod
-    def make(cls, settings: TrainSettings, total_steps: int) -> Schedule:
+    def make(cls, settings: TrainSettings, total_steps: int) -> LearningRateSchedule:
         warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total_steps)
         return cls(settings.learning_rate, settings.lr_scheduler_type, warmup, total_steps)
 

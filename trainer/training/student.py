@@ -22,22 +22,22 @@ from trainer.shards.methods import view_of
 from trainer.shards.model_tokenizer import check_model_fits_shards
 from trainer.shards.read import Shards
 from trainer.training import checkpoint, ds_config, time_limit
-from trainer.training.batches import PackedData, StepPlan
+from trainer.training.batches import PackedDataset, BatchPlan
 from trainer.training.engine import build_engine
-from trainer.training.layout_check import Choice
+from trainer.training.layout_check import LayoutChoice
 from trainer.training.layouts import Layout
-from trainer.training.run_files import installed, remove_leftovers, write_run_files
+from trainer.training.run_files import code_fingerprint, remove_leftovers, write_run_files
 from trainer.training.run_layout import (
-    LayoutOfRun,
+    LayoutSelection,
     layout_of_checkpoint,
-    refuse_another_layout,
+    check_same_layout,
     write_record,
 )
-from trainer.training.schedule import Schedule
+from trainer.training.schedule import LearningRateSchedule
 
 # Settings that may differ when a run goes on; everything else decides its numbers. Ranks, ZeRO stage, offload and
 # micro-batches may all change, as long as a step takes as many packs: see _refuse_other_steps.
-_MAY_CHANGE = {
+_MAY_CHANGE_ON_RESUME = {
     "deepspeed", "output_dir", "train_shards", "eval_shards", "eval_steps", "eval_max_problems", "save_steps", "save_total_limit",
     "resume_from_checkpoint", "overwrite_output_dir", "report_to", "wandb_project", "timeout_seconds", "dry_run",
     "time_limit_seconds", "max_restarts", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -46,45 +46,45 @@ _MAY_CHANGE = {
 
 
 @dataclass
-class Student:
+class TrainState:
     """A run in progress. `facts` go into every checkpoint's manifest."""
 
     settings: TrainSettings
     world: DistributedEnvironment
     run: RunDirectory
     shards: Shards
-    data: PackedData
-    plan: StepPlan
-    schedule: Schedule
+    data: PackedDataset
+    batch_plan: BatchPlan
+    learning_rates: LearningRateSchedule
     tokenizer: Any
     config: Any
     engine: Any
     device: torch.device
     first_step: int
     facts: dict[str, Any]
-    layout_of_run: LayoutOfRun
-    choice: Choice
+    layout_selection: LayoutSelection
+    layout_choice: LayoutChoice
 
     @property
     def layout(self) -> Layout:
-        return self.choice.layout
+        return self.layout_choice.layout
 
 
-def enrol(settings: TrainSettings, world: DistributedEnvironment, run: RunDirectory, stop: StopRequest) -> Student | None:
+def setup_training(settings: TrainSettings, world: DistributedEnvironment, run: RunDirectory, stop: StopRequest) -> TrainState | None:
     """Check everything that can be checked, then build the engine and load the newest valid checkpoint.
 
     `stop` learns of the time limit, if there is one. None if the run is finished already. Collective; a UserError is
     raised on every rank.
     """
-    distributed.assert_same_on_all_ranks("installation", installed())
+    distributed.assert_same_on_all_ranks("installation", code_fingerprint())
     if distributed.is_main_process():
         remove_leftovers(run)
-    shards = _intact_shards(settings.train_shards)
+    shards = _open_shards(settings.train_shards)
     tokenizer = load_tokenizer(shards.tokenizer_path)
     config = _config(settings, shards, tokenizer)
     view = view_of(settings.method, settings.train_on_calculator_results)
-    data = PackedData(shards, settings.method, view, settings.pack_length, settings.seed)
-    plan = StepPlan.make(
+    data = PackedDataset(shards, settings.method, view, settings.pack_length, settings.seed)
+    plan = BatchPlan.make(
         settings.per_device_train_batch_size,
         settings.gradient_accumulation_steps,
         world.world_size,
@@ -92,17 +92,17 @@ def enrol(settings: TrainSettings, world: DistributedEnvironment, run: RunDirect
         settings.num_train_epochs,
         settings.max_steps,
     )
-    resolved = ds_config.resolve(settings, world.world_size)
+    resolved = ds_config.resolve_ds_config(settings, world.world_size)
     facts = _facts(settings, world, shards, config, resolved, data)
     distributed.assert_same_on_all_ranks("training setup", {**facts, "plan": repr(plan), "ds_config": resolved})
-    time_limit.impose(stop, settings.time_limit_seconds, run, facts)
-    start = _starting_point(settings, run, facts, plan)
+    time_limit.set_deadline(stop, settings.time_limit_seconds, run, facts)
+    start = _find_checkpoint(settings, run, facts, plan)
     if start is not None and commit.read_manifest(start)["facts"]["finished"]:
         return None
     kept = None if start is None else layout_of_checkpoint(start, run)
     if start is not None:
-        refuse_another_layout(kept, settings.packing, start)
-    layout_of_run = LayoutOfRun(settings, config, kept)
+        check_same_layout(kept, settings.packing, start)
+    layout_of_run = LayoutSelection(settings, config, kept)
     if distributed.is_main_process():
         write_run_files(settings, run, resolved, facts, config, tokenizer)
     engine = build_engine(settings, run, config, resolved, blank=start is not None)
@@ -114,8 +114,8 @@ def enrol(settings: TrainSettings, world: DistributedEnvironment, run: RunDirect
     choice = layout_of_run.choose(engine, data, fresh=first_step == 0 and not settings.model_name_or_path)
     facts["layout"] = layout_of_run.record(choice)
     write_record(run, facts["layout"])
-    schedule = Schedule.make(settings, plan.total_steps)
-    return Student(
+    schedule = LearningRateSchedule.make(settings, plan.total_steps)
+    return TrainState(
         settings,
         world,
         run,
@@ -134,7 +134,7 @@ def enrol(settings: TrainSettings, world: DistributedEnvironment, run: RunDirect
     )
 
 
-def _intact_shards(path: str) -> Shards:
+def _open_shards(path: str) -> Shards:
     """Collective. Every byte is compared with its digest, once a node: a node may have a copy of its own."""
     shards, error = None, None
     try:
@@ -168,7 +168,7 @@ def _facts(
     shards: Shards,
     config: Any,
     resolved: dict[str, Any],
-    data: PackedData,
+    data: PackedDataset,
 ) -> dict[str, Any]:
     name = settings.model_name_or_path or settings.config_name
     return {
@@ -189,8 +189,8 @@ def _facts(
     }
 
 
-def _starting_point(
-    settings: TrainSettings, run: RunDirectory, facts: dict[str, Any], plan: StepPlan
+def _find_checkpoint(
+    settings: TrainSettings, run: RunDirectory, facts: dict[str, Any], plan: BatchPlan
 ) -> Path | None:
     """The checkpoint to go on from, valid and of the same run; None to start from zero."""
     if settings.overwrite_output_dir:
@@ -200,14 +200,14 @@ def _starting_point(
         found: Path | None = Path(settings.resume_from_checkpoint)
         checkpoint.check_valid(Path(settings.resume_from_checkpoint))
     else:
-        found = checkpoint.newest_valid(run)
+        found = checkpoint.latest_valid(run)
     if found is not None:
-        _refuse_another_run(run, found, settings, facts)
-        _refuse_other_steps(found, plan)
+        _check_same_run(run, found, settings, facts)
+        _check_same_batch_plan(found, plan)
     return found
 
 
-def _refuse_another_run(
+def _check_same_run(
     run: RunDirectory, found: Path, settings: TrainSettings, facts: dict[str, Any]
 ) -> None:
     old = commit.read_manifest(found)["facts"]
@@ -219,7 +219,7 @@ def _refuse_another_run(
         before = _settings_of(run)
         now = to_dict(settings)
         keys = [
-            key for key in now if key not in _MAY_CHANGE and key not in names and before.get(key) != now[key]
+            key for key in now if key not in _MAY_CHANGE_ON_RESUME and key not in names and before.get(key) != now[key]
         ]
         changed += [f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in keys]
     if changed:
@@ -243,7 +243,7 @@ def _settings_of(run: RunDirectory) -> dict[str, Any]:
     return found
 
 
-def _refuse_other_steps(found: Path, plan: StepPlan) -> None:
+def _check_same_batch_plan(found: Path, plan: BatchPlan) -> None:
     """The cluster may change under a run, the packs of a step may not: they decide its numbers and its schedule."""
     old = commit.read_manifest(found)["facts"]
     step, consumed = old["step"], old["packs_consumed"]

@@ -18,7 +18,7 @@ _PROBE_BYTES = 16 << 20
 _BYTES_OF_WEIGHTS, _BYTES_OF_OPTIMIZER = 4, 12
 
 
-def impose(stop: StopRequest, time_limit_seconds: float, run: RunDirectory, facts: dict[str, Any]) -> None:
+def set_deadline(stop: StopRequest, time_limit_seconds: float, run: RunDirectory, facts: dict[str, Any]) -> None:
     """Collective. Have `stop` asked for in time for a last save: before Slurm's limit of the job, and before our own.
 
     Raises UserError, before a model is built, if there is no time for a single checkpoint.
@@ -26,7 +26,7 @@ def impose(stop: StopRequest, time_limit_seconds: float, run: RunDirectory, fact
     left = _seconds_left(time_limit_seconds, stop.started)
     if left is None:
         return
-    save = _seconds_of_a_save(run, facts)
+    save = _estimated_save_seconds(run, facts)
     if left < save:
         raise UserError(
             f"the time limit leaves {left:.1f} s, and one checkpoint takes about {save:.1f} s here: nothing could be "
@@ -44,7 +44,7 @@ def _seconds_left(time_limit_seconds: float, started: float) -> float | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _seconds_of_a_save(run: RunDirectory, facts: dict[str, Any]) -> float:
+def _estimated_save_seconds(run: RunDirectory, facts: dict[str, Any]) -> float:
     """Collective. Estimated from how fast rank 0 writes, flushes and digests a few megabytes where checkpoints go.
 
     Raises UserError, on every rank, where nothing can be written.

@@ -42,7 +42,7 @@ _LEAVING_SECONDS = 5.0  # the others of this host may end by themselves for so l
 
 
 @contextlib.contextmanager
-def occupied(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
+def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
     """Collective. Hold the run's lock and watch over its ranks. Raises UserError if another job holds the run."""
     lock = _take(run.lock)
     try:
@@ -56,7 +56,7 @@ def occupied(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
             in_order = True  # raised on all ranks
             raise
         except Exception:
-            watchdog.name_the_last()
+            watchdog.report_stragglers()
             raise
         finally:
             watchdog.stop(in_order)
@@ -104,18 +104,18 @@ class Watchdog:
         self._look()
         self._thread.start()
 
-    def moved(self, step: int) -> None:
+    def report_step(self, step: int) -> None:
         """So many steps are done."""
         self._step = step
         if time.monotonic() - self._wrote > _WRITE_EVERY_SECONDS:
             with contextlib.suppress(OSError):
                 self._beat()
 
-    def refuse_if_lost(self) -> None:
+    def check_lock(self) -> None:
         """Collective. Raises UserError if another job has taken the run: nothing may be written any more."""
         distributed.raise_on_all_ranks(self._lock.taken_over_by())
 
-    def name_the_last(self) -> None:
+    def report_stragglers(self) -> None:
         """If a collective failed: say which ranks were behind the others, or are no more."""
         others = {
             rank: record for rank in range(distributed.environment().world_size) if (record := self._read(rank))
