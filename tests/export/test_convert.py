@@ -20,7 +20,7 @@ from trainer.export.convert import convert
 from trainer.models import architecture
 from trainer.settings import ConvertSettings
 from trainer.zero import layout
-from trainer.zero.checked_reader import CheckedReader
+from trainer.zero.checked_reader import ChecksumReader
 
 
 def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
@@ -89,11 +89,11 @@ def test_same_dtype_is_the_one_trained_in(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt2-zero1-fp32-2ranks-buffers", "gpt2-zero3-bf16-2ranks-buffers"])
 def test_buffers_are_written_as_they_are(name: str, made: Path, tmp_path: Path) -> None:
     case = BY_NAME[name]
-    stored = layout.read(
+    stored = layout.read_tensors(
         made / name / "checkpoints" / "step-000002", case["stage"], case["world_size"], case["dtype"]
     )
-    (shard,) = safetensors_writer.plan(stored.tensors, torch.float32, 10**9)
-    with CheckedReader() as reader:
+    (shard,) = safetensors_writer.plan_shards(stored.tensors, torch.float32, 10**9)
+    with ChecksumReader() as reader:
         safetensors_writer.write(shard, tmp_path / shard.name, reader, lambda num_bytes: None)
         reader.finish()
     written = load_file(tmp_path / shard.name)
@@ -106,7 +106,7 @@ def test_buffers_are_written_as_they_are(name: str, made: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_rebuild_takes_another_road_to_the_same_weights(name: str, made: Path) -> None:
     case = BY_NAME[name]
-    rebuilt = rebuild.masters(
+    rebuilt = rebuild.reference_weights(
         made / name / "checkpoints" / "step-000002", case["stage"], case["world_size"], case["dtype"]
     )
     masters = load_file(made / name / "masters.safetensors")

@@ -22,8 +22,8 @@ from trainer.settings import TrainSettings
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import PackedDataset
-from trainer.zero.checked_reader import CheckedReader
-from trainer.zero.state import read_state
+from trainer.zero.checked_reader import ChecksumReader
+from trainer.zero.state import read_optimizer_state
 
 _TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes"}
 
@@ -50,16 +50,16 @@ def state_digest(checkpoint: Path) -> str:
     """SHA-256 over every weight and moment of a checkpoint, by name, after its files were found whole."""
     commit.verify_digests(checkpoint)
     facts = commit.read_manifest(checkpoint)["facts"]
-    state = read_state(checkpoint, facts["zero_stage"], facts["world_size"], facts["dtype"])
+    state = read_optimizer_state(checkpoint, facts["zero_stage"], facts["world_size"], facts["dtype"])
     digest = hashlib.sha256(f"{state.step}".encode())
     tensors = {("weight", name): tensor for name, tensor in state.weights.tensors.items()}
     tensors |= {
         (which, name): tensor for which, named in state.moments.items() for name, tensor in named.items()
     }
-    with CheckedReader() as reader:
+    with ChecksumReader() as reader:
         for key in sorted(tensors):
             digest.update(f"{key}{tensors[key].shape}".encode())
-            for piece in tensors[key].pieces:
+            for piece in tensors[key].ranges:
                 digest.update(reader.tensor(piece, 0, piece.num_elements).numpy().tobytes())
         reader.finish()
     assert len(tensors) > 20

@@ -13,7 +13,7 @@ from trainer import commit
 from trainer.errors import UserError
 from trainer.run_directory import RunDirectory
 from trainer.training import checkpoint
-from trainer.zero.state import read_state
+from trainer.zero.state import read_optimizer_state
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_malicious_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
                 file.write_bytes(plant)
         checkpoint.check_valid(folder)
         with pytest.raises(UserError, match=r"mp_rank_00_model_states\.pt"):
-            read_state(folder, 0, 1, "fp32")
+            read_optimizer_state(folder, 0, 1, "fp32")
     assert not (tmp_path / "planted").exists()
 
 

@@ -16,13 +16,13 @@ from trainer import commit, startup, terminal
 from trainer.errors import UserError
 from trainer.export import model_card
 from trainer.export import source as sources
-from trainer.export.source import Source
+from trainer.export.source import CheckpointSource
 from trainer.models import architecture
 from trainer.settings import ConvertSettings
 
 if TYPE_CHECKING:
-    from trainer.export.fit import Fit
-    from trainer.export.safetensors_writer import Shard
+    from trainer.export.fit import ExportLayout
+    from trainer.export.safetensors_writer import OutputShard
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SPARE_BYTES = 4 << 20  # for the manifest, the card and what the file system adds
@@ -38,7 +38,7 @@ def convert(settings: ConvertSettings) -> Path:
     config.json, an `output_dir` that holds something else, and a disk that is too full.
     """
     max_shard_bytes = parse_size(settings.max_shard_size)
-    source = sources.find(Path(settings.checkpoint_dir))
+    source = sources.find_checkpoint(Path(settings.checkpoint_dir))
     final = sources.output_directory(source, settings.output_dir)
     dtype = source.facts["dtype"] if settings.dtype == "same" else settings.dtype
     options = {"checkpoint_digest": source.digest, "export_dtype": dtype, "max_shard_bytes": max_shard_bytes}
@@ -64,7 +64,7 @@ def parse_size(text: str) -> int:
 
 def _stream(
     settings: ConvertSettings,
-    source: Source,
+    source: CheckpointSource,
     final: Path,
     facts: dict[str, Any],
     background: ThreadPoolExecutor,
@@ -78,20 +78,20 @@ def _stream(
     import torch
 
     from trainer.export import safetensors_writer
-    from trainer.export.fit import config_text, fit, generation_config_text, tokenizer_config_text
+    from trainer.export.fit import config_text, check_against_config, generation_config_text, tokenizer_config_text
     from trainer.zero import layout
 
-    stored = layout.read(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
-    fitting = background.submit(fit, stored, source.path, source.model_folder, facts["export_dtype"])
+    stored = layout.read_tensors(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
+    fitting = background.submit(check_against_config, stored, source.path, source.model_folder, facts["export_dtype"])
     startup.freeze_gc()
     dtype_name = architecture.DTYPES[facts["export_dtype"]]
 
-    def plan(found: Fit | None) -> list[Shard]:
+    def plan(found: ExportLayout | None) -> list[OutputShard]:
         tensors: Any = stored.tensors if found is None else found.tensors
         kept = (
             {} if found is None else {name: getattr(torch, kind) for name, kind in found.kept_dtypes.items()}
         )
-        return safetensors_writer.plan(tensors, getattr(torch, dtype_name), facts["max_shard_bytes"], kept)
+        return safetensors_writer.plan_shards(tensors, getattr(torch, dtype_name), facts["max_shard_bytes"], kept)
 
     if settings.dry_run:
         _describe(plan(fitting.result()), final)
@@ -129,7 +129,7 @@ def _stream(
         files |= _write_small_files(texts, source.model_folder, staging, set(files))
         if settings.verify:
             _verify(staging, source, facts["export_dtype"])
-        _put_in_place(staging, final, facts, files)
+        _publish(staging, final, facts, files)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -142,22 +142,22 @@ def _stream(
 
 
 def _write_weights(
-    shards: list[Shard],
+    shards: list[OutputShard],
     staging: Path,
-    fitting: Future[Fit],
-    plan: Callable[[Fit], list[Shard]],
+    fitting: Future[ExportLayout],
+    plan: Callable[[ExportLayout], list[OutputShard]],
 ) -> dict[str, dict[str, Any]]:
     """Write the safetensors files and return their entries of the manifest.
 
     Stops, with some files missing, as soon as `fitting` is done and `plan` of it is another. Raises UserError as `fit`.
     """
     from trainer.export import safetensors_writer
-    from trainer.zero.checked_reader import CheckedReader
+    from trainer.zero.checked_reader import ChecksumReader
 
     files, done, is_confirmed = {}, 0, False
     with (
         terminal.progress("MB written", _weight_bytes(shards) // _MEGABYTE) as bar,
-        CheckedReader() as reader,
+        ChecksumReader() as reader,
     ):
 
         def advance(num_bytes: int) -> None:
@@ -195,7 +195,7 @@ def _write_small_files(
     return commit.digest_files(staging, [name for name in written if name not in weights])
 
 
-def _put_in_place(
+def _publish(
     staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]
 ) -> None:
     try:
@@ -209,7 +209,7 @@ def _put_in_place(
         raise UserError(f"{final} was written by another process meanwhile; theirs stands") from None
 
 
-def _verify(export: Path, source: Source, dtype: str) -> None:
+def _verify(export: Path, source: CheckpointSource, dtype: str) -> None:
     import torch
 
     from trainer.export.verify import verify
@@ -222,9 +222,9 @@ def _verify(export: Path, source: Source, dtype: str) -> None:
     )
 
 
-def _describe(shards: list[Shard], final: Path) -> None:
+def _describe(shards: list[OutputShard], final: Path) -> None:
     for shard in shards:
-        terminal.info(f"{_size(shard.num_bytes):>10}  {shard.name}, {len(shard.entries)} tensors")
+        terminal.info(f"{_size(shard.num_bytes):>10}  {shard.name}, {len(shard.tensors)} tensors")
     free = shutil.disk_usage(_existing(final)).free
     terminal.info(f"would write {_size(_weight_bytes(shards))} to {final}; {_size(free)} are free there")
 
@@ -243,7 +243,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
-def _weight_bytes(shards: list[Shard]) -> int:
+def _weight_bytes(shards: list[OutputShard]) -> int:
     return sum(shard.num_bytes for shard in shards)
 
 

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 from trainer.errors import UserError
 from trainer.models import architecture
 from trainer.models.architecture import Architecture
-from trainer.zero.stored_tensors import StoredModel, StoredTensor
+from trainer.zero.stored_tensors import CheckpointTensors, TensorReference
 
 if TYPE_CHECKING:
     from trainer.export.rearrange import RearrangedTensor
 
 
 @dataclass(frozen=True)
-class Fit:
+class ExportLayout:
     """`tensors` and `kept_dtypes` (of those not written in the export's dtype) are by name in the files."""
 
     expected: Architecture
-    tensors: dict[str, StoredTensor | RearrangedTensor]
+    tensors: dict[str, TensorReference | RearrangedTensor]
     kept_dtypes: dict[str, str]
 
 
-def fit(stored: StoredModel, checkpoint: Path, folder: Path, dtype: str) -> Fit:
+def check_against_config(stored: CheckpointTensors, checkpoint: Path, folder: Path, dtype: str) -> ExportLayout:
     """Return the tensors to write for the config.json in `folder`, about in the order in which they are stored.
 
     `dtype`: "fp32", "bf16" or "fp16". Raises UserError naming a parameter that is missing, that is not the model's, or
@@ -33,9 +33,9 @@ def fit(stored: StoredModel, checkpoint: Path, folder: Path, dtype: str) -> Fit:
     """
     expected = architecture.read_architecture(folder)
     chosen = _chosen(stored, checkpoint, folder / "config.json", expected)
-    place = {tensor.pieces: number for number, tensor in enumerate(stored.tensors.values())}
-    read_first = {name: (place[tensor.pieces], 0) for name, tensor in chosen.items()}
-    tensors: dict[str, StoredTensor | RearrangedTensor] = dict(chosen)
+    place = {tensor.ranges: number for number, tensor in enumerate(stored.tensors.values())}
+    read_first = {name: (place[tensor.ranges], 0) for name, tensor in chosen.items()}
+    tensors: dict[str, TensorReference | RearrangedTensor] = dict(chosen)
     kept = dict(expected.kept[dtype])
     if expected.moved:
         from trainer.export import rearrange
@@ -45,18 +45,18 @@ def fit(stored: StoredModel, checkpoint: Path, folder: Path, dtype: str) -> Fit:
         kept = {name: kept[name] for name in kept if name in tensors}
         for name, view in expected.moved.items():
             tensors[name] = rearrange.build(view, chosen)
-            read_first[name] = (place[chosen[view.first_name].pieces], view.offset)
+            read_first[name] = (place[chosen[view.first_name].ranges], view.offset)
             if view.first_name in expected.kept[dtype]:
                 kept[name] = expected.kept[dtype][view.first_name]
     ordered = dict(sorted(tensors.items(), key=lambda item: read_first[item[0]]))
-    return Fit(expected, ordered, kept)
+    return ExportLayout(expected, ordered, kept)
 
 
 def _chosen(
-    stored: StoredModel, checkpoint: Path, config: Path, expected: Architecture
-) -> dict[str, StoredTensor]:
+    stored: CheckpointTensors, checkpoint: Path, config: Path, expected: Architecture
+) -> dict[str, TensorReference]:
     """Return the model's tensors by name."""
-    chosen: dict[str, StoredTensor] = {}
+    chosen: dict[str, TensorReference] = {}
     for name, shape in expected.shapes.items():
         tensor = stored.find(name)
         if tensor is None:
@@ -66,9 +66,9 @@ def _chosen(
         if tensor.shape != shape:
             raise UserError(f"{checkpoint}: {name} has shape {tensor.shape}, but {config} makes it {shape}")
         chosen[name] = tensor
-    used = {tensor.pieces for tensor in chosen.values()}
+    used = {tensor.ranges for tensor in chosen.values()}
     for name, tensor in stored.tensors.items():
-        if tensor.pieces in used:
+        if tensor.ranges in used:
             continue
         if name in expected.tied:
             raise UserError(

@@ -42,15 +42,15 @@ class OutputFile:
     def room(self) -> memoryview:
         """Where the next bytes go, at least one; fill it from its beginning. Raises OSError if an earlier write failed."""
         if not self._filled:
-            for future in self._busy[self._turn]:
+            for future in self._busy[self._swap_buffers]:
                 future.result()
-        return self._buffers[self._turn][self._filled :]
+        return self._buffers[self._swap_buffers][self._filled :]
 
     def advance(self, num_bytes: int) -> None:
         """So many bytes of `room()` are filled."""
         self._filled += num_bytes
         if self._filled == BUFFER_BYTES:
-            self._hand_over()
+            self._submit_buffer()
 
     def write(self, data: bytes) -> None:
         """A few bytes that are at hand."""
@@ -63,19 +63,19 @@ class OutputFile:
 
     def finish(self) -> str:
         """Wait until everything is on the disk; returns the SHA-256 of the file. Raises OSError."""
-        self._hand_over()
+        self._submit_buffer()
         for future in (future for futures in self._busy for future in futures):
             future.result()
         os.fsync(self._file)
         return self._digest.hexdigest()
 
     @property
-    def _turn(self) -> int:
+    def _swap_buffers(self) -> int:
         return self._offset // BUFFER_BYTES % _BUFFERS
 
-    def _hand_over(self) -> None:
-        full = self._buffers[self._turn][: self._filled]
-        self._busy[self._turn] = [
+    def _submit_buffer(self) -> None:
+        full = self._buffers[self._swap_buffers][: self._filled]
+        self._busy[self._swap_buffers] = [
             self._hasher.submit(self._digest.update, full),
             self._writer.submit(_write, self._file, full, self._offset),
         ]

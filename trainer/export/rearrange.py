@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from trainer.models.saved_layout import Joined, StridedView, merged
-from trainer.zero.checked_reader import CheckedReader
-from trainer.zero.stored_tensors import StoredTensor
-from trainer.zero.torch_files import Piece
+from trainer.zero.checked_reader import ChecksumReader
+from trainer.zero.stored_tensors import TensorReference
+from trainer.zero.torch_files import ByteRange
 
 _MIN_RUN_ELEMENTS = 1024  # a byte range costs about as much time as copying this many elements
 
@@ -27,7 +27,7 @@ class RearrangedTensor:
     """A tensor that is read whole: what `view` reads of the tensors in `stored`."""
 
     view: StridedView
-    stored: tuple[tuple[str, StoredTensor], ...]
+    stored: tuple[tuple[str, TensorReference], ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,22 +42,22 @@ class RearrangedTensor:
         return self.stored[0][1].dtype
 
     @property
-    def pieces(self) -> tuple[Piece, ...]:
+    def ranges(self) -> tuple[ByteRange, ...]:
         """Return where the elements come from, in no order."""
-        return tuple(piece for _, tensor in self.stored for piece in tensor.pieces)
+        return tuple(piece for _, tensor in self.stored for piece in tensor.ranges)
 
-    def read(self, reader: CheckedReader) -> torch.Tensor:
+    def read(self, reader: ChecksumReader) -> torch.Tensor:
         """Return the elements as a contiguous tensor of the stored dtype. Raises UserError for a damaged file."""
         return _read(self.view, dict(self.stored), reader).contiguous()
 
 
-def build(view: StridedView, stored: dict[str, StoredTensor]) -> StoredTensor | RearrangedTensor:
+def build(view: StridedView, stored: dict[str, TensorReference]) -> TensorReference | RearrangedTensor:
     """Return the tensor that `view` describes. `stored` has the tensors of the model by name."""
     runs = _runs(view)
     if runs is None:
         return RearrangedTensor(view, tuple((name, stored[name]) for name in sorted(view.names)))
-    pieces = [piece for name, start, count in runs for piece in stored[name].part(start, count)]
-    return StoredTensor(view.shape, tuple(pieces))
+    pieces = [piece for name, start, count in runs for piece in stored[name].slice(start, count)]
+    return TensorReference(view.shape, tuple(pieces))
 
 
 def _runs(view: StridedView) -> list[_Run] | None:
@@ -106,10 +106,10 @@ def _cut(runs: list[_Run], start: int, num_elements: int) -> list[_Run]:
     return found
 
 
-def _read(view: StridedView, stored: dict[str, StoredTensor], reader: CheckedReader) -> torch.Tensor:
+def _read(view: StridedView, stored: dict[str, TensorReference], reader: ChecksumReader) -> torch.Tensor:
     if isinstance(view.of, str):
         first, last = _span(view)
-        pieces = stored[view.of].part(first, last - first)
+        pieces = stored[view.of].slice(first, last - first)
         flat = torch.cat([reader.tensor(piece, 0, piece.num_elements) for piece in pieces])
         return flat.as_strided(view.shape, view.strides, view.offset - first)
     joined = torch.cat([_read(part, stored, reader) for part in view.of.views], view.of.dim)

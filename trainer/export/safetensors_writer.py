@@ -16,9 +16,9 @@ import torch
 
 from trainer.export.output_file import OutputFile
 from trainer.export.rearrange import RearrangedTensor
-from trainer.zero.checked_reader import CheckedReader
-from trainer.zero.stored_tensors import StoredTensor
-from trainer.zero.torch_files import Piece
+from trainer.zero.checked_reader import ChecksumReader
+from trainer.zero.stored_tensors import TensorReference
+from trainer.zero.torch_files import ByteRange
 
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPE_NAMES = {
@@ -28,11 +28,11 @@ _DTYPE_NAMES = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class OutputTensor:
     """One tensor of an output file, written in `dtype`."""
 
     name: str
-    source: StoredTensor | RearrangedTensor
+    source: TensorReference | RearrangedTensor
     dtype: torch.dtype
 
     @property
@@ -41,34 +41,34 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Shard:
+class OutputShard:
     """One output file: `header` is its first bytes, the entries' data follow in order."""
 
     name: str
-    entries: tuple[Entry, ...]
+    tensors: tuple[OutputTensor, ...]
     header: bytes
 
     @property
     def num_bytes(self) -> int:
-        return len(self.header) + sum(entry.num_bytes for entry in self.entries)
+        return len(self.header) + sum(entry.num_bytes for entry in self.tensors)
 
 
-def plan(
-    tensors: Mapping[str, StoredTensor | RearrangedTensor],
+def plan_shards(
+    tensors: Mapping[str, TensorReference | RearrangedTensor],
     dtype: torch.dtype,
     max_shard_bytes: int,
     kept: dict[str, torch.dtype] | None = None,
-) -> list[Shard]:
+) -> list[OutputShard]:
     """Return the files: tensors in the order given, in files of at most `max_shard_bytes` (a larger tensor stands alone).
 
     Floating-point tensors are written in `dtype`, or in the dtype that `kept` has for their name; others as they are.
     """
     kept = kept or {}
     entries = [
-        Entry(name, source, kept.get(name, dtype) if source.dtype.is_floating_point else source.dtype)
+        OutputTensor(name, source, kept.get(name, dtype) if source.dtype.is_floating_point else source.dtype)
         for name, source in tensors.items()
     ]
-    filled: list[list[Entry]] = [[]]
+    filled: list[list[OutputTensor]] = [[]]
     size = 0
     for entry in entries:
         if filled[-1] and size + entry.num_bytes > max_shard_bytes:
@@ -82,11 +82,11 @@ def plan(
         # Wide types first, so that every tensor starts at a multiple of its item size.
         ordered = tuple(sorted(group, key=lambda entry: -entry.dtype.itemsize))
         name = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-        shards.append(Shard(name, ordered, _header(ordered)))
+        shards.append(OutputShard(name, ordered, _header(ordered)))
     return shards
 
 
-def _header(entries: tuple[Entry, ...]) -> bytes:
+def _header(entries: tuple[OutputTensor, ...]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
@@ -101,24 +101,24 @@ def _header(entries: tuple[Entry, ...]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def index_text(shards: list[Shard], num_parameters: int) -> str:
+def index_text(shards: list[OutputShard], num_parameters: int) -> str:
     """model.safetensors.index.json: which file holds which tensor."""
-    total = sum(entry.num_bytes for shard in shards for entry in shard.entries)
+    total = sum(entry.num_bytes for shard in shards for entry in shard.tensors)
     index = {
         "metadata": {"total_parameters": num_parameters, "total_size": total},
-        "weight_map": {entry.name: shard.name for shard in shards for entry in shard.entries},
+        "weight_map": {entry.name: shard.name for shard in shards for entry in shard.tensors},
     }
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def write(shard: Shard, path: Path, reader: CheckedReader, advance: Callable[[int], None]) -> dict[str, Any]:
+def write(shard: OutputShard, path: Path, reader: ChecksumReader, advance: Callable[[int], None]) -> dict[str, Any]:
     """Write one file and return {"bytes", "sha256"}; it is on the disk by then. `advance` gets the number of bytes written.
 
     Memory: a few chunks of 16 MiB, and for a RearrangedTensor the part of the checkpoint's tensor that it reads, twice.
     """
     with OutputFile(path) as out:
         out.write(shard.header)
-        for entry in shard.entries:
+        for entry in shard.tensors:
             if isinstance(entry.source, RearrangedTensor):
                 _write_tensor(out, entry.source.read(reader).to(entry.dtype), advance)
             else:
@@ -128,12 +128,12 @@ def write(shard: Shard, path: Path, reader: CheckedReader, advance: Callable[[in
 
 def _write_pieces(
     out: OutputFile,
-    source: StoredTensor,
+    source: TensorReference,
     dtype: torch.dtype,
-    reader: CheckedReader,
+    reader: ChecksumReader,
     advance: Callable[[int], None],
 ) -> None:
-    for piece in source.pieces:
+    for piece in source.ranges:
         start = 0
         while start < piece.num_elements:
             # A tensor starts at a multiple of its item size, so an element never crosses buffers.
@@ -158,7 +158,7 @@ def _write_tensor(out: OutputFile, tensor: torch.Tensor, advance: Callable[[int]
 
 
 def _fill(
-    out: memoryview, dtype: torch.dtype, reader: CheckedReader, piece: Piece, start: int, count: int
+    out: memoryview, dtype: torch.dtype, reader: ChecksumReader, piece: ByteRange, start: int, count: int
 ) -> None:
     """Elements [start, start + count) of `piece` as bytes of `dtype` (rounded to nearest, ties to even)."""
     if piece.dtype == dtype:

@@ -16,7 +16,7 @@ _DTYPES = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """A finished checkpoint whose files have the sizes of its manifest."""
 
     path: Path
@@ -28,7 +28,7 @@ class Source:
         return self.path / MODEL_FOLDER
 
 
-def find(path: Path) -> Source:
+def find_checkpoint(path: Path) -> CheckpointSource:
     """The checkpoint at `path`, or the newest valid one if `path` is a run directory.
 
     Raises UserError if there is none, or it is unfinished, incomplete, or its small files are damaged. The weights'
@@ -49,7 +49,7 @@ def find(path: Path) -> Source:
     )
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path) -> CheckpointSource:
     manifest = commit.read_manifest(path, kind="checkpoint")
     files, facts = manifest["files"], manifest["facts"]
     commit.verify_sizes(path, files, files)
@@ -67,10 +67,10 @@ def _open(path: Path) -> Source:
         raise UserError(
             f"{path / commit.MANIFEST}: world_size is {facts.get('world_size')!r}, expected 1 or more"
         )
-    return Source(path, facts, commit.manifest_digest(path))
+    return CheckpointSource(path, facts, commit.manifest_digest(path))
 
 
-def output_directory(source: Source, output_dir: str) -> Path:
+def output_directory(source: CheckpointSource, output_dir: str) -> Path:
     """`output_dir`, or else the export folder of the run whose checkpoints this one lies among."""
     if output_dir:
         return Path(output_dir)

@@ -20,12 +20,12 @@ _NUM_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerificationResult:
     num_tensors: int  # compared bit for bit
     max_logit_difference: float  # between the export and the checkpoint's own weights, both computed in fp32
 
 
-def verify(export: Path, checkpoint: Path, facts: dict[str, object], dtype: torch.dtype) -> Verdict:
+def verify(export: Path, checkpoint: Path, facts: dict[str, object], dtype: torch.dtype) -> VerificationResult:
     """Load `export` with `from_pretrained` and compare it with the weights of `checkpoint` rebuilt by another road.
 
     Every tensor must be equal bit for bit to the stored one rounded to `dtype` (or to fp32 where the family keeps that),
@@ -36,7 +36,7 @@ def verify(export: Path, checkpoint: Path, facts: dict[str, object], dtype: torc
     """
     from transformers import AutoModelForCausalLM
 
-    stored = rebuild.masters(
+    stored = rebuild.reference_weights(
         checkpoint, int(str(facts["zero_stage"])), int(str(facts["world_size"])), str(facts["dtype"])
     )
     with quiet_transformers():
@@ -79,7 +79,7 @@ def verify(export: Path, checkpoint: Path, facts: dict[str, object], dtype: torc
         if set(complaints.missing_keys) - tied or complaints.unexpected_keys:
             raise UserError(f"{checkpoint} does not load into the model of {export}: {complaints}")
         of_checkpoint = model(input_ids=tokens, use_cache=False).logits
-    return Verdict(len(stored), (of_export - of_checkpoint).abs().max().item())
+    return VerificationResult(len(stored), (of_export - of_checkpoint).abs().max().item())
 
 
 def _compare_names(export: Path, saved: dict[str, torch.Tensor]) -> None:

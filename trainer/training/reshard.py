@@ -18,10 +18,10 @@ import torch
 from trainer import distributed
 from trainer.errors import UserError
 from trainer.training.partitions import Partition, optimizer_state, local_shard, partitions, set_step
-from trainer.zero.checked_reader import CHUNK_BYTES, CheckedReader
-from trainer.zero.state import MOMENTS, NAMES, StoredState, read_state
-from trainer.zero.stored_tensors import StoredTensor
-from trainer.zero.torch_files import Piece
+from trainer.zero.checked_reader import CHUNK_BYTES, ChecksumReader
+from trainer.zero.state import MOMENTS, NAMES, OptimizerState, read_optimizer_state
+from trainer.zero.stored_tensors import TensorReference
+from trainer.zero.torch_files import ByteRange
 
 
 @torch.no_grad()
@@ -35,9 +35,9 @@ def load(engine: Any, path: Path, zero_stage: int, world_size: int, dtype: str) 
     if hasattr(optimizer, "checkpoint_event_prologue"):
         optimizer.checkpoint_event_prologue()  # stage 3 lets go of what it has gathered
     try:
-        stored = read_state(path, zero_stage, world_size, dtype)
+        stored = read_optimizer_state(path, zero_stage, world_size, dtype)
         _check_nothing_left(engine, stored, path)
-        with CheckedReader(checksums=False) as reader:
+        with ChecksumReader(checksums=False) as reader:
             for partition in partitions(engine):
                 _fill(engine, partition, stored, reader, path)
             _fill_untrained(engine, stored, reader, path)
@@ -56,7 +56,7 @@ def saved_names(engine: Any) -> dict[str, list[str]]:
     return {NAMES: [span.name for partition in partitions(engine) for span in partition.slices]}
 
 
-def _fill(engine: Any, partition: Partition, stored: StoredState, reader: CheckedReader, path: Path) -> None:
+def _fill(engine: Any, partition: Partition, stored: OptimizerState, reader: ChecksumReader, path: Path) -> None:
     state = optimizer_state(engine, partition.master)
     set_step(state, stored.step)
     master = partition.master.data.view(-1)
@@ -76,7 +76,7 @@ def _fill(engine: Any, partition: Partition, stored: StoredState, reader: Checke
             )
 
 
-def _fill_untrained(engine: Any, stored: StoredState, reader: CheckedReader, path: Path) -> None:
+def _fill_untrained(engine: Any, stored: OptimizerState, reader: ChecksumReader, path: Path) -> None:
     """Frozen parameters and buffers, in training precision."""
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
@@ -93,10 +93,10 @@ def _fill_untrained(engine: Any, stored: StoredState, reader: CheckedReader, pat
 
 
 def _copy(
-    reader: CheckedReader,
+    reader: ChecksumReader,
     path: Path,
     name: str,
-    stored: StoredTensor | None,
+    stored: TensorReference | None,
     start: int,
     target: torch.Tensor,
 ) -> None:
@@ -107,7 +107,7 @@ def _copy(
         raise UserError(f"{path} holds {name} as {stored.dtype}, this run keeps it as {target.dtype}")
     step = CHUNK_BYTES // target.element_size()
     done, position = 0, 0  # elements copied; elements of the pieces before this one
-    for piece in stored.pieces:
+    for piece in stored.ranges:
         first = max(start + done - position, 0)
         end = min(piece.num_elements, start + len(target) - position)
         for begin in range(first, end, step):
@@ -121,7 +121,7 @@ def _copy(
         )
 
 
-def _read_into(reader: CheckedReader, piece: Piece, start: int, target: torch.Tensor) -> None:
+def _read_into(reader: ChecksumReader, piece: ByteRange, start: int, target: torch.Tensor) -> None:
     """Elements of `piece` from `start` on: straight into the memory of a tensor on the CPU, else through a chunk."""
     if target.device.type == "cpu":
         place: Any = target.detach().view(torch.uint8).numpy()
@@ -130,7 +130,7 @@ def _read_into(reader: CheckedReader, piece: Piece, start: int, target: torch.Te
         target.copy_(reader.tensor(piece, start, len(target)))
 
 
-def _check_nothing_left(engine: Any, stored: StoredState, path: Path) -> None:
+def _check_nothing_left(engine: Any, stored: OptimizerState, path: Path) -> None:
     """Nothing of the checkpoint may be without a place: it would be lost without a word."""
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     shapes |= {name: tuple(buffer.shape) for name, buffer in engine.module.named_buffers()}

@@ -14,22 +14,22 @@ from pathlib import Path
 import torch
 
 from trainer.errors import UserError
-from trainer.zero.torch_files import Piece, Record
+from trainer.zero.torch_files import ByteRange, Storage
 
 CHUNK_BYTES = 16 << 20
 
 
-class CheckedReader:
+class ChecksumReader:
     """Use as a context manager; one thread only. Memory: one chunk. Without `checksums` only lengths are checked."""
 
     def __init__(self, checksums: bool = True) -> None:
         self._checksums = checksums
         self._descriptors: dict[Path, int] = {}
         self._checked: dict[
-            Record, tuple[int, int]
+            Storage, tuple[int, int]
         ] = {}  # checked up to this byte of the file, CRC-32 so far
 
-    def __enter__(self) -> CheckedReader:
+    def __enter__(self) -> ChecksumReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -37,21 +37,21 @@ class CheckedReader:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def read(self, piece: Piece, start: int, buffer: memoryview) -> None:
+    def read(self, piece: ByteRange, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `piece` from its byte `start` on. Raises UserError on a short file."""
         offset = piece.offset + start
-        self._read_exactly(piece.record, offset, buffer)
+        self._read_exactly(piece.storage, offset, buffer)
         if not self._checksums:
             return
-        checked, crc = self._checked.get(piece.record, (piece.record.start, 0))
+        checked, crc = self._checked.get(piece.storage, (piece.storage.start, 0))
         if offset > checked:
-            checked, crc = self._read_to(piece.record, checked, crc, offset)
+            checked, crc = self._read_to(piece.storage, checked, crc, offset)
         if offset + len(buffer) > checked:
             crc = zlib.crc32(buffer[checked - offset :], crc)
             checked = offset + len(buffer)
-        self._checked[piece.record] = (checked, crc)
+        self._checked[piece.storage] = (checked, crc)
 
-    def tensor(self, piece: Piece, start: int, num_elements: int) -> torch.Tensor:
+    def tensor(self, piece: ByteRange, start: int, num_elements: int) -> torch.Tensor:
         """Elements [start, start + num_elements) of `piece` as a tensor of their own."""
         buffer = bytearray(num_elements * piece.dtype.itemsize)
         if not buffer:
@@ -69,7 +69,7 @@ class CheckedReader:
                 )
         self._checked.clear()
 
-    def _read_to(self, record: Record, checked: int, crc: int, end: int) -> tuple[int, int]:
+    def _read_to(self, record: Storage, checked: int, crc: int, end: int) -> tuple[int, int]:
         buffer = memoryview(bytearray(min(CHUNK_BYTES, end - checked)))
         while checked < end:
             part = buffer[: min(CHUNK_BYTES, end - checked)]
@@ -78,7 +78,7 @@ class CheckedReader:
             checked += len(part)
         return checked, crc
 
-    def _read_exactly(self, record: Record, offset: int, buffer: memoryview) -> None:
+    def _read_exactly(self, record: Storage, offset: int, buffer: memoryview) -> None:
         if record.path not in self._descriptors:
             self._descriptors[record.path] = os.open(record.path, os.O_RDONLY)
         done = 0

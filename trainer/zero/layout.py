@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from trainer.errors import UserError
-from trainer.zero.rounding import check_samples, name_masters
-from trainer.zero.stored_tensors import StoredModel, StoredTensor
-from trainer.zero.torch_files import Piece, TorchFile
+from trainer.zero.rounding import check_samples, match_master_weights
+from trainer.zero.stored_tensors import CheckpointTensors, TensorReference
+from trainer.zero.torch_files import ByteRange, TorchFile
 
 Flat = Callable[[TorchFile, int], torch.Tensor]  # (a rank's file, number of the group) -> its flat tensor
 
@@ -46,7 +46,7 @@ def file_names(zero_stage: int, world_size: int, dtype: str) -> tuple[list[str],
 
 
 @dataclass(frozen=True)
-class Files:
+class CheckpointFiles:
     """A checkpoint's files, described but not read; each list in rank order."""
 
     zero_stage: int
@@ -54,7 +54,7 @@ class Files:
     optimizer: list[TorchFile]  # stage 0: none
 
 
-def open_files(directory: Path, zero_stage: int, world_size: int, dtype: str) -> Files:
+def open_files(directory: Path, zero_stage: int, world_size: int, dtype: str) -> CheckpointFiles:
     """Describe the files in `directory`.
 
     Raises UserError if a rank's file is missing or left over, damaged, or made by another number of ranks.
@@ -67,15 +67,15 @@ def open_files(directory: Path, zero_stage: int, world_size: int, dtype: str) ->
     optimizer_files = [TorchFile(directory / name) for name in optimizer_names]
     for file in optimizer_files:
         _check_world_size(file, optimizer(file).get("partition_count"), world_size)
-    return Files(zero_stage, model_files, optimizer_files)
+    return CheckpointFiles(zero_stage, model_files, optimizer_files)
 
 
-def read(directory: Path, zero_stage: int, world_size: int, dtype: str) -> StoredModel:
+def read_tensors(directory: Path, zero_stage: int, world_size: int, dtype: str) -> CheckpointTensors:
     """All weights of the checkpoint in `directory`; reads metadata and samples. Raises UserError as `open_files`."""
     return weights(open_files(directory, zero_stage, world_size, dtype))
 
 
-def weights(files: Files) -> StoredModel:
+def weights(files: CheckpointFiles) -> CheckpointTensors:
     """fp32 masters of trained parameters, frozen parameters and buffers in training precision."""
     if files.zero_stage == 0:
         return _weights_stage_0(files.model[0])
@@ -84,7 +84,7 @@ def weights(files: Files) -> StoredModel:
     return _weights_stage_1_or_2(files)
 
 
-def trained(files: Files, flat: Flat) -> dict[str, StoredTensor]:
+def trained_weights(files: CheckpointFiles, flat: Flat) -> dict[str, TensorReference]:
     """Stages 1 to 3: one flat tensor per rank and group -> the part of each trained parameter, by name."""
     return _cut_shares(files, flat) if files.zero_stage == 3 else _cut_partitions(files, flat)
 
@@ -111,10 +111,10 @@ def _check_world_size(file: TorchFile, found: Any, world_size: int) -> None:
 
 def optimizer(file: TorchFile) -> dict[str, Any]:
     """The optimizer state of a rank's file of stage 1 to 3."""
-    return get(file, file.content, "optimizer_state_dict")
+    return require(file, file.content, "optimizer_state_dict")
 
 
-def get(file: TorchFile, holder: dict[str, Any], key: str) -> Any:
+def require(file: TorchFile, holder: dict[str, Any], key: str) -> Any:
     """`holder[key]`. Raises UserError if `file` has nothing there."""
     if holder.get(key) is None:
         version = file.content.get("ds_version", "unknown")
@@ -124,16 +124,16 @@ def get(file: TorchFile, holder: dict[str, Any], key: str) -> Any:
     return holder[key]
 
 
-def _whole(file: TorchFile, tensor: torch.Tensor) -> StoredTensor:
-    return StoredTensor(tuple(tensor.shape), (file.piece(tensor),))
+def _whole(file: TorchFile, tensor: torch.Tensor) -> TensorReference:
+    return TensorReference(tuple(tensor.shape), (file.byte_range(tensor),))
 
 
-def _weights_stage_0(file: TorchFile) -> StoredModel:
-    stored = StoredModel()
-    first_names: dict[Piece, str] = {}
-    for name, tensor in get(file, file.content, "module").items():
+def _weights_stage_0(file: TorchFile) -> CheckpointTensors:
+    stored = CheckpointTensors()
+    first_names: dict[ByteRange, str] = {}
+    for name, tensor in require(file, file.content, "module").items():
         whole = _whole(file, tensor)
-        first = first_names.setdefault(whole.pieces[0], name)
+        first = first_names.setdefault(whole.ranges[0], name)
         if first == name or whole.num_elements == 0:
             stored.tensors[name] = whole
         else:
@@ -142,72 +142,72 @@ def _weights_stage_0(file: TorchFile) -> StoredModel:
     groups = optimizer.get("fp32_groups") or optimizer.get("fp32_groups_flat")
     if groups:  # trained in bf16 or fp16
         masters = [
-            [file.piece(tensor) for tensor in (group if isinstance(group, list) else [group])]
+            [file.byte_range(tensor) for tensor in (group if isinstance(group, list) else [group])]
             for group in groups
         ]
-        buffers = set(get(file, file.content, "buffer_names"))
+        buffers = set(require(file, file.content, "buffer_names"))
         trained = {name: tensor for name, tensor in stored.tensors.items() if name not in buffers}
-        stored.tensors.update(name_masters(file.path, trained, masters))
+        stored.tensors.update(match_master_weights(file.path, trained, masters))
     return stored
 
 
-def _weights_stage_1_or_2(files: Files) -> StoredModel:
+def _weights_stage_1_or_2(files: CheckpointFiles) -> CheckpointTensors:
     (file,) = files.model
-    found = trained(
-        files, lambda file, group: get(file, optimizer(file), "single_partition_of_fp32_groups")[group]
+    found = trained_weights(
+        files, lambda file, group: require(file, optimizer(file), "single_partition_of_fp32_groups")[group]
     )
-    stored = StoredModel(dict(found), aliases=dict(get(file, file.content, "shared_params")))
-    module = get(file, file.content, "module")
+    stored = CheckpointTensors(dict(found), aliases=dict(require(file, file.content, "shared_params")))
+    module = require(file, file.content, "module")
     for name, tensor in module.items():
         if name not in found and name not in stored.aliases:  # a buffer, or a frozen parameter
             stored.tensors[name] = _whole(file, tensor)
-    check_samples(file.path, {name: (tensor, file.piece(module[name])) for name, tensor in found.items()})
+    check_samples(file.path, {name: (tensor, file.byte_range(module[name])) for name, tensor in found.items()})
     return stored
 
 
-def _cut_partitions(files: Files, flat: Flat) -> dict[str, StoredTensor]:
+def _cut_partitions(files: CheckpointFiles, flat: Flat) -> dict[str, TensorReference]:
     (file,) = files.model
     paddings = optimizer(files.optimizer[0]).get("param_alignment_paddings")
     found = {}
-    for index, shapes in enumerate(get(file, file.content, "param_shapes")):
-        cursor = _Cursor(file.path.parent, [rank.piece(flat(rank, index)) for rank in files.optimizer])
+    for index, shapes in enumerate(require(file, file.content, "param_shapes")):
+        cursor = _Cursor(file.path.parent, [rank.byte_range(flat(rank, index)) for rank in files.optimizer])
         for number, (name, shape) in enumerate(shapes.items()):
-            found[name] = StoredTensor(tuple(shape), cursor.take(math.prod(shape)))
+            found[name] = TensorReference(tuple(shape), cursor.take(math.prod(shape)))
             cursor.take(paddings[index][number] if paddings else 0)
         cursor.expect_end(2 * len(files.optimizer))  # what is saved with padding ends at twice the ranks
     return found
 
 
-def _weights_stage_3(files: Files) -> StoredModel:
+def _weights_stage_3(files: CheckpointFiles) -> CheckpointTensors:
     first, model_files = files.model[0], files.model
     if "ds_zero_partition_groups" in optimizer(files.optimizer[0]):
         raise UserError(
             f"{files.optimizer[0].path} holds expert-parallel partitions, which are not supported"
         )
-    found = trained(files, lambda file, group: get(file, optimizer(file), "fp32_flat_groups")[group])
-    stored = StoredModel(found, aliases=dict(get(first, first.content, "shared_params")))
+    found = trained_weights(files, lambda file, group: require(file, optimizer(file), "fp32_flat_groups")[group])
+    stored = CheckpointTensors(found, aliases=dict(require(first, first.content, "shared_params")))
     for name, shape in (first.content.get("frozen_param_shapes") or {}).items():
         fragments = [
-            file.piece(get(file, file.content, "frozen_param_fragments")[name]) for file in model_files
+            file.byte_range(require(file, file.content, "frozen_param_fragments")[name]) for file in model_files
         ]
         stored.tensors[name] = _join(tuple(shape), [(fragment,) for fragment in fragments])
-    module = get(first, first.content, "module")
-    for name in get(first, first.content, "buffer_names"):
+    module = require(first, first.content, "module")
+    for name in require(first, first.content, "buffer_names"):
         stored.tensors[name] = _whole(first, module[name])
     return stored
 
 
-def _cut_shares(files: Files, flat: Flat) -> dict[str, StoredTensor]:
+def _cut_shares(files: CheckpointFiles, flat: Flat) -> dict[str, TensorReference]:
     first = files.model[0]
     shapes = {
         name: tuple(shape)
-        for group in get(first, first.content, "param_shapes")
+        for group in require(first, first.content, "param_shapes")
         for name, shape in group.items()
     }
     cursors = []
     for file in files.optimizer:
-        num_groups = len(get(file, optimizer(file), "fp32_flat_groups"))
-        cursors.append(_Cursor(file.path, [file.piece(flat(file, group)) for group in range(num_groups)]))
+        num_groups = len(require(file, optimizer(file), "fp32_flat_groups"))
+        cursors.append(_Cursor(file.path, [file.byte_range(flat(file, group)) for group in range(num_groups)]))
     found = {}
     for name, shape in shapes.items():
         share = -(-math.prod(shape) // len(cursors))
@@ -217,30 +217,30 @@ def _cut_shares(files: Files, flat: Flat) -> dict[str, StoredTensor]:
     return found
 
 
-def _join(shape: tuple[int, ...], shares: list[tuple[Piece, ...]]) -> StoredTensor:
+def _join(shape: tuple[int, ...], shares: list[tuple[ByteRange, ...]]) -> TensorReference:
     """Concatenate the ranks' shares and cut the padding off the end."""
     left = math.prod(shape)
-    pieces: list[Piece] = []
+    pieces: list[ByteRange] = []
     for piece in (piece for share in shares for piece in share):
-        kept = piece.part(0, min(left, piece.num_elements))
+        kept = piece.slice(0, min(left, piece.num_elements))
         left -= kept.num_elements
         if kept.num_elements or not pieces:
             pieces.append(kept)
     if left:
         raise UserError(
-            f"{shares[0][0].record.path.parent}: {left} elements of a tensor of shape {shape} are missing"
+            f"{shares[0][0].storage.path.parent}: {left} elements of a tensor of shape {shape} are missing"
         )
-    return StoredTensor(shape, tuple(pieces))
+    return TensorReference(shape, tuple(pieces))
 
 
 class _Cursor:
     """Takes runs of elements from a rank's flat sub-groups, one after the other."""
 
-    def __init__(self, path: Path, groups: list[Piece]):
+    def __init__(self, path: Path, groups: list[ByteRange]):
         self._path, self._groups, self._start = path, list(groups), 0
-        self._nothing = groups[0].part(0, 0)
+        self._nothing = groups[0].slice(0, 0)
 
-    def take(self, num_elements: int) -> tuple[Piece, ...]:
+    def take(self, num_elements: int) -> tuple[ByteRange, ...]:
         taken = []
         while num_elements:
             if not self._groups:
@@ -251,7 +251,7 @@ class _Cursor:
             group = self._groups[0]
             count = min(num_elements, group.num_elements - self._start)
             if count:
-                taken.append(group.part(self._start, count))
+                taken.append(group.slice(self._start, count))
             self._start += count
             num_elements -= count
             if self._start == group.num_elements:

@@ -15,32 +15,32 @@ from pathlib import Path
 import torch
 
 from trainer.errors import UserError
-from trainer.zero.checked_reader import CHUNK_BYTES, CheckedReader
-from trainer.zero.stored_tensors import StoredTensor
-from trainer.zero.torch_files import Piece
+from trainer.zero.checked_reader import CHUNK_BYTES, ChecksumReader
+from trainer.zero.stored_tensors import TensorReference
+from trainer.zero.torch_files import ByteRange
 
 _SAMPLE_ELEMENTS = 256
 
 
-def name_masters(
-    path: Path, low_precision: dict[str, StoredTensor], groups: list[list[Piece]]
-) -> dict[str, StoredTensor]:
+def match_master_weights(
+    path: Path, low_precision: dict[str, TensorReference], groups: list[list[ByteRange]]
+) -> dict[str, TensorReference]:
     """Give names to the masters in `groups`. A parameter without a master (a frozen one) is left out.
 
     `low_precision`: the model's parameters in model order. Reads both once. Raises UserError if a master is left
     over, so that a wrong guess cannot pass.
     """
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, TensorReference] = {}
     positions = [(0, 0)] * len(groups)  # the next tensor of the group, and how far into it
-    with CheckedReader() as reader:
+    with ChecksumReader() as reader:
         for name, low in low_precision.items():
             for index, group in enumerate(groups):
                 number, start = positions[index]
                 if number == len(group) or start + low.num_elements > group[number].num_elements:
                     continue
-                master = group[number].part(start, low.num_elements)
-                if _rounds_to(reader, master, low.pieces[0]):
-                    found[name] = StoredTensor(low.shape, (master,))
+                master = group[number].slice(start, low.num_elements)
+                if _rounds_to(reader, master, low.ranges[0]):
+                    found[name] = TensorReference(low.shape, (master,))
                     end = start + low.num_elements
                     positions[index] = (number, end) if end < group[number].num_elements else (number + 1, 0)
                     break
@@ -53,22 +53,22 @@ def name_masters(
     return found
 
 
-def check_samples(path: Path, pairs: dict[str, tuple[StoredTensor, Piece]]) -> None:
+def check_samples(path: Path, pairs: dict[str, tuple[TensorReference, ByteRange]]) -> None:
     """Compare the first and the last elements of each piece of a master with the model's own copy of it.
 
     Raises UserError naming a parameter that does not agree: then the layout is not the one known here.
     """
-    with CheckedReader(checksums=False) as reader:
+    with ChecksumReader(checksums=False) as reader:
         for name, (master, low) in pairs.items():
             if low.num_elements != master.num_elements:
                 raise UserError(
                     f"{path}: {name} has {low.num_elements} elements, its fp32 weights {master.num_elements}"
                 )
             start = 0
-            for piece in master.pieces:
+            for piece in master.ranges:
                 count = min(_SAMPLE_ELEMENTS, piece.num_elements)
                 for offset in {0, piece.num_elements - count}:
-                    if not _rounds_to(reader, piece.part(offset, count), low.part(start + offset, count)):
+                    if not _rounds_to(reader, piece.slice(offset, count), low.slice(start + offset, count)):
                         _prove_whole(piece, low)
                         raise UserError(
                             f"{path}: the fp32 weights that should be {name} do not round to it; the checkpoint is "
@@ -77,15 +77,15 @@ def check_samples(path: Path, pairs: dict[str, tuple[StoredTensor, Piece]]) -> N
                 start += piece.num_elements
 
 
-def _prove_whole(*pieces: Piece) -> None:
+def _prove_whole(*pieces: ByteRange) -> None:
     """Raise UserError naming the file if one of these lies in a corrupt storage."""
-    with CheckedReader() as reader:
+    with ChecksumReader() as reader:
         for piece in pieces:
             reader.tensor(piece, 0, 1)
         reader.finish()
 
 
-def _rounds_to(reader: CheckedReader, master: Piece, low: Piece) -> bool:
+def _rounds_to(reader: ChecksumReader, master: ByteRange, low: ByteRange) -> bool:
     step = CHUNK_BYTES // master.dtype.itemsize
     for start in range(0, low.num_elements, step):
         count = min(step, low.num_elements - start)

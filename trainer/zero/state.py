@@ -15,9 +15,9 @@ import torch
 
 from trainer.errors import UserError
 from trainer.zero import layout
-from trainer.zero.checked_reader import CheckedReader
-from trainer.zero.layout import Files
-from trainer.zero.stored_tensors import StoredModel, StoredTensor
+from trainer.zero.checked_reader import ChecksumReader
+from trainer.zero.layout import CheckpointFiles
+from trainer.zero.stored_tensors import CheckpointTensors, TensorReference
 from trainer.zero.torch_files import TorchFile
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -25,37 +25,37 @@ NAMES = "optimizer_parameters"  # in the model states: names of the optimizer's 
 
 
 @dataclass(frozen=True)
-class StoredState:
+class OptimizerState:
     """`weights` has fp32 masters of trained parameters, else the parameter or buffer itself; `step` is AdamW's own."""
 
-    weights: StoredModel
+    weights: CheckpointTensors
     moments: dict[
-        str, dict[str, StoredTensor]
+        str, dict[str, TensorReference]
     ]  # "exp_avg", "exp_avg_sq" -> name of a trained parameter -> tensor
     step: int
 
-    def moment(self, which: str, name: str) -> StoredTensor | None:
+    def moment(self, which: str, name: str) -> TensorReference | None:
         """The moment of a parameter, under its own name or the one it is tied to."""
         found = self.moments[which]
         return found.get(name) or found.get(self.weights.aliases.get(name, ""))
 
 
-def read_state(directory: Path, zero_stage: int, world_size: int, dtype: str) -> StoredState:
+def read_optimizer_state(directory: Path, zero_stage: int, world_size: int, dtype: str) -> OptimizerState:
     """Describe the checkpoint in `directory`; reads metadata and samples. Raises UserError as `layout.open_files`."""
     files = layout.open_files(directory, zero_stage, world_size, dtype)
     weights = layout.weights(files)
     moments = {which: _moments(files, which) for which in MOMENTS}
-    return StoredState(weights, moments, _step(files))
+    return OptimizerState(weights, moments, _step(files))
 
 
-def _moments(files: Files, which: str) -> dict[str, StoredTensor]:
+def _moments(files: CheckpointFiles, which: str) -> dict[str, TensorReference]:
     if files.zero_stage:
-        return layout.trained(files, lambda file, k: _entry(file, k, which))
+        return layout.trained_weights(files, lambda file, k: _entry(file, k, which))
     (file,) = files.model
     found = {}
-    for k, name in enumerate(layout.get(file, file.content, NAMES)):
+    for k, name in enumerate(layout.require(file, file.content, NAMES)):
         tensor = _entry(file, k, which)
-        found[name] = StoredTensor(tuple(tensor.shape), (file.piece(tensor),))
+        found[name] = TensorReference(tuple(tensor.shape), (file.byte_range(tensor),))
     return found
 
 
@@ -65,7 +65,7 @@ def _states(file: TorchFile) -> Any:
     for key in ("base_optimizer_state", "optimizer_state_dict", "optimizer"):
         if key in holder:
             found = holder[key]
-            return dict(enumerate(found)) if isinstance(found, list) else layout.get(file, found, "state")
+            return dict(enumerate(found)) if isinstance(found, list) else layout.require(file, found, "state")
     raise UserError(f"{file.path} holds no state of an optimizer; weights alone cannot be resumed")
 
 
@@ -79,15 +79,15 @@ def _entry(file: TorchFile, k: int, key: str) -> Any:
     return entry[key]
 
 
-def _step(files: Files) -> int:
+def _step(files: CheckpointFiles) -> int:
     """How many updates AdamW has made. Raises UserError if its parameters do not agree."""
     file = (files.optimizer or files.model)[0]
     found = set()
-    with CheckedReader(checksums=False) as reader:
+    with ChecksumReader(checksums=False) as reader:
         for k in _states(file):
             step = _entry(file, k, "step")
             if isinstance(step, torch.Tensor):
-                step = reader.tensor(file.piece(step), 0, 1).item()
+                step = reader.tensor(file.byte_range(step), 0, 1).item()
             found.add(int(step))
     if len(found) != 1:
         raise UserError(f"{file.path}: AdamW's step differs between parameters: {sorted(found)}")

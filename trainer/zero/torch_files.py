@@ -48,7 +48,7 @@ _STAND_INS: list[Any] = [
 
 
 @dataclass(frozen=True)
-class Record:
+class Storage:
     """One storage of a torch file: bytes [start, start + num_bytes), with the checksum the zip directory gives."""
 
     path: Path
@@ -59,10 +59,10 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ByteRange:
     """A run of `num_elements` elements inside a record, beginning at the file's byte `offset`."""
 
-    record: Record
+    storage: Storage
     offset: int
     num_elements: int
     dtype: torch.dtype
@@ -71,11 +71,11 @@ class Piece:
     def num_bytes(self) -> int:
         return self.num_elements * self.dtype.itemsize
 
-    def part(self, start: int, num_elements: int) -> Piece:
+    def slice(self, start: int, num_elements: int) -> ByteRange:
         """Elements [start, start + num_elements) of this piece. Raises UserError if the piece is shorter."""
         if start < 0 or num_elements < 0 or start + num_elements > self.num_elements:
             raise UserError(
-                f"{self.record.path}: elements {start} to {start + num_elements} are wanted of a tensor of "
+                f"{self.storage.path}: elements {start} to {start + num_elements} are wanted of a tensor of "
                 f"{self.num_elements}; the file and its description disagree"
             )
         return replace(self, offset=self.offset + start * self.dtype.itemsize, num_elements=num_elements)
@@ -94,7 +94,7 @@ class TorchFile:
         if not isinstance(self.content, dict):
             raise UserError(f"{path} holds a {type(self.content).__name__}; expected a DeepSpeed state dict")
 
-    def piece(self, tensor: torch.Tensor) -> Piece:
+    def byte_range(self, tensor: torch.Tensor) -> ByteRange:
         """The byte range of a contiguous tensor of `content`."""
         if not tensor.is_contiguous():
             raise UserError(
@@ -105,9 +105,9 @@ class TorchFile:
         entry = self._entries[bisect.bisect_right(self._starts, start) - 1]
         if entry.file_size != num_bytes or entry.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{self.path}: the zip entry {entry.filename} is not the storage it should be")
-        record = Record(self.path, entry.filename, start, num_bytes, entry.CRC)
-        whole = Piece(record, start, num_bytes // tensor.dtype.itemsize, tensor.dtype)
-        return whole.part(int(tensor.storage_offset()), math.prod(tensor.shape))
+        record = Storage(self.path, entry.filename, start, num_bytes, entry.CRC)
+        whole = ByteRange(record, start, num_bytes // tensor.dtype.itemsize, tensor.dtype)
+        return whole.slice(int(tensor.storage_offset()), math.prod(tensor.shape))
 
     def _zip_entries(self) -> list[zipfile.ZipInfo]:
         try:
