@@ -42,7 +42,7 @@ def _evaluate(settings: EvaluateSettings) -> None:
     StopRequest().install_signal_handlers()
     from trainer.evaluation import task
 
-    directory = task.plan(settings).directory
+    directory = task.resolve_job(settings).directory
     terminal.redirect_library_output(directory.logs, "evaluate")
     solved = sum(part.stat().st_size for part in directory.rank_files.glob("*.jsonl"))
     restarts.record_restart(directory.restarts, solved, settings.max_restarts)

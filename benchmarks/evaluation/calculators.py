@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
 )
 
-from trainer.evaluation.language import Language
+from trainer.evaluation.language import StopTokens
 
 NOT_FORCED = -1
 
@@ -20,14 +20,14 @@ NOT_FORCED = -1
 class Forced:
     """What one text must go on with. `tokens` so far are given before each next one is chosen."""
 
-    def __init__(self, language: Language) -> None:
+    def __init__(self, language: StopTokens) -> None:
         self._language = language
         self._left: list[int] = []
 
     def next_token(self, tokens: Sequence[int]) -> int:
         """The token that has to come next, or NOT_FORCED."""
         if not self._left and tokens:
-            self._left = list(self._language.calculated(tokens))
+            self._left = list(self._language.calculator_result(tokens))
         return self._left.pop(0) if self._left else NOT_FORCED
 
 
@@ -42,7 +42,7 @@ def force(scores: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
 class CalculatorOfGenerate(LogitsProcessor):
     """For one call of `generate`. `prompt_tokens`: columns of the padded prompts."""
 
-    def __init__(self, language: Language, rows: int = 0, prompt_tokens: int = 0) -> None:
+    def __init__(self, language: StopTokens, rows: int = 0, prompt_tokens: int = 0) -> None:
         self.language = language
         self._forced = [Forced(language) for _ in range(rows)]
         self._prompt_tokens = prompt_tokens

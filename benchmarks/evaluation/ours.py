@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks.evaluation import material
 from benchmarks.evaluation.told import arguments, measured
-from trainer.evaluation.cast import Actor, Cast
+from trainer.evaluation.cast import RoleModel, Pipeline
 from trainer.evaluation.decoding import DECOMPOSER, INTERLEAVED, SOLVER, STUDENT, Decoding
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.tickets import LocalCounter
+from trainer.evaluation.tickets import ProcessCounter
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 
@@ -26,7 +26,7 @@ def main() -> None:
     tokenizer = load_tokenizer(shards.tokenizer_path)
     parts = (DECOMPOSER, SOLVER) if given.pair else (STUDENT,)
     actors = {
-        part: Actor(load_model(material.student(part), "fp32", "sdpa"), material.METHOD) for part in parts
+        part: RoleModel(load_model(material.student(part), "fp32", "sdpa"), material.METHOD) for part in parts
     }
 
     def answer(problems: int, max_new_tokens: int) -> dict[int, tuple[str, int]]:
@@ -36,11 +36,11 @@ def main() -> None:
             max_new_tokens=max_new_tokens,
             batch_size=given.slots,
         )
-        cast = Cast(actors, tokenizer, shards, decoding)
+        cast = Pipeline(actors, tokenizer, shards, decoding)
         numbers = {shards.problem(index).id: index for index in range(problems)}
         return {
             numbers[prediction["id"]]: (prediction["text"], prediction["generated_tokens"])
-            for prediction in predictions(cast, range(problems), LocalCounter())
+            for prediction in predictions(cast, range(problems), ProcessCounter())
         }
 
     measured(answer, given.problems)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel, LogitsProcessorList
 from benchmarks.evaluation import material
 from benchmarks.evaluation.calculators import CalculatorOfGenerate
 from benchmarks.evaluation.told import Answer, arguments, measured
-from trainer.evaluation.language import Language
+from trainer.evaluation.language import StopTokens
 from trainer.evaluation.predict import longest_first
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.problem import DELIMITER
@@ -31,7 +31,7 @@ class Peers:
         self.shards = shards = material.shards()
         self.slots = slots
         self.tokenizer = load_tokenizer(shards.tokenizer_path)
-        self.language = Language(self.tokenizer)
+        self.language = StopTokens(self.tokenizer)
         self.calculator = calculator
         self.prompts = [shards.prompt(index).tolist() for index in range(len(shards))]
         self.end = self.tokenizer.eos_token_id

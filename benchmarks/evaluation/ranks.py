@@ -21,10 +21,10 @@ from benchmarks.evaluation import material
 from benchmarks.evaluation.told import arguments
 from benchmarks.processes import turns
 from trainer import distributed
-from trainer.evaluation.cast import Actor, Cast
+from trainer.evaluation.cast import RoleModel, Pipeline
 from trainer.evaluation.decoding import STUDENT, Decoding
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.tickets import Counter, LocalCounter, shared_counter
+from trainer.evaluation.tickets import Counter, ProcessCounter, shared_counter
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 
@@ -36,8 +36,8 @@ def main() -> None:
     shards = material.shards()
     model = load_model(material.student(), "fp32", "sdpa")
     decoding = Decoding(material.METHOD, max_new_tokens=material.MAX_NEW_TOKENS, batch_size=given.slots)
-    cast = Cast(
-        {STUDENT: Actor(model, material.METHOD)}, load_tokenizer(shards.tokenizer_path), shards, decoding
+    cast = Pipeline(
+        {STUDENT: RoleModel(model, material.METHOD)}, load_tokenizer(shards.tokenizer_path), shards, decoding
     )
 
     def solve(problems: Sequence[int], counter: Counter) -> tuple[float, int, dict[str, Any]]:
@@ -52,13 +52,13 @@ def main() -> None:
         return max(seconds for seconds, _, _ in ends), max(count for _, count, _ in ends), answers
 
     everything = range(given.problems)
-    solve(range(2), LocalCounter())
+    solve(range(2), ProcessCounter())
     for _ in turns():
-        alone, passes_alone, answers = solve(everything if world.rank == 0 else (), LocalCounter())
+        alone, passes_alone, answers = solve(everything if world.rank == 0 else (), ProcessCounter())
         with shared_counter() as counter:
             queue, passes_of_queue, answers_of_queue = solve(everything, counter)
         fixed, passes_of_fixed, answers_of_fixed = solve(
-            everything[world.rank :: world.world_size], LocalCounter()
+            everything[world.rank :: world.world_size], ProcessCounter()
         )
         assert answers == answers_of_queue == answers_of_fixed
         if world.rank == 0:

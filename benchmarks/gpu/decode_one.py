@@ -31,7 +31,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.to(device=load.device()).eval()
     if way == "eager":
-        engine.decodes_by_graph = lambda device: False
+        engine.uses_cuda_graphs = lambda device: False
     captures: list[float] = []
     capture = decode_graphs.CudaGraphRunner._try_to_capture
 

@@ -51,12 +51,12 @@ def main() -> None:
 
 
 def ours(model: Any, tokenizer: Any, shards: Shards, which: range, limit: int, batch: int) -> Answers:
-    from trainer.evaluation.cast import Actor, Cast
+    from trainer.evaluation.cast import RoleModel, Pipeline
     from trainer.evaluation.predict import predictions
     from trainer.evaluation.tickets import shared_counter
 
     decoding = Decoding("socratic", calculator=False, max_new_tokens=limit, batch_size=batch)
-    cast = Cast({STUDENT: Actor(model, "socratic")}, tokenizer, shards, decoding)
+    cast = Pipeline({STUDENT: RoleModel(model, "socratic")}, tokenizer, shards, decoding)
     with shared_counter() as counter:
         return {found["id"]: found["text"] for found in predictions(cast, which, counter)}
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from trainer import distributed
-from trainer.evaluation.tickets import Tickets, exhaust, shared_counter
+from trainer.evaluation.tickets import WorkQueue, exhaust_queue, shared_counter
 
 SIZES = (1, 3)
 SLOW = 60  # problems of the scenario in which the last rank is slow
@@ -27,24 +27,24 @@ def main(folder: Path) -> None:
     for count in counts(world.world_size):
         for size in SIZES:
             with shared_counter() as counter:
-                tickets = Tickets(counter, range(count), size)
-                mine = got[f"{count}/{size}"] = list(iter(tickets.draw, None))
+                tickets = WorkQueue(counter, range(count), size)
+                mine = got[f"{count}/{size}"] = list(iter(tickets.next_index, None))
                 counter.add("solved", len(mine))
                 counter.serve()
     with shared_counter() as counter:
-        tickets = Tickets(counter, range(SLOW))
+        tickets = WorkQueue(counter, range(SLOW))
         mine = got["slow"] = []
-        while (problem := tickets.draw()) is not None:
+        while (problem := tickets.next_index()) is not None:
             mine.append(problem)
             time.sleep(SLOW_SECONDS * (10 if world.rank == last else 1))
             counter.serve()
     with shared_counter() as counter:
-        tickets = Tickets(counter, range(CUT), 3)
+        tickets = WorkQueue(counter, range(CUT), 3)
         mine = got["cut"] = []
-        while (problem := tickets.draw()) is not None:
+        while (problem := tickets.next_index()) is not None:
             mine.append(problem)
             if world.rank == last and len(mine) == 4:
-                exhaust(counter)
+                exhaust_queue(counter)
                 break
             time.sleep(0.002)
     (folder / f"{type(counter).__name__}-{world.rank}.json").write_text(json.dumps(got))

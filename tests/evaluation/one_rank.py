@@ -24,9 +24,9 @@ def put_in(fault: str) -> None:
     kind, *numbers = fault.split(":")
     if kind == "none" or distributed.environment().rank != int(numbers[0]):
         return
-    append, written = gather.Part.append, []
+    append, written = gather.RankFile.append, []
 
-    def faulty(part: gather.Part, prediction: dict[str, Any]) -> None:
+    def faulty(part: gather.RankFile, prediction: dict[str, Any]) -> None:
         if len(written) == int(numbers[1]):
             if kind == "fail":
                 raise ZeroDivisionError("a fault of ours")
@@ -39,7 +39,7 @@ def put_in(fault: str) -> None:
     def unwritable(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    setattr(gather.Part, *(("__init__", unwritable) if kind == "unwritable" else ("append", faulty)))
+    setattr(gather.RankFile, *(("__init__", unwritable) if kind == "unwritable" else ("append", faulty)))
 
 
 def main() -> None:

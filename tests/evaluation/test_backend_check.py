@@ -19,7 +19,7 @@ from transformers import (
 
 from tests.models.small_configs import small
 from trainer.errors import UserError
-from trainer.evaluation.backend_check import Texts, check_texts, plain_logits
+from trainer.evaluation.backend_check import CheckTexts, check_texts, plain_logits
 from trainer.evaluation.backends.choice import BackendChoice, choose_backend
 from trainer.evaluation.backends.transformers import default_attention
 from trainer.models import default_attention as attention_of_ours
@@ -49,7 +49,7 @@ def prompts() -> list[list[int]]:
     return [[numbers.randrange(2, 500) for _ in range(length)] for length in (6, 25, 40)]
 
 
-def texts() -> Texts:
+def texts() -> CheckTexts:
     return check_texts(prompts(), CAPACITY)
 
 

@@ -16,12 +16,12 @@ from tests.distributed import run_well
 from tests.evaluation.test_evaluate import read, settings
 from tests.models.small_configs import small
 from trainer.errors import UserError
-from trainer.evaluation.backends import Feed
+from trainer.evaluation.backends import SequenceState
 from trainer.evaluation.backends.choice import make_backend
 from trainer.evaluation.backends.transformers import CACHE_USES, CacheUse, TransformersBackend
 from trainer.evaluation.complete import completion_backend, completions
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.generate import chooser, generate
+from trainer.evaluation.generate import make_sampler, generate
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.jsonl import to_record
 from trainer.run_directory import EvaluationDirectory
@@ -179,7 +179,7 @@ class Text:
     """A text of which each token but the first is forced in places: `forced` tokens after each choice."""
 
     def __init__(self, prompt: list[int], forced: list[int], length: int) -> None:
-        self.feeds = [Feed(list(prompt))]
+        self.feeds = [SequenceState(list(prompt))]
         self.turn: int | None = 0
         self.tokens = list(prompt)
         self._forced, self._length = forced, length
@@ -200,7 +200,7 @@ def test_forced_tokens_and_rows_that_leave(family: str, use: CacheUse) -> None:
     texts = [Text(prompt, list(range(50, 50 + number)), 20 + 2 * number)
              for number, prompt in enumerate(prompts)]  # fmt: skip
     waiting = iter(texts)
-    backend = TransformersBackend[Text](0, model, 3, 64, chooser(0.0, 1.0), (), use)
+    backend = TransformersBackend[Text](0, model, 3, 64, make_sampler(0.0, 1.0), (), use)
     ended = list(generate([backend], lambda: next(waiting, None), Text.after, 3))
     assert len(ended) == len(texts)
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
@@ -221,7 +221,7 @@ def test_a_prefix_is_read_once_and_copied() -> None:
     prompts = [[*prefix, *more] for more in ([7, 8, 9], [20, 21, 22, 23, 24], [30], [31, 32])]
     texts = [Text(prompt, [], len(prompt) + 5) for prompt in prompts]
     waiting = iter(texts)
-    backend = TransformersBackend[Text](0, model, 2, 64, chooser(0.0, 1.0), prefix)
+    backend = TransformersBackend[Text](0, model, 2, 64, make_sampler(0.0, 1.0), prefix)
     list(generate([backend], lambda: next(waiting, None), Text.after, 2))
     handle.remove()
     assert lengths.count(30) == 1 and max(lengths) == 30 and sum(length > 3 for length in lengths) == 1
@@ -241,4 +241,4 @@ def test_completions_of_a_teacher_that_is_a_hybrid(shards: Shards) -> None:
     with pytest.raises(UserError, match="the teacher cannot be decoded in slots"):
         completion_backend(model, prompts, 9, "the teacher", "slots")
     choice = completion_backend(model, prompts, 9, "the teacher")
-    assert isinstance(make_backend(choice, 0, model, 2, 64, chooser(0.0, 1.0)), TransformersBackend)
+    assert isinstance(make_backend(choice, 0, model, 2, 64, make_sampler(0.0, 1.0)), TransformersBackend)

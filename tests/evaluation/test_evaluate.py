@@ -90,19 +90,19 @@ def test_goes_on_after_an_interruption(
 ) -> None:
     undisturbed, killed = (EvaluationDirectory(tmp_path / name) for name in ("undisturbed", "killed"))
     evaluate(settings(export, shards, output_dir=str(undisturbed.path)))
-    append = gather.Part.append
+    append = gather.RankFile.append
     appended: list[str] = []
 
-    def interrupted(part: gather.Part, prediction: dict[str, Any]) -> None:
+    def interrupted(part: gather.RankFile, prediction: dict[str, Any]) -> None:
         if len(appended) == 4:
             raise KeyboardInterrupt
         append(part, prediction)
         appended.append(prediction["id"])
 
-    monkeypatch.setattr(gather.Part, "append", interrupted)
+    monkeypatch.setattr(gather.RankFile, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(settings(export, shards, output_dir=str(killed.path)))
-    monkeypatch.setattr(gather.Part, "append", lambda p, x: (append(p, x), appended.append(x["id"])))
+    monkeypatch.setattr(gather.RankFile, "append", lambda p, x: (append(p, x), appended.append(x["id"])))
     assert not killed.results.exists() and len(list(killed.rank_files.iterdir())) == 1
 
     evaluate(
@@ -136,11 +136,11 @@ def test_finished_results_are_kept(
 
 def test_two_evaluations_of_one_directory_are_noticed(export: Path, shards: Shards, tmp_path: Path) -> None:
     ours = settings(export, shards, output_dir=str(tmp_path))
-    work = task.plan(ours)
-    identity = task.digest(work.recipe({"student": commit.manifest_digest(export)}))
+    work = task.resolve_job(ours)
+    identity = task.digest(work.fingerprint_fields({"student": commit.manifest_digest(export)}))
     first = shards.problem(0).id
     for _ in range(2):  # two processes that both looked before the other had written
-        with gather.Part(work.directory.rank_files, identity) as part:
+        with gather.RankFile(work.directory.rank_files, identity) as part:
             part.append({"id": first, "correct_strict": True})
     with pytest.raises(UserError, match=f"'{first}' occur more than once"):
         evaluate(ours)
@@ -204,6 +204,6 @@ def test_a_folder_without_a_model_is_named_before_its_tokenizer_is_looked_for(
 ) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    student = students.find(str(tmp_path / "adapter"))
+    student = students.find_model(str(tmp_path / "adapter"))
     with pytest.raises(UserError, match=r"holds an adapter .* merge it first"):
-        students.open_student(student, shards, "fp32", tmp_path)
+        students.load_model_and_tokenizer(student, shards, "fp32", tmp_path)

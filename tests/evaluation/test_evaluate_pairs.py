@@ -18,7 +18,7 @@ from trainer import commit
 from trainer.errors import UserError
 from trainer.evaluation import place
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.gather import read_part
+from trainer.evaluation.gather import read_rank_file
 from trainer.report.results import load_runs
 from trainer.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory
 from trainer.settings import EvaluateSettings
@@ -162,7 +162,7 @@ def test_three_ranks_and_two_of_which_one_is_killed(
         str(killed.path),
     ]
     assert all(outcome.status != 0 for outcome in run(arguments, 2, timeout=100))
-    assert sum(len(list(read_part(part))) for part in killed.rank_files.glob("*.jsonl")) >= 2
+    assert sum(len(list(read_rank_file(part))) for part in killed.rank_files.glob("*.jsonl")) >= 2
     assert not killed.results.exists()
     evaluate(settings(shards, **pair, output_dir=str(killed.path)))
     assert read(killed) == read(undisturbed) and not killed.rank_files.exists()

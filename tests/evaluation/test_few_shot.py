@@ -13,12 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.errors import UserError
 from trainer.evaluation import engine
-from trainer.evaluation.cast import Actor, Cast
+from trainer.evaluation.cast import RoleModel, Pipeline
 from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.few_shot import exemplar_tokens
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.tickets import LocalCounter
+from trainer.evaluation.tickets import ProcessCounter
 from trainer.models.slots import ForwardBatch, prepare_prefill
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.exemplars import read_exemplars
@@ -61,23 +61,23 @@ def test_the_prompt_is_the_exemplars_as_students_learn_them_and_the_problem(
         expected += [*tokens.tolist()[:-1], *between]  # without the end-of-sequence token
     assert shown == expected
 
-    actors = {STUDENT: Actor(LlamaForCausalLM.from_pretrained(base), None)}
-    cast = Cast(actors, tokenizer, shards, Decoding(FEW_SHOT), read_exemplars(str(exemplars)))
-    assert cast.solution(5).feeds[0].pending == [*shown, *shards.prompt(5).tolist()]
+    actors = {STUDENT: RoleModel(LlamaForCausalLM.from_pretrained(base), None)}
+    cast = Pipeline(actors, tokenizer, shards, Decoding(FEW_SHOT), read_exemplars(str(exemplars)))
+    assert cast.rollout(5).sequences[0].pending == [*shown, *shards.prompt(5).tolist()]
 
 
 def test_it_is_stopped_where_the_line_of_its_answer_ends(shards: Shards, exemplars: Path, base: Path) -> None:
     tokenizer = load_tokenizer(shards.tokenizer_path)
-    actors = {STUDENT: Actor(LlamaForCausalLM.from_pretrained(base), None)}
-    cast = Cast(actors, tokenizer, shards, Decoding(FEW_SHOT), read_exemplars(str(exemplars)))
-    solution = cast.solution(5)
+    actors = {STUDENT: RoleModel(LlamaForCausalLM.from_pretrained(base), None)}
+    cast = Pipeline(actors, tokenizer, shards, Decoding(FEW_SHOT), read_exemplars(str(exemplars)))
+    solution = cast.rollout(5)
     written = tokenizer("It has 3+4 = 7 cups.\n#### 7\n\nAnother story", add_special_tokens=False)[
         "input_ids"
     ]
     for token in written:
-        if solution.turn is None:
+        if solution.next_model is None:
             break
-        solution.after(token)
+        solution.on_token(token)
     assert (solution.text, solution.finished) == ("It has 3+4 = 7 cups.\n#### 7", True)
 
 
@@ -91,10 +91,10 @@ def test_exemplars_are_read_once_and_the_texts_are_those_of_reading_them_every_t
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.3)  # greedy texts vary
     decoding = Decoding(FEW_SHOT, max_new_tokens=12, batch_size=2, calculator=False)
-    cast = Cast({STUDENT: Actor(model, None)}, tokenizer, shards, decoding, read_exemplars(str(exemplars)))
+    cast = Pipeline({STUDENT: RoleModel(model, None)}, tokenizer, shards, decoding, read_exemplars(str(exemplars)))
     expected = {}
     for index in range(6):
-        prompt = torch.tensor([cast.solution(index).feeds[0].pending])
+        prompt = torch.tensor([cast.rollout(index).sequences[0].pending])
         output = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12, eos_token_id=0
         )
@@ -110,10 +110,10 @@ def test_exemplars_are_read_once_and_the_texts_are_those_of_reading_them_every_t
         return step
 
     monkeypatch.setattr(engine, "plan_step", counted)
-    given = list(predictions(cast, range(6), LocalCounter()))
+    given = list(predictions(cast, range(6), ProcessCounter()))
     assert {prediction["id"]: prediction["text"] for prediction in given} == expected
     own = sum(len(shards.prompt(index)) for index in range(6))
-    assert sum(read) <= len(cast.prefix) + own + 6 * 12 < 6 * len(cast.prefix)
+    assert sum(read) <= len(cast.shared_prefix) + own + 6 * 12 < 6 * len(cast.shared_prefix)
 
 
 def test_the_row_of_an_undistilled_model(shards: Shards, exemplars: Path, base: Path, tmp_path: Path) -> None:

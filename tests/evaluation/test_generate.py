@@ -25,11 +25,11 @@ from transformers import (
 from trainer.errors import UserError
 from trainer.evaluation import engine
 from trainer.evaluation.decoding import STUDENT
-from trainer.evaluation.engine import Engine, Feed
-from trainer.evaluation.generate import chooser, generate
-from trainer.evaluation.language import Language, end_tokens
-from trainer.evaluation.sampling import noise_key
-from trainer.evaluation.solution import Rules, Script, Seat, Solution
+from trainer.evaluation.engine import SlotBackend, SequenceState
+from trainer.evaluation.generate import make_sampler, generate
+from trainer.evaluation.language import StopTokens, end_of_text_ids
+from trainer.evaluation.sampling import sampling_seed
+from trainer.evaluation.solution import RolloutContext, Program, ModelSlot, Rollout
 from trainer.models.slot_attention import use_slot_attention
 from trainer.models.slots import ForwardBatch
 from trainer.models.tokenizer import load_tokenizer
@@ -82,34 +82,34 @@ def solve(
     ends: frozenset[int] | None = None,
 ) -> dict[int, list[int]]:
     """Tokens of every text by its index."""
-    seat = Seat(frozenset(), 96, ends or end_tokens(model, tokenizer))
-    rules = Rules(Language(tokenizer), [seat], {STUDENT: 0}, max_new_tokens, calculator=False)
+    seat = ModelSlot(frozenset(), 96, ends or end_of_text_ids(model, tokenizer))
+    rules = RolloutContext(StopTokens(tokenizer), [seat], {STUDENT: 0}, max_new_tokens, calculator=False)
     written: dict[int, list[int]] = {}
 
-    def free_text(solution: Solution) -> Script[None]:
+    def free_text(solution: Rollout) -> Program[None]:
         written[solution.index] = []
 
         def keep(tokens: list[int]) -> bool:
             written[solution.index] = list(tokens)
             return False
 
-        yield from solution.write(STUDENT, keep, lambda text: None)
+        yield from solution.generate(STUDENT, keep, lambda text: None)
 
     waiting: Iterator[int] = iter(order or range(len(texts)))
 
-    def draw() -> Solution | None:
+    def draw() -> Rollout | None:
         index = next(waiting, None)
         if index is None:
             return None
-        return Solution(index, texts[index], rules, free_text, [noise_key(5, f"problem {index}")])
+        return Rollout(index, texts[index], rules, free_text, [sampling_seed(5, f"problem {index}")])
 
     capacity = min(max(map(len, texts)) + max_new_tokens, 96)
-    machine = Engine[Solution](0, model, num_slots, capacity, chooser(temperature, 0.9))
-    ended = list(generate([machine], draw, Solution.after, num_slots))
+    machine = SlotBackend[Rollout](0, model, num_slots, capacity, make_sampler(temperature, 0.9))
+    ended = list(generate([machine], draw, Rollout.on_token, num_slots))
     assert sorted(solution.index for solution in ended) == list(range(len(texts)))
     for solution in ended:
         more = solution.generated.total() - len(written[solution.index])
-        assert more == (solution.stopped == "")  # the end token
+        assert more == (solution.stop_reason == "")  # the end token
     return written
 
 
@@ -139,7 +139,7 @@ class Reading:
         ends = [sum(pieces[:i]) for i in range(len(pieces) + 1)]
         self.pieces = [text[a:b] for a, b in pairwise(ends)]
         self.steps = list(steps)
-        self.feeds = [Feed([])]
+        self.feeds = [SequenceState([])]
         self.turn: int | None = 1  # another model's
 
     def begin(self, step: int) -> None:
@@ -163,13 +163,13 @@ def test_parked_slots_and_tokens_read_in_pieces_change_no_logits(name: str) -> N
     plans = [([2, 3, 4], [0, 1, 5]), ([9], [2]), ([1, 1, 7], [1, 2, 4]), ([1, 3], [0, 6])]
     seen: dict[int, torch.Tensor] = {}
 
-    def keep(logits: torch.Tensor, feeds: list[Feed]) -> list[int]:
+    def keep(logits: torch.Tensor, feeds: list[SequenceState]) -> list[int]:
         for row, feed in zip(logits, feeds, strict=True):
             seen[id(feed)] = row.clone()
         return [0] * len(feeds)
 
     with use_slot_attention(model):
-        machine = Engine[Reading](0, model, 4, 32, keep)
+        machine = SlotBackend[Reading](0, model, 4, 32, keep)
         readings = [Reading(text, *plan) for text, plan in zip(texts, plans, strict=True)]
         for reading in readings:
             machine.add(reading)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.evaluation.test_generate import MODELS, make, prompts, solve
 from tests.recorded_launches import decode_by_graphs
-from trainer.evaluation.engine import Engine, Feed, is_decoding
+from trainer.evaluation.engine import SlotBackend, SequenceState, use_graph_step
 from trainer.models.slot_attention import use_slot_attention
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.read import Shards
@@ -46,7 +46,7 @@ class Listener:
         self.text = text
         self.given = 0
         self.seen: dict[int, torch.Tensor] = {}
-        self.feeds = [Feed([])]
+        self.feeds = [SequenceState([])]
         self.turn: int | None = 1  # another model's
 
     def hear(self, count: int) -> None:
@@ -66,14 +66,14 @@ def test_parked_slots_go_on_where_they_stopped(name: str, monkeypatch: pytest.Mo
     ]
     listeners = [Listener(text) for text in texts]
 
-    def keep(logits: torch.Tensor, feeds: list[Feed]) -> list[int]:
+    def keep(logits: torch.Tensor, feeds: list[SequenceState]) -> list[int]:
         for row, feed in zip(logits, feeds, strict=True):
             listener = next(one for one in listeners if one.feeds[0] is feed)
             listener.seen[feed.length] = row.clone()
         return [0] * len(feeds)
 
     with use_slot_attention(model):
-        machine = Engine[Listener](0, model, 9, capacity, keep)
+        machine = SlotBackend[Listener](0, model, 9, capacity, keep)
         for listener in listeners:
             machine.add(listener)
         listeners[0].hear(60)
@@ -119,7 +119,7 @@ def test_graphs_are_gone_with_their_engine(monkeypatch: pytest.MonkeyPatch) -> N
     model = make("llama")
     decode_by_graphs(monkeypatch)
     with use_slot_attention(model):
-        machine = Engine[Listener](0, model, 2, 30, lambda logits, feeds: [0] * len(feeds))
+        machine = SlotBackend[Listener](0, model, 2, 30, lambda logits, feeds: [0] * len(feeds))
         listener = Listener([7] * 20)
         machine.add(listener)
         for _ in range(20):
@@ -133,12 +133,12 @@ def test_graphs_are_gone_with_their_engine(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_pass_reads_when_enough_wait_for_it() -> None:
-    assert is_decoding([1])
-    assert is_decoding([1] * 255 + [16])  # few are read one by one
-    assert not is_decoding([2, 16])  # nobody would choose a token
-    assert not is_decoding([17, 1, 1])
-    assert is_decoding([17] * 31 + [1] * 225)
-    assert not is_decoding([17] * 32 + [1] * 224)
+    assert use_graph_step([1])
+    assert use_graph_step([1] * 255 + [16])  # few are read one by one
+    assert not use_graph_step([2, 16])  # nobody would choose a token
+    assert not use_graph_step([17, 1, 1])
+    assert use_graph_step([17] * 31 + [1] * 225)
+    assert not use_graph_step([17] * 32 + [1] * 224)
 
 
 def test_nobody_stands_still_for_ever() -> None:
@@ -152,7 +152,7 @@ def test_nobody_stands_still_for_ever() -> None:
     while waiting or slots:
         while waiting and len(slots) < 64:
             slots.append(waiting.pop())
-        decoding = is_decoding([pending for pending, _ in slots])
+        decoding = use_graph_step([pending for pending, _ in slots])
         num_passes += 1
         for slot, (pending, left) in enumerate(slots):
             stood[slot] = stood[slot] + 1 if decoding and pending > 16 else 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer.evaluation.score import judge, summarise
+from trainer.evaluation.score import score_prediction, summarise
 from trainer.problems.problem import DELIMITER, Problem
 from trainer.problems.sources import read_problems
 from trainer.shards.methods import VIEWS
@@ -28,7 +28,7 @@ def problems(shared_data: Path) -> list[Problem]:
 
 def correct(problems: Iterable[Problem], text: Callable[[Problem], str]) -> dict[str, int]:
     """Correct predictions by rule, if the student writes `text(problem)`."""
-    summary: dict[str, Any] = summarise(judge(problem, text(problem), WRITTEN) for problem in problems)
+    summary: dict[str, Any] = summarise(score_prediction(problem, text(problem), WRITTEN) for problem in problems)
     assert summary["num_problems"] == NUM_PROBLEMS
     assert sum(group["strict"]["n"] for group in summary["by_num_steps"].values()) == NUM_PROBLEMS
     return {rule: score["correct"] for rule, score in summary["accuracy"].items()}

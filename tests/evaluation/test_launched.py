@@ -18,7 +18,7 @@ from tests.slurm_cluster import Cluster
 from trainer import terminal
 from trainer.distributed import without_launcher_variables
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.gather import read_part
+from trainer.evaluation.gather import read_rank_file
 from trainer.rendezvous import free_port
 from trainer.run_directory import EvaluationDirectory
 from trainer.shards.read import Shards
@@ -70,7 +70,7 @@ def test_a_killed_rank_costs_time_only(
     assert outcomes[killed].status == -signal.SIGKILL, outcomes
     assert outcomes[1 - killed].status == terminal.EXIT_PEER_LOST, outcomes
     directory = EvaluationDirectory(tmp_path)
-    parts = {part.name[: len("rank-0")]: list(read_part(part)) for part in directory.rank_files.iterdir()}
+    parts = {part.name[: len("rank-0")]: list(read_rank_file(part)) for part in directory.rank_files.iterdir()}
     assert len(parts[f"rank-{killed}"]) == 2 and not directory.results.exists()
     evaluate(settings(export, shards, output_dir=str(tmp_path)))
     assert read(directory) == read(undisturbed)

@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.recorded_launches import decode_by_graphs
-from trainer.evaluation.cast import Actor, Cast
+from trainer.evaluation.cast import RoleModel, Pipeline
 from trainer.evaluation.decoding import DECOMPOSER, PLANNER, SOLVER, STUDENT, Decoding
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.tickets import LocalCounter
+from trainer.evaluation.tickets import ProcessCounter
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.methods import VIEWS, Role
@@ -64,9 +64,9 @@ def solve_all(
     **decoding: Any,
 ) -> dict[str, dict[str, Any]]:
     """id -> prediction."""
-    actors = {part: Actor(models(method), method) for part, method in methods.items()}
-    cast = Cast(actors, tokenizer, shards, Decoding(**{"batch_size": 8, **decoding}))
-    made = list(predictions(cast, indices or range(len(shards)), LocalCounter()))
+    actors = {part: RoleModel(models(method), method) for part, method in methods.items()}
+    cast = Pipeline(actors, tokenizer, shards, Decoding(**{"batch_size": 8, **decoding}))
+    made = list(predictions(cast, indices or range(len(shards)), ProcessCounter()))
     assert len({prediction["id"] for prediction in made}) == len(made)
     return {prediction["id"]: prediction for prediction in made}
 

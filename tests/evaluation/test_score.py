@@ -5,7 +5,7 @@ from typing import Any
 
 from scipy import stats
 
-from trainer.evaluation.score import in_words, judge, summarise
+from trainer.evaluation.score import accuracy_text, score_prediction, summarise
 from trainer.problems.problem import Problem, Step
 
 STEPS = (Step("How many?", "1+1 = <<1+1=2>>2"), Step("And then?", "2*9 = <<2*9=18>>18"))
@@ -20,9 +20,9 @@ def problem(name: str, gold: str = "18", num_steps: int = 2) -> Problem:
 
 
 def test_a_prediction_keeps_the_raw_text_and_both_readings() -> None:
-    good = judge(problem("a"), "2*9 = 18\n#### $18.00", written(9, True))
+    good = score_prediction(problem("a"), "2*9 = 18\n#### $18.00", written(9, True))
     assert (good["strict"], good["correct_strict"], good["correct_flexible"]) == ("$18.00", True, True)
-    loose = judge(problem("b"), "so it is 18", written(4, False))
+    loose = score_prediction(problem("b"), "so it is 18", written(4, False))
     assert (loose["strict"], loose["flexible"]) == (None, "18")
     assert (loose["correct_strict"], loose["correct_flexible"]) == (False, True)
     assert loose == {
@@ -30,13 +30,13 @@ def test_a_prediction_keeps_the_raw_text_and_both_readings() -> None:
         "flexible": "18", "correct_strict": False, "correct_flexible": True, "generated_tokens": 4, "finished": False,
         "calculator_results_given": 2, "gold_steps": [asdict(step) for step in STEPS[:2]],
     }  # fmt: skip
-    yes = judge(problem("c", "yes", 0), "there are 3 of them, so yes", written(5, True))
+    yes = score_prediction(problem("c", "yes", 0), "there are 3 of them, so yes", written(5, True))
     assert yes["correct_flexible"] and not yes["correct_strict"]
 
 
 def test_summary_adds_up() -> None:
     predictions = [
-        judge(problem(f"{i}", num_steps=i % 3), "#### 18" if i % 4 else "18", written(10, i != 5))
+        score_prediction(problem(f"{i}", num_steps=i % 3), "#### 18" if i % 4 else "18", written(10, i != 5))
         for i in range(30)
     ]
     summary = summarise(predictions)
@@ -50,7 +50,7 @@ def test_summary_adds_up() -> None:
         assert abs(total["low"] - expected.low) < 1e-12 and abs(total["high"] - expected.high) < 1e-12
         assert sum(group[rule]["correct"] for group in summary["by_num_steps"].values()) == correct
         assert sum(group[rule]["n"] for group in summary["by_num_steps"].values()) == 30
-    assert "strict 73.3 % (22/30, 95 %: 55.6-85.8)" in in_words(summary["accuracy"])
+    assert "strict 73.3 % (22/30, 95 %: 55.6-85.8)" in accuracy_text(summary["accuracy"])
 
 
 def test_no_predictions_are_no_accuracy() -> None:

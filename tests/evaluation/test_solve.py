@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from trainer.errors import UserError
 from trainer.evaluation import solve
-from trainer.evaluation.cast import Actor, Cast
+from trainer.evaluation.cast import RoleModel, Pipeline
 from trainer.evaluation.decoding import (
     DECOMPOSER,
     PLANNER,
@@ -21,11 +21,11 @@ from trainer.evaluation.decoding import (
     resolve_mode,
     resolve_pair,
 )
-from trainer.evaluation.language import Language
+from trainer.evaluation.language import StopTokens
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.solution import Rules, Script, Seat, Solution
-from trainer.evaluation.student import Student
-from trainer.evaluation.tickets import LocalCounter
+from trainer.evaluation.solution import RolloutContext, Program, ModelSlot, Rollout
+from trainer.evaluation.student import ModelReference
+from trainer.evaluation.tickets import ProcessCounter
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.methods import VIEWS, Role
 from trainer.shards.read import Shards
@@ -53,35 +53,35 @@ class Play:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        method: Callable[[Solution], Script[None]],
+        method: Callable[[Rollout], Program[None]],
         methods: dict[str, str],
         words: dict[str, str],
         max_new_tokens: int = 200,
         contexts: Sequence[int] = (1000, 1000, 1000),
         calculator: bool = True,
     ) -> None:
-        language = Language(tokenizer)
+        language = StopTokens(tokenizer)
         seats = [
-            Seat(VIEWS[name].inputs, context, frozenset([END]))
+            ModelSlot(VIEWS[name].inputs, context, frozenset([END]))
             for name, context in zip(methods.values(), contexts, strict=False)
         ]
         voices = {part: seat for seat, parts in enumerate(methods) for part in parts.split()}
-        rules = Rules(language, seats, voices, max_new_tokens, calculator)
+        rules = RolloutContext(language, seats, voices, max_new_tokens, calculator)
         said = {
             seat: iter([t for part in text.split("|") for t in (*language.tokens(part), END)][:-1])
             for seat, text in ((list(methods).index(parts), text) for parts, text in words.items())
         }
         self.read: list[list[int]] = [[] for _ in seats]
-        self.solution = Solution(0, language.tokens(PROMPT), rules, method, [0] * len(seats))
-        while (turn := self.solution.turn) is not None:
-            feed = self.solution.feeds[turn]
+        self.solution = Rollout(0, language.tokens(PROMPT), rules, method, [0] * len(seats))
+        while (turn := self.solution.next_model) is not None:
+            feed = self.solution.sequences[turn]
             assert feed.pending, "a model has to read something before it can write"
             self.read[turn] += feed.pending
             feed.length += len(feed.pending)
             feed.pending = []
-            self.solution.after(next(said[turn]))
+            self.solution.on_token(next(said[turn]))
         self.text = self.solution.text
-        self.stopped = self.solution.stopped
+        self.stopped = self.solution.stop_reason
         self.finished = self.solution.finished
         self.generated = dict(self.solution.generated)
         self.unsaid = {seat: tokenizer.decode(list(rest)) for seat, rest in said.items()}
@@ -127,7 +127,7 @@ def test_the_calculator_takes_the_pen(tokenizer: PreTrainedTokenizerBase, writte
 
 
 def test_only_tokens_that_can_complete_something_are_looked_at(tokenizer: PreTrainedTokenizerBase) -> None:
-    language = Language(tokenizer)
+    language = StopTokens(tokenizer)
     for tokens, members, holds in (
         (language.equals, ("=", " ="), lambda text: text.endswith("=")),
         (language.newlines, ("\n",), lambda text: "\n" in text),
@@ -167,7 +167,7 @@ TEXT = "How many?\n2 = <<1+1=2>>2\nAnd then?\n3 = <<2+1=3>>3\n#### 3"
     ],
 )
 def test_two_models_in_turn_read_their_views_token_for_token(
-    tokenizer: PreTrainedTokenizerBase, method: solve.Method, methods: dict[str, str], decomposer_reads: str
+    tokenizer: PreTrainedTokenizerBase, method: solve.SolvingProgram, methods: dict[str, str], decomposer_reads: str
 ) -> None:
     """No token is read twice, and none that the model's training did not show there."""
     # The calculator is faster than the solver, which then leaves its own result out.
@@ -177,7 +177,7 @@ def test_two_models_in_turn_read_their_views_token_for_token(
     assert play.has_read(0).startswith(decomposer_reads)
     assert "####" not in play.has_read(0) or play.has_read(0) == decomposer_reads + "####"
     assert play.has_read(1) == TEXT
-    language = Language(tokenizer)
+    language = StopTokens(tokenizer)
     pieces = [
         "P\n",
         "How many?\n",
@@ -195,7 +195,7 @@ def test_two_models_in_turn_read_their_views_token_for_token(
     assert play.solution.calculator_results == 2
     num_words = {part: len(language.tokens(words)) for part, words in ((DECOMPOSER, ASKED), (SOLVER, SOLVED))}
     assert play.generated[DECOMPOSER] == num_words[DECOMPOSER]
-    assert play.solution.feeds[0].is_over and play.unsaid == {0: "", 1: ""}
+    assert play.solution.sequences[0].is_done and play.unsaid == {0: "", 1: ""}
 
 
 def test_one_student_in_both_parts_reads_one_text(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -264,20 +264,20 @@ def test_a_cut_keeps_what_was_written(
 
 
 def test_gold_questions_are_given_and_never_written(tokenizer: PreTrainedTokenizerBase) -> None:
-    questions = [Language(tokenizer).tokens(text) for text in ("How many?\n", "And then?\n")]
+    questions = [StopTokens(tokenizer).tokens(text) for text in ("How many?\n", "And then?\n")]
     said = SOLVED.replace("=2>>", "=").replace("=3>>", "=")
-    play = Play(tokenizer, partial(solve.gold, questions=questions), {SOLVER: "solver"}, {SOLVER: said})
+    play = Play(tokenizer, partial(solve.gold_subquestions, questions=questions), {SOLVER: "solver"}, {SOLVER: said})
     assert (play.text, play.stopped, play.has_read(0)) == (TEXT, "", TEXT)
     assert play.generated == {SOLVER: len(tokenizer(SOLVED.removesuffix("|"))["input_ids"]) + 1}
-    early = Play(tokenizer, partial(solve.gold, questions=questions), {SOLVER: "solver"}, {SOLVER: "#### 3|"})
+    early = Play(tokenizer, partial(solve.gold_subquestions, questions=questions), {SOLVER: "solver"}, {SOLVER: "#### 3|"})
     assert (early.text, early.stopped) == ("How many?\n#### 3", "ended_early")
-    cut = Play(tokenizer, partial(solve.gold, questions=questions), {SOLVER: "solver"}, {SOLVER: "1\n2"}, 1)
+    cut = Play(tokenizer, partial(solve.gold_subquestions, questions=questions), {SOLVER: "solver"}, {SOLVER: "1\n2"}, 1)
     assert cut.text == "How many?\n1\nAnd then?" and cut.stopped == "max_new_tokens"
 
 
 def test_a_plan_is_read_by_the_decomposer_alone(tokenizer: PreTrainedTokenizerBase) -> None:
-    planned = partial(solve.planned_guidance, role=Role.OPERATORS)
-    tokens = Language(tokenizer).tokens("operators: + *\n")
+    planned = partial(solve.planner_guidance, role=Role.OPERATORS)
+    tokens = StopTokens(tokenizer).tokens("operators: + *\n")
     given = partial(solve.gold_guidance, role=Role.OPERATORS, tokens=tokens)
     methods = {DECOMPOSER: "decomposer_interleaved_operators", SOLVER: "solver", PLANNER: "planner_operators"}
     words = {DECOMPOSER: "A?\n####", SOLVER: "1\n 7|", PLANNER: "operators: + *\nnever said"}
@@ -285,7 +285,7 @@ def test_a_plan_is_read_by_the_decomposer_alone(tokenizer: PreTrainedTokenizerBa
         play = Play(tokenizer, partial(solve.interleaved, max_steps=3, guidance=guidance), methods, words)
         assert (play.text, play.solution.plan) == ("A?\n1\n#### 7", "operators: + *")
         assert play.has_read(0).startswith("operators: + *\nA?\n1\n")
-        assert play.has_read(1) == play.text and play.solution.feeds[2].is_over == (guidance is planned)
+        assert play.has_read(1) == play.text and play.solution.sequences[2].is_done == (guidance is planned)
         assert (play.unsaid[2] == "never said") == (guidance is planned)
     words[PLANNER] = "operators: +|"
     play = Play(tokenizer, partial(solve.ahead, max_steps=3, guidance=planned), methods, words)
@@ -297,8 +297,8 @@ def test_what_is_forced_has_the_tokens_it_had_in_training(
 ) -> None:
     """The student knows the stories by heart, all but the sums: it writes them back token by token."""
     decoding = Decoding("socratic", batch_size=4)
-    cast = Cast({STUDENT: Actor(model, "socratic")}, tokenizer, shards, decoding)
-    found = {made["id"]: made for made in predictions(cast, range(len(shards)), LocalCounter())}
+    cast = Pipeline({STUDENT: RoleModel(model, "socratic")}, tokenizer, shards, decoding)
+    found = {made["id"]: made for made in predictions(cast, range(len(shards)), ProcessCounter())}
     for index in range(len(shards)):
         tokens, _ = shards.example(index, VIEWS["socratic"])
         expected = tokens[len(shards.prompt(index)) :].tolist()
@@ -315,8 +315,8 @@ def test_an_imposed_answer_begins_with_the_delimiter(
     shards: Shards, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     decoding = Decoding("answer_only", impose_answer=True, max_new_tokens=4)
-    cast = Cast({STUDENT: Actor(model, "socratic")}, tokenizer, shards, decoding)
-    (prediction,) = predictions(cast, [3], LocalCounter())
+    cast = Pipeline({STUDENT: RoleModel(model, "socratic")}, tokenizer, shards, decoding)
+    (prediction,) = predictions(cast, [3], ProcessCounter())
     assert prediction["text"].startswith("####") and prediction["generated_tokens"] <= 4
 
 
@@ -328,8 +328,8 @@ def test_a_prompt_that_fills_the_context_is_a_problem_unsolved(
 ) -> None:
     longest = max(range(len(shards)), key=lambda index: len(shards.prompt(index)))
     monkeypatch.setattr(model.config, "max_position_embeddings", len(shards.prompt(longest)))
-    cast = Cast({STUDENT: Actor(model, "socratic")}, tokenizer, shards, Decoding("socratic"))
-    made = list(predictions(cast, range(len(shards)), LocalCounter()))
+    cast = Pipeline({STUDENT: RoleModel(model, "socratic")}, tokenizer, shards, Decoding("socratic"))
+    made = list(predictions(cast, range(len(shards)), ProcessCounter()))
     assert len(made) == len(shards)
     (unread,) = [p for p in made if p["id"] == shards.problem(longest).id]
     assert (unread["text"], unread["finished"], unread["correct_strict"]) == ("", False, False)
@@ -351,8 +351,8 @@ def test_modes() -> None:
             resolve_mode(mode, method)
 
 
-def pair(**methods: str | None) -> dict[str, Student]:
-    return {part: Student(f"runs/{method}", "export", {"method": method}) for part, method in methods.items()}
+def pair(**methods: str | None) -> dict[str, ModelReference]:
+    return {part: ModelReference(f"runs/{method}", "export", {"method": method}) for part, method in methods.items()}
 
 
 def test_modes_of_pairs() -> None:
@@ -386,7 +386,7 @@ def test_modes_of_pairs() -> None:
     ],
 )  # fmt: skip
 def test_parts_that_a_student_cannot_play(
-    students: dict[str, Student], guidance_from: str, told: str
+    students: dict[str, ModelReference], guidance_from: str, told: str
 ) -> None:
     with pytest.raises(UserError, match=told):
         resolve_pair(students, guidance_from)

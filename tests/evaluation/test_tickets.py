@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import run_well
 from tests.evaluation.conftest import mpiexec
 from tests.evaluation.draw_tickets import CUT, SIZES, SLOW, counts
-from trainer.evaluation.tickets import LocalCounter, Tickets, exhaust, ticket_size
+from trainer.evaluation.tickets import ProcessCounter, WorkQueue, exhaust_queue, batch_size
 
 COMMAND = ["-m", "tests.evaluation.draw_tickets"]
 
@@ -47,16 +47,16 @@ def test_tickets_over_an_mpi_window(tmp_path: Path, num_ranks: int, environment:
 
 
 def test_tickets_of_one_process() -> None:
-    tickets = Tickets(LocalCounter(), [5, 3, 9, 1], 3)
-    assert [tickets.draw() for _ in range(6)] == [5, 3, 9, 1, None, None]
-    counter = LocalCounter()
-    tickets = Tickets(counter, range(100), 2)
-    first = tickets.draw()
-    exhaust(counter)
-    assert [first, tickets.draw(), tickets.draw()] == [0, 1, None]
+    tickets = WorkQueue(ProcessCounter(), [5, 3, 9, 1], 3)
+    assert [tickets.next_index() for _ in range(6)] == [5, 3, 9, 1, None, None]
+    counter = ProcessCounter()
+    tickets = WorkQueue(counter, range(100), 2)
+    first = tickets.next_index()
+    exhaust_queue(counter)
+    assert [first, tickets.next_index(), tickets.next_index()] == [0, 1, None]
 
 
 def test_tickets_are_small_enough_for_the_slots() -> None:
-    assert ticket_size(10, 32) == 1
-    assert ticket_size(1319, 8) == 8
-    assert 8 * 32 * ticket_size(1319, 32) <= 1319
+    assert batch_size(10, 32) == 1
+    assert batch_size(1319, 8) == 8
+    assert 8 * 32 * batch_size(1319, 32) <= 1319

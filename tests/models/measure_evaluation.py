@@ -9,10 +9,10 @@ import torch
 from tests.models.row import FALLBACK, OK, WRONG, Cell
 from tests.models.small_configs import VOCABULARY
 from trainer.evaluation.backend_check import check_texts
-from trainer.evaluation.backends import Feed
+from trainer.evaluation.backends import SequenceState
 from trainer.evaluation.backends.choice import SLOTS, TRANSFORMERS, choose_backend, make_backend
 from trainer.evaluation.backends.transformers import CACHE_USES
-from trainer.evaluation.generate import chooser, generate
+from trainer.evaluation.generate import make_sampler, generate
 from trainer.models import load
 
 PROMPT_LENGTHS = (6, 3, 20, 6, 11)
@@ -61,7 +61,7 @@ class _Problem:
     """A prompt that is continued by `NEW_TOKENS` tokens."""
 
     def __init__(self, prompt: list[int]) -> None:
-        self.feeds = [Feed(list(prompt))]
+        self.feeds = [SequenceState(list(prompt))]
         self.tokens: list[int] = []
         self.turn: int | None = 0
 
@@ -75,7 +75,7 @@ class _Problem:
 def _decode(model: Any, choice: Any) -> list[list[int]]:
     problems = [_Problem(prompt) for prompt in prompts()]
     waiting = iter(problems)
-    backend = make_backend(choice, 0, model, _NUM_SLOTS, CAPACITY, chooser(0.0, 1.0))
+    backend = make_backend(choice, 0, model, _NUM_SLOTS, CAPACITY, make_sampler(0.0, 1.0))
     for _ in generate([backend], lambda: next(waiting, None), _Problem.after, _NUM_SLOTS):
         pass
     return [problem.tokens for problem in problems]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.sentencepiece import KINDS, make
 from trainer.errors import UserError
 from trainer.evaluation.few_shot import after_exemplars, exemplar_tokens
-from trainer.evaluation.language import Language
+from trainer.evaluation.language import StopTokens
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.problem import Problem, Step
@@ -86,7 +86,7 @@ def test_the_calculator_writes_the_tokens_of_the_shards(
     kind: str, built: dict[str, tuple[Path, Shards]]
 ) -> None:
     folder, shards = built[kind]
-    language = Language(load_tokenizer(folder))
+    language = StopTokens(load_tokenizer(folder))
     results = 0
     for index in range(_COUNT):
         segments = shards.segments(index)
@@ -105,10 +105,10 @@ def test_the_calculator_writes_the_tokens_of_the_shards(
 def test_an_annotation_is_continued_with_the_tokens_of_the_shards(
     built: dict[str, tuple[Path, Shards]],
 ) -> None:
-    language = Language(load_tokenizer(built["legacy"][0]))
+    language = StopTokens(load_tokenizer(built["legacy"][0]))
     written = language.tokens("She has 48/2 = <<48/2=")
-    assert language.calculated(written) == language.tokens("24>>")
-    assert language.text([*written, *language.calculated(written)]) == "She has 48/2 = <<48/2=24>>"
+    assert language.calculator_result(written) == language.tokens("24>>")
+    assert language.text([*written, *language.calculator_result(written)]) == "She has 48/2 = <<48/2=24>>"
 
 
 @pytest.mark.parametrize("kind", KINDS)

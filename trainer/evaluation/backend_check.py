@@ -19,7 +19,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from trainer.errors import UserError, first_line
-from trainer.evaluation.backends import Backend, Feed
+from trainer.evaluation.backends import Backend, SequenceState
 from trainer.evaluation.backends.transformers import default_attention
 from trainer.evaluation.generate import generate
 from trainer.evaluation.sampling import not_finite
@@ -42,7 +42,7 @@ _MIDDLE = (1, 3, 1, 1, 1, 1, 1)
 _BATCH = ((1,), (1, 1, 1, 1, 1, 1, 1), (1, 1, 1), (1, 2, 1, 1))
 
 
-class CannotRun(Exception):
+class BackendError(Exception):
     """A backend raised an exception for this model; the message says which."""
 
 
@@ -64,7 +64,7 @@ class CheckText:
 
 
 @dataclass(frozen=True)
-class Texts:
+class CheckTexts:
     """What is decoded in slots (more texts than the two slots), and by the model's own cache."""
 
     slots: list[CheckText]
@@ -79,7 +79,7 @@ def shortest_middle_longest(items: Iterable[T], length: Callable[[T], int]) -> l
     return [ordered[place] for place in dict.fromkeys((0, len(ordered) // 2, len(ordered) - 1))]
 
 
-def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequence[int] = ()) -> Texts:
+def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequence[int] = ()) -> CheckTexts:
     """Make texts of the shortest, the middle and the longest of the prompts, all of which begin with `prefix`.
 
     The longest is continued with the prompts' own tokens to nearly `capacity`, so that a window or a chunk shorter than
@@ -107,14 +107,14 @@ def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequenc
     beside = text(middle, _SHORT, len(long_text.prompt) - 3, 4)
     # A batch whose rows end one after another, the first one first: the cache must keep the unfinished rows.
     batch = [text(short, counts, len(short) + row, 5 + row) for row, counts in enumerate(_BATCH)]
-    return Texts([long_text, early, late], [*batch, long_text, beside], list(prefix), capacity)
+    return CheckTexts([long_text, early, late], [*batch, long_text, beside], list(prefix), capacity)
 
 
 class _Decoded:
     """A text on its way through a backend. `seen`: logits of its choices."""
 
     def __init__(self, text: CheckText) -> None:
-        self.feeds = [Feed(list(text.prompt))]
+        self.feeds = [SequenceState(list(text.prompt))]
         self.turn: int | None = 0
         self.seen: list[torch.Tensor] = []
         self._given = iter(text.given)
@@ -126,20 +126,20 @@ class _Decoded:
         self.feeds[0].pending += tokens or ()
 
 
-class Recorder:
+class LogitRecorder:
     """Chooses tokens for a backend under check: keeps the logits, and chooses nothing."""
 
     def __init__(self, texts: Sequence[CheckText]) -> None:
         self.decoded = [_Decoded(text) for text in texts]
 
-    def choose(self, logits: torch.Tensor, feeds: list[Feed]) -> list[int]:
+    def choose(self, logits: torch.Tensor, feeds: list[SequenceState]) -> list[int]:
         by_feed = {id(decoded.feeds[0]): decoded for decoded in self.decoded}
         for row, feed in zip(logits, feeds, strict=True):
             by_feed[id(feed)].seen.append(row.detach().float().cpu().clone())
         return [0] * len(feeds)
 
 
-def decode(make: Callable[[], Backend[_Decoded]], recorder: Recorder, num_slots: int) -> list[torch.Tensor]:
+def decode(make: Callable[[], Backend[_Decoded]], recorder: LogitRecorder, num_slots: int) -> list[torch.Tensor]:
     """Return for each text the backend's logits [choices, vocabulary], fp32 on the CPU. Raises CannotRun."""
     waiting = iter(recorder.decoded)
     with exceptions_are_findings():
@@ -157,7 +157,7 @@ def exceptions_are_findings() -> Iterator[None]:
         first = first_line(error)
         has_words = isinstance(error, (UserError, UnsupportedAttention))
         message = first if has_words else f"its forward pass fails ({type(error).__name__}: {first})"
-        raise CannotRun(message) from error
+        raise BackendError(message) from error
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def depends_on_what_follows(model: PreTrainedModel, text: CheckText) -> bool:
         return difference([torch.cat(beginnings)], [_logits_at(model, ids, choices)[0]]) > MIN_TOLERANCE
 
 
-def generated(model: PreTrainedModel, text: CheckText) -> tuple[CheckText, torch.Tensor]:
+def generate_continuation(model: PreTrainedModel, text: CheckText) -> tuple[CheckText, torch.Tensor]:
     """Return the same prompt with the tokens that `generate` chooses, and its logits [choices, vocabulary].
 
     Raises CannotRun.

@@ -10,12 +10,12 @@ from trainer.evaluation.backend_check import check_texts
 from trainer.evaluation.backends import Backend
 from trainer.evaluation.backends.choice import BackendChoice, choose_backend, make_backend
 from trainer.evaluation.decoding import STUDENT
-from trainer.evaluation.generate import chooser, generate
-from trainer.evaluation.language import Language, end_tokens
-from trainer.evaluation.solution import Rules, Script, Seat, Solution
+from trainer.evaluation.generate import make_sampler, generate
+from trainer.evaluation.language import StopTokens, end_of_text_ids
+from trainer.evaluation.solution import RolloutContext, Program, ModelSlot, Rollout
 from trainer.models.load import context_length
 
-_TOKENS_A_CHARACTER = 4  # at most: a token is at least a byte
+_TOKENS_PER_CHARACTER = 4  # at most: a token is at least a byte
 
 
 def completions(
@@ -42,18 +42,18 @@ def completions(
         return
     if isinstance(backend, str):
         backend = completion_backend(model, prompts, max_new_tokens, "the model", backend)
-    language = Language(tokenizer)
+    language = StopTokens(tokenizer)
     context = context_length(model.config) or float("inf")
-    rules = Rules(
+    rules = RolloutContext(
         language,
-        [Seat(frozenset(), context, end_tokens(model, tokenizer))],
+        [ModelSlot(frozenset(), context, end_of_text_ids(model, tokenizer))],
         {STUDENT: 0},
         max_new_tokens,
         False,
     )
-    tail = max((_TOKENS_A_CHARACTER * len(text) for text in stop), default=0)
+    tail = max((_TOKENS_PER_CHARACTER * len(text) for text in stop), default=0)
 
-    def method(solution: Solution) -> Script[None]:
+    def method(solution: Rollout) -> Program[None]:
         def is_over(tokens: list[int]) -> bool:
             return bool(stop) and _first(language.text(tokens[-tail:]), stop) is not None
 
@@ -61,23 +61,23 @@ def completions(
             end = _first(text, stop)
             solution.lines = [text[:end]]
 
-        yield from solution.write(STUDENT, is_over, keep)
+        yield from solution.generate(STUDENT, is_over, keep)
         solution.finished = True
 
     waiting = iter(range(len(prompts)))
 
-    def draw() -> Solution | None:
+    def draw() -> Rollout | None:
         index = next(waiting, None)
         if index is None:
             return None
-        return Solution(index, prompts[index], rules, method, [seeds[index] if seeds else index])
+        return Rollout(index, prompts[index], rules, method, [seeds[index] if seeds else index])
 
     num_slots = min(batch_size, len(prompts))
     capacity = _capacity(model, prompts, max_new_tokens)
-    decoder: Backend[Solution] = make_backend(
-        backend, 0, model, num_slots, capacity, chooser(temperature, top_p)
+    decoder: Backend[Rollout] = make_backend(
+        backend, 0, model, num_slots, capacity, make_sampler(temperature, top_p)
     )
-    for solution in generate([decoder], draw, Solution.after, num_slots):
+    for solution in generate([decoder], draw, Rollout.on_token, num_slots):
         yield solution.index, solution.text, solution.generated.total(), solution.finished
 
 

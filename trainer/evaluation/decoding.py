@@ -10,11 +10,11 @@ from trainer.errors import UserError
 from trainer.shards.methods import Role, guidance_of, is_decomposer, is_interleaved, is_planner
 
 if TYPE_CHECKING:
-    from trainer.evaluation.student import Student
+    from trainer.evaluation.student import ModelReference
 
 UNIFIED = ("answer_only", "cot", "socratic")
 FEW_SHOT = "few_shot"  # a model that was never distilled, shown exemplars
-ALONE = (*UNIFIED, FEW_SHOT)  # modes of one model
+SINGLE_MODEL_MODES = (*UNIFIED, FEW_SHOT)  # modes of one model
 AHEAD, INTERLEAVED, GOLD = "iterative_ahead", "iterative_interleaved", "gold_subquestions"
 STUDENT, PLANNER, DECOMPOSER, SOLVER = "student", "planner", "decomposer", "solver"  # the parts
 
@@ -41,16 +41,16 @@ class Decoding:
     batch_size: int = 32  # slots of a rank
 
     @property
-    def plan(self) -> Role | None:
+    def guidance_role(self) -> Role | None:
         """The role of the plan that guides the decomposer."""
         return Role[self.guidance.upper()] if self.guidance else None
 
     @property
-    def shown(self) -> Role | None:
+    def gold_role(self) -> Role | None:
         """Segments of the data beside the problem that a model is shown."""
         if self.mode == GOLD:
             return Role.SUBQUESTION
-        return self.plan if self.guidance_from == "gold" else None
+        return self.guidance_role if self.guidance_from == "gold" else None
 
 
 def resolve_mode(mode: str, method: str | None) -> tuple[str, bool]:
@@ -66,7 +66,7 @@ def resolve_mode(mode: str, method: str | None) -> tuple[str, bool]:
         )
     if mode == "auto":
         if method is None:
-            known = ", ".join(ALONE)
+            known = ", ".join(SINGLE_MODEL_MODES)
             raise UserError(f"the model does not say by which method it was taught; give mode: {known}")
         return method, False
     if method not in (None, mode) and mode != "answer_only":
@@ -76,13 +76,13 @@ def resolve_mode(mode: str, method: str | None) -> tuple[str, bool]:
     return mode, mode == "answer_only" and method != mode
 
 
-def resolve_pair(students: Mapping[str, Student], guidance_from: str) -> tuple[str, str]:
+def resolve_pair(students: Mapping[str, ModelReference], guidance_from: str) -> tuple[str, str]:
     """The mode of students that answer together, and what guides the decomposer ("operators", "equations" or "").
 
     Raises UserError for a student in a part that its method cannot play, and for a plan that nobody writes or reads.
     """
     for part, student in students.items():
-        _check_part(part, student)
+        _check_role(part, student)
     if DECOMPOSER not in students:
         return GOLD, ""
     decomposer = students[DECOMPOSER]
@@ -107,7 +107,7 @@ def resolve_pair(students: Mapping[str, Student], guidance_from: str) -> tuple[s
     return mode, needed.name.lower()
 
 
-def _check_part(part: str, student: Student) -> None:
+def _check_role(part: str, student: ModelReference) -> None:
     method = student.method
     if method is None:
         raise UserError(

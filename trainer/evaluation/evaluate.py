@@ -17,12 +17,12 @@ from trainer.errors import UserError
 from trainer.evaluation import gather, place, record, task
 from trainer.evaluation import student as students
 from trainer.evaluation.backends.choice import TRANSFORMERS
-from trainer.evaluation.cast import Actor, Cast
+from trainer.evaluation.cast import RoleModel, Pipeline
 from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.score import in_words, summarise
-from trainer.evaluation.task import Task
-from trainer.evaluation.tickets import Counter, exhaust, shared_counter
+from trainer.evaluation.score import accuracy_text, summarise
+from trainer.evaluation.task import EvaluationJob
+from trainer.evaluation.tickets import Counter, exhaust_queue, shared_counter
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
 
@@ -37,26 +37,26 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     are returned as they are. Raises UserError, on every rank, for students and shards that do not fit, for results
     of other settings without `overwrite`, and for predictions that are not every problem exactly once.
     """
-    with gather.errors_together():
-        work = task.plan(settings)
+    with gather.errors_on_all_ranks():
+        work = task.resolve_job(settings)
         ids = [work.shards.problem(index).id for index in range(work.num_problems)]
-    facts = {part: student.facts for part, student in work.students.items()}
-    distributed.assert_same_on_all_ranks("evaluation", {**work.recipe({}), "students": facts, "code": trainer.__version__})
-    digests, earlier = _on_rank_0(lambda: _what_is_there(work, settings.overwrite))
+    facts = {part: student.facts for part, student in work.models.items()}
+    distributed.assert_same_on_all_ranks("evaluation", {**work.fingerprint_fields({}), "students": facts, "code": trainer.__version__})
+    digests, earlier = _on_rank_0(lambda: _earlier_results(work, settings.overwrite))
     if earlier is not None:
-        terminal.info(f"already evaluated: {in_words(earlier['accuracy'])}; {work.directory.results}")
+        terminal.info(f"already evaluated: {accuracy_text(earlier['accuracy'])}; {work.directory.results}")
         return earlier
     for warning in record.warnings(work):
         terminal.warning(warning)
-    terminal.info(record.in_words(work))
+    terminal.info(record.job_text(work))
     _on_rank_0(lambda: _prepare(work, settings))
-    with gather.errors_together():
-        cast = _open_cast(work)
+    with gather.errors_on_all_ranks():
+        cast = _load_pipeline(work)
     startup.freeze_gc()
 
-    recipe = work.recipe(digests)
+    recipe = work.fingerprint_fields(digests)
     identity = task.digest(recipe)
-    parts, solved = _on_rank_0(lambda: _what_is_solved(work, identity))
+    parts, solved = _on_rank_0(lambda: _solved_before(work, identity))
     if solved:
         terminal.info(f"{len(solved)} of {len(ids)} problems were solved before; going on")
     left = [index for index, problem_id in enumerate(ids) if problem_id not in solved]
@@ -67,17 +67,17 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     finished = distributed.gather_objects((path, time.monotonic() - start))
 
     about = {
-        **record.about(work, _sizes(work, cast), digests),
+        **record.job_fields(work, _sizes(work, cast), digests),
         "seconds": round(max(seconds for _, seconds in finished), 3),
         "world_size": distributed.environment().world_size,
-        "backends": {part: cast.backend_of(part).record() for part in work.students},
+        "backends": {part: cast.backend_of(part).record() for part in work.models},
         **recipe,
         "identity": identity,
     }
     parts += [path for path, _ in finished]
     results = _on_rank_0(lambda: _write(work, parts, ids, about))
     terminal.info(
-        f"{in_words(results['accuracy'])}; {results['generated_tokens']} tokens in "
+        f"{accuracy_text(results['accuracy'])}; {results['generated_tokens']} tokens in "
         f"{terminal.duration(results['seconds'])}; {work.directory.results}"
     )
     return results
@@ -101,74 +101,74 @@ def evaluate_model(
     start = time.monotonic()
     indices = range(min(max_problems or len(shards), len(shards)))
     mine: list[dict[str, Any]] = []
-    cast = Cast({STUDENT: Actor(model, decoding.mode)}, tokenizer, shards, decoding)
+    cast = Pipeline({STUDENT: RoleModel(model, decoding.mode)}, tokenizer, shards, decoding)
     _choose_backends(cast, indices, backend)
     _solve(cast, indices, lambda prediction, _: mine.append(prediction))
     everybodys = [prediction for part in distributed.gather_objects(mine) for prediction in part]
     ids = [shards.problem(index).id for index in indices]
-    return {**summarise(gather.union(everybodys, ids)), "seconds": round(time.monotonic() - start, 3)}
+    return {**summarise(gather.merge_predictions(everybodys, ids)), "seconds": round(time.monotonic() - start, 3)}
 
 
-def _prepare(work: Task, settings: EvaluateSettings) -> None:
+def _prepare(work: EvaluationJob, settings: EvaluateSettings) -> None:
     """What rank 0 writes before anybody loads a model."""
-    for part in work.parts_of_students.values():
-        students.convert_checkpoint(work.students[part], work.scratch(work.students[part]))
+    for part in work.first_roles.values():
+        students.convert_checkpoint(work.models[part], work.scratch(work.models[part]))
     if work.is_pair or work.decoding.mode == FEW_SHOT:
         place.write_settings(settings, work.directory)
 
 
-def _open_cast(work: Task) -> Cast:
+def _load_pipeline(work: EvaluationJob) -> Pipeline:
     """Every student's weights once on this rank's device, whatever parts it plays."""
     opened = {
-        name: students.open_student(
-            work.students[part], work.shards, work.dtype, work.scratch(work.students[part])
+        name: students.load_model_and_tokenizer(
+            work.models[part], work.shards, work.dtype, work.scratch(work.models[part])
         )
-        for name, part in work.parts_of_students.items()
+        for name, part in work.first_roles.items()
     }
     actors = {
-        part: Actor(opened[student.name][0], student.method, student.name)
-        for part, student in work.students.items()
+        part: RoleModel(opened[student.name][0], student.method, student.name)
+        for part, student in work.models.items()
     }
     tokenizer = next(iter(opened.values()))[1]
-    return Cast(actors, tokenizer, work.shards, work.decoding, work.exemplars)
+    return Pipeline(actors, tokenizer, work.shards, work.decoding, work.exemplars)
 
 
-def _choose_backends(cast: Cast, indices: Sequence[int], requested: str) -> None:
+def _choose_backends(cast: Pipeline, indices: Sequence[int], requested: str) -> None:
     """Collective. Rank 0 checks, before the first answer, how each model is decoded; all ranks decode alike."""
     cast.backends = _on_rank_0(lambda: cast.choose_backends(indices, requested))
-    told = {part: cast.backend_of(part) for part in cast.actors}
+    told = {part: cast.backend_of(part) for part in cast.role_models}
     for part, choice in told.items():
         if choice.name == TRANSFORMERS:
-            terminal.info(f"{part}: {choice.in_words()}")
+            terminal.info(f"{part}: {choice.text()}")
 
 
-def _sizes(work: Task, cast: Cast) -> dict[str, int]:
+def _sizes(work: EvaluationJob, cast: Pipeline) -> dict[str, int]:
     return {
-        part: student.facts.get("num_parameters", cast.actors[part].model.num_parameters())
-        for part, student in work.students.items()
+        part: student.facts.get("num_parameters", cast.role_models[part].model.num_parameters())
+        for part, student in work.models.items()
     }
 
 
-def _solve(cast: Cast, indices: Sequence[int], keep: Callable[[dict[str, Any], Counter], None]) -> None:
+def _solve(cast: Pipeline, indices: Sequence[int], keep: Callable[[dict[str, Any], Counter], None]) -> None:
     """Collective. Solve `indices` with all ranks; `keep` gets each prediction of this rank."""
-    attempt = gather.Attempt()
+    attempt = gather.CapturedError()
     with shared_counter() as counter:
         with attempt:
             for prediction in predictions(cast, indices, counter):
                 keep(prediction, counter)
         if attempt.error:
-            exhaust(counter)
-    attempt.raise_together()
+            exhaust_queue(counter)
+    attempt.raise_on_all_ranks()
 
 
 def _solve_into_part(
-    work: Task, cast: Cast, left: list[int], identity: str, solved: Mapping[str, bool]
+    work: EvaluationJob, cast: Pipeline, left: list[int], identity: str, solved: Mapping[str, bool]
 ) -> Path:
     """Collective. Solve what is left; every prediction is on disk at once, in this rank's part file."""
-    with gather.errors_together():
-        part = gather.Part(work.directory.rank_files, identity)
+    with gather.errors_on_all_ranks():
+        part = gather.RankFile(work.directory.rank_files, identity)
     with part, terminal.progress("solve", work.num_problems, len(solved)) as bar:
-        tell = _Tell(bar, len(solved), sum(solved.values()))
+        tell = _ProgressReport(bar, len(solved), sum(solved.values()))
 
         def keep(prediction: dict[str, Any], counter: Counter) -> None:
             part.append(prediction)
@@ -178,7 +178,7 @@ def _solve_into_part(
     return part.path
 
 
-class _Tell:
+class _ProgressReport:
     """Tells the other ranks, and rank 0 its user, how far all ranks together are."""
 
     def __init__(self, bar: terminal.ProgressBar, solved: int, correct: int) -> None:
@@ -201,17 +201,17 @@ class _Tell:
 def _on_rank_0(function: Callable[[], Any]) -> Any:
     """Collective. What rank 0's `function` returns, on every rank; if it fails, every rank raises."""
     value = None
-    with gather.errors_together():
+    with gather.errors_on_all_ranks():
         if distributed.is_main_process():
             value = function()
     return distributed.broadcast_object(value)
 
 
-def _what_is_there(work: Task, overwrite: bool) -> tuple[dict[str, str], dict[str, Any] | None]:
+def _earlier_results(work: EvaluationJob, overwrite: bool) -> tuple[dict[str, str], dict[str, Any] | None]:
     """The students' digests by part, and the results of this evaluation if they are there already."""
-    once = {name: students.digest(work.students[part]) for name, part in work.parts_of_students.items()}
-    digests = {part: once[student.name] for part, student in work.students.items()}
-    recipe = work.recipe(digests)
+    once = {name: students.content_digest(work.models[part]) for name, part in work.first_roles.items()}
+    digests = {part: once[student.name] for part, student in work.models.items()}
+    recipe = work.fingerprint_fields(digests)
     path = work.directory.results
     if not path.is_file():
         return digests, None
@@ -232,22 +232,22 @@ def _what_is_there(work: Task, overwrite: bool) -> tuple[dict[str, str], dict[st
     )
 
 
-def _what_is_solved(work: Task, identity: str) -> tuple[list[Path], dict[str, bool]]:
+def _solved_before(work: EvaluationJob, identity: str) -> tuple[list[Path], dict[str, bool]]:
     """Part files of earlier evaluations of the same making, and the ids in them with whether they are correct."""
-    parts = gather.parts_of(work.directory.rank_files, identity)
-    solved = [prediction for part in parts for prediction in gather.read_part(part)]
+    parts = gather.rank_files(work.directory.rank_files, identity)
+    solved = [prediction for part in parts for prediction in gather.read_rank_file(part)]
     return parts, {prediction["id"]: prediction["correct_strict"] for prediction in solved}
 
 
-def _write(work: Task, parts: list[Path], ids: list[str], about: dict[str, Any]) -> dict[str, Any]:
+def _write(work: EvaluationJob, parts: list[Path], ids: list[str], about: dict[str, Any]) -> dict[str, Any]:
     """The union of all part files -> predictions.jsonl -> results.json; then the parts are no longer needed."""
-    union = gather.union((prediction for part in parts for prediction in gather.read_part(part)), ids)
+    union = gather.merge_predictions((prediction for part in parts for prediction in gather.read_rank_file(part)), ids)
     results = {"format": FORMAT, **about, **summarise(union)}
     directory = work.directory
     directory.results.unlink(missing_ok=True)  # old results never stand beside new predictions
     commit.write_text(directory.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in union))
     commit.write_text(directory.results, json.dumps(results, indent=1) + "\n")
-    for student in work.students.values():
+    for student in work.models.values():
         shutil.rmtree(work.scratch(student), ignore_errors=True)
-    gather.remove_parts(parts)
+    gather.remove_rank_files(parts)
     return results

@@ -22,7 +22,7 @@ from trainer.errors import UserError
 _NAMED_IDS = 5
 
 
-class Part:
+class RankFile:
     """The part file of this process: one prediction a line, handed to the operating system line by line.
 
     `identity` (of settings, student and problems) is in the name: parts of another making stay where they are and
@@ -39,7 +39,7 @@ class Part:
         self._file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
         self._file.flush()
 
-    def __enter__(self) -> Part:
+    def __enter__(self) -> RankFile:
         return self
 
     def __exit__(
@@ -48,12 +48,12 @@ class Part:
         self._file.close()
 
 
-def parts_of(folder: Path, identity: str) -> list[Path]:
+def rank_files(folder: Path, identity: str) -> list[Path]:
     """Part files of an evaluation, finished or not."""
     return sorted(folder.glob(f"rank-*-{identity[:16]}-*.jsonl"))
 
 
-def read_part(path: Path) -> Iterator[dict[str, Any]]:
+def read_rank_file(path: Path) -> Iterator[dict[str, Any]]:
     """Predictions of a part file. A last line without its end (the writer was killed) is left out.
 
     Raises UserError naming file and line for a line that is no prediction.
@@ -72,7 +72,7 @@ def read_part(path: Path) -> Iterator[dict[str, Any]]:
             yield prediction
 
 
-def union(predictions: Iterable[dict[str, Any]], ids: Sequence[str]) -> list[dict[str, Any]]:
+def merge_predictions(predictions: Iterable[dict[str, Any]], ids: Sequence[str]) -> list[dict[str, Any]]:
     """The predictions in the order of `ids`. Raises UserError naming ids that are missing, doubled or unknown."""
     predictions = list(predictions)
     counts = Counter(prediction["id"] for prediction in predictions)
@@ -91,7 +91,7 @@ def union(predictions: Iterable[dict[str, Any]], ids: Sequence[str]) -> list[dic
     return [by_id[i] for i in ids]
 
 
-def remove_parts(paths: Iterable[Path]) -> None:
+def remove_rank_files(paths: Iterable[Path]) -> None:
     """Remove part files that have become part of a result, and their folder if nothing else is in it."""
     for path in paths:
         path.unlink(missing_ok=True)
@@ -99,7 +99,7 @@ def remove_parts(paths: Iterable[Path]) -> None:
             path.parent.rmdir()
 
 
-class Attempt:
+class CapturedError:
     """A block of one rank's own work, without collectives: it keeps the error instead of raising it alone.
 
     Nobody is then left waiting for a rank that has given up. A fault that is not a UserError leaves its traceback on
@@ -109,7 +109,7 @@ class Attempt:
     def __init__(self) -> None:
         self.error: str | None = None
 
-    def __enter__(self) -> Attempt:
+    def __enter__(self) -> CapturedError:
         return self
 
     def __exit__(
@@ -122,18 +122,18 @@ class Attempt:
             self.error = f"{type(error).__name__}: {error}"
         return self.error is not None
 
-    def raise_together(self) -> None:
+    def raise_on_all_ranks(self) -> None:
         """Collective: every rank raises if any rank failed."""
         distributed.raise_on_all_ranks(self.error)
 
 
 @contextlib.contextmanager
-def errors_together() -> Iterator[None]:
+def errors_on_all_ranks() -> Iterator[None]:
     """A block of each rank's own work, without collectives inside: if it fails on any rank, all ranks raise."""
-    attempt = Attempt()
+    attempt = CapturedError()
     with attempt:
         yield
-    attempt.raise_together()
+    attempt.raise_on_all_ranks()
 
 
 def _named(ids: Sequence[str]) -> str:

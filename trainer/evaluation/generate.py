@@ -8,28 +8,28 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from trainer.evaluation import sampling
-from trainer.evaluation.backends import Backend, Choose, Feed, SomeOccupant
+from trainer.evaluation.backends import Backend, Sampler, SequenceState, AnyRequest
 
 
-def chooser(temperature: float, top_p: float) -> Choose:
+def make_sampler(temperature: float, top_p: float) -> Sampler:
     """How tokens are chosen: greedily at temperature 0, else sampled with each feed's own noise."""
 
-    def choose(logits: torch.Tensor, feeds: list[Feed]) -> list[int]:
+    def choose(logits: torch.Tensor, feeds: list[SequenceState]) -> list[int]:
         if temperature == 0:
             return sampling.greedy(logits)
-        uniforms = [sampling.uniform(feed.noise_key, feed.length) for feed in feeds]
+        uniforms = [sampling.uniform_noise(feed.sampling_seed, feed.length) for feed in feeds]
         return sampling.sampled(logits, temperature, top_p, uniforms)
 
     return choose
 
 
 def generate(
-    backends: Sequence[Backend[SomeOccupant]],
-    draw: Callable[[], SomeOccupant | None],
-    after: Callable[[SomeOccupant, int], None],
+    backends: Sequence[Backend[AnyRequest]],
+    next_request: Callable[[], AnyRequest | None],
+    on_token: Callable[[AnyRequest, int], None],
     num_slots: int,
     each_step: Callable[[], object] = lambda: None,
-) -> Iterator[SomeOccupant]:
+) -> Iterator[AnyRequest]:
     """Yield problems as they end; `num_slots` of them are on their way at the same time.
 
     `draw` gives the next one to start, None when there are no more; `after` hands a problem the token that was chosen
@@ -42,8 +42,8 @@ def generate(
             stack.enter_context(backend.active())
         on_their_way = 0
         while True:
-            while on_their_way < num_slots and (problem := draw()) is not None:
-                if problem.turn is None:  # it could not even start
+            while on_their_way < num_slots and (problem := next_request()) is not None:
+                if problem.next_model is None:  # it could not even start
                     yield problem
                     continue
                 for backend in backends:
@@ -54,8 +54,8 @@ def generate(
             busiest = max(backends, key=lambda backend: backend.num_waiting)
             ended = []
             for problem, token in busiest.step():
-                after(problem, token)
-                if problem.turn is None:
+                on_token(problem, token)
+                if problem.next_model is None:
                     ended.append(problem)
             on_their_way -= len(ended)
             each_step()

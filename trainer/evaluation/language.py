@@ -11,7 +11,7 @@ from trainer.models.segment_tokenizer import SegmentTokenizer, segment_tokenizer
 from trainer.problems import calculator
 
 
-class Language:
+class StopTokens:
     """A tokenizer as the solving methods need it. All models of an evaluation share it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -29,7 +29,7 @@ class Language:
         """Return the tokens that a text has where it continues a text, as in the shards."""
         return _tokens_of(self._codec, text)
 
-    def calculated(self, tokens: Sequence[int]) -> tuple[int, ...]:
+    def calculator_result(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """If the text ends in an open annotation the calculator accepts: the tokens of its result and `>>`."""
         if tokens[-1] not in self.equals:
             return ()
@@ -38,7 +38,7 @@ class Language:
         return self.tokens(f"{result}>>") if result is not None else ()
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_of_text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end a text: the tokenizer's, and those of the model's generation_config (there may be several)."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     many = configured if isinstance(configured, list) else [configured]

@@ -12,14 +12,14 @@ from trainer import commit
 from trainer.configuration import to_dict
 from trainer.errors import UserError
 from trainer.evaluation.decoding import DECOMPOSER, SOLVER, STUDENT, Decoding
-from trainer.evaluation.student import Student
+from trainer.evaluation.student import ModelReference
 from trainer.run_directory import EvaluationDirectory, RunDirectory, pair_run, evaluation_name
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
 
 
 def directory(
-    settings: EvaluateSettings, students: Mapping[str, Student], shards: Shards, decoding: Decoding
+    settings: EvaluateSettings, students: Mapping[str, ModelReference], shards: Shards, decoding: Decoding
 ) -> EvaluationDirectory:
     """As asked, else in the run of the student, or of the pair: beside the runs of its students, if they are of one
     study, with one data set and one seed. Raises UserError if that says nothing."""
@@ -65,7 +65,7 @@ def _is_ours(path: Path) -> bool:
     return isinstance(values, dict) and "shards" in values
 
 
-def _method(students: Mapping[str, Student], decoding: Decoding) -> str:
+def _method(students: Mapping[str, ModelReference], decoding: Decoding) -> str:
     """What a study calls the way of answering: the mode and what guides the decomposer; and who is a unified student
     instead of one half of a pair."""
     parts = [part for part in (DECOMPOSER, SOLVER) if part in students]
@@ -74,7 +74,7 @@ def _method(students: Mapping[str, Student], decoding: Decoding) -> str:
     return "_".join(filter(None, (decoding.mode, decoding.guidance, *who)))
 
 
-def _name(students: Mapping[str, Student], shards: Shards, decoding: Decoding) -> str:
+def _name(students: Mapping[str, ModelReference], shards: Shards, decoding: Decoding) -> str:
     parts = [shards.facts["data"], shards.facts["split"], _method(students, decoding)]
     if decoding.guidance_from == "gold":
         parts += ["gold_guidance"]

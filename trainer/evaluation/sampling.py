@@ -15,13 +15,13 @@ from trainer.errors import UserError
 _MASK = (1 << 64) - 1
 
 
-def noise_key(seed: int, problem_id: str, part: str = "") -> int:
+def sampling_seed(seed: int, problem_id: str, part: str = "") -> int:
     """64 bits that stand for a problem under a seed, and for one of several models that work at it."""
     name = f"{seed}\0{problem_id}" + (f"\0{part}" if part else "")
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
-def uniform(key: int, position: int) -> float:
+def uniform_noise(key: int, position: int) -> float:
     """Number `position` of the stream `key`, in [0, 1): SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), by counter."""
     state = (key + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK

@@ -11,7 +11,7 @@ from trainer.problems.problem import Problem
 from trainer.report.statistics import wilson_interval
 
 
-def judge(problem: Problem, text: str, written: dict[str, Any]) -> dict[str, Any]:
+def score_prediction(problem: Problem, text: str, written: dict[str, Any]) -> dict[str, Any]:
     """One line of predictions.jsonl: the raw text, what each extraction rule reads out of it, and how it was `written`:
     at least generated_tokens, calculator_results_given and finished."""
     kind = answers.answer_type(problem.answer)
@@ -64,7 +64,7 @@ def _accuracy(predictions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def in_words(accuracy: dict[str, dict[str, Any]]) -> str:
+def accuracy_text(accuracy: dict[str, dict[str, Any]]) -> str:
     """`strict 67.0 % (201/300, 95 %: 61.5-72.1), flexible ...`"""
     return ", ".join(
         f"{rule} {100 * s['accuracy']:.1f} % ({s['correct']}/{s['n']}, 95 %: {100 * s['low']:.1f}-{100 * s['high']:.1f})"

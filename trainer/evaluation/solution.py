@@ -12,47 +12,47 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from trainer.evaluation.backends import Feed
-from trainer.evaluation.language import Language
+from trainer.evaluation.backends import SequenceState
+from trainer.evaluation.language import StopTokens
 from trainer.shards.methods import Role
 
 Result = TypeVar("Result")
-Script = Generator[int, int, Result]  # yields a seat, is sent the token that its model chose
+Program = Generator[int, int, Result]  # yields a seat, is sent the token that its model chose
 
 
 @dataclass(frozen=True)
-class Seat:
+class ModelSlot:
     """One model, and the view of a problem that it reads."""
 
-    reads: frozenset[Role]
+    inputs: frozenset[Role]
     context: float  # longest sequence of the model in tokens
     end_tokens: frozenset[int]
 
 
 @dataclass(frozen=True)
-class Rules:
+class RolloutContext:
     """What all solutions of an evaluation share. `voices`: who sits where; two voices may share one seat."""
 
-    language: Language
-    seats: Sequence[Seat]
-    voices: Mapping[str, int]
+    stop_tokens: StopTokens
+    models: Sequence[ModelSlot]
+    roles: Mapping[str, int]
     max_new_tokens: int  # of a problem, all voices together
     calculator: bool = True
 
 
 @dataclass(frozen=True)
-class Passage:
+class Completion:
     """What a voice wrote in one go."""
 
     tokens: list[int]  # without the end token
-    ended_text: bool  # by an end token
+    is_end_of_text: bool  # by an end token
 
 
-class Cut(Exception):
+class LengthLimit(Exception):
     """A solution has to stop: `max_new_tokens` or `context`."""
 
 
-class Solution:
+class Rollout:
     """One problem on its way.
 
     turn: the seat whose model chooses the next token, None when it is over. finished: a model ended it; else it was cut.
@@ -63,94 +63,94 @@ class Solution:
         self,
         index: int,
         prompt: Sequence[int],
-        rules: Rules,
-        method: Callable[[Solution], Script[None]],
+        rules: RolloutContext,
+        method: Callable[[Rollout], Program[None]],
         noise_keys: Sequence[int],
     ) -> None:
         """`noise_keys`: one for each seat."""
         self.index = index
-        self.rules = rules
-        self.feeds = [Feed(list(prompt), key) for key in noise_keys]
+        self.context = rules
+        self.sequences = [SequenceState(list(prompt), key) for key in noise_keys]
         self.lines: list[str] = []  # of the text
         self.plan = ""  # what guided the decomposer
         self.generated: Counter[str] = Counter()  # tokens by voice; the calculator's count as its voice's
         self.calculator_results = 0
         self.finished = False
-        self.stopped = ""
-        self.turn: int | None = None
-        self._script = self._run(method)
-        self.after(None)
+        self.stop_reason = ""
+        self.next_model: int | None = None
+        self._program = self._run_program(method)
+        self.on_token(None)
 
     @property
     def text(self) -> str:
         return "\n".join(self.lines)
 
-    def after(self, token: int | None) -> None:
+    def on_token(self, token: int | None) -> None:
         """Take the token that was chosen (None: begin); `turn` is who writes next."""
         try:
-            self.turn = next(self._script) if token is None else self._script.send(token)
+            self.next_model = next(self._program) if token is None else self._program.send(token)
         except StopIteration:
-            self.turn = None
+            self.next_model = None
 
-    def write(
+    def generate(
         self,
         voice: str,
         is_over: Callable[[list[int]], bool],
         keep: Callable[[str], None],
         calculator: bool = False,
-    ) -> Script[Passage]:
+    ) -> Program[Completion]:
         """Let a voice write until it ends its text or `is_over(tokens)`; `keep` gets the text, also of what is cut.
 
         With `calculator` the results of annotations are put in. Its own model reads all of it but the end token.
         """
-        language, seat = self.rules.language, self.rules.voices[voice]
+        language, seat = self.context.stop_tokens, self.context.roles[voice]
         tokens: list[int] = []
         try:
             while True:
                 token = yield from self._next_token(voice)
-                if token in self.rules.seats[seat].end_tokens:
-                    return Passage(tokens, True)
+                if token in self.context.models[seat].end_tokens:
+                    return Completion(tokens, True)
                 new = [token]
                 tokens.append(token)
-                if calculator and self.rules.calculator and (result := language.calculated(tokens)):
+                if calculator and self.context.calculator and (result := language.calculator_result(tokens)):
                     self.calculator_results += 1
                     new += result[: self._room(seat) - 1]
                     tokens += new[1:]
                     self.generated[voice] += len(new) - 1
-                self.feeds[seat].pending += new
+                self.sequences[seat].pending += new
                 if is_over(tokens):
-                    return Passage(tokens, False)
+                    return Completion(tokens, False)
         finally:
             keep(language.text(tokens))
 
-    def give(self, tokens: Sequence[int], role: Role, but: str = "") -> None:
+    def append(self, tokens: Sequence[int], role: Role, but: str = "") -> None:
         """Let all who read segments of this role read these tokens, except one voice that has read them."""
-        for number, (feed, seat) in enumerate(zip(self.feeds, self.rules.seats, strict=True)):
-            if role in seat.reads and not feed.is_over and number != self.rules.voices.get(but):
+        for number, (feed, seat) in enumerate(zip(self.sequences, self.context.models, strict=True)):
+            if role in seat.inputs and not feed.is_done and number != self.context.roles.get(but):
                 feed.pending += tokens
 
-    def leave(self, voice: str, staying: str) -> None:
+    def release(self, voice: str, staying: str) -> None:
         """`voice` reads and writes no more; its slot goes to another problem unless `staying` shares its seat."""
-        seat = self.rules.voices[voice]
-        self.feeds[seat].is_over = seat != self.rules.voices[staying]
+        seat = self.context.roles[voice]
+        self.sequences[seat].is_done = seat != self.context.roles[staying]
 
-    def _run(self, method: Callable[[Solution], Script[None]]) -> Script[None]:
+    def _run_program(self, method: Callable[[Rollout], Program[None]]) -> Program[None]:
         try:
             yield from method(self)
-        except Cut as cut:
-            self.stopped = str(cut)
+        except LengthLimit as cut:
+            self.stop_reason = str(cut)
 
-    def _next_token(self, voice: str) -> Script[int]:
-        seat = self.rules.voices[voice]
-        if self.generated.total() >= self.rules.max_new_tokens:
-            raise Cut("max_new_tokens")
-        if self.feeds[seat].num_tokens >= self.rules.seats[seat].context:
-            raise Cut("context")
+    def _next_token(self, voice: str) -> Program[int]:
+        seat = self.context.roles[voice]
+        if self.generated.total() >= self.context.max_new_tokens:
+            raise LengthLimit("max_new_tokens")
+        if self.sequences[seat].num_tokens >= self.context.models[seat].context:
+            raise LengthLimit("context")
         token = yield seat
         self.generated[voice] += 1
         return token
 
     def _room(self, seat: int) -> int:
         """How many tokens may be added before a limit cuts the solution, the one just chosen included."""
-        new = self.rules.max_new_tokens - self.generated.total() + 1
-        return int(min(new, self.rules.seats[seat].context - self.feeds[seat].num_tokens))
+        new = self.context.max_new_tokens - self.generated.total() + 1
+        return int(min(new, self.context.models[seat].context - self.sequences[seat].num_tokens))

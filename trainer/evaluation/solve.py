@@ -24,30 +24,30 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from trainer.evaluation.decoding import DECOMPOSER, PLANNER, SOLVER, STUDENT
-from trainer.evaluation.solution import Passage, Script, Solution
+from trainer.evaluation.solution import Completion, Program, Rollout
 from trainer.problems.problem import DELIMITER
 from trainer.shards.methods import Role
 
-EARLY = "ended_early"
+ENDED_EARLY = "ended_early"
 
-Method = Callable[[Solution], Script[None]]
+SolvingProgram = Callable[[Rollout], Program[None]]
 
 
-def unified(solution: Solution, opening: str = "") -> Script[None]:
+def unified(solution: Rollout, opening: str = "") -> Program[None]:
     """The student writes until it ends its text. `opening`: what it is made to begin with."""
     solution.lines = [opening]
-    solution.feeds[solution.rules.voices[STUDENT]].pending += solution.rules.language.tokens(opening)
+    solution.sequences[solution.context.roles[STUDENT]].pending += solution.context.stop_tokens.tokens(opening)
 
     def keep(text: str) -> None:
         solution.lines = [opening + text]
 
-    passage = yield from solution.write(STUDENT, lambda tokens: False, keep, calculator=True)
-    solution.finished = passage.ended_text
+    passage = yield from solution.generate(STUDENT, lambda tokens: False, keep, calculator=True)
+    solution.finished = passage.is_end_of_text
 
 
-def few_shot(solution: Solution) -> Script[None]:
+def few_shot(solution: Rollout) -> Program[None]:
     """A model that goes on with the next exemplar if it is let: it writes until the line of its `#### answer` ends."""
-    language = solution.rules.language
+    language = solution.context.stop_tokens
 
     def is_over(tokens: list[int]) -> bool:
         return tokens[-1] in language.newlines and DELIMITER in language.text(tokens)
@@ -56,140 +56,140 @@ def few_shot(solution: Solution) -> Script[None]:
         reasoning, delimiter, answer = text.partition(DELIMITER)
         solution.lines = [reasoning + delimiter + _one_line(answer)]
 
-    yield from solution.write(STUDENT, is_over, keep, calculator=True)
+    yield from solution.generate(STUDENT, is_over, keep, calculator=True)
     solution.finished = True
 
 
-def interleaved(solution: Solution, max_steps: int, guidance: Method) -> Script[None]:
+def interleaved(solution: Rollout, max_steps: int, guidance: SolvingProgram) -> Program[None]:
     """The decomposer asks the next sub-question with all the solutions so far before it."""
     yield from guidance(solution)
     step = 0
-    while question := (yield from _asks(solution, step, max_steps)):
-        solution.give(question.tokens, Role.SUBQUESTION, but=DECOMPOSER)
-        if not (yield from _solves(solution, step)):
+    while question := (yield from _ask(solution, step, max_steps)):
+        solution.append(question.tokens, Role.SUBQUESTION, but=DECOMPOSER)
+        if not (yield from _solve_step(solution, step)):
             return
         step += 1
-    yield from _answers(solution)
+    yield from _answer(solution)
 
 
-def ahead(solution: Solution, max_steps: int, guidance: Method) -> Script[None]:
+def ahead(solution: Rollout, max_steps: int, guidance: SolvingProgram) -> Program[None]:
     """The decomposer asks everything before the solver begins."""
     yield from guidance(solution)
     questions: list[list[int]] = []
-    while question := (yield from _asks(solution, len(questions), max_steps)):
+    while question := (yield from _ask(solution, len(questions), max_steps)):
         questions.append(question.tokens)
-    yield from _solves_all(solution, questions)
+    yield from _solve_all(solution, questions)
 
 
-def gold(solution: Solution, questions: Sequence[Sequence[int]]) -> Script[None]:
+def gold_subquestions(solution: Rollout, questions: Sequence[Sequence[int]]) -> Program[None]:
     """The solver is asked the sub-questions of the data, given as tokens."""
     for step, question in enumerate(questions):
-        _put(solution, 2 * step, solution.rules.language.text(question))
-    yield from _solves_all(solution, questions)
+        _set_line(solution, 2 * step, solution.context.stop_tokens.text(question))
+    yield from _solve_all(solution, questions)
 
 
-def without_guidance(solution: Solution) -> Script[None]:
+def without_guidance(solution: Rollout) -> Program[None]:
     """Nobody tells the decomposer how the problem is solved."""
     yield from ()
 
 
-def gold_guidance(solution: Solution, role: Role, tokens: Sequence[int]) -> Script[None]:
+def gold_guidance(solution: Rollout, role: Role, tokens: Sequence[int]) -> Program[None]:
     """The decomposer reads the plan of the data, given as tokens; none if the data has none for this problem."""
-    solution.plan = _one_line(solution.rules.language.text(tokens))
-    solution.give(tokens, role)
+    solution.plan = _one_line(solution.context.stop_tokens.text(tokens))
+    solution.append(tokens, role)
     yield from ()
 
 
-def planned_guidance(solution: Solution, role: Role) -> Script[None]:
+def planner_guidance(solution: Rollout, role: Role) -> Program[None]:
     """A planner writes the plan that the decomposer reads."""
 
     def keep(text: str) -> None:
         solution.plan = _one_line(text)
 
-    plan = yield from _line(solution, PLANNER, keep)
-    solution.give(plan.tokens, role, but=PLANNER)
-    solution.leave(PLANNER, staying=DECOMPOSER)
+    plan = yield from _generate_line(solution, PLANNER, keep)
+    solution.append(plan.tokens, role, but=PLANNER)
+    solution.release(PLANNER, staying=DECOMPOSER)
 
 
-def _asks(solution: Solution, step: int, max_steps: int) -> Script[Passage | None]:
+def _ask(solution: Rollout, step: int, max_steps: int) -> Program[Completion | None]:
     """The decomposer writes its next sub-question; None if it has no more."""
-    language, place = solution.rules.language, 2 * step
+    language, place = solution.context.stop_tokens, 2 * step
 
     def is_delimiter(tokens: list[int]) -> bool:
         return tokens[-1] in language.hashes and _is_delimiter(language.text(tokens))
 
-    question = yield from _line(solution, DECOMPOSER, partial(_put, solution, place), is_delimiter)
+    question = yield from _generate_line(solution, DECOMPOSER, partial(_set_line, solution, place), is_delimiter)
     text = solution.lines[place]
     if text.strip() and not _is_delimiter(text) and step < max_steps:
         return question
     del solution.lines[place:]
     if not _is_delimiter(text):  # from here on it is as if it were one
-        _otherwise(solution, "max_steps" if text.strip() else EARLY)
-        own_seat = solution.rules.voices[DECOMPOSER]
-        solution.feeds[own_seat].pending += language.tokens(DELIMITER)
-    solution.leave(DECOMPOSER, staying=SOLVER)
+        _set_stop_reason(solution, "max_steps" if text.strip() else ENDED_EARLY)
+        own_seat = solution.context.roles[DECOMPOSER]
+        solution.sequences[own_seat].pending += language.tokens(DELIMITER)
+    solution.release(DECOMPOSER, staying=SOLVER)
     return None
 
 
-def _solves(solution: Solution, step: int) -> Script[bool]:
+def _solve_step(solution: Rollout, step: int) -> Program[bool]:
     """The solver writes the solution of a step; False if that was the answer instead, and all is over."""
     place = 2 * step + 1
-    passage = yield from _line(solution, SOLVER, partial(_put, solution, place), calculator=True)
+    passage = yield from _generate_line(solution, SOLVER, partial(_set_line, solution, place), calculator=True)
     if _is_delimiter(solution.lines[place]):
         del solution.lines[place + 1 :]
         solution.finished = True
-        _otherwise(solution, EARLY)
+        _set_stop_reason(solution, ENDED_EARLY)
         return False
-    solution.give(passage.tokens, Role.SOLUTION, but=SOLVER)
+    solution.append(passage.tokens, Role.SOLUTION, but=SOLVER)
     return True
 
 
-def _solves_all(solution: Solution, questions: Sequence[Sequence[int]]) -> Script[None]:
+def _solve_all(solution: Rollout, questions: Sequence[Sequence[int]]) -> Program[None]:
     for step, question in enumerate(questions):
-        solution.give(question, Role.SUBQUESTION, but=DECOMPOSER)
-        if not (yield from _solves(solution, step)):
+        solution.append(question, Role.SUBQUESTION, but=DECOMPOSER)
+        if not (yield from _solve_step(solution, step)):
             return
-    yield from _answers(solution)
+    yield from _answer(solution)
 
 
-def _answers(solution: Solution) -> Script[None]:
+def _answer(solution: Rollout) -> Program[None]:
     """The solver is given the delimiter, unless the decomposer wrote it into the same text, and writes the answer."""
-    language = solution.rules.language
-    solution.give(language.tokens(DELIMITER), Role.DELIMITER, but=DECOMPOSER)
+    language = solution.context.stop_tokens
+    solution.append(language.tokens(DELIMITER), Role.DELIMITER, but=DECOMPOSER)
     place = len(solution.lines)
-    yield from solution.write(
+    yield from solution.generate(
         SOLVER,
         lambda tokens: tokens[-1] in language.newlines,
-        lambda text: _put(solution, place, DELIMITER + text),
+        lambda text: _set_line(solution, place, DELIMITER + text),
     )
     solution.finished = True
 
 
-def _line(
-    solution: Solution,
+def _generate_line(
+    solution: Rollout,
     voice: str,
     keep: Callable[[str], None],
     is_over: Callable[[list[int]], bool] = lambda tokens: False,
     calculator: bool = False,
-) -> Script[Passage]:
+) -> Program[Completion]:
     """A voice writes a line. Where it ends its text instead, it is made to end the line."""
-    language = solution.rules.language
-    passage = yield from solution.write(
+    language = solution.context.stop_tokens
+    passage = yield from solution.generate(
         voice, lambda tokens: tokens[-1] in language.newlines or is_over(tokens), keep, calculator
     )
-    if not passage.ended_text:
+    if not passage.is_end_of_text:
         return passage
-    _otherwise(solution, EARLY)
+    _set_stop_reason(solution, ENDED_EARLY)
     newline = language.tokens("\n")
-    solution.feeds[solution.rules.voices[voice]].pending += newline
-    return Passage([*passage.tokens, *newline], True)
+    solution.sequences[solution.context.roles[voice]].pending += newline
+    return Completion([*passage.tokens, *newline], True)
 
 
-def _otherwise(solution: Solution, what: str) -> None:
-    solution.stopped = solution.stopped or what
+def _set_stop_reason(solution: Rollout, what: str) -> None:
+    solution.stop_reason = solution.stop_reason or what
 
 
-def _put(solution: Solution, place: int, text: str) -> None:
+def _set_line(solution: Rollout, place: int, text: str) -> None:
     """Make `text` line `place`; lines before it that are not there yet are empty."""
     solution.lines += [""] * (place + 1 - len(solution.lines))
     solution.lines[place] = _one_line(text)

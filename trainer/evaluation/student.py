@@ -24,7 +24,7 @@ _DIGESTED = ("*.safetensors", "*.json", "*.bin", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
-class Student:
+class ModelReference:
     """A model on disk or on the hub. `facts` are those of its manifest, {} if it has none."""
 
     name: str
@@ -46,7 +46,7 @@ class Student:
         return None
 
 
-def find(name_or_path: str) -> Student:
+def find_model(name_or_path: str) -> ModelReference:
     """Look at what `model_name_or_path` names; a run directory stands for its export.
 
     Raises UserError for an unfinished directory and for what is neither a folder nor on the hub.
@@ -59,11 +59,11 @@ def find(name_or_path: str) -> Student:
         manifest = commit.read_manifest(path)
         if manifest["kind"] not in ("export", "checkpoint"):
             raise UserError(f"{path} holds {manifest['kind']}; expected an export, a checkpoint or a model")
-        return Student(str(path), manifest["kind"], manifest["facts"])
-    return Student(name_or_path, "model", {})
+        return ModelReference(str(path), manifest["kind"], manifest["facts"])
+    return ModelReference(name_or_path, "model", {})
 
 
-def digest(student: Student) -> str:
+def content_digest(student: ModelReference) -> str:
     """Of the content: the manifest's, which names every file's; of a local model its files'; of a hub name the commit."""
     folder = Path(student.name)
     if student.kind != "model":
@@ -78,7 +78,7 @@ def digest(student: Student) -> str:
     return hasher.hexdigest()
 
 
-def check_same_tokenizer(students: Mapping[str, Student]) -> None:
+def check_same_tokenizer(students: Mapping[str, ModelReference]) -> None:
     """Refuse students that would hand each other tokens of different tokenizers. Raises UserError naming both."""
     known = [
         (part, student, student.facts["tokenizer_fingerprint"])
@@ -93,7 +93,7 @@ def check_same_tokenizer(students: Mapping[str, Student]) -> None:
             )
 
 
-def check(student: Student, shards: Shards, allow_unfinished: bool) -> None:
+def check_model(student: ModelReference, shards: Shards, allow_unfinished: bool) -> None:
     """Refuse a student that cannot read these shards, or one that is not finished unless that was asked for."""
     theirs, ours = student.facts.get("tokenizer_fingerprint"), shards.facts["tokenizer_fingerprint"]
     if theirs is not None and theirs != ours:
@@ -105,8 +105,8 @@ def check(student: Student, shards: Shards, allow_unfinished: bool) -> None:
         )
 
 
-def open_student(
-    student: Student, shards: Shards, dtype: str, scratch: Path
+def load_model_and_tokenizer(
+    student: ModelReference, shards: Shards, dtype: str, scratch: Path
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Weights on this rank's device, and the tokenizer. Rank 0 has called `convert_checkpoint` before.
 
@@ -126,7 +126,7 @@ def open_student(
     return model, tokenizer
 
 
-def convert_checkpoint(student: Student, scratch: Path) -> None:
+def convert_checkpoint(student: ModelReference, scratch: Path) -> None:
     """Make a temporary export of a checkpoint below `scratch` (rank 0; every rank must see the folder)."""
     from trainer.export.convert import convert
 
@@ -138,7 +138,7 @@ def _export_in(scratch: Path) -> Path:
     return scratch / "export"
 
 
-def _other_tokenizer(student: Student, shards: Shards) -> str:
+def _other_tokenizer(student: ModelReference, shards: Shards) -> str:
     return (
         f"{student.name} was not trained with the tokenizer of {shards.path}: a student would read other tokens than it "
         "learned; prepare the test shards with the student's tokenizer"

@@ -15,7 +15,7 @@ from trainer.errors import UserError
 from trainer.evaluation import place
 from trainer.evaluation import student as students
 from trainer.evaluation.decoding import (
-    ALONE,
+    SINGLE_MODEL_MODES,
     DECOMPOSER,
     FEW_SHOT,
     PLANNER,
@@ -25,7 +25,7 @@ from trainer.evaluation.decoding import (
     resolve_mode,
     resolve_pair,
 )
-from trainer.evaluation.student import Student
+from trainer.evaluation.student import ModelReference
 from trainer.problems.exemplars import read_exemplars
 from trainer.problems.problem import Problem
 from trainer.run_directory import EvaluationDirectory
@@ -37,10 +37,10 @@ _PAIR_ONLY = ("max_steps", "guidance", "guidance_from")
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationJob:
     """One evaluation, checked: the students can read the shards and can be made to write in this mode."""
 
-    students: Mapping[str, Student]  # by part; one may play several
+    models: Mapping[str, ModelReference]  # by part; one may play several
     shards: Shards
     decoding: Decoding
     dtype: str
@@ -55,10 +55,10 @@ class Task:
 
     @property
     def is_pair(self) -> bool:
-        return self.decoding.mode not in ALONE
+        return self.decoding.mode not in SINGLE_MODEL_MODES
 
     @property
-    def main_part(self) -> str:
+    def answering_role(self) -> str:
         """Who gives the answer."""
         return SOLVER if self.is_pair else STUDENT
 
@@ -66,21 +66,21 @@ class Task:
     def shown(self) -> str:
         """What a model is shown of the data beside the problem, in words."""
         names = {Role.SUBQUESTION: "sub-questions", Role.OPERATORS: "operators", Role.EQUATIONS: "equations"}
-        return names.get(self.decoding.shown, "") if self.decoding.shown is not None else ""
+        return names.get(self.decoding.gold_role, "") if self.decoding.gold_role is not None else ""
 
     @property
-    def parts_of_students(self) -> dict[str, str]:
+    def first_roles(self) -> dict[str, str]:
         """Every student once, by name: the first part it plays."""
         first: dict[str, str] = {}
-        for part, student in self.students.items():
+        for part, student in self.models.items():
             first.setdefault(student.name, part)
         return first
 
-    def scratch(self, student: Student) -> Path:
+    def scratch(self, student: ModelReference) -> Path:
         """For the temporary export of a checkpoint; a killed evaluation finds it again."""
-        return self.directory.rank_files / self.parts_of_students[student.name]
+        return self.directory.rank_files / self.first_roles[student.name]
 
-    def recipe(self, digests: Mapping[str, str]) -> dict[str, Any]:
+    def fingerprint_fields(self, digests: Mapping[str, str]) -> dict[str, Any]:
         """What decides the predictions, with the digests of the students by part. Neither slots nor ranks do."""
         decoding = {name: value for name, value in asdict(self.decoding).items() if name != "batch_size"}
         if not self.is_pair:
@@ -97,7 +97,7 @@ class Task:
         }
 
 
-def plan(settings: EvaluateSettings) -> Task:
+def resolve_job(settings: EvaluateSettings) -> EvaluationJob:
     """Raises UserError for students and shards that do not fit, and if nobody says where the results go."""
     shards = Shards.open(settings.shards)
     names = {
@@ -106,10 +106,10 @@ def plan(settings: EvaluateSettings) -> Task:
         DECOMPOSER: settings.decomposer,
         SOLVER: settings.solver,
     }
-    found = _one_of_each({part: students.find(name) for part, name in names.items() if name})
+    found = _one_of_each({part: students.find_model(name) for part, name in names.items() if name})
     students.check_same_tokenizer(found)
     for student in found.values():
-        students.check(student, shards, settings.allow_unfinished)
+        students.check_model(student, shards, settings.allow_unfinished)
     fields = ("calculator", "temperature", "top_p", "seed", "max_new_tokens", "max_steps", "batch_size")
     given = {name: getattr(settings, name) for name in fields}
     if STUDENT in found:
@@ -125,31 +125,31 @@ def plan(settings: EvaluateSettings) -> Task:
         decoding = Decoding(mode, guidance=guidance, guidance_from=guidance_from, **given)
     directory = place.directory(settings, found, shards, decoding)
     exemplars = read_exemplars(settings.exemplars) if decoding.mode == FEW_SHOT else []
-    task = Task(
+    task = EvaluationJob(
         *(found, shards, decoding, settings.dtype, settings.max_problems, directory),
         exemplars=exemplars,
         model_label=settings.model_label,
     )
-    if decoding.shown is not None and problems_without_help(task) == task.num_problems:
+    if decoding.gold_role is not None and num_problems_without_gold(task) == task.num_problems:
         raise UserError(f"{shards.path} holds no {task.shown}; prepare shards of data that has them")
     return task
 
 
-def _one_of_each(found: Mapping[str, Student]) -> dict[str, Student]:
+def _one_of_each(found: Mapping[str, ModelReference]) -> dict[str, ModelReference]:
     """A student that plays two parts under two names of one folder is one student."""
-    by_folder: dict[Path | str, Student] = {}
+    by_folder: dict[Path | str, ModelReference] = {}
     for student in found.values():
         by_folder.setdefault(_folder(student), student)
     return {part: by_folder[_folder(student)] for part, student in found.items()}
 
 
-def _folder(student: Student) -> Path | str:
+def _folder(student: ModelReference) -> Path | str:
     return student.name if student.kind == "model" else Path(student.name).resolve()
 
 
-def problems_without_help(task: Task) -> int:
+def num_problems_without_gold(task: EvaluationJob) -> int:
     """Problems for which the data lacks what a model is to be shown of it: sub-questions, or a plan."""
-    shown = task.decoding.shown
+    shown = task.decoding.gold_role
     if shown is None:
         return 0
     return sum(not len(task.shards.segment_tokens(index, shown)) for index in range(task.num_problems))

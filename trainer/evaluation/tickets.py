@@ -18,7 +18,7 @@ from trainer.distributed import DistributedEnvironment
 
 CELLS = ("next_ticket", "solved", "correct")
 _EXHAUSTED = 1 << 40
-_LARGEST_TICKET = 8
+_MAX_BATCH = 8
 
 
 class Counter(Protocol):
@@ -34,7 +34,7 @@ class Counter(Protocol):
         """Collective: no rank adds any more."""
 
 
-class LocalCounter:
+class ProcessCounter:
     """For one process."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class StoreCounter:
         distributed.barrier()  # rank 0 serves until the last has asked
 
 
-class WindowCounter:
+class MPICounter:
     """In a window of rank 0's memory, by one-sided MPI operations. Collective.
 
     A passive target on another host makes progress only inside MPI calls: rank 0 calls `serve` at every step, and
@@ -119,16 +119,16 @@ def shared_counter() -> Iterator[Counter]:
     world = distributed.environment()
     counter: Counter
     if world.world_size == 1:
-        counter = LocalCounter()
+        counter = ProcessCounter()
     elif world.launcher == "mpi":
-        counter = WindowCounter()
+        counter = MPICounter()
     else:
         counter = StoreCounter(world)
     yield counter
     counter.finish()
 
 
-class Tickets:
+class WorkQueue:
     """The problems of `order` in tickets of `size`, drawn one problem at a time."""
 
     def __init__(self, counter: Counter, order: Sequence[int], size: int = 1) -> None:
@@ -138,7 +138,7 @@ class Tickets:
         self._held: list[int] = []
         self._is_exhausted = False
 
-    def draw(self) -> int | None:
+    def next_index(self) -> int | None:
         """The next problem for this rank, None when all are taken."""
         if not self._held and not self._is_exhausted:
             start = self._counter.add("next_ticket", 1) * self._size
@@ -147,11 +147,11 @@ class Tickets:
         return self._held.pop(0) if self._held else None
 
 
-def exhaust(counter: Counter) -> None:
+def exhaust_queue(counter: Counter) -> None:
     """Nobody gets another ticket: a rank that failed saves the others the work."""
     counter.add("next_ticket", _EXHAUSTED)
 
 
-def ticket_size(num_problems: int, num_slots: int) -> int:
+def batch_size(num_problems: int, num_slots: int) -> int:
     """About eight tickets for each slot of all ranks, so that the last ones to be drawn are small."""
-    return max(1, min(_LARGEST_TICKET, num_problems // (8 * num_slots * distributed.environment().world_size)))
+    return max(1, min(_MAX_BATCH, num_problems // (8 * num_slots * distributed.environment().world_size)))

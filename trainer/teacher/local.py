@@ -9,7 +9,7 @@ from trainer import terminal
 from trainer.evaluation import student
 from trainer.evaluation.backends.choice import TRANSFORMERS, BackendChoice
 from trainer.evaluation.complete import completion_backend, completions
-from trainer.evaluation.sampling import noise_key
+from trainer.evaluation.sampling import sampling_seed
 from trainer.models import load
 from trainer.models.tokenizer import load_tokenizer, max_text_token_id
 from trainer.teacher.prompts import stop_texts
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def digest(name_or_path: str) -> str:
     """Of the model's files: a model that was trained on is another teacher. Raises UserError if there is none."""
-    return student.digest(student.find(name_or_path))
+    return student.content_digest(student.find_model(name_or_path))
 
 
 def ask_local(
@@ -36,7 +36,7 @@ def ask_local(
     A sample depends on seed and request alone, not on the batch. A prompt that fills the model's context is answered
     with a text that was cut off at once.
     """
-    name = student.find(settings.model_name_or_path).name
+    name = student.find_model(settings.model_name_or_path).name
     load.load_config(name)  # refuses a folder without a model before its tokenizer is looked for
     tokenizer = load_tokenizer(name)
     model = load.load_model(name, settings.dtype)
@@ -61,7 +61,7 @@ def ask_local(
             if backend is None and fitting:
                 backend = completion_backend(model, asked_prompts, settings.max_new_tokens, name)
                 if backend.name == TRANSFORMERS:
-                    terminal.info(f"{name}: {backend.in_words()}")
+                    terminal.info(f"{name}: {backend.text()}")
             texts = completions(
                 model,
                 tokenizer,
@@ -69,7 +69,7 @@ def ask_local(
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
-                seeds=[noise_key(settings.seed, requests[place].key) for place in fitting],
+                seeds=[sampling_seed(settings.seed, requests[place].key) for place in fitting],
                 stop=tuple(stop_texts(settings)),
                 batch_size=settings.batch_size,
                 backend=backend or "auto",

@@ -16,36 +16,36 @@ from transformers import PreTrainedModel
 
 
 @dataclass
-class Feed:
+class SequenceState:
     """One text as one model reads it."""
 
     pending: list[int]  # tokens given and not read yet
-    noise_key: int = 0
+    sampling_seed: int = 0
     length: int = 0  # tokens read already; the backend counts
-    is_over: bool = False  # its model reads no more of it
+    is_done: bool = False  # its model reads no more of it
 
     @property
     def num_tokens(self) -> int:
         return self.length + len(self.pending)
 
 
-class Occupant(Protocol):
+class Request(Protocol):
     """A problem that is being solved, as backends see it."""
 
     @property
-    def feeds(self) -> Sequence[Feed]:
+    def sequences(self) -> Sequence[SequenceState]:
         """One for each backend."""
 
     @property
-    def turn(self) -> int | None:
+    def next_model(self) -> int | None:
         """The number of the backend whose model chooses the next token; None: the problem has ended."""
 
 
-SomeOccupant = TypeVar("SomeOccupant", bound=Occupant)
-Choose = Callable[[torch.Tensor, list[Feed]], list[int]]  # logits [feeds, vocabulary] -> tokens
+AnyRequest = TypeVar("SomeOccupant", bound=Request)
+Sampler = Callable[[torch.Tensor, list[SequenceState]], list[int]]  # logits [feeds, vocabulary] -> tokens
 
 
-class Backend(Protocol[SomeOccupant]):
+class Backend(Protocol[AnyRequest]):
     """Next tokens of one model for many problems at the same time.
 
     At most `num_slots` problems, a number given when the backend is made, are in it at any time.
@@ -58,10 +58,10 @@ class Backend(Protocol[SomeOccupant]):
     def num_waiting(self) -> int:
         """The number of problems whose next token is this model's to choose."""
 
-    def add(self, occupant: SomeOccupant) -> None:
+    def add(self, occupant: AnyRequest) -> None:
         """Take a new problem. It leaves when it has ended or its feed is over."""
 
-    def step(self) -> list[tuple[SomeOccupant, int]]:
+    def step(self) -> list[tuple[AnyRequest, int]]:
         """Read pending tokens of problems that wait for this model; called only if there are any.
 
         Return the problems that have read everything that was pending, each with its next token.

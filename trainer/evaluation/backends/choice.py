@@ -17,19 +17,19 @@ from trainer.evaluation.backend_check import (
     BF16_FACTOR,
     MIN_TOLERANCE,
     MIN_TOLERANCE_BF16,
-    CannotRun,
+    BackendError,
     CheckText,
-    Recorder,
+    LogitRecorder,
     Reference,
-    Texts,
+    CheckTexts,
     decode,
     depends_on_what_follows,
     difference,
-    generated,
+    generate_continuation,
 )
-from trainer.evaluation.backends import Backend, Choose, SomeOccupant
+from trainer.evaluation.backends import Backend, Sampler, AnyRequest
 from trainer.evaluation.backends.transformers import CACHE_USES, CacheUse, TransformersBackend
-from trainer.evaluation.engine import Engine
+from trainer.evaluation.engine import SlotBackend
 
 SLOTS, TRANSFORMERS = "slots", "transformers"
 PLAIN, GENERATE = "plain forward pass", "generate"
@@ -57,7 +57,7 @@ class BackendChoice:
     reason: str = ""
     compared_with: str = PLAIN
 
-    def in_words(self) -> str:
+    def text(self) -> str:
         """Return one line for the user."""
         if self.name == SLOTS:
             return f"decoding in slots equals the model's own forward pass (difference {self.difference:.0e})"
@@ -102,19 +102,19 @@ def make_backend(
     model: PreTrainedModel,
     num_slots: int,
     capacity: int,
-    choose: Choose,
+    choose: Sampler,
     prefix: Sequence[int] = (),
     num_models: int = 1,
-) -> Backend[SomeOccupant]:
+) -> Backend[AnyRequest]:
     """Return the chosen backend for feed `seat`; `num_models`: how many models work at a problem."""
     if choice.name == SLOTS:
-        return Engine[SomeOccupant](seat, model, num_slots, capacity, choose, prefix)
+        return SlotBackend[AnyRequest](seat, model, num_slots, capacity, choose, prefix)
     # Where problems wait for another model in between, they do not stay equally long.
     use = choice.cache_use if num_models == 1 else dataclasses.replace(choice.cache_use, batch=False)
-    return TransformersBackend[SomeOccupant](seat, model, num_slots, capacity, choose, prefix, use)
+    return TransformersBackend[AnyRequest](seat, model, num_slots, capacity, choose, prefix, use)
 
 
-def choose_backend(model: PreTrainedModel, texts: Texts, name: str, requested: str = "auto") -> BackendChoice:
+def choose_backend(model: PreTrainedModel, texts: CheckTexts, name: str, requested: str = "auto") -> BackendChoice:
     """Check backends on `texts`, the fastest first, and return the first one that is right.
 
     requested: "auto", "slots" or "transformers". name: the model's, for messages. Raises UserError if none is right, if
@@ -122,7 +122,7 @@ def choose_backend(model: PreTrainedModel, texts: Texts, name: str, requested: s
     """
     reasons: list[str] = []
     own = [BackendChoice(TRANSFORMERS, use) for use in CACHE_USES] if requested != SLOTS else []
-    checks = _Checks(model)
+    checks = _BackendChecks(model)
     nearest: BackendChoice | None = None
     for candidate in [*([BackendChoice(SLOTS)] if requested != TRANSFORMERS else []), *own]:
         if nearest is not None and not candidate.cache_use.cache:
@@ -151,18 +151,18 @@ def _slots_reason(requested: str, reasons: Sequence[str]) -> str:
     return f"in slots {reasons[0]}" if requested != TRANSFORMERS and reasons else ""
 
 
-class _Checks:
+class _BackendChecks:
     """Checks of one model: references are computed once."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._references: dict[str, Reference] = {}
 
-    def measured(self, candidate: BackendChoice, texts: Texts, reasons: list[str]) -> BackendChoice | None:
+    def measured(self, candidate: BackendChoice, texts: CheckTexts, reasons: list[str]) -> BackendChoice | None:
         """Return the candidate with what was measured, None if it cannot run; if it is not right, add the reason."""
         try:
             checked = self.check(candidate, texts)
-        except CannotRun as finding:
+        except BackendError as finding:
             reasons.append(str(finding))
             return None
         assert checked.difference is not None and checked.tolerance is not None
@@ -173,16 +173,16 @@ class _Checks:
             )
         return checked
 
-    def as_generate(self, texts: Texts, reasons: list[str]) -> BackendChoice | None:
+    def as_generate(self, texts: CheckTexts, reasons: list[str]) -> BackendChoice | None:
         """Return the own cache, one problem at a time, if `generate` is the only measure and it equals that."""
         candidate = BackendChoice(TRANSFORMERS, next(use for use in CACHE_USES if not use.batch))
         try:
             if not any(depends_on_what_follows(self._model, text) for text in texts.own_cache):
                 return None
-            made = [generated(self._model, text) for text in texts.own_cache]
+            made = [generate_continuation(self._model, text) for text in texts.own_cache]
             ours = [text for text, _ in made]
             found = difference(self._decode(candidate, texts, ours), [logits for _, logits in made])
-        except CannotRun as finding:
+        except BackendError as finding:
             reasons.append(str(finding))
             return None
         reasons.append(f"its logits differ from those of generate by {found:.1e} standard deviations")
@@ -192,7 +192,7 @@ class _Checks:
         )
         return checked if found <= MIN_TOLERANCE else None
 
-    def check(self, candidate: BackendChoice, texts: Texts) -> BackendChoice:
+    def check(self, candidate: BackendChoice, texts: CheckTexts) -> BackendChoice:
         """Return the candidate with what was measured. Raises CannotRun and UserError."""
         ours = texts.slots if candidate.name == SLOTS else texts.own_cache
         if not _is_16_bit(self._model):
@@ -214,7 +214,7 @@ class _Checks:
         return dataclasses.replace(checked, difference=found, tolerance=tolerance, dtype="bf16")
 
     def _check_as_loaded(
-        self, candidate: BackendChoice, texts: Texts, ours: Sequence[CheckText], at_least: float = 0.0
+        self, candidate: BackendChoice, texts: CheckTexts, ours: Sequence[CheckText], at_least: float = 0.0
     ) -> BackendChoice:
         dtype = "bf16" if _is_16_bit(self._model) else "fp32"
         reference = self._reference(dtype)
@@ -226,9 +226,9 @@ class _Checks:
         return self._references.setdefault(dtype, Reference(self._model))
 
     def _decode(
-        self, candidate: BackendChoice, texts: Texts, ours: Sequence[CheckText]
+        self, candidate: BackendChoice, texts: CheckTexts, ours: Sequence[CheckText]
     ) -> list[torch.Tensor]:
-        recorder, num_slots = Recorder(ours), _NUM_SLOTS[candidate.name]
+        recorder, num_slots = LogitRecorder(ours), _NUM_SLOTS[candidate.name]
 
         def make() -> Backend[Any]:
             arguments = (0, self._model, num_slots, texts.capacity, recorder.choose, texts.prefix)

@@ -20,7 +20,7 @@ import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from trainer.evaluation.backends import Choose, Feed, SomeOccupant
+from trainer.evaluation.backends import Sampler, SequenceState, AnyRequest
 from trainer.models.blocked_weights import prepacked_weights
 from trainer.models.default_attention import (
     attention_of_submodules,
@@ -166,15 +166,15 @@ def _select(cache: Any, rows: Any) -> Any:
     raise TypeError(f"rows of a {type(cache).__name__} cannot be selected")
 
 
-class _Batch(Generic[SomeOccupant]):
+class _Batch(Generic[AnyRequest]):
     """Problems that are decoded together. `occupants`: one for each row, None where a problem has left."""
 
-    def __init__(self, occupants: Sequence[SomeOccupant], rows: _Rows) -> None:
-        self.occupants: list[SomeOccupant | None] = list(occupants)
+    def __init__(self, occupants: Sequence[AnyRequest], rows: _Rows) -> None:
+        self.occupants: list[AnyRequest | None] = list(occupants)
         self.rows = rows
 
 
-class TransformersBackend(Generic[SomeOccupant]):
+class TransformersBackend(Generic[AnyRequest]):
     """Next tokens of one model, by its own forward pass and cache."""
 
     def __init__(
@@ -183,7 +183,7 @@ class TransformersBackend(Generic[SomeOccupant]):
         model: PreTrainedModel,
         num_slots: int,
         capacity: int,
-        choose: Choose,
+        choose: Sampler,
         prefix: Sequence[int] = (),
         cache_use: CacheUse = CacheUse(),
     ) -> None:
@@ -201,8 +201,8 @@ class TransformersBackend(Generic[SomeOccupant]):
         self._prefix = list(prefix)
         self._prefix_rows: _Rows | None = None
         self._use = cache_use
-        self._new: list[SomeOccupant] = []
-        self._batches: list[_Batch[SomeOccupant]] = []
+        self._new: list[AnyRequest] = []
+        self._batches: list[_Batch[AnyRequest]] = []
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -214,14 +214,14 @@ class TransformersBackend(Generic[SomeOccupant]):
     def num_waiting(self) -> int:
         """The number of problems whose next token is this model's to choose."""
         begun = (occupant for batch in self._batches for occupant in batch.occupants)
-        return sum(occupant is not None and occupant.turn == self._seat for occupant in (*self._new, *begun))
+        return sum(occupant is not None and occupant.next_model == self._seat for occupant in (*self._new, *begun))
 
-    def add(self, occupant: SomeOccupant) -> None:
+    def add(self, occupant: AnyRequest) -> None:
         """Take a new problem; its text is begun in a later step."""
         self._new.append(occupant)
 
     @torch.no_grad()
-    def step(self) -> list[tuple[SomeOccupant, int]]:
+    def step(self) -> list[tuple[AnyRequest, int]]:
         """Read tokens of the problems that wait; return those that have read all of theirs, with their next tokens."""
         self._remove_ended()
         self._begin()
@@ -243,15 +243,15 @@ class TransformersBackend(Generic[SomeOccupant]):
                     self._batches.append(_Batch([first], self._begun([first])))
             return
         while self._new and (not self._batches or len(self._new) >= self._num_slots // 2):
-            lengths = accumulate(len(occupant.feeds[self._seat].pending) for occupant in self._new)
+            lengths = accumulate(len(occupant.sequences[self._seat].pending) for occupant in self._new)
             taken = max(1, sum(length <= _MAX_PROMPT_TOKENS for length in lengths))
             occupants, self._new = self._new[:taken], self._new[taken:]
             self._batches.append(_Batch(occupants, self._begun(occupants)))
 
-    def _waits(self, occupant: SomeOccupant | None) -> bool:
-        return occupant is not None and occupant.turn == self._seat
+    def _waits(self, occupant: AnyRequest | None) -> bool:
+        return occupant is not None and occupant.next_model == self._seat
 
-    def _begun(self, occupants: Sequence[SomeOccupant]) -> _Rows:
+    def _begun(self, occupants: Sequence[AnyRequest]) -> _Rows:
         """Return rows for new problems, which hold the prefix already if the cache can be copied."""
         may_copy = self._use.chunks and (self._use.select or len(occupants) == 1)
         if not (self._prefix and may_copy):
@@ -260,20 +260,20 @@ class TransformersBackend(Generic[SomeOccupant]):
             self._prefix_rows = _Rows(self.model, 1, self._capacity, self._use.cache)
             self._prefix_rows.read([self._prefix])
         for occupant in occupants:
-            feed = occupant.feeds[self._seat]
+            feed = occupant.sequences[self._seat]
             feed.length = len(self._prefix)
             del feed.pending[: feed.length]
         return self._prefix_rows.copies(len(occupants))
 
-    def _advance(self, batch: _Batch[SomeOccupant]) -> list[tuple[SomeOccupant, int]]:
-        feeds = [None if occupant is None else occupant.feeds[self._seat] for occupant in batch.occupants]
+    def _advance(self, batch: _Batch[AnyRequest]) -> list[tuple[AnyRequest, int]]:
+        feeds = [None if occupant is None else occupant.sequences[self._seat] for occupant in batch.occupants]
         num_new = 1
         if self._use.chunks or batch.rows.input_ids.shape[1] == 0:
             num_new = min(len(feed.pending) for feed in feeds if feed is not None)
         logits = batch.rows.read(
             [[0] * num_new if feed is None else feed.pending[:num_new] for feed in feeds]
         )
-        ready: list[tuple[int, Feed]] = []
+        ready: list[tuple[int, SequenceState]] = []
         for row, feed in enumerate(feeds):
             if feed is not None:
                 feed.length += num_new
@@ -302,5 +302,5 @@ class TransformersBackend(Generic[SomeOccupant]):
                 ]
         self._batches = [batch for batch in self._batches if any(o is not None for o in batch.occupants)]
 
-    def _has_left(self, occupant: SomeOccupant) -> bool:
-        return occupant.turn is None or occupant.feeds[self._seat].is_over
+    def _has_left(self, occupant: AnyRequest) -> bool:
+        return occupant.next_model is None or occupant.sequences[self._seat].is_done
