@@ -30,9 +30,9 @@ def main() -> None:
 
 def _annotate(settings: AnnotateSettings) -> None:
     if settings.dry_run:
-        from trainer.teacher.annotate import show_plan
+        from trainer.teacher.annotate import print_plan
 
-        show_plan(settings)
+        print_plan(settings)
         return
     terminal.redirect_library_output(AnnotationDirectory(Path(settings.output_dir)).logs, "annotate")
     from trainer.teacher.annotate import annotate

@@ -9,11 +9,11 @@ import time
 import pytest
 
 from trainer.teacher.pace import (
-    LONGEST_BACKOFF_SECONDS,
-    LONGEST_RETRY_AFTER_SECONDS,
-    Pace,
-    backoff,
-    retry_after,
+    MAX_BACKOFF_SECONDS,
+    MAX_RETRY_AFTER_SECONDS,
+    RateLimiter,
+    backoff_seconds,
+    retry_after_seconds,
 )
 
 
@@ -24,8 +24,8 @@ from trainer.teacher.pace import (
         ("0.25", 0.25),
         ("0", 0.0),
         ("-3", 0.0),
-        ("1e9", LONGEST_RETRY_AFTER_SECONDS),
-        ("inf", LONGEST_RETRY_AFTER_SECONDS),
+        ("1e9", MAX_RETRY_AFTER_SECONDS),
+        ("inf", MAX_RETRY_AFTER_SECONDS),
         ("nan", None),
         ("soon", None),
         ("", None),
@@ -33,39 +33,39 @@ from trainer.teacher.pace import (
     ],
 )
 def test_retry_after(value: str, seconds: float | None) -> None:
-    assert retry_after({"retry-after": value}) == seconds
+    assert retry_after_seconds({"retry-after": value}) == seconds
 
 
 def test_retry_after_a_date() -> None:
-    seconds = retry_after({"retry-after": email.utils.formatdate(time.time() + 300, usegmt=True)})
+    seconds = retry_after_seconds({"retry-after": email.utils.formatdate(time.time() + 300, usegmt=True)})
     assert seconds is not None and 200 < seconds <= 300
 
 
 def test_no_header() -> None:
-    assert retry_after({}) is None
+    assert retry_after_seconds({}) is None
 
 
 def test_waits_double_with_jitter_up_to_a_bound() -> None:
     for attempt in range(1, 60):
-        most = min(LONGEST_BACKOFF_SECONDS, 0.5 * 2 ** (attempt - 1))
-        waits = [backoff(attempt, 0.5) for _ in range(20)]
+        most = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (attempt - 1))
+        waits = [backoff_seconds(attempt, 0.5) for _ in range(20)]
         assert all(most / 2 <= wait <= most for wait in waits)
         assert len(set(waits)) > 1
 
 
 def test_requests_per_minute_and_pauses_hold_for_all() -> None:
-    async def turns(pace: Pace) -> list[float]:
+    async def turns(pace: RateLimiter) -> list[float]:
         async def turn() -> float:
-            await pace.turn()
+            await pace.acquire()
             return time.monotonic()
 
         return sorted(await asyncio.gather(*(turn() for _ in range(5))))
 
     begin = time.monotonic()
-    limited = asyncio.run(turns(Pace(600)))  # one every 0.1 s
+    limited = asyncio.run(turns(RateLimiter(600)))  # one every 0.1 s
     assert [instant - begin >= 0.1 * number for number, instant in enumerate(limited)] == [True] * 5
-    paused = Pace(0)
+    paused = RateLimiter(0)
     begin = time.monotonic()
-    paused.pause(0.3)
-    paused.pause(0.1)  # does not shorten it
+    paused.back_off(0.3)
+    paused.back_off(0.1)  # does not shorten it
     assert min(asyncio.run(turns(paused))) - begin >= 0.3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.teacher.parse import Unreadable, steps
+from trainer.teacher.parse import ParseError, parse_steps
 
 PLAIN = [("How many apples?", "3*4 = <<3*4=12>>12"), ("How many are left?", "12-2 = <<12-2=10>>10")]
 
@@ -27,11 +27,11 @@ PLAIN = [("How many apples?", "3*4 = <<3*4=12>>12"), ("How many are left?", "12-
     ],
 )
 def test_one_chain_in_many_dresses(text: str) -> None:
-    assert [(step.question, step.solution) for step in steps(text, "socratic")] == PLAIN
+    assert [(step.question, step.solution) for step in parse_steps(text, "socratic")] == PLAIN
 
 
 def test_a_sentence_that_begins_like_a_label_is_none() -> None:
-    chain = steps("Does A. Lincoln fit?\nA. Lincoln is 193 cm tall.\n#### no", "socratic")
+    chain = parse_steps("Does A. Lincoln fit?\nA. Lincoln is 193 cm tall.\n#### no", "socratic")
     assert chain[0].solution == "A. Lincoln is 193 cm tall."
 
 
@@ -48,7 +48,7 @@ def test_a_sentence_that_begins_like_a_label_is_none() -> None:
     ],
 )
 def test_lines_of_a_chain_of_thought(line: str, solution: str) -> None:
-    assert [step.solution for step in steps(f"{line}\n#### 5", "cot")] == [solution]
+    assert [step.solution for step in parse_steps(f"{line}\n#### 5", "cot")] == [solution]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,6 @@ def test_lines_of_a_chain_of_thought(line: str, solution: str) -> None:
     ],
 )
 def test_what_is_no_chain_has_a_reason(text: str, style: str, reason: str) -> None:
-    with pytest.raises(Unreadable) as refused:
-        steps(text, style)
+    with pytest.raises(ParseError) as refused:
+        parse_steps(text, style)
     assert refused.value.reason == reason

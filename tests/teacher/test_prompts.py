@@ -10,10 +10,10 @@ import pytest
 from trainer.errors import UserError
 from trainer.problems.problem import Problem, Step
 from trainer.teacher.decontaminate import HeldOutQuestions
-from trainer.teacher.exemplars import choose
-from trainer.teacher.prompts import OWN, Prompter
+from trainer.teacher.exemplars import choose_exemplars
+from trainer.teacher.prompts import OWN, PromptBuilder
 from trainer.teacher.settings import AnnotateSettings
-from trainer.teacher.verify import Rules, judge
+from trainer.teacher.verify import FilterConfig, filter_sample
 
 APPLES = Problem("a", "Ann has 3 bags of 4 apples. How many apples?", "12")
 LAPTOP = Problem("b", "Did Aristotle use a laptop?", "no", facts=("Aristotle died in 322 BC.",))
@@ -27,7 +27,7 @@ BASE = {"data_path": "x", "output_dir": "x", "base_url": "http://x/v1", "model":
 @pytest.mark.parametrize("problem", [APPLES, LAPTOP], ids=["number", "yes_no"])
 @pytest.mark.parametrize("gold_hint", [False, True])
 def test_our_own_prompts(style: str, problem: Problem, gold_hint: bool) -> None:
-    prompt = Prompter(OWN / f"{style}.j2", style, [], gold_hint, with_facts=True).prompt(problem)
+    prompt = PromptBuilder(OWN / f"{style}.j2", style, [], gold_hint, with_facts=True).build(problem)
     assert prompt.endswith("\nSolution:") and problem.question in prompt
     assert ("sub-question" in prompt) is (style == "socratic")
     assert ("<<expression=result>>" in prompt) is (problem is APPLES)
@@ -39,25 +39,25 @@ def test_our_own_prompts(style: str, problem: Problem, gold_hint: bool) -> None:
 
 def test_the_answer_is_not_shown_without_the_hint() -> None:
     problem = Problem("a", "Ann has some apples. How many apples?", "987654")
-    assert "987654" not in Prompter(OWN / "cot.j2", "cot", [SOLVED], False, True).prompt(problem)
+    assert "987654" not in PromptBuilder(OWN / "cot.j2", "cot", [SOLVED], False, True).build(problem)
 
 
 @pytest.mark.parametrize("style", ["cot", "socratic"])
 def test_exemplars_show_what_would_be_kept(style: str) -> None:
-    prompt = Prompter(OWN / f"{style}.j2", style, [SOLVED], False, False).prompt(APPLES)
+    prompt = PromptBuilder(OWN / f"{style}.j2", style, [SOLVED], False, False).build(APPLES)
     shown = prompt.partition(f"Problem: {SOLVED.question}\nSolution:\n")[2].partition("\n\n")[0]
-    assert judge(shown, "stop", SOLVED, Rules(style)).kept
+    assert filter_sample(shown, "stop", SOLVED, FilterConfig(style)).is_kept
     assert prompt.index(SOLVED.question) < prompt.index(APPLES.question)
 
 
 def test_no_problem_is_its_own_exemplar() -> None:
-    prompter = Prompter(OWN / "cot.j2", "cot", [SOLVED], False, False)
-    assert "<<2+3=5>>" not in prompter.prompt(Problem("d", SOLVED.question, "5"))
+    prompter = PromptBuilder(OWN / "cot.j2", "cot", [SOLVED], False, False)
+    assert "<<2+3=5>>" not in prompter.build(Problem("d", SOLVED.question, "5"))
 
 
 def test_exemplars_of_another_kind_are_refused() -> None:
     with pytest.raises(UserError, match="asks for a yes_no but no exemplar"):
-        Prompter(OWN / "cot.j2", "cot", [SOLVED], False, False).prompt(LAPTOP)
+        PromptBuilder(OWN / "cot.j2", "cot", [SOLVED], False, False).build(LAPTOP)
 
 
 @pytest.mark.parametrize(
@@ -75,25 +75,25 @@ def test_a_prompt_file_with_a_fault(tmp_path: Path, template: str, message: str)
     file = tmp_path / "mine.j2"
     file.write_text(template)
     with pytest.raises(UserError, match=message) as refused:
-        Prompter(file, "cot", [], False, False).prompt(APPLES)
+        PromptBuilder(file, "cot", [], False, False).build(APPLES)
     assert "mine.j2" in str(refused.value)
 
 
 def test_own_prompt_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("Rechne: {{ question }}\n\n")
-    assert Prompter(file, "cot", [], False, False).prompt(APPLES) == f"Rechne: {APPLES.question}"
+    assert PromptBuilder(file, "cot", [], False, False).build(APPLES) == f"Rechne: {APPLES.question}"
     with pytest.raises(UserError, match="cannot read the prompt file"):
-        Prompter(tmp_path / "nowhere", "cot", [], False, False)
+        PromptBuilder(tmp_path / "nowhere", "cot", [], False, False)
 
 
 def test_exemplars_are_drawn_with_the_seed_and_are_no_test_questions() -> None:
     nothing = HeldOutQuestions([])
     first, again, other = (
-        choose(AnnotateSettings(exemplars_from_gold=3, seed=seed, **BASE), nothing) for seed in (0, 0, 1)
+        choose_exemplars(AnnotateSettings(exemplars_from_gold=3, seed=seed, **BASE), nothing) for seed in (0, 0, 1)
     )
     assert first == again and len(first) == 3 and first != other
-    without = choose(
+    without = choose_exemplars(
         AnnotateSettings(exemplars_from_gold=3, **BASE), HeldOutQuestions([("t", first[0].question)])
     )
     assert first[0] not in without and len(without) == 3
@@ -118,7 +118,7 @@ def test_an_exemplar_with_a_fault(tmp_path: Path, record: dict, message: str) ->
     good = {"question": "z", "answer": "5", "steps": [{"question": "y?", "solution": "5"}]}
     file.write_text(json.dumps(good) + "\n" + json.dumps(record) + "\n")
     with pytest.raises(UserError, match=message):
-        choose(AnnotateSettings(exemplars=str(file), **BASE), HeldOutQuestions([("t", "Is it?")]))
+        choose_exemplars(AnnotateSettings(exemplars=str(file), **BASE), HeldOutQuestions([("t", "Is it?")]))
 
 
 def test_too_few_exemplars(shared_data: Path) -> None:
@@ -126,4 +126,4 @@ def test_too_few_exemplars(shared_data: Path) -> None:
         exemplars_from_gold=3, exemplars_data=f"svamp:{shared_data}/svamp:train", **BASE
     )
     with pytest.raises(UserError, match="0 problems have good sub-questions and solutions"):
-        choose(settings, HeldOutQuestions([]))
+        choose_exemplars(settings, HeldOutQuestions([]))

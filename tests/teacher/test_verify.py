@@ -9,16 +9,16 @@ import pytest
 from trainer.problems.problem import Problem, Step
 from trainer.problems.sources import read_problems
 from trainer.teacher.prompts import solution_text
-from trainer.teacher.verify import REASONS, Rules, judge, recomputes
+from trainer.teacher.verify import FILTER_REASONS, FilterConfig, filter_sample, recomputes
 
 PROBLEM = Problem("p", "How many?", "10", steps=(Step("", "x"),))
-SOCRATIC, COT = Rules("socratic"), Rules("cot")
+SOCRATIC, COT = FilterConfig("socratic"), FilterConfig("cot")
 GOOD = "How many apples?\n3*4 = <<3*4=12>>12\nHow many are left?\n12-2 = <<12-2=10>>10\n#### 10"
 
 
 def test_a_right_chain_is_kept() -> None:
-    verdict = judge(GOOD, "stop", PROBLEM, SOCRATIC)
-    assert verdict.kept
+    verdict = filter_sample(GOOD, "stop", PROBLEM, SOCRATIC)
+    assert verdict.is_kept
     assert verdict.steps == (
         Step("How many apples?", "3*4 = <<3*4=12>>12"),
         Step("How many are left?", "12-2 = <<12-2=10>>10"),
@@ -39,22 +39,22 @@ def test_a_right_chain_is_kept() -> None:
         (GOOD.replace("<<3*4=12>>", "<<3*4>>"), "stop", SOCRATIC, "bad_annotation"),
         (GOOD.replace("<<3*4=12>>", "<<3*4=6+6=12>>"), "stop", SOCRATIC, "bad_annotation"),
         (GOOD.replace("<<3*4=12>>", "<<3*4=12"), "stop", SOCRATIC, "bad_annotation"),
-        (GOOD, "stop", Rules("socratic", min_steps=3), "too_few_steps"),
-        (GOOD, "stop", Rules("socratic", max_steps=1), "too_many_steps"),
-        ("It is 10.\n#### 10", "stop", Rules("cot", require_annotations=True), "no_annotation"),
+        (GOOD, "stop", FilterConfig("socratic", min_steps=3), "too_few_steps"),
+        (GOOD, "stop", FilterConfig("socratic", max_steps=1), "too_many_steps"),
+        ("It is 10.\n#### 10", "stop", FilterConfig("cot", require_annotations=True), "no_annotation"),
         ("I do not know.", "stop", COT, "no_answer"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, finish_reason: str, rules: Rules, reason: str) -> None:
-    verdict = judge(text, finish_reason, PROBLEM, rules)
-    assert (verdict.kept, verdict.reason) == (False, reason)
-    assert reason in REASONS
+def test_what_is_wrong_is_named(text: str, finish_reason: str, rules: FilterConfig, reason: str) -> None:
+    verdict = filter_sample(text, finish_reason, PROBLEM, rules)
+    assert (verdict.is_kept, verdict.reason) == (False, reason)
+    assert reason in FILTER_REASONS
 
 
 @pytest.mark.parametrize(("gold", "answer", "kept"), [("yes", "Yes.", True), ("no", "yes", False)])
 def test_yes_and_no(gold: str, answer: str, kept: bool) -> None:
     text = f"Is it so?\nIt is what it is.\n#### {answer}"
-    assert judge(text, "stop", Problem("p", "Is it?", gold), SOCRATIC).kept is kept
+    assert filter_sample(text, "stop", Problem("p", "Is it?", gold), SOCRATIC).is_kept is kept
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,10 @@ def test_gold_chains_of_gsm8k_are_kept_and_perturbed_ones_are_not(shared_data: P
     for problem in problems:
         for style in ("cot", "socratic"):
             text = solution_text(problem, style)
-            reason = judge(text, "stop", problem, Rules(style)).reason
+            reason = filter_sample(text, "stop", problem, FilterConfig(style)).reason
             reasons[f"{style} {reason}"] = reasons.get(f"{style} {reason}", 0) + 1
         wrong = text.rpartition("####")[0] + "#### 123456789"
-        assert not judge(wrong, "stop", problem, Rules("socratic")).kept
+        assert not filter_sample(wrong, "stop", problem, FilterConfig("socratic")).is_kept
     assert reasons == {
         "cot ": 1318,
         "cot wrong_arithmetic": 1,

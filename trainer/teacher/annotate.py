@@ -13,7 +13,7 @@ from trainer.run_directory import AnnotationDirectory
 from trainer.teacher import result, summary, work
 from trainer.teacher.responses import ResponseLog
 from trainer.teacher.settings import AnnotateSettings
-from trainer.teacher.work import Work
+from trainer.teacher.work import AnnotationJob
 
 _CHARACTERS_A_TOKEN = 4  # of English, about
 
@@ -33,13 +33,13 @@ def annotate(settings: AnnotateSettings) -> None:
             return
         log = ResponseLog(directory.responses, directory.corrupt_lines)
         try:
-            _ask(todo, log)
-            _commit(directory.result, todo, log)
+            _query(todo, log)
+            _publish(directory.result, todo, log)
         finally:
             log.close()
 
 
-def show_plan(settings: AnnotateSettings) -> None:
+def print_plan(settings: AnnotateSettings) -> None:
     """Say what a run would ask and cost at most, and show one prompt. Asks nothing and writes nothing."""
     directory = AnnotationDirectory(Path(settings.output_dir))
     todo = _prepare(settings)
@@ -67,18 +67,18 @@ def show_plan(settings: AnnotateSettings) -> None:
     terminal.info(f"the prompt for {first.id}:\n\n{todo.requests[first.id][0].prompt}\n")
 
 
-def _prepare(settings: AnnotateSettings) -> Work:
+def _prepare(settings: AnnotateSettings) -> AnnotationJob:
     if settings.base_url:
         from trainer.teacher.endpoint import check_url
 
         check_url(settings.base_url)
-        return work.prepare(settings)
+        return work.prepare_job(settings)
     from trainer.teacher.local import digest
 
-    return work.prepare(settings, digest(settings.model_name_or_path))
+    return work.prepare_job(settings, digest(settings.model_name_or_path))
 
 
-def _ask(todo: Work, log: ResponseLog) -> None:
+def _query(todo: AnnotationJob, log: ResponseLog) -> None:
     queues = todo.queues(log)
     known = sum(
         log.get(request.key) is not None for requests in todo.requests.values() for request in requests
@@ -90,20 +90,20 @@ def _ask(todo: Work, log: ResponseLog) -> None:
     if not queues:
         return
     if todo.settings.base_url:
-        from trainer.teacher.asking import ask_endpoint
+        from trainer.teacher.asking import query_endpoint
 
-        ask_endpoint(todo.settings, queues, log, todo.satisfied)
+        query_endpoint(todo.settings, queues, log, todo.is_satisfied)
     else:
-        from trainer.teacher.local import ask_local
+        from trainer.teacher.local import query_local_model
 
-        ask_local(todo.settings, queues, log, todo.satisfied)
+        query_local_model(todo.settings, queues, log, todo.is_satisfied)
 
 
-def _commit(final: Path, todo: Work, log: ResponseLog) -> None:
-    outcomes = list(result.outcomes(todo, log))
+def _publish(final: Path, todo: AnnotationJob, log: ResponseLog) -> None:
+    outcomes = list(result.problem_results(todo, log))
     numbers = summary.summarise(todo, outcomes, log)
     facts: dict[str, Any] = {
-        "recipe": todo.recipe,
+        "recipe": todo.fingerprint_fields,
         "teacher": todo.teacher,
         "gold_hint": todo.settings.gold_hint,
     }
@@ -120,11 +120,11 @@ def _commit(final: Path, todo: Work, log: ResponseLog) -> None:
     terminal.info(f"{final / result.ANNOTATED}: {numbers['samples']['kept']} problems with steps")
 
 
-def _is_there(final: Path, todo: Work) -> bool:
+def _is_there(final: Path, todo: AnnotationJob) -> bool:
     """Whether the finished result is the one asked for. Raises UserError if it is of another making."""
     if not commit.is_complete(final):
         return False
-    old, new = commit.read_manifest(final, result.KIND)["facts"]["recipe"], todo.recipe
+    old, new = commit.read_manifest(final, result.KIND)["facts"]["recipe"], todo.fingerprint_fields
     if old == new:
         return "unanswered" not in _summary(final)["rejected_by_reason"]  # else those are asked for again
     if todo.settings.overwrite:

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 
 from trainer import terminal
 from trainer.errors import UserError
-from trainer.teacher.endpoint import Endpoint, Unanswered
+from trainer.teacher.endpoint import Endpoint, RequestFailed
 from trainer.teacher.responses import Request, Response, ResponseLog
 from trainer.teacher.settings import AnnotateSettings
 
 _GIVE_UP_AFTER = 5  # requests in a row without an answer: the endpoint is down, not the request odd
 
-Satisfied = Callable[[Request, Response], bool]
+IsSatisfied = Callable[[Request, Response], bool]
 
 
-def ask_endpoint(
-    settings: AnnotateSettings, queues: Sequence[Sequence[Request]], log: ResponseLog, satisfied: Satisfied
+def query_endpoint(
+    settings: AnnotateSettings, queues: Sequence[Sequence[Request]], log: ResponseLog, satisfied: IsSatisfied
 ) -> None:
     """Work through the queues: the next request of a queue is sent if the answer before it did not satisfy.
 
@@ -29,7 +29,7 @@ def ask_endpoint(
 
 
 async def _ask(
-    settings: AnnotateSettings, queues: Sequence[Sequence[Request]], log: ResponseLog, satisfied: Satisfied
+    settings: AnnotateSettings, queues: Sequence[Sequence[Request]], log: ResponseLog, satisfied: IsSatisfied
 ) -> None:
     endpoint = Endpoint(settings)
     try:
@@ -51,7 +51,7 @@ class _Workers:
         endpoint: Endpoint,
         queues: Sequence[Sequence[Request]],
         log: ResponseLog,
-        satisfied: Satisfied,
+        satisfied: IsSatisfied,
         bar: terminal.ProgressBar,
     ) -> None:
         self._settings, self._endpoint, self._log, self._bar = settings, endpoint, log, bar
@@ -101,12 +101,12 @@ class _Workers:
 
     async def _ask(self, request: Request) -> Response | None:
         try:
-            response = await self._endpoint.ask(request)
+            response = await self._endpoint.complete(request)
             self._log.append(request, self._settings.model, response)
         except UserError as error:
             self._stop(error)
             return None
-        except Unanswered as error:
+        except RequestFailed as error:
             if not self._endpoint.stopped:
                 self._unanswered.setdefault(request.problem_id, str(error))
                 self._in_a_row += 1

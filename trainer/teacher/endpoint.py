@@ -15,27 +15,27 @@ from urllib.parse import urlsplit
 import openai
 
 from trainer.errors import UserError
-from trainer.teacher.pace import Pace, backoff, retry_after
+from trainer.teacher.pace import RateLimiter, backoff_seconds, retry_after_seconds
 from trainer.teacher.prompts import stop_texts
 from trainer.teacher.responses import Request, Response
 from trainer.teacher.settings import AnnotateSettings
 
-KEY = "OPENAI_API_KEY"
+API_KEY_VARIABLE = "OPENAI_API_KEY"
 _PROBE_SECONDS = 10.0
 _NO_KEY = "none"  # the client insists on one; a local server does not look at it
-_AGAIN = (408, 409, 425, 429)
-_HOPELESS = {
-    401: f"give the right key in {KEY}",
-    403: f"the key in {KEY} may not do this",
+_RETRIED_STATUSES = (408, 409, 425, 429)
+_PERMANENT_STATUSES = {
+    401: f"give the right key in {API_KEY_VARIABLE}",
+    403: f"the key in {API_KEY_VARIABLE} may not do this",
     404: "check base_url (it usually ends in /v1) and model",
 }
 
 
-class Unanswered(Exception):
+class RequestFailed(Exception):
     """One request got no answer, whatever was tried; the message says why."""
 
 
-class _Malformed(Exception):
+class _MalformedResponse(Exception):
     """An answer that is none."""
 
 
@@ -44,9 +44,9 @@ class Endpoint:
 
     def __init__(self, settings: AnnotateSettings) -> None:
         self._settings = settings
-        key = os.environ.get(KEY, "").strip()
+        key = os.environ.get(API_KEY_VARIABLE, "").strip()
         if not key.isascii() or not key.isprintable():
-            raise UserError(f"{KEY} holds characters that no key has; set it again")
+            raise UserError(f"{API_KEY_VARIABLE} holds characters that no key has; set it again")
         self._secret = key
         self._client = openai.AsyncOpenAI(
             base_url=settings.base_url,
@@ -54,7 +54,7 @@ class Endpoint:
             max_retries=0,
             timeout=settings.timeout_seconds,
         )
-        self._pace = Pace(settings.requests_per_minute)
+        self._pace = RateLimiter(settings.requests_per_minute)
         self.stopped = False
 
     def stop(self) -> None:
@@ -83,39 +83,39 @@ class Endpoint:
             ) from None
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
-                raise self._hopeless(error) from None
+                raise self._is_permanent(error) from None
         except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError):
             pass  # it has another list of models, or none; requests will show
 
-    async def ask(self, request: Request) -> Response:
+    async def complete(self, request: Request) -> Response:
         """The endpoint's answer. Raises Unanswered, and UserError where no other request would be answered either."""
         problem = ""
         for attempt in range(1, self._settings.max_attempts + 1):
             if self.stopped:
-                raise Unanswered(problem or "not asked any more")
-            await self._pace.turn()
+                raise RequestFailed(problem or "not asked any more")
+            await self._pace.acquire()
             try:
-                return await self._once(request)
+                return await self._request_once(request)
             except openai.APIStatusError as error:
-                problem = self._told(error)
-                if error.status_code in _HOPELESS or error.code == "insufficient_quota":
-                    raise self._hopeless(error) from None
-                if error.status_code not in _AGAIN and error.status_code < 500:
-                    raise Unanswered(problem) from None
-                wait = retry_after(error.response.headers)
+                problem = self._error_text(error)
+                if error.status_code in _PERMANENT_STATUSES or error.code == "insufficient_quota":
+                    raise self._is_permanent(error) from None
+                if error.status_code not in _RETRIED_STATUSES and error.status_code < 500:
+                    raise RequestFailed(problem) from None
+                wait = retry_after_seconds(error.response.headers)
                 if wait is not None:
-                    self._pace.pause(wait)
+                    self._pace.back_off(wait)
             except openai.APITimeoutError:
                 problem, wait = f"no answer within {self._settings.timeout_seconds:g} s", None
             except openai.APIConnectionError as error:
                 problem, wait = self._without_key(f"no connection: {error.__cause__ or error}"), None
-            except (openai.OpenAIError, _Malformed) as error:
+            except (openai.OpenAIError, _MalformedResponse) as error:
                 problem, wait = f"malformed answer: {str(error)[:200]}", None
             if attempt < self._settings.max_attempts and not self.stopped:
-                await asyncio.sleep(backoff(attempt, self._settings.retry_seconds) if wait is None else 0)
-        raise Unanswered(f"{problem} (attempt {self._settings.max_attempts})")
+                await asyncio.sleep(backoff_seconds(attempt, self._settings.retry_seconds) if wait is None else 0)
+        raise RequestFailed(f"{problem} (attempt {self._settings.max_attempts})")
 
-    async def _once(self, request: Request) -> Response:
+    async def _request_once(self, request: Request) -> Response:
         """Raises the client's errors, and _Malformed."""
         options: dict[str, Any] = {
             "model": self._settings.model,
@@ -132,15 +132,15 @@ class Endpoint:
             options["max_tokens"] = self._settings.max_new_tokens
             return _read(await self._client.completions.create(prompt=request.prompt, **options))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise _Malformed(f"its body is not JSON ({error})") from None
+            raise _MalformedResponse(f"its body is not JSON ({error})") from None
 
-    def _told(self, error: openai.APIStatusError) -> str:
+    def _error_text(self, error: openai.APIStatusError) -> str:
         detail = error.body if isinstance(error.body, str) else (error.body or error.message)
         return self._without_key(f"status {error.status_code}: {' '.join(str(detail).split())[:300]}")
 
-    def _hopeless(self, error: openai.APIStatusError) -> UserError:
-        remedy = _HOPELESS.get(error.status_code, "mend that, then run the same command again")
-        return UserError(f"{self._settings.base_url} refuses, {self._told(error)}; {remedy}")
+    def _is_permanent(self, error: openai.APIStatusError) -> UserError:
+        remedy = _PERMANENT_STATUSES.get(error.status_code, "mend that, then run the same command again")
+        return UserError(f"{self._settings.base_url} refuses, {self._error_text(error)}; {remedy}")
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._secret, "***") if self._secret else text
@@ -154,7 +154,7 @@ def check_url(url: str) -> None:
     except ValueError as error:
         raise UserError(f"base_url is {url!r}: {error}") from None
     if parts.username or parts.password or parts.query:
-        raise UserError(f"base_url holds a name, a password or a query; give the key in {KEY} only")
+        raise UserError(f"base_url holds a name, a password or a query; give the key in {API_KEY_VARIABLE} only")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"base_url is {url!r}; write http://host:port/v1")
 
@@ -163,12 +163,12 @@ def _read(answer: Any) -> Response:
     """Of an answer that says 200 but may be anything: the client checks no types. Raises _Malformed."""
     choices = None if isinstance(answer, str) else getattr(answer, "choices", None)
     if not isinstance(choices, list) or not choices:
-        raise _Malformed("it holds no choices")
+        raise _MalformedResponse("it holds no choices")
     text = (
         choices[0].message.content if getattr(choices[0], "message", None) else getattr(choices[0], "text", 0)
     )
     if text is not None and not isinstance(text, str):
-        raise _Malformed("its first choice holds no text")
+        raise _MalformedResponse("its first choice holds no text")
     finish_reason = choices[0].finish_reason
     return Response(
         text or "",  # a refusal, or nothing but reasoning: an answer that was paid for

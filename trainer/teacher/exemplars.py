@@ -13,12 +13,12 @@ from trainer.problems.sources import DATA, read_problems
 from trainer.teacher.decontaminate import HeldOutQuestions
 from trainer.teacher.prompts import solution_text
 from trainer.teacher.settings import AnnotateSettings
-from trainer.teacher.verify import Rules, judge
+from trainer.teacher.verify import FilterConfig, filter_sample
 
 _POOL = 500  # stories to draw from
 
 
-def choose(settings: AnnotateSettings, held_out: HeldOutQuestions) -> list[Problem]:
+def choose_exemplars(settings: AnnotateSettings, held_out: HeldOutQuestions) -> list[Problem]:
     """The exemplars of a run, [] without any. A function of the settings and of the data.
 
     From a file: all of it, in order. From gold: `exemplars_from_gold` problems with complete steps that match no test
@@ -30,11 +30,11 @@ def choose(settings: AnnotateSettings, held_out: HeldOutQuestions) -> list[Probl
     if not settings.exemplars_from_gold:
         return []
     data, path, split = parse_source(settings.exemplars_data, "exemplars_data")
-    options = options_of(data, settings.seed)
+    options = dataset_options(data, settings.seed)
     if data == "stories":
         options["num_problems"] = _POOL
     problems = _problems(read_problems(data, split, path or None, **options))
-    rules = Rules(settings.style)
+    rules = FilterConfig(settings.style)
     pool = [p for p in problems if not _fault(p, rules) and held_out.match(p.question) is None]
     if len(pool) < settings.exemplars_from_gold:
         what = "sub-questions and solutions" if settings.style == "socratic" else "solutions"
@@ -54,7 +54,7 @@ def parse_source(text: str, name: str) -> tuple[str, str, str]:
     return data, path, split
 
 
-def options_of(data: str, seed: int) -> dict[str, Any]:
+def dataset_options(data: str, seed: int) -> dict[str, Any]:
     """What a data set takes of the seed: the same svamp seed for training, test and exemplars."""
     return {"seed": seed} if data in ("svamp", "stories") else {}
 
@@ -62,14 +62,14 @@ def options_of(data: str, seed: int) -> dict[str, Any]:
 def _from_file(settings: AnnotateSettings, held_out: HeldOutQuestions) -> Iterator[Problem]:
     path = settings.exemplars
     for record in read_exemplars(path):
-        if fault := _fault(record, Rules(settings.style)):
+        if fault := _fault(record, FilterConfig(settings.style)):
             raise UserError(f"{path}: exemplar {record.id} {fault}; mend it, or take another one")
         if match := held_out.match(record.question):
             raise UserError(f"{path}: exemplar {record.id} is the test question {match}; take another one")
         yield record
 
 
-def _fault(problem: Problem, rules: Rules) -> str:
+def _fault(problem: Problem, rules: FilterConfig) -> str:
     """Why a problem cannot show how to write a solution, or "": the teacher must not learn what we would reject."""
     if not problem.steps:
         return "has no steps"
@@ -77,8 +77,8 @@ def _fault(problem: Problem, rules: Rules) -> str:
         return "has a step without solution"
     if rules.style == "socratic" and not all(step.question for step in problem.steps):
         return "has a step without sub-question"
-    verdict = judge(solution_text(problem, rules.style), "stop", problem, rules)
-    return "" if verdict.kept else f"would be rejected itself ({verdict.reason}: {verdict.detail})"
+    verdict = filter_sample(solution_text(problem, rules.style), "stop", problem, rules)
+    return "" if verdict.is_kept else f"would be rejected itself ({verdict.reason}: {verdict.detail})"
 
 
 def _problems(records: Iterable[Problem | RejectedRecord]) -> Iterator[Problem]:

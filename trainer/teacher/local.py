@@ -25,7 +25,7 @@ def digest(name_or_path: str) -> str:
     return student.content_digest(student.find_model(name_or_path))
 
 
-def ask_local(
+def query_local_model(
     settings: AnnotateSettings,
     queues: Sequence[Sequence[Request]],
     log: ResponseLog,

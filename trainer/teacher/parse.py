@@ -30,7 +30,7 @@ _LABEL = re.compile(
 _PAIR = " ** "
 
 
-class Unreadable(Exception):
+class ParseError(Exception):
     """The text is not a chain of steps. `reason`: "no_answer", "no_steps", "unpaired" or "bad_step"."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -38,22 +38,22 @@ class Unreadable(Exception):
         self.reason, self.detail = reason, detail
 
 
-def steps(text: str, style: str) -> tuple[Step, ...]:
+def parse_steps(text: str, style: str) -> tuple[Step, ...]:
     """The steps before `#### answer` in a text of style "cot" or "socratic". Raises Unreadable."""
     body, delimiter, answer = text.rpartition(DELIMITER)
     if not delimiter or not answer.partition("\n")[0].strip():
-        raise Unreadable("no_answer", f"no line '{DELIMITER} answer'")
+        raise ParseError("no_answer", f"no line '{DELIMITER} answer'")
     lines = _without_introduction(
         [line.strip() for line in body.split("\n") if line.strip() and not line.strip().startswith("```")]
     )
     if not lines:
-        raise Unreadable("no_steps", f"nothing stands before {DELIMITER}")
+        raise ParseError("no_steps", f"nothing stands before {DELIMITER}")
     try:
         if style == "cot":
             return tuple(Step(solution=one_line(_undecorated(line))) for line in lines)
         return tuple(Step(question, solution) for question, solution in _pairs(lines))
     except RecordError as error:
-        raise Unreadable("bad_step", error.detail) from None
+        raise ParseError("bad_step", error.detail) from None
 
 
 def _without_introduction(lines: list[str]) -> list[str]:
@@ -72,9 +72,9 @@ def _pairs(lines: Sequence[str]) -> list[tuple[str, str]]:
     for number, (kind, text) in enumerate(texts):
         if kind != "qs"[number % 2] or not text:
             what = "sub-question" if number % 2 == 0 else "solution"
-            raise Unreadable("unpaired", f"expected a {what} as text {number + 1}, found {text[:80]!r}")
+            raise ParseError("unpaired", f"expected a {what} as text {number + 1}, found {text[:80]!r}")
     if len(texts) % 2:
-        raise Unreadable("unpaired", f"the last sub-question has no solution: {texts[-1][1][:80]!r}")
+        raise ParseError("unpaired", f"the last sub-question has no solution: {texts[-1][1][:80]!r}")
     questions, solutions = texts[0::2], texts[1::2]
     return [(question, solution) for (_, question), (_, solution) in zip(questions, solutions, strict=True)]
 
@@ -89,7 +89,7 @@ def _labelled(lines: Sequence[str]) -> list[tuple[str, str]]:
         if kind:
             texts.append((kind, text))
         elif not texts:
-            raise Unreadable("unpaired", f"text before the first label: {text[:80]!r}")
+            raise ParseError("unpaired", f"text before the first label: {text[:80]!r}")
         else:
             texts[-1] = (texts[-1][0], one_line(f"{texts[-1][1]} {text}"))
     return texts

@@ -32,7 +32,7 @@ OWN = Path(__file__).parent / "prompts"
 _NEXT_PROBLEM = "\nProblem:"  # where our own prompts would go on
 
 
-class Prompter:
+class PromptBuilder:
     """Fills one template. `source` and `digest` are of the template's text."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Prompter:
                 f"{file}, line {error.lineno}: {error.message}; see trainer/teacher/prompts"
             ) from None
 
-    def prompt(self, problem: Problem) -> str:
+    def build(self, problem: Problem) -> str:
         """The prompt for one problem. Raises UserError if the template asks for a name that is not there."""
         kind = answers.answer_type(problem.answer)
         values: dict[str, Any] = {

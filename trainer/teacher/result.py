@@ -15,8 +15,8 @@ from typing import Any
 from trainer.problems.jsonl import to_record
 from trainer.problems.problem import Problem
 from trainer.teacher.responses import Request, Response, ResponseLog
-from trainer.teacher.verify import Verdict
-from trainer.teacher.work import Work
+from trainer.teacher.verify import FilterResult
+from trainer.teacher.work import AnnotationJob
 
 KIND = "annotations"
 ANNOTATED = "annotated.jsonl"
@@ -35,48 +35,48 @@ class Sample:
 
     request: Request
     response: Response | None
-    verdict: Verdict
+    result: FilterResult
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProblemResult:
     """A problem and its samples, in order; without keep_all the samples end with the first that is kept."""
 
     problem: Problem
     samples: tuple[Sample, ...]
 
     @property
-    def kept(self) -> list[Sample]:
-        return [sample for sample in self.samples if sample.verdict.kept]
+    def kept_samples(self) -> list[Sample]:
+        return [sample for sample in self.samples if sample.result.is_kept]
 
 
-def outcomes(work: Work, log: ResponseLog) -> Iterator[Outcome]:
+def problem_results(work: AnnotationJob, log: ResponseLog) -> Iterator[ProblemResult]:
     """Judge the answers to every problem, in the order of the data."""
     for problem in work.problems:
         samples: list[Sample] = []
         for request in work.requests[problem.id]:
             response = log.get(request.key)
-            verdict = Verdict(reason="unanswered")
+            verdict = FilterResult(reason="unanswered")
             if response is not None:
-                verdict = work.judge(request, response)
-            if verdict.kept and any(
-                verdict.steps == other.verdict.steps for other in samples if other.verdict.kept
+                verdict = work.filter(request, response)
+            if verdict.is_kept and any(
+                verdict.steps == other.result.steps for other in samples if other.result.is_kept
             ):
                 verdict = dataclasses.replace(verdict, reason="duplicate")
             samples.append(Sample(request, response, verdict))
-            if verdict.kept and not work.settings.keep_all:
+            if verdict.is_kept and not work.settings.keep_all:
                 break
-        yield Outcome(problem, tuple(samples))
+        yield ProblemResult(problem, tuple(samples))
 
 
-def write(folder: Path, work: Work, all_outcomes: Sequence[Outcome], summary: dict[str, Any]) -> None:
+def write(folder: Path, work: AnnotationJob, all_outcomes: Sequence[ProblemResult], summary: dict[str, Any]) -> None:
     """Write every file of the directory."""
     _write_lines(folder / ANNOTATED, (r for outcome in all_outcomes for r in _annotated(work, outcome)))
     _write_lines(folder / REJECTED, (r for outcome in all_outcomes for r in _rejected(outcome)))
-    without = (outcome for outcome in all_outcomes if not outcome.kept)
+    without = (outcome for outcome in all_outcomes if not outcome.kept_samples)
     _write_lines(
         folder / UNANNOTATED,
-        (to_record(o.problem, {"reasons": [sample.verdict.reason for sample in o.samples]}) for o in without),
+        (to_record(o.problem, {"reasons": [sample.result.reason for sample in o.samples]}) for o in without),
     )
     _write_lines(
         folder / CONTAMINATED,
@@ -88,11 +88,11 @@ def write(folder: Path, work: Work, all_outcomes: Sequence[Outcome], summary: di
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def _annotated(work: Work, outcome: Outcome) -> Iterator[dict[str, Any]]:
+def _annotated(work: AnnotationJob, outcome: ProblemResult) -> Iterator[dict[str, Any]]:
     """The problem with the steps of each kept sample; a second one is `<id>#2`."""
-    for number, sample in enumerate(outcome.kept, start=1):
+    for number, sample in enumerate(outcome.kept_samples, start=1):
         id = outcome.problem.id if number == 1 else f"{outcome.problem.id}#{number}"
-        problem = dataclasses.replace(outcome.problem, id=id, steps=sample.verdict.steps)
+        problem = dataclasses.replace(outcome.problem, id=id, steps=sample.result.steps)
         meta = {
             "teacher": work.teacher["model"],
             "style": work.settings.style,
@@ -104,14 +104,14 @@ def _annotated(work: Work, outcome: Outcome) -> Iterator[dict[str, Any]]:
         yield to_record(problem, meta)
 
 
-def _rejected(outcome: Outcome) -> Iterator[dict[str, Any]]:
+def _rejected(outcome: ProblemResult) -> Iterator[dict[str, Any]]:
     for sample in outcome.samples:
-        if not sample.verdict.kept:
+        if not sample.result.is_kept:
             yield {
                 "id": outcome.problem.id,
                 "sample": sample.request.sample,
-                "reason": sample.verdict.reason,
-                "detail": sample.verdict.detail,
+                "reason": sample.result.reason,
+                "detail": sample.result.detail,
                 "text": None if sample.response is None else sample.response.text,
                 "response": sample.request.key,
             }

@@ -9,7 +9,7 @@ from trainer.configuration import check_at_least, check_one_of, check_given, set
 from trainer.errors import UserError
 from trainer.settings import DTYPES
 
-TAUGHT_DATA = ("svamp", "strategyqa", "gsm8k", "jsonl")
+DATASETS = ("svamp", "strategyqa", "gsm8k", "jsonl")
 STYLES = ("cot", "socratic")
 TOKEN_LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 TEACHER_APIS = ("chat", "completions")
@@ -19,7 +19,7 @@ TEACHER_APIS = ("chat", "completions")
 class AnnotateSettings:
     """Problems without steps -> the same problems with a teacher's steps, verified."""
 
-    data: str = setting("svamp", "data set", choices=TAUGHT_DATA)
+    data: str = setting("svamp", "data set", choices=DATASETS)
     data_path: str = setting("", "local file, local folder or hub name")
     split: str = setting("train", "which split to annotate: train, validation, test, ...")
     seed: int = setting(
@@ -66,7 +66,7 @@ class AnnotateSettings:
     def __post_init__(self) -> None:
         check_given("data_path", self.data_path)
         check_given("output_dir", self.output_dir)
-        check_one_of("data", self.data, TAUGHT_DATA)
+        check_one_of("data", self.data, DATASETS)
         check_one_of("style", self.style, STYLES)
         check_one_of("api", self.api, TEACHER_APIS)
         check_one_of("dtype", self.dtype, DTYPES)

@@ -11,21 +11,21 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.teacher.responses import Response, ResponseLog
-from trainer.teacher.result import Outcome, Sample
+from trainer.teacher.result import ProblemResult, Sample
 from trainer.teacher.settings import AnnotateSettings
-from trainer.teacher.verify import REASONS
-from trainer.teacher.work import Work
+from trainer.teacher.verify import FILTER_REASONS
+from trainer.teacher.work import AnnotationJob
 
 _WIDTH = 110
 
 
-def summarise(work: Work, outcomes: Sequence[Outcome], log: ResponseLog) -> dict[str, Any]:
+def summarise(work: AnnotationJob, outcomes: Sequence[ProblemResult], log: ResponseLog) -> dict[str, Any]:
     """The content of summary.json. Tokens and cost are of all answers this result is made of, whenever asked."""
     samples = [(outcome, sample) for outcome in outcomes for sample in outcome.samples]
-    kept = sum(sample.verdict.kept for _, sample in samples)
-    reasons = Counter(sample.verdict.reason for _, sample in samples if not sample.verdict.kept)
+    kept = sum(sample.result.is_kept for _, sample in samples)
+    reasons = Counter(sample.result.reason for _, sample in samples if not sample.result.is_kept)
     used = {sample.request.key: sample.response for _, sample in samples if sample.response is not None}
-    num_annotated = sum(bool(outcome.kept) for outcome in outcomes)
+    num_annotated = sum(bool(outcome.kept_samples) for outcome in outcomes)
     summary: dict[str, Any] = {
         "teacher": work.teacher,
         "style": work.settings.style,
@@ -39,9 +39,9 @@ def summarise(work: Work, outcomes: Sequence[Outcome], log: ResponseLog) -> dict
         "samples": {"kept": kept, "rejected": len(samples) - kept},
         "keep_rate": _rate(kept, len(samples)),
         "annotated_rate": _rate(num_annotated, len(outcomes)),
-        "rejected_by_reason": {reason: reasons[reason] for reason in REASONS if reasons[reason]},
+        "rejected_by_reason": {reason: reasons[reason] for reason in FILTER_REASONS if reasons[reason]},
         # how many steps the teacher wrote; "unread" where the text is no chain
-        "by_steps_written": _by(samples, lambda _, sample: len(sample.verdict.steps)),
+        "by_steps_written": _by(samples, lambda _, sample: len(sample.result.steps)),
         "responses": {"used": len(used), "kept_from_other_prompts_or_models": log.num_others(used)},
         "tokens": _tokens(list(used.values())),
     }
@@ -76,7 +76,7 @@ def table(summary: dict[str, Any]) -> str:
     if summary["rejected_by_reason"]:
         reasons = Table("rejected", "samples", "meaning", box=None)
         for reason, count in summary["rejected_by_reason"].items():
-            reasons.add_row(reason, str(count), REASONS[reason])
+            reasons.add_row(reason, str(count), FILTER_REASONS[reason])
         lines.append(_text(reasons))
     usage = f"{tokens['prompt']} prompt and {tokens['completion']} completion tokens"
     if tokens["responses_without_usage"]:
@@ -90,7 +90,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _by(
-    samples: Sequence[tuple[Outcome, Sample]], count: Callable[[Outcome, Sample], int]
+    samples: Sequence[tuple[ProblemResult, Sample]], count: Callable[[ProblemResult, Sample], int]
 ) -> dict[str, dict]:
     """Number of steps -> samples kept and all, and the rate."""
     kept: Counter[int] = Counter()
@@ -98,7 +98,7 @@ def _by(
     for outcome, sample in samples:
         number = count(outcome, sample)
         total[number] += 1
-        kept[number] += sample.verdict.kept
+        kept[number] += sample.result.is_kept
     return {
         str(number) if number else "unread": {
             "kept": kept[number],

@@ -17,9 +17,9 @@ from decimal import Decimal
 
 from trainer.problems import answers, calculator
 from trainer.problems.problem import Problem, Step
-from trainer.teacher.parse import Unreadable, steps
+from trainer.teacher.parse import ParseError, parse_steps
 
-REASONS = {
+FILTER_REASONS = {
     "unanswered": "the endpoint gave no answer",
     "truncated": "the text was cut off at its greatest length",
     "filtered": "the endpoint's content filter ended the text",
@@ -40,7 +40,7 @@ _LEAST_DECIMALS = 2  # of a rounded result
 
 
 @dataclass(frozen=True)
-class Rules:
+class FilterConfig:
     """What a chain must be, besides right."""
 
     style: str
@@ -50,7 +50,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FilterResult:
     """`steps` of the chain, () where it could not be read; `reason` is "" if it is kept, else a key of REASONS."""
 
     steps: tuple[Step, ...] = ()
@@ -58,28 +58,28 @@ class Verdict:
     detail: str = ""
 
     def __post_init__(self) -> None:
-        assert self.reason in ("", *REASONS), self.reason
+        assert self.reason in ("", *FILTER_REASONS), self.reason
 
     @property
-    def kept(self) -> bool:
+    def is_kept(self) -> bool:
         return not self.reason
 
 
-def judge(text: str, finish_reason: str, problem: Problem, rules: Rules) -> Verdict:
+def filter_sample(text: str, finish_reason: str, problem: Problem, rules: FilterConfig) -> FilterResult:
     """Judge one text of the teacher. `finish_reason`: the endpoint's, "stop", "length" or "content_filter"."""
     if finish_reason == "length":
-        return Verdict(reason="truncated", detail=f"cut off after {len(text)} characters")
+        return FilterResult(reason="truncated", detail=f"cut off after {len(text)} characters")
     if finish_reason == "content_filter":
-        return Verdict(reason="filtered", detail="")
+        return FilterResult(reason="filtered", detail="")
     try:
-        chain = steps(text, rules.style)
-    except Unreadable as error:
-        return Verdict(reason=error.reason, detail=error.detail)
+        chain = parse_steps(text, rules.style)
+    except ParseError as error:
+        return FilterResult(reason=error.reason, detail=error.detail)
     reason, detail = _first_fault(chain, text, problem, rules)
-    return Verdict(chain, reason, detail)
+    return FilterResult(chain, reason, detail)
 
 
-def _first_fault(chain: Sequence[Step], text: str, problem: Problem, rules: Rules) -> tuple[str, str]:
+def _first_fault(chain: Sequence[Step], text: str, problem: Problem, rules: FilterConfig) -> tuple[str, str]:
     if len(chain) < rules.min_steps:
         return "too_few_steps", f"{len(chain)} steps"
     if len(chain) > rules.max_steps:

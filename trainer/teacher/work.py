@@ -17,33 +17,33 @@ from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import read_problems, source_digest
 from trainer.teacher import exemplars
 from trainer.teacher.decontaminate import HeldOutQuestions
-from trainer.teacher.prompts import OWN, Prompter, stop_texts
+from trainer.teacher.prompts import OWN, PromptBuilder, stop_texts
 from trainer.teacher.responses import Request, Response, ResponseLog, make_request
 from trainer.teacher.settings import AnnotateSettings
-from trainer.teacher.verify import Rules, Verdict, judge
+from trainer.teacher.verify import FilterConfig, FilterResult, filter_sample
 
 
 @dataclass(frozen=True)
-class Work:
+class AnnotationJob:
     """`problems` are to be annotated; `contaminated` are left out, each with the test problem that it matches."""
 
     settings: AnnotateSettings
     problems: tuple[Problem, ...]
     contaminated: tuple[tuple[Problem, str], ...]
     bad_records: tuple[RejectedRecord, ...]
-    prompter: Prompter
+    prompter: PromptBuilder
     teacher: dict[str, Any]  # the model and all parameters of its requests
-    recipe: dict[str, Any]  # decides the result; equal recipes and equal answers give equal files
+    fingerprint_fields: dict[str, Any]  # decides the result; equal recipes and equal answers give equal files
 
     @property
-    def rules(self) -> Rules:
+    def filter_config(self) -> FilterConfig:
         settings = self.settings
-        return Rules(settings.style, settings.min_steps, settings.max_steps, settings.require_annotations)
+        return FilterConfig(settings.style, settings.min_steps, settings.max_steps, settings.require_annotations)
 
     @cached_property
     def requests(self) -> dict[str, list[Request]]:
         """Problem id -> the requests for its samples, in order."""
-        prompts = {problem.id: self.prompter.prompt(problem) for problem in self.problems}
+        prompts = {problem.id: self.prompter.build(problem) for problem in self.problems}
         return {
             id: [
                 make_request(id, sample, prompt, self.teacher) for sample in range(self.settings.num_samples)
@@ -55,13 +55,13 @@ class Work:
     def _by_id(self) -> dict[str, Problem]:
         return {problem.id: problem for problem in self.problems}
 
-    def judge(self, request: Request, response: Response) -> Verdict:
+    def filter(self, request: Request, response: Response) -> FilterResult:
         problem = self._by_id[request.problem_id]
-        return judge(response.text, response.finish_reason, problem, self.rules)
+        return filter_sample(response.text, response.finish_reason, problem, self.filter_config)
 
-    def satisfied(self, request: Request, response: Response) -> bool:
+    def is_satisfied(self, request: Request, response: Response) -> bool:
         """Whether this answer makes later samples of the problem needless."""
-        return not self.settings.keep_all and self.judge(request, response).kept
+        return not self.settings.keep_all and self.filter(request, response).is_kept
 
     def queues(self, log: ResponseLog) -> list[list[Request]]:
         """What is left to ask, in queues: the next request of a queue is needed if the one before was no good."""
@@ -75,18 +75,18 @@ class Work:
                 if response is None:
                     queues.append(requests[place:])  # later ones may have answers; they are looked at in turn
                     break
-                if self.satisfied(request, response):
+                if self.is_satisfied(request, response):
                     break
         return queues
 
 
-def prepare(settings: AnnotateSettings, model_digest: str = "") -> Work:
+def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> AnnotationJob:
     """Read all data. `model_digest`: of a local model's files. Raises UserError."""
     held_out, test_sets = _held_out(settings)
     problems: list[Problem] = []
     contaminated: list[tuple[Problem, str]] = []
     bad_records: list[RejectedRecord] = []
-    options = exemplars.options_of(settings.data, settings.seed)
+    options = exemplars.dataset_options(settings.data, settings.seed)
     for record in read_problems(settings.data, settings.split, settings.data_path, **options):
         if isinstance(record, RejectedRecord):
             bad_records.append(record)
@@ -103,8 +103,8 @@ def prepare(settings: AnnotateSettings, model_digest: str = "") -> Work:
             f"{settings.data_path}: no problem is left to annotate, {len(contaminated)} match test questions"
         )
     file = Path(settings.prompt) if settings.prompt else OWN / f"{settings.style}.j2"
-    shown = exemplars.choose(settings, held_out)
-    prompter = Prompter(file, settings.style, shown, settings.gold_hint, settings.with_facts)
+    shown = exemplars.choose_exemplars(settings, held_out)
+    prompter = PromptBuilder(file, settings.style, shown, settings.gold_hint, settings.with_facts)
     teacher = _teacher(settings, model_digest)
     names = (
         "data",
@@ -121,7 +121,7 @@ def prepare(settings: AnnotateSettings, model_digest: str = "") -> Work:
     recipe = {name: getattr(settings, name) for name in (*names, *rules)}
     recipe["source"] = source_digest(settings.data, settings.split, settings.data_path, **options)
     recipe |= {"prompt": prompter.digest, "exemplars": _digest(shown), "decontaminate": test_sets, **teacher}
-    return Work(settings, tuple(problems), tuple(contaminated), tuple(bad_records), prompter, teacher, recipe)
+    return AnnotationJob(settings, tuple(problems), tuple(contaminated), tuple(bad_records), prompter, teacher, recipe)
 
 
 def _teacher(settings: AnnotateSettings, model_digest: str) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _held_out(settings: AnnotateSettings) -> tuple[HeldOutQuestions, list[list[s
     digests = []
     for text in settings.decontaminate:
         data, path, split = exemplars.parse_source(text, "decontaminate")
-        options = exemplars.options_of(data, settings.seed)
+        options = exemplars.dataset_options(data, settings.seed)
         before = len(questions)
         for record in read_problems(data, split, path or None, **options):
             if isinstance(record, Problem):
