@@ -160,10 +160,10 @@ def measure(
         key = (case.stage, case.default_malloc)
         if key not in tiny:
             values = settings(Case("tiny", case.stage), folders["tiny"], shards)
-            planned = plan.make(PlanSettings(**values, gpu="cpu", gpus_per_node=RANKS), process_bytes=0)
+            planned = plan.make_plan(PlanSettings(**values, gpu="cpu", gpus_per_node=RANKS), process_bytes=0)
             tiny[key] = run(values, environment)[0] - planned.memory.device_bytes
         values = settings(case, folders[case.model], shards)
-        planned = plan.make(
+        planned = plan.make_plan(
             PlanSettings(**values, gpu="cpu", gpus_per_node=RANKS), process_bytes=0, keeps_nothing=True
         )
         peak, took = run(values, environment)
@@ -205,7 +205,7 @@ def time_errors(timed: list[tuple[Case, Any, float]]) -> tuple[float, list[dict[
     rows = []
     for number, (case, planned, took) in enumerate(timed):
         accelerator = planned.hardware.accelerator
-        predicted = time.of_step(
+        predicted = time.estimate_step_time(
             planned.workload, planned.resolved, accelerator, 1, RANKS, case.checkpointing, rate
         ).seconds
         row = {"case": case.name, "predicted_seconds": predicted, "measured_seconds": took}

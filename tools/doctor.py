@@ -33,9 +33,9 @@ def _examine(settings: DoctorSettings) -> None:
         from trainer import startup
 
         startup.pause_gc()
-        from trainer.doctor.examine import examine, tell
+        from trainer.doctor.examine import run_checks, print_report
 
-        healthy = tell(examine(settings), time.monotonic() - start, settings.json)
+        healthy = print_report(run_checks(settings), time.monotonic() - start, settings.json)
     if not healthy:
         raise SystemExit(1)
 

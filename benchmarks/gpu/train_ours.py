@@ -59,7 +59,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     from trainer.planning import memory
     from trainer.planning import plan as planning
 
-    made = planning.make(PlanSettings(**values, gpu="auto", gpus_per_node=1))
+    made = planning.make_plan(PlanSettings(**values, gpu="auto", gpus_per_node=1))
     beside = made.memory.device[memory.CONTEXT] + made.memory.device[memory.FRAGMENTATION]
     counted = made.memory.device_bytes - beside
     refused = [refusal for refusal in made.refusals if not refusal.startswith("disk: ")]

@@ -227,9 +227,9 @@ def test_of_7b_on_one_h200_stage_3_fits_and_stage_1_does_not() -> None:
             deepspeed=str(REPOSITORY / f"ds_configs/zero{stage}.json"), max_steps=1,
             per_device_train_batch_size=case.packs, gradient_accumulation_steps=case.accumulation,
         )  # fmt: skip
-        work = workload.of(settings, 1)
-        timeline = timeline or memory.timelines(work, bf16=True, checkpointing=False, cuda=True)
-        planned = plan.of(settings, plan.hardware(settings), work, timeline, process_bytes=0)
+        work = workload.estimate_workload(settings, 1)
+        timeline = timeline or memory.trace_phases(work, bf16=True, checkpointing=False, cuda=True)
+        planned = plan.plan_on(settings, plan.hardware(settings), work, timeline, process_bytes=0)
         fits[stage] = planned.fits
     assert fits == {3: True, 1: False}
 

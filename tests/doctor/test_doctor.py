@@ -15,12 +15,12 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.distributed import run, run_well
 from trainer.doctor import machine, ranks, software
-from trainer.doctor.examine import tell
-from trainer.doctor.finding import FAIL, OK, WARN, Finding
+from trainer.doctor.examine import print_report
+from trainer.doctor.finding import FAIL, OK, WARN, CheckResult
 from trainer.errors import UserError
 
 
-def one(findings: list[Finding], name: str) -> Finding:
+def one(findings: list[CheckResult], name: str) -> CheckResult:
     found = [finding for finding in findings if finding.name == name]
     assert len(found) == 1, findings
     return found[0]
@@ -154,10 +154,10 @@ def test_ranks_that_do_not_start_are_a_failure(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_warnings_do_not_fail(capsys: pytest.CaptureFixture[str]) -> None:
-    findings = [Finding("a", "b", OK, "fine"), Finding("a", "c", WARN, "look", "there")]
-    assert tell(findings, 1.0, as_json=False)
+    findings = [CheckResult("a", "b", OK, "fine"), CheckResult("a", "c", WARN, "look", "there")]
+    assert print_report(findings, 1.0, as_json=False)
     assert "2 checks in 1 s: 0 failed, 1 warning(s)" in capsys.readouterr().out
-    assert not tell([*findings, Finding("a", "d", FAIL, "broken", "mend")], 1.0, as_json=True)
+    assert not print_report([*findings, CheckResult("a", "d", FAIL, "broken", "mend")], 1.0, as_json=True)
 
 
 def test_a_killed_build_is_named(tmp_path: Path) -> None:

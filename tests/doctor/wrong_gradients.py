@@ -20,6 +20,6 @@ def wrong(self: DeepSpeedZeroOptimizer, tensor: torch.Tensor, *rest: object) -> 
 
 DeepSpeedZeroOptimizer.average_tensor = wrong
 chosen = [case for case in parity.cases() if case.dtype == torch.float32 and not case.checkpointing]
-chosen += [parity.Case(0, torch.bfloat16, False)]
+chosen += [parity.ParityCase(0, torch.bfloat16, False)]
 parity.cases = lambda: chosen
 terminal.run(lambda: ranks.main(sys.argv[1:]))

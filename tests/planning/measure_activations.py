@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer.models import packed_attention, training_kernels
-from trainer.planning.activations import batch_of, trace
+from trainer.planning.activations import batch_of, trace_activations
 from trainer.training.loss import summed_token_loss
 
 LENGTHS, LEARNED = [96] * 5 + [32], 200
@@ -62,7 +62,7 @@ def main() -> None:
         config = AutoConfig.for_model(kind, **shape)
         config.use_cache = False
         for checkpointing in (False, True) if kind in ("gpt2", "llama") else (False,):
-            planned = trace(config, LENGTHS, LEARNED, torch.float32, checkpointing, cuda=False).peak_bytes
+            planned = trace_activations(config, LENGTHS, LEARNED, torch.float32, checkpointing, cuda=False).peak_bytes
             result[f"{kind} {checkpointing}"] = [planned, peak(config, checkpointing)]
     print("RESULT " + json.dumps(result))
 

@@ -14,7 +14,7 @@ from tests.distributed import run_well
 from tests.models.families import family_of
 from trainer.errors import UserError
 from trainer.models import shapes
-from trainer.planning.activations import trace
+from trainer.planning.activations import trace_activations
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -29,7 +29,7 @@ def config(**changes: int) -> object:
 def peak(
     lengths: list[int], learned: int = 10, checkpointing: bool = False, cuda: bool = False, **shape: int
 ) -> int:
-    return trace(config(**shape), lengths, learned, torch.float32, checkpointing, cuda).peak_bytes
+    return trace_activations(config(**shape), lengths, learned, torch.float32, checkpointing, cuda).peak_bytes
 
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="measures the resident set through Linux's /proc")
@@ -66,11 +66,11 @@ def test_recomputation_and_the_gpu_s_dropout_save_memory() -> None:
 
 def test_every_parameter_s_gradient_is_in_the_timeline_once() -> None:
     """Tied weights have one gradient."""
-    found = trace(config(), [32], 8, torch.float32, False, False)
+    found = trace_activations(config(), [32], 8, torch.float32, False, False)
     from trainer.models.load import num_parameters
 
-    assert found.moments[-1].gradient_elements == num_parameters(config())
-    assert found.moments[0].gradient_elements == 0
+    assert found.samples[-1].gradient_elements == num_parameters(config())
+    assert found.samples[0].gradient_elements == 0
 
 
 def test_nothing_is_allocated() -> None:
@@ -78,7 +78,7 @@ def test_nothing_is_allocated() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     shape = shapes.config("llama-2-7b")
     shape.use_cache, shape.num_hidden_layers = False, 4
-    assert trace(shape, [512] * 8, 4096, torch.float32, False, True).peak_bytes > 3e9
+    assert trace_activations(shape, [512] * 8, 4096, torch.float32, False, True).peak_bytes > 3e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < 0.5e9
 
 
@@ -90,18 +90,18 @@ def test_nothing_is_allocated() -> None:
 def test_families_without_packing_or_with_experts_are_planned(name: str, cuda: bool) -> None:
     """Twice as many examples take about twice the memory, in packs or in padded rows."""
     small = family_of(name).config
-    few, many = (trace(small, [40] * n, 20 * n, torch.float32, cuda, cuda).peak_bytes for n in (4, 8))
+    few, many = (trace_activations(small, [40] * n, 20 * n, torch.float32, cuda, cuda).peak_bytes for n in (4, 8))
     assert 1.5 < many / few < 2.5
 
 
 def test_padding_is_counted_where_a_family_is_not_packed() -> None:
     small = family_of("gptj").config
     even, uneven = (
-        trace(small, lengths, 40, torch.float32, False, False).peak_bytes for lengths in ([30, 30], [10, 50])
+        trace_activations(small, lengths, 40, torch.float32, False, False).peak_bytes for lengths in ([30, 30], [10, 50])
     )
     assert uneven > 1.3 * even
 
 
 def test_a_family_that_needs_numbers_is_refused_with_the_reason() -> None:
     with pytest.raises(UserError, match="memory of a jetmoe model cannot be planned, because"):
-        trace(family_of("jetmoe").config, [40], 20, torch.float32, False, False)
+        trace_activations(family_of("jetmoe").config, [40], 20, torch.float32, False, False)

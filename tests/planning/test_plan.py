@@ -18,7 +18,7 @@ from trainer.planning import disk, plan, workload
 from trainer.planning.recommend import command, recommend
 from trainer.planning.run import plan_study
 from trainer.planning.time import communication_volumes
-from trainer.planning.zero_memory import ACTIVATIONS, LOGITS, MASTERS, OPTIMIZER, WEIGHTS, Fill, _fills
+from trainer.planning.zero_memory import ACTIVATIONS, LOGITS, MASTERS, OPTIMIZER, WEIGHTS, BucketFill, _fills
 from trainer.run_directory import RunDirectory
 from trainer.settings import PlanSettings
 from trainer.shards.prepare import prepare
@@ -63,8 +63,8 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     )
 
 
-def planned(**values: Any) -> plan.Plan:
-    return plan.make(PlanSettings(**{**TINY, **values}))
+def planned(**values: Any) -> plan.RunPlan:
+    return plan.make_plan(PlanSettings(**{**TINY, **values}))
 
 
 def test_every_named_shape_has_the_published_number_of_parameters() -> None:
@@ -98,11 +98,11 @@ def test_zero_divides_what_it_says_it_divides() -> None:
 def test_buckets_fill_as_gradients_arrive() -> None:
     """Bucket of 10: 4 and 5 fit, 6 does not (9 are reduced), 30 is too large for the buffer (6 reduced before it)."""
     assert list(_fills([4, 5, 6, 30], 10, buffers=2)) == [
-        Fill(4, 0, 0),
-        Fill(9, 0, 0),
-        Fill(15, 9, 9),
-        Fill(15, 6, 15),
-        Fill(15, 30, 45),
+        BucketFill(4, 0, 0),
+        BucketFill(9, 0, 0),
+        BucketFill(15, 9, 9),
+        BucketFill(15, 6, 15),
+        BucketFill(15, 30, 45),
     ]
 
 
@@ -111,10 +111,10 @@ def test_what_cannot_fit_is_refused_with_what_is_missing_and_a_remedy() -> None:
     values["config_overrides"] = "num_hidden_layers=8"  # 2 billion parameters
     made = planned(**values, per_device_train_batch_size=8)
     assert not made.fits
-    missing = plan.size(made.memory.device_bytes - 24 * 10**9)
+    missing = plan.size_text(made.memory.device_bytes - 24 * 10**9)
     assert f"has 24.0 GB, {missing} are missing" in made.refusals[0]
     with pytest.raises(UserError, match="cannot run: memory"):
-        plan.refuse(made)
+        plan.check_plan_fits(made)
     values["per_device_train_batch_size"] = 1
     host = planned(**values, deepspeed="ds_configs/zero3_offload.json", host_memory_gb=16)
     assert any(text.startswith("host memory: ") and "are missing" in text for text in host.refusals)
@@ -137,7 +137,7 @@ def test_the_recommended_configuration_fits_and_takes_the_same_step() -> None:
     new = found.plan.settings
     assert new.per_device_train_batch_size * new.gradient_accumulation_steps == 16
     # scaled from one and two packs, it is what a trace of that very batch gives
-    again = plan.make(new).memory
+    again = plan.make_plan(new).memory
     traced = again.device[ACTIVATIONS] + again.device[LOGITS]
     assert traced == pytest.approx(found.plan.memory.device[ACTIVATIONS], rel=0.02)
     assert "--gpu" not in command(new, asked.hardware)
@@ -160,7 +160,7 @@ def test_checkpoints_take_the_planned_bytes(trained: list[dict[str, Any]]) -> No
     for values in trained:
         run = RunDirectory(Path(values["output_dir"]))
         asked = PlanSettings(**values)
-        expected = disk.of_run(workload.of(asked, 2), ds_config.resolve_ds_config(asked, 2), 2).checkpoint_bytes
+        expected = disk.estimate_disk(workload.estimate_workload(asked, 2), ds_config.resolve_ds_config(asked, 2), 2).checkpoint_bytes
         files = [path for path in run.checkpoint(4).rglob("*") if path.is_file()]
         found = sum(path.stat().st_size for path in files if path.parent.name != "model")
         assert found == pytest.approx(expected, rel=0.03), values["deepspeed"]
@@ -170,7 +170,7 @@ def test_calibration_takes_a_run_s_measured_speed(trained: list[dict[str, Any]])
     folder = trained[1]["output_dir"]
     lines = RunDirectory(Path(folder)).metrics.read_text(encoding="utf-8").splitlines()
     speed = sorted(json.loads(line)["tokens_per_second"] for line in lines[1:])[1]
-    made = plan.make(PlanSettings(**trained[1], calibrate=folder, gpu="cpu", gpus_per_node=2))
+    made = plan.make_plan(PlanSettings(**trained[1], calibrate=folder, gpu="cpu", gpus_per_node=2))
     assert made.step.compute_seconds == pytest.approx(made.workload.tokens_per_step / speed, rel=1e-3)
     assert made.step.rate.source.startswith("measured: ")
 

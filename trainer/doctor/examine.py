@@ -15,13 +15,13 @@ from dataclasses import replace
 from trainer import distributed, rendezvous, terminal
 from trainer.configuration import did_you_mean
 from trainer.doctor import machine, ranks, software
-from trainer.doctor.finding import FAIL, OK, WARN, Finding
+from trainer.doctor.finding import FAIL, OK, WARN, CheckResult
 from trainer.errors import UserError
 from trainer.settings import DoctorSettings
 
 _RANKS = 2
 _RANKS_TIMEOUT_SECONDS = 600
-_LOCAL: dict[str, Callable[[DoctorSettings], list[Finding]]] = {
+_LOCAL: dict[str, Callable[[DoctorSettings], list[CheckResult]]] = {
     "versions": lambda settings: software.versions(settings.known_good),
     "compiler": lambda settings: [software.compiler(), *software.unfinished_builds()],
     "mpi": lambda settings: [software.mpi()],
@@ -34,7 +34,7 @@ _LOCAL: dict[str, Callable[[DoctorSettings], list[Finding]]] = {
 GROUPS = (*_LOCAL, *ranks.GROUPS)
 
 
-def examine(settings: DoctorSettings) -> list[Finding]:
+def run_checks(settings: DoctorSettings) -> list[CheckResult]:
     """All findings. Under a launcher the ranks that are there check each other and each machine itself; else two are started.
 
     Collective under a launcher: every rank returns the same. Raises UserError for an unknown group.
@@ -56,10 +56,10 @@ def examine(settings: DoctorSettings) -> list[Finding]:
     num_machines = sum(1 for findings in everybody if findings)
     if num_machines > 1:
         found = _merge(found, num_machines)
-    return [*found, *ranks.check(wanted)]
+    return [*found, *ranks.check_ranks(wanted)]
 
 
-def tell(findings: list[Finding], seconds: float, as_json: bool) -> bool:
+def print_report(findings: list[CheckResult], seconds: float, as_json: bool) -> bool:
     """Print one line a finding (rank 0); returns whether nothing failed."""
     failed = sum(finding.status == FAIL for finding in findings)
     warned = sum(finding.status == WARN for finding in findings)
@@ -80,17 +80,17 @@ def tell(findings: list[Finding], seconds: float, as_json: bool) -> bool:
     return not failed
 
 
-def _local(settings: DoctorSettings) -> list[Finding]:
-    found: list[Finding] = []
+def _local(settings: DoctorSettings) -> list[CheckResult]:
+    found: list[CheckResult] = []
     for group, check in _LOCAL.items():
         if group not in settings.skip:
             found += check(settings)
     return found
 
 
-def _merge(findings: list[Finding], num_machines: int) -> list[Finding]:
+def _merge(findings: list[CheckResult], num_machines: int) -> list[CheckResult]:
     """What is ok is told once, and with its machines only if it is not ok on all; what is not, with its machines."""
-    merged: dict[tuple[str, str, str], Finding] = {}
+    merged: dict[tuple[str, str, str], CheckResult] = {}
     hosts: dict[tuple[str, str, str], list[str]] = {}
     for finding in findings:
         text = finding.status if finding.status == OK else finding.detail
@@ -105,7 +105,7 @@ def _merge(findings: list[Finding], num_machines: int) -> list[Finding]:
     return [replace(finding, host=named(key)) for key, finding in merged.items()]
 
 
-def _started(groups: list[str]) -> list[Finding]:
+def _started(groups: list[str]) -> list[CheckResult]:
     """Start two ranks here for what needs several."""
     if not groups:
         return []
@@ -127,7 +127,7 @@ def _started(groups: list[str]) -> list[Finding]:
         return _collect(processes, log, groups)
 
 
-def _collect(processes: list[subprocess.Popen[str]], log: object, groups: list[str]) -> list[Finding]:
+def _collect(processes: list[subprocess.Popen[str]], log: object, groups: list[str]) -> list[CheckResult]:
     deadline = time.monotonic() + _RANKS_TIMEOUT_SECONDS
     try:
         output, _ = processes[0].communicate(timeout=_RANKS_TIMEOUT_SECONDS)
@@ -142,10 +142,10 @@ def _collect(processes: list[subprocess.Popen[str]], log: object, groups: list[s
                 process.wait()
     for line in output.splitlines():
         if line.startswith(ranks.MARK):
-            return [Finding(**values) for values in json.loads(line.removeprefix(ranks.MARK))]
+            return [CheckResult(**values) for values in json.loads(line.removeprefix(ranks.MARK))]
     log.seek(0)  # type: ignore[attr-defined]
     lines = [line for line in log.read().splitlines() if line.strip()]  # type: ignore[attr-defined]
     detail = f"two ranks did not finish: {lines[-1] if lines else 'they printed nothing'}"
     return [
-        Finding("ranks", "start", FAIL, detail, f"without these ranks {', '.join(groups)} cannot be checked")
+        CheckResult("ranks", "start", FAIL, detail, f"without these ranks {', '.join(groups)} cannot be checked")
     ]

@@ -9,7 +9,7 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """`status`: ok, warn (works, but look at it) or fail. `remedy`: what to do, empty if ok."""
 
     group: str

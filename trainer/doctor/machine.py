@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from trainer.doctor.finding import FAIL, OK, WARN, Finding
+from trainer.doctor.finding import FAIL, OK, WARN, CheckResult
 
 _GB, _MB = 10**9, 10**6
 _TEST_BYTES = 64 * _MB
@@ -18,7 +18,7 @@ _SLOW_COMMIT = 1.0  # seconds
 _SMALL_SHARED_MEMORY = 1 * _GB
 
 
-def disk(output_dir: str, min_free_gb: float) -> list[Finding]:
+def disk(output_dir: str, min_free_gb: float) -> list[CheckResult]:
     """Space, and what a checkpoint does: write, flush to the disk, rename. Leaves nothing behind."""
     path = Path(output_dir)
     try:
@@ -30,17 +30,17 @@ def disk(output_dir: str, min_free_gb: float) -> list[Finding]:
             if status == OK
             else f"free some, or write elsewhere (wanted: {min_free_gb:g} GB, --min_free_gb)"
         )
-        found = [Finding("disk", "space", status, f"{free / _GB:.1f} GB are free at {path}", remedy)]
+        found = [CheckResult("disk", "space", status, f"{free / _GB:.1f} GB are free at {path}", remedy)]
         with tempfile.TemporaryDirectory(prefix=".doctor-", suffix=".tmp", dir=path) as folder:
             found += [_write_speed(Path(folder), min(_TEST_BYTES, free // 2)), _commit_speed(Path(folder))]
     except OSError as error:
         reason = error.strerror or str(error)
         remedy = "give an --output_dir on a file system you may write to, with space"
-        return [Finding("disk", "write", FAIL, f"cannot write to {path}: {reason}", remedy)]
+        return [CheckResult("disk", "write", FAIL, f"cannot write to {path}: {reason}", remedy)]
     return found
 
 
-def _write_speed(folder: Path, num_bytes: int) -> Finding:
+def _write_speed(folder: Path, num_bytes: int) -> CheckResult:
     block = os.urandom(4 * _MB)
     start = time.perf_counter()
     with open(folder / "data", "wb") as file:
@@ -56,10 +56,10 @@ def _write_speed(folder: Path, num_bytes: int) -> Finding:
         if status == OK
         else "checkpoints will be slow here: choose a faster file system, or save less often"
     )
-    return Finding("disk", "write", status, f"{speed / _MB:,.0f} MB/s, flushed", remedy)
+    return CheckResult("disk", "write", status, f"{speed / _MB:,.0f} MB/s, flushed", remedy)
 
 
-def _commit_speed(folder: Path) -> Finding:
+def _commit_speed(folder: Path) -> CheckResult:
     """Small files: written, flushed, renamed over another; the new content must be there at once."""
     target = folder / "committed"
     start = time.perf_counter()
@@ -71,7 +71,7 @@ def _commit_speed(folder: Path) -> Finding:
             os.fsync(file.fileno())
         os.replace(staging, target)
         if target.read_text(encoding="utf-8") != str(number):
-            return Finding(
+            return CheckResult(
                 "disk", "rename", FAIL, f"a renamed file at {folder} kept its old content", "do not use it"
             )
     seconds = (time.perf_counter() - start) / _SMALL_WRITES
@@ -79,53 +79,53 @@ def _commit_speed(folder: Path) -> Finding:
     remedy = (
         "" if status == OK else "every commit of a file takes this long here: a busy network file system?"
     )
-    return Finding(
+    return CheckResult(
         "disk", "rename", status, f"{seconds * 1000:.1f} ms to write, flush and rename a file", remedy
     )
 
 
-def shared_memory() -> Finding:
+def shared_memory() -> CheckResult:
     """NCCL and data loaders use /dev/shm; a container has 64 MB of it by default."""
     path = "/dev/shm"
     if not os.path.isdir(path):
-        return Finding(
+        return CheckResult(
             "memory", "shared", WARN, f"there is no {path}", "NCCL between the GPUs of a machine needs it"
         )
     size = shutil.disk_usage(path).total
     if size < _SMALL_SHARED_MEMORY:
         remedy = "start the container with --shm-size=8g (or --ipc=host)"
-        return Finding("memory", "shared", WARN, f"{path} has {size / _MB:,.0f} MB", remedy)
-    return Finding("memory", "shared", OK, f"{path} has {size / _GB:.1f} GB")
+        return CheckResult("memory", "shared", WARN, f"{path} has {size / _MB:,.0f} MB", remedy)
+    return CheckResult("memory", "shared", OK, f"{path} has {size / _GB:.1f} GB")
 
 
-def processor() -> Finding:
+def processor() -> CheckResult:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > cores:
         remedy = f"set OMP_NUM_THREADS to at most {cores}, or give the task more cores"
-        return Finding(
+        return CheckResult(
             "cpu", "cores", WARN, f"OMP_NUM_THREADS={threads} but {cores} core(s) are usable", remedy
         )
-    return Finding(
+    return CheckResult(
         "cpu", "cores", OK, f"{cores} usable" + (f", OMP_NUM_THREADS={threads}" if threads else "")
     )
 
 
-def accelerators() -> Finding:
+def accelerators() -> CheckResult:
     """Every visible GPU must take a matrix product; an NVIDIA driver without CUDA in torch is the wrong torch."""
     import torch
 
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and Path("/proc/driver/nvidia").exists():
             remedy = "install the CUDA build of torch that fits the driver"
-            return Finding(
+            return CheckResult(
                 "gpu",
                 "cuda",
                 FAIL,
                 f"an NVIDIA driver is here but torch {torch.__version__} has no CUDA",
                 remedy,
             )
-        return Finding("gpu", "cuda", OK, "no GPU: training runs on the CPU")
+        return CheckResult("gpu", "cuda", OK, "no GPU: training runs on the CPU")
     told = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -133,13 +133,13 @@ def accelerators() -> Finding:
             ones = torch.ones(256, 256, device=f"cuda:{index}")
             right = float((ones @ ones).sum()) == 256.0**3
         except RuntimeError as error:
-            return Finding(
+            return CheckResult(
                 "gpu", "cuda", FAIL, f"GPU {index}: {str(error).splitlines()[0]}", "is it in use, or broken?"
             )
         if not right:
-            return Finding(
+            return CheckResult(
                 "gpu", "cuda", FAIL, f"GPU {index} computes 256^3 wrongly", "take it out of service"
             )
         told.append(f"{properties.name} {properties.total_memory / _GB:.0f} GB")
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
-    return Finding("gpu", "cuda", OK, f"{', '.join(told)}; CUDA {torch.version.cuda}, NCCL {nccl}")
+    return CheckResult("gpu", "cuda", OK, f"{', '.join(told)}; CUDA {torch.version.cuda}, NCCL {nccl}")

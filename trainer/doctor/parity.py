@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from trainer import distributed, startup
-from trainer.doctor.finding import FAIL, OK, WARN, Finding
+from trainer.doctor.finding import FAIL, OK, WARN, CheckResult
 
 _MICRO_BATCHES = 2
 _TOKENS = 24
@@ -29,7 +29,7 @@ _KNOWN_WRONG = {(0, torch.bfloat16)}
 
 
 @dataclass(frozen=True)
-class Case:
+class ParityCase:
     stage: int
     dtype: torch.dtype
     checkpointing: bool
@@ -40,10 +40,10 @@ class Case:
         return f"ZeRO {self.stage} {dtype}" + (", recomputed" if self.checkpointing else "")
 
 
-def cases() -> list[Case]:
+def cases() -> list[ParityCase]:
     """fp32 in stages 0 to 3, bf16 in 1 to 3 (and 0, which is known to be wrong), both with and without recomputation."""
     every = [
-        Case(stage, dtype, checkpointing)
+        ParityCase(stage, dtype, checkpointing)
         for dtype in (torch.float32, torch.bfloat16)
         for stage in range(4)
         for checkpointing in (False, True)
@@ -55,12 +55,12 @@ def cases() -> list[Case]:
     ]
 
 
-def check() -> list[Finding]:
+def check_gradients() -> list[CheckResult]:
     """Collective, after `distributed.initialize`; the same findings on every rank."""
     return [_check(case) for case in cases()]
 
 
-def _check(case: Case) -> Finding:
+def _check(case: ParityCase) -> CheckResult:
     known = (case.stage, case.dtype) in _KNOWN_WRONG
     remedy = "do not train with this DeepSpeed: pip install the version of constraints.txt"
     try:
@@ -71,20 +71,20 @@ def _check(case: Case) -> Finding:
         error = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
     told = [text for text in distributed.gather_objects(error) if text]
     if told:
-        return Finding("parity", case.name, WARN if known else FAIL, told[0], remedy)
+        return CheckResult("parity", case.name, WARN if known else FAIL, told[0], remedy)
     worst = max(distributed.gather_objects((gradient, loss)))
     most_gradient, most_loss = _TOLERANCE[case.dtype]
     detail = f"gradient off by {worst[0]:.1e}, loss after a step by {worst[1]:.1e}"
     if worst[0] <= most_gradient and worst[1] <= most_loss:
-        return Finding("parity", case.name, OK, detail)
+        return CheckResult("parity", case.name, OK, detail)
     if known:
-        return Finding("parity", case.name, OK, f"{detail}: known in DeepSpeed 0.19.8, training refuses it")
-    return Finding(
+        return CheckResult("parity", case.name, OK, f"{detail}: known in DeepSpeed 0.19.8, training refuses it")
+    return CheckResult(
         "parity", case.name, FAIL, f"{detail}; allowed: {most_gradient:.0e} and {most_loss:.0e}", remedy
     )
 
 
-def _compare(case: Case) -> tuple[float, float]:
+def _compare(case: ParityCase) -> tuple[float, float]:
     """(distance of the gradients, of the losses after the step), both in parts."""
     world = distributed.environment()
     device = (
@@ -153,7 +153,7 @@ def _plain(
     return gradients, after
 
 
-def _engine(model: Any, case: Case, world_size: int) -> Any:
+def _engine(model: Any, case: ParityCase, world_size: int) -> Any:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled here

@@ -9,7 +9,7 @@ import sys
 import time
 
 from trainer import distributed, terminal
-from trainer.doctor.finding import FAIL, OK, WARN, Finding
+from trainer.doctor.finding import FAIL, OK, WARN, CheckResult
 
 GROUPS = ("clock", "network", "parity")
 MARK = "doctor-findings: "
@@ -19,9 +19,9 @@ _SMALL, _LARGE = 1, 8 * 2**20  # fp32 numbers
 _SLOW_LATENCY, _SLOW_BANDWIDTH = 5e-3, 50e6  # seconds; bytes/s
 
 
-def check(groups: list[str]) -> list[Finding]:
+def check_ranks(groups: list[str]) -> list[CheckResult]:
     """Collective, after `distributed.initialize`; the same findings on every rank."""
-    found: list[Finding] = []
+    found: list[CheckResult] = []
     if "clock" in groups:
         found.append(clocks())
     if "network" in groups:
@@ -29,11 +29,11 @@ def check(groups: list[str]) -> list[Finding]:
     if "parity" in groups:
         from trainer.doctor import parity
 
-        found += parity.check()
+        found += parity.check_gradients()
     return found
 
 
-def clocks() -> Finding:
+def clocks() -> CheckResult:
     """Difference of the ranks' clocks at a barrier; a log and a time limit are read with them."""
     distributed.barrier()
     times = distributed.gather_objects((time.time(), socket.gethostname()))
@@ -42,19 +42,19 @@ def clocks() -> Finding:
     hosts = len({host for _, host in times})
     detail = f"{skew * 1000:.1f} ms between {len(times)} ranks on {hosts} machine(s)"
     if skew <= _SKEW_SECONDS:
-        return Finding("clock", "skew", OK, detail)
+        return CheckResult("clock", "skew", OK, detail)
     remedy = "synchronise the clocks (chrony); time limits and logs are read with them"
-    return Finding("clock", "skew", WARN, f"{detail}: {late[1]} is ahead of {early[1]}", remedy)
+    return CheckResult("clock", "skew", WARN, f"{detail}: {late[1]} is ahead of {early[1]}", remedy)
 
 
-def network() -> Finding:
+def network() -> CheckResult:
     """Time of small all-reduces, and bytes/s of large ones, with the backend that trains."""
     import torch
     import torch.distributed as dist
 
     world = distributed.environment()
     if world.world_size == 1:
-        return Finding("network", "all-reduce", OK, "one rank: nothing is sent")
+        return CheckResult("network", "all-reduce", OK, "one rank: nothing is sent")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seconds = {}
     for elements in (_SMALL, _LARGE):
@@ -69,7 +69,7 @@ def network() -> Finding:
             took.append(time.perf_counter() - start)
             if any(distributed.gather_objects(wrong)):
                 remedy = "the network or its library corrupts data: do not train here"
-                return Finding(
+                return CheckResult(
                     "network", "all-reduce", FAIL, f"a sum over {world.world_size} ranks is wrong", remedy
                 )
         seconds[elements] = max(distributed.gather_objects(statistics.median(took)))
@@ -79,14 +79,14 @@ def network() -> Finding:
     detail = f"{seconds[_SMALL] * 1e6:,.0f} us, {bandwidth / 1e6:,.0f} MB/s a rank, {world.world_size} ranks ({device})"
     if seconds[_SMALL] > _SLOW_LATENCY or bandwidth < _SLOW_BANDWIDTH:
         remedy = "slow: is it the right interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), are the cores overloaded?"
-        return Finding("network", "all-reduce", WARN, detail, remedy)
-    return Finding("network", "all-reduce", OK, detail)
+        return CheckResult("network", "all-reduce", WARN, detail, remedy)
+    return CheckResult("network", "all-reduce", OK, detail)
 
 
 def main(groups: list[str]) -> None:
     """One of the ranks that examine.py starts; rank 0 prints the findings as one line of JSON."""
     distributed.initialize(timeout_seconds=120)
-    found = check(groups)
+    found = check_ranks(groups)
     if distributed.is_main_process():
         print(MARK + json.dumps([finding.as_dict() for finding in found]), flush=True)
     distributed.barrier()

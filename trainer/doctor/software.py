@@ -15,18 +15,18 @@ from pathlib import Path
 from packaging.version import InvalidVersion, Version
 
 from trainer import distributed
-from trainer.doctor.finding import FAIL, OK, WARN, Finding
+from trainer.doctor.finding import FAIL, OK, WARN, CheckResult
 from trainer.errors import UserError
 
 _TIMEOUT_SECONDS = 60
 _LONGEST_BUILD_SECONDS = 1800
-_WORLD_CHECK = (
+_MPI_PROGRAM = (
     "from mpi4py import MPI; w = MPI.COMM_WORLD; "
     "print('world', w.Get_rank(), w.Get_size(), MPI.Get_library_version().split(',')[0].split(chr(10))[0])"
 )
 
 
-def versions(known_good: str) -> list[Finding]:
+def versions(known_good: str) -> list[CheckResult]:
     """Installed packages against the known-good ones: older is a failure, newer was not measured (a warning).
 
     Raises UserError if the file cannot be read.
@@ -53,43 +53,43 @@ def versions(known_good: str) -> list[Finding]:
     ours = Version(platform.python_version())
     status = OK if ours >= Version("3.10") else FAIL
     found.append(
-        Finding("versions", "python", status, str(ours), "" if status == OK else "use Python 3.10 or newer")
+        CheckResult("versions", "python", status, str(ours), "" if status == OK else "use Python 3.10 or newer")
     )
     return found
 
 
-def _version(name: str, wanted: Version) -> Finding:
+def _version(name: str, wanted: Version) -> CheckResult:
     pip = f"pip install '{name}=={wanted}'"
     try:
         installed = Version(version(name))
     except PackageNotFoundError:
-        return Finding("versions", name, FAIL, f"not installed (known good: {wanted})", pip)
+        return CheckResult("versions", name, FAIL, f"not installed (known good: {wanted})", pip)
     public = Version(installed.public)  # 2.13.0+cpu is 2.13.0
     if public == wanted:
-        return Finding("versions", name, OK, str(installed))
+        return CheckResult("versions", name, OK, str(installed))
     if public < wanted:
-        return Finding("versions", name, FAIL, f"{installed} is older than the known-good {wanted}", pip)
+        return CheckResult("versions", name, FAIL, f"{installed} is older than the known-good {wanted}", pip)
     remedy = f"not measured with it: trust it if the gradient parity below is ok, or {pip}"
-    return Finding("versions", name, WARN, f"{installed} is newer than the known-good {wanted}", remedy)
+    return CheckResult("versions", name, WARN, f"{installed} is newer than the known-good {wanted}", remedy)
 
 
-def compiler() -> Finding:
+def compiler() -> CheckResult:
     """DeepSpeed compiles its CPU AdamW for the offload configurations; nothing else needs a compiler."""
     remedy = "install g++ (and ninja) before you use an offload ds_config; the others need no compiler"
     path = shutil.which(os.environ.get("CXX", "g++"))
     if path is None:
-        return Finding("compiler", "c++", WARN, "there is no g++ on the PATH", remedy)
+        return CheckResult("compiler", "c++", WARN, "there is no g++ on the PATH", remedy)
     answer = _run([path, "-dumpfullversion", "-dumpversion"])
     if answer.returncode:
-        return Finding("compiler", "c++", WARN, f"{path} does not run: {_last_line(answer)}", remedy)
+        return CheckResult("compiler", "c++", WARN, f"{path} does not run: {_last_line(answer)}", remedy)
     if shutil.which("ninja") is None and not (Path(sys.executable).parent / "ninja").exists():
-        return Finding(
+        return CheckResult(
             "compiler", "c++", WARN, f"{path} {answer.stdout.strip()}, but no ninja", "pip install ninja"
         )
-    return Finding("compiler", "c++", OK, f"{path} {answer.stdout.strip()}")
+    return CheckResult("compiler", "c++", OK, f"{path} {answer.stdout.strip()}")
 
 
-def unfinished_builds(root: Path | None = None) -> list[Finding]:
+def unfinished_builds(root: Path | None = None) -> list[CheckResult]:
     """Builds of DeepSpeed's C++ parts that were killed: every later start would wait for their lock without an end.
 
     `root`: torch's cache of extensions, by default where torch.utils.cpp_extension keeps it.
@@ -101,10 +101,10 @@ def unfinished_builds(root: Path | None = None) -> list[Finding]:
     if not old:
         return []
     remedy = "remove it, unless something is being compiled right now"
-    return [Finding("compiler", "builds", WARN, f"a build was killed and left {', '.join(old)}", remedy)]
+    return [CheckResult("compiler", "builds", WARN, f"a build was killed and left {', '.join(old)}", remedy)]
 
 
-def mpi() -> Finding:
+def mpi() -> CheckResult:
     """Two processes under mpiexec must see a world of two. With another MPI's mpiexec each believes to be alone."""
     none = (
         "training needs no MPI; to evaluate under mpiexec: pip install mpich mpi4py, or your cluster's module"
@@ -112,46 +112,46 @@ def mpi() -> Finding:
     try:
         version("mpi4py")
     except PackageNotFoundError:
-        return Finding("mpi", "mpiexec", WARN, "mpi4py is not installed", none)
+        return CheckResult("mpi", "mpiexec", WARN, "mpi4py is not installed", none)
     beside = Path(sys.executable).parent / "mpiexec"
     path = shutil.which("mpiexec") or (str(beside) if beside.exists() else None)
     if path is None:
-        return Finding("mpi", "mpiexec", WARN, "there is no mpiexec on the PATH", none)
-    answer = _run([path, "-n", "2", sys.executable, "-c", _WORLD_CHECK])
+        return CheckResult("mpi", "mpiexec", WARN, "there is no mpiexec on the PATH", none)
+    answer = _run([path, "-n", "2", sys.executable, "-c", _MPI_PROGRAM])
     worlds = [line.split(maxsplit=3) for line in answer.stdout.splitlines() if line.startswith("world ")]
     if answer.returncode or not worlds:
         detail = f"{path} -n 2 failed (status {answer.returncode}): {_last_line(answer)}"
-        return Finding(
+        return CheckResult(
             "mpi", "mpiexec", FAIL, detail, "use the mpiexec of the MPI that mpi4py was built with"
         )
     sizes = sorted(int(size) for _, _, size, _ in worlds)
     if sizes != [2, 2]:
         detail = f"{path} -n 2 gives {len(worlds)} worlds of {sizes[0]}: it is not the MPI of mpi4py ({worlds[0][3]})"
         remedy = f"put the right mpiexec first on the PATH (e.g. {beside}), or rebuild mpi4py with this MPI"
-        return Finding("mpi", "mpiexec", FAIL, detail, remedy)
-    return Finding("mpi", "mpiexec", OK, f"{path}: a world of 2, {worlds[0][3]}")
+        return CheckResult("mpi", "mpiexec", FAIL, detail, remedy)
+    return CheckResult("mpi", "mpiexec", OK, f"{path}: a world of 2, {worlds[0][3]}")
 
 
-def slurm() -> list[Finding]:
+def slurm() -> list[CheckResult]:
     """Is there a Slurm, does its controller answer, and does this job's environment make sense?"""
     found = []
     try:
         world = distributed.environment()
         if "SLURM_JOB_ID" in os.environ:
             detail = f"job {os.environ['SLURM_JOB_ID']}, {world.world_size} rank(s) by {world.launcher}"
-            found.append(Finding("slurm", "environment", OK, detail))
+            found.append(CheckResult("slurm", "environment", OK, detail))
     except UserError as error:
         found.append(
-            Finding("slurm", "environment", FAIL, str(error), "start with srun alone, or unset the variables")
+            CheckResult("slurm", "environment", FAIL, str(error), "start with srun alone, or unset the variables")
         )
     if shutil.which("sinfo") is None:
-        return [*found, Finding("slurm", "controller", OK, "no Slurm here (none is needed)")]
+        return [*found, CheckResult("slurm", "controller", OK, "no Slurm here (none is needed)")]
     answer = _run(["sinfo", "--noheader", "--format=%P %D %t"])
     if answer.returncode:
         remedy = "is slurmctld running, and slurm.conf readable?"
-        return [*found, Finding("slurm", "controller", WARN, f"sinfo failed: {_last_line(answer)}", remedy)]
+        return [*found, CheckResult("slurm", "controller", WARN, f"sinfo failed: {_last_line(answer)}", remedy)]
     partitions = "; ".join(" ".join(line.split()) for line in answer.stdout.splitlines())
-    return [*found, Finding("slurm", "controller", OK, partitions)]
+    return [*found, CheckResult("slurm", "controller", OK, partitions)]
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -31,7 +31,7 @@ _CUDA_ATTENTION = "planned"
 
 
 @dataclass(frozen=True)
-class Moment:
+class MemorySample:
     """The time in which `gradient_elements` of the parameters' gradients are done and the next one is not.
 
     bytes: most activations alive in it. bytes_at_start: those alive at its start.
@@ -43,20 +43,20 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Timeline:
+class ActivationTrace:
     """One forward and backward pass of one micro-batch, without weights and without the parameters' gradients."""
 
-    moments: tuple[Moment, ...]
+    samples: tuple[MemorySample, ...]
     saved_bytes: int  # alive between forward and backward
 
     @property
     def peak_bytes(self) -> int:
-        return max(moment.bytes for moment in self.moments)
+        return max(moment.bytes for moment in self.samples)
 
 
-def trace(
+def trace_activations(
     config: Any, lengths: list[int], learned_tokens: int, dtype: torch.dtype, checkpointing: bool, cuda: bool
-) -> Timeline:
+) -> ActivationTrace:
     """Run one micro-batch: examples of `lengths` tokens in one packed row, of which `learned_tokens` are predicted.
 
     `cuda`: attention over a pack is one kernel that keeps query, key, value, output and one fp32 number a head and
@@ -84,7 +84,7 @@ def _trace(
     checkpointing: bool,
     cuda: bool,
     packed: bool,
-) -> Timeline:
+) -> ActivationTrace:
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         warnings.catch_warnings(),
@@ -102,7 +102,7 @@ def _trace(
             loss = summed_token_loss(model, batch)
             saved = counter.live
             loss.backward()
-    return Timeline(tuple(counter.finish()), saved)
+    return ActivationTrace(tuple(counter.finish()), saved)
 
 
 def _model(config: Any, packed: bool, dtype: torch.dtype, checkpointing: bool, cuda: bool) -> torch.nn.Module:
@@ -181,7 +181,7 @@ class _LiveBytes(TorchDispatchMode):
         self.live = 0
         self._most = self._at_start = 0
         self._gradient_elements = 0
-        self._moments: list[Moment] = []
+        self._moments: list[MemorySample] = []
         storages = [value.untyped_storage() for value in given if isinstance(value, torch.Tensor)]
         self._known = weakref.WeakSet(storages)
 
@@ -200,11 +200,11 @@ class _LiveBytes(TorchDispatchMode):
         parameter.grad = None
         self._most = self._at_start = self.live
 
-    def finish(self) -> list[Moment]:
+    def finish(self) -> list[MemorySample]:
         return [*self._moments, self._moment()]
 
-    def _moment(self) -> Moment:
-        return Moment(self._gradient_elements, self._most, self._at_start)
+    def _moment(self) -> MemorySample:
+        return MemorySample(self._gradient_elements, self._most, self._at_start)
 
     def _count(self, storage: Any) -> None:
         if storage not in self._known:

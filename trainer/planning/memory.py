@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from trainer.planning.accelerators import Accelerator
-from trainer.planning.activations import Timeline, trace
+from trainer.planning.activations import ActivationTrace, trace_activations
 from trainer.planning.workload import Workload
-from trainer.planning.zero_memory import ACTIVATIONS, BUCKETS, LOGITS, Layout, Phase, phases
+from trainer.planning.zero_memory import ACTIVATIONS, BUCKETS, LOGITS, ZeroLayout, Phase, estimate_phases
 
 CONTEXT = "CUDA context and NCCL"
 FRAGMENTATION = "fragmentation"
@@ -27,7 +27,7 @@ _COMES_AND_GOES = (ACTIVATIONS, LOGITS, BUCKETS)
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """The worst phase of a rank, in bytes by component. On a CPU `device` is the memory of the process."""
 
     phase: str
@@ -44,24 +44,24 @@ class Memory:
         return sum(self.host.values())
 
 
-def timelines(workload: Workload, bf16: bool, checkpointing: bool, cuda: bool) -> tuple[Timeline, int]:
+def trace_phases(workload: Workload, bf16: bool, checkpointing: bool, cuda: bool) -> tuple[ActivationTrace, int]:
     """Activations of the fullest micro-batch, and how much of their peak is there because of the logits."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     lengths = list(workload.lengths)
-    full = trace(workload.config, lengths, max(1, workload.learned_tokens), dtype, checkpointing, cuda)
-    without = trace(workload.config, lengths, 1, dtype, checkpointing, cuda)
-    return full, max(0, full.moments[0].bytes - without.moments[0].bytes)
+    full = trace_activations(workload.config, lengths, max(1, workload.learned_tokens), dtype, checkpointing, cuda)
+    without = trace_activations(workload.config, lengths, 1, dtype, checkpointing, cuda)
+    return full, max(0, full.samples[0].bytes - without.samples[0].bytes)
 
 
-def of_rank(
+def estimate_memory(
     workload: Workload,
     resolved: dict[str, Any],
     accelerator: Accelerator,
     world_size: int,
-    timeline: tuple[Timeline, int],
+    timeline: tuple[ActivationTrace, int],
     process_bytes: int,
     kept_by_glibc: float,
-) -> Memory:
+) -> MemoryEstimate:
     """The phase that needs most. `process_bytes`: resident set of a rank with next to no model, measured.
 
     `kept_by_glibc`: on a CPU, what malloc keeps in its heap when activations are freed, as a part of them, measured:
@@ -69,7 +69,7 @@ def of_rank(
     """
     bf16 = resolved["bf16"]["enabled"]
     element_bytes = 2 if bf16 else 4
-    layout = Layout.make(
+    layout = ZeroLayout.make(
         resolved,
         list(workload.sizes),
         element_bytes,
@@ -77,21 +77,21 @@ def of_rank(
         on_accelerator=not accelerator.is_cpu,
         largest_layer=workload.largest_layer,
     )
-    worst = max(phases(layout, *timeline), key=Phase.total)
+    worst = max(estimate_phases(layout, *timeline), key=Phase.total)
     device, host = worst.device, worst.host
     if accelerator.is_cpu:
         device.update(host)
         device[FRAGMENTATION] += int(kept_by_glibc * timeline[0].peak_bytes)
         device[PROCESS] += process_bytes
-        return Memory(worst.name, +device, Counter(), timeline[0].peak_bytes)
+        return MemoryEstimate(worst.name, +device, Counter(), timeline[0].peak_bytes)
     host[PROCESS] += process_bytes
     host[LOADING] += _loading(layout, workload)
     device[FRAGMENTATION] += int(_FRAGMENTATION * sum(device[name] for name in _COMES_AND_GOES))
     device[CONTEXT] += _CUDA_CONTEXT_BYTES
-    return Memory(worst.name, +device, +host, timeline[0].peak_bytes)
+    return MemoryEstimate(worst.name, +device, +host, timeline[0].peak_bytes)
 
 
-def _loading(layout: Layout, workload: Workload) -> int:
+def _loading(layout: ZeroLayout, workload: Workload) -> int:
     """Host memory of the first weights: random ones are made whole by rank 0; pretrained ones go file by file."""
     whole = layout.element_bytes * layout.num_parameters
     return layout.element_bytes * layout.largest_parameter if layout.stage == 3 else whole

@@ -15,8 +15,8 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.planning import disk, memory, time, workload
 from trainer.planning.accelerators import GB, Accelerator, find, host_memory_bytes
-from trainer.planning.disk import Disk
-from trainer.planning.memory import Memory
+from trainer.planning.disk import DiskEstimate
+from trainer.planning.memory import MemoryEstimate
 from trainer.planning.time import StepTime
 from trainer.planning.workload import Workload
 from trainer.planning.zero_memory import ACTIVATIONS, LOGITS
@@ -38,15 +38,15 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """`refusals`: why it cannot run, each with what is missing and a remedy; empty if it fits."""
 
     settings: PlanSettings
     hardware: Hardware
     workload: Workload
     resolved: dict[str, Any]  # the ds_config
-    memory: Memory
-    disk: Disk
+    memory: MemoryEstimate
+    disk: DiskEstimate
     step: StepTime
     refusals: tuple[str, ...]
     notes: tuple[str, ...]
@@ -90,39 +90,39 @@ def hardware(settings: PlanSettings) -> Hardware:
     return Hardware(accelerator, settings.nodes, settings.gpus_per_node, host, space)
 
 
-def make(settings: PlanSettings, process_bytes: int | None = None, keeps_nothing: bool = False) -> Plan:
+def make_plan(settings: PlanSettings, process_bytes: int | None = None, keeps_nothing: bool = False) -> RunPlan:
     """`process_bytes`, `keeps_nothing`: instead of what was measured of processes and of glibc's heap.
 
     Raises UserError for what is wrong in itself: no such model, file or accelerator, contradictory settings.
     """
     machine = hardware(settings)
-    work = workload.of(settings, machine.world_size)
-    timeline = memory.timelines(
+    work = workload.estimate_workload(settings, machine.world_size)
+    timeline = memory.trace_phases(
         work, settings.bf16, settings.gradient_checkpointing, cuda=not machine.accelerator.is_cpu
     )
-    return of(settings, machine, work, timeline, process_bytes, keeps_nothing)
+    return plan_on(settings, machine, work, timeline, process_bytes, keeps_nothing)
 
 
-def of(
+def plan_on(
     settings: PlanSettings,
     machine: Hardware,
     work: Workload,
     timeline: Any,
     process_bytes: int | None = None,
     keeps_nothing: bool = False,
-) -> Plan:
+) -> RunPlan:
     """The plan when the activations' timeline is known already."""
     accelerator = machine.accelerator
     resolved = ds_config.resolve_ds_config(settings, machine.world_size)
     process = _process_bytes(ds_config.stage(resolved)) if process_bytes is None else process_bytes
-    kept = 0.0 if keeps_nothing or "MALLOC_MMAP_THRESHOLD_" in os.environ else measured()["kept_by_glibc"]
-    needed = memory.of_rank(work, resolved, accelerator, machine.world_size, timeline, process, kept)
-    space = disk.of_run(work, resolved, settings.save_total_limit)
+    kept = 0.0 if keeps_nothing or "MALLOC_MMAP_THRESHOLD_" in os.environ else read_measurements()["kept_by_glibc"]
+    needed = memory.estimate_memory(work, resolved, accelerator, machine.world_size, timeline, process, kept)
+    space = disk.estimate_disk(work, resolved, settings.save_total_limit)
     if settings.calibrate:
-        rate = time.calibrated(settings.calibrate, work.mean_length)
+        rate = time.measured_rate(settings.calibrate, work.mean_length)
     else:
-        rate = time.default_rate(work.num_parameters, settings.bf16, accelerator, measured())
-    step = time.of_step(
+        rate = time.default_rate(work.num_parameters, settings.bf16, accelerator, read_measurements())
+    step = time.estimate_step_time(
         work, resolved, accelerator, machine.nodes, machine.per_node, settings.gradient_checkpointing, rate
     )
     notes = list(work.assumptions)
@@ -133,41 +133,41 @@ def of(
     if settings.bf16 and accelerator.name == "v100":
         notes.append("a V100 has no bf16 units: it works, at the rate of fp32")
     refusals = _refusals(machine, needed, space)
-    return Plan(settings, machine, work, resolved, needed, space, step, refusals, tuple(notes))
+    return RunPlan(settings, machine, work, resolved, needed, space, step, refusals, tuple(notes))
 
 
-def _refusals(machine: Hardware, needed: Memory, space: Disk) -> tuple[str, ...]:
+def _refusals(machine: Hardware, needed: MemoryEstimate, space: DiskEstimate) -> tuple[str, ...]:
     found = []
     limit = machine.accelerator.memory_bytes
     unit = "process" if machine.accelerator.is_cpu else "GPU"
     if needed.device_bytes > limit:
         missing = needed.device_bytes - limit
         found.append(
-            f"memory: a {unit} needs {size(needed.device_bytes)} and has {size(limit)}, {size(missing)} are missing; "
+            f"memory: a {unit} needs {size_text(needed.device_bytes)} and has {size_text(limit)}, {size_text(missing)} are missing; "
             + _remedy(needed, missing)
         )
     host = needed.host_bytes * machine.per_node
     if machine.host_bytes and host > machine.host_bytes:
         found.append(
-            f"host memory: {machine.per_node} rank(s) of a machine need {size(host)} and it has "
-            f"{size(machine.host_bytes)}, {size(host - machine.host_bytes)} are missing; "
+            f"host memory: {machine.per_node} rank(s) of a machine need {size_text(host)} and it has "
+            f"{size_text(machine.host_bytes)}, {size_text(host - machine.host_bytes)} are missing; "
             "use more machines, or a ds_config without offload"
         )
     if machine.disk_bytes and space.total_bytes > machine.disk_bytes:
         found.append(
-            f"disk: checkpoints and export need {size(space.total_bytes)}, {size(machine.disk_bytes)} are free, "
-            f"{size(space.total_bytes - machine.disk_bytes)} are missing; lower save_total_limit, or another output_dir"
+            f"disk: checkpoints and export need {size_text(space.total_bytes)}, {size_text(machine.disk_bytes)} are free, "
+            f"{size_text(space.total_bytes - machine.disk_bytes)} are missing; lower save_total_limit, or another output_dir"
         )
     return tuple(found)
 
 
-def _remedy(needed: Memory, missing: int) -> str:
+def _remedy(needed: MemoryEstimate, missing: int) -> str:
     """What shrinks the part that is largest."""
     within_batch = needed.device[ACTIVATIONS] + needed.device[LOGITS]
     if within_batch > missing:
         return (
             "smaller per_device_train_batch_size or pack_length, or --gradient_checkpointing: "
-            f"activations and logits take {size(within_batch)}"
+            f"activations and logits take {size_text(within_batch)}"
         )
     return (
         "divide more among ranks (ds_configs/zero3.json, more GPUs), offload "
@@ -176,7 +176,7 @@ def _remedy(needed: Memory, missing: int) -> str:
 
 
 @lru_cache
-def measured() -> dict[str, Any]:
+def read_measurements() -> dict[str, Any]:
     """What benchmarks/plan_accuracy.py found: hardware, date, every case with its error, and rates."""
     text = files("trainer.planning").joinpath("measured.json").read_text(encoding="utf-8")
     return json.loads(text)
@@ -184,11 +184,11 @@ def measured() -> dict[str, Any]:
 
 def _process_bytes(stage: int) -> int:
     """Resident set of a rank with next to no model, as measured; stages import different parts of DeepSpeed."""
-    found = measured()["process_bytes"]
+    found = read_measurements()["process_bytes"]
     return int(found.get(str(stage), max(found.values())))
 
 
-def size(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
     """13_900_000_000 -> "13.9 GB"."""
     for unit, name in ((10**12, "TB"), (GB, "GB"), (10**6, "MB")):
         if num_bytes >= unit:
@@ -196,7 +196,7 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1000:.0f} kB"
 
 
-def refuse(plan: Plan) -> None:
+def check_plan_fits(plan: RunPlan) -> None:
     """Raises UserError if the plan does not fit."""
     if plan.refusals:
         raise UserError("this cannot run: " + "; ".join(plan.refusals))

@@ -12,8 +12,8 @@ import torch
 
 from trainer.errors import UserError
 from trainer.planning import plan, workload
-from trainer.planning.activations import Moment, Timeline, trace
-from trainer.planning.plan import Hardware, Plan
+from trainer.planning.activations import MemorySample, ActivationTrace, trace_activations
+from trainer.planning.plan import Hardware, RunPlan
 from trainer.planning.workload import Workload
 from trainer.settings import PlanSettings
 
@@ -27,12 +27,12 @@ _LARGEST_MICRO_BATCH = 64
 class Recommendation:
     """A plan whose memory fits; `largest_micro_batch` packs would fit a forward pass, if accumulation is to be changed."""
 
-    plan: Plan
+    plan: RunPlan
     largest_micro_batch: int  # at most 64 were tried
     differences: tuple[str, ...]  # flags that are not the asked ones
 
 
-def recommend(asked: Plan) -> Recommendation | None:
+def recommend(asked: RunPlan) -> Recommendation | None:
     """The first of the files that fits, without recomputation if possible, with the same packs in a step.
 
     None if nothing does. Of micro-batches that give the same optimizer step the largest that fits is taken.
@@ -97,7 +97,7 @@ def _micro_batches(packs: int) -> list[int]:
     return sorted(divisors | powers)
 
 
-def _plan(settings: PlanSettings, machine: Hardware, single: Workload) -> Plan | None:
+def _plan(settings: PlanSettings, machine: Hardware, single: Workload) -> RunPlan | None:
     micro = settings.per_device_train_batch_size
     cuda = not machine.accelerator.is_cpu
     timeline = _scaled(_Key(single), settings.bf16, settings.gradient_checkpointing, cuda, micro)
@@ -108,15 +108,15 @@ def _plan(settings: PlanSettings, machine: Hardware, single: Workload) -> Plan |
         tokens_per_step=single.tokens_per_step * micro * settings.gradient_accumulation_steps,
     )
     try:
-        return plan.of(settings, machine, work, timeline)
+        return plan.plan_on(settings, machine, work, timeline)
     except UserError:  # a file that contradicts the settings is no candidate
         return None
 
 
-def _of_one_pack(settings: PlanSettings, asked: Plan) -> Workload:
+def _of_one_pack(settings: PlanSettings, asked: RunPlan) -> Workload:
     """What one pack computes; the steps of the run are those of the asked batch."""
     values: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-    found = workload.of(dataclasses.replace(settings, **values), asked.hardware.world_size)
+    found = workload.estimate_workload(dataclasses.replace(settings, **values), asked.hardware.world_size)
     return dataclasses.replace(found, total_steps=asked.workload.total_steps)
 
 
@@ -134,10 +134,10 @@ class _Key:
 
 
 @lru_cache(maxsize=256)
-def _traced(key: _Key, bf16: bool, checkpointing: bool, cuda: bool, micro: int) -> Timeline:
+def _traced(key: _Key, bf16: bool, checkpointing: bool, cuda: bool, micro: int) -> ActivationTrace:
     work = key.work
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return trace(
+    return trace_activations(
         work.config,
         list(work.lengths * micro),
         max(1, work.learned_tokens * micro),
@@ -147,7 +147,7 @@ def _traced(key: _Key, bf16: bool, checkpointing: bool, cuda: bool, micro: int) 
     )
 
 
-def _scaled(key: _Key, bf16: bool, checkpointing: bool, cuda: bool, micro: int) -> tuple[Timeline, int]:
+def _scaled(key: _Key, bf16: bool, checkpointing: bool, cuda: bool, micro: int) -> tuple[ActivationTrace, int]:
     """Activations of `micro` packs from those of one and two: every tensor grows linearly with tokens, or not at all.
 
     Logits are not told apart from other activations here.
@@ -155,14 +155,14 @@ def _scaled(key: _Key, bf16: bool, checkpointing: bool, cuda: bool, micro: int) 
     one, two = (_traced(key, bf16, checkpointing, cuda, packs) for packs in (1, 2))
     more = micro - 1
     moments = tuple(
-        Moment(
+        MemorySample(
             a.gradient_elements,
             a.bytes + (b.bytes - a.bytes) * more,
             a.bytes_at_start + (b.bytes_at_start - a.bytes_at_start) * more,
         )
-        for a, b in zip(one.moments, two.moments, strict=True)
+        for a, b in zip(one.samples, two.samples, strict=True)
     )
-    return Timeline(moments, one.saved_bytes + (two.saved_bytes - one.saved_bytes) * more), 0
+    return ActivationTrace(moments, one.saved_bytes + (two.saved_bytes - one.saved_bytes) * more), 0
 
 
 def _differences(asked: PlanSettings, found: PlanSettings) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from trainer import commit, distributed
 from trainer.errors import UserError
 from trainer.planning import plan, show
-from trainer.planning.plan import Plan, size
+from trainer.planning.plan import RunPlan, size_text
 from trainer.planning.recommend import recommend
 from trainer.settings import PlanSettings, TrainSettings
 from trainer.study.plan import Run, Study
@@ -24,12 +24,12 @@ from trainer.terminal import duration
 def plan_training(settings: PlanSettings) -> bool:
     """Print the plan; returns whether it fits. Raises UserError."""
     _quiet()
-    made = plan.make(settings)
+    made = plan.make_plan(settings)
     recommended = recommend(made)
     if settings.json:
         print(json.dumps(show.as_dict(made, recommended), indent=1))
     else:
-        show.show(made, recommended)
+        show.print_plan(made, recommended)
     return made.fits
 
 
@@ -46,12 +46,12 @@ def dry_run(settings: TrainSettings) -> bool:
 def plan_study(settings: PlanSettings, study: Study) -> bool:
     """A line a run and the totals; returns whether all runs fit. Shards that are not made yet are assumed."""
     _quiet()
-    made: list[tuple[Run, Plan]] = []
+    made: list[tuple[Run, RunPlan]] = []
     for run in study.runs:
         if run.train is None:  # it only evaluates
             continue
         try:
-            made.append((run, plan.make(_of_run(settings, run.train, study))))
+            made.append((run, plan.make_plan(_of_run(settings, run.train, study))))
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from None
     if settings.json:
@@ -74,7 +74,7 @@ def _of_run(settings: PlanSettings, train: TrainSettings, study: Study) -> PlanS
     return PlanSettings(**{**values, **own})
 
 
-def _show_study(study: Study, made: Sequence[tuple[Run, Plan]]) -> None:
+def _show_study(study: Study, made: Sequence[tuple[Run, RunPlan]]) -> None:
     console = show.make_console()
     machine = made[0][1].hardware
     table = Table(
@@ -99,9 +99,9 @@ def _show_study(study: Study, made: Sequence[tuple[Run, Plan]]) -> None:
             run.name,
             f"{one.workload.num_parameters:,}",
             str(one.stage),
-            size(one.memory.device_bytes),
+            size_text(one.memory.device_bytes),
             f"[{'green' if one.fits else 'red'}]{used:.0%}[/]",
-            size(one.disk.total_bytes),
+            size_text(one.disk.total_bytes),
             f"{one.workload.total_steps:,}" if one.workload.total_steps else "?",
             duration(one.seconds) if one.seconds else "?",
             f"{one.accelerator_hours:.3g}" if one.seconds else "?",
@@ -109,7 +109,7 @@ def _show_study(study: Study, made: Sequence[tuple[Run, Plan]]) -> None:
     totals = _totals(made)
     table.add_section()
     table.add_row(
-        "total, training only", "", "", "", "", size(totals["disk_bytes"]), "",
+        "total, training only", "", "", "", "", size_text(totals["disk_bytes"]), "",
         duration(totals["seconds"]), f"{totals['accelerator_hours']:.3g}",
     )  # fmt: skip
     console.print(table)
@@ -127,7 +127,7 @@ def _show_study(study: Study, made: Sequence[tuple[Run, Plan]]) -> None:
         )
 
 
-def _totals(made: Sequence[tuple[Run, Plan]]) -> dict[str, Any]:
+def _totals(made: Sequence[tuple[Run, RunPlan]]) -> dict[str, Any]:
     return {
         "seconds": sum(one.seconds for _, one in made),
         "accelerator_hours": sum(one.accelerator_hours for _, one in made),
@@ -136,7 +136,7 @@ def _totals(made: Sequence[tuple[Run, Plan]]) -> dict[str, Any]:
     }
 
 
-def _study_dict(study: Study, made: Sequence[tuple[Run, Plan]]) -> dict[str, Any]:
+def _study_dict(study: Study, made: Sequence[tuple[Run, RunPlan]]) -> dict[str, Any]:
     runs = {run.name: show.as_dict(one) for run, one in made}
     return {
         "study": study.name,

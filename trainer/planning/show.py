@@ -11,7 +11,7 @@ from rich.table import Table
 
 from trainer.planning import recommend
 from trainer.planning.memory import CONTEXT, FRAGMENTATION, LOADING, PROCESS
-from trainer.planning.plan import Plan, measured, size
+from trainer.planning.plan import RunPlan, read_measurements, size_text
 from trainer.planning.recommend import Recommendation
 from trainer.planning.zero_memory import COMPONENTS
 from trainer.terminal import duration
@@ -20,7 +20,7 @@ _BAR = 30
 _ORDER = (*COMPONENTS, FRAGMENTATION, LOADING, CONTEXT, PROCESS)
 
 
-def show(plan: Plan, recommended: Recommendation | None) -> None:
+def print_plan(plan: RunPlan, recommended: Recommendation | None) -> None:
     """Print everything a user needs to decide, at most a screen."""
     console = make_console()
     work, machine, settings = plan.workload, plan.hardware, plan.settings
@@ -42,9 +42,9 @@ def show(plan: Plan, recommended: Recommendation | None) -> None:
         )
     disk = plan.disk
     console.print(
-        f"disk: {size(disk.total_bytes)} = {disk.num_checkpoints} x {size(disk.checkpoint_bytes)} checkpoints "
-        f"(one of them being written) + {size(disk.export_bytes)} export"
-        + (f"; {size(machine.disk_bytes)} are free" if machine.disk_bytes else "")
+        f"disk: {size_text(disk.total_bytes)} = {disk.num_checkpoints} x {size_text(disk.checkpoint_bytes)} checkpoints "
+        f"(one of them being written) + {size_text(disk.export_bytes)} export"
+        + (f"; {size_text(machine.disk_bytes)} are free" if machine.disk_bytes else "")
     )
     _time(console, plan)
     for note in plan.notes:
@@ -66,7 +66,7 @@ def make_console() -> Console:
     )
 
 
-def as_dict(plan: Plan, recommended: Recommendation | None = None) -> dict[str, Any]:
+def as_dict(plan: RunPlan, recommended: Recommendation | None = None) -> dict[str, Any]:
     """The same for programs: bytes, seconds, refusals."""
     step, machine = plan.step, plan.hardware
     result: dict[str, Any] = {
@@ -121,7 +121,7 @@ def as_dict(plan: Plan, recommended: Recommendation | None = None) -> dict[str, 
 
 def measured_errors() -> dict[str, Any]:
     """Largest and mean error of the planner against real runs, in parts, and where that was measured."""
-    found = measured()
+    found = read_measurements()
     result = {name: found[name] for name in ("date", "hardware", "load_average")}
     for kind, error in (("memory", "error"), ("default_malloc", "error_with_allowance"), ("time", "error")):
         errors = [abs(case[error]) for case in found[kind] if case.get("held_out", True)]
@@ -155,14 +155,14 @@ def _memory(console: Console, title: str, parts: Counter[str], limit: int) -> No
     table.add_column()
     for name in sorted(parts, key=_ORDER.index):
         if parts[name]:
-            table.add_row(name, size(parts[name]), "█" * max(1, round(_BAR * parts[name] / scale)))
+            table.add_row(name, size_text(parts[name]), "█" * max(1, round(_BAR * parts[name] / scale)))
     color = "red" if limit and total > limit else "green"
-    of_limit = f" of {size(limit)} ({total / limit:.0%})" if limit else " (limit not known)"
-    table.add_row("[bold]total[/]", f"[bold]{size(total)}[/]", f"[{color}]{of_limit.strip()}[/]")
+    of_limit = f" of {size_text(limit)} ({total / limit:.0%})" if limit else " (limit not known)"
+    table.add_row("[bold]total[/]", f"[bold]{size_text(total)}[/]", f"[{color}]{of_limit.strip()}[/]")
     console.print(table)
 
 
-def _time(console: Console, plan: Plan) -> None:
+def _time(console: Console, plan: RunPlan) -> None:
     step = plan.step
     joined = "overlapping" if step.overlapped else "+"
     text = (
@@ -180,7 +180,7 @@ def _time(console: Console, plan: Plan) -> None:
     console.print(f"  rate: {step.rate.source}")
 
 
-def _recommendation(console: Console, plan: Plan, recommended: Recommendation | None) -> None:
+def _recommendation(console: Console, plan: RunPlan, recommended: Recommendation | None) -> None:
     if recommended is None:
         console.print("[bold red]nothing of ds_configs/ fits[/] on this hardware with this pack_length")
         return
@@ -189,6 +189,6 @@ def _recommendation(console: Console, plan: Plan, recommended: Recommendation | 
     needs = recommended.plan.memory.device_bytes
     console.print(
         f"largest micro-batch that fits with it: {recommended.largest_micro_batch} pack(s); "
-        f"recommended needs {size(needs)}"
+        f"recommended needs {size_text(needs)}"
     )
     console.print(recommend.command(recommended.plan.settings, plan.hardware))

@@ -62,7 +62,7 @@ def default_rate(num_parameters: int, bf16: bool, accelerator: Accelerator, meas
     )
 
 
-def calibrated(run_path: str, mean_length: float) -> Rate:
+def measured_rate(run_path: str, mean_length: float) -> Rate:
     """FLOP/s a rank reached in a finished run, communication and update included. Raises UserError."""
     run = RunDirectory(Path(run_path))
     try:
@@ -81,7 +81,7 @@ def calibrated(run_path: str, mean_length: float) -> Rate:
     return Rate(speed * flops / facts["world_size"], source)
 
 
-def of_step(
+def estimate_step_time(
     workload: Workload,
     resolved: dict[str, Any],
     accelerator: Accelerator,

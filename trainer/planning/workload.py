@@ -14,7 +14,7 @@ from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import PackedDataset, BatchPlan
 
-_MOST_PACKS_LOOKED_AT = 20_000
+_MAX_SAMPLED_PACKS = 20_000
 _STORIES_TOKENS = 1024  # of the embedded tokenizer, for the stories shapes when there are no shards
 
 
@@ -41,7 +41,7 @@ class Workload:
         return sum(self.sizes)
 
 
-def of(settings: TrainSettings, world_size: int) -> Workload:
+def estimate_workload(settings: TrainSettings, world_size: int) -> Workload:
     """Read the shards if there are any, else assume full packs all of whose tokens are learned.
 
     Raises UserError if there is no such model, or nothing says which one.
@@ -88,7 +88,7 @@ def _from_shards(settings: TrainSettings, world_size: int) -> dict[str, Any]:
         settings.num_train_epochs,
         settings.max_steps,
     )
-    packs = min(plan.total_packs, data.packs_per_epoch, _MOST_PACKS_LOOKED_AT)
+    packs = min(plan.total_packs, data.packs_per_epoch, _MAX_SAMPLED_PACKS)
     starts = range(0, packs, micro)
     fullest = max(starts, key=lambda start: _weight(data, start, micro, packs))
     batch = data.micro_batch(range(fullest, fullest + micro), packs)

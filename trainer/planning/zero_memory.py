@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.planning.activations import Moment, Timeline
+from trainer.planning.activations import MemorySample, ActivationTrace
 
 _FALLBACK_BUCKET = 500_000_000  # elements; MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine, for stage 0
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
@@ -33,7 +33,7 @@ COMPONENTS = (WEIGHTS, GATHERED, MASTERS, OPTIMIZER, GRADIENTS, BUCKETS, ACTIVAT
 
 
 @dataclass(frozen=True)
-class Layout:
+class ZeroLayout:
     """The numbers of a resolved ds_config and a model that decide its memory."""
 
     stage: int
@@ -60,7 +60,7 @@ class Layout:
         world_size: int,
         on_accelerator: bool,
         largest_layer: int = 0,
-    ) -> Layout:
+    ) -> ZeroLayout:
         """`sizes`: elements of every parameter, tied ones once; `resolved`: what training/ds_config.resolve returns.
 
         `largest_layer`: elements of a decoder layer, which ZeRO-3 gathers at once.
@@ -98,7 +98,7 @@ class Layout:
         return max(self.sizes)
 
     @property
-    def share(self) -> int:
+    def partition_elements(self) -> int:
         """Elements of this rank's part (P/W)."""
         return -(-self.num_parameters // self.world_size)
 
@@ -115,7 +115,7 @@ class Phase:
         return sum(self.device.values())
 
 
-def phases(layout: Layout, timeline: Timeline, logits_bytes: int) -> list[Phase]:
+def estimate_phases(layout: ZeroLayout, timeline: ActivationTrace, logits_bytes: int) -> list[Phase]:
     """Forward and backward, reduction, optimizer step. `logits_bytes` of the activations are shown as logits."""
     transients = [("forward and backward", now) for now in _backward(layout, timeline, logits_bytes)]
     if layout.stage <= 1:
@@ -131,9 +131,9 @@ def phases(layout: Layout, timeline: Timeline, logits_bytes: int) -> list[Phase]
     return list(worst.values())
 
 
-def _states(layout: Layout, phase: Phase) -> None:
+def _states(layout: ZeroLayout, phase: Phase) -> None:
     """What stays from step to step."""
-    k, all_, share = layout.element_bytes, layout.num_parameters, layout.share
+    k, all_, share = layout.element_bytes, layout.num_parameters, layout.partition_elements
     device, host = phase.device, phase.host
     optimizer = host if layout.offload_optimizer else device
     if layout.stage == 3:
@@ -161,13 +161,13 @@ def _states(layout: Layout, phase: Phase) -> None:
             device[BUCKETS] += k * layout.largest_parameter
 
 
-def _backward(layout: Layout, timeline: Timeline, logits_bytes: int) -> Iterator[Counter[str]]:
+def _backward(layout: ZeroLayout, timeline: ActivationTrace, logits_bytes: int) -> Iterator[Counter[str]]:
     """The last micro-batch, moment by moment: activations shrink while gradients grow, and buckets fill."""
-    k, moments = layout.element_bytes, timeline.moments
+    k, moments = layout.element_bytes, timeline.samples
     order = [b.gradient_elements - a.gradient_elements for a, b in itertools.pairwise(moments)]
     reduces = layout.stage >= 2 or (layout.stage == 1 and layout.overlap)
     fills = _fills(order, layout.reduce_bucket, 2 if layout.overlap and layout.stage < 3 else 1)
-    kept, before = _kept(layout), Fill(0, 0, 0)
+    kept, before = _kept(layout), BucketFill(0, 0, 0)
     # After the last gradient the epilogue reduces what is left in the bucket.
     for moment, later, size, fill in zip(
         moments, (*moments[1:], moments[-1]), (*order, 0), fills, strict=True
@@ -184,11 +184,11 @@ def _backward(layout: Layout, timeline: Timeline, logits_bytes: int) -> Iterator
             before = fill
 
 
-def _kept(layout: Layout) -> Counter[str]:
+def _kept(layout: ZeroLayout) -> Counter[str]:
     """What is there during the whole last backward pass: gradients of earlier micro-batches, gathered weights."""
     k, now = layout.element_bytes, Counter[str]()
     if layout.accumulation_steps > 1 and layout.stage == 2 and not layout.offload_optimizer:
-        now[GRADIENTS] = k * layout.share
+        now[GRADIENTS] = k * layout.partition_elements
     if layout.accumulation_steps > 1 and layout.stage == 1 and layout.overlap:
         now[GRADIENTS] = k * layout.num_parameters
     if layout.stage == 3:
@@ -201,7 +201,7 @@ def _kept(layout: Layout) -> Counter[str]:
     return now
 
 
-def _whole_gradients(layout: Layout, moment: Moment) -> Counter[str]:
+def _whole_gradients(layout: ZeroLayout, moment: MemorySample) -> Counter[str]:
     """Stages 0 and 1 keep every gradient until the last micro-batch is over."""
     k, now = layout.element_bytes, Counter[str]()
     now[GRADIENTS] = k * (
@@ -212,19 +212,19 @@ def _whole_gradients(layout: Layout, moment: Moment) -> Counter[str]:
     return now
 
 
-def _buckets(layout: Layout, fill: Fill) -> Counter[str]:
+def _buckets(layout: ZeroLayout, fill: BucketFill) -> Counter[str]:
     """The bucket buffers, and this rank's part of what was reduced."""
     k, now = layout.element_bytes, Counter[str]()
     if layout.stage < 3:
         whole = (2 if layout.overlap else 1) * layout.reduce_bucket
         now[BUCKETS] = k * (whole if layout.on_accelerator else fill.written)
         # The rank that owns the first gradients keeps them from the start: the worst place to be.
-        now[GRADIENTS] = k * min(fill.reduced, layout.share) if not layout.offload_optimizer else 0
+        now[GRADIENTS] = k * min(fill.reduced, layout.partition_elements) if not layout.offload_optimizer else 0
     return now
 
 
 @dataclass(frozen=True)
-class Fill:
+class BucketFill:
     """Elements written to bucket buffers so far, copied flat for the last reduction, and reduced so far."""
 
     written: int
@@ -232,7 +232,7 @@ class Fill:
     reduced: int
 
 
-def _fills(order: list[int], bucket: int, buffers: int) -> Iterator[Fill]:
+def _fills(order: list[int], bucket: int, buffers: int) -> Iterator[BucketFill]:
     """The buckets as gradients of these sizes arrive, and at last the reduction of what is left.
 
     A bucket is reduced when the next gradient does not fit; a gradient larger than the bucket goes past the buffer.
@@ -247,17 +247,17 @@ def _fills(order: list[int], bucket: int, buffers: int) -> Iterator[Fill]:
         inside += size
         if size <= bucket:
             filled[index] = max(filled[index], inside)
-        yield Fill(sum(filled), copied, reduced)
-    yield Fill(sum(filled), inside, reduced + inside)
+        yield BucketFill(sum(filled), copied, reduced)
+    yield BucketFill(sum(filled), inside, reduced + inside)
 
 
-def _reduction(layout: Layout) -> Iterator[Counter[str]]:
+def _reduction(layout: ZeroLayout) -> Iterator[Counter[str]]:
     """Stages 0 and 1 after the last backward pass."""
     k, everything = layout.element_bytes, layout.num_parameters
     if layout.stage == 0:
         yield Counter({GRADIENTS: k * everything, BUCKETS: k * min(_FALLBACK_BUCKET, everything)})
         return
-    moved, before = 0, Fill(0, 0, 0)
+    moved, before = 0, BucketFill(0, 0, 0)
     for size, fill in zip(
         (*layout.sizes, 0), _fills(list(layout.sizes), layout.reduce_bucket, 1), strict=True
     ):
@@ -265,19 +265,19 @@ def _reduction(layout: Layout) -> Iterator[Counter[str]]:
         # What is in the bucket has left its own memory; our part is copied out of the bucket again.
         yield Counter(
             {
-                GRADIENTS: k * (everything - moved + min(before.reduced, layout.share)),
+                GRADIENTS: k * (everything - moved + min(before.reduced, layout.partition_elements)),
                 BUCKETS: k * (buffer + fill.copied),
             }
         )
         moved, before = moved + size, fill
 
 
-def _step(layout: Layout) -> Counter[str]:
+def _step(layout: ZeroLayout) -> Counter[str]:
     """The gradient of our part, flattened once more and turned into fp32.
 
     Stage 3 does so for one sub-group after the other.
     """
-    k, share = layout.element_bytes, layout.share
+    k, share = layout.element_bytes, layout.partition_elements
     now: Counter[str] = Counter()
     if layout.stage == 0:
         now[GRADIENTS] = k * layout.num_parameters
@@ -288,7 +288,7 @@ def _step(layout: Layout) -> Counter[str]:
     return now
 
 
-def _resident(layout: Layout, elements: int) -> int:
+def _resident(layout: ZeroLayout, elements: int) -> int:
     """Of a buffer that is allocated whole, what is really there: on a CPU only pages that were written to."""
     return elements if layout.on_accelerator else min(elements, layout.num_parameters)
 
