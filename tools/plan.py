@@ -27,9 +27,9 @@ def _plan(settings: PlanSettings) -> None:
     if settings.study:
         from pathlib import Path
 
-        from trainer.study.plan import load
+        from trainer.study.plan import load_study
 
-        study = load(read_yaml(Path(settings.study)), Path(settings.study))
+        study = load_study(read_yaml(Path(settings.study)), Path(settings.study))
         fits = run.plan_study(settings, study)
     else:
         fits = run.plan_training(settings)

@@ -10,7 +10,7 @@ from pathlib import Path
 from command_line import read_yaml
 
 from trainer import terminal
-from trainer.study.plan import load
+from trainer.study.plan import load_study
 
 DESCRIPTION = """\
 Run a study: prepare shards; train, convert and evaluate every run; report.
@@ -41,7 +41,7 @@ def main() -> None:
     add("--failed", action="store_true", help="resubmit: what failed, and what waited for it")
     flags = parser.parse_args()
     given = (flags.output_dir, flags.shards_dir, flags.num_ranks, flags.num_parallel)
-    study = load(read_yaml(flags.file), flags.file, *given)
+    study = load_study(read_yaml(flags.file), flags.file, *given)
     tools = Path(os.path.relpath(Path(__file__).parent))
     if flags.command == "run":
         from trainer.study import run, table
@@ -49,11 +49,11 @@ def main() -> None:
         if flags.dry_run:
             table.show_plan(study, tools)
         else:
-            sys.exit(run.run(study, tools, flags.keep_going))
+            sys.exit(run.run_study(study, tools, flags.keep_going))
     else:
-        from trainer.cluster.command import do
+        from trainer.cluster.command import run_command
 
-        do(flags.command, study, tools, flags.cluster, flags.dry_run, flags.run, flags.failed)
+        run_command(flags.command, study, tools, flags.cluster, flags.dry_run, flags.run, flags.failed)
 
 
 if __name__ == "__main__":

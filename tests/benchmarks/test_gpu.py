@@ -25,7 +25,7 @@ from trainer.models import packed_attention, sizes
 from trainer.models.slot_attention import use_slot_attention
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems import stories
-from trainer.study.plan import load
+from trainer.study.plan import load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.sh"
@@ -266,7 +266,7 @@ def test_the_script_explains_itself() -> None:
 def test_the_scaling_study_spans_the_sizes_and_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     content = yaml.safe_load(study.STUDY.read_text(encoding="utf-8"))
-    found = load(content, study.STUDY)
+    found = load_study(content, study.STUDY)
     tokenizer = load_tokenizer("stories")
     from trainer.models.load import num_parameters
 
@@ -295,7 +295,7 @@ def test_the_tiny_study_is_the_study_in_small(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(cases, "MATERIALS", tmp_path)
     monkeypatch.chdir(REPOSITORY)
     path = study.tiny_study()
-    found = load(yaml.safe_load(path.read_text(encoding="utf-8")), path)
+    found = load_study(yaml.safe_load(path.read_text(encoding="utf-8")), path)
     assert found.name == path.stem and len(found.runs) == 4
     assert all(run.train.max_steps == 4 for run in found.runs if run.train)
     assert all(str(run.directory.path).startswith(str(tmp_path)) for run in found.runs)

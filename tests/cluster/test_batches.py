@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 
 from trainer.cluster import batches
-from trainer.cluster.batches import Batch, JobId, Need
+from trainer.cluster.batches import SlurmJob, JobId, Dependency
 from trainer.study import stages
 from trainer.study.plan import Study
 
 MakeStudy = Callable[[dict[str, Any]], Study]
 
 
-def plan(study: Study, done: set[str] = frozenset(), live: dict[str, JobId] | None = None) -> list[Batch]:  # type: ignore[assignment]
-    return batches.plan(stages.of_study(study), done, live or {}, study.name)
+def plan(study: Study, done: set[str] = frozenset(), live: dict[str, JobId] | None = None) -> list[SlurmJob]:  # type: ignore[assignment]
+    return batches.plan_jobs(stages.study_stages(study), done, live or {}, study.name)
 
 
-def labels(batch: Batch) -> list[str]:
+def labels(batch: SlurmJob) -> list[str]:
     return [stage.label for stage in batch.stages]
 
 
@@ -29,11 +29,11 @@ def test_alike_runs_are_arrays_and_follow_each_other_task_by_task(
     found = plan(make_study(values))
     assert [batch.kind for batch in found] == ["prepare", "prepare", "train", "convert", "evaluate", "report"]
     prepare_train, prepare_test, train, convert, evaluate, report = found
-    assert prepare_train.needs == () and not prepare_train.holds_accelerator
-    assert (train.indices, train.needs) == ((0, 1), (Need("afterok", 0),))
-    assert (convert.indices, convert.needs) == ((0, 1), (Need("aftercorr", 2),))
-    assert set(evaluate.needs) == {Need("aftercorr", 3), Need("afterok", 1)}
-    assert (report.indices, report.needs) == ((), (Need("afterany", 4),))
+    assert prepare_train.dependencies == () and not prepare_train.holds_accelerator
+    assert (train.indices, train.dependencies) == ((0, 1), (Dependency("afterok", 0),))
+    assert (convert.indices, convert.dependencies) == ((0, 1), (Dependency("aftercorr", 2),))
+    assert set(evaluate.dependencies) == {Dependency("aftercorr", 3), Dependency("afterok", 1)}
+    assert (report.indices, report.dependencies) == ((), (Dependency("afterany", 4),))
     assert [batch.holds_accelerator for batch in found] == [False, False, True, False, True, False]
     assert prepare_test.stages[0].label == "prepare stories-test"
 
@@ -49,16 +49,16 @@ def test_what_is_done_is_left_out_and_tasks_keep_their_number(
     train, *rest = found
     assert labels(train) == ["train stories.answer_only.0.2m.s0", "train stories.socratic.0.2m.s0"]
     converts = [batch for batch in rest if batch.kind == "convert"]
-    assert [(labels(batch), batch.indices, batch.needs) for batch in converts] == [
+    assert [(labels(batch), batch.indices, batch.dependencies) for batch in converts] == [
         (
             ["convert stories.answer_only.0.2m.s0", "convert stories.socratic.0.2m.s0"],
             (0, 1),
-            (Need("aftercorr", 0),),
+            (Dependency("aftercorr", 0),),
         ),
         (["convert stories.cot.0.2m.s0"], (), ()),
     ]
     single = next(b for b in rest if labels(b) == ["evaluate stories.cot.0.2m.s0 on stories-test"])
-    assert single.needs == (Need("afterok", 2),)
+    assert single.dependencies == (Dependency("afterok", 2),)
 
 
 def test_jobs_in_the_queue_are_waited_for_and_not_submitted_again(
@@ -71,11 +71,11 @@ def test_jobs_in_the_queue_are_waited_for_and_not_submitted_again(
         "convert stories.cot.0.2m.s0": JobId("8", 1),
     }
     found = plan(make_study(values), done, live)
-    assert [(batch.kind, batch.indices, batch.needs) for batch in found] == [
-        ("convert", (), (Need("afterok", "7", 0),)),
-        ("evaluate", (), (Need("afterok", 0),)),
-        ("evaluate", (), (Need("afterok", "8", 1),)),
-        ("report", (), (Need("afterany", 1), Need("afterany", 2))),
+    assert [(batch.kind, batch.indices, batch.dependencies) for batch in found] == [
+        ("convert", (), (Dependency("afterok", "7", 0),)),
+        ("evaluate", (), (Dependency("afterok", 0),)),
+        ("evaluate", (), (Dependency("afterok", "8", 1),)),
+        ("report", (), (Dependency("afterany", 1), Dependency("afterany", 2))),
     ]
 
 
@@ -90,13 +90,13 @@ def test_a_pair_of_students_waits_for_both(values: dict[str, Any], make_study: M
     pair = next(batch for batch in found if "iterative_interleaved" in batch.stages[0].label)
     assert pair.indices == ()
     wanted = [place[f"convert stories.{name}.0.2m.s0"] for name in ("decomposer_interleaved", "solver")]
-    needed = {Need("afterok", number, index) for index in wanted}
-    assert needed <= set(pair.needs) and len(pair.needs) == 3, "both exports and the problems"
+    needed = {Dependency("afterok", number, index) for index in wanted}
+    assert needed <= set(pair.dependencies) and len(pair.dependencies) == 3, "both exports and the problems"
 
 
 def test_nothing_is_left_of_a_finished_study(values: dict[str, Any], make_study: MakeStudy) -> None:
     study = make_study(values)
-    assert plan(study, {stage.label for stage in stages.of_study(study)}) == []
+    assert plan(study, {stage.label for stage in stages.study_stages(study)}) == []
 
 
 @pytest.mark.parametrize("text", ["12", "12_3"])

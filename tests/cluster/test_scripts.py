@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from trainer.cluster import batches, scripts
-from trainer.cluster.scripts import Place
-from trainer.cluster.site import Site, parse
+from trainer.cluster.scripts import JobPaths
+from trainer.cluster.site import ClusterConfig, parse_cluster_config
 from trainer.errors import UserError
 from trainer.study import stages
 from trainer.study.plan import Study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "sbatch"
-PLACE = Place(Path("/home/me/socratic trainer"), Path("tools"), Path("slurm"), Path("runs/tiny/slurm"))
+PLACE = JobPaths(Path("/home/me/socratic trainer"), Path("tools"), Path("slurm"), Path("runs/tiny/slurm"))
 SITES = {
     "cpu": "PARTITION=low\nTASKS_PER_NODE=1\n",
     "gpu": (
@@ -32,10 +32,10 @@ SITES = {
 }
 
 
-def written(site: Site, study: Study) -> str:
+def written(site: ClusterConfig, study: Study) -> str:
     """All scripts of a study, one after the other."""
-    planned = batches.plan(stages.of_study(study), set(), {}, study.name)
-    return "\n".join(f"### {batch.kind}\n{scripts.text(batch, site, PLACE)}" for batch in planned)
+    planned = batches.plan_jobs(stages.study_stages(study), set(), {}, study.name)
+    return "\n".join(f"### {batch.kind}\n{scripts.script_text(batch, site, PLACE)}" for batch in planned)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def study(values: dict[str, Any], make_study: Callable[[dict[str, Any]], Study])
 
 @pytest.mark.parametrize("name", SITES)
 def test_scripts_are_as_before(name: str, study: Study) -> None:
-    text, golden = written(parse(SITES[name], name), study), GOLDEN / f"{name}.txt"
+    text, golden = written(parse_cluster_config(SITES[name], name), study), GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.parent.mkdir(parents=True, exist_ok=True)
         golden.write_text(text, encoding="utf-8")
@@ -55,16 +55,16 @@ def test_scripts_are_as_before(name: str, study: Study) -> None:
 
 @pytest.mark.parametrize("name", SITES)
 def test_bash_reads_every_script(name: str, study: Study) -> None:
-    for part in written(parse(SITES[name], name), study).split("### ")[1:]:
+    for part in written(parse_cluster_config(SITES[name], name), study).split("### ")[1:]:
         done = subprocess.run(["bash", "-n"], input=f"# {part}", text=True, capture_output=True)
         assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_settings_reach_the_tool_as_they_are(study: Study, tmp_path: Path) -> None:
     """Run the script's own lines up to the end of its arguments: no quote, dollar or star of a setting is expanded."""
-    planned = batches.plan(stages.of_study(study), set(), {}, study.name)
+    planned = batches.plan_jobs(stages.study_stages(study), set(), {}, study.name)
     train = next(batch for batch in planned if batch.kind == "train")
-    body = scripts.text(train, Site(), PLACE).partition("case")[2].partition("esac")[0]
+    body = scripts.script_text(train, ClusterConfig(), PLACE).partition("case")[2].partition("esac")[0]
     show = 'printf "%s\\n" "$log" "${arguments[@]}"'
     for index, stage in zip(train.indices, train.stages, strict=True):
         done = subprocess.run(
@@ -74,12 +74,12 @@ def test_settings_reach_the_tool_as_they_are(study: Study, tmp_path: Path) -> No
             text=True,
             check=True,
         )
-        assert done.stdout.splitlines() == [str(stage.log), *stages.flags(stage.settings)]
+        assert done.stdout.splitlines() == [str(stage.log), *stages.to_flags(stage.settings)]
 
 
 def test_no_secret_gets_into_a_script(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    text = written(Site(), study)
+    text = written(ClusterConfig(), study)
     assert "0123456789abcdef" not in text and "WANDB_API_KEY" not in text
 
 
@@ -87,20 +87,20 @@ def test_no_secret_gets_into_a_script(study: Study, monkeypatch: pytest.MonkeyPa
     ("ranks", "per_node", "layout"), [(1, 4, (1, 1)), (3, 4, (1, 3)), (4, 4, (1, 4)), (16, 4, (4, 4))]
 )
 def test_ranks_fill_as_few_nodes_as_they_can(ranks: int, per_node: int, layout: tuple[int, int]) -> None:
-    assert scripts.layout(ranks, Site(gpus_per_node=per_node)) == layout
+    assert scripts.layout(ranks, ClusterConfig(gpus_per_node=per_node)) == layout
 
 
 def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
     with pytest.raises(
         UserError, match="num_ranks 6 does not fill nodes of GPUS_PER_NODE 4; take a multiple"
     ):
-        scripts.layout(6, Site(gpus_per_node=4))
+        scripts.layout(6, ClusterConfig(gpus_per_node=4))
     with pytest.raises(UserError, match="nodes of TASKS_PER_NODE 2"):
-        scripts.layout(3, Site(tasks_per_node=2))
+        scripts.layout(3, ClusterConfig(tasks_per_node=2))
 
 
 def test_a_log_folder_slurm_cannot_write_to_is_refused(study: Study) -> None:
-    planned = batches.plan(stages.of_study(study), set(), {}, study.name)
-    place = Place(Path("/home/me"), Path("tools"), Path("slurm"), Path("my runs/tiny/slurm"))
+    planned = batches.plan_jobs(stages.study_stages(study), set(), {}, study.name)
+    place = JobPaths(Path("/home/me"), Path("tools"), Path("slurm"), Path("my runs/tiny/slurm"))
     with pytest.raises(UserError, match="my runs/tiny/slurm: a batch script cannot write there"):
-        scripts.text(planned[0], Site(), place)
+        scripts.script_text(planned[0], ClusterConfig(), place)

@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from trainer.cluster.site import KEYS, Site, parse, read, seconds_of
+from trainer.cluster.site import KEYS, ClusterConfig, parse_cluster_config, read_cluster_config, seconds_of
 from trainer.errors import UserError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "slurm" / "cluster.env.example"
 
 
 def test_values_comments_and_quotes() -> None:
-    site = parse(
+    site = parse_cluster_config(
         '# a site\n\nPARTITION=gpu\nMODULES="cuda/12.4 gcc/13"\nGPUS_PER_NODE = 4 # of a node\nACCOUNT=\n',
         "x",
     )
-    assert site == Site(partition="gpu", modules=("cuda/12.4", "gcc/13"), gpus_per_node=4)
+    assert site == ClusterConfig(partition="gpu", modules=("cuda/12.4", "gcc/13"), gpus_per_node=4)
 
 
 def test_the_example_names_every_key_and_can_be_read() -> None:
-    site = read(EXAMPLE)
+    site = read_cluster_config(EXAMPLE)
     text = EXAMPLE.read_text(encoding="utf-8")
     assert [key for key in KEYS if f"\n{key}=" not in text] == []
     assert site.partition
@@ -50,12 +50,12 @@ def test_the_example_names_every_key_and_can_be_read() -> None:
 )
 def test_what_is_wrong_is_named(line: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse(line, "cluster.env")
+        parse_cluster_config(line, "cluster.env")
 
 
 def test_a_missing_file_says_where_to_begin(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not exist; copy slurm/cluster\.env\.example"):
-        read(tmp_path / "cluster.env")
+        read_cluster_config(tmp_path / "cluster.env")
 
 
 @pytest.mark.parametrize(

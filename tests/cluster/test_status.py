@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer import commit
 from trainer.cluster import status
-from trainer.cluster.slurm import Job, parse_sacct
+from trainer.cluster.slurm import JobState, parse_sacct
 from trainer.study import stages
 from trainer.study.plan import Study
 
@@ -18,10 +18,10 @@ def test_sacct() -> None:
     """As `sacct --allocations --parsable2 --format=JobID,State,ExitCode,NodeList` prints it."""
     told = "12_0|COMPLETED|0:0|n[1-2]\n12_1|CANCELLED by 1000|0:15|None assigned\n13|OUT_OF_MEMORY|0:125|n1\n14|NODE_FAIL+|1:0|n2\n"
     assert parse_sacct(told) == {
-        "12_0": Job("COMPLETED", "", None, "n[1-2]"),
-        "12_1": Job("CANCELLED", "by 1000", None, "None assigned"),
-        "13": Job("OUT_OF_MEMORY", "exit code 0:125", None, "n1"),
-        "14": Job("NODE_FAIL", "exit code 1:0", None, "n2"),
+        "12_0": JobState("COMPLETED", "", None, "n[1-2]"),
+        "12_1": JobState("CANCELLED", "by 1000", None, "None assigned"),
+        "13": JobState("OUT_OF_MEMORY", "exit code 0:125", None, "n1"),
+        "14": JobState("NODE_FAIL", "exit code 1:0", None, "n2"),
     }
 
 
@@ -42,12 +42,12 @@ def test_a_running_training_tells_step_loss_speed_and_time_left(
     values: dict[str, Any], make_study: Callable[[dict[str, Any]], Study]
 ) -> None:
     values["train"]["max_steps"] = 100
-    stage = next(stage for stage in stages.of_study(make_study(values)) if stage.kind == "train")
-    assert status.how_it_goes(stage) == "starting"
+    stage = next(stage for stage in stages.study_stages(make_study(values)) if stage.kind == "train")
+    assert status.progress_text(stage) == "starting"
     assert stage.run is not None
     lines = [
         {"step": step, "total_steps": 100, "loss": 2.5, "seconds": 3.0, "tokens_per_second": 1234.5}
         for step in range(1, 41)
     ]
     commit.write_text(stage.run.directory.metrics, "".join(json.dumps(line) + "\n" for line in lines))
-    assert status.how_it_goes(stage) == "step 40/100, loss 2.500, 1,234 tokens/s, 3m00s left"
+    assert status.progress_text(stage) == "step 40/100, loss 2.500, 1,234 tokens/s, 3m00s left"

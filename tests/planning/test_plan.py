@@ -23,7 +23,7 @@ from trainer.run_directory import RunDirectory
 from trainer.settings import PlanSettings
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
-from trainer.study.plan import load as load_study
+from trainer.study.plan import load_study as load_study
 from trainer.training import ds_config
 
 # As the models' pages on the hub say.

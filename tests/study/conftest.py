@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer.study.plan import Study, load
+from trainer.study.plan import Study, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOLS = ("annotate", "prepare_shards", "train", "convert_checkpoint", "evaluate", "plot_scaling")
@@ -34,7 +34,7 @@ def values() -> dict[str, Any]:
 def make_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Study]:
     """Makes a study in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    return lambda values: load(values, Path("tiny.yaml"))
+    return lambda values: load_study(values, Path("tiny.yaml"))
 
 
 @pytest.fixture

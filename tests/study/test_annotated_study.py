@@ -32,7 +32,7 @@ def taught(values: dict[str, Any]) -> dict[str, Any]:
 def test_the_teacher_reads_the_source_and_the_shards_what_it_wrote(
     taught: dict[str, Any], make_study: MakeStudy
 ) -> None:
-    annotate, prepare, test, *_ = stages.of_study(make_study(taught))
+    annotate, prepare, test, *_ = stages.study_stages(make_study(taught))
     assert (annotate.label, annotate.num_ranks) == ("annotate svamp-train", 1)
     asked = annotate.settings
     assert (asked.data, asked.data_path, asked.split, asked.seed) == ("svamp", "somebody/svamp", "train", 5)
@@ -41,7 +41,7 @@ def test_the_teacher_reads_the_source_and_the_shards_what_it_wrote(
     assert (prepare.settings.data, prepare.needs) == ("jsonl", (annotate.label,))
     assert prepare.settings.data_path == "annotations/svamp-train/result/annotated.jsonl"
     assert (test.settings.data, test.settings.seed, test.needs) == ("svamp", 5, ())
-    line = stages.command(annotate, Path("tools"), "auto")
+    line = stages.stage_command(annotate, Path("tools"), "auto")
     assert line[1] == "tools/annotate.py" and "--model_name_or_path=somebody/teacher" in line
 
 
@@ -73,7 +73,7 @@ def test_somebody_has_to_teach(taught: dict[str, Any], make_study: MakeStudy) ->
 
 
 def test_the_teacher_is_asked_once(taught: dict[str, Any], make_study: MakeStudy) -> None:
-    annotate = stages.of_study(make_study(taught))[0]
+    annotate = stages.study_stages(make_study(taught))[0]
     assert not state.is_done(annotate)
     result = AnnotationDirectory(Path("annotations/svamp-train")).result
     commit_directory(result, "annotations", recipe={"style": "socratic", "max_steps": 3})
@@ -82,7 +82,7 @@ def test_the_teacher_is_asked_once(taught: dict[str, Any], make_study: MakeStudy
     with pytest.raises(
         UserError, match=r"result holds annotations with style 'socratic', the study says 'cot'"
     ):
-        state.is_done(stages.of_study(make_study(taught))[0])
+        state.is_done(stages.study_stages(make_study(taught))[0])
     shutil.rmtree(result)
     commit_directory(Path("shards/svamp-train"), "shards", recipe={})
     assert state.is_done(annotate), "the shards are all that is needed"
@@ -90,14 +90,14 @@ def test_the_teacher_is_asked_once(taught: dict[str, Any], make_study: MakeStudy
 
 def test_another_teacher_is_another_study(taught: dict[str, Any], make_study: MakeStudy) -> None:
     study = make_study(taught)
-    changes.remember(study)
+    changes.save_snapshot(study)
     commit_directory(study.runs[0].directory.checkpoint(1), "checkpoint", finished=True)
     taught["annotate"] |= {"batch_size": 3}
-    changes.refuse(make_study(taught))  # how many at a time does not matter
+    changes.check_unchanged(make_study(taught))  # how many at a time does not matter
     taught["annotate"] |= {"model_name_or_path": "somebody/else"}
     message = r"annotate\.model_name_or_path was 'somebody/teacher', is now 'somebody/else'"
     with pytest.raises(UserError, match=message):
-        changes.refuse(make_study(taught))
+        changes.check_unchanged(make_study(taught))
 
 
 def test_a_study_with_a_teacher_runs(tmp_path: Path, tools: Path, taught: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from tests.study.test_study_state import commit_directory, write_results
 from trainer.errors import UserError
 from trainer.settings import METHODS
 from trainer.study import changes, stages, state
-from trainer.study.methods import COMPOSITES, PARTS
-from trainer.study.plan import Run, Study, evaluation_name
+from trainer.study.methods import PAIRS, ROLE_METHODS
+from trainer.study.plan import RunSpec, Study, evaluation_name
 
 MakeStudy = Callable[[dict[str, Any]], Study]
 RUNS = "runs/tiny"
@@ -34,7 +34,7 @@ def pairs(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def runs_of(study: Study) -> dict[str, Run]:
+def runs_of(study: Study) -> dict[str, RunSpec]:
     return {run.name.removeprefix("stories."): run for run in study.runs}
 
 
@@ -68,7 +68,7 @@ def test_a_composite_implies_its_students_once(pairs: dict[str, Any], make_study
 
 def test_every_stage_comes_after_what_it_needs(pairs: dict[str, Any], make_study: MakeStudy) -> None:
     pairs["methods"]["iterative_ahead_operators"] = {}
-    todo = stages.of_study(make_study(pairs))
+    todo = stages.study_stages(make_study(pairs))
     labels = [stage.label for stage in todo]
     assert len(set(labels)) == len(labels)
     for number, stage in enumerate(todo):
@@ -100,7 +100,7 @@ def test_parts_may_have_settings_and_be_trained_for_themselves(
     pairs["methods"] = ["planner_equations"]
     runs = runs_of(make_study(pairs))
     assert list(runs) == ["planner_equations.small.s0", "planner_equations.large.s0"]
-    assert [stage.kind for stage in stages.of_run(next(iter(runs.values())))] == ["train", "convert"]
+    assert [stage.kind for stage in stages.run_stages(next(iter(runs.values())))] == ["train", "convert"]
 
 
 def test_every_way_to_evaluate_has_its_directory(pairs: dict[str, Any], make_study: MakeStudy) -> None:
@@ -143,7 +143,7 @@ def test_few_shot_asks_the_model_as_it_is(
         *("somebody/base", "few_shot", "shown.jsonl"),
     )
     assert asked.output_dir.endswith("/evaluation/stories-test-few_shot")
-    evaluate = stages.of_study(study)[-2]
+    evaluate = stages.study_stages(study)[-2]
     assert evaluate.needs == ("prepare stories-test",)
     values["methods"]["few_shot"]["exemplars"] = "lost.jsonl"
     with pytest.raises(
@@ -153,9 +153,9 @@ def test_few_shot_asks_the_model_as_it_is(
 
 
 def test_every_part_of_every_composite_can_be_trained() -> None:
-    for composite in COMPOSITES.values():
-        assert {composite.decomposer, composite.planner} <= {*PARTS, ""}
-    assert set(PARTS) < set(METHODS)
+    for composite in PAIRS.values():
+        assert {composite.decomposer, composite.planner} <= {*ROLE_METHODS, ""}
+    assert set(ROLE_METHODS) < set(METHODS)
 
 
 def test_students_are_needed_until_their_last_evaluation(
@@ -167,11 +167,11 @@ def test_students_are_needed_until_their_last_evaluation(
     runs = {run.name: number for number, run in enumerate(study.runs)}
 
     def open_trainings() -> list[str]:
-        found = [s.label for s in stages.of_study(study) if s.kind in ("train", "convert")]
+        found = [s.label for s in stages.study_stages(study) if s.kind in ("train", "convert")]
         return [
             label
             for label in found
-            if not state.is_done(next(s for s in stages.of_study(study) if s.label == label))
+            if not state.is_done(next(s for s in stages.study_stages(study) if s.label == label))
         ]
 
     assert len(open_trainings()) == 4
@@ -185,24 +185,24 @@ def test_a_pair_is_not_mixed_with_other_students(pairs: dict[str, Any], make_stu
     pairs["methods"] = ["gold_subquestions"]
     pairs["models"] = {"small": pairs["models"]["small"]}
     study = make_study(pairs)
-    changes.remember(study)
+    changes.save_snapshot(study)
     solver, gold = study.runs
     pairs["methods"] = {"gold_subquestions": {}, "solver": {"learning_rate": 1e-3}}
-    changes.refuse(make_study(pairs))  # nothing has been made yet
+    changes.check_unchanged(make_study(pairs))  # nothing has been made yet
     write_results(study, 1)
     with pytest.raises(UserError) as caught:  # the solver's own directory is gone
-        changes.refuse(make_study(pairs))
+        changes.check_unchanged(make_study(pairs))
     told = str(caught.value)
     assert f"{gold.directory.path}: {solver.name}: learning_rate was 5e-05, is now 0.001" in told
     assert told.count("learning_rate") == 1
     commit_directory(solver.directory.export, "export", finished=True)
     with pytest.raises(UserError, match=rf"  {solver.directory.path}: learning_rate was"):
-        changes.refuse(make_study(pairs))
+        changes.check_unchanged(make_study(pairs))
     pairs["methods"] = {"gold_subquestions": {"max_new_tokens": 7}}
     with pytest.raises(
         UserError, match="evaluate stories-test-gold_subquestions: max_new_tokens was 256, is now 7"
     ):
-        changes.refuse(make_study(pairs))
+        changes.check_unchanged(make_study(pairs))
 
 
 @pytest.fixture

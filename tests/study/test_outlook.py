@@ -41,27 +41,27 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_models_are_counted(name: str) -> None:
-    assert outlook.parameters(training(model_name_or_path=name), PREPARED) == KNOWN[name]
+    assert outlook.num_parameters(training(model_name_or_path=name), PREPARED) == KNOWN[name]
 
 
 def test_parameters_of_a_shape_of_a_folder_and_of_nothing(tmp_path: Path) -> None:
     from transformers import GPT2Config
 
     shape = training(config_name="stories-0.2m")
-    assert outlook.parameters(shape, PREPARED) == 160_064
+    assert outlook.num_parameters(shape, PREPARED) == 160_064
     unknown = PrepareSettings(tokenizer_name="somebody/tokenizer", output_dir="shards/none")
-    assert outlook.parameters(shape, unknown) is None, "its vocabulary is not known"
+    assert outlook.num_parameters(shape, unknown) is None, "its vocabulary is not known"
 
     GPT2Config(vocab_size=100, n_layer=1, n_embd=8, n_head=2, n_positions=16).save_pretrained(
         tmp_path / "mine"
     )
     block = 2 * 2 * 8 + (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8)
     folder = training(config_name=str(tmp_path / "mine"))
-    assert outlook.parameters(folder, PREPARED) == 100 * 8 + 16 * 8 + block + 2 * 8
-    assert outlook.parameters(training(model_name_or_path="somebody/unheard-of"), PREPARED) is None
+    assert outlook.num_parameters(folder, PREPARED) == 100 * 8 + 16 * 8 + block + 2 * 8
+    assert outlook.num_parameters(training(model_name_or_path="somebody/unheard-of"), PREPARED) is None
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text(json.dumps({"model_type": "no such"}))
-    assert outlook.parameters(training(config_name=str(tmp_path / "broken")), PREPARED) is None
+    assert outlook.num_parameters(training(config_name=str(tmp_path / "broken")), PREPARED) is None
 
 
 def test_counts_are_the_shards_own_or_what_will_be_generated(
@@ -73,17 +73,17 @@ def test_counts_are_the_shards_own_or_what_will_be_generated(
     train, test = study.shards
     solver = next(run for run in study.runs if run.train and run.train.method == "solver")
     assert solver.train
-    assert (outlook.problems(train), outlook.problems(test)) == (300, 30)
-    assert outlook.examples(solver.train, study.shards) == 300
-    assert outlook.answers(study.runs[0].evaluations[0], study.shards) == 20
+    assert (outlook.num_problems(train), outlook.num_problems(test)) == (300, 30)
+    assert outlook.num_examples(solver.train, study.shards) == 300
+    assert outlook.num_answers(study.runs[0].evaluations[0], study.shards) == 20
 
     per_method = {"cot": 290, "solver": 280}
     commit_directory(
         Path(train.output_dir), "shards", num_problems=299, problems_per_method=per_method, recipe={}
     )
-    assert outlook.problems(train) == 299
-    assert outlook.examples(solver.train, study.shards) == 280
+    assert outlook.num_problems(train) == 299
+    assert outlook.num_examples(solver.train, study.shards) == 280
     source = PrepareSettings(
         data="gsm8k", data_path="openai/gsm8k", tokenizer_name="gpt2", output_dir="shards/gsm8k-train"
     )
-    assert outlook.problems(source) is None, "only the source knows"
+    assert outlook.num_problems(source) is None, "only the source knows"

@@ -17,7 +17,7 @@ from tests.study.test_study_run import Command, assert_nobody_lives
 from trainer import commit
 from trainer.run_directory import StudyDirectory
 from trainer.study import processes, stages
-from trainer.study.plan import load
+from trainer.study.plan import load_study
 
 PARALLEL = ("run", "--num_parallel", "2")
 
@@ -28,7 +28,7 @@ def command(tmp_path: Path, tools: Path, values: dict[str, Any]) -> Iterator[Com
     values |= {"num_ranks": 1, "methods": ["cot"]}
     command = Command(tmp_path, tools, values)
     yield command
-    processes.end(command.study, 0.0)
+    processes.end_processes(command.study, 0.0)
 
 
 def models(**wishes: str) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def test_independent_stages_overlap_and_dependent_ones_never_do(
 
     found = events(command)
     assert most_at_a_time(found) == num_parallel
-    todo = stages.of_study(load(values, Path("tiny.yaml")))
+    todo = stages.study_stages(load_study(values, Path("tiny.yaml")))
     for stage in todo:
         for need in stage.needs:
             assert found.index(("end", need)) < found.index(("start", stage.label))
@@ -102,8 +102,8 @@ def test_after_a_failure_the_others_end_and_nothing_new_is_started(
     process = command.start(*PARALLEL)
     lines_until("train stories.cot.bad.s0 failed with exit code 1; log: ", process.stdout)
     lines_until("nothing new is started; waiting for train stories.cot.good.s0", process.stdout)
-    assert processes.of_study(command.study, "train stories.cot.bad.s0") == []
-    assert len(processes.of_study(command.study, "train stories.cot.good.s0")) == 1
+    assert processes.processes_of_study(command.study, "train stories.cot.bad.s0") == []
+    assert len(processes.processes_of_study(command.study, "train stories.cot.good.s0")) == 1
     (command.folder / "go").touch()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -122,7 +122,7 @@ def test_all_failures_are_told(command: Command, values: dict[str, Any]) -> None
     process = command.start(*PARALLEL)
     lines_until("waiting for train stories.cot.a.s0", process.stdout)
     (here,) = command.study.path.glob("*/here")
-    for found in processes.of_study(command.study, "train stories.cot.a.s0"):
+    for found in processes.processes_of_study(command.study, "train stories.cot.a.s0"):
         found.kill()
     output, _ = process.communicate(timeout=60)
     assert here.is_file() and process.returncode == 2
@@ -171,7 +171,7 @@ def test_a_second_interrupt_ends_all_that_do_not_listen(command: Command, values
     command.rank_files("pid")
     process.send_signal(signal.SIGINT)
     lines_until("Ctrl-C once more", process.stdout)
-    assert len(processes.of_study(command.study)) == 2, "it waits for them to save"
+    assert len(processes.processes_of_study(command.study)) == 2, "it waits for them to save"
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
@@ -224,15 +224,15 @@ def test_one_stage_is_ended_and_then_all(tmp_path: Path) -> None:
     study = StudyDirectory(tmp_path)
     sleep = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(300)"]
     logs = {name: tmp_path / f"{name}.log" for name in ("a", "b", "c")}
-    children = {name: processes.start(sleep, study, name, log, {}) for name, log in logs.items()}
+    children = {name: processes.start_process(sleep, study, name, log, {}) for name, log in logs.items()}
     deadline = time.monotonic() + 30
     while not all(log.read_text() for log in logs.values()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert processes.end(study, 30.0, stage="b") == []
+    assert processes.end_processes(study, 30.0, stage="b") == []
     found = {name: child.poll() for name, child in children.items()}
     assert found == {"a": None, "b": -signal.SIGTERM, "c": None}
-    assert processes.end(study, 30.0) == []
+    assert processes.end_processes(study, 30.0) == []
     assert {child.wait(timeout=5) for child in children.values()} == {-signal.SIGTERM}
 
 

@@ -24,7 +24,7 @@ def test_a_study_of_pairs_with_the_real_tools(tmp_path: Path, values: dict[str, 
     try:
         status, output = command("run")
     finally:
-        processes.end(command.study, 0.0)
+        processes.end_processes(command.study, 0.0)
     assert status == 0, output
     assert output.startswith("study tiny: 4 runs, 9 stages, 0 done\n")
 

@@ -12,8 +12,8 @@ from trainer.problems import answers, calculator
 from trainer.problems.problem import Problem
 from trainer.problems.sources import read_problems
 from trainer.study import stages
-from trainer.study.methods import ALONE, COMPOSITES, FEW_SHOT
-from trainer.study.plan import KEYS, Study, load
+from trainer.study.methods import ALONE, PAIRS, FEW_SHOT
+from trainer.study.plan import KEYS, Study, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STUDIES = sorted((REPOSITORY / "studies").glob("*.yaml"))
@@ -23,7 +23,7 @@ EXEMPLARS = sorted((REPOSITORY / "studies" / "exemplars").glob("*.jsonl"))
 def study(name: str, monkeypatch: pytest.MonkeyPatch) -> Study:
     monkeypatch.chdir(REPOSITORY)
     path = Path("studies") / f"{name}.yaml"
-    return load(yaml.safe_load(path.read_text(encoding="utf-8")), path)
+    return load_study(yaml.safe_load(path.read_text(encoding="utf-8")), path)
 
 
 def rows(found: Study) -> set[tuple[str, str]]:
@@ -36,7 +36,7 @@ def rows(found: Study) -> set[tuple[str, str]]:
 def test_every_study_describes_its_stages(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = study(path.stem, monkeypatch)
     assert found.name == path.stem
-    labels = [stage.label for stage in stages.of_study(found)]
+    labels = [stage.label for stage in stages.study_stages(found)]
     assert len(set(labels)) == len(labels) > 5
 
 
@@ -58,7 +58,7 @@ def test_the_papers_grids_have_all_their_cells(monkeypatch: pytest.MonkeyPatch) 
 def test_data_without_steps_has_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("svamp", "strategyqa"):
         found = study(f"{name}_gpt2", monkeypatch)
-        annotate, prepare = stages.of_study(found)[:2]
+        annotate, prepare = stages.study_stages(found)[:2]
         assert annotate.label == f"annotate {name}-train"
         assert prepare.needs == (annotate.label,)
         assert prepare.settings.data == "jsonl"
@@ -106,7 +106,7 @@ def test_yes_and_no_are_balanced_enough() -> None:
 
 def test_the_readme_names_everything_a_study_file_may_hold() -> None:
     text = (REPOSITORY / "studies" / "README.md").read_text(encoding="utf-8")
-    for name in (*KEYS, *ALONE, *COMPOSITES, FEW_SHOT, *(path.name for path in STUDIES)):
+    for name in (*KEYS, *ALONE, *PAIRS, FEW_SHOT, *(path.name for path in STUDIES)):
         assert f"`{name}`" in text, name
     for example in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
         assert set(yaml.safe_load(example)) <= set(KEYS)
@@ -116,5 +116,5 @@ def test_the_readmes_first_example_is_a_study(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(REPOSITORY)
     text = (REPOSITORY / "studies" / "README.md").read_text(encoding="utf-8")
     example = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]
-    names = [run.directory.path.as_posix() for run in load(yaml.safe_load(example), Path("mine.yaml")).runs]
+    names = [run.directory.path.as_posix() for run in load_study(yaml.safe_load(example), Path("mine.yaml")).runs]
     assert {"runs/mine/gsm8k.cot.small.s0", "runs/mine/gsm8k.iterative_interleaved.small.s0"} <= set(names)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from trainer.errors import UserError
-from trainer.study.plan import Study, load
+from trainer.study.plan import Study, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MakeStudy = Callable[[dict[str, Any]], Study]
@@ -58,8 +58,8 @@ def test_methods_may_have_settings(values: dict[str, Any], make_study: MakeStudy
 
 def test_flags_win_over_the_file(values: dict[str, Any]) -> None:
     values["num_parallel"] = 2
-    assert load(values, Path("tiny.yaml")).num_parallel == 2
-    study = load(values, Path("tiny.yaml"), "elsewhere", "tokens", 3, 4)
+    assert load_study(values, Path("tiny.yaml")).num_parallel == 2
+    study = load_study(values, Path("tiny.yaml"), "elsewhere", "tokens", 3, 4)
     assert (study.num_ranks, study.num_parallel) == (3, 4)
     assert study.directory.path == Path("elsewhere/tiny")
     assert study.shards[0].output_dir == "tokens/stories-train"
@@ -139,6 +139,6 @@ def test_what_is_wrong_is_named_with_its_key_path(
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "studies").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_studies_of_the_repository_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    study = load(yaml.safe_load(path.read_text(encoding="utf-8")), path)
+    study = load_study(yaml.safe_load(path.read_text(encoding="utf-8")), path)
     assert study.name == path.stem
     assert study.runs

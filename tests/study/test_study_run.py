@@ -66,7 +66,7 @@ def command(tmp_path: Path, tools: Path, values: dict[str, Any]) -> Iterator[Com
     values |= {"launcher": "mpiexec" if HAS_MPI else "deepspeed"}
     command = Command(tmp_path, tools, values)
     yield command
-    processes.end(command.study, 0.0)
+    processes.end_processes(command.study, 0.0)
 
 
 def test_a_study_runs_and_is_done(command: Command) -> None:
@@ -137,7 +137,7 @@ def test_a_failure_shows_stage_exit_code_log_and_its_end(command: Command, value
     assert "  | error: the learning rate is cursed\n" in output
     assert "===" not in output
     assert "small" not in output, "it stops at the first failure"
-    assert processes.of_study(command.study) == []
+    assert processes.processes_of_study(command.study) == []
 
     status, output = command("run", "--keep_going")
     assert status == 2
@@ -172,7 +172,7 @@ def test_an_interrupt_lets_ranks_save_and_leaves_nobody(
     command.write({**values, "models": SLEEPERS, "launcher": launcher})
     process = command.start("run")
     command.rank_files("pid")
-    assert len(processes.of_study(command.study)) >= 3
+    assert len(processes.processes_of_study(command.study)) >= 3
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -206,7 +206,7 @@ def test_ranks_of_a_killed_study_are_ended_by_the_next(command: Command, values:
     command.rank_files("pid")
     process.kill()
     process.communicate()
-    orphans = {p.pid for p in processes.of_study(command.study)}
+    orphans = {p.pid for p in processes.processes_of_study(command.study)}
     assert len(orphans) >= 2
     assert "of an earlier start live; a run ends them first" in command("status")[1]
 
@@ -264,7 +264,7 @@ def test_status_needs_no_torch(command: Command) -> None:
 
 def assert_nobody_lives(command: Command) -> None:
     """Neither by the mark nor by the process numbers that the ranks wrote down."""
-    assert processes.of_study(command.study) == []
+    assert processes.processes_of_study(command.study) == []
     for path in command.study.path.glob("*/pid-*"):
         with contextlib.suppress(psutil.NoSuchProcess):  # a zombie waits for init to take note
             assert psutil.Process(int(path.read_text())).status() == psutil.STATUS_ZOMBIE

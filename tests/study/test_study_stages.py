@@ -25,7 +25,7 @@ def all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def commands(study: Study) -> list[list[str]]:
-    return [stages.command(stage, Path("tools"), study.launcher, 23456) for stage in stages.of_study(study)]
+    return [stages.stage_command(stage, Path("tools"), study.launcher, 23456) for stage in stages.study_stages(study)]
 
 
 def test_commands_of_a_study(values: dict[str, Any], make_study: MakeStudy) -> None:
@@ -99,11 +99,11 @@ def test_the_devices_that_are_visible_are_used(
 def test_the_devices_of_a_stage_win_over_ours(
     values: dict[str, Any], make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = stages.of_study(make_study(values))[2]
+    train = stages.study_stages(make_study(values))[2]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    given = stages.environment(train, cores=2, devices=["2", "3"])
+    given = stages.stage_environment(train, cores=2, devices=["2", "3"])
     assert given["CUDA_VISIBLE_DEVICES"] == "2,3"
-    command = stages.command(train, Path("tools"), "deepspeed", 23456, {**os.environ, **given})
+    command = stages.stage_command(train, Path("tools"), "deepspeed", 23456, {**os.environ, **given})
     assert "--include=localhost:2,3" in command
 
 
@@ -111,13 +111,13 @@ def test_threads_are_shared_by_the_ranks(
     values: dict[str, Any], make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    prepare, _, train, *_ = stages.of_study(make_study(values))
-    assert stages.environment(train, cores=8) == {"OMP_NUM_THREADS": "4"}
-    assert stages.environment(train, cores=1) == {"OMP_NUM_THREADS": "1"}
-    assert stages.environment(train, cores=0) == {"OMP_NUM_THREADS": "1"}, "more stages at a time than cores"
-    assert stages.environment(prepare, cores=8) == {}
+    prepare, _, train, *_ = stages.study_stages(make_study(values))
+    assert stages.stage_environment(train, cores=8) == {"OMP_NUM_THREADS": "4"}
+    assert stages.stage_environment(train, cores=1) == {"OMP_NUM_THREADS": "1"}
+    assert stages.stage_environment(train, cores=0) == {"OMP_NUM_THREADS": "1"}, "more stages at a time than cores"
+    assert stages.stage_environment(prepare, cores=8) == {}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert stages.environment(train, cores=8) == {}
+    assert stages.stage_environment(train, cores=8) == {}
 
 
 def test_flags_say_what_the_settings_say(
@@ -139,8 +139,8 @@ def test_flags_say_what_the_settings_say(
     values["data"]["stories"] = {
         name: {**given, "data_path": ""} for name, given in values["data"]["stories"].items()
     }
-    for stage in stages.of_study(make_study(values)):
-        command = stages.command(stage, Path("tools"), "mpiexec")
+    for stage in stages.study_stages(make_study(values)):
+        command = stages.stage_command(stage, Path("tools"), "mpiexec")
         start = next(index for index, part in enumerate(command) if part.endswith(".py"))
         assert command_line.parse(classes[stage.kind], "", command[start + 1 :]) == stage.settings
 

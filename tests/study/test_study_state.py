@@ -24,7 +24,7 @@ def commit_directory(path: Path, kind: str, **facts: Any) -> None:
 
 
 def todo(study: Study) -> list[str]:
-    return [stage.kind for stage in stages.of_study(study) if not state.is_done(stage)]
+    return [stage.kind for stage in stages.study_stages(study) if not state.is_done(stage)]
 
 
 def write_results(study: Study, run: int = 0) -> EvaluationDirectory:
@@ -143,14 +143,14 @@ def test_a_changed_study_is_refused_run_by_run(
     config.write_text("{}")
     values["train"]["deepspeed"] = str(config)
     study = make_study(values)
-    changes.refuse(study)
-    changes.remember(study)
+    changes.check_unchanged(study)
+    changes.save_snapshot(study)
     values["train"]["learning_rate"] = 1e-3
     values["num_ranks"] = 4
-    changes.refuse(make_study(values))  # nothing has been made yet
+    changes.check_unchanged(make_study(values))  # nothing has been made yet
     commit_directory(study.runs[0].directory.checkpoint(1), "checkpoint", finished=False)
     with pytest.raises(UserError) as caught:
-        changes.refuse(make_study(values))
+        changes.check_unchanged(make_study(values))
     told = str(caught.value)
     assert (
         "runs/tiny/stories.answer_only.small.s0: learning_rate was 5e-05, is now 0.001; num_ranks was 2"
@@ -163,46 +163,46 @@ def test_a_changed_study_is_refused_run_by_run(
     values["num_ranks"] = 2
     values["train"] |= {"save_steps": 7, "timeout_seconds": 60}  # these do not change what is learned
     values["models"]["large"] = {"config_name": "stories-3m"}
-    changes.refuse(make_study(values))
+    changes.check_unchanged(make_study(values))
     config.write_text('{"zero_optimization": {"stage": 1}}')
     with pytest.raises(UserError, match="deepspeed_digest was"):
-        changes.refuse(make_study(values))
+        changes.check_unchanged(make_study(values))
 
 
 def test_a_changed_evaluation_is_refused_once_it_has_results(
     values: dict[str, Any], make_study: MakeStudy
 ) -> None:
     study = make_study(values)
-    changes.remember(study)
+    changes.save_snapshot(study)
     commit_directory(study.runs[0].directory.checkpoint(1), "checkpoint", finished=True)
     values["evaluate"] = {"max_new_tokens": 99}
-    changes.refuse(make_study(values))
+    changes.check_unchanged(make_study(values))
     write_results(study)
     with pytest.raises(
         UserError, match="evaluate stories-test-answer_only: max_new_tokens was 256, is now 99"
     ):
-        changes.refuse(make_study(values))
+        changes.check_unchanged(make_study(values))
     values["evaluate"] = {"batch_size": 1}  # batches do not change answers
-    changes.refuse(make_study(values))
+    changes.check_unchanged(make_study(values))
 
 
 def test_runs_that_left_the_file_are_known(values: dict[str, Any], make_study: MakeStudy) -> None:
     study = make_study(values)
-    changes.remember(study)
+    changes.save_snapshot(study)
     commit.write_text(study.runs[1].directory.settings, "method: cot\n")
     values["methods"] = ["answer_only"]
     smaller = make_study(values)
-    assert changes.strangers(smaller) == ["stories.cot.small.s0"]
-    changes.remember(smaller)
+    assert changes.unlisted_runs(smaller) == ["stories.cot.small.s0"]
+    changes.save_snapshot(smaller)
     values["methods"] = ["cot"]
     values["train"]["max_steps"] = 3
     commit_directory(study.runs[1].directory.checkpoint(1), "checkpoint", finished=True)
     with pytest.raises(UserError, match="max_steps was 2, is now 3"):  # its record was kept
-        changes.refuse(make_study(values))
+        changes.check_unchanged(make_study(values))
 
 
 def test_a_damaged_record_is_named(values: dict[str, Any], make_study: MakeStudy) -> None:
     study = make_study(values)
     commit.write_text(study.directory.settings, "format: [")
     with pytest.raises(UserError, match=r"study\.yaml is damaged"):
-        changes.refuse(study)
+        changes.check_unchanged(study)

@@ -34,7 +34,7 @@ class JobId:
 
 
 @dataclass(frozen=True)
-class Need:
+class Dependency:
     """Start only after `job` (a batch of this submission by its number, or a job of an earlier one): `how` in Slurm's words."""
 
     how: str  # afterok, aftercorr, afterany
@@ -43,13 +43,13 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SlurmJob:
     """One batch script. `indices` are the array's task numbers, one a stage; without any it is a single job."""
 
     name: str
     kind: str
     stages: tuple[Stage, ...]
-    needs: tuple[Need, ...]
+    dependencies: tuple[Dependency, ...]
     indices: tuple[int, ...] = ()
 
     @property
@@ -63,11 +63,11 @@ class Batch:
         return self.kind in ("train", "evaluate") or local_teacher
 
 
-def plan(
+def plan_jobs(
     stages: Sequence[Stage], done: Collection[str], live: Mapping[str, JobId], study_name: str
-) -> list[Batch]:
+) -> list[SlurmJob]:
     """The batches for all stages that are neither done nor live (label -> their job), in an order that can be submitted."""
-    batches: list[Batch] = []
+    batches: list[SlurmJob] = []
     placed: dict[str, tuple[int | str, int | None]] = {
         label: (job.job, job.index) for label, job in live.items()
     }
@@ -103,20 +103,20 @@ def _batch(
     stages: Sequence[Stage],
     placed: Mapping[str, tuple[int | str, int | None]],
     is_array: bool,
-) -> Batch:
+) -> SlurmJob:
     refs = [[placed[label] for label in stage.needs if label in placed] for stage in stages]
     how = "afterany" if stages[0].kind == "report" else "afterok"  # a report shows what there is
-    needs = {Need(how, job) for job, index in refs[0] if index is None}
+    needs = {Dependency(how, job) for job, index in refs[0] if index is None}
     tasks = [[ref for ref in some if ref[1] is not None] for some in refs]
     indices: tuple[int, ...] = ()
     if is_array and len(stages) > 1 and tasks[0]:
-        needs.add(Need("aftercorr", tasks[0][0][0]))
+        needs.add(Dependency("aftercorr", tasks[0][0][0]))
         indices = tuple(index for some in tasks for _, index in some if index is not None)
     elif is_array and len(stages) > 1:
         indices = tuple(range(len(stages)))
     elif how == "afterany":
-        needs |= {Need(how, job) for some in tasks for job, _ in some}  # all tasks of the arrays
+        needs |= {Dependency(how, job) for some in tasks for job, _ in some}  # all tasks of the arrays
     else:
-        needs |= {Need(how, job, index) for some in tasks for job, index in some}
+        needs |= {Dependency(how, job, index) for some in tasks for job, index in some}
     ordered = sorted(needs, key=lambda need: (need.how, str(need.job), need.index or 0))
-    return Batch(name, stages[0].kind, tuple(stages), tuple(ordered), indices)
+    return SlurmJob(name, stages[0].kind, tuple(stages), tuple(ordered), indices)

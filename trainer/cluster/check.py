@@ -6,34 +6,34 @@ import re
 from collections.abc import Sequence
 
 from trainer.cluster import slurm
-from trainer.cluster.batches import Batch
-from trainer.cluster.site import Site, seconds_of
+from trainer.cluster.batches import SlurmJob
+from trainer.cluster.site import ClusterConfig, seconds_of
 from trainer.configuration import did_you_mean
 from trainer.errors import UserError
 
 
-def refuse(batches: Sequence[Batch], site: Site, where: str) -> None:
+def validate(batches: Sequence[SlurmJob], site: ClusterConfig, where: str) -> None:
     """Compare the site's facts with what sinfo tells; the rest (accounts, constraints) only sbatch knows.
 
     Raises UserError naming `where` (the cluster.env) and the key.
     """
-    slurm.refuse_missing()
+    slurm.check_installed()
     known = slurm.partitions()
     for batch in batches:
         ranked = batch.holds_accelerator
         key = "PARTITION" if ranked or not site.cpu_partition else "CPU_PARTITION"
         limits = {"train": "TIME_LIMIT", "evaluate": "EVALUATE_TIME_LIMIT"}
-        _refuse_partition(key, known, site, limits.get(batch.kind, "CPU_TIME_LIMIT"), ranked, where)
+        _validate_partition(key, known, site, limits.get(batch.kind, "CPU_TIME_LIMIT"), ranked, where)
 
 
-def left_to_slurm(site: Site) -> list[str]:
+def left_to_slurm(site: ClusterConfig) -> list[str]:
     """KEY=value of what only sbatch can judge."""
     keys = ("account", "qos", "constraint", "reservation", "memory_per_node", "cpu_memory")
     return [f"{key.upper()}={getattr(site, key)}" for key in keys if getattr(site, key)]
 
 
-def _refuse_partition(
-    key: str, known: dict[str, dict[str, str]], site: Site, limit_key: str, ranked: bool, where: str
+def _validate_partition(
+    key: str, known: dict[str, dict[str, str]], site: ClusterConfig, limit_key: str, ranked: bool, where: str
 ) -> None:
     wanted = getattr(site, key.lower()) or slurm.default_partition()
     if not wanted:
@@ -55,10 +55,10 @@ def _refuse_partition(
                 f"{where}: {limit_key}={asked}: the partition {name} allows at most {facts['limit']}"
             )
         if ranked and site.gpus_per_node:
-            _refuse_gpus(name, facts["gres"], site, where)
+            _validate_gpus(name, facts["gres"], site, where)
 
 
-def _refuse_gpus(partition: str, gres: str, site: Site, where: str) -> None:
+def _validate_gpus(partition: str, gres: str, site: ClusterConfig, where: str) -> None:
     """`gpu:a100:4(S:0-1),gpu:h100:8` -> a node must have so many of that type."""
     found = [(kind or "", int(count)) for kind, count in re.findall(r"gpu:(?:([^:,()]+):)?(\d+)", gres)]
     if not found:

@@ -10,14 +10,14 @@ from trainer.study import table
 from trainer.study.plan import Study
 
 
-def do(
+def run_command(
     command: str, study: Study, tools: Path, cluster: Path | None, dry_run: bool, run_name: str, failed: bool
 ) -> None:
     """Do `command`: status, submit, resubmit, logs or cancel. Raises UserError if a flag it needs is missing."""
     if command == "status":
         table.show_status(study)
         if record.file_of(study.directory).is_file():
-            status.show(study)
+            status.print_status(study)
     elif command == "submit":
         if cluster is None:
             raise UserError("submit where? Give --cluster cluster.env (see slurm/cluster.env.example)")

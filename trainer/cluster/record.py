@@ -17,7 +17,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Submitted:
+class SubmittedJob:
     """The job of a stage. `output`: what Slurm itself says about it; the stage's own log is in the run directory."""
 
     job: str
@@ -34,12 +34,12 @@ def file_of(study: StudyDirectory) -> Path:
     return study.slurm / "jobs.json"
 
 
-def read(study: StudyDirectory) -> dict[str, Submitted]:
+def read_jobs(study: StudyDirectory) -> dict[str, SubmittedJob]:
     """label of a stage -> its last job. Raises UserError for a damaged file."""
     path = file_of(study)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {label: Submitted(**job) for label, job in record["jobs"].items()}
+        return {label: SubmittedJob(**job) for label, job in record["jobs"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -48,17 +48,17 @@ def read(study: StudyDirectory) -> dict[str, Submitted]:
         ) from None
 
 
-def add(study: StudyDirectory, jobs: Mapping[str, JobId], script: Path, output: str) -> None:
+def add_jobs(study: StudyDirectory, jobs: Mapping[str, JobId], script: Path, output: str) -> None:
     """Written after every submission: if we are killed, at most one job is not in it."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     submitted = {}
     for label, job in jobs.items():
         name = output.replace("%j", job.job).replace("%A", job.job).replace("%a", str(job.index))
-        submitted[label] = Submitted(str(job), str(script), name, now)
-    write(study, {**read(study), **submitted})
+        submitted[label] = SubmittedJob(str(job), str(script), name, now)
+    write_jobs(study, {**read_jobs(study), **submitted})
 
 
-def write(study: StudyDirectory, jobs: Mapping[str, Submitted]) -> None:
+def write_jobs(study: StudyDirectory, jobs: Mapping[str, SubmittedJob]) -> None:
     """What is in jobs.json from now on; without any job there is no such file."""
     if not jobs:
         file_of(study).unlink(missing_ok=True)

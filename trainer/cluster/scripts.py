@@ -9,15 +9,15 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.cluster.batches import Batch
-from trainer.cluster.site import Site
+from trainer.cluster.batches import SlurmJob
+from trainer.cluster.site import ClusterConfig
 from trainer.errors import UserError
 from trainer.study import stages
 from trainer.study.stages import Stage
 
 
 @dataclass(frozen=True)
-class Place:
+class JobPaths:
     """Where jobs run: `directory` (absolute, shared by all nodes), and below it the tools, slurm/ and the job logs."""
 
     directory: Path
@@ -26,7 +26,7 @@ class Place:
     logs: Path
 
 
-def text(batch: Batch, site: Site, place: Place) -> str:
+def script_text(batch: SlurmJob, site: ClusterConfig, place: JobPaths) -> str:
     """The whole script. Raises UserError if the ranks do not fit the site's nodes."""
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{option}" for option in options(batch, site, place))]
     lines += ["set -euo pipefail", f"cd {shlex.quote(str(place.directory))}"]
@@ -55,7 +55,7 @@ def text(batch: Batch, site: Site, place: Place) -> str:
     return "\n".join(lines) + "\n"
 
 
-def options(batch: Batch, site: Site, place: Place) -> list[str]:
+def options(batch: SlurmJob, site: ClusterConfig, place: JobPaths) -> list[str]:
     """Options of sbatch, without dashes."""
     ranked = batch.holds_accelerator
     nodes, tasks = layout(batch.num_ranks, site) if ranked else (1, 1)
@@ -81,12 +81,12 @@ def options(batch: Batch, site: Site, place: Place) -> list[str]:
     return found
 
 
-def output(batch: Batch, place: Place) -> str:
+def output(batch: SlurmJob, place: JobPaths) -> str:
     """Where Slurm writes what it has to say itself, with its own %A, %a and %j."""
     return _directive(place.logs / f"{batch.name}-{'%A_%a' if batch.indices else '%j'}.out")
 
 
-def layout(num_ranks: int, site: Site) -> tuple[int, int]:
+def layout(num_ranks: int, site: ClusterConfig) -> tuple[int, int]:
     """(nodes, ranks on each): as few nodes as hold the ranks, all with the same number."""
     most = site.ranks_per_node
     if num_ranks <= most:
@@ -99,7 +99,7 @@ def layout(num_ranks: int, site: Site) -> tuple[int, int]:
     return num_ranks // most, most
 
 
-def _work(batch: Batch, place: Place) -> list[str]:
+def _work(batch: SlurmJob, place: JobPaths) -> list[str]:
     """Sets `log` and `arguments`: by the array's task number, if it is an array."""
     if not batch.indices:
         return _one(batch.stages[0], "")
@@ -110,15 +110,15 @@ def _work(batch: Batch, place: Place) -> list[str]:
 
 
 def _one(stage: Stage, indent: str) -> list[str]:
-    flags = [f"{indent}    {shlex.quote(flag)}" for flag in stages.flags(stage.settings)]
+    flags = [f"{indent}    {shlex.quote(flag)}" for flag in stages.to_flags(stage.settings)]
     return [f"{indent}log={shlex.quote(str(stage.log))}", f"{indent}arguments=(", *flags, f"{indent})"]
 
 
-def _interpreter(site: Site) -> list[str]:
+def _interpreter(site: ClusterConfig) -> list[str]:
     return [f"{site.venv}/bin/python" if site.venv else "python"]
 
 
-def _container(site: Site, place: Place) -> str:
+def _container(site: ClusterConfig, place: JobPaths) -> str:
     """What stands between srun and the command. pyxis adds options to srun itself, the others are commands."""
     if not site.container:
         return ""

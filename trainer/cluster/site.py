@@ -27,7 +27,7 @@ CONTAINER_RUNTIMES = ("apptainer", "singularity", "pyxis")
 
 
 @dataclass(frozen=True)
-class Site:
+class ClusterConfig:
     """What a site offers and how it wants to be asked. Empty: not asked for, Slurm's default counts."""
 
     partition: str = ""
@@ -72,7 +72,7 @@ class Site:
         return self.gpus_per_node or self.tasks_per_node
 
 
-def read(path: Path) -> Site:
+def read_cluster_config(path: Path) -> ClusterConfig:
     """Read cluster.env. Raises UserError naming file, line and key of the first thing that is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -82,10 +82,10 @@ def read(path: Path) -> Site:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    return parse(text, str(path))
+    return parse_cluster_config(text, str(path))
 
 
-def parse(text: str, where: str) -> Site:
+def parse_cluster_config(text: str, where: str) -> ClusterConfig:
     """`KEY=value` lines, `#` comments, quotes around a value allowed; nothing is expanded and nothing is run."""
     values: dict[str, Any] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -104,7 +104,7 @@ def parse(text: str, where: str) -> Site:
             raise UserError(f"{place}: {key} is given twice")
         values[key.lower()] = KEYS[key](value, f"{place}: {key}")
     try:
-        return Site(**values)
+        return ClusterConfig(**values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -189,4 +189,4 @@ _CHECKS: dict[str, Callable[[str, str], Any]] = {
     "container_runtime": _choice(*CONTAINER_RUNTIMES),
     "scratch": _path,
 }
-KEYS = {field.name.upper(): _CHECKS[field.name] for field in dataclasses.fields(Site)}
+KEYS = {field.name.upper(): _CHECKS[field.name] for field in dataclasses.fields(ClusterConfig)}

@@ -30,7 +30,7 @@ ENDED = (
 
 
 @dataclass(frozen=True)
-class Job:
+class JobState:
     """What Slurm says of one job or one task of an array. `restarts` is None if it does not say."""
 
     state: str
@@ -44,7 +44,7 @@ class Job:
         return self.state not in ENDED
 
 
-def refuse_missing() -> None:
+def check_installed() -> None:
     """Raises UserError if Slurm's commands are not here, naming what to install."""
     missing = [
         name for name in ("sbatch", "squeue", "scontrol", "scancel", "sinfo") if not shutil.which(name)
@@ -67,7 +67,7 @@ def release(ids: list[str]) -> None:
     _run(["scontrol", "release", *ids])
 
 
-def jobs(ids: Iterable[str] = ()) -> dict[str, Job]:
+def jobs(ids: Iterable[str] = ()) -> dict[str, JobState]:
     """Our jobs and tasks of arrays that Slurm still knows, by number; of `ids` it has forgotten what sacct knows."""
     widths = [*(width for _, width in _COLUMNS), _REASON_WIDTH]
     names = [f"{name}:{width}" for name, width in _COLUMNS] + [f"Reason:{_REASON_WIDTH}"]
@@ -77,7 +77,7 @@ def jobs(ids: Iterable[str] = ()) -> dict[str, Job]:
     return {**(_accounted(forgotten) if forgotten else {}), **found}
 
 
-def parse_squeue(output: str, widths: list[int]) -> dict[str, Job]:
+def parse_squeue(output: str, widths: list[int]) -> dict[str, JobState]:
     found = {}
     for line in output.splitlines():
         cells, start = [], 0
@@ -86,11 +86,11 @@ def parse_squeue(output: str, widths: list[int]) -> dict[str, Job]:
             start += width
         job, state, restarts, time_used, nodes, reason = cells
         reason = "" if reason == "None" else reason
-        found[job] = Job(state, reason, int(restarts) if restarts.isdigit() else None, nodes, time_used)
+        found[job] = JobState(state, reason, int(restarts) if restarts.isdigit() else None, nodes, time_used)
     return found
 
 
-def _accounted(ids: list[str]) -> dict[str, Job]:
+def _accounted(ids: list[str]) -> dict[str, JobState]:
     """Ended jobs in the accounting database, where a cluster has one."""
     if not shutil.which("sacct"):
         return {}
@@ -99,14 +99,14 @@ def _accounted(ids: list[str]) -> dict[str, Job]:
     return parse_sacct(done.stdout) if done.returncode == 0 else {}
 
 
-def parse_sacct(output: str) -> dict[str, Job]:
+def parse_sacct(output: str) -> dict[str, JobState]:
     """`12_3|CANCELLED by 1000|0:15|n1` -> the state is its first word; the exit code and who it was are the reason."""
     found = {}
     for line in output.splitlines():
         job, state, code, nodes = line.split("|")
         word, _, more = state.partition(" ")
         reason = more or ("" if code in ("0:0", "") else f"exit code {code}")
-        found[job] = Job(word.rstrip("+"), reason, None, nodes)
+        found[job] = JobState(word.rstrip("+"), reason, None, nodes)
     return found
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from trainer import commit, restarts, terminal
 from trainer.cluster import record, slurm
-from trainer.cluster.record import Submitted
-from trainer.cluster.slurm import Job
+from trainer.cluster.record import SubmittedJob
+from trainer.cluster.slurm import JobState
 from trainer.run_directory import EvaluationDirectory, RunDirectory
 from trainer.study import stages, state
 from trainer.study.plan import Study
@@ -26,7 +26,7 @@ _HEADER = re.compile(r"^=== .* job .*\brestart \d+$")
 
 
 @dataclass(frozen=True)
-class Line:
+class StageStatus:
     """One stage: its label, `done`, `running`, `pending`, `failed` or `not submitted`, its job, and how it goes or why not."""
 
     label: str
@@ -35,9 +35,9 @@ class Line:
     note: str
 
 
-def show(study: Study) -> None:
+def print_status(study: Study) -> None:
     """Print every submitted stage that is not done, and how many are."""
-    found = lines(study)
+    found = stage_statuses(study)
     table = make_table("stage", "state", "job", "")
     for line in found:
         if line.state not in ("done", "not submitted"):
@@ -55,29 +55,29 @@ def show(study: Study) -> None:
         terminal.info(f"submit what failed again: tools/study.py resubmit {study.file} --failed")
 
 
-def lines(study: Study) -> list[Line]:
+def stage_statuses(study: Study) -> list[StageStatus]:
     """How far every stage is."""
-    known = record.read(study.directory)
+    known = record.read_jobs(study.directory)
     jobs = slurm.jobs([job.job for job in known.values()]) if known else {}
-    return [_line(stage, known.get(stage.label), jobs) for stage in stages.of_study(study)]
+    return [_line(stage, known.get(stage.label), jobs) for stage in stages.study_stages(study)]
 
 
-def _line(stage: Stage, submitted: Submitted | None, jobs: Mapping[str, Job]) -> Line:
+def _line(stage: Stage, submitted: SubmittedJob | None, jobs: Mapping[str, JobState]) -> StageStatus:
     job = jobs.get(submitted.job) if submitted else None
     name = submitted.job if submitted else ""
     if submitted is None or job is None or not job.is_live:
         if state.is_done(stage):
-            return Line(stage.label, "done", name, _join(_restarted(stage, job)))
+            return StageStatus(stage.label, "done", name, _join(_restarted(stage, job)))
         if submitted is None:
-            return Line(stage.label, "not submitted", "", "")
-        return Line(stage.label, "failed", name, _join(_why(stage, submitted, job), _restarted(stage, job)))
+            return StageStatus(stage.label, "not submitted", "", "")
+        return StageStatus(stage.label, "failed", name, _join(_why(stage, submitted, job), _restarted(stage, job)))
     if job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
-        return Line(stage.label, "pending", name, _join(_words(job.reason), _restarted(stage, job)))
-    note = _join(how_it_goes(stage), _restarted(stage, job), f"on {job.nodes}" if job.nodes else "")
-    return Line(stage.label, job.state.lower(), name, note)
+        return StageStatus(stage.label, "pending", name, _join(_words(job.reason), _restarted(stage, job)))
+    note = _join(progress_text(stage), _restarted(stage, job), f"on {job.nodes}" if job.nodes else "")
+    return StageStatus(stage.label, job.state.lower(), name, note)
 
 
-def how_it_goes(stage: Stage) -> str:
+def progress_text(stage: Stage) -> str:
     """Step, loss, tokens/s and time left of a training; problems solved of an evaluation."""
     if stage.kind == "train":
         progress = state.training_progress(stage.settings)
@@ -98,7 +98,7 @@ def how_it_goes(stage: Stage) -> str:
     return ""
 
 
-def _restarted(stage: Stage, job: Job | None) -> str:
+def _restarted(stage: Stage, job: JobState | None) -> str:
     """How often Slurm started it again, from Slurm or from what the run wrote down."""
     count = job.restarts if job is not None and job.restarts is not None else 0
     if stage.kind == "train":
@@ -109,7 +109,7 @@ def _restarted(stage: Stage, job: Job | None) -> str:
     return f"requeued {count} time{'s' if count > 1 else ''}" if count else ""
 
 
-def _why(stage: Stage, submitted: Submitted, job: Job | None) -> str:
+def _why(stage: Stage, submitted: SubmittedJob, job: JobState | None) -> str:
     """Slurm's state and exit code, and the last error in the logs."""
     what = "ended without a result"
     if job is not None:

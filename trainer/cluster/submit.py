@@ -8,10 +8,10 @@ from pathlib import Path
 
 from trainer import commit, lock, terminal
 from trainer.cluster import batches, check, record, scripts, slurm
-from trainer.cluster.batches import Batch, JobId, Need
-from trainer.cluster.record import Submitted
-from trainer.cluster.scripts import Place
-from trainer.cluster.site import Site, read
+from trainer.cluster.batches import SlurmJob, JobId, Dependency
+from trainer.cluster.record import SubmittedJob
+from trainer.cluster.scripts import JobPaths
+from trainer.cluster.site import ClusterConfig, read_cluster_config
 from trainer.errors import UserError
 from trainer.run_directory import StudyDirectory
 from trainer.study import changes, stages, state
@@ -24,56 +24,56 @@ def submit(study: Study, tools: Path, cluster: Path, dry_run: bool = False) -> N
 
     Raises UserError for what the cluster would refuse, before anything is submitted.
     """
-    site = read(cluster)
-    changes.refuse(study)
-    todo = stages.of_study(study)
+    site = read_cluster_config(cluster)
+    changes.check_unchanged(study)
+    todo = stages.study_stages(study)
     if dry_run:
-        _show(batches.plan(todo, _done(todo), {}, study.name), site, _place(study, tools))
+        _show(batches.plan_jobs(todo, _done(todo), {}, study.name), site, _place(study, tools))
         return
     with lock.locked(study.directory.lock):
-        slurm.refuse_missing()
+        slurm.check_installed()
         _submit(study, todo, site, cluster, _place(study, tools))
 
 
 def resubmit(study: Study, tools: Path) -> None:
     """Submit again what was submitted and has failed, and what waited for it, with the facts of the last submission."""
-    kept = site_file(study.directory)
-    before = record.read(study.directory)
+    kept = cluster_file(study.directory)
+    before = record.read_jobs(study.directory)
     if not before:
         raise UserError(
             f"nothing of study {study.name} was submitted yet: tools/study.py submit {study.file} --cluster ..."
         )
-    todo = [stage for stage in stages.of_study(study) if stage.label in before or stage.kind == "report"]
+    todo = [stage for stage in stages.study_stages(study) if stage.label in before or stage.kind == "report"]
     with lock.locked(study.directory.lock):
-        _submit(study, todo, read(kept), kept, _place(study, tools))
+        _submit(study, todo, read_cluster_config(kept), kept, _place(study, tools))
 
 
-def site_file(study: StudyDirectory) -> Path:
+def cluster_file(study: StudyDirectory) -> Path:
     """The cluster.env of the last submission, as it was."""
     return study.slurm / "cluster.env"
 
 
 def live_jobs(study: StudyDirectory) -> dict[str, JobId]:
     """label -> job, of the jobs that wait or run."""
-    known = record.read(study)
+    known = record.read_jobs(study)
     found = slurm.jobs(job.job for job in known.values()) if known else {}
     return {label: job.id for label, job in known.items() if job.job in found and found[job.job].is_live}
 
 
-def _submit(study: Study, todo: Sequence[Stage], site: Site, cluster: Path, place: Place) -> None:
+def _submit(study: Study, todo: Sequence[Stage], site: ClusterConfig, cluster: Path, place: JobPaths) -> None:
     live = live_jobs(study.directory)
     # A report in the queue would show less than there will be, and two must not write one directory.
     earlier_report = live.pop(todo[-1].label, None)
     done = _done(todo)
-    planned = batches.plan(todo, done, live, study.name)
+    planned = batches.plan_jobs(todo, done, live, study.name)
     if not planned:
         terminal.info(f"study {study.name}: nothing to submit, {len(done)} stages are done")
         return
-    check.refuse(planned, site, str(cluster))
-    texts = [scripts.text(batch, site, place) for batch in planned]
+    check.validate(planned, site, str(cluster))
+    texts = [scripts.script_text(batch, site, place) for batch in planned]
     if earlier_report:
         slurm.cancel([str(earlier_report)])
-    before = record.read(study.directory)
+    before = record.read_jobs(study.directory)
     submitted: list[str] = []
     written: list[Path] = []
     try:
@@ -82,11 +82,11 @@ def _submit(study: Study, todo: Sequence[Stage], site: Site, cluster: Path, plac
             commit.write_text(path, text)
             written.append(path)
             # Held, so that nothing has begun if Slurm refuses a later one.
-            submitted.append(slurm.submit_held(path, dependency(batch.needs, submitted)))
-            record.add(study.directory, _jobs(batch, submitted[-1]), path, scripts.output(batch, place))
+            submitted.append(slurm.submit_held(path, dependency(batch.dependencies, submitted)))
+            record.add_jobs(study.directory, _jobs(batch, submitted[-1]), path, scripts.output(batch, place))
         slurm.release(submitted)
     except UserError as error:
-        _take_back(study.directory, submitted, written, before)
+        _cancel_submitted(study.directory, submitted, written, before)
         asked = " ".join(f"--{option}" for option in scripts.options(batch, site, place))
         suspects = check.left_to_slurm(site)
         raise UserError(
@@ -94,9 +94,9 @@ def _submit(study: Study, todo: Sequence[Stage], site: Site, cluster: Path, plac
             f"{'; is it ' + ', '.join(suspects) + '?' if suspects else ''} (asked for: {asked})"
         ) from None
     for batch, job in zip(planned, submitted, strict=True):
-        terminal.info(_in_words(batch, job, dependency(batch.needs, submitted)))
-    changes.remember(study)
-    kept = site_file(study.directory)
+        terminal.info(_in_words(batch, job, dependency(batch.dependencies, submitted)))
+    changes.save_snapshot(study)
+    kept = cluster_file(study.directory)
     if cluster != kept:
         commit.write_text(kept, cluster.read_text(encoding="utf-8"))
     terminal.info(
@@ -105,7 +105,7 @@ def _submit(study: Study, todo: Sequence[Stage], site: Site, cluster: Path, plac
     )
 
 
-def dependency(needs: Sequence[Need], submitted: Sequence[str]) -> str:
+def dependency(needs: Sequence[Dependency], submitted: Sequence[str]) -> str:
     """`afterok:12:13_4,aftercorr:14` in sbatch's words."""
     by_how: dict[str, list[str]] = {}
     for need in needs:
@@ -114,34 +114,34 @@ def dependency(needs: Sequence[Need], submitted: Sequence[str]) -> str:
     return ",".join(f"{how}:{':'.join(jobs)}" for how, jobs in by_how.items())
 
 
-def _show(planned: Sequence[Batch], site: Site, place: Place) -> None:
+def _show(planned: Sequence[SlurmJob], site: ClusterConfig, place: JobPaths) -> None:
     for number, batch in enumerate(planned):
         names = [f"<{other.name} {position}>" for position, other in enumerate(planned)]
         terminal.info(
-            f"### {number}: {_in_words(batch, f'<{batch.name} {number}>', dependency(batch.needs, names))}"
+            f"### {number}: {_in_words(batch, f'<{batch.name} {number}>', dependency(batch.dependencies, names))}"
         )
-        terminal.info(scripts.text(batch, site, place))
+        terminal.info(scripts.script_text(batch, site, place))
     terminal.info(
         f"{sum(len(batch.stages) for batch in planned)} stages in {len(planned)} jobs; nothing was submitted"
     )
 
 
-def _in_words(batch: Batch, job: str, after: str) -> str:
+def _in_words(batch: SlurmJob, job: str, after: str) -> str:
     what = batch.stages[0].label if len(batch.stages) == 1 else f"{len(batch.stages)} x {batch.kind}"
     return f"{what}: job {job}{' after ' + after if after else ''}"
 
 
-def _jobs(batch: Batch, job: str) -> dict[str, JobId]:
+def _jobs(batch: SlurmJob, job: str) -> dict[str, JobId]:
     indices: Sequence[int | None] = batch.indices or [None]
     return {stage.label: JobId(job, index) for stage, index in zip(batch.stages, indices, strict=True)}
 
 
-def _take_back(
-    study: StudyDirectory, submitted: list[str], written: list[Path], before: dict[str, Submitted]
+def _cancel_submitted(
+    study: StudyDirectory, submitted: list[str], written: list[Path], before: dict[str, SubmittedJob]
 ) -> None:
     if submitted:
         slurm.cancel(submitted)
-    record.write(study, before)
+    record.write_jobs(study, before)
     for path in written:
         path.unlink()
 
@@ -153,11 +153,11 @@ def _done(todo: Sequence[Stage]) -> set[str]:
     return done - {report.label} if any(label not in done for label in report.needs) else done
 
 
-def _place(study: Study, tools: Path) -> Place:
-    return Place(Path.cwd(), tools, Path(os.path.normpath(tools / ".." / "slurm")), study.directory.slurm)
+def _place(study: Study, tools: Path) -> JobPaths:
+    return JobPaths(Path.cwd(), tools, Path(os.path.normpath(tools / ".." / "slurm")), study.directory.slurm)
 
 
-def _script_path(study: StudyDirectory, batch: Batch) -> Path:
+def _script_path(study: StudyDirectory, batch: SlurmJob) -> Path:
     """Scripts of an earlier submission are kept: their jobs may still run and be restarted."""
     taken = len(list(study.slurm.glob("*.sbatch"))) if study.slurm.is_dir() else 0
     return study.slurm / f"{taken:03d}-{batch.kind}.sbatch"

@@ -17,7 +17,7 @@ from trainer.planning import plan, show
 from trainer.planning.plan import RunPlan, size_text
 from trainer.planning.recommend import recommend
 from trainer.settings import PlanSettings, TrainSettings
-from trainer.study.plan import Run, Study
+from trainer.study.plan import RunSpec, Study
 from trainer.terminal import duration
 
 
@@ -46,7 +46,7 @@ def dry_run(settings: TrainSettings) -> bool:
 def plan_study(settings: PlanSettings, study: Study) -> bool:
     """A line a run and the totals; returns whether all runs fit. Shards that are not made yet are assumed."""
     _quiet()
-    made: list[tuple[Run, RunPlan]] = []
+    made: list[tuple[RunSpec, RunPlan]] = []
     for run in study.runs:
         if run.train is None:  # it only evaluates
             continue
@@ -74,7 +74,7 @@ def _of_run(settings: PlanSettings, train: TrainSettings, study: Study) -> PlanS
     return PlanSettings(**{**values, **own})
 
 
-def _show_study(study: Study, made: Sequence[tuple[Run, RunPlan]]) -> None:
+def _show_study(study: Study, made: Sequence[tuple[RunSpec, RunPlan]]) -> None:
     console = show.make_console()
     machine = made[0][1].hardware
     table = Table(
@@ -127,7 +127,7 @@ def _show_study(study: Study, made: Sequence[tuple[Run, RunPlan]]) -> None:
         )
 
 
-def _totals(made: Sequence[tuple[Run, RunPlan]]) -> dict[str, Any]:
+def _totals(made: Sequence[tuple[RunSpec, RunPlan]]) -> dict[str, Any]:
     return {
         "seconds": sum(one.seconds for _, one in made),
         "accelerator_hours": sum(one.accelerator_hours for _, one in made),
@@ -136,7 +136,7 @@ def _totals(made: Sequence[tuple[Run, RunPlan]]) -> dict[str, Any]:
     }
 
 
-def _study_dict(study: Study, made: Sequence[tuple[Run, RunPlan]]) -> dict[str, Any]:
+def _study_dict(study: Study, made: Sequence[tuple[RunSpec, RunPlan]]) -> dict[str, Any]:
     runs = {run.name: show.as_dict(one) for run, one in made}
     return {
         "study": study.name,

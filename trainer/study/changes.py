@@ -14,8 +14,8 @@ from trainer import commit
 from trainer.configuration import to_dict
 from trainer.errors import UserError
 from trainer.run_directory import StudyDirectory
-from trainer.study.plan import Run, Study, evaluation_name
-from trainer.study.state import evaluated, has_work
+from trainer.study.plan import RunSpec, Study, evaluation_name
+from trainer.study.state import is_evaluated, has_work
 
 _FORMAT = 1
 # Settings that leave the result as it is: where, how often, how many at a time.
@@ -32,10 +32,10 @@ _HARMLESS_TO_EVALUATE = {
     *("output_dir", "model_name_or_path", "decomposer", "solver", "planner"),
     *("shards", "batch_size", "backend", "max_restarts"),
 }
-_MOST_NAMED = 6
+_MAX_NAMED = 6
 
 
-def refuse(study: Study) -> None:
+def check_unchanged(study: Study) -> None:
     """Raise UserError naming runs and keys if finished work was made with other settings than the file's now."""
     before, now_all = _read(study.directory), _records(study)
     told = []
@@ -45,22 +45,22 @@ def refuse(study: Study) -> None:
             continue
         now = now_all[run.name]
         differences = _differences(old["train"], now["train"], _HARMLESS_TO_TRAIN)
-        if any(evaluated(settings) for settings in run.evaluations):
+        if any(is_evaluated(settings) for settings in run.evaluations):
             differences += _of_students(old.get("students", {}), now["students"])
         for settings in run.evaluations:
             name = evaluation_name(settings)
-            if evaluated(settings) and name in old["evaluate"]:
+            if is_evaluated(settings) and name in old["evaluate"]:
                 found = _differences(old["evaluate"][name], now["evaluate"][name], _HARMLESS_TO_EVALUATE)
                 differences += [f"evaluate {name}: {difference}" for difference in found]
         if differences:
             told.append(f"  {run.directory.path}: {'; '.join(differences)}")
     if told:
-        more = [f"  and {len(told) - _MOST_NAMED} more runs"] if len(told) > _MOST_NAMED else []
+        more = [f"  and {len(told) - _MAX_NAMED} more runs"] if len(told) > _MAX_NAMED else []
         raise UserError(
             "\n".join(
                 [
                     f"{study.file} has changed since these runs were made:",
-                    *told[:_MOST_NAMED],
+                    *told[:_MAX_NAMED],
                     *more,
                     f"Give the study another name ('study: {study.name}-2'), or delete these runs, or undo the change.",
                 ]
@@ -68,14 +68,14 @@ def refuse(study: Study) -> None:
         )
 
 
-def remember(study: Study) -> None:
+def save_snapshot(study: Study) -> None:
     """Write down what the runs are made with. Runs that are no longer in the file keep their record."""
     records = {**_read(study.directory), **_records(study)}
     record = {"format": _FORMAT, "file": str(study.file), "runs": dict(sorted(records.items()))}
     commit.write_text(study.directory.settings, yaml.safe_dump(record, sort_keys=False))
 
 
-def strangers(study: Study) -> list[str]:
+def unlisted_runs(study: Study) -> list[str]:
     """Runs on disk that the file does not name (any more); the report shows them too."""
     known = {run.name for run in study.runs}
     return [run.name for run in study.directory.runs() if run.name not in known]
@@ -94,7 +94,7 @@ def _records(study: Study) -> dict[str, dict[str, Any]]:
     }
 
 
-def _training(run: Run, study: Study) -> dict[str, Any]:
+def _training(run: RunSpec, study: Study) -> dict[str, Any]:
     if run.train is None:
         return {}
     train = {**to_dict(run.train), "num_ranks": run.num_ranks}

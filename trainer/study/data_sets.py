@@ -25,7 +25,7 @@ class ProblemSet:
     annotate: AnnotateSettings | None = None
 
 
-def read(
+def read_data_sets(
     values: dict[str, Any], shards_root: Path, annotations_root: Path, where: str
 ) -> dict[str, dict[str, ProblemSet]]:
     """data set -> set -> its shards. Raises UserError with the key path of what is wrong."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 _ANSWERS_WITHIN_SECONDS = 60.0
 
 
-def visible(environment: Mapping[str, str]) -> tuple[str, ...]:
+def visible_devices(environment: Mapping[str, str]) -> tuple[str, ...]:
     """Those of CUDA_VISIBLE_DEVICES where it is set, else the numbers of all that nvidia-smi lists; () without any."""
     if "CUDA_VISIBLE_DEVICES" in environment:
         given = (device.strip() for device in environment["CUDA_VISIBLE_DEVICES"].split(","))
@@ -27,7 +27,7 @@ def visible(environment: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(str(number) for number in range(num_devices))
 
 
-def least_used(devices: Sequence[str], used: Iterable[Sequence[str]], count: int) -> tuple[str, ...]:
+def least_used_devices(devices: Sequence[str], used: Iterable[Sequence[str]], count: int) -> tuple[str, ...]:
     """The `count` devices (all, if there are fewer) that the fewest have; `used`: what each of the others has."""
     num_users = Counter(device for theirs in used for device in theirs)
     return tuple(sorted(devices, key=lambda device: num_users[device])[:count])  # among equals the first ones

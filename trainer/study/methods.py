@@ -16,33 +16,33 @@ from trainer.settings import METHODS, EvaluateSettings, TrainSettings
 from trainer.study import checks
 
 ALONE = ("answer_only", "cot", "socratic")  # students that solve a problem by themselves
-PARTS = tuple(name for name in METHODS if name not in ALONE)  # halves of a pair, and planners
+ROLE_METHODS = tuple(name for name in METHODS if name not in ALONE)  # halves of a pair, and planners
 FEW_SHOT = "few_shot"  # the pretrained model itself, shown exemplars
 SOLVER = "solver"
 
 
 @dataclass(frozen=True)
-class Composite:
+class Pair:
     """Training methods that play the parts beside the solver. Without a decomposer the gold sub-questions guide it."""
 
     decomposer: str = ""
     planner: str = ""
 
 
-COMPOSITES = {
-    "iterative_ahead": Composite("decomposer"),
-    "iterative_interleaved": Composite("decomposer_interleaved"),
-    "gold_subquestions": Composite(),
-    "iterative_ahead_operators": Composite("decomposer_operators", "planner_operators"),
-    "iterative_ahead_equations": Composite("decomposer_equations", "planner_equations"),
-    "iterative_interleaved_operators": Composite("decomposer_interleaved_operators", "planner_operators"),
-    "iterative_interleaved_equations": Composite("decomposer_interleaved_equations", "planner_equations"),
+PAIRS = {
+    "iterative_ahead": Pair("decomposer"),
+    "iterative_interleaved": Pair("decomposer_interleaved"),
+    "gold_subquestions": Pair(),
+    "iterative_ahead_operators": Pair("decomposer_operators", "planner_operators"),
+    "iterative_ahead_equations": Pair("decomposer_equations", "planner_equations"),
+    "iterative_interleaved_operators": Pair("decomposer_interleaved_operators", "planner_operators"),
+    "iterative_interleaved_equations": Pair("decomposer_interleaved_equations", "planner_equations"),
 }
-KNOWN = (*ALONE, *COMPOSITES, FEW_SHOT, *PARTS)
+KNOWN = (*ALONE, *PAIRS, FEW_SHOT, *ROLE_METHODS)
 
 
 @dataclass(frozen=True)
-class Entry:
+class MethodEntry:
     """A method with the models and data sets it is for. `settings`: of its training, or of a composite's evaluation."""
 
     name: str
@@ -53,18 +53,18 @@ class Entry:
     restricted: bool = False  # whether the file names its models
 
     @property
-    def composite(self) -> Composite | None:
-        return COMPOSITES.get(self.name)
+    def pair(self) -> Pair | None:
+        return PAIRS.get(self.name)
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Training methods whose students it may ask."""
-        if not self.composite:
+        if not self.pair:
             return ()
-        return tuple(filter(None, (self.composite.planner, self.composite.decomposer, SOLVER)))
+        return tuple(filter(None, (self.pair.planner, self.pair.decomposer, SOLVER)))
 
 
-def read(values: dict[str, Any], models: Iterable[str], data: Iterable[str], where: str) -> dict[str, Entry]:
+def read_methods(values: dict[str, Any], models: Iterable[str], data: Iterable[str], where: str) -> dict[str, MethodEntry]:
     """Raises UserError with the key path of what is wrong."""
     models, data = list(models), list(data)
     found = {}
@@ -77,25 +77,25 @@ def read(values: dict[str, Any], models: Iterable[str], data: Iterable[str], whe
     return found
 
 
-def _entry(name: str, given: dict[str, Any], models: list[str], data: list[str], where: str) -> Entry:
+def _entry(name: str, given: dict[str, Any], models: list[str], data: list[str], where: str) -> MethodEntry:
     restricted = "models" in given
     for_models = checks.chosen(given.pop("models", None), models, f"{where}.models")
     for_data = checks.chosen(given.pop("data", None), data, f"{where}.data")
     decomposer_model = ""
-    if name in COMPOSITES and COMPOSITES[name].decomposer and "decomposer_model" in given:
+    if name in PAIRS and PAIRS[name].decomposer and "decomposer_model" in given:
         decomposer_model = str(given.pop("decomposer_model"))
         checks.one_of(decomposer_model, models, f"{where}.decomposer_model")
-    if name in COMPOSITES or name == FEW_SHOT:
+    if name in PAIRS or name == FEW_SHOT:
         if "mode" in given:
             raise UserError(f"{where}: mode is decided by the method; remove it")
         shown = {"exemplars": "-", **given, "mode": FEW_SHOT} if name == FEW_SHOT else given
         checks.check(EvaluateSettings, shown, where)
     else:
         checks.check(TrainSettings, given, where)
-    return Entry(name, tuple(for_models), tuple(for_data), given, decomposer_model, restricted)
+    return MethodEntry(name, tuple(for_models), tuple(for_data), given, decomposer_model, restricted)
 
 
-def trained_alone(entries: dict[str, Entry]) -> dict[str, Entry]:
+def trained_alone(entries: dict[str, MethodEntry]) -> dict[str, MethodEntry]:
     """Entries that ask for a training wherever they stand.
 
     A part that a composite implies is trained where the composite needs it; its entry only adds settings, unless it
@@ -105,5 +105,5 @@ def trained_alone(entries: dict[str, Entry]) -> dict[str, Entry]:
     return {
         name: entry
         for name, entry in entries.items()
-        if name in ALONE or (name in PARTS and (entry.restricted or name not in implied))
+        if name in ALONE or (name in ROLE_METHODS and (entry.restricted or name not in implied))
     }

@@ -12,7 +12,7 @@ from trainer.models import sizes
 from trainer.settings import EvaluateSettings, PrepareSettings, TrainSettings
 
 
-def problems(settings: PrepareSettings) -> int | None:
+def num_problems(settings: PrepareSettings) -> int | None:
     """Problems of a set: of its shards, or of what will be generated; None where only the source knows."""
     if facts := _facts(settings.output_dir):
         return int(facts["num_problems"])
@@ -21,7 +21,7 @@ def problems(settings: PrepareSettings) -> int | None:
     return None
 
 
-def examples(training: TrainSettings, shards: Iterable[PrepareSettings]) -> int | None:
+def num_examples(training: TrainSettings, shards: Iterable[PrepareSettings]) -> int | None:
     """Problems a student learns from: those that have the steps its method needs."""
     facts = _facts(training.train_shards)
     if "problems_per_method" in facts:
@@ -29,17 +29,17 @@ def examples(training: TrainSettings, shards: Iterable[PrepareSettings]) -> int 
     return _of(training.train_shards, shards)
 
 
-def answers(evaluation: EvaluateSettings, shards: Iterable[PrepareSettings]) -> int | None:
+def num_answers(evaluation: EvaluateSettings, shards: Iterable[PrepareSettings]) -> int | None:
     """Problems that are answered."""
     there = _of(evaluation.shards, shards)
     return there if there is None else min(evaluation.max_problems or there, there)
 
 
 def _of(path: str, shards: Iterable[PrepareSettings]) -> int | None:
-    return next(problems(settings) for settings in shards if settings.output_dir == path)
+    return next(num_problems(settings) for settings in shards if settings.output_dir == path)
 
 
-def parameters(settings: TrainSettings, prepared: PrepareSettings) -> int | None:
+def num_parameters(settings: TrainSettings, prepared: PrepareSettings) -> int | None:
     """Parameters of the model, counted on its config: a named shape, a folder, a model in the hub's local cache.
 
     None where that would need the network, or a vocabulary that is not there yet.

@@ -11,10 +11,10 @@ from trainer.run_directory import StudyDirectory
 from trainer.settings import ConvertSettings, EvaluateSettings, PrepareSettings, TrainSettings
 from trainer.study import checks, data_sets, methods, runs
 from trainer.study.data_sets import ProblemSet
-from trainer.study.runs import Run
-from trainer.study.runs import name_of as evaluation_name
+from trainer.study.runs import RunSpec
+from trainer.study.runs import evaluation_name_of as evaluation_name
 
-__all__ = ["Run", "Study", "evaluation_name", "load"]
+__all__ = ["RunSpec", "Study", "evaluation_name", "load_study"]
 
 LAUNCHERS = ("auto", "deepspeed", "mpiexec")
 KEYS = (
@@ -32,7 +32,7 @@ class Study:
     num_parallel: int  # stages at the same time on this machine
     launcher: str
     problem_sets: tuple[ProblemSet, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[RunSpec, ...]
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class Study:
         return tuple(problems.shards for problems in self.problem_sets)
 
 
-def load(
+def load_study(
     values: dict[str, Any],
     file: Path,
     output_dir: str = "",
@@ -69,15 +69,15 @@ def load(
     shards_root = Path(shards_dir or str(values.get("shards_dir", "shards")))
     annotations_root = Path(str(values.get("annotations_dir", "annotations")))
 
-    data = data_sets.read(values, shards_root, annotations_root, where)
+    data = data_sets.read_data_sets(values, shards_root, annotations_root, where)
     models = _models(values, num_ranks, default_ranks, where)
-    grid = runs.Grid(
+    grid = runs.StudyGrid(
         where=where,
         directory=directory,
         seeds=_seeds(values, where),
         data=data,
         models=models,
-        methods=methods.read(values, models, data, where),
+        methods=methods.read_methods(values, models, data, where),
         train=checks.section(TrainSettings, values, "train", where),
         convert=checks.section(ConvertSettings, values, "convert", where),
         evaluate=_check_evaluation(
@@ -86,18 +86,18 @@ def load(
         evaluations=_variants(values, where),
     )
     problem_sets = tuple(problems for sets in data.values() for problems in sets.values())
-    made = runs.make(grid)
+    made = runs.expand(grid)
     if not made:
         raise UserError(f"{where}: there is no run: no method is for any of the models and data sets")
     return Study(file, directory, default_ranks, num_parallel, launcher, problem_sets, made)
 
 
-def _models(values: dict[str, Any], num_ranks: int, default_ranks: int, where: str) -> dict[str, runs.Model]:
+def _models(values: dict[str, Any], num_ranks: int, default_ranks: int, where: str) -> dict[str, runs.ModelSpec]:
     found = {}
     for name, given in checks.entries(checks.required(values, "models", where), f"{where}: models").items():
         ranks = checks.count(given.pop("num_ranks", default_ranks), f"{where}: models.{name}: num_ranks")
         checks.check(TrainSettings, given, f"{where}: models.{name}")
-        found[name] = runs.Model(name, given, num_ranks or ranks)
+        found[name] = runs.ModelSpec(name, given, num_ranks or ranks)
     return found
 
 

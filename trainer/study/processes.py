@@ -26,7 +26,7 @@ from trainer.run_directory import StudyDirectory
 
 MARK = "SOCRATIC_TRAINER_STUDY"
 STAGE_MARK = "SOCRATIC_TRAINER_STAGE"
-_LOOK_EVERY_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 _KILLING_TAKES_SECONDS = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -51,7 +51,7 @@ class Interrupts:
         self.count += 1
 
 
-def start(
+def start_process(
     command: Sequence[str], study: StudyDirectory, stage: str, log: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     """Start a stage's command whose output is appended to `log`, out of reach of the terminal's Ctrl-C."""
@@ -68,12 +68,12 @@ def start(
         )
 
 
-def of_study(study: StudyDirectory, stage: str | None = None) -> list[psutil.Process]:
+def processes_of_study(study: StudyDirectory, stage: str | None = None) -> list[psutil.Process]:
     """Every living process of the study on this machine, except the one that runs the study; or those of one stage."""
     return [process for found in _by_stage(study, stage).values() for process in found]
 
 
-def end(
+def end_processes(
     study: StudyDirectory,
     grace_seconds: float,
     impatient: Callable[[], bool] = lambda: False,
@@ -102,7 +102,7 @@ def end(
             for process in next_ones - told:
                 _signal(process, signal.SIGTERM)
                 told.add(process)
-        time.sleep(_LOOK_EVERY_SECONDS)
+        time.sleep(_POLL_SECONDS)
     return []
 
 

@@ -17,13 +17,13 @@ from trainer.study import processes, stages, state
 from trainer.study.plan import Study
 from trainer.study.stages import Stage
 
-_SHOW_EVERY_SECONDS = 1.0
+_UPDATE_SECONDS = 1.0
 _TAIL_LINES = 15
 # What launchers and libraries say around an error; the log has it all.
 _NOISE = re.compile(r"\[(INFO|WARNING)\]|Killing subprocess|exits with return code|^\s*$|^=== ")
 
 
-class Running:
+class StageJob:
     """A stage that has been started. `place` is its number among all, `cores` and `devices` are its own.
 
     `ports` are taken by others that may not listen there yet. Raises UserError if the stage cannot be started.
@@ -43,18 +43,18 @@ class Running:
         self.stage, self.place, self.devices = stage, place, devices
         self.port = _free_port(ports)
         self._start = time.monotonic()
-        environment = stages.environment(stage, cores, devices)
-        command = stages.command(stage, tools, study.launcher, self.port, {**os.environ, **environment})
+        environment = stages.stage_environment(stage, cores, devices)
+        command = stages.stage_command(stage, tools, study.launcher, self.port, {**os.environ, **environment})
         self._log_start = _begin_log(stage.log, command, devices)
-        self.child = processes.start(command, study.directory, stage.label, stage.log, environment)
+        self.child = processes.start_process(command, study.directory, stage.label, stage.log, environment)
         self._look = _progress_of(stage)
         self._first = self._look()
         self._bar = bars.add(f"{place} {stage.label}", self._first.total, self._first.done)
         self._shown = time.monotonic()
 
-    def show(self) -> None:
+    def update(self) -> None:
         """Move the bar, from time to time; while a stage is starting, there is nothing to tell."""
-        if time.monotonic() - self._shown >= _SHOW_EVERY_SECONDS:
+        if time.monotonic() - self._shown >= _UPDATE_SECONDS:
             self._shown = time.monotonic()
             progress = self._look()
             if progress != self._first:
@@ -75,7 +75,7 @@ class Running:
             )
         return ""
 
-    def say_result(self) -> None:
+    def print_result(self) -> None:
         seconds = time.monotonic() - self._start
         terminal.info(f"{self.place} {self.stage.label}: {_result(self.stage)} ({terminal.duration(seconds)})")
 

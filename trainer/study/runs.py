@@ -15,11 +15,11 @@ from trainer.run_directory import EvaluationDirectory, RunDirectory, StudyDirect
 from trainer.settings import ConvertSettings, EvaluateSettings, TrainSettings
 from trainer.study import checks
 from trainer.study.data_sets import TRAIN, VALIDATION, ProblemSet
-from trainer.study.methods import ALONE, FEW_SHOT, SOLVER, Entry, trained_alone
+from trainer.study.methods import ALONE, FEW_SHOT, SOLVER, MethodEntry, trained_alone
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSpec:
     """One run directory and what is done in it. `evaluations` have their own output_dir each.
 
     A student is trained and converted, and evaluated unless it is a part of a pair. Other runs train nothing: they
@@ -46,7 +46,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSpec:
     """An entry under `models`."""
 
     name: str
@@ -55,32 +55,32 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Grid:
+class StudyGrid:
     """A study file, read: what `make` multiplies out."""
 
     where: str
     directory: StudyDirectory
     seeds: list[int]
     data: dict[str, dict[str, ProblemSet]]
-    models: dict[str, Model]
-    methods: dict[str, Entry]
+    models: dict[str, ModelSpec]
+    methods: dict[str, MethodEntry]
     train: dict[str, Any]
     convert: dict[str, Any]
     evaluate: dict[str, Any]
     evaluations: list[dict[str, Any]]  # each adds to `evaluate`
 
 
-def make(grid: Grid) -> tuple[Run, ...]:
+def expand(grid: StudyGrid) -> tuple[RunSpec, ...]:
     """All runs, each after the runs whose students it asks. Raises UserError for settings that do not fit together."""
-    runs: dict[str, Run] = {}
+    runs: dict[str, RunSpec] = {}
     alone = trained_alone(grid.methods)
     for seed, data, model, entry in itertools.product(
         grid.seeds, grid.data, grid.models.values(), grid.methods.values()
     ):
         if model.name not in entry.models or data not in entry.data:
             continue
-        made: list[Run] = []
-        if entry.composite:
+        made: list[RunSpec] = []
+        if entry.pair:
             made = _together(grid, entry, data, model, seed)
         elif entry.name in alone:
             made = [_student(grid, entry.name, data, model, seed)]
@@ -97,7 +97,7 @@ def make(grid: Grid) -> tuple[Run, ...]:
     return tuple(dataclasses.replace(run, serves=serves.get(run.name, ())) for run in runs.values())
 
 
-def _student(grid: Grid, method: str, data: str, model: Model, seed: int) -> Run:
+def _student(grid: StudyGrid, method: str, data: str, model: ModelSpec, seed: int) -> RunSpec:
     directory = grid.directory.run(f"{data}.{method}.{model.name}.s{seed}")
     own = grid.methods[method].settings if method in grid.methods else {}
     sets = grid.data[data]
@@ -118,12 +118,12 @@ def _student(grid: Grid, method: str, data: str, model: Model, seed: int) -> Run
     if method in ALONE:
         student = {"model_name_or_path": str(directory.export)}
         evaluations = _evaluations(grid, directory, data, method, student, {})
-    return Run(directory, train, convert, evaluations, model.num_ranks)
+    return RunSpec(directory, train, convert, evaluations, model.num_ranks)
 
 
-def _together(grid: Grid, entry: Entry, data: str, model: Model, seed: int) -> list[Run]:
+def _together(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelSpec, seed: int) -> list[RunSpec]:
     """A composite's run, after the students it asks."""
-    assert entry.composite
+    assert entry.pair
     other = grid.models[entry.decomposer_model or model.name]
     students = {
         part: _student(grid, part, data, model if part == SOLVER else other, seed) for part in entry.parts
@@ -133,19 +133,19 @@ def _together(grid: Grid, entry: Entry, data: str, model: Model, seed: int) -> l
     directory = grid.directory.run(f"{data}.{entry.name}.{label}.s{seed}")
     asked = {
         "solver": exports[SOLVER],
-        "decomposer": exports.get(entry.composite.decomposer, ""),
-        "planner": exports.get(entry.composite.planner, ""),
-        "subquestions": "decomposer" if entry.composite.decomposer else "gold",
+        "decomposer": exports.get(entry.pair.decomposer, ""),
+        "planner": exports.get(entry.pair.planner, ""),
+        "subquestions": "decomposer" if entry.pair.decomposer else "gold",
         "mode": "auto",
     }
     evaluations = _evaluations(grid, directory, data, entry.name, asked, entry.settings)
     if not any(settings.planner for settings in evaluations):  # the plans are the gold ones
-        students.pop(entry.composite.planner, None)
+        students.pop(entry.pair.planner, None)
     names = tuple(student.name for student in students.values())
-    return [*students.values(), Run(directory, None, None, evaluations, model.num_ranks, names)]
+    return [*students.values(), RunSpec(directory, None, None, evaluations, model.num_ranks, names)]
 
 
-def _few_shot(grid: Grid, entry: Entry, data: str, model: Model, seed: int) -> Run:
+def _few_shot(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelSpec, seed: int) -> RunSpec:
     directory = grid.directory.run(f"{data}.{FEW_SHOT}.{model.name}.s{seed}")
     pretrained = {**grid.train, **model.settings}.get("model_name_or_path", "")
     if not pretrained:
@@ -157,11 +157,11 @@ def _few_shot(grid: Grid, entry: Entry, data: str, model: Model, seed: int) -> R
     checks.refuse_missing(entry.settings.get("exemplars", ""), f"{grid.where}: methods.{FEW_SHOT}: exemplars")
     asked = {"model_name_or_path": pretrained, "mode": FEW_SHOT, "model_label": model.name}
     evaluations = _evaluations(grid, directory, data, FEW_SHOT, asked, entry.settings)
-    return Run(directory, None, None, evaluations, model.num_ranks)
+    return RunSpec(directory, None, None, evaluations, model.num_ranks)
 
 
 def _evaluations(
-    grid: Grid, run: RunDirectory, data: str, method: str, asked: dict[str, Any], own: dict[str, Any]
+    grid: StudyGrid, run: RunDirectory, data: str, method: str, asked: dict[str, Any], own: dict[str, Any]
 ) -> tuple[EvaluateSettings, ...]:
     """Every set that is not learned from, in every way the file asks for."""
     found: dict[str, EvaluateSettings] = {}
@@ -189,7 +189,7 @@ def _evaluations(
     return tuple(found.values())
 
 
-def _check_files(train: TrainSettings, model: Model, where: str) -> None:
+def _check_files(train: TrainSettings, model: ModelSpec, where: str) -> None:
     for key in ("model_name_or_path", "config_name"):
         checks.refuse_missing(getattr(train, key), f"{where}: models.{model.name}: {key}")
     if train.config_name.startswith("stories-"):
@@ -199,12 +199,12 @@ def _check_files(train: TrainSettings, model: Model, where: str) -> None:
         raise UserError(f"{where}: {place}: deepspeed: there is no file {train.deepspeed}")
 
 
-def name_of(settings: EvaluateSettings) -> str:
+def evaluation_name_of(settings: EvaluateSettings) -> str:
     """The evaluation's name in its run."""
     return EvaluationDirectory(Path(settings.output_dir)).path.name
 
 
-def place_of(settings: EvaluateSettings) -> str:
+def evaluation_directory_of(settings: EvaluateSettings) -> str:
     """What is evaluated on and how, without who: `gsm8k-test-no_calculator`."""
     return evaluation_name(Path(settings.shards).name, *_guidance(settings), **_ways(settings))
 

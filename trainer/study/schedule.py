@@ -8,7 +8,7 @@ from trainer.study import state
 from trainer.study.stages import Stage
 
 
-class Schedule:
+class StageQueue:
     """The stages that wait, in the order they are to be done: of those whose needs are done the first one comes next.
 
     Stages that need a broken one break with it. The report waits for everything, and shows what there is.
@@ -21,7 +21,7 @@ class Schedule:
         self._all = {stage.label for stage in todo}
         self._broken: set[str] = set()
 
-    def next(self) -> Stage | None:
+    def take_ready(self) -> Stage | None:
         """The next stage to start; it no longer waits. None: all that wait need one that has been started."""
         for stage in list(self._waiting):
             needs = self._all - {stage.label} if stage.kind == "report" else set(stage.needs)
@@ -36,6 +36,6 @@ class Schedule:
                 return stage
         return None
 
-    def ended(self, stage: Stage, well: bool) -> None:
+    def mark_ended(self, stage: Stage, well: bool) -> None:
         """Tell that a stage that was started has ended."""
         (self._done if well else self._broken).add(stage.label)

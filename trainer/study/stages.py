@@ -16,8 +16,8 @@ from trainer.errors import UserError
 from trainer.run_directory import RunDirectory
 from trainer.settings import PlotSettings
 from trainer.study.data_sets import ProblemSet
-from trainer.study.plan import Run, Study
-from trainer.study.runs import name_of, place_of
+from trainer.study.plan import RunSpec, Study
+from trainer.study.runs import evaluation_name_of, evaluation_directory_of
 
 SCRIPTS = {
     "annotate": "annotate.py",
@@ -44,7 +44,7 @@ class Stage:
     log: Path
     num_ranks: int = 1
     detail: str = ""
-    run: Run | None = None  # whose stage it is
+    run: RunSpec | None = None  # whose stage it is
     needs: tuple[str, ...] = ()
     shards: str = ""  # of an annotation: the shards that are made of it
 
@@ -53,10 +53,10 @@ class Stage:
         return f"{self.kind} {self.subject}{' on ' + self.detail if self.detail else ''}"
 
 
-def of_study(study: Study) -> list[Stage]:
+def study_stages(study: Study) -> list[Stage]:
     """All stages; run by run, so that the first finished run can be looked at while the others train."""
     problems = [stage for found in study.problem_sets for stage in _of_problems(found, study.directory.logs)]
-    runs = [stage for run in study.runs for stage in of_run(run)]
+    runs = [stage for run in study.runs for stage in run_stages(run)]
     plot = PlotSettings(runs=[str(study.directory.path)])
     needs = tuple(stage.label for stage in runs if stage.kind == "evaluate")
     report = Stage("report", study.name, plot, study.directory.logs / "report.log", needs=needs)
@@ -73,7 +73,7 @@ def _of_problems(problems: ProblemSet, logs: Path) -> list[Stage]:
     return [*annotate, Stage("prepare", name, problems.shards, logs / f"prepare-{name}.log", needs=needs)]
 
 
-def of_run(run: Run) -> list[Stage]:
+def run_stages(run: RunSpec) -> list[Stage]:
     """Training and conversion of a student, and the run's evaluations."""
     directory: RunDirectory = run.directory
     stages = []
@@ -86,10 +86,10 @@ def of_run(run: Run) -> list[Stage]:
         stages = [train, convert]
     exports = [f"convert {name}" for name in ((run.name,) if run.train else run.students)]
     for settings in run.evaluations:
-        log = directory.log(f"evaluate-{name_of(settings)}")
+        log = directory.log(f"evaluate-{evaluation_name_of(settings)}")
         needs = (*exports, prepared(settings.shards))
         stages.append(
-            Stage("evaluate", run.name, settings, log, run.num_ranks, place_of(settings), run, needs)
+            Stage("evaluate", run.name, settings, log, run.num_ranks, evaluation_directory_of(settings), run, needs)
         )
     return stages
 
@@ -99,7 +99,7 @@ def prepared(shards: str) -> str:
     return f"prepare {Path(shards).name}"
 
 
-def command(
+def stage_command(
     stage: Stage,
     tools: Path,
     launcher: str,
@@ -111,7 +111,7 @@ def command(
     `auto`: several ranks train under the deepspeed launcher, which imports torch and deepspeed twice before the first
     rank starts (7 s on two cores); evaluation does not need it and starts under mpiexec (0.03 s) where there is one.
     """
-    script = [str(tools / SCRIPTS[stage.kind]), *flags(stage.settings)]
+    script = [str(tools / SCRIPTS[stage.kind]), *to_flags(stage.settings)]
     if stage.kind not in RANKED or (stage.num_ranks == 1 and launcher == "auto"):
         return [sys.executable, *script]
     if launcher == "mpiexec" or (launcher == "auto" and stage.kind == "evaluate" and _own_mpiexec()):
@@ -125,7 +125,7 @@ def command(
     return [deepspeed(), *_devices(stage.num_ranks, environment), *master_port, *script]
 
 
-def environment(stage: Stage, cores: int, devices: Sequence[str] = ()) -> dict[str, str]:
+def stage_environment(stage: Stage, cores: int, devices: Sequence[str] = ()) -> dict[str, str]:
     """What a stage finds besides our own environment: threads, or every rank would use all the cores, and its devices.
 
     `cores` are those for this stage alone. Without `devices` it sees those that we see.
@@ -136,7 +136,7 @@ def environment(stage: Stage, cores: int, devices: Sequence[str] = ()) -> dict[s
     return found
 
 
-def flags(settings: Any) -> list[str]:
+def to_flags(settings: Any) -> list[str]:
     """Fields that are not at their default, as flags; `--name=value` also holds a value that begins with a dash.
 
     A list is one flag an item.

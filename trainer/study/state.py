@@ -38,23 +38,23 @@ class Progress:
 def is_done(stage: Stage) -> bool:
     """Whether the stage's result is there. A student that nobody will ask any more needs neither checkpoint nor export."""
     if stage.kind == "annotate":
-        return annotated(stage.settings) or commit.is_complete(Path(stage.shards))
+        return is_annotated(stage.settings) or commit.is_complete(Path(stage.shards))
     if stage.kind == "prepare":
-        return shards_ready(stage.settings)
+        return are_shards_ready(stage.settings)
     if stage.kind == "report":
         return _report_is_fresh(StudyDirectory(Path(stage.settings.runs[0])))
     assert stage.run is not None
     if stage.kind == "evaluate":
-        return evaluated(stage.settings)
+        return is_evaluated(stage.settings)
     asked = (*stage.run.evaluations, *stage.run.serves)
-    if asked and all(evaluated(settings) for settings in asked):
+    if asked and all(is_evaluated(settings) for settings in asked):
         return True
-    if exported(stage.run.directory):
+    if is_exported(stage.run.directory):
         return True
-    return stage.kind == "train" and trained(stage.run.directory)
+    return stage.kind == "train" and is_trained(stage.run.directory)
 
 
-def annotated(settings: AnnotateSettings) -> bool:
+def is_annotated(settings: AnnotateSettings) -> bool:
     """Whether the teacher's steps are there. Raises UserError if they were made with other settings."""
     path = AnnotationDirectory(Path(settings.output_dir)).result
     if not commit.is_complete(path):
@@ -72,7 +72,7 @@ def annotated(settings: AnnotateSettings) -> bool:
     return True
 
 
-def shards_ready(settings: PrepareSettings) -> bool:
+def are_shards_ready(settings: PrepareSettings) -> bool:
     """Whether the shards are there. Raises UserError if they were made with other settings."""
     path = Path(settings.output_dir)
     if not commit.is_complete(path):
@@ -87,7 +87,7 @@ def shards_ready(settings: PrepareSettings) -> bool:
     return True
 
 
-def trained(run: RunDirectory) -> bool:
+def is_trained(run: RunDirectory) -> bool:
     """Whether the newest finished checkpoint is of the last step."""
     return any(
         commit.read_manifest(run.checkpoint(step), "checkpoint")["facts"].get("finished") is True
@@ -96,13 +96,13 @@ def trained(run: RunDirectory) -> bool:
     )
 
 
-def exported(run: RunDirectory) -> bool:
+def is_exported(run: RunDirectory) -> bool:
     """Whether the export is there and of the last step."""
     finished = commit.is_complete(run.export)
     return finished and commit.read_manifest(run.export, "export")["facts"].get("finished") is True
 
 
-def evaluated(settings: EvaluateSettings) -> bool:
+def is_evaluated(settings: EvaluateSettings) -> bool:
     return EvaluationDirectory(Path(settings.output_dir)).results.is_file()
 
 

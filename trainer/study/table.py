@@ -15,8 +15,8 @@ from trainer import commit, lock, terminal
 from trainer.run_directory import EvaluationDirectory
 from trainer.settings import EvaluateSettings
 from trainer.study import changes, outlook, processes, stages, state
-from trainer.study.plan import Run, Study
-from trainer.study.runs import place_of
+from trainer.study.plan import RunSpec, Study
+from trainer.study.runs import evaluation_directory_of
 
 _WIDTH_OF_A_PIPE = 160  # where there is no terminal whose width one could ask for
 
@@ -25,24 +25,24 @@ def show_status(study: Study) -> None:
     """Print how far every run is, with its loss and its accuracies (strict, 95 % interval)."""
     table = make_table("run", "train", "loss", "convert", *_evaluation_sets(study))
     for run in study.runs:
-        cells = {place_of(settings): _evaluation(settings) for settings in run.evaluations}
+        cells = {evaluation_directory_of(settings): _evaluation(settings) for settings in run.evaluations}
         table.add_row(
             run.name,
             *(_training(run) if run.train else ("", "", "")),
             *(cells.get(name, "") for name in _evaluation_sets(study)),
         )
-    todo = stages.of_study(study)
+    todo = stages.study_stages(study)
     done = sum(state.is_done(stage) for stage in todo)
     terminal.info(f"study {study.name} ({study.directory.path}): {done} of {len(todo)} stages done")
     for settings in study.shards:
         ready = "not prepared"
-        if state.shards_ready(settings):
+        if state.are_shards_ready(settings):
             facts = commit.read_manifest(Path(settings.output_dir))["facts"]
             ready = f"{facts['num_problems']} problems"
         terminal.info(f"shards {settings.output_dir}: {ready}")
     terminal.info(table_text(table))
     running = lock.current_owner(study.directory.lock)
-    leftovers = processes.of_study(study.directory)
+    leftovers = processes.processes_of_study(study.directory)
     if running:
         terminal.info(f"in use: {running.process}, since {running.since}")
     elif leftovers:
@@ -56,8 +56,8 @@ def show_status(study: Study) -> None:
 
 def show_plan(study: Study, tools: Path) -> None:
     """Print models, stages, whether they are done, and the commands of the others. Raises UserError as a run would."""
-    changes.refuse(study)
-    todo = stages.of_study(study)
+    changes.check_unchanged(study)
+    todo = stages.study_stages(study)
     waiting = [stage for stage in todo if not state.is_done(stage)]
     terminal.info(table_text(_models(study)) + "\n")
     table = make_table("", "stage", "state", "ranks", "problems")
@@ -67,7 +67,7 @@ def show_plan(study: Study, tools: Path) -> None:
     terminal.info(table_text(table))
     terminal.info(f"study {study.name}: {len(study.runs)} runs, {len(todo)} stages, {len(waiting)} to do")
     for stage in waiting:
-        terminal.info("\n" + shlex.join(stages.command(stage, tools, study.launcher)))
+        terminal.info("\n" + shlex.join(stages.stage_command(stage, tools, study.launcher)))
 
 
 def _models(study: Study) -> Table:
@@ -82,7 +82,7 @@ def _models(study: Study) -> Table:
             table.add_row(
                 settings.model_label,
                 settings.model_name_or_path or f"{settings.config_name} (random weights)",
-                _number(outlook.parameters(settings, prepared[settings.train_shards])),
+                _number(outlook.num_parameters(settings, prepared[settings.train_shards])),
                 str(run.num_ranks),
                 Path(settings.deepspeed).stem if settings.deepspeed else "zero1",
                 "bf16" if settings.bf16 else "fp32",
@@ -93,11 +93,11 @@ def _models(study: Study) -> Table:
 def _num_problems(stage: stages.Stage, study: Study) -> str:
     """What a stage reads: examples of the method, or problems that are answered."""
     if stage.kind == "prepare":
-        return _number(outlook.problems(stage.settings))
+        return _number(outlook.num_problems(stage.settings))
     if stage.kind == "train":
-        return _number(outlook.examples(stage.settings, study.shards))
+        return _number(outlook.num_examples(stage.settings, study.shards))
     if stage.kind == "evaluate":
-        return _number(outlook.answers(stage.settings, study.shards))
+        return _number(outlook.num_answers(stage.settings, study.shards))
     return ""
 
 
@@ -105,13 +105,13 @@ def _number(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
 
 
-def _training(run: Run) -> tuple[str, str, str]:
+def _training(run: RunSpec) -> tuple[str, str, str]:
     """How far the training is, its loss, and whether it is converted."""
     assert run.train
     loss = state.final_loss(run.directory)
     progress = state.training_progress(run.train)
-    exported = state.exported(run.directory)
-    if exported or state.trained(run.directory):
+    exported = state.is_exported(run.directory)
+    if exported or state.is_trained(run.directory):
         how_far = "done"
     elif run.directory.metrics.is_file():
         how_far = f"{progress.done}/{progress.total or '?'}"
@@ -121,7 +121,7 @@ def _training(run: Run) -> tuple[str, str, str]:
 
 
 def _evaluation(settings: EvaluateSettings) -> str:
-    if state.evaluated(settings):
+    if state.is_evaluated(settings):
         return state.accuracy(settings)
     if not EvaluationDirectory(Path(settings.output_dir)).rank_files.is_dir():
         return "-"
@@ -131,7 +131,7 @@ def _evaluation(settings: EvaluateSettings) -> str:
 
 def _evaluation_sets(study: Study) -> list[str]:
     """On what and how students are evaluated, in the order of the file."""
-    return list(dict.fromkeys(place_of(e) for run in study.runs for e in run.evaluations))
+    return list(dict.fromkeys(evaluation_directory_of(e) for run in study.runs for e in run.evaluations))
 
 
 def make_table(*columns: str) -> Table:
