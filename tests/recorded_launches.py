@@ -62,7 +62,9 @@ def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> li
     replayed: list[decode_graphs.GraphShape] = []
     choose = decode_graphs.CudaGraphRunner._smallest_that_holds
 
-    def noted(self: decode_graphs.CudaGraphRunner, shape: decode_graphs.GraphShape) -> decode_graphs.GraphShape | None:
+    def noted(
+        self: decode_graphs.CudaGraphRunner, shape: decode_graphs.GraphShape
+    ) -> decode_graphs.GraphShape | None:
         used = choose(self, shape)
         if used is not None:
             replayed.append(used)

@@ -173,7 +173,9 @@ def test_a_lost_lock_is_noticed_and_not_released(run: RunDirectory) -> None:
     held = json.loads((run.lock / "owner.json").read_text())
     other = LockOwner(_mine(host="thief"), "another-token", "2026-01-01 00:00:00 +0000")
     (run.lock / "owner.json").write_text(json.dumps({**held, **asdict(other)}))
-    assert "was taken from this job by" in (lock.taken_over_by() or "") and "thief" in (lock.taken_over_by() or "")
+    assert "was taken from this job by" in (lock.taken_over_by() or "") and "thief" in (
+        lock.taken_over_by() or ""
+    )
     lock.release()
     assert run.lock.exists()
 

@@ -33,7 +33,7 @@ def _examine(settings: DoctorSettings) -> None:
         from trainer import startup
 
         startup.pause_gc()
-        from trainer.doctor.examine import run_checks, print_report
+        from trainer.doctor.examine import print_report, run_checks
 
         healthy = print_report(run_checks(settings), time.monotonic() - start, settings.json)
     if not healthy:

@@ -40,7 +40,9 @@ def _train(settings: TrainSettings) -> None:
     from trainer.training.loop import train
     from trainer.training.periodic import ValidationLoss
 
-    evaluate = ValidationLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
+    evaluate = (
+        ValidationLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
+    )
     if not train(settings, evaluate, stop):
         terminal.exit_for_requeue()
 

@@ -102,9 +102,13 @@ def environment_from_launcher(environment: Mapping[str, str]) -> DistributedEnvi
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
         tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
         names = ("SLURM_PROCID", tasks, "SLURM_LOCALID", "_LOCAL")
-        return _read_environment({**environment, "_LOCAL": str(tasks_on_this_node(environment))}, "slurm", *names)
+        return _read_environment(
+            {**environment, "_LOCAL": str(tasks_on_this_node(environment))}, "slurm", *names
+        )
     if "PMI_RANK" in environment:
-        return _read_environment(environment, "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+        return _read_environment(
+            environment, "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
+        )
     if "OMPI_COMM_WORLD_RANK" in environment:
         prefix = "OMPI_COMM_WORLD_"
         names = (prefix + "RANK", prefix + "SIZE", prefix + "LOCAL_RANK", prefix + "LOCAL_SIZE")
@@ -281,7 +285,9 @@ def _read_environment(environment: Mapping[str, str], launcher: str, *names: str
             raise UserError(
                 f"{name}={text!r} in the environment is not a number ({launcher} launch)"
             ) from None
-    found = DistributedEnvironment(values[rank], values[size], values[local_rank], values[local_size], launcher)
+    found = DistributedEnvironment(
+        values[rank], values[size], values[local_rank], values[local_size], launcher
+    )
     if not 0 <= found.rank < found.world_size:
         raise UserError(
             f"{rank}={found.rank} but {size}={found.world_size}: a rank is below the number of ranks"

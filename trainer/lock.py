@@ -103,7 +103,9 @@ def current_owner(path: Path) -> LockOwner | None:
 def acquire(path: Path) -> DirectoryLock:
     """Take the lock, also from an owner that is gone. Raises UserError, naming who holds it and since when, or OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    me = LockOwner(ProcessIdentity.of_this_process(), secrets.token_hex(8), time.strftime("%Y-%m-%d %H:%M:%S %z"))
+    me = LockOwner(
+        ProcessIdentity.of_this_process(), secrets.token_hex(8), time.strftime("%Y-%m-%d %H:%M:%S %z")
+    )
     for _ in range(_MAX_ATTEMPTS):
         if _install(path, me):
             _remove_old_locks(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trainer.configuration import check_at_least, check_one_of, check_given, setting
+from trainer.configuration import check_at_least, check_given, check_one_of, setting
 from trainer.errors import UserError
 
 METHODS = (

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks.evaluation import material
 from benchmarks.evaluation.told import arguments, measured
-from trainer.evaluation.cast import RoleModel, Pipeline
+from trainer.evaluation.cast import Pipeline, RoleModel
 from trainer.evaluation.decoding import DECOMPOSER, INTERLEAVED, SOLVER, STUDENT, Decoding
 from trainer.evaluation.predict import predictions
 from trainer.evaluation.tickets import ProcessCounter

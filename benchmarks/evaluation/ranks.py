@@ -21,7 +21,7 @@ from benchmarks.evaluation import material
 from benchmarks.evaluation.told import arguments
 from benchmarks.processes import turns
 from trainer import distributed
-from trainer.evaluation.cast import RoleModel, Pipeline
+from trainer.evaluation.cast import Pipeline, RoleModel
 from trainer.evaluation.decoding import STUDENT, Decoding
 from trainer.evaluation.predict import predictions
 from trainer.evaluation.tickets import Counter, ProcessCounter, shared_counter

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def ours(model: Any, tokenizer: Any, shards: Shards, which: range, limit: int, batch: int) -> Answers:
-    from trainer.evaluation.cast import RoleModel, Pipeline
+    from trainer.evaluation.cast import Pipeline, RoleModel
     from trainer.evaluation.predict import predictions
     from trainer.evaluation.tickets import shared_counter
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trainer.cluster import batches
-from trainer.cluster.batches import SlurmJob, JobId, Dependency
+from trainer.cluster.batches import Dependency, JobId, SlurmJob
 from trainer.study import stages
 from trainer.study.plan import Study
 

@@ -21,7 +21,7 @@ from trainer.evaluation.backends.choice import make_backend
 from trainer.evaluation.backends.transformers import CACHE_USES, CacheUse, TransformersBackend
 from trainer.evaluation.complete import completion_backend, completions
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.generate import make_sampler, generate
+from trainer.evaluation.generate import generate, make_sampler
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.jsonl import to_record
 from trainer.run_directory import EvaluationDirectory

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.errors import UserError
 from trainer.evaluation import engine
-from trainer.evaluation.cast import RoleModel, Pipeline
+from trainer.evaluation.cast import Pipeline, RoleModel
 from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.few_shot import exemplar_tokens
@@ -91,7 +91,9 @@ def test_exemplars_are_read_once_and_the_texts_are_those_of_reading_them_every_t
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.3)  # greedy texts vary
     decoding = Decoding(FEW_SHOT, max_new_tokens=12, batch_size=2, calculator=False)
-    cast = Pipeline({STUDENT: RoleModel(model, None)}, tokenizer, shards, decoding, read_exemplars(str(exemplars)))
+    cast = Pipeline(
+        {STUDENT: RoleModel(model, None)}, tokenizer, shards, decoding, read_exemplars(str(exemplars))
+    )
     expected = {}
     for index in range(6):
         prompt = torch.tensor([cast.rollout(index).sequences[0].pending])

@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 
 from trainer.errors import UserError
-from trainer.evaluation.gather import RankFile, errors_on_all_ranks, rank_files, read_rank_file, remove_rank_files, merge_predictions
+from trainer.evaluation.gather import (
+    RankFile,
+    errors_on_all_ranks,
+    merge_predictions,
+    rank_files,
+    read_rank_file,
+    remove_rank_files,
+)
 
 
 def prediction(name: str) -> dict[str, Any]:

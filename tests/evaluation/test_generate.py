@@ -25,11 +25,11 @@ from transformers import (
 from trainer.errors import UserError
 from trainer.evaluation import engine
 from trainer.evaluation.decoding import STUDENT
-from trainer.evaluation.engine import SlotBackend, SequenceState
-from trainer.evaluation.generate import make_sampler, generate
+from trainer.evaluation.engine import SequenceState, SlotBackend
+from trainer.evaluation.generate import generate, make_sampler
 from trainer.evaluation.language import StopTokens, end_of_text_ids
 from trainer.evaluation.sampling import sampling_seed
-from trainer.evaluation.solution import RolloutContext, Program, ModelSlot, Rollout
+from trainer.evaluation.solution import ModelSlot, Program, Rollout, RolloutContext
 from trainer.models.slot_attention import use_slot_attention
 from trainer.models.slots import ForwardBatch
 from trainer.models.tokenizer import load_tokenizer

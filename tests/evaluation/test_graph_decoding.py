@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.evaluation.test_generate import MODELS, make, prompts, solve
 from tests.recorded_launches import decode_by_graphs
-from trainer.evaluation.engine import SlotBackend, SequenceState, use_graph_step
+from trainer.evaluation.engine import SequenceState, SlotBackend, use_graph_step
 from trainer.models.slot_attention import use_slot_attention
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.read import Shards

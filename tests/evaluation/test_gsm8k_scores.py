@@ -28,7 +28,9 @@ def problems(shared_data: Path) -> list[Problem]:
 
 def correct(problems: Iterable[Problem], text: Callable[[Problem], str]) -> dict[str, int]:
     """Correct predictions by rule, if the student writes `text(problem)`."""
-    summary: dict[str, Any] = summarise(score_prediction(problem, text(problem), WRITTEN) for problem in problems)
+    summary: dict[str, Any] = summarise(
+        score_prediction(problem, text(problem), WRITTEN) for problem in problems
+    )
     assert summary["num_problems"] == NUM_PROBLEMS
     assert sum(group["strict"]["n"] for group in summary["by_num_steps"].values()) == NUM_PROBLEMS
     return {rule: score["correct"] for rule, score in summary["accuracy"].items()}
@@ -36,7 +38,9 @@ def correct(problems: Iterable[Problem], text: Callable[[Problem], str]) -> dict
 
 def view(problem: Problem, method: str) -> str:
     """What a student of that method learns to write."""
-    return "".join(text for role, text in segment_texts(problem) if role in VIEWS[method].targets or role == 3)
+    return "".join(
+        text for role, text in segment_texts(problem) if role in VIEWS[method].targets or role == 3
+    )
 
 
 def with_answer(problem: Problem, answer: str) -> str:

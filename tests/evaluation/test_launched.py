@@ -70,7 +70,9 @@ def test_a_killed_rank_costs_time_only(
     assert outcomes[killed].status == -signal.SIGKILL, outcomes
     assert outcomes[1 - killed].status == terminal.EXIT_PEER_LOST, outcomes
     directory = EvaluationDirectory(tmp_path)
-    parts = {part.name[: len("rank-0")]: list(read_rank_file(part)) for part in directory.rank_files.iterdir()}
+    parts = {
+        part.name[: len("rank-0")]: list(read_rank_file(part)) for part in directory.rank_files.iterdir()
+    }
     assert len(parts[f"rank-{killed}"]) == 2 and not directory.results.exists()
     evaluate(settings(export, shards, output_dir=str(tmp_path)))
     assert read(directory) == read(undisturbed)

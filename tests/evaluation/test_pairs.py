@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.recorded_launches import decode_by_graphs
-from trainer.evaluation.cast import RoleModel, Pipeline
+from trainer.evaluation.cast import Pipeline, RoleModel
 from trainer.evaluation.decoding import DECOMPOSER, PLANNER, SOLVER, STUDENT, Decoding
 from trainer.evaluation.predict import predictions
 from trainer.evaluation.tickets import ProcessCounter

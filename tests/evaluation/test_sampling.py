@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from trainer.errors import UserError
-from trainer.evaluation.sampling import greedy, sampling_seed, sampled, uniform_noise
+from trainer.evaluation.sampling import greedy, sampled, sampling_seed, uniform_noise
 
 LOGITS = torch.log(torch.tensor([0.5, 0.05, 0.3, 0.15]))
 
@@ -25,7 +25,9 @@ def test_noise_is_uniform_and_independent() -> None:
 def test_noise_is_pinned() -> None:
     """Another stream would change every sampled result. The numbers are SplitMix64's published ones for this seed."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    assert [uniform_noise(1234567, position) for position in range(4)] == [(n >> 11) / 2**53 for n in published]
+    assert [uniform_noise(1234567, position) for position in range(4)] == [
+        (n >> 11) / 2**53 for n in published
+    ]
     assert sampling_seed(0, "gsm8k-test-1") == 4546245424551676520
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from trainer.errors import UserError
 from trainer.evaluation import solve
-from trainer.evaluation.cast import RoleModel, Pipeline
+from trainer.evaluation.cast import Pipeline, RoleModel
 from trainer.evaluation.decoding import (
     DECOMPOSER,
     PLANNER,
@@ -23,7 +23,7 @@ from trainer.evaluation.decoding import (
 )
 from trainer.evaluation.language import StopTokens
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.solution import RolloutContext, Program, ModelSlot, Rollout
+from trainer.evaluation.solution import ModelSlot, Program, Rollout, RolloutContext
 from trainer.evaluation.student import ModelReference
 from trainer.evaluation.tickets import ProcessCounter
 from trainer.models.tokenizer import load_tokenizer
@@ -167,7 +167,10 @@ TEXT = "How many?\n2 = <<1+1=2>>2\nAnd then?\n3 = <<2+1=3>>3\n#### 3"
     ],
 )
 def test_two_models_in_turn_read_their_views_token_for_token(
-    tokenizer: PreTrainedTokenizerBase, method: solve.SolvingProgram, methods: dict[str, str], decomposer_reads: str
+    tokenizer: PreTrainedTokenizerBase,
+    method: solve.SolvingProgram,
+    methods: dict[str, str],
+    decomposer_reads: str,
 ) -> None:
     """No token is read twice, and none that the model's training did not show there."""
     # The calculator is faster than the solver, which then leaves its own result out.
@@ -266,12 +269,25 @@ def test_a_cut_keeps_what_was_written(
 def test_gold_questions_are_given_and_never_written(tokenizer: PreTrainedTokenizerBase) -> None:
     questions = [StopTokens(tokenizer).tokens(text) for text in ("How many?\n", "And then?\n")]
     said = SOLVED.replace("=2>>", "=").replace("=3>>", "=")
-    play = Play(tokenizer, partial(solve.gold_subquestions, questions=questions), {SOLVER: "solver"}, {SOLVER: said})
+    play = Play(
+        tokenizer, partial(solve.gold_subquestions, questions=questions), {SOLVER: "solver"}, {SOLVER: said}
+    )
     assert (play.text, play.stopped, play.has_read(0)) == (TEXT, "", TEXT)
     assert play.generated == {SOLVER: len(tokenizer(SOLVED.removesuffix("|"))["input_ids"]) + 1}
-    early = Play(tokenizer, partial(solve.gold_subquestions, questions=questions), {SOLVER: "solver"}, {SOLVER: "#### 3|"})
+    early = Play(
+        tokenizer,
+        partial(solve.gold_subquestions, questions=questions),
+        {SOLVER: "solver"},
+        {SOLVER: "#### 3|"},
+    )
     assert (early.text, early.stopped) == ("How many?\n#### 3", "ended_early")
-    cut = Play(tokenizer, partial(solve.gold_subquestions, questions=questions), {SOLVER: "solver"}, {SOLVER: "1\n2"}, 1)
+    cut = Play(
+        tokenizer,
+        partial(solve.gold_subquestions, questions=questions),
+        {SOLVER: "solver"},
+        {SOLVER: "1\n2"},
+        1,
+    )
     assert cut.text == "How many?\n1\nAnd then?" and cut.stopped == "max_new_tokens"
 
 
@@ -352,7 +368,10 @@ def test_modes() -> None:
 
 
 def pair(**methods: str | None) -> dict[str, ModelReference]:
-    return {part: ModelReference(f"runs/{method}", "export", {"method": method}) for part, method in methods.items()}
+    return {
+        part: ModelReference(f"runs/{method}", "export", {"method": method})
+        for part, method in methods.items()
+    }
 
 
 def test_modes_of_pairs() -> None:

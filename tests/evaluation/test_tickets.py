@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import run_well
 from tests.evaluation.conftest import mpiexec
 from tests.evaluation.draw_tickets import CUT, SIZES, SLOW, counts
-from trainer.evaluation.tickets import ProcessCounter, WorkQueue, exhaust_queue, batch_size
+from trainer.evaluation.tickets import ProcessCounter, WorkQueue, batch_size, exhaust_queue
 
 COMMAND = ["-m", "tests.evaluation.draw_tickets"]
 

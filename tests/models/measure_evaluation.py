@@ -12,7 +12,7 @@ from trainer.evaluation.backend_check import check_texts
 from trainer.evaluation.backends import SequenceState
 from trainer.evaluation.backends.choice import SLOTS, TRANSFORMERS, choose_backend, make_backend
 from trainer.evaluation.backends.transformers import CACHE_USES
-from trainer.evaluation.generate import make_sampler, generate
+from trainer.evaluation.generate import generate, make_sampler
 from trainer.models import load
 
 PROMPT_LENGTHS = (6, 3, 20, 6, 11)

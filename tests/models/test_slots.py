@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trainer.models import packed_attention, slot_attention
 from trainer.models.decode_graphs import GraphShape, shape_for
 from trainer.models.slot_attention import last_token_logits, use_slot_attention
-from trainer.models.slots import KVCache, ForwardBatch, prepare_prefill
+from trainer.models.slots import ForwardBatch, KVCache, prepare_prefill
 
 LAYERS = 2
 
@@ -64,7 +64,9 @@ def read(model: LlamaForCausalLM, cache: KVCache) -> list[torch.Tensor]:
     seen = []
     with torch.no_grad(), use_slot_attention(model):
         for active, lengths, tokens in passes:
-            plan: ForwardBatch = prepare_prefill(cache, active, lengths, tokens, torch.float32, torch.device("cpu"))
+            plan: ForwardBatch = prepare_prefill(
+                cache, active, lengths, tokens, torch.float32, torch.device("cpu")
+            )
             seen.append(last_token_logits(model, plan))
     return seen
 
@@ -96,7 +98,9 @@ def test_the_kernel_takes_more_keys_than_queries() -> None:
     with FakeTensorMode():
         query, key = torch.empty(1, 4, 10, 16), torch.empty(1, 2, 25, 16)
         bounds = torch.empty(3, dtype=torch.int32)
-        out = packed_attention.varlen_attention(query, key, key, None, bounds, 6, torch.empty_like(bounds), 13)
+        out = packed_attention.varlen_attention(
+            query, key, key, None, bounds, 6, torch.empty_like(bounds), 13
+        )
     assert out.shape == (1, 10, 4, 16)
 
 
@@ -111,4 +115,6 @@ def test_a_graph_is_for_all_slots_or_a_half_or_a_quarter_of_them() -> None:
         (1, 128), (1, 128), (1, 256), (1, 600), (1, 600)
     ]  # fmt: skip
     assert GraphShape(16, 256).holds(GraphShape(16, 256)) and GraphShape(16, 256).holds(GraphShape(8, 128))
-    assert not GraphShape(16, 128).holds(GraphShape(8, 256)) and not GraphShape(8, 256).holds(GraphShape(16, 128))
+    assert not GraphShape(16, 128).holds(GraphShape(8, 256)) and not GraphShape(8, 256).holds(
+        GraphShape(16, 128)
+    )

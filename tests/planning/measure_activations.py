@@ -62,7 +62,9 @@ def main() -> None:
         config = AutoConfig.for_model(kind, **shape)
         config.use_cache = False
         for checkpointing in (False, True) if kind in ("gpt2", "llama") else (False,):
-            planned = trace_activations(config, LENGTHS, LEARNED, torch.float32, checkpointing, cuda=False).peak_bytes
+            planned = trace_activations(
+                config, LENGTHS, LEARNED, torch.float32, checkpointing, cuda=False
+            ).peak_bytes
             result[f"{kind} {checkpointing}"] = [planned, peak(config, checkpointing)]
     print("RESULT " + json.dumps(result))
 

@@ -90,14 +90,17 @@ def test_nothing_is_allocated() -> None:
 def test_families_without_packing_or_with_experts_are_planned(name: str, cuda: bool) -> None:
     """Twice as many examples take about twice the memory, in packs or in padded rows."""
     small = family_of(name).config
-    few, many = (trace_activations(small, [40] * n, 20 * n, torch.float32, cuda, cuda).peak_bytes for n in (4, 8))
+    few, many = (
+        trace_activations(small, [40] * n, 20 * n, torch.float32, cuda, cuda).peak_bytes for n in (4, 8)
+    )
     assert 1.5 < many / few < 2.5
 
 
 def test_padding_is_counted_where_a_family_is_not_packed() -> None:
     small = family_of("gptj").config
     even, uneven = (
-        trace_activations(small, lengths, 40, torch.float32, False, False).peak_bytes for lengths in ([30, 30], [10, 50])
+        trace_activations(small, lengths, 40, torch.float32, False, False).peak_bytes
+        for lengths in ([30, 30], [10, 50])
     )
     assert uneven > 1.3 * even
 

@@ -160,7 +160,9 @@ def test_checkpoints_take_the_planned_bytes(trained: list[dict[str, Any]]) -> No
     for values in trained:
         run = RunDirectory(Path(values["output_dir"]))
         asked = PlanSettings(**values)
-        expected = disk.estimate_disk(workload.estimate_workload(asked, 2), ds_config.resolve_ds_config(asked, 2), 2).checkpoint_bytes
+        expected = disk.estimate_disk(
+            workload.estimate_workload(asked, 2), ds_config.resolve_ds_config(asked, 2), 2
+        ).checkpoint_bytes
         files = [path for path in run.checkpoint(4).rglob("*") if path.is_file()]
         found = sum(path.stat().st_size for path in files if path.parent.name != "model")
         assert found == pytest.approx(expected, rel=0.03), values["deepspeed"]

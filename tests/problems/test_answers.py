@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from trainer.problems import answers
-from trainer.problems.answers import RULES, extract_answer, answer_type, answers_match
+from trainer.problems.answers import RULES, answer_type, answers_match, extract_answer
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,10 @@ from trainer.problems.answers import RULES, extract_answer, answer_type, answers
 )
 def test_ways_to_write_eighteen(answer):
     assert (
-        answers_match(answer, "18") and not answers_match(answer, "17") and not answers_match(answer, "-18") and not answers_match(answer, "0.18")
+        answers_match(answer, "18")
+        and not answers_match(answer, "17")
+        and not answers_match(answer, "-18")
+        and not answers_match(answer, "0.18")
     )
 
 
@@ -189,8 +192,14 @@ def test_flexible_knows_the_kind_of_the_gold_and_nothing_else():
     assert extract_answer("3 of 4.\n#### no", "flexible") == "no"
     assert extract_answer("It sinks, so no.", "flexible") == "no"
     assert extract_answer("The city is\nParis", "flexible", "text") == "Paris"
-    assert extract_answer("so\n#### Paris\nbye", "flexible", "text") == extract_answer("#### Paris", "flexible") == "Paris"
-    assert [answer_type(gold) for gold in ("18", "-1,080.5", "$3", "1/2", "yes", "False.", "18 eggs", "no one")] == [
+    assert (
+        extract_answer("so\n#### Paris\nbye", "flexible", "text")
+        == extract_answer("#### Paris", "flexible")
+        == "Paris"
+    )
+    assert [
+        answer_type(gold) for gold in ("18", "-1,080.5", "$3", "1/2", "yes", "False.", "18 eggs", "no one")
+    ] == [
         *["number"] * 4,
         *["yes_no"] * 2,
         *["text"] * 2,
@@ -246,7 +255,11 @@ def test_every_gold_solution_of_gsm8k_is_right_and_every_changed_answer_wrong(sh
         wrong = [value + 1, value - 1, value * 10, -value, value / 10, value + Fraction(1, 100)]
         for changed in (str(w) for w in wrong if w != value):
             for rule in RULES:
-                assert not answers_match(extract_answer(f"{body}#### {changed}", rule, "number"), gold), (rule, changed, gold)
+                assert not answers_match(extract_answer(f"{body}#### {changed}", rule, "number"), gold), (
+                    rule,
+                    changed,
+                    gold,
+                )
         assert not answers_match(extract_answer(body, "strict"), gold)
         assert answers_match(extract_answer(f"{body}So the answer is {gold}.", "flexible", "number"), gold)
     assert num_problems == 1319
@@ -258,7 +271,9 @@ def test_right_under_strict_is_right_under_flexible(shared_data):
         for tail in tails:
             for some_gold in (gold, "yes", "no", "7", "Paris"):
                 if answers_match(extract_answer(text + tail, "strict"), some_gold):
-                    assert answers_match(extract_answer(text + tail, "flexible", answer_type(some_gold)), some_gold)
+                    assert answers_match(
+                        extract_answer(text + tail, "flexible", answer_type(some_gold)), some_gold
+                    )
 
 
 def test_last_number_agrees_with_gold_for_solutions_without_delimiter(shared_data):

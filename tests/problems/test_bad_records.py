@@ -184,7 +184,9 @@ def test_a_bad_element_of_an_array_costs_one_record(tmp_path):
             assert lines[item.line].strip() == f'"ID": "chal-{number}",'
     assert "line 2 " in items[6].detail
     for split in ("train", "test"):  # whose split cannot be known is reported in every one
-        reasons = [r.reason for r in read_problems("svamp", split, str(path)) if isinstance(r, RejectedRecord)]
+        reasons = [
+            r.reason for r in read_problems("svamp", split, str(path)) if isinstance(r, RejectedRecord)
+        ]
         assert {"not_utf8", "not_json", "bad_id"} <= set(reasons)
 
 

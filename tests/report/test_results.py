@@ -59,9 +59,9 @@ def test_unfinished_runs_are_kept_with_what_is_missing(study: StudyDirectory) ->
     with commit.atomic_directory(trained.checkpoint(240), "checkpoint", {"finished": True, "step": 240}):
         pass
     make_run(study.path, "cot", "stories-2m", 2_013_952, seed=4)
-    make_run(study.path, "cot", "stories-2m", 2_013_952, seed=5).evaluation("stories-test-cot").rank_files.mkdir(
-        parents=True
-    )
+    make_run(study.path, "cot", "stories-2m", 2_013_952, seed=5).evaluation(
+        "stories-test-cot"
+    ).rank_files.mkdir(parents=True)
     planned = {
         name: {"train": {}, "evaluate": {"stories-test-cot": {}}} for name in ("stories.cot.stories-2m.s6",)
     }

@@ -93,7 +93,9 @@ def test_stages_share_devices_only_if_there_are_too_few() -> None:
     def taken(num_devices: int, *counts: int) -> list[str]:
         used: list[tuple[str, ...]] = []
         for count in counts:
-            used.append(devices.least_used_devices([str(number) for number in range(num_devices)], used, count))
+            used.append(
+                devices.least_used_devices([str(number) for number in range(num_devices)], used, count)
+            )
         return ["".join(found) for found in used]
 
     assert taken(8, 2, 2, 2, 2) == ["01", "23", "45", "67"]

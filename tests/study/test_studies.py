@@ -12,7 +12,7 @@ from trainer.problems import answers, calculator
 from trainer.problems.problem import Problem
 from trainer.problems.sources import read_problems
 from trainer.study import stages
-from trainer.study.methods import ALONE, PAIRS, FEW_SHOT
+from trainer.study.methods import ALONE, FEW_SHOT, PAIRS
 from trainer.study.plan import KEYS, Study, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -116,5 +116,7 @@ def test_the_readmes_first_example_is_a_study(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(REPOSITORY)
     text = (REPOSITORY / "studies" / "README.md").read_text(encoding="utf-8")
     example = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]
-    names = [run.directory.path.as_posix() for run in load_study(yaml.safe_load(example), Path("mine.yaml")).runs]
+    names = [
+        run.directory.path.as_posix() for run in load_study(yaml.safe_load(example), Path("mine.yaml")).runs
+    ]
     assert {"runs/mine/gsm8k.cot.small.s0", "runs/mine/gsm8k.iterative_interleaved.small.s0"} <= set(names)

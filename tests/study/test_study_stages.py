@@ -25,7 +25,10 @@ def all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def commands(study: Study) -> list[list[str]]:
-    return [stages.stage_command(stage, Path("tools"), study.launcher, 23456) for stage in stages.study_stages(study)]
+    return [
+        stages.stage_command(stage, Path("tools"), study.launcher, 23456)
+        for stage in stages.study_stages(study)
+    ]
 
 
 def test_commands_of_a_study(values: dict[str, Any], make_study: MakeStudy) -> None:
@@ -114,7 +117,9 @@ def test_threads_are_shared_by_the_ranks(
     prepare, _, train, *_ = stages.study_stages(make_study(values))
     assert stages.stage_environment(train, cores=8) == {"OMP_NUM_THREADS": "4"}
     assert stages.stage_environment(train, cores=1) == {"OMP_NUM_THREADS": "1"}
-    assert stages.stage_environment(train, cores=0) == {"OMP_NUM_THREADS": "1"}, "more stages at a time than cores"
+    assert stages.stage_environment(train, cores=0) == {"OMP_NUM_THREADS": "1"}, (
+        "more stages at a time than cores"
+    )
     assert stages.stage_environment(prepare, cores=8) == {}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert stages.stage_environment(train, cores=8) == {}

@@ -90,7 +90,8 @@ def test_own_prompt_file(tmp_path: Path) -> None:
 def test_exemplars_are_drawn_with_the_seed_and_are_no_test_questions() -> None:
     nothing = HeldOutQuestions([])
     first, again, other = (
-        choose_exemplars(AnnotateSettings(exemplars_from_gold=3, seed=seed, **BASE), nothing) for seed in (0, 0, 1)
+        choose_exemplars(AnnotateSettings(exemplars_from_gold=3, seed=seed, **BASE), nothing)
+        for seed in (0, 0, 1)
     )
     assert first == again and len(first) == 3 and first != other
     without = choose_exemplars(

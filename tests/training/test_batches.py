@@ -8,7 +8,7 @@ import pytest
 from trainer.errors import UserError
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
-from trainer.training.batches import PackedDataset, BatchPlan, best_fit_decreasing
+from trainer.training.batches import BatchPlan, PackedDataset, best_fit_decreasing
 
 
 def _data(shards: Shards, seed: int = 0, pack_length: int = 512) -> PackedDataset:

@@ -22,11 +22,11 @@ from trainer.models.default_attention import set_attention
 from trainer.run_directory import RunDirectory
 from trainer.training import layouts
 from trainer.training.batches import MicroBatch
-from trainer.training.layout_check import LayoutChoice, Example, NoLayout, choose_layout, distances
+from trainer.training.layout_check import Example, LayoutChoice, NoLayout, choose_layout, distances
 from trainer.training.layouts import EQUAL, PACKED, PADDED, SINGLE, Layout, forward_passes, group_examples
 from trainer.training.loss import summed_token_loss
 from trainer.training.model_copy import _set_nonzero, set_parameters
-from trainer.training.run_layout import layout_of_checkpoint, check_same_layout
+from trainer.training.run_layout import check_same_layout, layout_of_checkpoint
 
 CPU = torch.device("cpu")
 LENGTHS = (40, 57, 23, 23, 9)
@@ -37,7 +37,9 @@ def _examples(lengths: tuple[int, ...] = LENGTHS, vocabulary: int = 480) -> list
     return [(random.integers(3, vocabulary, length), np.arange(length) >= length // 3) for length in lengths]
 
 
-def _choose(model: Any, packing: str = "auto", examples: list[Example] | None = None, **more: Any) -> LayoutChoice:
+def _choose(
+    model: Any, packing: str = "auto", examples: list[Example] | None = None, **more: Any
+) -> LayoutChoice:
     return choose_layout(
         model, layouts.candidates(model.config, packing), examples or _examples(), CPU, **more
     )
@@ -326,7 +328,9 @@ def test_random_first_weights_show_every_path() -> None:
     gate = _set_nonzero(torch.zeros(8), is_embedding=False)
     assert float(gate.std()) > 0.01
     small = 0.02 * torch.randn(64, 64)
-    assert float(_set_nonzero(small, is_embedding=False).square().mean().sqrt()) == pytest.approx(1 / 8, rel=1e-5)
+    assert float(_set_nonzero(small, is_embedding=False).square().mean().sqrt()) == pytest.approx(
+        1 / 8, rel=1e-5
+    )
     assert torch.equal(_set_nonzero(small, is_embedding=True), small)
     large = torch.randn(64, 64)
     assert torch.equal(_set_nonzero(large, is_embedding=False), large)

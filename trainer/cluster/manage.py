@@ -25,7 +25,9 @@ def cancel(study: Study) -> None:
 
 def show_logs(study: Study, name: str) -> None:
     """Print the end of every log of a run or of another stage (`report`, a shard set). Raises UserError for no such name."""
-    chosen = [stage for stage in stages.study_stages(study) if name in (stage.subject, stage.label, stage.kind)]
+    chosen = [
+        stage for stage in stages.study_stages(study) if name in (stage.subject, stage.label, stage.kind)
+    ]
     if not chosen:
         names = list(dict.fromkeys(stage.subject for stage in stages.study_stages(study)))
         raise UserError(

@@ -70,7 +70,9 @@ def _line(stage: Stage, submitted: SubmittedJob | None, jobs: Mapping[str, JobSt
             return StageStatus(stage.label, "done", name, _join(_restarted(stage, job)))
         if submitted is None:
             return StageStatus(stage.label, "not submitted", "", "")
-        return StageStatus(stage.label, "failed", name, _join(_why(stage, submitted, job), _restarted(stage, job)))
+        return StageStatus(
+            stage.label, "failed", name, _join(_why(stage, submitted, job), _restarted(stage, job))
+        )
     if job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
         return StageStatus(stage.label, "pending", name, _join(_words(job.reason), _restarted(stage, job)))
     note = _join(progress_text(stage), _restarted(stage, job), f"on {job.nodes}" if job.nodes else "")

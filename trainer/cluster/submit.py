@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer import commit, lock, terminal
 from trainer.cluster import batches, check, record, scripts, slurm
-from trainer.cluster.batches import SlurmJob, JobId, Dependency
+from trainer.cluster.batches import Dependency, JobId, SlurmJob
 from trainer.cluster.record import SubmittedJob
 from trainer.cluster.scripts import JobPaths
 from trainer.cluster.site import ClusterConfig, read_cluster_config

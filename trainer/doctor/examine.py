@@ -147,5 +147,7 @@ def _collect(processes: list[subprocess.Popen[str]], log: object, groups: list[s
     lines = [line for line in log.read().splitlines() if line.strip()]  # type: ignore[attr-defined]
     detail = f"two ranks did not finish: {lines[-1] if lines else 'they printed nothing'}"
     return [
-        CheckResult("ranks", "start", FAIL, detail, f"without these ranks {', '.join(groups)} cannot be checked")
+        CheckResult(
+            "ranks", "start", FAIL, detail, f"without these ranks {', '.join(groups)} cannot be checked"
+        )
     ]

@@ -78,7 +78,9 @@ def _check(case: ParityCase) -> CheckResult:
     if worst[0] <= most_gradient and worst[1] <= most_loss:
         return CheckResult("parity", case.name, OK, detail)
     if known:
-        return CheckResult("parity", case.name, OK, f"{detail}: known in DeepSpeed 0.19.8, training refuses it")
+        return CheckResult(
+            "parity", case.name, OK, f"{detail}: known in DeepSpeed 0.19.8, training refuses it"
+        )
     return CheckResult(
         "parity", case.name, FAIL, f"{detail}; allowed: {most_gradient:.0e} and {most_loss:.0e}", remedy
     )

@@ -53,7 +53,9 @@ def versions(known_good: str) -> list[CheckResult]:
     ours = Version(platform.python_version())
     status = OK if ours >= Version("3.10") else FAIL
     found.append(
-        CheckResult("versions", "python", status, str(ours), "" if status == OK else "use Python 3.10 or newer")
+        CheckResult(
+            "versions", "python", status, str(ours), "" if status == OK else "use Python 3.10 or newer"
+        )
     )
     return found
 
@@ -142,14 +144,19 @@ def slurm() -> list[CheckResult]:
             found.append(CheckResult("slurm", "environment", OK, detail))
     except UserError as error:
         found.append(
-            CheckResult("slurm", "environment", FAIL, str(error), "start with srun alone, or unset the variables")
+            CheckResult(
+                "slurm", "environment", FAIL, str(error), "start with srun alone, or unset the variables"
+            )
         )
     if shutil.which("sinfo") is None:
         return [*found, CheckResult("slurm", "controller", OK, "no Slurm here (none is needed)")]
     answer = _run(["sinfo", "--noheader", "--format=%P %D %t"])
     if answer.returncode:
         remedy = "is slurmctld running, and slurm.conf readable?"
-        return [*found, CheckResult("slurm", "controller", WARN, f"sinfo failed: {_last_line(answer)}", remedy)]
+        return [
+            *found,
+            CheckResult("slurm", "controller", WARN, f"sinfo failed: {_last_line(answer)}", remedy),
+        ]
     partitions = "; ".join(" ".join(line.split()) for line in answer.stdout.splitlines())
     return [*found, CheckResult("slurm", "controller", OK, partitions)]
 

@@ -139,7 +139,9 @@ class LogitRecorder:
         return [0] * len(feeds)
 
 
-def decode(make: Callable[[], Backend[_Decoded]], recorder: LogitRecorder, num_slots: int) -> list[torch.Tensor]:
+def decode(
+    make: Callable[[], Backend[_Decoded]], recorder: LogitRecorder, num_slots: int
+) -> list[torch.Tensor]:
     """Return for each text the backend's logits [choices, vocabulary], fp32 on the CPU. Raises CannotRun."""
     waiting = iter(recorder.decoded)
     with exceptions_are_findings():

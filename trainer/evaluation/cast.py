@@ -16,7 +16,7 @@ from trainer.evaluation.decoding import AHEAD, FEW_SHOT, GOLD, SOLVER, UNIFIED, 
 from trainer.evaluation.few_shot import after_exemplars, exemplar_tokens
 from trainer.evaluation.language import StopTokens, end_of_text_ids
 from trainer.evaluation.sampling import sampling_seed
-from trainer.evaluation.solution import RolloutContext, ModelSlot, Rollout
+from trainer.evaluation.solution import ModelSlot, Rollout, RolloutContext
 from trainer.models.load import context_length
 from trainer.problems.problem import DELIMITER, Problem
 from trainer.shards.methods import VIEWS, Role
@@ -60,7 +60,9 @@ class Pipeline:
 
     def rollout(self, index: int) -> Rollout:
         """The problem, about to be solved."""
-        return Rollout(index, self.prompt(index), self.context, self._program(index), self._sampling_seeds(index))
+        return Rollout(
+            index, self.prompt(index), self.context, self._program(index), self._sampling_seeds(index)
+        )
 
     def prompt(self, index: int) -> list[int]:
         """Return the tokens that every model reads first."""
@@ -76,7 +78,9 @@ class Pipeline:
         prompts = [self.prompt(index) for index in chosen]
         names = {id(actor.model): actor.name for actor in self.role_models.values()}
         return [
-            choose_backend(model, check_texts(prompts, capacity, self.shared_prefix), names[id(model)], requested)
+            choose_backend(
+                model, check_texts(prompts, capacity, self.shared_prefix), names[id(model)], requested
+            )
             for model, capacity in zip(self.models, self.capacities(indices), strict=True)
         ]
 
@@ -139,4 +143,6 @@ class Pipeline:
 
 def _model_slot(actor: RoleModel, tokenizer: PreTrainedTokenizerBase) -> ModelSlot:
     reads = VIEWS[actor.method].inputs if actor.method in VIEWS else frozenset[Role]()
-    return ModelSlot(reads, context_length(actor.model.config) or math.inf, end_of_text_ids(actor.model, tokenizer))
+    return ModelSlot(
+        reads, context_length(actor.model.config) or math.inf, end_of_text_ids(actor.model, tokenizer)
+    )

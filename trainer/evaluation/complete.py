@@ -10,9 +10,9 @@ from trainer.evaluation.backend_check import check_texts
 from trainer.evaluation.backends import Backend
 from trainer.evaluation.backends.choice import BackendChoice, choose_backend, make_backend
 from trainer.evaluation.decoding import STUDENT
-from trainer.evaluation.generate import make_sampler, generate
+from trainer.evaluation.generate import generate, make_sampler
 from trainer.evaluation.language import StopTokens, end_of_text_ids
-from trainer.evaluation.solution import RolloutContext, Program, ModelSlot, Rollout
+from trainer.evaluation.solution import ModelSlot, Program, Rollout, RolloutContext
 from trainer.models.load import context_length
 
 _TOKENS_PER_CHARACTER = 4  # at most: a token is at least a byte

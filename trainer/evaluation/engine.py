@@ -10,7 +10,7 @@ from typing import Generic
 import torch
 from transformers import PreTrainedModel
 
-from trainer.evaluation.backends import Sampler, SequenceState, AnyRequest
+from trainer.evaluation.backends import AnyRequest, Sampler, SequenceState
 from trainer.models.blocked_weights import prepacked_weights
 from trainer.models.decode_graphs import CudaGraphRunner
 from trainer.models.slot_attention import last_token_logits, use_slot_attention
@@ -18,7 +18,9 @@ from trainer.models.slots import KVCache, prepare_prefill
 
 MAX_STEP_TOKENS = 16384  # bounds the activations when many prompts are read at once
 MAX_GRAPH_PENDING = 16  # on a GPU so many are read one by one, in graphs, while others decode
-PREFILL_WAITING_RATIO = 8  # ... and a pass without a graph is made when of this many problems one has more to read
+PREFILL_WAITING_RATIO = (
+    8  # ... and a pass without a graph is made when of this many problems one has more to read
+)
 
 
 def uses_cuda_graphs(device: torch.device) -> bool:
@@ -76,7 +78,9 @@ class SlotBackend(Generic[AnyRequest]):
         self._choose = choose
         self._dtype = model.dtype
         self._device = model.device
-        self._graphs = CudaGraphRunner(model, self._cache, num_slots) if uses_cuda_graphs(model.device) else None
+        self._graphs = (
+            CudaGraphRunner(model, self._cache, num_slots) if uses_cuda_graphs(model.device) else None
+        )
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from trainer.errors import UserError
 from trainer.evaluation import gather, place, record, task
 from trainer.evaluation import student as students
 from trainer.evaluation.backends.choice import TRANSFORMERS
-from trainer.evaluation.cast import RoleModel, Pipeline
+from trainer.evaluation.cast import Pipeline, RoleModel
 from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
 from trainer.evaluation.predict import predictions
 from trainer.evaluation.score import accuracy_text, summarise
@@ -41,7 +41,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         work = task.resolve_job(settings)
         ids = [work.shards.problem(index).id for index in range(work.num_problems)]
     facts = {part: student.facts for part, student in work.models.items()}
-    distributed.assert_same_on_all_ranks("evaluation", {**work.fingerprint_fields({}), "students": facts, "code": trainer.__version__})
+    distributed.assert_same_on_all_ranks(
+        "evaluation", {**work.fingerprint_fields({}), "students": facts, "code": trainer.__version__}
+    )
     digests, earlier = _on_rank_0(lambda: _earlier_results(work, settings.overwrite))
     if earlier is not None:
         terminal.info(f"already evaluated: {accuracy_text(earlier['accuracy'])}; {work.directory.results}")
@@ -106,7 +108,10 @@ def evaluate_model(
     _solve(cast, indices, lambda prediction, _: mine.append(prediction))
     everybodys = [prediction for part in distributed.gather_objects(mine) for prediction in part]
     ids = [shards.problem(index).id for index in indices]
-    return {**summarise(gather.merge_predictions(everybodys, ids)), "seconds": round(time.monotonic() - start, 3)}
+    return {
+        **summarise(gather.merge_predictions(everybodys, ids)),
+        "seconds": round(time.monotonic() - start, 3),
+    }
 
 
 def _prepare(work: EvaluationJob, settings: EvaluateSettings) -> None:
@@ -241,7 +246,9 @@ def _solved_before(work: EvaluationJob, identity: str) -> tuple[list[Path], dict
 
 def _write(work: EvaluationJob, parts: list[Path], ids: list[str], about: dict[str, Any]) -> dict[str, Any]:
     """The union of all part files -> predictions.jsonl -> results.json; then the parts are no longer needed."""
-    union = gather.merge_predictions((prediction for part in parts for prediction in gather.read_rank_file(part)), ids)
+    union = gather.merge_predictions(
+        (prediction for part in parts for prediction in gather.read_rank_file(part)), ids
+    )
     results = {"format": FORMAT, **about, **summarise(union)}
     directory = work.directory
     directory.results.unlink(missing_ok=True)  # old results never stand beside new predictions

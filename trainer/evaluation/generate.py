@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from trainer.evaluation import sampling
-from trainer.evaluation.backends import Backend, Sampler, SequenceState, AnyRequest
+from trainer.evaluation.backends import AnyRequest, Backend, Sampler, SequenceState
 
 
 def make_sampler(temperature: float, top_p: float) -> Sampler:

@@ -13,7 +13,7 @@ from trainer.configuration import to_dict
 from trainer.errors import UserError
 from trainer.evaluation.decoding import DECOMPOSER, SOLVER, STUDENT, Decoding
 from trainer.evaluation.student import ModelReference
-from trainer.run_directory import EvaluationDirectory, RunDirectory, pair_run, evaluation_name
+from trainer.run_directory import EvaluationDirectory, RunDirectory, evaluation_name, pair_run
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
 
@@ -35,9 +35,7 @@ def directory(
         return run.evaluation(name)
     runs = [students[part].run for part in (DECOMPOSER, SOLVER) if part in students]
     composite = (
-        pair_run(_method(students, decoding), [run for run in runs if run is not None])
-        if all(runs)
-        else None
+        pair_run(_method(students, decoding), [run for run in runs if run is not None]) if all(runs) else None
     )
     if composite is None:
         told = " and ".join(student.name for student in students.values())

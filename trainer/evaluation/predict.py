@@ -10,7 +10,7 @@ from trainer.evaluation.backends import Backend
 from trainer.evaluation.backends.choice import make_backend
 from trainer.evaluation.cast import Pipeline
 from trainer.evaluation.decoding import SINGLE_MODEL_MODES
-from trainer.evaluation.generate import make_sampler, generate
+from trainer.evaluation.generate import generate, make_sampler
 from trainer.evaluation.score import score_prediction
 from trainer.evaluation.solution import Rollout
 from trainer.evaluation.tickets import Counter, WorkQueue, batch_size
@@ -38,7 +38,9 @@ def predictions(cast: Pipeline, indices: Sequence[int], counter: Counter) -> Ite
     choose = make_sampler(decoding.temperature, decoding.top_p)
     capacities = cast.capacities(order)
     backends: list[Backend[Rollout]] = [
-        make_backend(how, seat, model, num_slots, capacities[seat], choose, cast.shared_prefix, len(cast.models))
+        make_backend(
+            how, seat, model, num_slots, capacities[seat], choose, cast.shared_prefix, len(cast.models)
+        )
         for seat, (how, model) in enumerate(zip(cast.backends, cast.models, strict=True))
     ]
     for solution in generate(backends, draw, Rollout.on_token, num_slots, counter.serve):

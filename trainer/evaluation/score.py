@@ -24,7 +24,10 @@ def score_prediction(problem: Problem, text: str, written: dict[str, Any]) -> di
         "gold_steps": [asdict(step) for step in problem.steps],
         "text": text,
         **extracted,
-        **{f"correct_{rule}": answers.answers_match(answer, problem.answer) for rule, answer in extracted.items()},
+        **{
+            f"correct_{rule}": answers.answers_match(answer, problem.answer)
+            for rule, answer in extracted.items()
+        },
         **written,
     }
 

@@ -36,7 +36,9 @@ SolvingProgram = Callable[[Rollout], Program[None]]
 def unified(solution: Rollout, opening: str = "") -> Program[None]:
     """The student writes until it ends its text. `opening`: what it is made to begin with."""
     solution.lines = [opening]
-    solution.sequences[solution.context.roles[STUDENT]].pending += solution.context.stop_tokens.tokens(opening)
+    solution.sequences[solution.context.roles[STUDENT]].pending += solution.context.stop_tokens.tokens(
+        opening
+    )
 
     def keep(text: str) -> None:
         solution.lines = [opening + text]
@@ -118,7 +120,9 @@ def _ask(solution: Rollout, step: int, max_steps: int) -> Program[Completion | N
     def is_delimiter(tokens: list[int]) -> bool:
         return tokens[-1] in language.hashes and _is_delimiter(language.text(tokens))
 
-    question = yield from _generate_line(solution, DECOMPOSER, partial(_set_line, solution, place), is_delimiter)
+    question = yield from _generate_line(
+        solution, DECOMPOSER, partial(_set_line, solution, place), is_delimiter
+    )
     text = solution.lines[place]
     if text.strip() and not _is_delimiter(text) and step < max_steps:
         return question
@@ -134,7 +138,9 @@ def _ask(solution: Rollout, step: int, max_steps: int) -> Program[Completion | N
 def _solve_step(solution: Rollout, step: int) -> Program[bool]:
     """The solver writes the solution of a step; False if that was the answer instead, and all is over."""
     place = 2 * step + 1
-    passage = yield from _generate_line(solution, SOLVER, partial(_set_line, solution, place), calculator=True)
+    passage = yield from _generate_line(
+        solution, SOLVER, partial(_set_line, solution, place), calculator=True
+    )
     if _is_delimiter(solution.lines[place]):
         del solution.lines[place + 1 :]
         solution.finished = True

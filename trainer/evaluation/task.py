@@ -15,10 +15,10 @@ from trainer.errors import UserError
 from trainer.evaluation import place
 from trainer.evaluation import student as students
 from trainer.evaluation.decoding import (
-    SINGLE_MODEL_MODES,
     DECOMPOSER,
     FEW_SHOT,
     PLANNER,
+    SINGLE_MODEL_MODES,
     SOLVER,
     STUDENT,
     Decoding,

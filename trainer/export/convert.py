@@ -78,11 +78,18 @@ def _stream(
     import torch
 
     from trainer.export import safetensors_writer
-    from trainer.export.fit import config_text, check_against_config, generation_config_text, tokenizer_config_text
+    from trainer.export.fit import (
+        check_against_config,
+        config_text,
+        generation_config_text,
+        tokenizer_config_text,
+    )
     from trainer.zero import layout
 
     stored = layout.read_tensors(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
-    fitting = background.submit(check_against_config, stored, source.path, source.model_folder, facts["export_dtype"])
+    fitting = background.submit(
+        check_against_config, stored, source.path, source.model_folder, facts["export_dtype"]
+    )
     startup.freeze_gc()
     dtype_name = architecture.DTYPES[facts["export_dtype"]]
 
@@ -91,7 +98,9 @@ def _stream(
         kept = (
             {} if found is None else {name: getattr(torch, kind) for name, kind in found.kept_dtypes.items()}
         )
-        return safetensors_writer.plan_shards(tensors, getattr(torch, dtype_name), facts["max_shard_bytes"], kept)
+        return safetensors_writer.plan_shards(
+            tensors, getattr(torch, dtype_name), facts["max_shard_bytes"], kept
+        )
 
     if settings.dry_run:
         _describe(plan(fitting.result()), final)
@@ -195,9 +204,7 @@ def _write_small_files(
     return commit.digest_files(staging, [name for name in written if name not in weights])
 
 
-def _publish(
-    staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]
-) -> None:
+def _publish(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
     try:
         if commit.is_complete(final):  # to be replaced: the old one goes only when the new one stands
             fresh = final.parent / f".{final.name}.{secrets.token_hex(4)}.fresh.tmp"

@@ -25,7 +25,9 @@ class ExportLayout:
     kept_dtypes: dict[str, str]
 
 
-def check_against_config(stored: CheckpointTensors, checkpoint: Path, folder: Path, dtype: str) -> ExportLayout:
+def check_against_config(
+    stored: CheckpointTensors, checkpoint: Path, folder: Path, dtype: str
+) -> ExportLayout:
     """Return the tensors to write for the config.json in `folder`, about in the order in which they are stored.
 
     `dtype`: "fp32", "bf16" or "fp16". Raises UserError naming a parameter that is missing, that is not the model's, or

@@ -18,7 +18,9 @@ from trainer.zero import layout
 from trainer.zero.torch_files import load
 
 
-def reference_weights(directory: Path, zero_stage: int, world_size: int, dtype: str) -> dict[str, torch.Tensor]:
+def reference_weights(
+    directory: Path, zero_stage: int, world_size: int, dtype: str
+) -> dict[str, torch.Tensor]:
     """Every stored parameter and buffer of a checkpoint in its stored dtype; tied aliases are left out."""
     model_names, optimizer_names = layout.file_names(zero_stage, world_size, dtype)
     models = [load(directory / name, "cpu", mmap=True) for name in model_names]

@@ -111,7 +111,9 @@ def index_text(shards: list[OutputShard], num_parameters: int) -> str:
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def write(shard: OutputShard, path: Path, reader: ChecksumReader, advance: Callable[[int], None]) -> dict[str, Any]:
+def write(
+    shard: OutputShard, path: Path, reader: ChecksumReader, advance: Callable[[int], None]
+) -> dict[str, Any]:
     """Write one file and return {"bytes", "sha256"}; it is on the disk by then. `advance` gets the number of bytes written.
 
     Memory: a few chunks of 16 MiB, and for a RearrangedTensor the part of the checkpoint's tensor that it reads, twice.

@@ -25,7 +25,9 @@ class VerificationResult:
     max_logit_difference: float  # between the export and the checkpoint's own weights, both computed in fp32
 
 
-def verify(export: Path, checkpoint: Path, facts: dict[str, object], dtype: torch.dtype) -> VerificationResult:
+def verify(
+    export: Path, checkpoint: Path, facts: dict[str, object], dtype: torch.dtype
+) -> VerificationResult:
     """Load `export` with `from_pretrained` and compare it with the weights of `checkpoint` rebuilt by another road.
 
     Every tensor must be equal bit for bit to the stored one rounded to `dtype` (or to fp32 where the family keeps that),

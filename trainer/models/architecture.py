@@ -36,7 +36,9 @@ class Architecture:
     tied: tuple[str, ...]  # aliases that are not written
     num_parameters: int  # tied ones counted once
     generation_config: str  # JSON, what the class makes by default
-    moved: dict[str, StridedView]  # tensors of the files that are not the model's tensor of that name, as it is
+    moved: dict[
+        str, StridedView
+    ]  # tensors of the files that are not the model's tensor of that name, as it is
     kept: dict[str, dict[str, str]]  # "bf16" -> a model's tensor -> its dtype if not bfloat16, e.g. "float32"
     own_config: str = ""  # JSON of the config to write, if the class is that of a part of the config
     text_part_of: str = ""  # model type of the multimodal model whose text part this is

@@ -50,7 +50,9 @@ def base_folder(name: str) -> Path | None:
     try:
         return Path(snapshot_download(name, allow_patterns=[*wanted, "config.json", _GENERATION_CONFIG]))
     except Exception as error:  # of many types: no network, no such name, a gated repository
-        terminal.warning(f"{name}: its licence and generation settings do not come along ({first_line(error)})")
+        terminal.warning(
+            f"{name}: its licence and generation settings do not come along ({first_line(error)})"
+        )
         return None
 
 

@@ -122,7 +122,9 @@ class CudaGraphRunner:
 
     def _forward(self, shape: GraphShape) -> torch.Tensor:
         numbers = self._numbers[:, : shape.block]
-        return last_token_logits(self._model, prepare_decode(self._cache, numbers, shape.longest, self._model.dtype))
+        return last_token_logits(
+            self._model, prepare_decode(self._cache, numbers, shape.longest, self._model.dtype)
+        )
 
 
 def make_capture() -> Callable[[Launch], Launch]:

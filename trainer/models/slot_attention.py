@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from trainer.models import default_attention
 from trainer.models.default_attention import LayerMask, MaskPattern, UnsupportedAttention
 from trainer.models.packed_attention import has_kernel, varlen_attention
-from trainer.models.slots import PrefillChunk, ForwardBatch
+from trainer.models.slots import ForwardBatch, PrefillChunk
 
 IMPLEMENTATION = "slots"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import terminal
 from trainer.errors import UserError
-from trainer.models.source import check_gguf, find_file, error_reason
+from trainer.models.source import check_gguf, error_reason, find_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

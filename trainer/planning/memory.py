@@ -11,7 +11,7 @@ import torch
 from trainer.planning.accelerators import Accelerator
 from trainer.planning.activations import ActivationTrace, trace_activations
 from trainer.planning.workload import Workload
-from trainer.planning.zero_memory import ACTIVATIONS, BUCKETS, LOGITS, ZeroLayout, Phase, estimate_phases
+from trainer.planning.zero_memory import ACTIVATIONS, BUCKETS, LOGITS, Phase, ZeroLayout, estimate_phases
 
 CONTEXT = "CUDA context and NCCL"
 FRAGMENTATION = "fragmentation"
@@ -44,11 +44,15 @@ class MemoryEstimate:
         return sum(self.host.values())
 
 
-def trace_phases(workload: Workload, bf16: bool, checkpointing: bool, cuda: bool) -> tuple[ActivationTrace, int]:
+def trace_phases(
+    workload: Workload, bf16: bool, checkpointing: bool, cuda: bool
+) -> tuple[ActivationTrace, int]:
     """Activations of the fullest micro-batch, and how much of their peak is there because of the logits."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     lengths = list(workload.lengths)
-    full = trace_activations(workload.config, lengths, max(1, workload.learned_tokens), dtype, checkpointing, cuda)
+    full = trace_activations(
+        workload.config, lengths, max(1, workload.learned_tokens), dtype, checkpointing, cuda
+    )
     without = trace_activations(workload.config, lengths, 1, dtype, checkpointing, cuda)
     return full, max(0, full.samples[0].bytes - without.samples[0].bytes)
 

@@ -90,7 +90,9 @@ def hardware(settings: PlanSettings) -> Hardware:
     return Hardware(accelerator, settings.nodes, settings.gpus_per_node, host, space)
 
 
-def make_plan(settings: PlanSettings, process_bytes: int | None = None, keeps_nothing: bool = False) -> RunPlan:
+def make_plan(
+    settings: PlanSettings, process_bytes: int | None = None, keeps_nothing: bool = False
+) -> RunPlan:
     """`process_bytes`, `keeps_nothing`: instead of what was measured of processes and of glibc's heap.
 
     Raises UserError for what is wrong in itself: no such model, file or accelerator, contradictory settings.
@@ -115,7 +117,11 @@ def plan_on(
     accelerator = machine.accelerator
     resolved = ds_config.resolve_ds_config(settings, machine.world_size)
     process = _process_bytes(ds_config.stage(resolved)) if process_bytes is None else process_bytes
-    kept = 0.0 if keeps_nothing or "MALLOC_MMAP_THRESHOLD_" in os.environ else read_measurements()["kept_by_glibc"]
+    kept = (
+        0.0
+        if keeps_nothing or "MALLOC_MMAP_THRESHOLD_" in os.environ
+        else read_measurements()["kept_by_glibc"]
+    )
     needed = memory.estimate_memory(work, resolved, accelerator, machine.world_size, timeline, process, kept)
     space = disk.estimate_disk(work, resolved, settings.save_total_limit)
     if settings.calibrate:

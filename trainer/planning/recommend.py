@@ -12,7 +12,7 @@ import torch
 
 from trainer.errors import UserError
 from trainer.planning import plan, workload
-from trainer.planning.activations import MemorySample, ActivationTrace, trace_activations
+from trainer.planning.activations import ActivationTrace, MemorySample, trace_activations
 from trainer.planning.plan import Hardware, RunPlan
 from trainer.planning.workload import Workload
 from trainer.settings import PlanSettings
@@ -147,7 +147,9 @@ def _traced(key: _Key, bf16: bool, checkpointing: bool, cuda: bool, micro: int) 
     )
 
 
-def _scaled(key: _Key, bf16: bool, checkpointing: bool, cuda: bool, micro: int) -> tuple[ActivationTrace, int]:
+def _scaled(
+    key: _Key, bf16: bool, checkpointing: bool, cuda: bool, micro: int
+) -> tuple[ActivationTrace, int]:
     """Activations of `micro` packs from those of one and two: every tensor grows linearly with tokens, or not at all.
 
     Logits are not told apart from other activations here.

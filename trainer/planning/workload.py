@@ -12,7 +12,7 @@ from trainer.models import load, shapes
 from trainer.settings import PlanSettings, TrainSettings
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
-from trainer.training.batches import PackedDataset, BatchPlan
+from trainer.training.batches import BatchPlan, PackedDataset
 
 _MAX_SAMPLED_PACKS = 20_000
 _STORIES_TOKENS = 1024  # of the embedded tokenizer, for the stories shapes when there are no shards

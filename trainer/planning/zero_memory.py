@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.planning.activations import MemorySample, ActivationTrace
+from trainer.planning.activations import ActivationTrace, MemorySample
 
 _FALLBACK_BUCKET = 500_000_000  # elements; MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine, for stage 0
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
@@ -219,7 +219,9 @@ def _buckets(layout: ZeroLayout, fill: BucketFill) -> Counter[str]:
         whole = (2 if layout.overlap else 1) * layout.reduce_bucket
         now[BUCKETS] = k * (whole if layout.on_accelerator else fill.written)
         # The rank that owns the first gradients keeps them from the start: the worst place to be.
-        now[GRADIENTS] = k * min(fill.reduced, layout.partition_elements) if not layout.offload_optimizer else 0
+        now[GRADIENTS] = (
+            k * min(fill.reduced, layout.partition_elements) if not layout.offload_optimizer else 0
+        )
     return now
 
 

@@ -54,12 +54,15 @@ def extract_answer(text: str, rule: str = "strict", kind: str | None = None) -> 
     yes or no. Raises ValueError for an unknown rule or kind.
     """
     if rule not in RULES or kind not in (None, *ANSWER_TYPES):
-        raise ValueError(f"unknown rule {rule!r} or kind {kind!r}; rules are {RULES}, kinds are {ANSWER_TYPES}")
+        raise ValueError(
+            f"unknown rule {rule!r} or kind {kind!r}; rules are {RULES}, kinds are {ANSWER_TYPES}"
+        )
     stated = _after_delimiter(text)
     if rule == "strict" or kind == "text":
         return stated if stated or rule == "strict" else _last_line(text)
     if stated and (
-        (kind != "yes_no" and parse_number(stated) is not None) or (kind != "number" and parse_yes_no(stated) is not None)
+        (kind != "yes_no" and parse_number(stated) is not None)
+        or (kind != "number" and parse_yes_no(stated) is not None)
     ):
         return stated
     if kind == "number":

@@ -24,7 +24,7 @@ from typing import Any
 
 from trainer.problems import answers
 from trainer.problems.problem import Problem, RecordError, Step, one_line
-from trainer.problems.records import answer_text, json_type, required_text, optional_texts
+from trainer.problems.records import answer_text, json_type, optional_texts, required_text
 
 KEYS = ("id", "question", "answer", "steps", "facts", "meta")
 STEP_KEYS = ("question", "solution")

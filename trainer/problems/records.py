@@ -50,7 +50,9 @@ def read_records(path: Path) -> Iterator[JsonRecord | RejectedRecord]:
             file.seek(0)
             is_array = start.startswith(b"[") and path.suffix != ".jsonl"
             for position, (line, raw) in enumerate(_elements(file.read()) if is_array else _lines(file)):
-                begin = raw[: 4 * MAX_REJECTED_TEXT].decode("utf-8", errors="replace").strip()[:MAX_REJECTED_TEXT]
+                begin = (
+                    raw[: 4 * MAX_REJECTED_TEXT].decode("utf-8", errors="replace").strip()[:MAX_REJECTED_TEXT]
+                )
                 try:
                     record = JsonRecord(line, position, _parse(raw), begin)
                 except RecordError as error:

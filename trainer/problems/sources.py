@@ -104,7 +104,9 @@ def read_problems(
     source, records = _open(data, data_set, split, path, options.get("revision"))
     if data == "svamp" and split != "all":
         seed = options.get("seed", 0)
-        records = (r for r in records if isinstance(r, RejectedRecord) or svamp.in_split(r.value, split, seed))
+        records = (
+            r for r in records if isinstance(r, RejectedRecord) or svamp.in_split(r.value, split, seed)
+        )
     return _problems(data, data_set, split, source, records)
 
 
@@ -126,7 +128,11 @@ def source_digest(data: str, split: str, path: str | None = None, **options: Any
 
 
 def _problems(
-    data: str, data_set: DatasetSource, split: str, source: str, records: Iterable[JsonRecord | RejectedRecord]
+    data: str,
+    data_set: DatasetSource,
+    split: str,
+    source: str,
+    records: Iterable[JsonRecord | RejectedRecord],
 ) -> Iterator[Problem | RejectedRecord]:
     prefix = split if data == "jsonl" else f"{data}-{split.removesuffix(gsm8k.SOCRATIC)}"
     first_line: dict[str, int] = {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.problems.problem import Problem, RecordError, Step, one_line
-from trainer.problems.records import json_type, required_text, optional_texts
+from trainer.problems.records import json_type, optional_texts, required_text
 
 
 def from_record(record: dict[str, Any], id: str) -> Problem:
@@ -31,6 +31,7 @@ def from_record(record: dict[str, Any], id: str) -> Problem:
         answer="yes" if answer else "no",
         steps=tuple(Step(question=one_line(text)) for text in optional_texts(record, "decomposition")),
         facts=tuple(
-            one_line(text) for text in ([facts] if isinstance(facts, str) else optional_texts(record, "facts"))
+            one_line(text)
+            for text in ([facts] if isinstance(facts, str) else optional_texts(record, "facts"))
         ),
     )

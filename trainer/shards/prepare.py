@@ -26,7 +26,7 @@ from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import read_problems, source_digest
 from trainer.settings import PrepareSettings
 from trainer.shards.read import KIND, REJECTS, TOKENIZER, Shards
-from trainer.shards.segments import check_tokenizer, example_length, bos_tokens
+from trainer.shards.segments import bos_tokens, check_tokenizer, example_length
 from trainer.shards.workers import tokenise_all
 from trainer.shards.write import ShardWriter
 
@@ -99,7 +99,9 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
             if change:
                 changed += 1
                 rejects.append(
-                    RejectedRecord(source, 0, "changed_by_tokenizer", f"{problem.id}: {change}", problem.question)
+                    RejectedRecord(
+                        source, 0, "changed_by_tokenizer", f"{problem.id}: {change}", problem.question
+                    )
                 )
             elif length > settings.max_length:
                 detail = f"{problem.id}: {length} tokens, max_length is {settings.max_length}"
@@ -131,7 +133,9 @@ def _options(settings: PrepareSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names.get(settings.data, ())}
 
 
-def _accepted(records: Iterable[Problem | RejectedRecord], rejects: list[RejectedRecord]) -> Iterator[Problem]:
+def _accepted(
+    records: Iterable[Problem | RejectedRecord], rejects: list[RejectedRecord]
+) -> Iterator[Problem]:
     for record in records:
         if isinstance(record, RejectedRecord):
             rejects.append(record)

@@ -26,7 +26,7 @@ import numpy as np
 from trainer import commit
 from trainer.errors import UserError
 from trainer.problems.problem import Problem, Step
-from trainer.shards.methods import View, Role
+from trainer.shards.methods import Role, View
 
 KIND = "shards"
 _ABSENT, _INPUT, _TARGET = 0, 1, 2

@@ -20,7 +20,9 @@ from trainer.problems.problem import Problem
 from trainer.shards.segments import Segment, bos_tokens, tokenise_checked
 
 _CHUNK_PROBLEMS = 32  # problems a thread tokenises at a time
-_MAX_PENDING_CHUNKS = 16  # chunks a thread that may lie finished: the memory this takes does not grow with the data
+_MAX_PENDING_CHUNKS = (
+    16  # chunks a thread that may lie finished: the memory this takes does not grow with the data
+)
 
 
 def tokenise_all(

@@ -15,7 +15,7 @@ from trainer.configuration import to_dict
 from trainer.errors import UserError
 from trainer.run_directory import StudyDirectory
 from trainer.study.plan import RunSpec, Study, evaluation_name
-from trainer.study.state import is_evaluated, has_work
+from trainer.study.state import has_work, is_evaluated
 
 _FORMAT = 1
 # Settings that leave the result as it is: where, how often, how many at a time.

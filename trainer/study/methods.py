@@ -64,7 +64,9 @@ class MethodEntry:
         return tuple(filter(None, (self.pair.planner, self.pair.decomposer, SOLVER)))
 
 
-def read_methods(values: dict[str, Any], models: Iterable[str], data: Iterable[str], where: str) -> dict[str, MethodEntry]:
+def read_methods(
+    values: dict[str, Any], models: Iterable[str], data: Iterable[str], where: str
+) -> dict[str, MethodEntry]:
     """Raises UserError with the key path of what is wrong."""
     models, data = list(models), list(data)
     found = {}

@@ -92,7 +92,9 @@ def load_study(
     return Study(file, directory, default_ranks, num_parallel, launcher, problem_sets, made)
 
 
-def _models(values: dict[str, Any], num_ranks: int, default_ranks: int, where: str) -> dict[str, runs.ModelSpec]:
+def _models(
+    values: dict[str, Any], num_ranks: int, default_ranks: int, where: str
+) -> dict[str, runs.ModelSpec]:
     found = {}
     for name, given in checks.entries(checks.required(values, "models", where), f"{where}: models").items():
         ranks = checks.count(given.pop("num_ranks", default_ranks), f"{where}: models.{name}: num_ranks")

@@ -124,7 +124,9 @@ def _clean_up(ended: StageJob, study: Study, interrupts: processes.Interrupts) -
     ended.close()
     if ended.child.returncode != 0:
         label = ended.stage.label
-        _warn(processes.end_processes(study.directory, _CLEAN_UP_SECONDS, lambda: interrupts.count > 0, label))
+        _warn(
+            processes.end_processes(study.directory, _CLEAN_UP_SECONDS, lambda: interrupts.count > 0, label)
+        )
 
 
 def _interrupt(running: Sequence[StageJob], study: Study, interrupts: processes.Interrupts) -> None:

@@ -77,7 +77,9 @@ class StageJob:
 
     def print_result(self) -> None:
         seconds = time.monotonic() - self._start
-        terminal.info(f"{self.place} {self.stage.label}: {_result(self.stage)} ({terminal.duration(seconds)})")
+        terminal.info(
+            f"{self.place} {self.stage.label}: {_result(self.stage)} ({terminal.duration(seconds)})"
+        )
 
     def _tail(self) -> str:
         """The last lines of this start that are not noise, indented."""

@@ -17,7 +17,7 @@ from trainer.run_directory import RunDirectory
 from trainer.settings import PlotSettings
 from trainer.study.data_sets import ProblemSet
 from trainer.study.plan import RunSpec, Study
-from trainer.study.runs import evaluation_name_of, evaluation_directory_of
+from trainer.study.runs import evaluation_directory_of, evaluation_name_of
 
 SCRIPTS = {
     "annotate": "annotate.py",
@@ -89,7 +89,16 @@ def run_stages(run: RunSpec) -> list[Stage]:
         log = directory.log(f"evaluate-{evaluation_name_of(settings)}")
         needs = (*exports, prepared(settings.shards))
         stages.append(
-            Stage("evaluate", run.name, settings, log, run.num_ranks, evaluation_directory_of(settings), run, needs)
+            Stage(
+                "evaluate",
+                run.name,
+                settings,
+                log,
+                run.num_ranks,
+                evaluation_directory_of(settings),
+                run,
+                needs,
+            )
         )
     return stages
 

@@ -112,7 +112,9 @@ class Endpoint:
             except (openai.OpenAIError, _MalformedResponse) as error:
                 problem, wait = f"malformed answer: {str(error)[:200]}", None
             if attempt < self._settings.max_attempts and not self.stopped:
-                await asyncio.sleep(backoff_seconds(attempt, self._settings.retry_seconds) if wait is None else 0)
+                await asyncio.sleep(
+                    backoff_seconds(attempt, self._settings.retry_seconds) if wait is None else 0
+                )
         raise RequestFailed(f"{problem} (attempt {self._settings.max_attempts})")
 
     async def _request_once(self, request: Request) -> Response:
@@ -154,7 +156,9 @@ def check_url(url: str) -> None:
     except ValueError as error:
         raise UserError(f"base_url is {url!r}: {error}") from None
     if parts.username or parts.password or parts.query:
-        raise UserError(f"base_url holds a name, a password or a query; give the key in {API_KEY_VARIABLE} only")
+        raise UserError(
+            f"base_url holds a name, a password or a query; give the key in {API_KEY_VARIABLE} only"
+        )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"base_url is {url!r}; write http://host:port/v1")
 

@@ -69,7 +69,9 @@ def problem_results(work: AnnotationJob, log: ResponseLog) -> Iterator[ProblemRe
         yield ProblemResult(problem, tuple(samples))
 
 
-def write(folder: Path, work: AnnotationJob, all_outcomes: Sequence[ProblemResult], summary: dict[str, Any]) -> None:
+def write(
+    folder: Path, work: AnnotationJob, all_outcomes: Sequence[ProblemResult], summary: dict[str, Any]
+) -> None:
     """Write every file of the directory."""
     _write_lines(folder / ANNOTATED, (r for outcome in all_outcomes for r in _annotated(work, outcome)))
     _write_lines(folder / REJECTED, (r for outcome in all_outcomes for r in _rejected(outcome)))

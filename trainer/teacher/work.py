@@ -38,7 +38,9 @@ class AnnotationJob:
     @property
     def filter_config(self) -> FilterConfig:
         settings = self.settings
-        return FilterConfig(settings.style, settings.min_steps, settings.max_steps, settings.require_annotations)
+        return FilterConfig(
+            settings.style, settings.min_steps, settings.max_steps, settings.require_annotations
+        )
 
     @cached_property
     def requests(self) -> dict[str, list[Request]]:
@@ -121,7 +123,9 @@ def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> Annotatio
     recipe = {name: getattr(settings, name) for name in (*names, *rules)}
     recipe["source"] = source_digest(settings.data, settings.split, settings.data_path, **options)
     recipe |= {"prompt": prompter.digest, "exemplars": _digest(shown), "decontaminate": test_sets, **teacher}
-    return AnnotationJob(settings, tuple(problems), tuple(contaminated), tuple(bad_records), prompter, teacher, recipe)
+    return AnnotationJob(
+        settings, tuple(problems), tuple(contaminated), tuple(bad_records), prompter, teacher, recipe
+    )
 
 
 def _teacher(settings: AnnotateSettings, model_digest: str) -> dict[str, Any]:

@@ -90,7 +90,9 @@ def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model
         names = reshard.saved_names(engine)
         engine.save_checkpoint(str(staging.parent), tag=staging.name, client_state=names, save_latest=False)
         _check_written(writer, staging)
-        _on_all_ranks(lambda: _copy_model_files(model_files, staging / MODEL, writer.written) if first else None)
+        _on_all_ranks(
+            lambda: _copy_model_files(model_files, staging / MODEL, writer.written) if first else None
+        )
         ours = [path.relative_to(staging).as_posix() for path in writer.written]
         digests = distributed.gather_objects(_on_all_ranks(lambda: commit.digest_files(staging, ours)))
         files = {name: digest for part in digests for name, digest in part.items()}

@@ -107,7 +107,9 @@ def _resolve_optimizer(config: dict[str, Any], settings: TrainSettings, name: st
     parameters = optimizer.setdefault("params", {})
     _check_keys(parameters, OPTIMIZER_KEYS, f"{name}: optimizer.params")
     _set_or_check(parameters, "lr", settings.learning_rate, f"{name}: optimizer.params")
-    _set_or_check(parameters, "betas", [settings.adam_beta1, settings.adam_beta2], f"{name}: optimizer.params")
+    _set_or_check(
+        parameters, "betas", [settings.adam_beta1, settings.adam_beta2], f"{name}: optimizer.params"
+    )
     _set_or_check(parameters, "eps", settings.adam_epsilon, f"{name}: optimizer.params")
     _set_or_check(parameters, "weight_decay", settings.weight_decay, f"{name}: optimizer.params")
     if not offloads({"zero_optimization": config.get("zero_optimization", {})}):

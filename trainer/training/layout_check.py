@@ -25,7 +25,7 @@ from trainer.models import load, training_kernels
 from trainer.models.default_attention import UnsupportedAttention, can_set_attention, set_attention
 from trainer.training.batches import MicroBatch
 from trainer.training.layouts import SINGLE, Layout, forward_passes, group_examples
-from trainer.training.loss import collate, target_logits, summed_token_loss
+from trainer.training.loss import collate, summed_token_loss, target_logits
 
 Example = tuple[np.ndarray, np.ndarray]
 

@@ -17,7 +17,7 @@ import torch
 
 from trainer.models import load, packed_attention
 from trainer.models.default_attention import can_set_attention
-from trainer.training.batches import MicroBatch, PackedDataset, BatchPlan
+from trainer.training.batches import BatchPlan, MicroBatch, PackedDataset
 from trainer.training.loss import PackedBatch, PaddedBatch, collate
 
 PACKED = "packed"

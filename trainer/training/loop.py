@@ -91,7 +91,9 @@ def _train(
             if stopping or step == plan.total_steps or every(step, settings.save_steps):
                 watchdog.check_lock()
                 save(student, step, stop)
-                stopping = stopping or stop.should_stop_on_any_rank()  # a signal may have come while it was written
+                stopping = (
+                    stopping or stop.should_stop_on_any_rank()
+                )  # a signal may have come while it was written
     reason = stop.reason or "another rank was told"
     stop.ignore_signals()
     finished = step == plan.total_steps
@@ -184,7 +186,9 @@ def seed_dropout(seed: int, first_pack: int) -> None:
     torch.manual_seed((seed << 40) + first_pack)
 
 
-def all_reduce_loss_and_stop(loss_sum: torch.Tensor, stop_requested: bool, world_size: int) -> tuple[float, bool]:
+def all_reduce_loss_and_stop(
+    loss_sum: torch.Tensor, stop_requested: bool, world_size: int
+) -> tuple[float, bool]:
     """The step's loss over all ranks, and whether any rank was asked to stop: one small collective for both."""
     both = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop_requested))])
     if world_size > 1:
@@ -220,7 +224,9 @@ def global_grad_norm(engine: Any) -> float | None:
     return float(torch.nn.utils.get_total_norm(gradients))
 
 
-def model_flops_utilization(student: TrainState, tokens_per_second: float, learned_part: float) -> float | None:
+def model_flops_utilization(
+    student: TrainState, tokens_per_second: float, learned_part: float
+) -> float | None:
     peak = throughput.peak_flops()
     if peak is None:
         return None
@@ -235,7 +241,11 @@ def save(student: TrainState, step: int, stop: StopRequest) -> None:
     """Checkpoint after `step` steps. Collective."""
     start = time.perf_counter()
     _, packs_consumed = student.batch_plan.packs(step - 1)
-    progress = {"step": step, "packs_consumed": packs_consumed, "finished": step == student.batch_plan.total_steps}
+    progress = {
+        "step": step,
+        "packs_consumed": packs_consumed,
+        "finished": step == student.batch_plan.total_steps,
+    }
     checkpoint.save(student.engine, student.run, step, {**student.facts, **progress}, student.run.model)
     checkpoint.prune(student.run, student.settings.save_total_limit)
     stop.record_duration(save=time.perf_counter() - start)

@@ -38,7 +38,9 @@ class ValidationLoss:
         stopping = False
         with torch.no_grad():
             for index in range(rounds):
-                stopping = stop.should_stop_on_any_rank()  # it may be long, and what it would tell is not worth a checkpoint
+                stopping = (
+                    stop.should_stop_on_any_rank()
+                )  # it may be long, and what it would tell is not worth a checkpoint
                 if stopping:
                     break
                 # Every rank makes as many forward passes (ZeRO-3 gathers weights in them); some may be empty.

@@ -17,7 +17,7 @@ import torch
 
 from trainer import distributed
 from trainer.errors import UserError
-from trainer.training.partitions import Partition, optimizer_state, local_shard, partitions, set_step
+from trainer.training.partitions import Partition, local_shard, optimizer_state, partitions, set_step
 from trainer.zero.checked_reader import CHUNK_BYTES, ChecksumReader
 from trainer.zero.state import MOMENTS, NAMES, OptimizerState, read_optimizer_state
 from trainer.zero.stored_tensors import TensorReference
@@ -56,7 +56,9 @@ def saved_names(engine: Any) -> dict[str, list[str]]:
     return {NAMES: [span.name for partition in partitions(engine) for span in partition.slices]}
 
 
-def _fill(engine: Any, partition: Partition, stored: OptimizerState, reader: ChecksumReader, path: Path) -> None:
+def _fill(
+    engine: Any, partition: Partition, stored: OptimizerState, reader: ChecksumReader, path: Path
+) -> None:
     state = optimizer_state(engine, partition.master)
     set_step(state, stored.step)
     master = partition.master.data.view(-1)

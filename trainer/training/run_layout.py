@@ -25,7 +25,7 @@ from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.training import layouts, model_copy
 from trainer.training.batches import PackedDataset
-from trainer.training.layout_check import LayoutChoice, Example, NoLayout, choose_layout
+from trainer.training.layout_check import Example, LayoutChoice, NoLayout, choose_layout
 from trainer.training.layouts import DESCRIPTIONS, PACKED, PADDED, Layout
 
 _CPU_TOKENS = 128  # of the run's first example; an accelerator takes a whole pack in no time

@@ -22,15 +22,15 @@ from trainer.shards.methods import view_of
 from trainer.shards.model_tokenizer import check_model_fits_shards
 from trainer.shards.read import Shards
 from trainer.training import checkpoint, ds_config, time_limit
-from trainer.training.batches import PackedDataset, BatchPlan
+from trainer.training.batches import BatchPlan, PackedDataset
 from trainer.training.engine import build_engine
 from trainer.training.layout_check import LayoutChoice
 from trainer.training.layouts import Layout
 from trainer.training.run_files import code_fingerprint, remove_leftovers, write_run_files
 from trainer.training.run_layout import (
     LayoutSelection,
-    layout_of_checkpoint,
     check_same_layout,
+    layout_of_checkpoint,
     write_record,
 )
 from trainer.training.schedule import LearningRateSchedule
@@ -70,7 +70,9 @@ class TrainState:
         return self.layout_choice.layout
 
 
-def setup_training(settings: TrainSettings, world: DistributedEnvironment, run: RunDirectory, stop: StopRequest) -> TrainState | None:
+def setup_training(
+    settings: TrainSettings, world: DistributedEnvironment, run: RunDirectory, stop: StopRequest
+) -> TrainState | None:
     """Check everything that can be checked, then build the engine and load the newest valid checkpoint.
 
     `stop` learns of the time limit, if there is one. None if the run is finished already. Collective; a UserError is
@@ -94,7 +96,9 @@ def setup_training(settings: TrainSettings, world: DistributedEnvironment, run: 
     )
     resolved = ds_config.resolve_ds_config(settings, world.world_size)
     facts = _facts(settings, world, shards, config, resolved, data)
-    distributed.assert_same_on_all_ranks("training setup", {**facts, "plan": repr(plan), "ds_config": resolved})
+    distributed.assert_same_on_all_ranks(
+        "training setup", {**facts, "plan": repr(plan), "ds_config": resolved}
+    )
     time_limit.set_deadline(stop, settings.time_limit_seconds, run, facts)
     start = _find_checkpoint(settings, run, facts, plan)
     if start is not None and commit.read_manifest(start)["facts"]["finished"]:
@@ -207,9 +211,7 @@ def _find_checkpoint(
     return found
 
 
-def _check_same_run(
-    run: RunDirectory, found: Path, settings: TrainSettings, facts: dict[str, Any]
-) -> None:
+def _check_same_run(run: RunDirectory, found: Path, settings: TrainSettings, facts: dict[str, Any]) -> None:
     old = commit.read_manifest(found)["facts"]
     names = ("shards_fingerprint", "num_parameters", "dtype", "method", "seed")
     changed = [
@@ -219,7 +221,9 @@ def _check_same_run(
         before = _settings_of(run)
         now = to_dict(settings)
         keys = [
-            key for key in now if key not in _MAY_CHANGE_ON_RESUME and key not in names and before.get(key) != now[key]
+            key
+            for key in now
+            if key not in _MAY_CHANGE_ON_RESUME and key not in names and before.get(key) != now[key]
         ]
         changed += [f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in keys]
     if changed:

@@ -18,7 +18,9 @@ _PROBE_BYTES = 16 << 20
 _BYTES_OF_WEIGHTS, _BYTES_OF_OPTIMIZER = 4, 12
 
 
-def set_deadline(stop: StopRequest, time_limit_seconds: float, run: RunDirectory, facts: dict[str, Any]) -> None:
+def set_deadline(
+    stop: StopRequest, time_limit_seconds: float, run: RunDirectory, facts: dict[str, Any]
+) -> None:
     """Collective. Have `stop` asked for in time for a last save: before Slurm's limit of the job, and before our own.
 
     Raises UserError, before a model is built, if there is no time for a single checkpoint.

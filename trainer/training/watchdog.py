@@ -118,7 +118,9 @@ class Watchdog:
     def report_stragglers(self) -> None:
         """If a collective failed: say which ranks were behind the others, or are no more."""
         others = {
-            rank: record for rank in range(distributed.environment().world_size) if (record := self._read(rank))
+            rank: record
+            for rank in range(distributed.environment().world_size)
+            if (record := self._read(rank))
         }
         most = max((record["step"] for record in others.values()), default=0)
         for rank, record in others.items():
@@ -193,7 +195,9 @@ class Watchdog:
 
     def _end_others_here(self) -> None:
         """Launchers end what they started, but a plain start has nobody, and a stopped process hears no SIGTERM."""
-        records = [record for rank in range(distributed.environment().world_size) if (record := self._read(rank))]
+        records = [
+            record for rank in range(distributed.environment().world_size) if (record := self._read(rank))
+        ]
         others = [ProcessIdentity(**record["process"]) for record in records]
         deadline = time.monotonic() + max(_LEAVING_SECONDS, 3 * self._interval)
         while others := [other for other in others if other.pid != os.getpid() and other.is_alive()]:

@@ -161,7 +161,9 @@ def _weights_stage_1_or_2(files: CheckpointFiles) -> CheckpointTensors:
     for name, tensor in module.items():
         if name not in found and name not in stored.aliases:  # a buffer, or a frozen parameter
             stored.tensors[name] = _whole(file, tensor)
-    check_samples(file.path, {name: (tensor, file.byte_range(module[name])) for name, tensor in found.items()})
+    check_samples(
+        file.path, {name: (tensor, file.byte_range(module[name])) for name, tensor in found.items()}
+    )
     return stored
 
 
@@ -184,11 +186,14 @@ def _weights_stage_3(files: CheckpointFiles) -> CheckpointTensors:
         raise UserError(
             f"{files.optimizer[0].path} holds expert-parallel partitions, which are not supported"
         )
-    found = trained_weights(files, lambda file, group: require(file, optimizer(file), "fp32_flat_groups")[group])
+    found = trained_weights(
+        files, lambda file, group: require(file, optimizer(file), "fp32_flat_groups")[group]
+    )
     stored = CheckpointTensors(found, aliases=dict(require(first, first.content, "shared_params")))
     for name, shape in (first.content.get("frozen_param_shapes") or {}).items():
         fragments = [
-            file.byte_range(require(file, file.content, "frozen_param_fragments")[name]) for file in model_files
+            file.byte_range(require(file, file.content, "frozen_param_fragments")[name])
+            for file in model_files
         ]
         stored.tensors[name] = _join(tuple(shape), [(fragment,) for fragment in fragments])
     module = require(first, first.content, "module")
@@ -207,7 +212,9 @@ def _cut_shares(files: CheckpointFiles, flat: Flat) -> dict[str, TensorReference
     cursors = []
     for file in files.optimizer:
         num_groups = len(require(file, optimizer(file), "fp32_flat_groups"))
-        cursors.append(_Cursor(file.path, [file.byte_range(flat(file, group)) for group in range(num_groups)]))
+        cursors.append(
+            _Cursor(file.path, [file.byte_range(flat(file, group)) for group in range(num_groups)])
+        )
     found = {}
     for name, shape in shapes.items():
         share = -(-math.prod(shape) // len(cursors))

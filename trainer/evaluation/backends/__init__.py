@@ -41,7 +41,7 @@ class Request(Protocol):
         """The number of the backend whose model chooses the next token; None: the problem has ended."""
 
 
-AnyRequest = TypeVar("SomeOccupant", bound=Request)
+AnyRequest = TypeVar("AnyRequest", bound=Request)
 Sampler = Callable[[torch.Tensor, list[SequenceState]], list[int]]  # logits [feeds, vocabulary] -> tokens
 
 

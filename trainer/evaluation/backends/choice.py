@@ -19,15 +19,15 @@ from trainer.evaluation.backend_check import (
     MIN_TOLERANCE_BF16,
     BackendError,
     CheckText,
+    CheckTexts,
     LogitRecorder,
     Reference,
-    CheckTexts,
     decode,
     depends_on_what_follows,
     difference,
     generate_continuation,
 )
-from trainer.evaluation.backends import Backend, Sampler, AnyRequest
+from trainer.evaluation.backends import AnyRequest, Backend, Sampler
 from trainer.evaluation.backends.transformers import CACHE_USES, CacheUse, TransformersBackend
 from trainer.evaluation.engine import SlotBackend
 
@@ -114,7 +114,9 @@ def make_backend(
     return TransformersBackend[AnyRequest](seat, model, num_slots, capacity, choose, prefix, use)
 
 
-def choose_backend(model: PreTrainedModel, texts: CheckTexts, name: str, requested: str = "auto") -> BackendChoice:
+def choose_backend(
+    model: PreTrainedModel, texts: CheckTexts, name: str, requested: str = "auto"
+) -> BackendChoice:
     """Check backends on `texts`, the fastest first, and return the first one that is right.
 
     requested: "auto", "slots" or "transformers". name: the model's, for messages. Raises UserError if none is right, if
@@ -158,7 +160,9 @@ class _BackendChecks:
         self._model = model
         self._references: dict[str, Reference] = {}
 
-    def measured(self, candidate: BackendChoice, texts: CheckTexts, reasons: list[str]) -> BackendChoice | None:
+    def measured(
+        self, candidate: BackendChoice, texts: CheckTexts, reasons: list[str]
+    ) -> BackendChoice | None:
         """Return the candidate with what was measured, None if it cannot run; if it is not right, add the reason."""
         try:
             checked = self.check(candidate, texts)

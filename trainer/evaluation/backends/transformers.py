@@ -20,7 +20,7 @@ import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from trainer.evaluation.backends import Sampler, SequenceState, AnyRequest
+from trainer.evaluation.backends import AnyRequest, Sampler, SequenceState
 from trainer.models.blocked_weights import prepacked_weights
 from trainer.models.default_attention import (
     attention_of_submodules,
@@ -214,7 +214,9 @@ class TransformersBackend(Generic[AnyRequest]):
     def num_waiting(self) -> int:
         """The number of problems whose next token is this model's to choose."""
         begun = (occupant for batch in self._batches for occupant in batch.occupants)
-        return sum(occupant is not None and occupant.next_model == self._seat for occupant in (*self._new, *begun))
+        return sum(
+            occupant is not None and occupant.next_model == self._seat for occupant in (*self._new, *begun)
+        )
 
     def add(self, occupant: AnyRequest) -> None:
         """Take a new problem; its text is begun in a later step."""
