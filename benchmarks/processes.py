@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import place
-from trainer import rendezvous
+from trainer.runtime import process_group
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LINES_KEPT = 60  # of a failed contender's output, which the error shows
@@ -95,7 +95,7 @@ class Running:
         self._channels: list[socket.socket] = []
         self._processes: list[Any] = []
         # Several live at the same time: not even those of one rank may meet at the usual port.
-        port = rendezvous.free_port()
+        port = process_group.free_port()
         for rank in range(ranks or 1):
             told = place(rank, ranks, port) if ranks else {}
             ours, theirs = socket.socketpair()

@@ -11,8 +11,8 @@
 # numbers that are ordered: an accident counts more than a failure, and a failure more than what follows from it.
 set -uo pipefail
 
-GO_ON_LATER=75 # trainer/terminal.py: told to stop, what is done is kept
-LOST_OTHERS=76 # trainer/terminal.py: a rank is gone, says one that needed it
+GO_ON_LATER=75 # trainer/runtime/terminal.py: told to stop, what is done is kept
+LOST_OTHERS=76 # trainer/runtime/terminal.py: a rank is gone, says one that needed it
 FAILED=192     # + the tool's own status, which is below 62
 ACCIDENT=254   # killed by a signal: out of memory, a fault of the hardware, the watchdog
 KILLED=137     # srun's word for it

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.rendezvous import free_port
+from trainer.runtime.process_group import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

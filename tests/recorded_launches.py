@@ -14,8 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.evaluation import engine
-from trainer.models import decode_graphs
+from trainer.evaluation.backends import slots
+from trainer.models import cuda_graphs
 
 
 class Recorder(TorchDispatchMode):
@@ -49,26 +49,26 @@ def recording() -> Callable[[Callable[[], object]], Callable[[], object]]:
     return capture
 
 
-def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> list[decode_graphs.GraphShape]:
+def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> list[cuda_graphs.GraphShape]:
     """From now on engines on the CPU decode as on a GPU, in small shapes; returns the shapes that will be replayed."""
-    monkeypatch.setattr(engine, "decodes_by_graph", lambda device: True)
-    monkeypatch.setattr(engine, "FEW_TOKENS", few_tokens)
-    monkeypatch.setattr(engine, "WAITING_A_READER", 3)
-    monkeypatch.setattr(decode_graphs, "capturer", recording)
-    monkeypatch.setattr(decode_graphs, "_cannot_capture", set())
-    monkeypatch.setattr(decode_graphs, "_LENGTH_MULTIPLE", 24)
-    monkeypatch.setattr(decode_graphs, "_SMALLEST_BLOCK", 2)
-    monkeypatch.setattr(decode_graphs, "_USES_WITH_A_LARGER", 6)
-    replayed: list[decode_graphs.GraphShape] = []
-    choose = decode_graphs.CudaGraphRunner._smallest_that_holds
+    monkeypatch.setattr(slots, "decodes_by_graph", lambda device: True)
+    monkeypatch.setattr(slots, "FEW_TOKENS", few_tokens)
+    monkeypatch.setattr(slots, "WAITING_A_READER", 3)
+    monkeypatch.setattr(cuda_graphs, "capturer", recording)
+    monkeypatch.setattr(cuda_graphs, "_cannot_capture", set())
+    monkeypatch.setattr(cuda_graphs, "_LENGTH_MULTIPLE", 24)
+    monkeypatch.setattr(cuda_graphs, "_SMALLEST_BLOCK", 2)
+    monkeypatch.setattr(cuda_graphs, "_USES_WITH_A_LARGER", 6)
+    replayed: list[cuda_graphs.GraphShape] = []
+    choose = cuda_graphs.CudaGraphRunner._smallest_that_holds
 
     def noted(
-        self: decode_graphs.CudaGraphRunner, shape: decode_graphs.GraphShape
-    ) -> decode_graphs.GraphShape | None:
+        self: cuda_graphs.CudaGraphRunner, shape: cuda_graphs.GraphShape
+    ) -> cuda_graphs.GraphShape | None:
         used = choose(self, shape)
         if used is not None:
             replayed.append(used)
         return used
 
-    monkeypatch.setattr(decode_graphs.CudaGraphRunner, "_smallest_that_holds", noted)
+    monkeypatch.setattr(cuda_graphs.CudaGraphRunner, "_smallest_that_holds", noted)
     return replayed

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trainer import distributed
 from trainer.cluster.slurm import ENDED
+from trainer.runtime import distributed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEV_CLUSTER = REPOSITORY / "slurm" / "dev_cluster.sh"

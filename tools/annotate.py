@@ -6,8 +6,8 @@ from pathlib import Path
 
 from command_line import parse
 
-from trainer import terminal
-from trainer.run_directory import AnnotationDirectory
+from trainer.runtime import terminal
+from trainer.storage.run_directory import AnnotationDirectory
 from trainer.teacher.settings import AnnotateSettings
 
 DESCRIPTION = """A teacher writes steps (cot or socratic) for problems; what can be checked is checked.

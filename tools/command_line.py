@@ -9,8 +9,8 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trainer.configuration import from_dict
 from trainer.errors import UserError
+from trainer.storage.configuration import from_dict
 
 Settings = TypeVar("Settings")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from command_line import parse
 
-from trainer import startup, terminal
+from trainer.runtime import startup, terminal
 from trainer.settings import ConvertSettings
 
 DESCRIPTION = """Convert a DeepSpeed ZeRO checkpoint to a Hugging Face folder: config, safetensors, tokenizer, model card.

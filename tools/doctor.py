@@ -6,7 +6,7 @@ import time
 
 from command_line import parse
 
-from trainer import terminal
+from trainer.runtime import terminal
 from trainer.settings import DoctorSettings
 
 DESCRIPTION = """Check versions, compiler, MPI, Slurm, disk, memory, network, clocks, GPUs, and the gradients of the installed DeepSpeed.
@@ -30,10 +30,10 @@ def _examine(settings: DoctorSettings) -> None:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="doctor-") as logs:
         terminal.redirect_library_output(Path(logs), "doctor")
-        from trainer import startup
+        from trainer.runtime import startup
 
         startup.pause_gc()
-        from trainer.doctor.examine import print_report, run_checks
+        from trainer.doctor.run_checks import print_report, run_checks
 
         healthy = print_report(run_checks(settings), time.monotonic() - start, settings.json)
     if not healthy:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from command_line import parse
 
-from trainer import distributed, restarts, startup, terminal
-from trainer.preemption import StopRequest
+from trainer.runtime import distributed, restarts, startup, terminal
+from trainer.runtime.stop_request import StopRequest
 from trainer.settings import EvaluateSettings
 
 DESCRIPTION = """A student, or several together, answer every problem of a shard set once; all ranks take problems from one queue.
@@ -40,9 +40,9 @@ def main() -> None:
 def _evaluate(settings: EvaluateSettings) -> None:
     startup.pause_gc()
     StopRequest().install_signal_handlers()
-    from trainer.evaluation import task
+    from trainer.evaluation import job
 
-    directory = task.resolve_job(settings).directory
+    directory = job.resolve_job(settings).directory
     terminal.redirect_library_output(directory.logs, "evaluate")
     solved = sum(part.stat().st_size for part in directory.rank_files.glob("*.jsonl"))
     restarts.record_restart(directory.restarts, solved, settings.max_restarts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from command_line import parse, read_yaml
 
-from trainer import terminal
+from trainer.runtime import terminal
 from trainer.settings import PlanSettings
 
 DESCRIPTION = """What a run needs before it is submitted: memory of every GPU and host, disk, time; and which ds_config fits.
@@ -27,7 +27,7 @@ def _plan(settings: PlanSettings) -> None:
     if settings.study:
         from pathlib import Path
 
-        from trainer.study.plan import load_study
+        from trainer.study.study_file import load_study
 
         study = load_study(read_yaml(Path(settings.study)), Path(settings.study))
         fits = run.plan_study(settings, study)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from command_line import parse
 
-from trainer import terminal
+from trainer.runtime import terminal
 from trainer.settings import PlotSettings
 
 DESCRIPTION = """Make a report of studies or runs: what the numbers are, how sure they are, and what went wrong.

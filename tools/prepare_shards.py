@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from command_line import parse
 
-from trainer import startup, terminal
+from trainer.runtime import startup, terminal
 from trainer.settings import PrepareSettings
 
 DESCRIPTION = """Turn problems into token shards, once, for all methods.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from command_line import read_yaml
 
-from trainer import terminal
-from trainer.study.plan import load_study
+from trainer.runtime import terminal
+from trainer.study.study_file import load_study
 
 DESCRIPTION = """\
 Run a study: prepare shards; train, convert and evaluate every run; report.
@@ -44,12 +44,12 @@ def main() -> None:
     study = load_study(read_yaml(flags.file), flags.file, *given)
     tools = Path(os.path.relpath(Path(__file__).parent))
     if flags.command == "run":
-        from trainer.study import run, table
+        from trainer.study import executor, table
 
         if flags.dry_run:
             table.show_plan(study, tools)
         else:
-            sys.exit(run.run_study(study, tools, flags.keep_going))
+            sys.exit(executor.run_study(study, tools, flags.keep_going))
     else:
         from trainer.cluster.command import run_command
 

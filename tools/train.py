@@ -6,10 +6,11 @@ from pathlib import Path
 
 from command_line import parse
 
-from trainer import commit, restarts, startup, terminal
-from trainer.preemption import StopRequest
-from trainer.run_directory import RunDirectory
+from trainer.runtime import restarts, startup, terminal
+from trainer.runtime.stop_request import StopRequest
 from trainer.settings import TrainSettings
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 
 DESCRIPTION = """Train one student: a model, a method, a shard set, a seed.
 
@@ -35,10 +36,10 @@ def _train(settings: TrainSettings) -> None:
     stop.install_signal_handlers()
     run = RunDirectory(Path(settings.output_dir))
     terminal.redirect_library_output(run.logs, "train")
-    finished = [step for step in run.checkpoint_steps() if commit.is_complete(run.checkpoint(step))]
+    finished = [step for step in run.checkpoint_steps() if atomic_dir.is_complete(run.checkpoint(step))]
     restarts.record_restart(run.restarts, max(finished, default=0), settings.max_restarts)
     from trainer.training.loop import train
-    from trainer.training.periodic import ValidationLoss
+    from trainer.training.validation import ValidationLoss
 
     evaluate = (
         ValidationLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None

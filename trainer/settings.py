@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trainer.configuration import check_at_least, check_given, check_one_of, setting
 from trainer.errors import UserError
+from trainer.storage.configuration import check_at_least, check_given, check_one_of, setting
 
 METHODS = (
     *("answer_only", "cot", "socratic", "decomposer", "decomposer_interleaved", "solver"),

@@ -21,8 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from tests.distributed import run_well  # noqa: E402
-from trainer import commit  # noqa: E402
 from trainer.models import architecture  # noqa: E402
+from trainer.storage import atomic_dir  # noqa: E402
 
 # layers, width, heads, vocabulary, positions
 SIZES = {
@@ -61,10 +61,10 @@ def config_of(size: str) -> Any:
 def make(run: Path, size: str, stage: int, ranks: int) -> Path:
     """`run/checkpoints/step-000001`, finished, unless it is there. Returns it."""
     final = run / "checkpoints" / f"step-{STEP:06d}"
-    if commit.is_complete(final):
+    if atomic_dir.is_complete(final):
         return final
     template = _template(run.parent, size, stage, ranks)
-    staging = commit.create_staging(final)
+    staging = atomic_dir.create_staging(final)
     places = list(_places(size))
     for path in sorted(template.glob("*_states.pt")):
         state = _load(path)
@@ -78,7 +78,7 @@ def make(run: Path, size: str, stage: int, ranks: int) -> Path:
         "data": "none", "model_name": f"gpt2-{size}", "seed": 0, "finished": True,
         "num_parameters": sum(place.count for place in places),
     }  # fmt: skip
-    commit.publish(staging, final, "checkpoint", facts, commit.digest_files(staging))
+    atomic_dir.publish(staging, final, "checkpoint", facts, atomic_dir.digest_files(staging))
     return final
 
 

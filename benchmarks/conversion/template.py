@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from trainer import startup
+from trainer.runtime import startup
 
 
 def main() -> None:

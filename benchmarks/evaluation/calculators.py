@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
 )
 
-from trainer.evaluation.language import StopTokens
+from trainer.evaluation.stop_tokens import StopTokens
 
 NOT_FORCED = -1
 

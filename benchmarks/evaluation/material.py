@@ -22,12 +22,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.harness import MATERIALS
 from benchmarks.training.material import data_folder
-from trainer import commit
 from trainer.models.tokenizer import load_tokenizer
 from trainer.settings import PrepareSettings
 from trainer.shards.methods import VIEWS
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
 
 FOLDER = MATERIALS / "evaluation"
 NUM_PROBLEMS = 64
@@ -60,7 +60,7 @@ def shards() -> Shards:
 def student(name: str = "student") -> Path:
     """An export of a `socratic` student that writes the problems' own solutions; equal weights under every name."""
     path = FOLDER / name
-    if commit.is_complete(path):
+    if atomic_dir.is_complete(path):
         return path
     found = shards()
     if name == "student":
@@ -74,7 +74,7 @@ def student(name: str = "student") -> Path:
         "finished": True,
         "tokenizer_fingerprint": found.facts["tokenizer_fingerprint"],
     }
-    with commit.atomic_directory(path, "export", facts) as staging:
+    with atomic_dir.atomic_directory(path, "export", facts) as staging:
         model.save_pretrained(staging)
         load_tokenizer(found.tokenizer_path).save_pretrained(staging)
     return path

@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks.evaluation import material
 from benchmarks.evaluation.told import arguments, measured
-from trainer.evaluation.cast import Pipeline, RoleModel
 from trainer.evaluation.decoding import DECOMPOSER, INTERLEAVED, SOLVER, STUDENT, Decoding
+from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.tickets import ProcessCounter
+from trainer.evaluation.work_queue import ProcessCounter
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 

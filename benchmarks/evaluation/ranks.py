@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.evaluation import material
 from benchmarks.evaluation.told import arguments
 from benchmarks.processes import turns
-from trainer import distributed
-from trainer.evaluation.cast import Pipeline, RoleModel
 from trainer.evaluation.decoding import STUDENT, Decoding
+from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.tickets import Counter, ProcessCounter, shared_counter
+from trainer.evaluation.work_queue import Counter, ProcessCounter, shared_counter
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
+from trainer.runtime import distributed
 
 
 def main() -> None:

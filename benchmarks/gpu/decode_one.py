@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu import materials
 from benchmarks.gpu.evaluate_one import ours, static
-from trainer.evaluation import engine
-from trainer.models import decode_graphs, load, sizes
+from trainer.models import cuda_graphs, load, sizes
 from trainer.models.tokenizer import load_tokenizer
 
 
@@ -31,16 +30,16 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.to(device=load.device()).eval()
     if way == "eager":
-        engine.uses_cuda_graphs = lambda device: False
+        slots.uses_cuda_graphs = lambda device: False
     captures: list[float] = []
-    capture = decode_graphs.CudaGraphRunner._try_to_capture
+    capture = cuda_graphs.CudaGraphRunner._try_to_capture
 
-    def timed(graphs: decode_graphs.CudaGraphRunner, shape: decode_graphs.GraphShape) -> None:
+    def timed(graphs: cuda_graphs.CudaGraphRunner, shape: cuda_graphs.GraphShape) -> None:
         start = time.perf_counter()
         capture(graphs, shape)
         captures.append(time.perf_counter() - start)
 
-    decode_graphs.CudaGraphRunner._try_to_capture = timed  # type: ignore[method-assign]
+    cuda_graphs.CudaGraphRunner._try_to_capture = timed  # type: ignore[method-assign]
     solve = static if way == "static" else ours
     solve(model, tokenizer, shards, range(slots), limit // 7, slots)  # warm up
     captures.clear()

@@ -51,9 +51,9 @@ def main() -> None:
 
 
 def ours(model: Any, tokenizer: Any, shards: Shards, which: range, limit: int, batch: int) -> Answers:
-    from trainer.evaluation.cast import Pipeline, RoleModel
+    from trainer.evaluation.pipeline import Pipeline, RoleModel
     from trainer.evaluation.predict import predictions
-    from trainer.evaluation.tickets import shared_counter
+    from trainer.evaluation.work_queue import shared_counter
 
     decoding = Decoding("socratic", calculator=False, max_new_tokens=limit, batch_size=batch)
     cast = Pipeline({STUDENT: RoleModel(model, "socratic")}, tokenizer, shards, decoding)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from benchmarks.gpu import cases
 from benchmarks.harness import REPOSITORY
-from trainer import commit
 from trainer.settings import ConvertSettings, PrepareSettings, TrainSettings
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
 
 
 def shards(tiny: bool) -> Shards:
     """What is trained on for speed and memory."""
     brought = cases.BROUGHT / "shards" / "gsm8k-train"
-    if not tiny and commit.is_complete(brought):
+    if not tiny and atomic_dir.is_complete(brought):
         return Shards.open(brought)
     return stories("train", 200 if tiny else 20_000, tiny)
 
@@ -44,11 +44,11 @@ def model(shape: str, tiny: bool) -> Path:
     from trainer.models import load
 
     target = cases.folder(tiny) / "models" / shape
-    if not commit.is_complete(target):
+    if not atomic_dir.is_complete(target):
         torch.manual_seed(0)
         with torch.device(load.device()):
             made = AutoModelForCausalLM.from_config(cases.config(shape, tiny), dtype=torch.bfloat16)
-        with commit.atomic_directory(target, "model", {}) as staging:
+        with atomic_dir.atomic_directory(target, "model", {}) as staging:
             made.save_pretrained(staging)
         del made
         if torch.cuda.is_available():
@@ -63,7 +63,7 @@ def student(tiny: bool) -> Path:
     from trainer.training.loop import train
 
     run = cases.folder(tiny) / "student"
-    if not commit.is_complete(run / "export"):
+    if not atomic_dir.is_complete(run / "export"):
         learned = stories("train", 200 if tiny else 20_000, tiny)
         cuda = not tiny
         settings = TrainSettings(
@@ -84,7 +84,7 @@ def checkpoint(stage: int, tiny: bool) -> Path:
 
     run = cases.folder(tiny) / f"checkpoint-zero{stage}"
     found = run / "checkpoints" / "step-000001"
-    if not commit.is_complete(found):
+    if not atomic_dir.is_complete(found):
         for other in (
             run,
             *cases.folder(tiny).glob("checkpoint-zero*"),

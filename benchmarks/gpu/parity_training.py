@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.gpu import cases, materials
 from benchmarks.harness import REPOSITORY
-from trainer import distributed
 from trainer.models.tokenizer import load_tokenizer
+from trainer.runtime import distributed
 from trainer.settings import TrainSettings
 
 STEPS = 4

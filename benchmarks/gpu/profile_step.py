@@ -16,12 +16,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import cases, train_ours
-from trainer import distributed
-from trainer.preemption import StopRequest
-from trainer.run_directory import RunDirectory
+from trainer.runtime import distributed
+from trainer.runtime.stop_request import StopRequest
 from trainer.settings import TrainSettings
+from trainer.storage.run_directory import RunDirectory
 from trainer.training.loop import optimizer_step
-from trainer.training.student import setup_training
+from trainer.training.setup import setup_training
 
 STEPS, ROWS, CHARACTERS = 5, 25, 110
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks.gpu import cases, materials
 from benchmarks.harness import REPOSITORY
-from trainer import distributed
-from trainer.preemption import StopRequest
-from trainer.run_directory import RunDirectory
+from trainer.runtime import distributed
+from trainer.runtime.stop_request import StopRequest
 from trainer.settings import PlanSettings, TrainSettings
+from trainer.storage.run_directory import RunDirectory
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def train(settings: TrainSettings, world: distributed.DistributedEnvironment, ti
     """The real loop's steps, without the checkpoint at its end."""
     from trainer.training import throughput
     from trainer.training.loop import optimizer_step
-    from trainer.training.student import setup_training
+    from trainer.training.setup import setup_training
 
     stop = StopRequest()
     student = setup_training(settings, world, RunDirectory(Path(settings.output_dir)), stop)

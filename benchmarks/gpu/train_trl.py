@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.gpu import cases, materials
 from benchmarks.harness import REPOSITORY
-from trainer.rendezvous import free_port
+from trainer.runtime.process_group import free_port
 from trainer.shards.methods import view_of
 from trainer.training.batches import PackedDataset
 

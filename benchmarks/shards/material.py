@@ -10,9 +10,9 @@ import numpy as np
 
 from benchmarks.harness import MATERIALS
 from benchmarks.training import material as training
-from trainer import commit
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
 
 FOLDER = MATERIALS / "shards"
 METHOD = "cot"
@@ -22,12 +22,12 @@ EXAMPLES = 1_000_000
 def ours() -> Path:
     """The arrays of GSM8K's shards repeated; texts, which no example needs, are left empty."""
     final = FOLDER / "million"
-    if commit.is_complete(final):
+    if atomic_dir.is_complete(final):
         return final
     one = training.shards("train")
     times = -(-EXAMPLES // len(one))
     facts = dict(one.facts)
-    with commit.atomic_directory(final, "shards", facts) as staging:
+    with atomic_dir.atomic_directory(final, "shards", facts) as staging:
         counts = {"num_problems": len(one) * times, "num_segments": len(one.roles) * times}
         facts.update(counts, num_tokens=len(one.tokens) * times)
         np.tile(one.tokens, times).tofile(staging / "tokens.bin")

@@ -8,9 +8,9 @@ from pathlib import Path
 from benchmarks.harness import REPOSITORY
 from benchmarks.training import material as training
 from tests.distributed import run_well
-from trainer import commit
-from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 
 RANKS = 2
 TOTAL_STEPS = 2
@@ -35,7 +35,7 @@ def make(folder: Path, stage: int) -> Path:
     """Train one step with tools/train.py; returns the checkpoint."""
     run = RunDirectory(folder / f"stage{stage}")
     found = run.checkpoint(1)
-    if commit.is_complete(found):
+    if atomic_dir.is_complete(found):
         return found
     shutil.rmtree(run.path, ignore_errors=True)
     shards = training.shards("train", 200)

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
 
-from trainer import distributed, startup, terminal  # noqa: E402
+from trainer.runtime import distributed, startup, terminal  # noqa: E402
 
 startup.pause_gc()
 
@@ -27,10 +27,10 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from transformers import GPT2LMHeadModel  # noqa: E402, F401
 
 from benchmarks.start import material  # noqa: E402
-from trainer.preemption import StopRequest  # noqa: E402
-from trainer.run_directory import RunDirectory  # noqa: E402
+from trainer.runtime.stop_request import StopRequest  # noqa: E402
+from trainer.storage.run_directory import RunDirectory  # noqa: E402
 from trainer.training.loop import log_run_header, optimizer_step  # noqa: E402
-from trainer.training.student import setup_training  # noqa: E402
+from trainer.training.setup import setup_training  # noqa: E402
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.processes import apart, turns
 from benchmarks.training import material
-from trainer import distributed
-from trainer.preemption import StopRequest
-from trainer.run_directory import RunDirectory
+from trainer.runtime import distributed
+from trainer.runtime.stop_request import StopRequest
 from trainer.settings import TrainSettings
 from trainer.shards.read import Shards
+from trainer.storage.run_directory import RunDirectory
 from trainer.training.loop import optimizer_step
-from trainer.training.student import TrainState, setup_training
+from trainer.training.setup import TrainState, setup_training
 
 WARM_UP = 1
 

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.training import material
-from trainer import distributed
+from trainer.runtime import distributed
 from trainer.settings import TrainSettings
 
 seconds: dict[str, float] = {}

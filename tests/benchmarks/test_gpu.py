@@ -25,7 +25,7 @@ from trainer.models import packed_attention, sizes
 from trainer.models.slot_attention import use_slot_attention
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems import stories
-from trainer.study.plan import load_study
+from trainer.study.study_file import load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.sh"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.study.plan import Study, load_study
+from trainer.study.study_file import Study, load_study
 
 STUDY: dict[str, Any] = {
     "study": "tiny",

@@ -163,9 +163,7 @@ def test_slurms_own_warning_before_the_time_limit_is_heard(cluster: Cluster, tmp
     assert printed(tmp_path).count("saved") == 2
 
 
-LEFT = (
-    "import os; from trainer.distributed import seconds_left_of_job as left; print('left', left(os.environ))"
-)
+LEFT = "import os; from trainer.runtime.distributed import seconds_left_of_job as left; print('left', left(os.environ))"
 
 
 def test_a_job_knows_its_time_limit_and_its_nodes_by_address(cluster: Cluster, tmp_path: Path) -> None:
@@ -192,7 +190,7 @@ def test_contradictory_ranks_are_refused_by_every_rank(cluster: Cluster, tmp_pat
 TICKETS = """
 from trainer import distributed
 distributed.initialize()
-from trainer.evaluation.tickets import shared_counter
+from trainer.evaluation.work_queue import shared_counter
 with shared_counter() as counter:
     drawn = [counter.add("next_ticket", 1) for _ in range(5)]
 everybodys = distributed.gather_objects(drawn)

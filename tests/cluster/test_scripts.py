@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from trainer.cluster import batches, scripts
+from trainer.cluster import jobs, scripts
+from trainer.cluster.config import ClusterConfig, parse_cluster_config
 from trainer.cluster.scripts import JobPaths
-from trainer.cluster.site import ClusterConfig, parse_cluster_config
 from trainer.errors import UserError
 from trainer.study import stages
-from trainer.study.plan import Study
+from trainer.study.study_file import Study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "sbatch"
@@ -34,7 +34,7 @@ SITES = {
 
 def written(site: ClusterConfig, study: Study) -> str:
     """All scripts of a study, one after the other."""
-    planned = batches.plan_jobs(stages.study_stages(study), set(), {}, study.name)
+    planned = jobs.plan_jobs(stages.study_stages(study), set(), {}, study.name)
     return "\n".join(f"### {batch.kind}\n{scripts.script_text(batch, site, PLACE)}" for batch in planned)
 
 
@@ -62,7 +62,7 @@ def test_bash_reads_every_script(name: str, study: Study) -> None:
 
 def test_settings_reach_the_tool_as_they_are(study: Study, tmp_path: Path) -> None:
     """Run the script's own lines up to the end of its arguments: no quote, dollar or star of a setting is expanded."""
-    planned = batches.plan_jobs(stages.study_stages(study), set(), {}, study.name)
+    planned = jobs.plan_jobs(stages.study_stages(study), set(), {}, study.name)
     train = next(batch for batch in planned if batch.kind == "train")
     body = scripts.script_text(train, ClusterConfig(), PLACE).partition("case")[2].partition("esac")[0]
     show = 'printf "%s\\n" "$log" "${arguments[@]}"'
@@ -100,7 +100,7 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
 
 
 def test_a_log_folder_slurm_cannot_write_to_is_refused(study: Study) -> None:
-    planned = batches.plan_jobs(stages.study_stages(study), set(), {}, study.name)
+    planned = jobs.plan_jobs(stages.study_stages(study), set(), {}, study.name)
     place = JobPaths(Path("/home/me"), Path("tools"), Path("slurm"), Path("my runs/tiny/slurm"))
     with pytest.raises(UserError, match="my runs/tiny/slurm: a batch script cannot write there"):
         scripts.script_text(planned[0], ClusterConfig(), place)

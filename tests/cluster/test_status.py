@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer import commit
 from trainer.cluster import status
 from trainer.cluster.slurm import JobState, parse_sacct
+from trainer.storage import atomic_dir
 from trainer.study import stages
-from trainer.study.plan import Study
+from trainer.study.study_file import Study
 
 
 def test_sacct() -> None:
@@ -49,5 +49,5 @@ def test_a_running_training_tells_step_loss_speed_and_time_left(
         {"step": step, "total_steps": 100, "loss": 2.5, "seconds": 3.0, "tokens_per_second": 1234.5}
         for step in range(1, 41)
     ]
-    commit.write_text(stage.run.directory.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+    atomic_dir.write_text(stage.run.directory.metrics, "".join(json.dumps(line) + "\n" for line in lines))
     assert status.progress_text(stage) == "step 40/100, loss 2.500, 1,234 tokens/s, 3m00s left"

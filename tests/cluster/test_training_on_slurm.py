@@ -12,8 +12,8 @@ import yaml
 
 from tests.cluster.test_dev_cluster import preempt
 from tests.slurm_cluster import Cluster
-from trainer import commit
-from trainer.run_directory import RunDirectory
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 
 STEPS = 40
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=00:30:00")
@@ -100,7 +100,7 @@ def test_final_weights_are_those_of_the_undisturbed_run(cluster: Cluster, traine
         output = f"--output={trained.folder}/convert.out"
         job = cluster.sbatch(output, "--cpus-per-task=1", "slurm/convert.sbatch", run.path)
         cluster.wait_for_state(job, "COMPLETED")
-        digests.append(commit.read_manifest(run.export)["files"]["model.safetensors"]["sha256"])
+        digests.append(atomic_dir.read_manifest(run.export)["files"]["model.safetensors"]["sha256"])
     assert digests[0] == digests[1]
 
 
@@ -133,7 +133,7 @@ def test_a_run_saves_before_its_time_limit_and_goes_on(cluster: Cluster, trained
     job = cluster.sbatch(*options, "slurm/train.sbatch", "--config", file)
     cluster.wait(lambda: submitted.exists() and "is requeued" in submitted.read_text(), "it asks", 400)
     assert "stopped as asked (the time limit is near)" in submitted.read_text()
-    assert run.checkpoint_steps() and commit.is_complete(run.checkpoint(run.checkpoint_steps()[-1]))
+    assert run.checkpoint_steps() and atomic_dir.is_complete(run.checkpoint(run.checkpoint_steps()[-1]))
     cluster.run_well("scancel", job)
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.distributed import run, run_well
-from trainer.doctor import machine, ranks, software
-from trainer.doctor.examine import print_report
-from trainer.doctor.finding import FAIL, OK, WARN, CheckResult
+from trainer.doctor import machine, rank_checks, software
+from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult
+from trainer.doctor.run_checks import print_report
 from trainer.errors import UserError
 
 
@@ -97,8 +97,8 @@ def test_a_disk_that_takes_no_more_bytes_fails(tmp_path: Path) -> None:
 
 def test_wrong_gradients_of_a_stage_are_found() -> None:
     output = run_well(["-m", "tests.doctor.wrong_gradients", "parity"], 2, timeout=600)
-    line = next(line for line in output.splitlines() if line.startswith(ranks.MARK))
-    found = {values["name"]: values for values in json.loads(line.removeprefix(ranks.MARK))}
+    line = next(line for line in output.splitlines() if line.startswith(rank_checks.MARK))
+    found = {values["name"]: values for values in json.loads(line.removeprefix(rank_checks.MARK))}
     statuses = {name: values["status"] for name, values in found.items()}
     assert statuses == {
         "ZeRO 0 fp32": OK,
@@ -145,10 +145,10 @@ def test_the_command_line_fails_with_status_1_and_the_line(tmp_path: Path) -> No
 
 
 def test_ranks_that_do_not_start_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.doctor import examine
+    from trainer.doctor import run_checks
 
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    found = examine._started(["clock"])
+    found = run_checks._started(["clock"])
     assert [finding.status for finding in found] == [FAIL]
     assert "two ranks did not finish" in found[0].detail
 

@@ -7,8 +7,8 @@ import sys
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from trainer import terminal
-from trainer.doctor import parity, ranks
+from trainer.doctor import gradient_parity, rank_checks
+from trainer.runtime import terminal
 
 right = DeepSpeedZeroOptimizer.average_tensor
 
@@ -19,7 +19,7 @@ def wrong(self: DeepSpeedZeroOptimizer, tensor: torch.Tensor, *rest: object) -> 
 
 
 DeepSpeedZeroOptimizer.average_tensor = wrong
-chosen = [case for case in parity.cases() if case.dtype == torch.float32 and not case.checkpointing]
-chosen += [parity.ParityCase(0, torch.bfloat16, False)]
-parity.cases = lambda: chosen
-terminal.run(lambda: ranks.main(sys.argv[1:]))
+chosen = [case for case in gradient_parity.cases() if case.dtype == torch.float32 and not case.checkpointing]
+chosen += [gradient_parity.ParityCase(0, torch.bfloat16, False)]
+gradient_parity.cases = lambda: chosen
+terminal.run(lambda: rank_checks.main(sys.argv[1:]))

@@ -13,12 +13,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from trainer import commit
 from trainer.models.tokenizer import load_tokenizer
 from trainer.settings import PrepareSettings
 from trainer.shards.methods import VIEWS
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def students(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callab
                 "num_parameters": model.num_parameters(), "learn_calculator_results": False,
                 "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
             }  # fmt: skip
-            with commit.atomic_directory(run / "export", "export", facts) as staging:
+            with atomic_dir.atomic_directory(run / "export", "export", facts) as staging:
                 model.save_pretrained(staging)
                 load_tokenizer(shards.tokenizer_path).save_pretrained(staging)
         return run / "export"
@@ -67,9 +67,11 @@ def students(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 def remade(export: Path, folder: Path, **facts: Any) -> Path:
     """The same student, whose manifest says something else."""
-    old = commit.read_manifest(export)["facts"]
-    with commit.atomic_directory(folder / "export", "export", {**old, **facts}) as staging:
-        shutil.copytree(export, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(commit.MANIFEST))
+    old = atomic_dir.read_manifest(export)["facts"]
+    with atomic_dir.atomic_directory(folder / "export", "export", {**old, **facts}) as staging:
+        shutil.copytree(
+            export, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(atomic_dir.MANIFEST)
+        )
     return folder / "export"
 
 

@@ -13,8 +13,8 @@ import signal
 import sys
 from typing import Any
 
-from trainer import distributed, startup, terminal
-from trainer.evaluation import gather
+from trainer.evaluation import rank_files
+from trainer.runtime import distributed, startup, terminal
 from trainer.settings import EvaluateSettings
 
 HALF_A_LINE = b'{"id": "half a li'
@@ -24,9 +24,9 @@ def put_in(fault: str) -> None:
     kind, *numbers = fault.split(":")
     if kind == "none" or distributed.environment().rank != int(numbers[0]):
         return
-    append, written = gather.RankFile.append, []
+    append, written = rank_files.RankFile.append, []
 
-    def faulty(part: gather.RankFile, prediction: dict[str, Any]) -> None:
+    def faulty(part: rank_files.RankFile, prediction: dict[str, Any]) -> None:
         if len(written) == int(numbers[1]):
             if kind == "fail":
                 raise ZeroDivisionError("a fault of ours")
@@ -39,7 +39,7 @@ def put_in(fault: str) -> None:
     def unwritable(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    setattr(gather.RankFile, *(("__init__", unwritable) if kind == "unwritable" else ("append", faulty)))
+    setattr(rank_files.RankFile, *(("__init__", unwritable) if kind == "unwritable" else ("append", faulty)))
 
 
 def main() -> None:

@@ -24,9 +24,9 @@ from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.generate import generate, make_sampler
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.jsonl import to_record
-from trainer.run_directory import EvaluationDirectory
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
+from trainer.storage.run_directory import EvaluationDirectory
 
 # The fastest backend that is right, and how it uses the family's cache.
 FAMILIES: dict[str, tuple[str, CacheUse | None]] = {
@@ -179,16 +179,16 @@ class Text:
     """A text of which each token but the first is forced in places: `forced` tokens after each choice."""
 
     def __init__(self, prompt: list[int], forced: list[int], length: int) -> None:
-        self.feeds = [SequenceState(list(prompt))]
-        self.turn: int | None = 0
+        self.sequences = [SequenceState(list(prompt))]
+        self.next_model: int | None = 0
         self.tokens = list(prompt)
         self._forced, self._length = forced, length
 
     def after(self, token: int) -> None:
         new = [token, *self._forced]
         self.tokens += new
-        self.feeds[0].pending += new
-        self.turn = 0 if len(self.tokens) < self._length else None
+        self.sequences[0].pending += new
+        self.next_model = 0 if len(self.tokens) < self._length else None
 
 
 @pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text", "llama"])

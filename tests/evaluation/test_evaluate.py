@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from tests.evaluation.conftest import remade
-from trainer import commit
 from trainer.errors import UserError
-from trainer.evaluation import gather, task
-from trainer.evaluation import student as students
+from trainer.evaluation import job, rank_files
+from trainer.evaluation import model_reference as students
 from trainer.evaluation.decoding import Decoding
 from trainer.evaluation.evaluate import evaluate, evaluate_model
 from trainer.models import packed_attention
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 from trainer.report.results import load_runs
-from trainer.run_directory import EvaluationDirectory, RunDirectory
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import EvaluationDirectory, RunDirectory
 
 
 def settings(export: Path, shards: Shards, **changes: Any) -> EvaluateSettings:
@@ -90,19 +90,19 @@ def test_goes_on_after_an_interruption(
 ) -> None:
     undisturbed, killed = (EvaluationDirectory(tmp_path / name) for name in ("undisturbed", "killed"))
     evaluate(settings(export, shards, output_dir=str(undisturbed.path)))
-    append = gather.RankFile.append
+    append = rank_files.RankFile.append
     appended: list[str] = []
 
-    def interrupted(part: gather.RankFile, prediction: dict[str, Any]) -> None:
+    def interrupted(part: rank_files.RankFile, prediction: dict[str, Any]) -> None:
         if len(appended) == 4:
             raise KeyboardInterrupt
         append(part, prediction)
         appended.append(prediction["id"])
 
-    monkeypatch.setattr(gather.RankFile, "append", interrupted)
+    monkeypatch.setattr(rank_files.RankFile, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(settings(export, shards, output_dir=str(killed.path)))
-    monkeypatch.setattr(gather.RankFile, "append", lambda p, x: (append(p, x), appended.append(x["id"])))
+    monkeypatch.setattr(rank_files.RankFile, "append", lambda p, x: (append(p, x), appended.append(x["id"])))
     assert not killed.results.exists() and len(list(killed.rank_files.iterdir())) == 1
 
     evaluate(
@@ -136,11 +136,11 @@ def test_finished_results_are_kept(
 
 def test_two_evaluations_of_one_directory_are_noticed(export: Path, shards: Shards, tmp_path: Path) -> None:
     ours = settings(export, shards, output_dir=str(tmp_path))
-    work = task.resolve_job(ours)
-    identity = task.digest(work.fingerprint_fields({"student": commit.manifest_digest(export)}))
+    work = job.resolve_job(ours)
+    identity = job.digest(work.fingerprint_fields({"student": atomic_dir.manifest_digest(export)}))
     first = shards.problem(0).id
     for _ in range(2):  # two processes that both looked before the other had written
-        with gather.RankFile(work.directory.rank_files, identity) as part:
+        with rank_files.RankFile(work.directory.rank_files, identity) as part:
             part.append({"id": first, "correct_strict": True})
     with pytest.raises(UserError, match=f"'{first}' occur more than once"):
         evaluate(ours)
@@ -173,13 +173,13 @@ def test_what_does_not_fit_is_refused(export: Path, shards: Shards, tmp_path: Pa
 
 def test_a_plain_model_folder(export: Path, shards: Shards, tmp_path: Path) -> None:
     folder = tmp_path / "plain"
-    shutil.copytree(export, folder, ignore=shutil.ignore_patterns(commit.MANIFEST))
+    shutil.copytree(export, folder, ignore=shutil.ignore_patterns(atomic_dir.MANIFEST))
     where = str(tmp_path / "out")
     with pytest.raises(UserError, match="give mode: answer_only, cot, socratic"):
         evaluate(settings(folder, shards, output_dir=where))
     results = evaluate(settings(folder, shards, output_dir=where, mode="cot", dtype="bf16"))
     assert (results["method"], results["train_seed"], results["model_name"]) == ("", None, "plain")
-    assert results["num_parameters"] == commit.read_manifest(export)["facts"]["num_parameters"]
+    assert results["num_parameters"] == atomic_dir.read_manifest(export)["facts"]["num_parameters"]
     assert results["accuracy"]["strict"]["correct"] >= 8
     direct = evaluate(settings(folder, shards, output_dir=f"{where}2", mode="answer_only", max_new_tokens=6))
     assert direct["impose_answer"] and direct["mode"] == "answer_only"

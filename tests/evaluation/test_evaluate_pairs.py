@@ -14,15 +14,15 @@ import yaml
 from tests.distributed import run, run_well
 from tests.evaluation.conftest import remade
 from tests.evaluation.test_evaluate import read
-from trainer import commit
 from trainer.errors import UserError
-from trainer.evaluation import place
+from trainer.evaluation import paths
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.gather import read_rank_file
+from trainer.evaluation.rank_files import read_rank_file
 from trainer.report.results import load_runs
-from trainer.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory
 
 MODE = "iterative_interleaved"
 
@@ -47,7 +47,7 @@ def settings(shards: Shards, **given: Any) -> EvaluateSettings:
 
 
 def size_of(export: str) -> int:
-    return int(commit.read_manifest(Path(export))["facts"]["num_parameters"])
+    return int(atomic_dir.read_manifest(Path(export))["facts"]["num_parameters"])
 
 
 def test_a_pair_leaves_a_run_beside_those_of_its_students(pair: dict[str, str], shards: Shards) -> None:
@@ -65,7 +65,7 @@ def test_a_pair_leaves_a_run_beside_those_of_its_students(pair: dict[str, str], 
     for part, export in pair.items():
         assert results[part] == {
             "name": export, "model_name": "tiny", "method": "solver" if part == "solver" else "decomposer_interleaved",
-            "num_parameters": sizes[part], "export_digest": commit.manifest_digest(Path(export)),
+            "num_parameters": sizes[part], "export_digest": atomic_dir.manifest_digest(Path(export)),
         }  # fmt: skip
     lines = [json.loads(line) for line in directory.predictions.read_text().splitlines()]
     assert [line["id"] for line in lines] == [shards.problem(index).id for index in range(10)]
@@ -139,7 +139,7 @@ def test_places(pair: dict[str, str], shards: Shards, tmp_path: Path) -> None:
             evaluate(settings(shards, decomposer=str(larger), solver=str(stranger)))
     evaluation = RunDirectory(solver.parent).evaluation("mine")
     RunDirectory(solver.parent).settings.write_text("method: solver\n")  # of a training: left alone
-    place.write_settings(settings(shards, **pair), evaluation)
+    paths.write_settings(settings(shards, **pair), evaluation)
     assert RunDirectory(solver.parent).settings.read_text() == "method: solver\n"
 
 
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(UserError, match="mode cot is for one student"):
         evaluate(settings(shards, **pair, mode="cot", **out))
     plain = tmp_path / "plain"
-    shutil.copytree(pair["solver"], plain, ignore=shutil.ignore_patterns(commit.MANIFEST))
+    shutil.copytree(pair["solver"], plain, ignore=shutil.ignore_patterns(atomic_dir.MANIFEST))
     with pytest.raises(UserError, match=f"the solver {plain} does not say by which method"):
         evaluate(settings(shards, **{**pair, "solver": str(plain)}, **out))
     stopped = remade(

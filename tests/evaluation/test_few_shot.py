@@ -12,14 +12,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.errors import UserError
-from trainer.evaluation import engine
-from trainer.evaluation.cast import Pipeline, RoleModel
+from trainer.evaluation.backends import slots
 from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.few_shot import exemplar_tokens
+from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.tickets import ProcessCounter
-from trainer.models.slots import ForwardBatch, prepare_prefill
+from trainer.evaluation.work_queue import ProcessCounter
+from trainer.models.kv_cache import ForwardBatch, prepare_prefill
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.exemplars import read_exemplars
 from trainer.problems.jsonl import to_record
@@ -111,7 +111,7 @@ def test_exemplars_are_read_once_and_the_texts_are_those_of_reading_them_every_t
         read.append(step.input_ids.shape[1])
         return step
 
-    monkeypatch.setattr(engine, "plan_step", counted)
+    monkeypatch.setattr(slots, "plan_step", counted)
     given = list(predictions(cast, range(6), ProcessCounter()))
     assert {prediction["id"]: prediction["text"] for prediction in given} == expected
     own = sum(len(shards.prompt(index)) for index in range(6))

@@ -23,15 +23,15 @@ from transformers import (
 )
 
 from trainer.errors import UserError
-from trainer.evaluation import engine
+from trainer.evaluation.backends import slots
+from trainer.evaluation.backends.slots import SequenceState, SlotBackend
 from trainer.evaluation.decoding import STUDENT
-from trainer.evaluation.engine import SequenceState, SlotBackend
 from trainer.evaluation.generate import generate, make_sampler
-from trainer.evaluation.language import StopTokens, end_of_text_ids
+from trainer.evaluation.rollout import ModelSlot, Program, Rollout, RolloutContext
 from trainer.evaluation.sampling import sampling_seed
-from trainer.evaluation.solution import ModelSlot, Program, Rollout, RolloutContext
+from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
+from trainer.models.kv_cache import ForwardBatch
 from trainer.models.slot_attention import use_slot_attention
-from trainer.models.slots import ForwardBatch
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.read import Shards
 
@@ -139,15 +139,15 @@ class Reading:
         ends = [sum(pieces[:i]) for i in range(len(pieces) + 1)]
         self.pieces = [text[a:b] for a, b in pairwise(ends)]
         self.steps = list(steps)
-        self.feeds = [SequenceState([])]
-        self.turn: int | None = 1  # another model's
+        self.sequences = [SequenceState([])]
+        self.next_model: int | None = 1  # another model's
 
     def begin(self, step: int) -> None:
-        self.turn = 1
+        self.next_model = 1
         if self.steps and step == self.steps[0]:
             self.steps.pop(0)
-            self.feeds[0].pending = self.pieces.pop(0)
-            self.turn = 0
+            self.sequences[0].pending = self.pieces.pop(0)
+            self.next_model = 0
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -175,17 +175,17 @@ def test_parked_slots_and_tokens_read_in_pieces_change_no_logits(name: str) -> N
             machine.add(reading)
         for step in range(7):
             for reading in readings:
-                if reading.turn is not None:
+                if reading.next_model is not None:
                     reading.begin(step)
             if machine.num_waiting:
-                assert len(machine.step()) == sum(reading.turn == 0 for reading in readings)
+                assert len(machine.step()) == sum(reading.next_model == 0 for reading in readings)
             for reading in readings:
                 if not reading.steps:
-                    reading.turn = None  # its slot goes to the last one, keys and values with it
+                    reading.next_model = None  # its slot goes to the last one, keys and values with it
     for text, reading in zip(texts, readings, strict=True):
         with torch.no_grad():
             expected = model(torch.tensor([text])).logits[0, -1]
-        torch.testing.assert_close(seen[id(reading.feeds[0])], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen[id(reading.sequences[0])], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_that_are_too_much_for_one_pass_take_turns(
@@ -193,16 +193,16 @@ def test_prompts_that_are_too_much_for_one_pass_take_turns(
 ) -> None:
     model, texts = make("gpt2"), prompts(8)
     together = solve(model, tokenizer, texts, num_slots=8)
-    monkeypatch.setattr(engine, "MOST_TOKENS_A_STEP", 20)
+    monkeypatch.setattr(slots, "MOST_TOKENS_A_STEP", 20)
     sizes: list[int] = []
-    plan_step = engine.prepare_prefill
+    plan_step = slots.prepare_prefill
 
     def counted(*arguments: Any) -> ForwardBatch:
         step = plan_step(*arguments)
         sizes.append(step.input_ids.shape[1])
         return step
 
-    monkeypatch.setattr(engine, "plan_step", counted)
+    monkeypatch.setattr(slots, "plan_step", counted)
     assert solve(model, tokenizer, texts, num_slots=8) == together
     assert max(sizes) <= max(20, *map(len, texts)) < sum(map(len, texts))
 

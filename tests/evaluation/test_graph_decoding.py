@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.evaluation.test_generate import MODELS, make, prompts, solve
 from tests.recorded_launches import decode_by_graphs
-from trainer.evaluation.engine import SequenceState, SlotBackend, use_graph_step
+from trainer.evaluation.backends.slots import SequenceState, SlotBackend, use_graph_step
 from trainer.models.slot_attention import use_slot_attention
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.read import Shards
@@ -46,13 +46,13 @@ class Listener:
         self.text = text
         self.given = 0
         self.seen: dict[int, torch.Tensor] = {}
-        self.feeds = [SequenceState([])]
-        self.turn: int | None = 1  # another model's
+        self.sequences = [SequenceState([])]
+        self.next_model: int | None = 1  # another model's
 
     def hear(self, count: int) -> None:
-        self.feeds[0].pending += self.text[self.given : self.given + count]
+        self.sequences[0].pending += self.text[self.given : self.given + count]
         self.given += count
-        self.turn = 0
+        self.next_model = 0
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -68,7 +68,7 @@ def test_parked_slots_go_on_where_they_stopped(name: str, monkeypatch: pytest.Mo
 
     def keep(logits: torch.Tensor, feeds: list[SequenceState]) -> list[int]:
         for row, feed in zip(logits, feeds, strict=True):
-            listener = next(one for one in listeners if one.feeds[0] is feed)
+            listener = next(one for one in listeners if one.sequences[0] is feed)
             listener.seen[feed.length] = row.clone()
         return [0] * len(feeds)
 
@@ -77,17 +77,17 @@ def test_parked_slots_go_on_where_they_stopped(name: str, monkeypatch: pytest.Mo
         for listener in listeners:
             machine.add(listener)
         listeners[0].hear(60)
-        while any(one.given < len(one.text) or one.turn == 0 for one in listeners):
+        while any(one.given < len(one.text) or one.next_model == 0 for one in listeners):
             for one in listeners[1:]:
-                if one.turn == 1 and one.given < len(one.text) and numbers.random() < 0.6:
+                if one.next_model == 1 and one.given < len(one.text) and numbers.random() < 0.6:
                     left = len(one.text) - one.given
                     one.hear(1 if left < 4 else min(numbers.choice((1, 1, 1, 2, 3, 9)), left))
             if machine.num_waiting:
                 for one, _ in machine.step():
-                    assert not one.feeds[0].pending
-                    one.turn = 1
-            if listeners[5].given == 20 and listeners[5].turn == 1:
-                listeners[5].turn = None  # leaves, and the last one moves into its slot
+                    assert not one.sequences[0].pending
+                    one.next_model = 1
+            if listeners[5].given == 20 and listeners[5].next_model == 1:
+                listeners[5].next_model = None  # leaves, and the last one moves into its slot
     for listener in listeners:
         with torch.no_grad():
             expected = model(torch.tensor([listener.text])).logits[0]

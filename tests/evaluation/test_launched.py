@@ -15,13 +15,13 @@ from tests.distributed import REPOSITORY, run, run_well
 from tests.evaluation.conftest import mpiexec
 from tests.evaluation.test_evaluate import read, settings
 from tests.slurm_cluster import Cluster
-from trainer import terminal
-from trainer.distributed import without_launcher_variables
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.gather import read_rank_file
-from trainer.rendezvous import free_port
-from trainer.run_directory import EvaluationDirectory
+from trainer.evaluation.rank_files import read_rank_file
+from trainer.runtime import terminal
+from trainer.runtime.distributed import without_launcher_variables
+from trainer.runtime.process_group import free_port
 from trainer.shards.read import Shards
+from trainer.storage.run_directory import EvaluationDirectory
 
 COMMAND = ["-m", "tests.evaluation.one_rank"]
 TWO_HOSTS = {"MPIR_CVAR_NOLOCAL": "1"}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from trainer import commit
+from trainer.storage import atomic_dir
 
 WORKER = Path(__file__).with_name("make_checkpoints.py")
 REPOSITORY = WORKER.parent.parent.parent
@@ -115,7 +115,9 @@ def checkpoint_copy(made: Path, tmp_path: Path) -> Callable[..., Path]:
 
 def rewrite_manifest(checkpoint: Path, **facts: Any) -> None:
     """Give a changed checkpoint a manifest that fits it, as a forger or a careless copy would."""
-    old = commit.read_manifest(checkpoint)
-    (checkpoint / commit.MANIFEST).unlink()
+    old = atomic_dir.read_manifest(checkpoint)
+    (checkpoint / atomic_dir.MANIFEST).unlink()
     staging = checkpoint.rename(checkpoint.with_name("staging"))
-    commit.publish(staging, checkpoint, "checkpoint", old["facts"] | facts, commit.digest_files(staging))
+    atomic_dir.publish(
+        staging, checkpoint, "checkpoint", old["facts"] | facts, atomic_dir.digest_files(staging)
+    )

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from trainer import commit
 from trainer.export.convert import convert
 from trainer.models import architecture, load
-from trainer.run_directory import RunDirectory
 from trainer.settings import ConvertSettings
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 
 
 def check_export(folder: Path, work: Path, dtype: str = "fp32") -> Path:
@@ -87,7 +87,7 @@ def write_checkpoint(
 
     `model_files`: the folder that goes into the checkpoint as `model`; None makes one of the config alone. Returns `final`.
     """
-    staging = commit.create_staging(final)
+    staging = atomic_dir.create_staging(final)
     state = model.state_dict()
     content = {
         "module": state,
@@ -119,7 +119,7 @@ def write_checkpoint(
         "data": "stories", "model_name": model.config.model_type, "seed": 0, "finished": True,
         "num_parameters": model.num_parameters(),
     }  # fmt: skip
-    commit.publish(staging, final, "checkpoint", facts, commit.digest_files(staging))
+    atomic_dir.publish(staging, final, "checkpoint", facts, atomic_dir.digest_files(staging))
     return final
 
 

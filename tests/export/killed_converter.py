@@ -16,12 +16,19 @@ from typing import Any
 
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (what a conversion imports)
 
-from trainer import commit
 from trainer.errors import UserError
-from trainer.export import convert, fit, output_file, safetensors_writer  # noqa: F401
-from trainer.run_directory import RunDirectory
+from trainer.export import (
+    config_check,  # noqa: F401
+    convert,
+    output_file,
+    safetensors_writer,
+)
 from trainer.settings import ConvertSettings
-from trainer.zero import checked_reader, layout  # noqa: F401
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
+from trainer.zero import (
+    checksum_reader,  # noqa: F401
+)
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -54,12 +61,12 @@ INSTANTS: dict[str, Callable[[], None]] = {
     "before a write": at_call(output_file, "_write"),
     "after a write": at_call(output_file, "_write", before=False),
     "weights written": at_call(convert, "_write_small_files"),
-    "before the manifest": at_call(commit, "_write_and_flush"),
-    "after the manifest": at_call(commit, "_write_and_flush", before=False),
+    "before the manifest": at_call(atomic_dir, "_write_and_flush"),
+    "after the manifest": at_call(atomic_dir, "_write_and_flush", before=False),
     "before the rename": at_call(os, "rename"),
     "after the rename": at_call(os, "rename", before=False),
-    "replacing, before the exchange": at_call(commit, "_exchange"),
-    "replacing, after the exchange": at_call(commit, "_exchange", before=False),
+    "replacing, before the exchange": at_call(atomic_dir, "_exchange"),
+    "replacing, after the exchange": at_call(atomic_dir, "_exchange", before=False),
 }
 
 
@@ -83,7 +90,7 @@ def visible(run: RunDirectory) -> str:
     if not run.export.exists():
         return "none"
     try:
-        commit.verify_digests(run.export)
+        atomic_dir.verify_digests(run.export)
         return "whole"
     except UserError as error:
         return str(error)
@@ -97,7 +104,7 @@ def main() -> None:
         killed = start(run, INSTANTS[instant], replacing)
         seen = visible(run)
         again = start(run, None, False)
-        files = commit.read_manifest(run.export)["files"] if run.export.exists() else {}
+        files = atomic_dir.read_manifest(run.export)["files"] if run.export.exists() else {}
         found[instant] = {"first": first, "killed": killed, "seen": seen, "again": again, "files": files}
     print(json.dumps(found))
 

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, Qwen2Config
 
 from tests.models.families import family_of
-from trainer import commit, startup
 from trainer.models import architecture
+from trainer.runtime import startup
+from trainer.storage import atomic_dir
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled, for minutes
 
@@ -128,7 +129,7 @@ def make(case: dict[str, Any], output: Path, rank: int, world_size: int) -> None
             "dtype": case["dtype"], "method": "socratic", "data": "stories", "model_name": case["model"], "seed": 0,
             "num_parameters": sum(tensor.numel() for tensor in masters.values()), "finished": True,
         }  # fmt: skip
-        commit.publish(staging, final, "checkpoint", facts, commit.digest_files(staging))
+        atomic_dir.publish(staging, final, "checkpoint", facts, atomic_dir.digest_files(staging))
     torch.distributed.barrier()
     engine.destroy()
 

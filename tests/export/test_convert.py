@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.export.conftest import BY_NAME, CONVERTIBLE, REPOSITORY
-from trainer import commit
-from trainer.export import rebuild, safetensors_writer
+from trainer.export import reference_weights, safetensors_writer
 from trainer.export.convert import convert
 from trainer.models import architecture
 from trainer.settings import ConvertSettings
+from trainer.storage import atomic_dir
 from trainer.zero import layout
-from trainer.zero.checked_reader import ChecksumReader
+from trainer.zero.checksum_reader import ChecksumReader
 
 
 def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
@@ -47,7 +47,7 @@ def test_fp32_export_is_the_master_weights_of_the_training_processes(
         assert_same_bits(loaded[parameter], expected.float())
     if BY_NAME[name]["model"] == "gpt2":
         assert_same_bits(loaded["lm_head.weight"], loaded["transformer.wte.weight"])
-    commit.verify_digests(export)
+    atomic_dir.verify_digests(export)
 
 
 # zero_to_fp32.py knows neither stage 0 nor BF16_Optimizer, whose files have no zero_stage.
@@ -83,7 +83,7 @@ def test_bf16_export_is_the_masters_rounded_to_nearest(name: str, made: Path, tm
 def test_same_dtype_is_the_one_trained_in(made: Path, tmp_path: Path) -> None:
     export = export_of(made, "qwen2-zero2-bf16-2ranks", tmp_path)
     assert AutoConfig.from_pretrained(export).dtype == torch.bfloat16
-    assert commit.read_manifest(export)["facts"]["export_dtype"] == "bf16"
+    assert atomic_dir.read_manifest(export)["facts"]["export_dtype"] == "bf16"
 
 
 @pytest.mark.parametrize("name", ["gpt2-zero1-fp32-2ranks-buffers", "gpt2-zero3-bf16-2ranks-buffers"])
@@ -106,7 +106,7 @@ def test_buffers_are_written_as_they_are(name: str, made: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_rebuild_takes_another_road_to_the_same_weights(name: str, made: Path) -> None:
     case = BY_NAME[name]
-    rebuilt = rebuild.reference_weights(
+    rebuilt = reference_weights.reference_weights(
         made / name / "checkpoints" / "step-000002", case["stage"], case["world_size"], case["dtype"]
     )
     masters = load_file(made / name / "masters.safetensors")
@@ -142,7 +142,7 @@ def test_folder_is_laid_out_as_save_pretrained_does(made: Path, tmp_path: Path) 
 
 def test_folder_has_card_manifest_and_tokenizer(made: Path, tmp_path: Path) -> None:
     export = export_of(made, "gpt2-zero2-fp32-2ranks", tmp_path)
-    manifest = commit.read_manifest(export, kind="export")
+    manifest = atomic_dir.read_manifest(export, kind="export")
     assert set(manifest["files"]) == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json",
     }  # fmt: skip

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from tests.export.conftest import BY_NAME, FAMILIES
 from tests.export.family_export import assert_same_bits, check_export
 from tests.models.families import family_of
-from trainer import commit
 from trainer.export.convert import convert
 from trainer.models import load
 from trainer.settings import ConvertSettings
+from trainer.storage import atomic_dir
 
 # Renamed, split, fused and permuted tensors; parameters kept in fp32; text parts of multimodal models; recurrent layers.
 RISKY = [
@@ -48,7 +48,7 @@ def test_checkpoints_of_deepspeed_have_the_names_of_the_hub(name: str, made: Pat
     family_of(case["model"]).save(tmp_path / "base")
     assert _names(export) == _names(tmp_path / "base")
     same = convert(ConvertSettings(str(made / name), str(tmp_path / "same"), verify=True))
-    assert commit.read_manifest(same)["facts"]["export_dtype"] == case["dtype"]
+    assert atomic_dir.read_manifest(same)["facts"]["export_dtype"] == case["dtype"]
 
 
 def _names(folder: Path) -> set[str]:

@@ -11,9 +11,9 @@ import pytest
 
 from tests.distributed import run_well
 from tests.export.killed_converter import INSTANTS
-from trainer import commit
 from trainer.export.convert import convert
 from trainer.settings import ConvertSettings
+from trainer.storage import atomic_dir
 
 pytestmark = pytest.mark.faults
 CASE = "gpt2-zero2-bf16-2ranks"
@@ -44,6 +44,6 @@ def test_a_killed_converter_leaves_a_whole_export_or_none(
     assert found["seen"] == ("whole" if stands else "none")
     assert found["again"] == 0
     export = convert(ConvertSettings(str(made / CASE), str(tmp_path / "undisturbed")))
-    undisturbed = commit.read_manifest(export)["files"]
+    undisturbed = atomic_dir.read_manifest(export)["files"]
     same = {name for name in undisturbed if name != "README.md"}  # it names the run
     assert {name: found["files"][name] for name in same} == {name: undisturbed[name] for name in same}

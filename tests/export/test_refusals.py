@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from tests.export.conftest import REPOSITORY, rewrite_manifest
-from trainer import commit
 from trainer.errors import UserError
 from trainer.export.convert import convert, parse_size
 from trainer.settings import ConvertSettings
+from trainer.storage import atomic_dir
 
 Copy = Callable[[str], Path]
 ZERO1 = "gpt2-zero1-fp32-2ranks"
@@ -41,7 +41,7 @@ def refused(checkpoint: Path, pattern: str, **settings: Any) -> str:
 
 def test_unfinished_checkpoint(checkpoint_copy: Copy) -> None:
     checkpoint = checkpoint_copy(ZERO1)
-    (checkpoint / commit.MANIFEST).unlink()
+    (checkpoint / atomic_dir.MANIFEST).unlink()
     refused(checkpoint, "is not finished")
     refused(checkpoint.parent.parent, "holds no finished checkpoint")
 
@@ -210,9 +210,9 @@ def test_existing_exports(checkpoint_copy: Copy, capsys: pytest.CaptureFixture) 
     with pytest.raises(UserError, match="another checkpoint_digest; give --overwrite"):
         convert(settings)
     convert(ConvertSettings(str(checkpoint), dtype="bf16", overwrite=True))
-    assert commit.read_manifest(export)["facts"]["step"] == 3
+    assert atomic_dir.read_manifest(export)["facts"]["step"] == 3
     assert json.loads((export / "config.json").read_text())["dtype"] == "bfloat16"
-    commit.verify_digests(export)
+    atomic_dir.verify_digests(export)
     os.truncate(export / "model.safetensors", 100)
     with pytest.raises(UserError, match=r"has 100 bytes.*--overwrite to write the export again"):
         convert(ConvertSettings(str(checkpoint), dtype="bf16"))
@@ -237,10 +237,10 @@ def test_newest_valid_checkpoint_of_a_run(checkpoint_copy: Copy, capsys: pytest.
     unfinished.mkdir()
     run = old.parent.parent
     export = convert(ConvertSettings(str(run)))
-    assert commit.read_manifest(export)["facts"]["checkpoint"] == str(newer)
+    assert atomic_dir.read_manifest(export)["facts"]["checkpoint"] == str(newer)
     os.truncate(newer / RANK_1, 10)
     convert(ConvertSettings(str(run), overwrite=True))
-    assert commit.read_manifest(export)["facts"]["checkpoint"] == str(old)
+    assert atomic_dir.read_manifest(export)["facts"]["checkpoint"] == str(old)
     assert "trying the checkpoint before it" in capsys.readouterr().out
 
 
@@ -258,7 +258,7 @@ def test_checkpoint_outside_a_run_needs_an_output_dir(checkpoint_copy: Copy, tmp
         convert(ConvertSettings(str(alone)))
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new"):
-        commit.verify_digests(convert(ConvertSettings(str(alone), str(tmp_path / name))))
+        atomic_dir.verify_digests(convert(ConvertSettings(str(alone), str(tmp_path / name))))
 
 
 def test_full_disk_is_seen_before_writing(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_killed_converter_leaves_nothing_visible(checkpoint_copy: Copy) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert staged[0].is_dir() and not (run / "export").exists()
-    commit.verify_digests(convert(ConvertSettings(str(run))))
+    atomic_dir.verify_digests(convert(ConvertSettings(str(run))))
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ import resource, sys, torch
 from pathlib import Path
 from trainer.export import safetensors_writer
 from trainer.zero import layout
-from trainer.zero.checked_reader import CheckedReader
+from trainer.zero.checksum_reader import CheckedReader
 def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 folder = Path(sys.argv[1])
 torch.zeros(10).to(torch.bfloat16)

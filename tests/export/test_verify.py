@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.export.family_export import give_every_tensor_its_own_numbers, write_checkpoint
 from tests.models.families import family_of
-from trainer import commit
 from trainer.errors import UserError
 from trainer.export.convert import convert
 from trainer.export.verify import verify
 from trainer.settings import ConvertSettings
+from trainer.storage import atomic_dir
 
 Tensors = dict[str, torch.Tensor]
 
@@ -28,7 +28,7 @@ def exported(name: str, tmp_path: Path, dtype: str) -> tuple[Path, Path]:
 
 
 def refused(export: Path, checkpoint: Path, pattern: str) -> None:
-    facts = commit.read_manifest(checkpoint)["facts"]
+    facts = atomic_dir.read_manifest(checkpoint)["facts"]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[facts["dtype"]]
     with pytest.raises(UserError, match=pattern):
         verify(export, checkpoint, facts, dtype)
@@ -79,6 +79,6 @@ def test_damaged_export(damage: Callable[[Tensors], None], pattern: str, tmp_pat
 def test_fault_of_transformers_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Youtu's class zeroes the embedding of the padding token whenever it is loaded."""
     export, checkpoint = exported("youtu", tmp_path, "fp32")
-    verify(export, checkpoint, commit.read_manifest(checkpoint)["facts"], torch.float32)
+    verify(export, checkpoint, atomic_dir.read_manifest(checkpoint)["facts"], torch.float32)
     said = "".join(capsys.readouterr())
     assert "whenever transformers loads model.embed_tokens.weight, it sets 64 elements to 0" in said

@@ -17,8 +17,8 @@ import yaml
 from tests.distributed import Outcome
 from tests.faults import lives, oracle
 from tests.training.conftest import gpt2_config, settings, stories
-from trainer.run_directory import RunDirectory
 from trainer.shards.read import Shards
+from trainer.storage.run_directory import RunDirectory
 
 EPOCHS = 4  # of 19 packs: 38 steps on two ranks
 SAVE_STEPS, EVAL_STEPS = 3, 5

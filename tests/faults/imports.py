@@ -25,9 +25,9 @@ import transformers.models.llama.modeling_llama
 import transformers.tokenization_utils_tokenizers
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-import trainer.restarts
+import trainer.runtime.restarts
 import trainer.training.loop
-import trainer.training.periodic
+import trainer.training.validation
 
 deepspeed.ops.__compatible_ops__  # (looks for compilers and libraries)
 get_checkpoint_conversion_mapping("gpt2")

@@ -26,7 +26,7 @@ _step = 0  # the optimizer step we are in, counted from 1; 0 outside
 
 def arm(text: str) -> None:
     """Put into this process what `text` asks for."""
-    from trainer.preemption import StopRequest
+    from trainer.runtime.stop_request import StopRequest
     from trainer.training import loop
 
     wanted, rank = json.loads(text), int(os.environ["RANK"])

@@ -152,7 +152,7 @@ def _saving(name: str, when: str) -> Callable[[Die, Now, int], None]:
     """Before or after a function of a save, at the checkpoint of `step`."""
 
     def arm_it(die: Die, now: Now, step: int) -> None:
-        from trainer import commit
+        from trainer.storage import atomic_dir
         from trainer.training import checkpoint
 
         saving = False
@@ -163,21 +163,21 @@ def _saving(name: str, when: str) -> Callable[[Die, Now, int], None]:
 
         wrap(checkpoint, "save", before=enter)
         module, _, function = name.rpartition(".")
-        holder = commit if module == "commit" else checkpoint
+        holder = atomic_dir if module == "commit" else checkpoint
         wrap(holder, function, **{when: lambda *_: die() if saving else None})
 
     return arm_it
 
 
 def _half_a_manifest(die: Die, now: Now, step: int) -> None:
-    from trainer import commit
+    from trainer.storage import atomic_dir
 
     def write(path: Path, content: bytes) -> None:
-        if path.name == commit.MANIFEST and f"step-{step:06d}" in str(path):
+        if path.name == atomic_dir.MANIFEST and f"step-{step:06d}" in str(path):
             path.write_bytes(content[: len(content) // 2])
             die()
 
-    wrap(commit, "_write_and_flush", before=write)
+    wrap(atomic_dir, "_write_and_flush", before=write)
 
 
 def _rename(when: str, suffix: str = "") -> Callable[[Die, Now, int], None]:
@@ -223,13 +223,13 @@ def _half_tokenised(die: Die, now: Now, step: int) -> None:
 
 
 def _half_any_manifest(die: Die, now: Now, step: int) -> None:
-    from trainer import commit
+    from trainer.storage import atomic_dir
 
     def write(path: Path, content: bytes) -> None:
         path.write_bytes(content[: len(content) // 2])
         die()
 
-    wrap(commit, "_write_and_flush", before=write)
+    wrap(atomic_dir, "_write_and_flush", before=write)
 
 
 def _holding_the_lock(die: Die, now: Now, step: int) -> None:

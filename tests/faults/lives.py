@@ -20,8 +20,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.distributed import REPOSITORY, Outcome
-from trainer.distributed import without_launcher_variables
-from trainer.rendezvous import free_port
+from trainer.runtime.distributed import without_launcher_variables
+from trainer.runtime.process_group import free_port
 
 TRAIN = "tools/train.py"
 

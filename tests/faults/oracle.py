@@ -15,15 +15,16 @@ from typing import Any
 
 import psutil
 
-from trainer import commit, lock
-from trainer.configuration import from_dict
-from trainer.run_directory import RunDirectory
+from trainer.runtime import directory_lock
 from trainer.settings import TrainSettings
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
+from trainer.storage.configuration import from_dict
+from trainer.storage.run_directory import RunDirectory
 from trainer.training.batches import PackedDataset
-from trainer.zero.checked_reader import ChecksumReader
-from trainer.zero.state import read_optimizer_state
+from trainer.zero.checksum_reader import ChecksumReader
+from trainer.zero.optimizer_state import read_optimizer_state
 
 _TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes"}
 
@@ -48,8 +49,8 @@ def trajectory(run: RunDirectory) -> tuple[dict[int, dict], dict[int, dict]]:
 
 def state_digest(checkpoint: Path) -> str:
     """SHA-256 over every weight and moment of a checkpoint, by name, after its files were found whole."""
-    commit.verify_digests(checkpoint)
-    facts = commit.read_manifest(checkpoint)["facts"]
+    atomic_dir.verify_digests(checkpoint)
+    facts = atomic_dir.read_manifest(checkpoint)["facts"]
     state = read_optimizer_state(checkpoint, facts["zero_stage"], facts["world_size"], facts["dtype"])
     digest = hashlib.sha256(f"{state.step}".encode())
     tensors = {("weight", name): tensor for name, tensor in state.weights.tensors.items()}
@@ -91,7 +92,7 @@ def same(run: RunDirectory, reference: Reference, records: Path | None = None) -
     assert steps == reference.steps
     assert evaluations == reference.evaluations
     last = max(reference.steps)
-    assert commit.read_manifest(run.checkpoint(last))["facts"]["finished"]
+    assert atomic_dir.read_manifest(run.checkpoint(last))["facts"]["finished"]
     assert state_digest(run.checkpoint(last)) == reference.digest
     assert run.checkpoint_steps() == reference.run.checkpoint_steps()
     assert leftovers(run) == []
@@ -106,7 +107,7 @@ def so_far(run: RunDirectory, reference: Reference) -> None:
         assert values == reference.steps[step], f"step {step}"
     assert evaluations.items() <= reference.evaluations.items()
     for step in run.checkpoint_steps():
-        commit.verify_digests(run.checkpoint(step))
+        atomic_dir.verify_digests(run.checkpoint(step))
 
 
 def each_example_once(records: Path, reference: Reference) -> None:
@@ -147,7 +148,7 @@ def leftovers(run: RunDirectory) -> list[str]:
         if not any(part.startswith(f".{run.lock.name}.") for part in path.relative_to(run.path).parts)
     ]
     locks = list(run.path.glob(f".{run.lock.name}.*"))
-    assert len(locks) <= lock._MAX_STALE_LOCKS + 1, locks
+    assert len(locks) <= directory_lock._MAX_STALE_LOCKS + 1, locks
     live = [path.name for path in (run.lock, run.heartbeats) if path.exists()]
     return sorted(found + live)
 

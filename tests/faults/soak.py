@@ -30,8 +30,8 @@ import yaml
 from tests.faults import disturbances, oracle
 from tests.faults.disturbances import Disturbance
 from tests.slurm_cluster import DEV_CLUSTER, REPOSITORY, Cluster, make
-from trainer import commit
-from trainer.run_directory import RunDirectory
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 
 RUN = "stories.cot.0.2m.s0"
 TEST = "stories-test-cot"
@@ -131,9 +131,9 @@ class SoakedStudy:
 
     def trained(self) -> bool:
         steps = [
-            step for step in self.run.checkpoint_steps() if commit.is_complete(self.run.checkpoint(step))
+            step for step in self.run.checkpoint_steps() if atomic_dir.is_complete(self.run.checkpoint(step))
         ]
-        return bool(steps) and commit.read_manifest(self.run.checkpoint(steps[-1]))["facts"]["finished"]
+        return bool(steps) and atomic_dir.read_manifest(self.run.checkpoint(steps[-1]))["facts"]["finished"]
 
     def step(self) -> int:
         lines = self.logged()
@@ -158,7 +158,7 @@ class SoakedStudy:
         return {
             "losses or gradient norms": oracle.trajectory(run),
             "weights or moments": oracle.state_digest(run.checkpoint(run.checkpoint_steps()[-1])),
-            "export": commit.read_manifest(run.export)["files"]["model.safetensors"]["sha256"],
+            "export": atomic_dir.read_manifest(run.export)["files"]["model.safetensors"]["sha256"],
             "predictions": run.evaluation(TEST).predictions.read_bytes(),
         }
 

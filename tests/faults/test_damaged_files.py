@@ -14,9 +14,9 @@ import torch
 from tests.faults.conftest import Case, values_of
 from tests.faults.oracle import Reference
 from tests.training.test_resharded import _damage as flip_optimizer
-from trainer import commit
-from trainer.run_directory import RunDirectory
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 
 pytestmark = pytest.mark.faults
 
@@ -59,7 +59,7 @@ def _truncate(run: RunDirectory) -> None:
 
 
 def _manifest(content: bytes) -> Callable[[RunDirectory], None]:
-    return lambda run: _write(run.checkpoint(NEWEST) / commit.MANIFEST, content)
+    return lambda run: _write(run.checkpoint(NEWEST) / atomic_dir.MANIFEST, content)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -154,10 +154,10 @@ def test_a_planted_pickle_is_not_run_by_resuming(copy: Case, tmp_path: Path) -> 
     file = _optimizer_file(copy.run, 1)
     content = torch.load(file, weights_only=False)  # our own file
     torch.save({**content, "hyperparameters": _Planted(f"touch {marker}")}, file)
-    facts = commit.read_manifest(checkpoint)["facts"]
-    (checkpoint / commit.MANIFEST).unlink()
+    facts = atomic_dir.read_manifest(checkpoint)["facts"]
+    (checkpoint / atomic_dir.MANIFEST).unlink()
     staging = checkpoint.rename(tmp_path / "staging")
-    commit.publish(staging, checkpoint, "checkpoint", facts, commit.digest_files(staging))
+    atomic_dir.publish(staging, checkpoint, "checkpoint", facts, atomic_dir.digest_files(staging))
     copy.refused(rf"{file.name} is refused: it asks for (posix|nt)\.system")
     assert not marker.exists()
     torch.load(file, weights_only=False)  # the weapon does work

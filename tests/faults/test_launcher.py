@@ -20,9 +20,9 @@ import yaml
 from tests.distributed import REPOSITORY
 from tests.faults import oracle
 from tests.faults.conftest import Case, printed, values_of
-from trainer import distributed, rendezvous
+from trainer.runtime import distributed, process_group
+from trainer.runtime.terminal import EXIT_REQUEUE
 from trainer.shards.read import Shards
-from trainer.terminal import EXIT_REQUEUE
 
 pytestmark = pytest.mark.faults
 
@@ -52,7 +52,7 @@ def launched(case: Case, port: int = 0) -> Iterator[subprocess.Popen[bytes]]:
         MARK: str(case.run.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
     }  # fmt: skip
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(port or rendezvous.free_port())]
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(port or process_group.free_port())]
     command += ["tools/train.py", "--config", str(file)]
     with open(case.run.path.with_suffix(".log"), "ab") as log:
         process = subprocess.Popen(
@@ -153,7 +153,7 @@ def test_a_taken_port_is_told_on_every_rank(case: Callable[..., Case], listener:
         else:
             import torch.distributed as dist
 
-            port = rendezvous.free_port()
+            port = process_group.free_port()
             other = dist.TCPStore("127.0.0.1", port, 2, True, timedelta(seconds=60), wait_for_workers=False)
             stack.callback(lambda: other)  # it listens as long as it is held
         with run.start(environment={"MASTER_PORT": str(port)}) as life:

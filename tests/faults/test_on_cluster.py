@@ -15,7 +15,7 @@ import pytest
 from tests.cluster.test_training_on_slurm import TWO_NODES, losses, submit_training
 from tests.faults import oracle
 from tests.slurm_cluster import Cluster
-from trainer.run_directory import RunDirectory
+from trainer.storage.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 STEPS, SAVE_STEPS = 600, 10

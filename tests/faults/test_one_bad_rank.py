@@ -57,7 +57,7 @@ def test_ranks_that_were_told_different_things_are_refused(case: Callable[..., C
 
 def run_order() -> dict[str, object]:
     """The settings in the order in which differences are told."""
-    from trainer.configuration import to_dict
     from trainer.settings import TrainSettings
+    from trainer.storage.configuration import to_dict
 
     return to_dict(TrainSettings("shards", "run", config_name="stories-0.2m"))

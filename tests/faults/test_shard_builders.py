@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults import lives
-from trainer import commit
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
 
 pytestmark = pytest.mark.faults
 
@@ -57,5 +57,5 @@ def test_killed_builders_and_racing_ones(stories: Shards, tmp_path: Path) -> Non
         -signal.SIGKILL,
         0,
     }  # 0: it found the others' finished
-    commit.verify_digests(again)
+    atomic_dir.verify_digests(again)
     assert Shards.open(again).fingerprint == stories.fingerprint

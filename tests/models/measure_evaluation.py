@@ -61,15 +61,15 @@ class _Problem:
     """A prompt that is continued by `NEW_TOKENS` tokens."""
 
     def __init__(self, prompt: list[int]) -> None:
-        self.feeds = [SequenceState(list(prompt))]
+        self.sequences = [SequenceState(list(prompt))]
         self.tokens: list[int] = []
-        self.turn: int | None = 0
+        self.next_model: int | None = 0
 
     def after(self, token: int) -> None:
         self.tokens.append(token)
-        self.feeds[0].pending = [token]
+        self.sequences[0].pending = [token]
         if len(self.tokens) == NEW_TOKENS:
-            self.turn = None
+            self.next_model = None
 
 
 def _decode(model: Any, choice: Any) -> list[list[int]]:

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trainer.models import packed_attention
 from trainer.models.default_attention import UnsupportedAttention, set_attention
+from trainer.models.kv_cache import KVCache, prepare_prefill
 from trainer.models.slot_attention import last_token_logits, use_slot_attention
-from trainer.models.slots import KVCache, prepare_prefill
 from trainer.training.batches import MicroBatch
 from trainer.training.loss import collate, summed_token_loss
 

@@ -10,9 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.models import packed_attention, slot_attention
-from trainer.models.decode_graphs import GraphShape, shape_for
+from trainer.models.cuda_graphs import GraphShape, shape_for
+from trainer.models.kv_cache import ForwardBatch, KVCache, prepare_prefill
 from trainer.models.slot_attention import last_token_logits, use_slot_attention
-from trainer.models.slots import ForwardBatch, KVCache, prepare_prefill
 
 LAYERS = 2
 

@@ -19,11 +19,11 @@ from trainer.planning.recommend import command, recommend
 from trainer.planning.run import plan_study
 from trainer.planning.time import communication_volumes
 from trainer.planning.zero_memory import ACTIVATIONS, LOGITS, MASTERS, OPTIMIZER, WEIGHTS, BucketFill, _fills
-from trainer.run_directory import RunDirectory
 from trainer.settings import PlanSettings
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
-from trainer.study.plan import load_study as load_study
+from trainer.storage.run_directory import RunDirectory
+from trainer.study.study_file import load_study as load_study
 from trainer.training import ds_config
 
 # As the models' pages on the hub say.

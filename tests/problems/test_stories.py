@@ -12,8 +12,8 @@ from trainer.errors import UserError
 from trainer.problems import stories
 from trainer.problems.calculator import evaluate
 from trainer.problems.problem import Problem
-from trainer.problems.stories.plot import MAX_NUMBER
-from trainer.problems.stories.worlds import PEOPLE
+from trainer.problems.stories.generator import MAX_NUMBER
+from trainer.problems.stories.templates import PEOPLE
 
 ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.report.synthetic_study import COMPOSITES, METHODS, make_run, make_study, write_evaluation
 from trainer.report.build import build_report
-from trainer.run_directory import StudyDirectory
+from trainer.storage.run_directory import StudyDirectory
 
 GPT2 = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
 

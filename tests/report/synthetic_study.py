@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from tests.report.synthetic_answers import answer, possible_mistakes, problems
-from trainer import commit
 from trainer.problems import answers
 from trainer.report.methods import PAIRS
 from trainer.report.statistics import wilson_interval
-from trainer.run_directory import RunDirectory, StudyDirectory
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory, StudyDirectory
 
 SIZES = {"stories-2m": 2_013_952, "stories-13m": 13_107_200}
 METHODS = ("answer_only", "cot", "socratic")
@@ -75,7 +75,7 @@ def make_run(
             "model_name": model,
         }
         facts |= {"seed": seed, "num_parameters": size}
-        with commit.atomic_directory(run.export, "export", facts) as staging:
+        with atomic_dir.atomic_directory(run.export, "export", facts) as staging:
             (staging / "config.json").write_text("{}")
     return run
 

@@ -19,7 +19,7 @@ from trainer.errors import UserError
 from trainer.report import format
 from trainer.report.build import build_report
 from trainer.report.statistics import wilson_interval
-from trainer.run_directory import StudyDirectory
+from trainer.storage.run_directory import StudyDirectory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIGURES = ("accuracy_vs_parameters", "accuracy_by_num_steps", "what_went_wrong", "loss_curves", "throughput")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.report.synthetic_study import make_run, make_study, write_evaluation
-from trainer import commit
 from trainer.errors import UserError
 from trainer.report.analysis import analyse
 from trainer.report.comparisons import Comparison, compare
@@ -17,7 +16,8 @@ from trainer.report.headline import headline
 from trainer.report.results import load_runs
 from trainer.report.statistics import mcnemar
 from trainer.report.summary import panels
-from trainer.run_directory import RunDirectory, StudyDirectory
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory, StudyDirectory
 
 
 def _one(folder: Path, **changes: Any) -> RunDirectory:
@@ -56,7 +56,7 @@ def test_a_study_is_read_as_it_was_written(study: StudyDirectory) -> None:
 def test_unfinished_runs_are_kept_with_what_is_missing(study: StudyDirectory) -> None:
     trained = make_run(study.path, "cot", "stories-2m", 2_013_952, seed=3)
     shutil.rmtree(trained.export)
-    with commit.atomic_directory(trained.checkpoint(240), "checkpoint", {"finished": True, "step": 240}):
+    with atomic_dir.atomic_directory(trained.checkpoint(240), "checkpoint", {"finished": True, "step": 240}):
         pass
     make_run(study.path, "cot", "stories-2m", 2_013_952, seed=4)
     make_run(study.path, "cot", "stories-2m", 2_013_952, seed=5).evaluation(

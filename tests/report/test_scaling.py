@@ -10,7 +10,7 @@ from trainer.report.analysis import analyse
 from trainer.report.results import load_runs
 from trainer.report.scaling import fit_logistic, fit_panels
 from trainer.report.summary import panels
-from trainer.run_directory import StudyDirectory
+from trainer.storage.run_directory import StudyDirectory
 
 X = np.log10([124e6, 355e6, 774e6, 1.5e9])
 

@@ -21,7 +21,7 @@ from trainer.report.provenance import own_facts, remarks
 from trainer.report.results import load_runs
 from trainer.report.statistics import mcnemar
 from trainer.report.summary import panels
-from trainer.run_directory import StudyDirectory
+from trainer.storage.run_directory import StudyDirectory
 
 
 @pytest.fixture(scope="module")

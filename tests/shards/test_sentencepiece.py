@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.sentencepiece import KINDS, make
 from trainer.errors import UserError
 from trainer.evaluation.few_shot import after_exemplars, exemplar_tokens
-from trainer.evaluation.language import StopTokens
+from trainer.evaluation.stop_tokens import StopTokens
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.problem import Problem, Step

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer import commit
 from trainer.errors import UserError
 from trainer.models.tokenizer import fingerprint, load_tokenizer
 from trainer.problems.sources import read_problems
@@ -19,6 +18,7 @@ from trainer.shards import segments
 from trainer.shards.methods import VIEWS, Role, view_of
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
 
 
 def _gsm8k(shared_data: Path, folder: Path, **changes: object) -> PrepareSettings:
@@ -134,7 +134,7 @@ def test_damaged_shards_are_refused(shared_data: Path, tmp_path: Path, damage: s
     elif damage == "missing":
         tokens.unlink()
     else:
-        (tmp_path / "shards" / commit.MANIFEST).unlink()
+        (tmp_path / "shards" / atomic_dir.MANIFEST).unlink()
     with pytest.raises(UserError, match=r"tokens\.bin|not finished"):
         Shards.open(tmp_path / "shards", verify=damage == "flipped")
 

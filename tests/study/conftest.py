@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer.study.plan import Study, load_study
+from trainer.study.study_file import Study, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOLS = ("annotate", "prepare_shards", "train", "convert_checkpoint", "evaluate", "plot_scaling")

@@ -18,8 +18,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer import commit, distributed
-from trainer.run_directory import AnnotationDirectory, EvaluationDirectory, RunDirectory, StudyDirectory
+from trainer.runtime import distributed
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import (
+    AnnotationDirectory,
+    EvaluationDirectory,
+    RunDirectory,
+    StudyDirectory,
+)
 from trainer.study import processes
 
 flags = dict(part[2:].split("=", 1) for part in sys.argv[1:] if part.startswith("--") and "=" in part)
@@ -30,7 +36,7 @@ def annotate() -> None:
     directory = AnnotationDirectory(Path(flags["output_dir"]))
     recipe = {"data": "svamp", "style": flags.get("style", "socratic")}
     facts = {"recipe": recipe, "summary": {"problems": {"annotated": 600, "unannotated": 90}}}
-    with commit.atomic_directory(directory.result, "annotations", facts) as staging:
+    with atomic_dir.atomic_directory(directory.result, "annotations", facts) as staging:
         (staging / "annotated.jsonl").write_text("{}\n")
 
 
@@ -40,7 +46,7 @@ def prepare_shards() -> None:
         sys.exit(f"error: there is no {path}")
     recipe = {"data": flags.get("data", "stories"), "num_problems": int(flags.get("num_problems", 4000))}
     facts = {"recipe": recipe, "num_problems": 30, "vocabulary_size": 1024}
-    with commit.atomic_directory(Path(flags["output_dir"]), "shards", facts):
+    with atomic_dir.atomic_directory(Path(flags["output_dir"]), "shards", facts):
         pass
 
 
@@ -52,22 +58,22 @@ def train() -> None:
     if wish.startswith("sleep"):
         signal.signal(signal.SIGTERM, lambda *_: save(run, int(wish[6:] or 0)))
     if wish.startswith(("sleep", "deaf")):
-        commit.write_text(run.path / f"pid-{world.rank}", str(os.getpid()))
+        atomic_dir.write_text(run.path / f"pid-{world.rank}", str(os.getpid()))
         time.sleep(300)
     os.write(
         1, b"a line before the end\n"
     )  # one call: the ranks share the log, and print makes two of a line
     if wish.startswith("meet="):
-        commit.write_text(run.path / "here", "")
+        atomic_dir.write_text(run.path / "here", "")
         wait_for(lambda: len(list(run.path.parent.glob("*/here"))) >= int(wish[5:]))
     if wish.startswith("until="):
-        commit.write_text(run.path / "here", "")
+        atomic_dir.write_text(run.path / "here", "")
         wait_for(Path(wish[6:]).exists)
     if wish == "orphan":
         child = subprocess.Popen(
             [sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True
         )
-        commit.write_text(run.path / "pid-orphan", str(child.pid))
+        atomic_dir.write_text(run.path / "pid-orphan", str(child.pid))
         sys.exit(1)
     if wish == "exit=1":
         os.write(2, b"error: the learning rate is cursed\n")
@@ -75,19 +81,19 @@ def train() -> None:
         sys.exit(int(wish[5:]))
     if world.rank == 0 and wish != "early":
         lines = [json.dumps({"step": step, "loss": 2.0 / step, "epoch": step / 2}) for step in (1, 2)]
-        commit.write_text(run.metrics, "\n".join(lines) + "\n")
-        commit.write_text(run.settings, "method: cot\n")
+        atomic_dir.write_text(run.metrics, "\n".join(lines) + "\n")
+        atomic_dir.write_text(run.settings, "method: cot\n")
         seen = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
         facts = {"finished": True, "environment": seen}
-        with commit.atomic_directory(run.checkpoint(2), "checkpoint", facts):
+        with atomic_dir.atomic_directory(run.checkpoint(2), "checkpoint", facts):
             pass
 
 
 def save(run: RunDirectory, with_others: int) -> None:
-    commit.write_text(run.path / f"saved-{world.rank}", "")
+    atomic_dir.write_text(run.path / f"saved-{world.rank}", "")
     if with_others:
         wait_for(lambda: len(list(run.path.parent.glob("*/saved-*"))) >= with_others)
-        commit.write_text(run.path / f"together-{world.rank}", "")
+        atomic_dir.write_text(run.path / f"together-{world.rank}", "")
     sys.exit(0)
 
 
@@ -101,7 +107,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def convert_checkpoint() -> None:
-    with commit.atomic_directory(Path(flags["output_dir"]), "export", {"finished": True}) as staging:
+    with atomic_dir.atomic_directory(Path(flags["output_dir"]), "export", {"finished": True}) as staging:
         (staging / "model.safetensors").write_bytes(bytes(1000))
 
 
@@ -110,21 +116,21 @@ def evaluate() -> None:
         flags[name] for name in ("model_name_or_path", "decomposer", "solver", "planner") if name in flags
     ]
     for student in students:
-        if student.endswith("export") and not commit.is_complete(Path(student)):
+        if student.endswith("export") and not atomic_dir.is_complete(Path(student)):
             sys.exit(f"error: there is no {student}")
     if world.rank == 0:
         run = RunDirectory(Path(flags["output_dir"]).parent.parent)
         if not run.settings.is_file():  # nothing was trained here
-            commit.write_text(run.settings, json.dumps(flags))
+            atomic_dir.write_text(run.settings, json.dumps(flags))
         score = {"correct": 20, "n": 30, "accuracy": 20 / 30, "low": 0.488, "high": 0.808}
         results = EvaluationDirectory(Path(flags["output_dir"])).results
-        commit.write_text(results, json.dumps({"accuracy": {"strict": score}}))
+        atomic_dir.write_text(results, json.dumps({"accuracy": {"strict": score}}))
 
 
 def plot_scaling() -> None:
     report = StudyDirectory(Path(sys.argv[1])).report
-    commit.write_text(report / "results.json", json.dumps({"headlines": ["Steps help."]}))
-    commit.write_text(report / "index.html", "<h1>report</h1>")
+    atomic_dir.write_text(report / "results.json", json.dumps({"headlines": ["Steps help."]}))
+    atomic_dir.write_text(report / "index.html", "<h1>report</h1>")
 
 
 def note(event: str) -> None:

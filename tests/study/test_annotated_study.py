@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from tests.study.test_status import commit_directory
 from tests.study.test_study_run import Command
-from tests.study.test_study_state import commit_directory
 from trainer.errors import UserError
-from trainer.run_directory import AnnotationDirectory
-from trainer.study import changes, stages, state
-from trainer.study.plan import Study
+from trainer.storage.run_directory import AnnotationDirectory
+from trainer.study import changes, stages, status
+from trainer.study.study_file import Study
 
 MakeStudy = Callable[[dict[str, Any]], Study]
 
@@ -74,18 +74,18 @@ def test_somebody_has_to_teach(taught: dict[str, Any], make_study: MakeStudy) ->
 
 def test_the_teacher_is_asked_once(taught: dict[str, Any], make_study: MakeStudy) -> None:
     annotate = stages.study_stages(make_study(taught))[0]
-    assert not state.is_done(annotate)
+    assert not status.is_done(annotate)
     result = AnnotationDirectory(Path("annotations/svamp-train")).result
     commit_directory(result, "annotations", recipe={"style": "socratic", "max_steps": 3})
-    assert state.is_done(annotate)
+    assert status.is_done(annotate)
     taught["data"]["svamp"]["train"]["annotate"]["style"] = "cot"
     with pytest.raises(
         UserError, match=r"result holds annotations with style 'socratic', the study says 'cot'"
     ):
-        state.is_done(stages.study_stages(make_study(taught))[0])
+        status.is_done(stages.study_stages(make_study(taught))[0])
     shutil.rmtree(result)
     commit_directory(Path("shards/svamp-train"), "shards", recipe={})
-    assert state.is_done(annotate), "the shards are all that is needed"
+    assert status.is_done(annotate), "the shards are all that is needed"
 
 
 def test_another_teacher_is_another_study(taught: dict[str, Any], make_study: MakeStudy) -> None:

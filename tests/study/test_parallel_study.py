@@ -14,10 +14,10 @@ from typing import IO, Any
 import pytest
 
 from tests.study.test_study_run import Command, assert_nobody_lives
-from trainer import commit
-from trainer.run_directory import StudyDirectory
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import StudyDirectory
 from trainer.study import processes, stages
-from trainer.study.plan import load_study
+from trainer.study.study_file import load_study
 
 PARALLEL = ("run", "--num_parallel", "2")
 
@@ -195,7 +195,7 @@ def test_trainings_beside_each_other_share_cores_and_devices(
     found = []
     for name in ("a", "b"):
         run = command.study.run(f"stories.cot.{name}.s0")
-        facts = commit.read_manifest(run.checkpoint(2), "checkpoint")["facts"]
+        facts = atomic_dir.read_manifest(run.checkpoint(2), "checkpoint")["facts"]
         found.append(facts["environment"])
         header = run.log("train").read_text().splitlines()[0]
         assert (f"CUDA_VISIBLE_DEVICES={found[-1]['CUDA_VISIBLE_DEVICES']} " in header) == bool(visible)

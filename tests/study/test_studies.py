@@ -13,7 +13,7 @@ from trainer.problems.problem import Problem
 from trainer.problems.sources import read_problems
 from trainer.study import stages
 from trainer.study.methods import ALONE, FEW_SHOT, PAIRS
-from trainer.study.plan import KEYS, Study, load_study
+from trainer.study.study_file import KEYS, Study, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STUDIES = sorted((REPOSITORY / "studies").glob("*.yaml"))

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from trainer.errors import UserError
-from trainer.study.plan import Study, load_study
+from trainer.study.study_file import Study, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MakeStudy = Callable[[dict[str, Any]], Study]

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from trainer.run_directory import StudyDirectory
+from trainer.storage.run_directory import StudyDirectory
 from trainer.study import processes
 
 SLEEPERS = {"sleepy": {"config_name": "stories-0.2m", "config_overrides": "sleep"}}

@@ -11,7 +11,7 @@ import pytest
 from trainer.errors import UserError
 from trainer.settings import ConvertSettings, EvaluateSettings, PlotSettings, PrepareSettings, TrainSettings
 from trainer.study import stages
-from trainer.study.plan import Study
+from trainer.study.study_file import Study
 from trainer.teacher.settings import AnnotateSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]

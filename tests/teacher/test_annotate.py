@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from tests.teacher.scripted_endpoint import Reply, chat, serving
-from trainer import commit
 from trainer.errors import UserError
 from trainer.problems.problem import Problem
 from trainer.problems.sources import read_problems
-from trainer.run_directory import AnnotationDirectory
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import AnnotationDirectory
 from trainer.teacher.annotate import annotate, print_plan
 from trainer.teacher.prompts import solution_text
 from trainer.teacher.settings import AnnotateSettings
@@ -61,7 +61,7 @@ def test_right_chains_become_problems_with_steps(
         assert len(endpoint.prompts) == len(set(endpoint.prompts)) == len(solved_problems)
         bodies = endpoint.bodies
     assert all(set(b) == {"messages", "model", "temperature", "top_p", "max_tokens"} for b in bodies)
-    commit.verify_digests(result_of(data_file))
+    atomic_dir.verify_digests(result_of(data_file))
     read = list(read_problems("jsonl", "train", str(result_of(data_file) / "annotated.jsonl")))
     for problem, gold in zip(read, solved_problems.values(), strict=True):
         assert isinstance(problem, Problem) and (problem.id, problem.answer) == (gold.id, gold.answer)
@@ -179,7 +179,7 @@ def test_what_the_teacher_was_shown_is_labelled(data_file: Path, solved_problems
         annotate(settings(data_file, endpoint.url, gold_hint=True))
     assert all(record["meta"]["gold_hint"] for record in lines(result_of(data_file) / "annotated.jsonl"))
     assert summary_of(data_file)["gold_hint"] is True
-    assert commit.read_manifest(result_of(data_file))["facts"]["gold_hint"] is True
+    assert atomic_dir.read_manifest(result_of(data_file))["facts"]["gold_hint"] is True
 
 
 def test_answers_of_another_prompt_are_kept_and_not_used(

@@ -19,8 +19,8 @@ from tests.teacher.scripted_endpoint import Reply, chat, serving
 from tests.teacher.test_annotate import lines, result_of, settings, summary_of
 from trainer.errors import UserError
 from trainer.problems.problem import Problem
-from trainer.rendezvous import free_port
-from trainer.run_directory import AnnotationDirectory
+from trainer.runtime.process_group import free_port
+from trainer.storage.run_directory import AnnotationDirectory
 from trainer.teacher.annotate import annotate
 from trainer.teacher.prompts import solution_text
 

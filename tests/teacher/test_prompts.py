@@ -11,9 +11,9 @@ from trainer.errors import UserError
 from trainer.problems.problem import Problem, Step
 from trainer.teacher.decontaminate import HeldOutQuestions
 from trainer.teacher.exemplars import choose_exemplars
+from trainer.teacher.filter import FilterConfig, filter_sample
 from trainer.teacher.prompts import OWN, PromptBuilder
 from trainer.teacher.settings import AnnotateSettings
-from trainer.teacher.verify import FilterConfig, filter_sample
 
 APPLES = Problem("a", "Ann has 3 bags of 4 apples. How many apples?", "12")
 LAPTOP = Problem("b", "Did Aristotle use a laptop?", "no", facts=("Aristotle died in 322 BC.",))

@@ -21,8 +21,8 @@ from tests.teacher.test_annotate import lines, result_of, settings, summary_of
 from trainer.errors import UserError
 from trainer.models.load import load_config, write_random_weights
 from trainer.models.tokenizer import load_tokenizer
-from trainer.rendezvous import free_port
-from trainer.run_directory import AnnotationDirectory
+from trainer.runtime.process_group import free_port
+from trainer.storage.run_directory import AnnotationDirectory
 from trainer.teacher.annotate import annotate
 from trainer.teacher.settings import AnnotateSettings
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import REPOSITORY
-from trainer.run_directory import RunDirectory, StudyDirectory
+from trainer.storage.run_directory import RunDirectory, StudyDirectory
 
 BIN = Path(sys.executable).parent
 

@@ -18,11 +18,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from tests.export.make_checkpoints import VOCABULARY, config_of, groups_of, model_of
-from trainer import commit, distributed, terminal
 from trainer.errors import UserError
-from trainer.run_directory import RunDirectory
+from trainer.runtime import distributed, terminal
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 from trainer.training import checkpoint
-from trainer.zero.state import MOMENTS
+from trainer.zero.optimizer_state import MOMENTS
 
 STEPS = 2
 
@@ -108,7 +109,7 @@ def load(case: dict[str, Any], folder: Path, rank: int, world_size: int) -> None
     for path in sorted(folder.glob("*/checkpoints/step-*")):
         if path.parents[1].name not in case["sources"]:
             continue
-        facts = commit.read_manifest(path)["facts"]
+        facts = atomic_dir.read_manifest(path)["facts"]
         engine = engine_of(case, seed=7)
         checkpoint.load(engine, path)
         expected, found = facts["digests"], digests(engine, "robin" in case["name"])

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_well
-from trainer.run_directory import RunDirectory
 from trainer.settings import PrepareSettings
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
+from trainer.storage.run_directory import RunDirectory
 
 SIZES = "num_hidden_layers=2,hidden_size=48,intermediate_size=64,num_attention_heads=4,num_key_value_heads=2"
 

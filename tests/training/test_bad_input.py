@@ -13,10 +13,10 @@ import yaml
 
 from tests.distributed import Outcome, run
 from tests.training.conftest import settings, train_many, trajectory
-from trainer.configuration import from_dict
-from trainer.run_directory import RunDirectory
 from trainer.settings import TrainSettings
 from trainer.shards.read import Shards
+from trainer.storage.configuration import from_dict
+from trainer.storage.run_directory import RunDirectory
 
 
 def _train(folder: Path, values: dict[str, Any], num_ranks: int = 1, **environment: str) -> list[Outcome]:

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import commit
 from trainer.errors import UserError
-from trainer.run_directory import RunDirectory
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 from trainer.training import checkpoint
-from trainer.zero.state import read_optimizer_state
+from trainer.zero.optimizer_state import read_optimizer_state
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     run = RunDirectory(tmp_path)
     for step in (10, 20, 30):
-        with commit.atomic_directory(run.checkpoint(step), checkpoint.KIND, {"step": step}) as staging:
+        with atomic_dir.atomic_directory(run.checkpoint(step), checkpoint.KIND, {"step": step}) as staging:
             torch.save({"step": step}, staging / "weights.pt")
     return run
 
@@ -45,7 +45,7 @@ def test_a_damaged_one_is_named_and_passed_over(
     elif damage == "missing":
         file.unlink()
     else:
-        (run.checkpoint(30) / commit.MANIFEST).unlink()
+        (run.checkpoint(30) / atomic_dir.MANIFEST).unlink()
     assert checkpoint.latest_valid(run) == run.checkpoint(20)
     assert "step-000030" in capsys.readouterr().out
 
@@ -74,7 +74,7 @@ def test_a_malicious_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     for number, plant in enumerate((pickle.dumps(_Malicious()), None)):
         folder = tmp_path / str(number)
-        with commit.atomic_directory(folder, checkpoint.KIND, {}) as staging:
+        with atomic_dir.atomic_directory(folder, checkpoint.KIND, {}) as staging:
             file = staging / "mp_rank_00_model_states.pt"
             if plant is None:
                 torch.save({"module": _Malicious()}, file)

@@ -18,10 +18,10 @@ import yaml
 
 from tests.distributed import REPOSITORY, Ranks, run
 from tests.training.conftest import settings
-from trainer import lock, terminal
 from trainer.models import load
-from trainer.run_directory import RunDirectory
+from trainer.runtime import directory_lock, terminal
 from trainer.shards.read import Shards
+from trainer.storage.run_directory import RunDirectory
 from trainer.training.watchdog import EXIT_STATUS
 
 
@@ -62,7 +62,7 @@ def test_a_hung_rank_is_named_and_nobody_is_left(tmp_path: Path, stories: Shards
     )
     assert said, outcomes[1 - hung].output
     assert int(said[1]) >= 2 and int(said[2]) >= 5
-    lock.acquire(run.lock).release()  # and the next job may begin at once
+    directory_lock.acquire(run.lock).release()  # and the next job may begin at once
 
 
 @pytest.mark.slow

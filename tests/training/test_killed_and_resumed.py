@@ -11,9 +11,9 @@ import yaml
 
 from tests.distributed import Ranks, run_well
 from tests.training.conftest import settings, train_many, trajectory
-from trainer import commit
-from trainer.run_directory import RunDirectory
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 
 STAGES = range(4)
 STEPS = 9
@@ -84,7 +84,7 @@ def test_final_weights_are_those_of_the_undisturbed_run(folder: Path, stage: int
         run_well(
             ["tools/convert_checkpoint.py", str(folder / name / str(stage)), "--output_dir", str(export)]
         )
-        digests.append(commit.read_manifest(export)["files"]["model.safetensors"]["sha256"])
+        digests.append(atomic_dir.read_manifest(export)["files"]["model.safetensors"]["sha256"])
     assert digests[0] == digests[1]
 
 

@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.models.families import family_of
-from trainer import commit
 from trainer.errors import UserError
 from trainer.models import load, packed_attention, training_kernels
 from trainer.models.default_attention import set_attention
-from trainer.run_directory import RunDirectory
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 from trainer.training import layouts
 from trainer.training.batches import MicroBatch
 from trainer.training.layout_check import Example, LayoutChoice, NoLayout, choose_layout, distances
+from trainer.training.layout_selection import check_same_layout, layout_of_checkpoint
 from trainer.training.layouts import EQUAL, PACKED, PADDED, SINGLE, Layout, forward_passes, group_examples
 from trainer.training.loss import summed_token_loss
 from trainer.training.model_copy import _set_nonzero, set_parameters
-from trainer.training.run_layout import check_same_layout, layout_of_checkpoint
 
 CPU = torch.device("cpu")
 LENGTHS = (40, 57, 23, 23, 9)
@@ -362,8 +362,8 @@ def test_a_checkpoint_of_before_keeps_its_layout(packing: str, rows: str, tmp_pa
     run = RunDirectory(tmp_path)
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     checkpoint.parent.mkdir()
-    staging = commit.create_staging(checkpoint)
-    commit.publish(staging, checkpoint, "checkpoint", {"step": 1}, {})
+    staging = atomic_dir.create_staging(checkpoint)
+    atomic_dir.publish(staging, checkpoint, "checkpoint", {"step": 1}, {})
     assert layout_of_checkpoint(checkpoint, run) is None
     run.settings.write_text(f"packing: {packing}\n", encoding="utf-8")
     kept = layout_of_checkpoint(checkpoint, run)

@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 from tests.distributed import run_well
 from tests.models.families import family_of
 from tests.training.conftest import settings, train_many, trajectory
-from trainer import commit
 from trainer.models import load
 from trainer.models.tokenizer import load_tokenizer
-from trainer.run_directory import RunDirectory
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 from trainer.training.batches import PackedDataset
 from trainer.training.layouts import EQUAL, PACKED, PADDED, SINGLE
 
@@ -155,7 +155,7 @@ def test_the_layout_is_recorded(name: str, runs: Path) -> None:
         assert layout["largest_difference"] <= layout["tolerance"]
         assert bool(layout["fallback_reason"]) == (FAMILIES[name] != PACKED)
         (step,) = RunDirectory(run).checkpoint_steps()
-        assert commit.read_manifest(RunDirectory(run).checkpoint(step))["facts"]["layout"] == layout
+        assert atomic_dir.read_manifest(RunDirectory(run).checkpoint(step))["facts"]["layout"] == layout
 
 
 # --- planted faults, and no memory for a copy of the model --------------------------------------------------------------

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import settings, train_many, trajectory
-from trainer.run_directory import RunDirectory
 from trainer.shards.read import Shards
+from trainer.storage.run_directory import RunDirectory
 
 STORED = Path(__file__).parent.parent / "trajectories" / "stories_llama.json"
 

@@ -17,9 +17,9 @@ import pytest
 
 from tests.distributed import run_well
 from tests.training.conftest import settings, train_many, trajectory
-from trainer import commit
-from trainer.run_directory import RunDirectory
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 
 # --- masters and moments, bit for bit ---------------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_again(folder: Path) -> 
     run = RunDirectory(folder / "damaged")
     printed = (folder / "printed.txt").read_text(encoding="utf-8")
     assert re.search(rf"checkpoint passed over: {re.escape(str(run.checkpoint(STEPS)))}", printed)
-    commit.verify_digests(run.checkpoint(STEPS))
+    atomic_dir.verify_digests(run.checkpoint(STEPS))
     expected, found = trajectory(folder / "undisturbed" / "1-2-3"), trajectory(run.path)
     assert [(step["loss"], step["grad_norm"]) for step in found] == [
         (step["loss"], step["grad_norm"]) for step in expected

@@ -13,10 +13,10 @@ import yaml
 
 from tests.distributed import Ranks, run, run_well
 from tests.training.conftest import settings, trajectory
-from trainer import commit
-from trainer.run_directory import RunDirectory
+from trainer.runtime.terminal import EXIT_REQUEUE
 from trainer.shards.read import Shards
-from trainer.terminal import EXIT_REQUEUE
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 
 STEPS = 30
 
@@ -58,7 +58,7 @@ def test_it_saved_where_it_was(stopped: Path) -> None:
     last = max(lines(run, "loss"))
     assert last < STEPS, "it was stopped in the middle"
     assert run.checkpoint_steps() == [last]
-    facts = commit.read_manifest(run.checkpoint(last))["facts"]
+    facts = atomic_dir.read_manifest(run.checkpoint(last))["facts"]
     assert (facts["step"], facts["finished"]) == (last, False)
 
 
@@ -84,7 +84,7 @@ def test_restarts_without_a_new_checkpoint_end(stopped: Path, stories: Shards) -
     """As Slurm would start it again and again, and something kills it on its way to the first step."""
     file = configured(stopped, stories, "looping", max_restarts=1)
     directory = RunDirectory(stopped / "looping")
-    commit.write_text(
+    atomic_dir.write_text(
         directory.restarts,
         json.dumps({"restarts": 1, "without_progress": 1, "progress": 0, "job": "1", "time": ""}),
     )

@@ -9,16 +9,16 @@ import json
 import sys
 from pathlib import Path
 
-from trainer import startup, terminal
-from trainer.configuration import from_dict
 from trainer.errors import UserError
+from trainer.runtime import startup, terminal
 from trainer.settings import TrainSettings
+from trainer.storage.configuration import from_dict
 
 
 def main() -> None:
     startup.pause_gc()
     from trainer.training.loop import train
-    from trainer.training.periodic import ValidationLoss
+    from trainer.training.validation import ValidationLoss
 
     for number, values in enumerate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
         settings = from_dict(TrainSettings, values, sys.argv[1])

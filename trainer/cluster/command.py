@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.cluster import manage, record, status, submit
+from trainer.cluster import manage, status, submit, submitted_jobs
 from trainer.errors import UserError
 from trainer.study import table
-from trainer.study.plan import Study
+from trainer.study.study_file import Study
 
 
 def run_command(
@@ -16,7 +16,7 @@ def run_command(
     """Do `command`: status, submit, resubmit, logs or cancel. Raises UserError if a flag it needs is missing."""
     if command == "status":
         table.show_status(study)
-        if record.file_of(study.directory).is_file():
+        if submitted_jobs.file_of(study.directory).is_file():
             status.print_status(study)
     elif command == "submit":
         if cluster is None:

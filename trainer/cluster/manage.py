@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer import terminal
-from trainer.cluster import record, slurm, submit
-from trainer.configuration import did_you_mean
+from trainer.cluster import slurm, submit, submitted_jobs
 from trainer.errors import UserError
+from trainer.runtime import terminal
+from trainer.storage.configuration import did_you_mean
 from trainer.study import stages
-from trainer.study.plan import Study
 from trainer.study.stages import Stage
+from trainer.study.study_file import Study
 
 _TAIL_LINES = 30
 
@@ -33,7 +33,7 @@ def show_logs(study: Study, name: str) -> None:
         raise UserError(
             f"study {study.name} has no run {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
         )
-    known = record.read_jobs(study.directory)
+    known = submitted_jobs.read_jobs(study.directory)
     for stage in chosen:
         _show(stage.log, stage)
         if stage.label in known:

@@ -9,8 +9,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.cluster.batches import SlurmJob
-from trainer.cluster.site import ClusterConfig
+from trainer.cluster.config import ClusterConfig
+from trainer.cluster.jobs import SlurmJob
 from trainer.errors import UserError
 from trainer.study import stages
 from trainer.study.stages import Stage

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer import distributed
 from trainer.errors import UserError
+from trainer.runtime import distributed
 
 # Columns of squeue --Format with their widths; no value holds a space but the reason, which is the last.
 _COLUMNS = (("JobArrayID", 40), ("State", 20), ("RestartCnt", 12), ("TimeUsed", 20), ("NodeList", 60))

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer import commit, restarts, terminal
-from trainer.cluster import record, slurm
-from trainer.cluster.record import SubmittedJob
+from trainer.cluster import slurm, submitted_jobs
 from trainer.cluster.slurm import JobState
-from trainer.run_directory import EvaluationDirectory, RunDirectory
-from trainer.study import stages, state
-from trainer.study.plan import Study
+from trainer.cluster.submitted_jobs import SubmittedJob
+from trainer.runtime import restarts, terminal
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import EvaluationDirectory, RunDirectory
+from trainer.study import stages, status
 from trainer.study.stages import Stage
+from trainer.study.study_file import Study
 from trainer.study.table import make_table, table_text
 
 _STEPS_OF_ETA = 20
@@ -57,7 +58,7 @@ def print_status(study: Study) -> None:
 
 def stage_statuses(study: Study) -> list[StageStatus]:
     """How far every stage is."""
-    known = record.read_jobs(study.directory)
+    known = submitted_jobs.read_jobs(study.directory)
     jobs = slurm.jobs([job.job for job in known.values()]) if known else {}
     return [_line(stage, known.get(stage.label), jobs) for stage in stages.study_stages(study)]
 
@@ -66,7 +67,7 @@ def _line(stage: Stage, submitted: SubmittedJob | None, jobs: Mapping[str, JobSt
     job = jobs.get(submitted.job) if submitted else None
     name = submitted.job if submitted else ""
     if submitted is None or job is None or not job.is_live:
-        if state.is_done(stage):
+        if status.is_done(stage):
             return StageStatus(stage.label, "done", name, _join(_restarted(stage, job)))
         if submitted is None:
             return StageStatus(stage.label, "not submitted", "", "")
@@ -82,10 +83,10 @@ def _line(stage: Stage, submitted: SubmittedJob | None, jobs: Mapping[str, JobSt
 def progress_text(stage: Stage) -> str:
     """Step, loss, tokens/s and time left of a training; problems solved of an evaluation."""
     if stage.kind == "train":
-        progress = state.training_progress(stage.settings)
+        progress = status.training_progress(stage.settings)
         if not progress.done:
             return "starting"
-        last = state.last_steps(RunDirectory(Path(stage.settings.output_dir)).metrics)[-_STEPS_OF_ETA:]
+        last = status.last_steps(RunDirectory(Path(stage.settings.output_dir)).metrics)[-_STEPS_OF_ETA:]
         seconds = [step["seconds"] for step in last if isinstance(step.get("seconds"), (int, float))]
         speed = last[-1].get("tokens_per_second")
         per_second = f"{speed:,.0f} tokens/s" if isinstance(speed, (int, float)) else ""
@@ -94,8 +95,8 @@ def progress_text(stage: Stage) -> str:
             remaining = (progress.total - progress.done) * sum(seconds) / len(seconds)
             left = f"{terminal.duration(remaining)} left"
         return _join(f"step {progress.done}/{progress.total or '?'}", progress.note, per_second, left)
-    if stage.kind == "evaluate" and commit.is_complete(Path(stage.settings.shards)):
-        solved = state.EvaluationProgress(stage.settings)()
+    if stage.kind == "evaluate" and atomic_dir.is_complete(Path(stage.settings.shards)):
+        solved = status.EvaluationProgress(stage.settings)()
         return f"{solved.done}/{solved.total} problems"
     return ""
 

@@ -6,17 +6,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer import commit, lock, terminal
-from trainer.cluster import batches, check, record, scripts, slurm
-from trainer.cluster.batches import Dependency, JobId, SlurmJob
-from trainer.cluster.record import SubmittedJob
+from trainer.cluster import jobs, scripts, slurm, submitted_jobs, validate
+from trainer.cluster.config import ClusterConfig, read_cluster_config
+from trainer.cluster.jobs import Dependency, JobId, SlurmJob
 from trainer.cluster.scripts import JobPaths
-from trainer.cluster.site import ClusterConfig, read_cluster_config
+from trainer.cluster.submitted_jobs import SubmittedJob
 from trainer.errors import UserError
-from trainer.run_directory import StudyDirectory
-from trainer.study import changes, stages, state
-from trainer.study.plan import Study
+from trainer.runtime import directory_lock, terminal
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import StudyDirectory
+from trainer.study import changes, stages, status
 from trainer.study.stages import Stage
+from trainer.study.study_file import Study
 
 
 def submit(study: Study, tools: Path, cluster: Path, dry_run: bool = False) -> None:
@@ -28,9 +29,9 @@ def submit(study: Study, tools: Path, cluster: Path, dry_run: bool = False) -> N
     changes.check_unchanged(study)
     todo = stages.study_stages(study)
     if dry_run:
-        _show(batches.plan_jobs(todo, _done(todo), {}, study.name), site, _place(study, tools))
+        _show(jobs.plan_jobs(todo, _done(todo), {}, study.name), site, _place(study, tools))
         return
-    with lock.locked(study.directory.lock):
+    with directory_lock.locked(study.directory.lock):
         slurm.check_installed()
         _submit(study, todo, site, cluster, _place(study, tools))
 
@@ -38,13 +39,13 @@ def submit(study: Study, tools: Path, cluster: Path, dry_run: bool = False) -> N
 def resubmit(study: Study, tools: Path) -> None:
     """Submit again what was submitted and has failed, and what waited for it, with the facts of the last submission."""
     kept = cluster_file(study.directory)
-    before = record.read_jobs(study.directory)
+    before = submitted_jobs.read_jobs(study.directory)
     if not before:
         raise UserError(
             f"nothing of study {study.name} was submitted yet: tools/study.py submit {study.file} --cluster ..."
         )
     todo = [stage for stage in stages.study_stages(study) if stage.label in before or stage.kind == "report"]
-    with lock.locked(study.directory.lock):
+    with directory_lock.locked(study.directory.lock):
         _submit(study, todo, read_cluster_config(kept), kept, _place(study, tools))
 
 
@@ -55,7 +56,7 @@ def cluster_file(study: StudyDirectory) -> Path:
 
 def live_jobs(study: StudyDirectory) -> dict[str, JobId]:
     """label -> job, of the jobs that wait or run."""
-    known = record.read_jobs(study)
+    known = submitted_jobs.read_jobs(study)
     found = slurm.jobs(job.job for job in known.values()) if known else {}
     return {label: job.id for label, job in known.items() if job.job in found and found[job.job].is_live}
 
@@ -65,30 +66,32 @@ def _submit(study: Study, todo: Sequence[Stage], site: ClusterConfig, cluster: P
     # A report in the queue would show less than there will be, and two must not write one directory.
     earlier_report = live.pop(todo[-1].label, None)
     done = _done(todo)
-    planned = batches.plan_jobs(todo, done, live, study.name)
+    planned = jobs.plan_jobs(todo, done, live, study.name)
     if not planned:
         terminal.info(f"study {study.name}: nothing to submit, {len(done)} stages are done")
         return
-    check.validate(planned, site, str(cluster))
+    validate.validate(planned, site, str(cluster))
     texts = [scripts.script_text(batch, site, place) for batch in planned]
     if earlier_report:
         slurm.cancel([str(earlier_report)])
-    before = record.read_jobs(study.directory)
+    before = submitted_jobs.read_jobs(study.directory)
     submitted: list[str] = []
     written: list[Path] = []
     try:
         for batch, text in zip(planned, texts, strict=True):
             path = _script_path(study.directory, batch)
-            commit.write_text(path, text)
+            atomic_dir.write_text(path, text)
             written.append(path)
             # Held, so that nothing has begun if Slurm refuses a later one.
             submitted.append(slurm.submit_held(path, dependency(batch.dependencies, submitted)))
-            record.add_jobs(study.directory, _jobs(batch, submitted[-1]), path, scripts.output(batch, place))
+            submitted_jobs.add_jobs(
+                study.directory, _jobs(batch, submitted[-1]), path, scripts.output(batch, place)
+            )
         slurm.release(submitted)
     except UserError as error:
         _cancel_submitted(study.directory, submitted, written, before)
         asked = " ".join(f"--{option}" for option in scripts.options(batch, site, place))
-        suspects = check.left_to_slurm(site)
+        suspects = validate.left_to_slurm(site)
         raise UserError(
             f"{cluster}: Slurm refuses the {batch.kind} jobs, so nothing stays submitted: {error}"
             f"{'; is it ' + ', '.join(suspects) + '?' if suspects else ''} (asked for: {asked})"
@@ -98,7 +101,7 @@ def _submit(study: Study, todo: Sequence[Stage], site: ClusterConfig, cluster: P
     changes.save_snapshot(study)
     kept = cluster_file(study.directory)
     if cluster != kept:
-        commit.write_text(kept, cluster.read_text(encoding="utf-8"))
+        atomic_dir.write_text(kept, cluster.read_text(encoding="utf-8"))
     terminal.info(
         f"study {study.name}: {sum(len(batch.stages) for batch in planned)} stages in {len(planned)} jobs, "
         f"{len(done)} done, {len(live)} in the queue before; how it goes: tools/study.py status {study.file}"
@@ -141,14 +144,14 @@ def _cancel_submitted(
 ) -> None:
     if submitted:
         slurm.cancel(submitted)
-    record.write_jobs(study, before)
+    submitted_jobs.write_jobs(study, before)
     for path in written:
         path.unlink()
 
 
 def _done(todo: Sequence[Stage]) -> set[str]:
     """Labels of finished stages. A report is not, however fresh, while an evaluation it will show is to come."""
-    done = {stage.label for stage in todo if state.is_done(stage)}
+    done = {stage.label for stage in todo if status.is_done(stage)}
     report = todo[-1]
     return done - {report.label} if any(label not in done for label in report.needs) else done
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from trainer.doctor.finding import FAIL, OK, WARN, CheckResult
+from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult
 
 _GB, _MB = 10**9, 10**6
 _TEST_BYTES = 64 * _MB

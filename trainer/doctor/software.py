@@ -14,9 +14,9 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from trainer import distributed
-from trainer.doctor.finding import FAIL, OK, WARN, CheckResult
+from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult
 from trainer.errors import UserError
+from trainer.runtime import distributed
 
 _TIMEOUT_SECONDS = 60
 _LONGEST_BUILD_SECONDS = 1800

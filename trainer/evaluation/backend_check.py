@@ -114,16 +114,16 @@ class _Decoded:
     """A text on its way through a backend. `seen`: logits of its choices."""
 
     def __init__(self, text: CheckText) -> None:
-        self.feeds = [SequenceState(list(text.prompt))]
-        self.turn: int | None = 0
+        self.sequences = [SequenceState(list(text.prompt))]
+        self.next_model: int | None = 0
         self.seen: list[torch.Tensor] = []
         self._given = iter(text.given)
 
-    def after(self, token: int) -> None:
+    def on_token(self, token: int) -> None:
         """Take the next given tokens, whatever was chosen."""
         tokens = next(self._given, None)
-        self.turn = None if tokens is None else 0
-        self.feeds[0].pending += tokens or ()
+        self.next_model = None if tokens is None else 0
+        self.sequences[0].pending += tokens or ()
 
 
 class LogitRecorder:
@@ -132,11 +132,11 @@ class LogitRecorder:
     def __init__(self, texts: Sequence[CheckText]) -> None:
         self.decoded = [_Decoded(text) for text in texts]
 
-    def choose(self, logits: torch.Tensor, feeds: list[SequenceState]) -> list[int]:
-        by_feed = {id(decoded.feeds[0]): decoded for decoded in self.decoded}
-        for row, feed in zip(logits, feeds, strict=True):
-            by_feed[id(feed)].seen.append(row.detach().float().cpu().clone())
-        return [0] * len(feeds)
+    def choose(self, logits: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
+        by_sequence = {id(decoded.sequences[0]): decoded for decoded in self.decoded}
+        for row, sequence in zip(logits, sequences, strict=True):
+            by_sequence[id(sequence)].seen.append(row.detach().float().cpu().clone())
+        return [0] * len(sequences)
 
 
 def decode(
@@ -145,7 +145,7 @@ def decode(
     """Return for each text the backend's logits [choices, vocabulary], fp32 on the CPU. Raises CannotRun."""
     waiting = iter(recorder.decoded)
     with exceptions_are_findings():
-        for _ in generate([make()], lambda: next(waiting, None), _Decoded.after, num_slots):
+        for _ in generate([make()], lambda: next(waiting, None), _Decoded.on_token, num_slots):
             pass
     return [torch.stack(decoded.seen) for decoded in recorder.decoded]
 

@@ -11,8 +11,8 @@ from trainer.evaluation.backends import Backend
 from trainer.evaluation.backends.choice import BackendChoice, choose_backend, make_backend
 from trainer.evaluation.decoding import STUDENT
 from trainer.evaluation.generate import generate, make_sampler
-from trainer.evaluation.language import StopTokens, end_of_text_ids
-from trainer.evaluation.solution import ModelSlot, Program, Rollout, RolloutContext
+from trainer.evaluation.rollout import ModelSlot, Program, Rollout, RolloutContext
+from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
 from trainer.models.load import context_length
 
 _TOKENS_PER_CHARACTER = 4  # at most: a token is at least a byte

@@ -10,7 +10,7 @@ from trainer.errors import UserError
 from trainer.shards.methods import Role, guidance_of, is_decomposer, is_interleaved, is_planner
 
 if TYPE_CHECKING:
-    from trainer.evaluation.student import ModelReference
+    from trainer.evaluation.model_reference import ModelReference
 
 UNIFIED = ("answer_only", "cot", "socratic")
 FEW_SHOT = "few_shot"  # a model that was never distilled, shown exemplars

@@ -12,19 +12,20 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import trainer
-from trainer import commit, distributed, startup, terminal
 from trainer.errors import UserError
-from trainer.evaluation import gather, place, record, task
-from trainer.evaluation import student as students
+from trainer.evaluation import job, job_description, paths, rank_files
+from trainer.evaluation import model_reference as students
 from trainer.evaluation.backends.choice import TRANSFORMERS
-from trainer.evaluation.cast import Pipeline, RoleModel
 from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
+from trainer.evaluation.job import EvaluationJob
+from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
 from trainer.evaluation.score import accuracy_text, summarise
-from trainer.evaluation.task import EvaluationJob
-from trainer.evaluation.tickets import Counter, exhaust_queue, shared_counter
+from trainer.evaluation.work_queue import Counter, exhaust_queue, shared_counter
+from trainer.runtime import distributed, startup, terminal
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
 
 FORMAT = 1
 _TELL_EVERY_SECONDS = 0.2
@@ -37,8 +38,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     are returned as they are. Raises UserError, on every rank, for students and shards that do not fit, for results
     of other settings without `overwrite`, and for predictions that are not every problem exactly once.
     """
-    with gather.errors_on_all_ranks():
-        work = task.resolve_job(settings)
+    with rank_files.errors_on_all_ranks():
+        work = job.resolve_job(settings)
         ids = [work.shards.problem(index).id for index in range(work.num_problems)]
     facts = {part: student.facts for part, student in work.models.items()}
     distributed.assert_same_on_all_ranks(
@@ -48,16 +49,16 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     if earlier is not None:
         terminal.info(f"already evaluated: {accuracy_text(earlier['accuracy'])}; {work.directory.results}")
         return earlier
-    for warning in record.warnings(work):
+    for warning in job_description.warnings(work):
         terminal.warning(warning)
-    terminal.info(record.job_text(work))
+    terminal.info(job_description.job_text(work))
     _on_rank_0(lambda: _prepare(work, settings))
-    with gather.errors_on_all_ranks():
+    with rank_files.errors_on_all_ranks():
         cast = _load_pipeline(work)
     startup.freeze_gc()
 
     recipe = work.fingerprint_fields(digests)
-    identity = task.digest(recipe)
+    identity = job.digest(recipe)
     parts, solved = _on_rank_0(lambda: _solved_before(work, identity))
     if solved:
         terminal.info(f"{len(solved)} of {len(ids)} problems were solved before; going on")
@@ -69,7 +70,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     finished = distributed.gather_objects((path, time.monotonic() - start))
 
     about = {
-        **record.job_fields(work, _sizes(work, cast), digests),
+        **job_description.job_fields(work, _sizes(work, cast), digests),
         "seconds": round(max(seconds for _, seconds in finished), 3),
         "world_size": distributed.environment().world_size,
         "backends": {part: cast.backend_of(part).record() for part in work.models},
@@ -109,7 +110,7 @@ def evaluate_model(
     everybodys = [prediction for part in distributed.gather_objects(mine) for prediction in part]
     ids = [shards.problem(index).id for index in indices]
     return {
-        **summarise(gather.merge_predictions(everybodys, ids)),
+        **summarise(rank_files.merge_predictions(everybodys, ids)),
         "seconds": round(time.monotonic() - start, 3),
     }
 
@@ -119,7 +120,7 @@ def _prepare(work: EvaluationJob, settings: EvaluateSettings) -> None:
     for part in work.first_roles.values():
         students.convert_checkpoint(work.models[part], work.scratch(work.models[part]))
     if work.is_pair or work.decoding.mode == FEW_SHOT:
-        place.write_settings(settings, work.directory)
+        paths.write_settings(settings, work.directory)
 
 
 def _load_pipeline(work: EvaluationJob) -> Pipeline:
@@ -156,7 +157,7 @@ def _sizes(work: EvaluationJob, cast: Pipeline) -> dict[str, int]:
 
 def _solve(cast: Pipeline, indices: Sequence[int], keep: Callable[[dict[str, Any], Counter], None]) -> None:
     """Collective. Solve `indices` with all ranks; `keep` gets each prediction of this rank."""
-    attempt = gather.CapturedError()
+    attempt = rank_files.CapturedError()
     with shared_counter() as counter:
         with attempt:
             for prediction in predictions(cast, indices, counter):
@@ -170,8 +171,8 @@ def _solve_into_part(
     work: EvaluationJob, cast: Pipeline, left: list[int], identity: str, solved: Mapping[str, bool]
 ) -> Path:
     """Collective. Solve what is left; every prediction is on disk at once, in this rank's part file."""
-    with gather.errors_on_all_ranks():
-        part = gather.RankFile(work.directory.rank_files, identity)
+    with rank_files.errors_on_all_ranks():
+        part = rank_files.RankFile(work.directory.rank_files, identity)
     with part, terminal.progress("solve", work.num_problems, len(solved)) as bar:
         tell = _ProgressReport(bar, len(solved), sum(solved.values()))
 
@@ -206,7 +207,7 @@ class _ProgressReport:
 def _on_rank_0(function: Callable[[], Any]) -> Any:
     """Collective. What rank 0's `function` returns, on every rank; if it fails, every rank raises."""
     value = None
-    with gather.errors_on_all_ranks():
+    with rank_files.errors_on_all_ranks():
         if distributed.is_main_process():
             value = function()
     return distributed.broadcast_object(value)
@@ -222,7 +223,7 @@ def _earlier_results(work: EvaluationJob, overwrite: bool) -> tuple[dict[str, st
         return digests, None
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        same = earlier["identity"] == task.digest(recipe)
+        same = earlier["identity"] == job.digest(recipe)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the result of an evaluation; give another output_dir") from None
     if same or overwrite:
@@ -239,22 +240,24 @@ def _earlier_results(work: EvaluationJob, overwrite: bool) -> tuple[dict[str, st
 
 def _solved_before(work: EvaluationJob, identity: str) -> tuple[list[Path], dict[str, bool]]:
     """Part files of earlier evaluations of the same making, and the ids in them with whether they are correct."""
-    parts = gather.rank_files(work.directory.rank_files, identity)
-    solved = [prediction for part in parts for prediction in gather.read_rank_file(part)]
+    parts = rank_files.rank_files(work.directory.rank_files, identity)
+    solved = [prediction for part in parts for prediction in rank_files.read_rank_file(part)]
     return parts, {prediction["id"]: prediction["correct_strict"] for prediction in solved}
 
 
 def _write(work: EvaluationJob, parts: list[Path], ids: list[str], about: dict[str, Any]) -> dict[str, Any]:
     """The union of all part files -> predictions.jsonl -> results.json; then the parts are no longer needed."""
-    union = gather.merge_predictions(
-        (prediction for part in parts for prediction in gather.read_rank_file(part)), ids
+    union = rank_files.merge_predictions(
+        (prediction for part in parts for prediction in rank_files.read_rank_file(part)), ids
     )
     results = {"format": FORMAT, **about, **summarise(union)}
     directory = work.directory
     directory.results.unlink(missing_ok=True)  # old results never stand beside new predictions
-    commit.write_text(directory.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in union))
-    commit.write_text(directory.results, json.dumps(results, indent=1) + "\n")
+    atomic_dir.write_text(
+        directory.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in union)
+    )
+    atomic_dir.write_text(directory.results, json.dumps(results, indent=1) + "\n")
     for student in work.models.values():
         shutil.rmtree(work.scratch(student), ignore_errors=True)
-    gather.remove_rank_files(parts)
+    rank_files.remove_rank_files(parts)
     return results

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from trainer import distributed
 from trainer.evaluation.backends import Backend
 from trainer.evaluation.backends.choice import make_backend
-from trainer.evaluation.cast import Pipeline
 from trainer.evaluation.decoding import SINGLE_MODEL_MODES
 from trainer.evaluation.generate import generate, make_sampler
+from trainer.evaluation.pipeline import Pipeline
+from trainer.evaluation.rollout import Rollout
 from trainer.evaluation.score import score_prediction
-from trainer.evaluation.solution import Rollout
-from trainer.evaluation.tickets import Counter, WorkQueue, batch_size
+from trainer.evaluation.work_queue import Counter, WorkQueue, batch_size
+from trainer.runtime import distributed
 from trainer.shards.read import Shards
 
 

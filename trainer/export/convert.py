@@ -12,16 +12,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import commit, startup, terminal
 from trainer.errors import UserError
 from trainer.export import model_card
 from trainer.export import source as sources
 from trainer.export.source import CheckpointSource
 from trainer.models import architecture
+from trainer.runtime import startup, terminal
 from trainer.settings import ConvertSettings
+from trainer.storage import atomic_dir
 
 if TYPE_CHECKING:
-    from trainer.export.fit import ExportLayout
+    from trainer.export.config_check import ExportLayout
     from trainer.export.safetensors_writer import OutputShard
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -78,7 +79,7 @@ def _stream(
     import torch
 
     from trainer.export import safetensors_writer
-    from trainer.export.fit import (
+    from trainer.export.config_check import (
         check_against_config,
         config_text,
         generation_config_text,
@@ -107,7 +108,7 @@ def _stream(
         return
     shards = plan(fitting.result() if architecture.is_recorded(source.model_folder) else None)
     _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
-    staging = commit.create_staging(final)
+    staging = atomic_dir.create_staging(final)
     try:
         files = _write_weights(shards, staging, fitting, plan)
         fitted = fitting.result()
@@ -161,7 +162,7 @@ def _write_weights(
     Stops, with some files missing, as soon as `fitting` is done and `plan` of it is another. Raises UserError as `fit`.
     """
     from trainer.export import safetensors_writer
-    from trainer.zero.checked_reader import ChecksumReader
+    from trainer.zero.checksum_reader import ChecksumReader
 
     files, done, is_confirmed = {}, 0, False
     with (
@@ -201,18 +202,18 @@ def _write_small_files(
     for name, content in texts.items():
         (staging / name).write_text(content, encoding="utf-8")
     written = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
-    return commit.digest_files(staging, [name for name in written if name not in weights])
+    return atomic_dir.digest_files(staging, [name for name in written if name not in weights])
 
 
 def _publish(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
     try:
-        if commit.is_complete(final):  # to be replaced: the old one goes only when the new one stands
+        if atomic_dir.is_complete(final):  # to be replaced: the old one goes only when the new one stands
             fresh = final.parent / f".{final.name}.{secrets.token_hex(4)}.fresh.tmp"
-            commit.publish(staging, fresh, "export", facts, files)
-            commit.replace_directory(final, fresh)
+            atomic_dir.publish(staging, fresh, "export", facts, files)
+            atomic_dir.replace_directory(final, fresh)
         else:
-            commit.publish(staging, final, "export", facts, files)
-    except commit.ArtifactExistsError:
+            atomic_dir.publish(staging, final, "export", facts, files)
+    except atomic_dir.ArtifactExistsError:
         raise UserError(f"{final} was written by another process meanwhile; theirs stands") from None
 
 
@@ -221,7 +222,7 @@ def _verify(export: Path, source: CheckpointSource, dtype: str) -> None:
 
     from trainer.export.verify import verify
 
-    commit.verify_digests(source.path)
+    atomic_dir.verify_digests(source.path)
     verdict = verify(export, source.path, source.facts, getattr(torch, architecture.DTYPES[dtype]))
     terminal.info(
         f"verified: {verdict.num_tensors} tensors equal the checkpoint bit for bit"

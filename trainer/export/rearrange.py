@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from trainer.models.saved_layout import Joined, StridedView, merged
-from trainer.zero.checked_reader import ChecksumReader
-from trainer.zero.stored_tensors import TensorReference
+from trainer.zero.checksum_reader import ChecksumReader
+from trainer.zero.tensor_references import TensorReference
 from trainer.zero.torch_files import ByteRange
 
 _MIN_RUN_ELEMENTS = 1024  # a byte range costs about as much time as copying this many elements

@@ -16,8 +16,8 @@ import torch
 
 from trainer.export.output_file import OutputFile
 from trainer.export.rearrange import RearrangedTensor
-from trainer.zero.checked_reader import ChecksumReader
-from trainer.zero.stored_tensors import TensorReference
+from trainer.zero.checksum_reader import ChecksumReader
+from trainer.zero.tensor_references import TensorReference
 from trainer.zero.torch_files import ByteRange
 
 INDEX_NAME = "model.safetensors.index.json"

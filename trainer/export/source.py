@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import commit, terminal
 from trainer.errors import UserError
-from trainer.run_directory import RunDirectory
+from trainer.runtime import terminal
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 
 MODEL_FOLDER = "model"  # config, generation config and tokenizer inside a checkpoint
 _STAGES = (0, 1, 2, 3)
@@ -38,7 +39,7 @@ def find_checkpoint(path: Path) -> CheckpointSource:
     if not run.checkpoints.is_dir() and not run.settings.is_file():
         return _open(path)
     for step in reversed(run.checkpoint_steps()):
-        if not commit.is_complete(run.checkpoint(step)):
+        if not atomic_dir.is_complete(run.checkpoint(step)):
             continue
         try:
             return _open(run.checkpoint(step))
@@ -50,10 +51,10 @@ def find_checkpoint(path: Path) -> CheckpointSource:
 
 
 def _open(path: Path) -> CheckpointSource:
-    manifest = commit.read_manifest(path, kind="checkpoint")
+    manifest = atomic_dir.read_manifest(path, kind="checkpoint")
     files, facts = manifest["files"], manifest["facts"]
-    commit.verify_sizes(path, files, files)
-    commit.verify_digests(path, [name for name in files if name.startswith(f"{MODEL_FOLDER}/")])
+    atomic_dir.verify_sizes(path, files, files)
+    atomic_dir.verify_digests(path, [name for name in files if name.startswith(f"{MODEL_FOLDER}/")])
     if f"{MODEL_FOLDER}/config.json" not in files:
         raise UserError(
             f"{path / MODEL_FOLDER / 'config.json'} is missing; without it nobody can load the weights"
@@ -61,13 +62,13 @@ def _open(path: Path) -> CheckpointSource:
     for name, known in {"zero_stage": _STAGES, "dtype": _DTYPES}.items():
         if facts.get(name) not in known:
             raise UserError(
-                f"{path / commit.MANIFEST}: {name} is {facts.get(name)!r}, expected one of {known}"
+                f"{path / atomic_dir.MANIFEST}: {name} is {facts.get(name)!r}, expected one of {known}"
             )
     if not isinstance(facts.get("world_size"), int) or facts["world_size"] < 1:
         raise UserError(
-            f"{path / commit.MANIFEST}: world_size is {facts.get('world_size')!r}, expected 1 or more"
+            f"{path / atomic_dir.MANIFEST}: world_size is {facts.get('world_size')!r}, expected 1 or more"
         )
-    return CheckpointSource(path, facts, commit.manifest_digest(path))
+    return CheckpointSource(path, facts, atomic_dir.manifest_digest(path))
 
 
 def output_directory(source: CheckpointSource, output_dir: str) -> Path:
@@ -88,11 +89,11 @@ def already_exported(final: Path, facts: dict[str, Any], overwrite: bool) -> boo
     """
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return False
-    if not commit.is_complete(final):
+    if not atomic_dir.is_complete(final):
         raise UserError(
             f"{final} exists and is not an export; choose another output_dir or remove it yourself"
         )
-    manifest = commit.read_manifest(final, kind="export")
+    manifest = atomic_dir.read_manifest(final, kind="export")
     if overwrite:
         return False
     different = [name for name, value in facts.items() if manifest["facts"].get(name) != value]
@@ -103,7 +104,7 @@ def already_exported(final: Path, facts: dict[str, Any], overwrite: bool) -> boo
             "give --overwrite to replace it"
         )
     try:
-        commit.verify_sizes(final, manifest["files"], manifest["files"])
+        atomic_dir.verify_sizes(final, manifest["files"], manifest["files"])
     except UserError as error:
         raise UserError(f"{error}; give --overwrite to write the export again") from None
     return True

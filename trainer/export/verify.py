@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from trainer import terminal
 from trainer.errors import UserError
-from trainer.export import rebuild
+from trainer.export import reference_weights
 from trainer.models import saved_layout
 from trainer.models.architecture import quiet_transformers
+from trainer.runtime import terminal
 
 _NUM_TOKENS = 32
 
@@ -38,7 +38,7 @@ def verify(
     """
     from transformers import AutoModelForCausalLM
 
-    stored = rebuild.reference_weights(
+    stored = reference_weights.reference_weights(
         checkpoint, int(str(facts["zero_stage"])), int(str(facts["world_size"])), str(facts["dtype"])
     )
     with quiet_transformers():

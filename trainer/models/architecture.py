@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import commit
 from trainer.errors import UserError
 from trainer.models import load
+from trainer.storage import atomic_dir
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +62,8 @@ def record_architecture(folder: Path, text_part_of: str = "") -> None:
     content = {name: value for name, value in vars(built).items() if name != "moved"}
     content["moved"] = saved_layout.to_json(built.moved)
     content["text_part_of"] = text_part_of or built.text_part_of
-    digest = commit.file_digest(folder / "config.json")
-    commit.write_text(folder / FILE, json.dumps({"config_sha256": digest, **content}) + "\n")
+    digest = atomic_dir.file_digest(folder / "config.json")
+    atomic_dir.write_text(folder / FILE, json.dumps({"config_sha256": digest, **content}) + "\n")
 
 
 def build_architecture(folder: Path) -> Architecture:
@@ -131,7 +131,7 @@ def _recorded(folder: Path) -> Architecture | None:
     """Return what `record` wrote; None if there is nothing, of another config, or of an earlier version of this program."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         recorded = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if recorded.pop("config_sha256") == commit.file_digest(folder / "config.json"):
+        if recorded.pop("config_sha256") == atomic_dir.file_digest(folder / "config.json"):
             from trainer.models import saved_layout
 
             shapes = {name: tuple(shape) for name, shape in recorded.pop("shapes").items()}

@@ -11,9 +11,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import terminal
 from trainer.errors import first_line
 from trainer.models.tokenizer import fingerprint, load_tokenizer
+from trainer.runtime import terminal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

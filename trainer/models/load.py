@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import distributed
 from trainer.errors import UserError
 from trainer.models import sizes
 from trainer.models.loaded_weights import check_weights
@@ -21,6 +20,7 @@ from trainer.models.text_part import (
     model_class,
     text_config,
 )
+from trainer.runtime import distributed
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import terminal
 from trainer.errors import UserError
 from trainer.models.text_part import is_wrapper
+from trainer.runtime import terminal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from trainer.models import default_attention
 from trainer.models.default_attention import LayerMask, MaskPattern, UnsupportedAttention
+from trainer.models.kv_cache import ForwardBatch, PrefillChunk
 from trainer.models.packed_attention import has_kernel, varlen_attention
-from trainer.models.slots import ForwardBatch, PrefillChunk
 
 IMPLEMENTATION = "slots"
 

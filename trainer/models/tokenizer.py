@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import terminal
 from trainer.errors import UserError
 from trainer.models.source import check_gguf, error_reason, find_file
+from trainer.runtime import terminal
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import psutil
 
-from trainer import malloc
-from trainer.configuration import did_you_mean
 from trainer.errors import UserError
+from trainer.runtime import malloc
+from trainer.storage.configuration import did_you_mean
 
 GB = 10**9
 GIB = 2**30

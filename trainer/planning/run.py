@@ -11,14 +11,15 @@ from typing import Any
 
 from rich.table import Table
 
-from trainer import commit, distributed
 from trainer.errors import UserError
-from trainer.planning import plan, show
+from trainer.planning import plan, plan_table
 from trainer.planning.plan import RunPlan, size_text
 from trainer.planning.recommend import recommend
+from trainer.runtime import distributed
+from trainer.runtime.terminal import duration
 from trainer.settings import PlanSettings, TrainSettings
-from trainer.study.plan import RunSpec, Study
-from trainer.terminal import duration
+from trainer.storage import atomic_dir
+from trainer.study.study_file import RunSpec, Study
 
 
 def plan_training(settings: PlanSettings) -> bool:
@@ -27,9 +28,9 @@ def plan_training(settings: PlanSettings) -> bool:
     made = plan.make_plan(settings)
     recommended = recommend(made)
     if settings.json:
-        print(json.dumps(show.as_dict(made, recommended), indent=1))
+        print(json.dumps(plan_table.as_dict(made, recommended), indent=1))
     else:
-        show.print_plan(made, recommended)
+        plan_table.print_plan(made, recommended)
     return made.fits
 
 
@@ -65,7 +66,7 @@ def _of_run(settings: PlanSettings, train: TrainSettings, study: Study) -> PlanS
     """The run's training on the asked hardware."""
     values = {field.name: getattr(train, field.name) for field in dataclasses.fields(TrainSettings)}
     own = {name: getattr(settings, name) for name in PlanSettings.__annotations__ if name != "study"}
-    if not commit.is_complete(Path(train.train_shards)):
+    if not atomic_dir.is_complete(Path(train.train_shards)):
         prepared = next(one for one in study.shards if one.output_dir == train.train_shards)
         values["train_shards"] = ""
         own["num_problems"] = settings.num_problems or (
@@ -75,7 +76,7 @@ def _of_run(settings: PlanSettings, train: TrainSettings, study: Study) -> PlanS
 
 
 def _show_study(study: Study, made: Sequence[tuple[RunSpec, RunPlan]]) -> None:
-    console = show.make_console()
+    console = plan_table.make_console()
     machine = made[0][1].hardware
     table = Table(
         title=f"{study.name}: {len(made)} runs on {machine.nodes} x {machine.per_node} {machine.accelerator.name}",
@@ -116,7 +117,7 @@ def _show_study(study: Study, made: Sequence[tuple[RunSpec, RunPlan]]) -> None:
     for note in dict.fromkeys(note for _, one in made for note in one.notes):
         console.print(f"note: {note}")
     console.print(f"  rate: {made[0][1].step.rate.source}")
-    for line in show.error_lines():
+    for line in plan_table.error_lines():
         console.print(line)
     for run, one in made:
         for refusal in one.refusals:
@@ -137,7 +138,7 @@ def _totals(made: Sequence[tuple[RunSpec, RunPlan]]) -> dict[str, Any]:
 
 
 def _study_dict(study: Study, made: Sequence[tuple[RunSpec, RunPlan]]) -> dict[str, Any]:
-    runs = {run.name: show.as_dict(one) for run, one in made}
+    runs = {run.name: plan_table.as_dict(one) for run, one in made}
     return {
         "study": study.name,
         "runs": runs,

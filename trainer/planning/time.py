@@ -13,7 +13,7 @@ from trainer.errors import UserError
 from trainer.models import load
 from trainer.planning.accelerators import Accelerator
 from trainer.planning.workload import Workload
-from trainer.run_directory import RunDirectory
+from trainer.storage.run_directory import RunDirectory
 from trainer.training.throughput import flops_per_token
 
 # Part of the peak that is reached: llm-foundry's table for H100s, short sequences, ZeRO-3-like (cited, not measured

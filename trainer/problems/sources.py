@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.commit import file_digest
 from trainer.errors import UserError
 from trainer.problems import gsm8k, jsonl, strategyqa, svamp
 from trainer.problems.hub import read_hub
 from trainer.problems.problem import Problem, RecordError, RejectedRecord
 from trainer.problems.records import JsonRecord, read_records
+from trainer.storage.atomic_dir import file_digest
 
 HUB_EXAMPLES = {"gsm8k": "openai/gsm8k", "svamp": "ChilleD/SVAMP", "strategyqa": "ChilleD/StrategyQA"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")

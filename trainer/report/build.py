@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer import commit
 from trainer.errors import UserError
 from trainer.report import plots, plots_answers, tables
 from trainer.report.comparison_table import comparison_rows
@@ -17,7 +16,8 @@ from trainer.report.render import figure_files, inline_panels
 from trainer.report.results import is_run, load_runs
 from trainer.report.style import cause_styles, method_styles
 from trainer.report.summary import in_order
-from trainer.run_directory import StudyDirectory
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import StudyDirectory
 
 MAX_EXAMPLES = 2000
 
@@ -72,7 +72,7 @@ def build_report(
 
     folder = Path(output_dir) if str(output_dir) else _default_output(paths[0])
     for name, data in files.items():
-        commit.write_bytes(folder / name, data)
+        atomic_dir.write_bytes(folder / name, data)
     for name in {*optional, *(name for figure in figures for name in figure.files)} - files.keys():
         (folder / name).unlink(missing_ok=True)  # of an older report, and no longer true
     return folder / "index.html"

@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.report.format import clean
 from trainer.report.methods import GUIDED
 from trainer.report.statistics import wilson_interval
-from trainer.run_directory import EvaluationDirectory, parse_run_name
+from trainer.storage.run_directory import EvaluationDirectory, parse_run_name
 
 RULES = ("strict", "flexible")
 _ROLES = ("decomposer", "solver", "planner")

@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
-from trainer import commit
 from trainer.errors import UserError
 from trainer.report.evaluations import Evaluation, load_evaluation, read_json, whole
 from trainer.report.format import clean
 from trainer.report.methods import canonical, is_part
 from trainer.report.metrics import Metrics, read_metrics
-from trainer.run_directory import RunDirectory, StudyDirectory, parse_run_name
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory, StudyDirectory, parse_run_name
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _load_run(directory: RunDirectory, planned: set[str]) -> Run:
         evaluations=tuple(evaluations),
         environment=environment,
         settings=settings,
-        settings_digest=commit.file_digest(directory.settings) if directory.settings.is_file() else "",
+        settings_digest=atomic_dir.file_digest(directory.settings) if directory.settings.is_file() else "",
         unfinished="",
         only_asked=only_asked,
     )
@@ -138,8 +138,8 @@ def _facts(directory: RunDirectory) -> dict[str, Any]:
     """What the export, or else the newest finished checkpoint, says about its student; {} without either."""
     checkpoints = [directory.checkpoint(step) for step in reversed(directory.checkpoint_steps())]
     for path in (directory.export, *checkpoints):
-        if commit.is_complete(path):
-            return {**commit.read_manifest(path)["facts"], "is_export": path == directory.export}
+        if atomic_dir.is_complete(path):
+            return {**atomic_dir.read_manifest(path)["facts"], "is_export": path == directory.export}
     return {}
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainer import terminal
 from trainer.errors import UserError
 from trainer.models import load
 from trainer.models.source import check_trainable
 from trainer.models.tokenizer import check_saved_tokenizer, fingerprint, load_tokenizer
+from trainer.runtime import terminal
 from trainer.shards.read import Shards
 from trainer.shards.segments import bos_tokens, tokenise
 

@@ -18,17 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from trainer import commit, startup, terminal
 from trainer.errors import UserError
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.models.tokenizer import fingerprint, load_tokenizer
 from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import read_problems, source_digest
+from trainer.runtime import startup, terminal
 from trainer.settings import PrepareSettings
 from trainer.shards.read import KIND, REJECTS, TOKENIZER, Shards
 from trainer.shards.segments import bos_tokens, check_tokenizer, example_length
 from trainer.shards.workers import tokenise_all
 from trainer.shards.write import ShardWriter
+from trainer.storage import atomic_dir
 
 # Counts the ways a problem was cut into segments so far. 2: with guidance. 3: every segment as inside the text, checked by
 # decoding, behind all tokens that the tokenizer puts before a text; the same bytes as 2 for most byte-level tokenizers.
@@ -46,25 +47,25 @@ def prepare(settings: PrepareSettings) -> Shards:
     startup.freeze_gc()
     check_tokenizer(tokenizer)
     recipe = _fingerprint(settings, tokenizer)
-    if commit.is_complete(final):
+    if atomic_dir.is_complete(final):
         if _has_fingerprint(final, recipe):
             terminal.info(f"{final}: already prepared, {len(Shards.open(final))} problems")
             return Shards.open(final)
         if not settings.overwrite:
             raise UserError(_difference(final, recipe) + "; choose another output_dir or give --overwrite")
-    building = final.parent / f"{final.name}.new-{os.getpid()}" if commit.is_complete(final) else final
+    building = final.parent / f"{final.name}.new-{os.getpid()}" if atomic_dir.is_complete(final) else final
     facts: dict[str, Any] = {"recipe": recipe, "data": settings.data, "split": settings.split}
     facts["tokenizer_fingerprint"] = recipe["tokenizer"]
     start = time.monotonic()
     try:
-        with commit.atomic_directory(building, KIND, facts) as staging:
+        with atomic_dir.atomic_directory(building, KIND, facts) as staging:
             tokenizer.save_pretrained(staging / TOKENIZER)
             _build(settings, tokenizer, staging, facts)
-    except commit.ArtifactExistsError:
+    except atomic_dir.ArtifactExistsError:
         if not _has_fingerprint(final, recipe):
             raise UserError(_difference(final, recipe) + "; another builder was first") from None
     if building != final:
-        commit.replace_directory(final, building)
+        atomic_dir.replace_directory(final, building)
     shards = Shards.open(final)
     terminal.info(f"{final}: {summary_line(shards)} in {terminal.duration(time.monotonic() - start)}")
     return shards
@@ -169,11 +170,11 @@ def _as_before(tokenizer: Any) -> bool:
 
 
 def _has_fingerprint(final: Path, recipe: dict[str, Any]) -> bool:
-    return commit.read_manifest(final, KIND)["facts"]["recipe"] == recipe
+    return atomic_dir.read_manifest(final, KIND)["facts"]["recipe"] == recipe
 
 
 def _difference(final: Path, recipe: dict[str, Any]) -> str:
-    old = commit.read_manifest(final, KIND)["facts"]["recipe"]
+    old = atomic_dir.read_manifest(final, KIND)["facts"]["recipe"]
     keys = sorted(key for key in old.keys() | recipe.keys() if old.get(key) != recipe.get(key))
     changes = ", ".join(f"{key}: {old.get(key)!r} there, {recipe.get(key)!r} now" for key in keys)
     return f"{final} holds shards made in another way ({changes})"

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer import commit
 from trainer.errors import UserError
 from trainer.problems.problem import Problem, Step
 from trainer.shards.methods import Role, View
+from trainer.storage import atomic_dir
 
 KIND = "shards"
 _ABSENT, _INPUT, _TARGET = 0, 1, 2
@@ -57,12 +57,12 @@ class Shards:
         Raises UserError if the directory is unfinished, damaged, or not shards.
         """
         path = Path(directory)
-        manifest = commit.read_manifest(path, KIND)
+        manifest = atomic_dir.read_manifest(path, KIND)
         if verify:
-            commit.verify_digests(path)
+            atomic_dir.verify_digests(path)
         else:
-            commit.verify_sizes(path, manifest["files"], manifest["files"])
-        return cls(path, manifest, commit.manifest_digest(path))
+            atomic_dir.verify_sizes(path, manifest["files"], manifest["files"])
+        return cls(path, manifest, atomic_dir.manifest_digest(path))
 
     def __len__(self) -> int:
         return self.facts["num_problems"]

@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from trainer import commit
-from trainer.configuration import to_dict
 from trainer.errors import UserError
-from trainer.run_directory import StudyDirectory
-from trainer.study.plan import RunSpec, Study, evaluation_name
-from trainer.study.state import has_work, is_evaluated
+from trainer.storage import atomic_dir
+from trainer.storage.configuration import to_dict
+from trainer.storage.run_directory import StudyDirectory
+from trainer.study.status import has_work, is_evaluated
+from trainer.study.study_file import RunSpec, Study, evaluation_name
 
 _FORMAT = 1
 # Settings that leave the result as it is: where, how often, how many at a time.
@@ -72,7 +72,7 @@ def save_snapshot(study: Study) -> None:
     """Write down what the runs are made with. Runs that are no longer in the file keep their record."""
     records = {**_read(study.directory), **_records(study)}
     record = {"format": _FORMAT, "file": str(study.file), "runs": dict(sorted(records.items()))}
-    commit.write_text(study.directory.settings, yaml.safe_dump(record, sort_keys=False))
+    atomic_dir.write_text(study.directory.settings, yaml.safe_dump(record, sort_keys=False))
 
 
 def unlisted_runs(study: Study) -> list[str]:
@@ -99,7 +99,7 @@ def _training(run: RunSpec, study: Study) -> dict[str, Any]:
         return {}
     train = {**to_dict(run.train), "num_ranks": run.num_ranks}
     if run.train.deepspeed:
-        train["deepspeed_digest"] = commit.file_digest(Path(run.train.deepspeed))
+        train["deepspeed_digest"] = atomic_dir.file_digest(Path(run.train.deepspeed))
     for problems in study.problem_sets:
         if problems.annotate and problems.shards.output_dir == run.train.train_shards:
             train |= {f"annotate.{key}": value for key, value in to_dict(problems.annotate).items()}

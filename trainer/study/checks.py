@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trainer.configuration import did_you_mean, from_dict
 from trainer.errors import UserError
 from trainer.settings import ConvertSettings, EvaluateSettings, PrepareSettings, TrainSettings
+from trainer.storage.configuration import did_you_mean, from_dict
 from trainer.teacher.settings import AnnotateSettings
 
 # The study decides these; in a study file they would be a second opinion. A set says where `eval_shards` are.

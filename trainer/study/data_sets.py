@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import commit
-from trainer.configuration import from_dict
 from trainer.errors import UserError
-from trainer.run_directory import AnnotationDirectory
 from trainer.settings import DATA, PrepareSettings
+from trainer.storage import atomic_dir
+from trainer.storage.configuration import from_dict
+from trainer.storage.run_directory import AnnotationDirectory
 from trainer.study import checks
 from trainer.teacher.settings import AnnotateSettings
 
@@ -66,7 +66,7 @@ def _prepare(
         raise UserError(f"{path}: data is missing; choose one of {', '.join(DATA)}")
     output_dir = root / f"{data}-{name}"
     made = from_dict(PrepareSettings, {**defaults, **shared, **own, "output_dir": str(output_dir)}, path)
-    if not commit.is_complete(output_dir):  # finished shards no longer need their source
+    if not atomic_dir.is_complete(output_dir):  # finished shards no longer need their source
         checks.refuse_missing(made.data_path, f"{path}: data_path")
         checks.refuse_missing(made.tokenizer_name, f"{path}: tokenizer_name")
     return made

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.configuration import did_you_mean
 from trainer.errors import UserError
 from trainer.settings import METHODS, EvaluateSettings, TrainSettings
+from trainer.storage.configuration import did_you_mean
 from trainer.study import checks
 
 ALONE = ("answer_only", "cot", "socratic")  # students that solve a problem by themselves

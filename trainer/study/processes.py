@@ -20,9 +20,9 @@ from types import FrameType
 
 import psutil
 
-from trainer import distributed
 from trainer.errors import UserError
-from trainer.run_directory import StudyDirectory
+from trainer.runtime import distributed
+from trainer.storage.run_directory import StudyDirectory
 
 MARK = "SOCRATIC_TRAINER_STUDY"
 STAGE_MARK = "SOCRATIC_TRAINER_STAGE"

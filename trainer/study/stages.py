@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.run_directory import RunDirectory
 from trainer.settings import PlotSettings
+from trainer.storage.run_directory import RunDirectory
 from trainer.study.data_sets import ProblemSet
-from trainer.study.plan import RunSpec, Study
-from trainer.study.runs import evaluation_directory_of, evaluation_name_of
+from trainer.study.expand import evaluation_directory_of, evaluation_name_of
+from trainer.study.study_file import RunSpec, Study
 
 SCRIPTS = {
     "annotate": "annotate.py",

@@ -11,12 +11,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from trainer import commit, lock, terminal
-from trainer.run_directory import EvaluationDirectory
+from trainer.runtime import directory_lock, terminal
 from trainer.settings import EvaluateSettings
-from trainer.study import changes, outlook, processes, stages, state
-from trainer.study.plan import RunSpec, Study
-from trainer.study.runs import evaluation_directory_of
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import EvaluationDirectory
+from trainer.study import changes, estimates, processes, stages, status
+from trainer.study.expand import evaluation_directory_of
+from trainer.study.study_file import RunSpec, Study
 
 _WIDTH_OF_A_PIPE = 160  # where there is no terminal whose width one could ask for
 
@@ -32,16 +33,16 @@ def show_status(study: Study) -> None:
             *(cells.get(name, "") for name in _evaluation_sets(study)),
         )
     todo = stages.study_stages(study)
-    done = sum(state.is_done(stage) for stage in todo)
+    done = sum(status.is_done(stage) for stage in todo)
     terminal.info(f"study {study.name} ({study.directory.path}): {done} of {len(todo)} stages done")
     for settings in study.shards:
         ready = "not prepared"
-        if state.are_shards_ready(settings):
-            facts = commit.read_manifest(Path(settings.output_dir))["facts"]
+        if status.are_shards_ready(settings):
+            facts = atomic_dir.read_manifest(Path(settings.output_dir))["facts"]
             ready = f"{facts['num_problems']} problems"
         terminal.info(f"shards {settings.output_dir}: {ready}")
     terminal.info(table_text(table))
-    running = lock.current_owner(study.directory.lock)
+    running = directory_lock.current_owner(study.directory.lock)
     leftovers = processes.processes_of_study(study.directory)
     if running:
         terminal.info(f"in use: {running.process}, since {running.since}")
@@ -50,7 +51,7 @@ def show_status(study: Study) -> None:
         terminal.info(
             f"not being run, but processes {numbers} of an earlier start live; a run ends them first"
         )
-    if state.is_done(todo[-1]):
+    if status.is_done(todo[-1]):
         terminal.info(f"report: {study.directory.report / 'index.html'}")
 
 
@@ -58,7 +59,7 @@ def show_plan(study: Study, tools: Path) -> None:
     """Print models, stages, whether they are done, and the commands of the others. Raises UserError as a run would."""
     changes.check_unchanged(study)
     todo = stages.study_stages(study)
-    waiting = [stage for stage in todo if not state.is_done(stage)]
+    waiting = [stage for stage in todo if not status.is_done(stage)]
     terminal.info(table_text(_models(study)) + "\n")
     table = make_table("", "stage", "state", "ranks", "problems")
     for number, stage in enumerate(todo, 1):
@@ -82,7 +83,7 @@ def _models(study: Study) -> Table:
             table.add_row(
                 settings.model_label,
                 settings.model_name_or_path or f"{settings.config_name} (random weights)",
-                _number(outlook.num_parameters(settings, prepared[settings.train_shards])),
+                _number(estimates.num_parameters(settings, prepared[settings.train_shards])),
                 str(run.num_ranks),
                 Path(settings.deepspeed).stem if settings.deepspeed else "zero1",
                 "bf16" if settings.bf16 else "fp32",
@@ -93,11 +94,11 @@ def _models(study: Study) -> Table:
 def _num_problems(stage: stages.Stage, study: Study) -> str:
     """What a stage reads: examples of the method, or problems that are answered."""
     if stage.kind == "prepare":
-        return _number(outlook.num_problems(stage.settings))
+        return _number(estimates.num_problems(stage.settings))
     if stage.kind == "train":
-        return _number(outlook.num_examples(stage.settings, study.shards))
+        return _number(estimates.num_examples(stage.settings, study.shards))
     if stage.kind == "evaluate":
-        return _number(outlook.num_answers(stage.settings, study.shards))
+        return _number(estimates.num_answers(stage.settings, study.shards))
     return ""
 
 
@@ -108,10 +109,10 @@ def _number(value: int | None) -> str:
 def _training(run: RunSpec) -> tuple[str, str, str]:
     """How far the training is, its loss, and whether it is converted."""
     assert run.train
-    loss = state.final_loss(run.directory)
-    progress = state.training_progress(run.train)
-    exported = state.is_exported(run.directory)
-    if exported or state.is_trained(run.directory):
+    loss = status.final_loss(run.directory)
+    progress = status.training_progress(run.train)
+    exported = status.is_exported(run.directory)
+    if exported or status.is_trained(run.directory):
         how_far = "done"
     elif run.directory.metrics.is_file():
         how_far = f"{progress.done}/{progress.total or '?'}"
@@ -121,11 +122,11 @@ def _training(run: RunSpec) -> tuple[str, str, str]:
 
 
 def _evaluation(settings: EvaluateSettings) -> str:
-    if state.is_evaluated(settings):
-        return state.accuracy(settings)
+    if status.is_evaluated(settings):
+        return status.accuracy(settings)
     if not EvaluationDirectory(Path(settings.output_dir)).rank_files.is_dir():
         return "-"
-    progress = state.EvaluationProgress(settings)()
+    progress = status.EvaluationProgress(settings)()
     return f"{progress.done}/{progress.total}"
 
 

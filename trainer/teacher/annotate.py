@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer import commit, lock, terminal
 from trainer.errors import UserError
-from trainer.run_directory import AnnotationDirectory
-from trainer.teacher import result, summary, work
+from trainer.runtime import directory_lock, terminal
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import AnnotationDirectory
+from trainer.teacher import job, result, summary
+from trainer.teacher.job import AnnotationJob
 from trainer.teacher.responses import ResponseLog
 from trainer.teacher.settings import AnnotateSettings
-from trainer.teacher.work import AnnotationJob
 
 _CHARACTERS_A_TOKEN = 4  # of English, about
 
@@ -25,7 +26,7 @@ def annotate(settings: AnnotateSettings) -> None:
     not answer.
     """
     directory = AnnotationDirectory(Path(settings.output_dir))
-    with lock.locked(directory.lock):
+    with directory_lock.locked(directory.lock):
         todo = _prepare(settings)
         if _is_there(directory.result, todo):
             terminal.info(summary.table(_summary(directory.result)))
@@ -72,10 +73,10 @@ def _prepare(settings: AnnotateSettings) -> AnnotationJob:
         from trainer.teacher.endpoint import check_url
 
         check_url(settings.base_url)
-        return work.prepare_job(settings)
-    from trainer.teacher.local import digest
+        return job.prepare_job(settings)
+    from trainer.teacher.local_model import digest
 
-    return work.prepare_job(settings, digest(settings.model_name_or_path))
+    return job.prepare_job(settings, digest(settings.model_name_or_path))
 
 
 def _query(todo: AnnotationJob, log: ResponseLog) -> None:
@@ -90,11 +91,11 @@ def _query(todo: AnnotationJob, log: ResponseLog) -> None:
     if not queues:
         return
     if todo.settings.base_url:
-        from trainer.teacher.asking import query_endpoint
+        from trainer.teacher.endpoint_queries import query_endpoint
 
         query_endpoint(todo.settings, queues, log, todo.is_satisfied)
     else:
-        from trainer.teacher.local import query_local_model
+        from trainer.teacher.local_model import query_local_model
 
         query_local_model(todo.settings, queues, log, todo.is_satisfied)
 
@@ -108,12 +109,12 @@ def _publish(final: Path, todo: AnnotationJob, log: ResponseLog) -> None:
         "gold_hint": todo.settings.gold_hint,
     }
     facts |= {"endpoint": todo.settings.base_url, "summary": numbers}
-    there = commit.is_complete(final)
+    there = atomic_dir.is_complete(final)
     building = final.parent / f"{final.name}.new-{os.getpid()}" if there else final
-    with commit.atomic_directory(building, result.KIND, facts) as staging:
+    with atomic_dir.atomic_directory(building, result.KIND, facts) as staging:
         result.write(staging, todo, outcomes, numbers)
     if there:
-        commit.replace_directory(final, building)
+        atomic_dir.replace_directory(final, building)
     terminal.info(summary.table(numbers))
     if not numbers["problems"]["annotated"]:
         terminal.warning(f"not one chain was kept; {final / result.REJECTED} says why")
@@ -122,9 +123,9 @@ def _publish(final: Path, todo: AnnotationJob, log: ResponseLog) -> None:
 
 def _is_there(final: Path, todo: AnnotationJob) -> bool:
     """Whether the finished result is the one asked for. Raises UserError if it is of another making."""
-    if not commit.is_complete(final):
+    if not atomic_dir.is_complete(final):
         return False
-    old, new = commit.read_manifest(final, result.KIND)["facts"]["recipe"], todo.fingerprint_fields
+    old, new = atomic_dir.read_manifest(final, result.KIND)["facts"]["recipe"], todo.fingerprint_fields
     if old == new:
         return "unanswered" not in _summary(final)["rejected_by_reason"]  # else those are asked for again
     if todo.settings.overwrite:
@@ -138,7 +139,7 @@ def _is_there(final: Path, todo: AnnotationJob) -> bool:
 
 
 def _summary(final: Path) -> dict[str, Any]:
-    commit.verify_digests(final, [result.SUMMARY])
+    atomic_dir.verify_digests(final, [result.SUMMARY])
     return json.loads((final / result.SUMMARY).read_text(encoding="utf-8"))
 
 

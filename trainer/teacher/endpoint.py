@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import openai
 
 from trainer.errors import UserError
-from trainer.teacher.pace import RateLimiter, backoff_seconds, retry_after_seconds
 from trainer.teacher.prompts import stop_texts
+from trainer.teacher.rate_limiter import RateLimiter, backoff_seconds, retry_after_seconds
 from trainer.teacher.responses import Request, Response
 from trainer.teacher.settings import AnnotateSettings
 

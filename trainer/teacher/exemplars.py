@@ -11,9 +11,9 @@ from trainer.problems.exemplars import read_exemplars
 from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import DATA, read_problems
 from trainer.teacher.decontaminate import HeldOutQuestions
+from trainer.teacher.filter import FilterConfig, filter_sample
 from trainer.teacher.prompts import solution_text
 from trainer.teacher.settings import AnnotateSettings
-from trainer.teacher.verify import FilterConfig, filter_sample
 
 _POOL = 500  # stories to draw from
 

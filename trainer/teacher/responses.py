@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import terminal
 from trainer.errors import UserError
+from trainer.runtime import terminal
 
 
 @dataclass(frozen=True)

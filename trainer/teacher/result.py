@@ -14,9 +14,9 @@ from typing import Any
 
 from trainer.problems.jsonl import to_record
 from trainer.problems.problem import Problem
+from trainer.teacher.filter import FilterResult
+from trainer.teacher.job import AnnotationJob
 from trainer.teacher.responses import Request, Response, ResponseLog
-from trainer.teacher.verify import FilterResult
-from trainer.teacher.work import AnnotationJob
 
 KIND = "annotations"
 ANNOTATED = "annotated.jsonl"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trainer.configuration import check_at_least, check_given, check_one_of, setting
 from trainer.errors import UserError
 from trainer.settings import DTYPES
+from trainer.storage.configuration import check_at_least, check_given, check_one_of, setting
 
 DATASETS = ("svamp", "strategyqa", "gsm8k", "jsonl")
 STYLES = ("cot", "socratic")

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trainer.teacher.filter import FILTER_REASONS
+from trainer.teacher.job import AnnotationJob
 from trainer.teacher.responses import Response, ResponseLog
 from trainer.teacher.result import ProblemResult, Sample
 from trainer.teacher.settings import AnnotateSettings
-from trainer.teacher.verify import FILTER_REASONS
-from trainer.teacher.work import AnnotationJob
 
 _WIDTH = 110
 

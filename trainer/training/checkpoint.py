@@ -19,9 +19,10 @@ from typing import IO, Any, cast
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
-from trainer import commit, distributed, terminal
 from trainer.errors import UserError
-from trainer.run_directory import RunDirectory
+from trainer.runtime import distributed, terminal
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 from trainer.training import reshard
 
 KIND = "checkpoint"
@@ -81,7 +82,7 @@ class _ByteCounter(io.RawIOBase):
 def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model_files: Path) -> None:
     """Collective. Write `checkpoints/step-NNNNNN`; it is complete or not there. Raises UserError on every rank."""
     final, first = run.checkpoint(step), distributed.is_main_process()
-    begun = _on_all_ranks(lambda: str(commit.create_staging(final)) if first else "")
+    begun = _on_all_ranks(lambda: str(atomic_dir.create_staging(final)) if first else "")
     staging = Path(distributed.broadcast_object(begun))
     writer = engine.checkpoint_engine
     # DeepSpeed would leave converters beside the checkpoints, where rank 0 alone may meet a full disk.
@@ -94,7 +95,7 @@ def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model
             lambda: _copy_model_files(model_files, staging / MODEL, writer.written) if first else None
         )
         ours = [path.relative_to(staging).as_posix() for path in writer.written]
-        digests = distributed.gather_objects(_on_all_ranks(lambda: commit.digest_files(staging, ours)))
+        digests = distributed.gather_objects(_on_all_ranks(lambda: atomic_dir.digest_files(staging, ours)))
         files = {name: digest for part in digests for name, digest in part.items()}
         _on_all_ranks(lambda: _commit(staging, final, facts, files) if first else None)
     except BaseException:
@@ -122,10 +123,10 @@ def _copy_model_files(source: Path, target: Path, written: list[Path]) -> None:
 def _commit(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
     """Into place; a checkpoint of the same step, which was passed over or not gone on from, is replaced."""
     if not final.exists():
-        return commit.publish(staging, final, KIND, facts, files)
+        return atomic_dir.publish(staging, final, KIND, facts, files)
     fresh = staging.with_name(staging.name.replace(".tmp", ".fresh.tmp"))
-    commit.publish(staging, fresh, KIND, facts, files)
-    commit.replace_directory(final, fresh)
+    atomic_dir.publish(staging, fresh, KIND, facts, files)
+    atomic_dir.replace_directory(final, fresh)
 
 
 def _check_written(writer: SafeCheckpointEngine, staging: Path) -> None:
@@ -149,7 +150,7 @@ def prune(run: RunDirectory, keep: int) -> None:
     """Remove all but the newest `keep` finished checkpoints (rank 0)."""
     if not distributed.is_main_process():
         return
-    finished = [step for step in run.checkpoint_steps() if commit.is_complete(run.checkpoint(step))]
+    finished = [step for step in run.checkpoint_steps() if atomic_dir.is_complete(run.checkpoint(step))]
     for step in finished[:-keep]:
         _remove(run.checkpoint(step))
 
@@ -191,7 +192,7 @@ def check_valid(path: Path) -> None:
 
 def load(engine: Any, path: Path) -> None:
     """Collective. Weights, masters and moments of a checkpoint that was found valid, of whatever layout."""
-    facts = commit.read_manifest(path, KIND)["facts"]
+    facts = atomic_dir.read_manifest(path, KIND)["facts"]
     reshard.load(engine, path, facts["zero_stage"], facts["world_size"], facts["dtype"])
 
 
@@ -199,9 +200,9 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, the same answer on all ranks; each rank digests its share of the files."""
     problem = None
     try:
-        names = sorted(commit.read_manifest(path, KIND)["files"])
+        names = sorted(atomic_dir.read_manifest(path, KIND)["files"])
         world = distributed.environment()
-        commit.verify_digests(path, names[world.rank :: world.world_size])
+        atomic_dir.verify_digests(path, names[world.rank :: world.world_size])
     except UserError as error:
         problem = str(error)
     return next((text for text in distributed.gather_objects(problem) if text), None)

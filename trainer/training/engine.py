@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from trainer import distributed, rendezvous, startup
 from trainer.models import load, training_kernels
-from trainer.run_directory import RunDirectory
+from trainer.runtime import distributed, process_group, startup
 from trainer.settings import TrainSettings
+from trainer.storage.run_directory import RunDirectory
 from trainer.training import checkpoint, ds_config, gradient_norm
 
 
@@ -51,7 +51,7 @@ def build_engine(
         engine, _, _, _ = deepspeed.initialize(
             model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
         )
-    rendezvous.set_group_timeouts(settings.timeout_seconds)
+    process_group.set_group_timeouts(settings.timeout_seconds)
     gradient_norm.patch_gradient_norm(engine.optimizer)
     engine.checkpoint_engine = checkpoint.SafeCheckpointEngine()
     engine.train()

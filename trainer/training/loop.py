@@ -11,19 +11,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer import distributed, startup, terminal
-from trainer.configuration import to_dict
-from trainer.distributed import DistributedEnvironment
 from trainer.errors import UserError
-from trainer.malloc import HeapLimit
-from trainer.preemption import StopRequest
-from trainer.run_directory import RunDirectory
+from trainer.runtime import distributed, startup, terminal
+from trainer.runtime.distributed import DistributedEnvironment
+from trainer.runtime.malloc import HeapLimit
+from trainer.runtime.stop_request import StopRequest
 from trainer.settings import TrainSettings
+from trainer.storage.configuration import to_dict
+from trainer.storage.run_directory import RunDirectory
 from trainer.training import checkpoint, throughput
 from trainer.training.layouts import forward_passes, passes_of_step
 from trainer.training.loss import summed_token_loss
 from trainer.training.metrics_log import MetricsLog
-from trainer.training.student import TrainState, setup_training
+from trainer.training.setup import TrainState, setup_training
 from trainer.training.watchdog import Watchdog, run_guard
 
 # Called on every rank; returns what is logged, or None if it ended early because a stop was requested.

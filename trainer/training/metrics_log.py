@@ -10,10 +10,11 @@ import json
 import secrets
 from typing import Any
 
-from trainer import commit, distributed
-from trainer.configuration import to_dict
-from trainer.run_directory import RunDirectory
+from trainer.runtime import distributed
 from trainer.settings import TrainSettings
+from trainer.storage import atomic_dir
+from trainer.storage.configuration import to_dict
+from trainer.storage.run_directory import RunDirectory
 
 
 class MetricsLog:
@@ -74,7 +75,7 @@ def _start_wandb(run: RunDirectory, settings: TrainSettings, facts: dict[str, An
     import wandb
 
     if not run.wandb_id.exists():
-        commit.write_text(run.wandb_id, secrets.token_hex(8) + "\n")
+        atomic_dir.write_text(run.wandb_id, secrets.token_hex(8) + "\n")
     return wandb.init(
         project=settings.wandb_project,
         name=run.name,

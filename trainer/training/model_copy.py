@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from trainer import distributed, malloc
 from trainer.models import load
+from trainer.runtime import distributed, malloc
 
 _GATHERED_BYTES = 64 << 20  # of ZeRO-3 parameters in one collective
 _SPARE = 0.8  # part of the free memory that the copy may take

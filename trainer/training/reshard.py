@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from trainer import distributed
 from trainer.errors import UserError
+from trainer.runtime import distributed
 from trainer.training.partitions import Partition, local_shard, optimizer_state, partitions, set_step
-from trainer.zero.checked_reader import CHUNK_BYTES, ChecksumReader
-from trainer.zero.state import MOMENTS, NAMES, OptimizerState, read_optimizer_state
-from trainer.zero.stored_tensors import TensorReference
+from trainer.zero.checksum_reader import CHUNK_BYTES, ChecksumReader
+from trainer.zero.optimizer_state import MOMENTS, NAMES, OptimizerState, read_optimizer_state
+from trainer.zero.tensor_references import TensorReference
 from trainer.zero.torch_files import ByteRange
 
 

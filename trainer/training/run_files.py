@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import yaml
 
-from trainer import commit, distributed
-from trainer.configuration import to_dict
 from trainer.models import architecture, base_files
 from trainer.models.old_settings import add_old_settings
-from trainer.run_directory import RunDirectory
+from trainer.runtime import distributed
 from trainer.settings import TrainSettings
+from trainer.storage import atomic_dir
+from trainer.storage.configuration import to_dict
+from trainer.storage.run_directory import RunDirectory
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
 
@@ -37,9 +38,9 @@ def write_run_files(
 ) -> None:
     """Write them (rank 0): settings, resolved ds_config, environment, and the model's config, tokenizer and small files."""
     run.path.mkdir(parents=True, exist_ok=True)
-    commit.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
-    commit.write_text(run.ds_config, json.dumps(resolved, indent=1) + "\n")
-    commit.write_text(run.environment, json.dumps({**environment(), **facts}, indent=1) + "\n")
+    atomic_dir.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
+    atomic_dir.write_text(run.ds_config, json.dumps(resolved, indent=1) + "\n")
+    atomic_dir.write_text(run.environment, json.dumps({**environment(), **facts}, indent=1) + "\n")
     write_model_files(run.model, settings.model_name_or_path, config, tokenizer)
 
 
@@ -57,7 +58,7 @@ def write_model_files(folder: Path, base_model: str, config: Any, tokenizer: Any
         add_old_settings(folder / "config.json", base_files.published_settings(base))
     base_files.copy_tokenizer(base, tokenizer, folder)
     base_files.copy_licence_and_code(base, folder)
-    commit.write_text(
+    atomic_dir.write_text(
         folder / "generation_config.json", json.dumps(generation, indent=2, sort_keys=True) + "\n"
     )
     # With this record a conversion need not import transformers for names and shapes.

@@ -8,10 +8,10 @@ import secrets
 import time
 from typing import Any
 
-from trainer import distributed
 from trainer.errors import UserError
-from trainer.preemption import StopRequest
-from trainer.run_directory import RunDirectory
+from trainer.runtime import distributed
+from trainer.runtime.stop_request import StopRequest
+from trainer.storage.run_directory import RunDirectory
 
 _PROBE_BYTES = 16 << 20
 # fp32 weights by rank 0, and over all ranks fp32 masters and two moments of Adam; bf16 weights are half of it.

@@ -26,13 +26,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer import commit, distributed, terminal
-from trainer import lock as locks
 from trainer.errors import UserError
-from trainer.identity import ProcessIdentity
-from trainer.lock import DirectoryLock
-from trainer.run_directory import RunDirectory
+from trainer.runtime import directory_lock as locks
+from trainer.runtime import distributed, terminal
+from trainer.runtime.directory_lock import DirectoryLock
+from trainer.runtime.process_identity import ProcessIdentity
 from trainer.settings import TrainSettings
+from trainer.storage import atomic_dir
+from trainer.storage.run_directory import RunDirectory
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
 _LOOKS = 10  # within silence_seconds
@@ -180,7 +181,9 @@ class Watchdog:
         if not self._ended.exists():
             terminal.error_on_any_rank(f"error: {verdict}")
             with contextlib.suppress(OSError):
-                commit.write_text(self._ended, json.dumps({"token": self._token, "verdict": verdict}) + "\n")
+                atomic_dir.write_text(
+                    self._ended, json.dumps({"token": self._token, "verdict": verdict}) + "\n"
+                )
             self._end_others_here()
         self._lock.release()
         os._exit(EXIT_STATUS)

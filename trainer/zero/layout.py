@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from trainer.errors import UserError
-from trainer.zero.rounding import check_samples, match_master_weights
-from trainer.zero.stored_tensors import CheckpointTensors, TensorReference
+from trainer.zero.master_weights import check_samples, match_master_weights
+from trainer.zero.tensor_references import CheckpointTensors, TensorReference
 from trainer.zero.torch_files import ByteRange, TorchFile
 
 Flat = Callable[[TorchFile, int], torch.Tensor]  # (a rank's file, number of the group) -> its flat tensor

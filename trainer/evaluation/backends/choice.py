@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trainer import malloc
 from trainer.errors import UserError
 from trainer.evaluation.backend_check import (
     BF16_FACTOR,
@@ -28,8 +27,9 @@ from trainer.evaluation.backend_check import (
     generate_continuation,
 )
 from trainer.evaluation.backends import AnyRequest, Backend, Sampler
+from trainer.evaluation.backends.slots import SlotBackend
 from trainer.evaluation.backends.transformers import CACHE_USES, CacheUse, TransformersBackend
-from trainer.evaluation.engine import SlotBackend
+from trainer.runtime import malloc
 
 SLOTS, TRANSFORMERS = "slots", "transformers"
 PLAIN, GENERATE = "plain forward pass", "generate"

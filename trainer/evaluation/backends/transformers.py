@@ -21,13 +21,13 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from trainer.evaluation.backends import AnyRequest, Sampler, SequenceState
-from trainer.models.blocked_weights import prepacked_weights
 from trainer.models.default_attention import (
     attention_of_submodules,
     restore_attention,
     set_attention,
     uses_sdpa,
 )
+from trainer.models.prepacked_weights import prepacked_weights
 
 _CACHE_NAMES = ("past_key_values", "cache_params", "state")  # as in transformers.generation.utils
 _OF_TRANSFORMERS = ("sdpa", "eager")

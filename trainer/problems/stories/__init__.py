@@ -17,8 +17,8 @@ from collections.abc import Iterator
 
 from trainer.errors import UserError
 from trainer.problems.problem import Problem
-from trainer.problems.stories.plot import Retry, Story
-from trainer.problems.stories.worlds import PEOPLE
+from trainer.problems.stories.generator import Retry, Story
+from trainer.problems.stories.templates import PEOPLE
 
 SPLITS = ("train", "validation", "test")
 MAX_STEPS = 10

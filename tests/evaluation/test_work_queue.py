@@ -1,0 +1,62 @@
+"""Every problem is taken exactly once, by however many ranks, joined by a TCP store or by an MPI window."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_well
+from tests.evaluation.conftest import mpiexec
+from tests.evaluation.drain_work_queue import CUT, SIZES, SLOW, counts
+from trainer.evaluation.work_queue import ProcessCounter, WorkQueue, batch_size, exhaust_queue
+
+COMMAND = ["-m", "tests.evaluation.drain_work_queue"]
+
+
+def check(folder: Path, counter: str, num_ranks: int) -> None:
+    ranks = [json.loads((folder / f"{counter}-{rank}.json").read_text()) for rank in range(num_ranks)]
+    for count in counts(num_ranks):
+        for size in SIZES:
+            taken = [problem for rank in ranks for problem in rank[f"{count}/{size}"]]
+            assert sorted(taken) == list(range(count))
+            assert all(rank[f"{count}/{size}"] == sorted(rank[f"{count}/{size}"]) for rank in ranks)
+    assert sorted(problem for rank in ranks for problem in rank["slow"]) == list(range(SLOW))
+    assert len(ranks[-1]["slow"]) < SLOW / num_ranks / 2  # ten times slower: far less than its share
+    cut = [problem for rank in ranks for problem in rank["cut"]]
+    assert len(ranks[-1]["cut"]) == 4 and len(set(cut)) == len(cut) < CUT
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_tickets_over_a_tcp_store(tmp_path: Path, num_ranks: int) -> None:
+    run_well([*COMMAND, str(tmp_path)], num_ranks, timeout=100)
+    check(tmp_path, "StoreCounter", num_ranks)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "environment"),
+    [(3, {}), (2, {"MPIR_CVAR_NOLOCAL": "1"})],
+    ids=["shared memory", "as if on two hosts"],
+)
+def test_tickets_over_an_mpi_window(tmp_path: Path, num_ranks: int, environment: dict[str, str]) -> None:
+    pytest.importorskip("mpi4py")
+    status, output = mpiexec([*COMMAND, str(tmp_path)], num_ranks, **environment)
+    assert status == 0, output
+    check(tmp_path, "WindowCounter", num_ranks)
+
+
+def test_tickets_of_one_process() -> None:
+    tickets = WorkQueue(ProcessCounter(), [5, 3, 9, 1], 3)
+    assert [tickets.next_index() for _ in range(6)] == [5, 3, 9, 1, None, None]
+    counter = ProcessCounter()
+    tickets = WorkQueue(counter, range(100), 2)
+    first = tickets.next_index()
+    exhaust_queue(counter)
+    assert [first, tickets.next_index(), tickets.next_index()] == [0, 1, None]
+
+
+def test_tickets_are_small_enough_for_the_slots() -> None:
+    assert batch_size(10, 32) == 1
+    assert batch_size(1319, 8) == 8
+    assert 8 * 32 * batch_size(1319, 32) <= 1319

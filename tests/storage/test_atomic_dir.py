@@ -1,0 +1,174 @@
+"""A directory is finished or it does not exist."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import UserError
+from trainer.storage import atomic_dir
+
+
+def _make(final: Path, content: bytes = b"hello", **facts: object) -> None:
+    with atomic_dir.atomic_directory(final, "test", dict(facts)) as staging:
+        (staging / "folder").mkdir()
+        (staging / "folder" / "file.bin").write_bytes(content)
+
+
+def test_what_was_written_is_read_back_and_verified(tmp_path: Path) -> None:
+    _make(tmp_path / "done", answer=42)
+    assert atomic_dir.read_manifest(tmp_path / "done", "test")["facts"] == {"answer": 42}
+    atomic_dir.verify_digests(tmp_path / "done")
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), atomic_dir.atomic_directory(tmp_path / "done", "test", {}) as staging:
+        (staging / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_damage_is_named(tmp_path: Path, damage: str) -> None:
+    _make(tmp_path / "done")
+    file = tmp_path / "done" / "folder" / "file.bin"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"hellO" if damage == "flipped" else b"hell")
+    with pytest.raises(UserError, match=r"file\.bin"):
+        atomic_dir.verify_digests(tmp_path / "done")
+
+
+def test_unfinished_and_absent_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    with pytest.raises(UserError, match="not finished"):
+        atomic_dir.read_manifest(tmp_path / "half")
+    with pytest.raises(UserError, match="does not exist"):
+        atomic_dir.read_manifest(tmp_path / "nowhere")
+
+
+def test_another_kind_and_a_broken_manifest_are_refused(tmp_path: Path) -> None:
+    _make(tmp_path / "done")
+    with pytest.raises(UserError, match="expected a shards"):
+        atomic_dir.read_manifest(tmp_path / "done", "shards")
+    (tmp_path / "done" / atomic_dir.MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        atomic_dir.read_manifest(tmp_path / "done")
+
+
+RACER = """
+import sys, pathlib
+from trainer import commit
+final, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+try:
+    with commit.directory(final, "test", {"winner": name}) as staging:
+        (staging / "file").write_text(name * 1000)
+    print("won")
+except commit.AlreadyThere:
+    print("lost")
+"""
+
+
+def test_of_several_builders_one_wins_and_none_is_mixed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RACER, str(tmp_path / "done")]
+    racers = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(6)]
+    printed = [racer.communicate()[0].strip() for racer in racers]
+    assert sorted(printed) == ["lost"] * 5 + ["won"]
+    winner = atomic_dir.read_manifest(tmp_path / "done")["facts"]["winner"]
+    assert printed[int(winner)] == "won"
+    assert (tmp_path / "done" / "file").read_text() == winner * 1000
+    atomic_dir.verify_digests(tmp_path / "done")
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+KILLED = """
+import sys, pathlib, time
+from trainer import commit
+with commit.directory(pathlib.Path(sys.argv[1]), "test", {}) as staging:
+    (staging / "file").write_text("x")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_builder_is_not_visible_and_does_not_disturb_the_next(tmp_path: Path) -> None:
+    builder = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "done")], stdout=subprocess.PIPE, text=True
+    )
+    assert builder.stdout is not None
+    assert builder.stdout.readline() == "writing\n"
+    builder.send_signal(signal.SIGKILL)
+    builder.wait()
+    assert not (tmp_path / "done").exists()
+    (leftover,) = tmp_path.iterdir()
+    _make(tmp_path / "done")
+    assert leftover.exists()  # it may belong to a live builder on another node
+    yesterday = time.time() - 2 * 24 * 3600
+    os.utime(leftover, (yesterday, yesterday))
+    with pytest.raises(atomic_dir.ArtifactExistsError):
+        _make(tmp_path / "done")
+    assert not leftover.exists()
+
+
+def test_a_living_builder_is_left_alone_however_old_its_files_look(tmp_path: Path) -> None:
+    """The clock may have jumped, and a directory does not change while one long file in it is written."""
+    with atomic_dir.atomic_directory(tmp_path / "done", "test", {}) as staging:
+        (staging / "file").write_text("first")
+        yesterday = time.time() - 2 * 24 * 3600
+        os.utime(staging, (yesterday, yesterday))
+        another = atomic_dir.create_staging(tmp_path / "done")  # looks for what was abandoned
+        shutil.rmtree(another)
+        (staging / "file").write_text("second")
+    assert (tmp_path / "done" / "file").read_text() == "second"
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+    if not can_exchange:  # as on NFS
+        monkeypatch.setattr(atomic_dir, "_exchange", lambda one, other: False)
+    _make(tmp_path / "old", b"old")
+    _make(tmp_path / "new", b"new")
+    atomic_dir.replace_directory(tmp_path / "old", tmp_path / "new")
+    assert (tmp_path / "old" / "folder" / "file.bin").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_one_of_the_two_is_there_at_every_moment(tmp_path: Path) -> None:
+    _make(tmp_path / "one")
+    _make(tmp_path / "other")
+    if not atomic_dir._exchange_names(tmp_path / "one", tmp_path / "other"):
+        pytest.skip(f"the file system of {tmp_path} cannot exchange two names")
+    missing, over = [], threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            if not atomic_dir.is_complete(tmp_path / "one"):
+                missing.append(time.time())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for number in range(100):
+            _make(tmp_path / f"new-{number}")
+            atomic_dir.replace_directory(tmp_path / "one", tmp_path / f"new-{number}")
+    finally:
+        over.set()
+        looking.join()
+    assert not missing
+
+
+def test_write_text_is_whole_or_old(tmp_path: Path) -> None:
+    atomic_dir.write_text(tmp_path / "a" / "file", "one")
+    atomic_dir.write_text(tmp_path / "a" / "file", "two")
+    assert (tmp_path / "a" / "file").read_text() == "two"
+    assert len(list((tmp_path / "a").iterdir())) == 1

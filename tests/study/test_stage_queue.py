@@ -1,0 +1,124 @@
+"""Which stage is next, and which devices it gets: no processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.study import devices, stages, status
+from trainer.study.stage_queue import StageQueue
+from trainer.study.stages import Stage
+from trainer.study.study_file import Study
+
+MakeStudy = Callable[[dict[str, Any]], Study]
+COT, ANSWER_ONLY = "stories.cot.small.s0", "stories.answer_only.small.s0"
+
+
+@pytest.fixture
+def todo(values: dict[str, Any], make_study: MakeStudy) -> list[Stage]:
+    return stages.study_stages(make_study(values))
+
+
+def startable(schedule: StageQueue) -> list[Stage]:
+    """All that can be started now."""
+    return list(iter(schedule.take_ready, None))
+
+
+def labels(found: list[Stage]) -> list[str]:
+    return [stage.label for stage in found]
+
+
+def test_one_at_a_time_is_the_order_of_the_study(todo: list[Stage]) -> None:
+    schedule = StageQueue(todo, [])
+    order = []
+    while stage := schedule.take_ready():
+        order.append(stage)
+        schedule.mark_ended(stage, well=True)
+    assert order == todo
+
+
+def test_a_stage_waits_for_all_that_it_needs(todo: list[Stage]) -> None:
+    schedule = StageQueue(todo, [])
+    prepare_train, prepare_test = startable(schedule)
+    assert labels([prepare_train, prepare_test]) == ["prepare stories-train", "prepare stories-test"]
+    assert schedule.take_ready() is None
+    schedule.mark_ended(prepare_train, well=True)
+    first, second = startable(schedule)
+    assert labels([first, second]) == [f"train {ANSWER_ONLY}", f"train {COT}"]
+    schedule.mark_ended(second, well=True)
+    [convert] = startable(schedule)
+    assert convert.label == f"convert {COT}"
+    schedule.mark_ended(convert, well=True)
+    assert schedule.take_ready() is None, "the problems that are evaluated on are not there yet"
+    schedule.mark_ended(prepare_test, well=True)
+    assert labels(startable(schedule)) == [f"evaluate {COT} on stories-test"]
+
+
+def test_what_is_done_is_not_started_even_if_its_needs_are_not(todo: list[Stage]) -> None:
+    trained = [stage for stage in todo if stage.kind == "train"]
+    assert labels(startable(StageQueue(todo, trained))) == [
+        *("prepare stories-train", "prepare stories-test"),
+        *(f"convert {ANSWER_ONLY}", f"convert {COT}"),
+    ]
+
+
+def test_what_needs_a_broken_stage_breaks_and_the_report_waits_for_the_others(todo: list[Stage]) -> None:
+    schedule = StageQueue(todo, todo[:2])
+    answer_only, cot = startable(schedule)
+    schedule.mark_ended(answer_only, well=False)
+    assert startable(schedule) == [], "neither its conversion, nor its evaluation, nor the report"
+    for kind in ("convert", "evaluate", "report"):
+        schedule.mark_ended(cot, well=True)
+        [cot] = startable(schedule)
+        assert cot.kind == kind
+
+
+def test_a_report_is_made_anew_when_anything_else_is(
+    todo: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, report = todo[-2:]
+    schedule = StageQueue(todo, [stage for stage in todo if stage is not evaluate])
+    assert schedule.take_ready() is evaluate
+    assert schedule.take_ready() is None
+    schedule.mark_ended(evaluate, well=True)
+    assert schedule.take_ready() is report
+    monkeypatch.setattr(status, "is_done", lambda stage: True)
+    assert StageQueue(todo, todo).take_ready() is None
+
+
+def test_stages_share_devices_only_if_there_are_too_few() -> None:
+    def taken(num_devices: int, *counts: int) -> list[str]:
+        used: list[tuple[str, ...]] = []
+        for count in counts:
+            used.append(
+                devices.least_used_devices([str(number) for number in range(num_devices)], used, count)
+            )
+        return ["".join(found) for found in used]
+
+    assert taken(8, 2, 2, 2, 2) == ["01", "23", "45", "67"]
+    assert taken(4, 1, 2, 1) == ["0", "12", "3"]
+    assert taken(2, 1, 1, 1, 1) == ["0", "1", "0", "1"]
+    assert taken(1, 1, 1) == ["0", "0"]
+    assert taken(3, 2, 2) == ["01", "20"]
+    assert taken(2, 3) == ["01"], "the launcher says what is wrong"
+    assert taken(0, 1) == [""]
+    assert taken(2, 1, 0) == ["0", ""]
+    assert devices.least_used_devices(["4", "5"], [("4",), ()], 1) == ("5",), "what has ended counts no more"
+
+
+def test_devices_are_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices.visible_devices({"CUDA_VISIBLE_DEVICES": "2, 5"}) == ("2", "5")
+    assert devices.visible_devices({"CUDA_VISIBLE_DEVICES": "GPU-3a,MIG-3b"}) == ("GPU-3a", "MIG-3b")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert devices.visible_devices({}) == (), "no nvidia-smi"
+    listing = "GPU 0: NVIDIA H100 (UUID: GPU-1)\\n  MIG 1g.10gb Device 0: (UUID: MIG-1)\\nGPU 1: NVIDIA H100 (UUID: GPU-2)"
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\n[ \"$1\" = -L ] && printf '{listing}\\n'\n")
+    command.chmod(0o755)
+    assert devices.visible_devices({}) == ("0", "1")
+    assert devices.visible_devices({"CUDA_VISIBLE_DEVICES": ""}) == (), "somebody wants the CPU"
+    command.write_text("#!/bin/sh\necho 'GPU access blocked by the operating system'; exit 9\n")
+    assert devices.visible_devices({}) == ()

@@ -1,0 +1,192 @@
+"""The facts of a site, in one file `cluster.env`: partition, account, accelerators of a node, modules, scratch, limits.
+
+`KEY=value` lines that are read here and never by a shell; every value is checked before it gets into a script.
+slurm/cluster.env.example explains the keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.storage.configuration import did_you_mean
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(,[A-Za-z0-9][A-Za-z0-9._-]*)*")
+_EXPRESSION = re.compile(r"[A-Za-z0-9._&|*\[\]()-]+")  # of a constraint
+_MODULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+/-]*")
+_PATH = re.compile(r"[A-Za-z0-9._/@:+,=~-]+")
+_MEMORY = re.compile(r"[0-9]+[KMGT]?")
+_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d\d)")
+CONTAINER_RUNTIMES = ("apptainer", "singularity", "pyxis")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What a site offers and how it wants to be asked. Empty: not asked for, Slurm's default counts."""
+
+    partition: str = ""
+    cpu_partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    reservation: str = ""
+    gpus_per_node: int = 0
+    gpu_type: str = ""
+    gpu_binding: str = "node"
+    tasks_per_node: int = 1
+    cpus_per_task: int = 1
+    memory_per_node: str = ""
+    cpu_memory: str = ""
+    time_limit: str = "04:00:00"
+    evaluate_time_limit: str = "01:00:00"
+    cpu_time_limit: str = "01:00:00"
+    signal_seconds: int = 120
+    max_running: int = 0
+    modules: tuple[str, ...] = ()
+    venv: str = ".venv"
+    container: str = ""
+    container_runtime: str = "apptainer"
+    scratch: str = ""
+
+    def __post_init__(self) -> None:
+        if self.gpu_type and not self.gpus_per_node:
+            raise UserError(
+                f"GPU_TYPE is {self.gpu_type!r} but GPUS_PER_NODE is 0: no accelerator is asked for"
+            )
+        for name in ("time_limit", "evaluate_time_limit"):
+            if seconds_of(getattr(self, name)) <= self.signal_seconds:
+                raise UserError(
+                    f"{name.upper()} is {getattr(self, name)}, not longer than SIGNAL_SECONDS ({self.signal_seconds} s "
+                    "before its end a job is told to save): it would be told at once; ask for more time"
+                )
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Most ranks on one node: one for each accelerator, or on a cluster without them as many as it says."""
+        return self.gpus_per_node or self.tasks_per_node
+
+
+def read_cluster_config(path: Path) -> ClusterConfig:
+    """Read cluster.env. Raises UserError naming file, line and key of the first thing that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; copy slurm/cluster.env.example and fill in your site's facts"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return parse_cluster_config(text, str(path))
+
+
+def parse_cluster_config(text: str, where: str) -> ClusterConfig:
+    """`KEY=value` lines, `#` comments, quotes around a value allowed; nothing is expanded and nothing is run."""
+    values: dict[str, Any] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        place, line = f"{where}, line {number}", line.strip()
+        if not line or line.startswith("#"):
+            continue
+        key, equals, value = line.partition("=")
+        key, value = key.strip(), _without_comment(value.strip())
+        if not equals:
+            raise UserError(f"{place}: {line!r} is not KEY=value")
+        if key not in KEYS:
+            raise UserError(
+                f"{place}: unknown key {key!r}{did_you_mean(key, KEYS)}; known: {', '.join(sorted(KEYS))}"
+            )
+        if key.lower() in values:
+            raise UserError(f"{place}: {key} is given twice")
+        values[key.lower()] = KEYS[key](value, f"{place}: {key}")
+    try:
+        return ClusterConfig(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def seconds_of(limit: str) -> int:
+    """Seconds of a Slurm time: MM:SS, HH:MM:SS or D-HH:MM:SS."""
+    match = _TIME.fullmatch(limit)
+    assert match is not None, limit
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _without_comment(value: str) -> str:
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
+        return value[1:-1]
+    return value.partition(" #")[0].strip()
+
+
+def _matching(pattern: re.Pattern[str], example: str) -> Callable[[str, str], str]:
+    def check(value: str, where: str) -> str:
+        if value and not pattern.fullmatch(value):
+            raise UserError(f"{where} is {value!r}; expected something like {example}")
+        return value
+
+    return check
+
+
+def _choice(*choices: str) -> Callable[[str, str], str]:
+    def check(value: str, where: str) -> str:
+        if value not in choices:
+            raise UserError(f"{where} is {value!r}; choose one of {', '.join(choices)}")
+        return value
+
+    return check
+
+
+def _number(least: int) -> Callable[[str, str], int]:
+    def check(value: str, where: str) -> int:
+        if not value.isascii() or not value.isdigit() or int(value) < least:
+            raise UserError(f"{where} is {value!r}; it is a number, at least {least}")
+        return int(value)
+
+    return check
+
+
+def _time(value: str, where: str) -> str:
+    if not _TIME.fullmatch(value) or value.count(":") + value.count("-") < 2:
+        raise UserError(f"{where} is {value!r}; write HH:MM:SS or D-HH:MM:SS")
+    return value
+
+
+def _modules(value: str, where: str) -> tuple[str, ...]:
+    for name in value.split():
+        _matching(_MODULE, "cuda/12.4 gcc/13")(name, where)
+    return tuple(value.split())
+
+
+_name, _path, _memory = _matching(_NAME, "gpu"), _matching(_PATH, "/scratch/me"), _matching(_MEMORY, "120G")
+_names = _matching(_NAMES, "gpu or gpu,long")
+_CHECKS: dict[str, Callable[[str, str], Any]] = {
+    "partition": _names,
+    "cpu_partition": _names,
+    "account": _name,
+    "qos": _name,
+    "constraint": _matching(_EXPRESSION, "a100&nvlink"),
+    "reservation": _name,
+    "gpus_per_node": _number(0),
+    "gpu_type": _name,
+    "gpu_binding": _choice("node", "task"),
+    "tasks_per_node": _number(1),
+    "cpus_per_task": _number(1),
+    "memory_per_node": _memory,
+    "cpu_memory": _memory,
+    "time_limit": _time,
+    "evaluate_time_limit": _time,
+    "cpu_time_limit": _time,
+    "signal_seconds": _number(1),
+    "max_running": _number(0),
+    "modules": _modules,
+    "venv": _path,
+    "container": _path,
+    "container_runtime": _choice(*CONTAINER_RUNTIMES),
+    "scratch": _path,
+}
+KEYS = {field.name.upper(): _CHECKS[field.name] for field in dataclasses.fields(ClusterConfig)}

@@ -1,0 +1,194 @@
+"""A plan as a table with bars, and as JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.planning import recommend
+from trainer.planning.memory import CONTEXT, FRAGMENTATION, LOADING, PROCESS
+from trainer.planning.plan import RunPlan, read_measurements, size_text
+from trainer.planning.recommend import Recommendation
+from trainer.planning.zero_memory import COMPONENTS
+from trainer.runtime.terminal import duration
+
+_BAR = 30
+_ORDER = (*COMPONENTS, FRAGMENTATION, LOADING, CONTEXT, PROCESS)
+
+
+def print_plan(plan: RunPlan, recommended: Recommendation | None) -> None:
+    """Print everything a user needs to decide, at most a screen."""
+    console = make_console()
+    work, machine, settings = plan.workload, plan.hardware, plan.settings
+    console.print(
+        f"[bold]{work.model_name}[/]: {work.num_parameters:,} parameters, {'bf16' if settings.bf16 else 'fp32'}, "
+        f"ZeRO {plan.stage}, {machine.nodes} machine(s) x {machine.per_node} {machine.accelerator.name}"
+    )
+    console.print(
+        f"micro-batch of {settings.per_device_train_batch_size} pack(s): {sum(work.lengths):,} tokens, "
+        f"{work.learned_tokens:,} learned; {work.tokens_per_step:,.0f} tokens a step"
+    )
+    unit = "process" if machine.accelerator.is_cpu else "GPU"
+    _memory(console, f"memory of a {unit}, worst in {plan.memory.phase}", plan.memory.device,
+            machine.accelerator.memory_bytes)  # fmt: skip
+    if plan.memory.host:
+        per_machine = Counter({name: value * machine.per_node for name, value in plan.memory.host.items()})
+        _memory(
+            console, f"host memory of a machine ({machine.per_node} ranks)", per_machine, machine.host_bytes
+        )
+    disk = plan.disk
+    console.print(
+        f"disk: {size_text(disk.total_bytes)} = {disk.num_checkpoints} x {size_text(disk.checkpoint_bytes)} checkpoints "
+        f"(one of them being written) + {size_text(disk.export_bytes)} export"
+        + (f"; {size_text(machine.disk_bytes)} are free" if machine.disk_bytes else "")
+    )
+    _time(console, plan)
+    for note in plan.notes:
+        console.print(f"note: {note}")
+    for line in error_lines():
+        console.print(line)
+    for refusal in plan.refusals:
+        console.print(f"[bold red]cannot run[/]: {refusal}")
+    _recommendation(console, plan, recommended)
+
+
+def make_console() -> Console:
+    """As wide as the terminal; a file or a pipe gets lines as long as they are."""
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    return (
+        console
+        if console.is_terminal
+        else Console(file=sys.stdout, highlight=False, soft_wrap=True, width=160)
+    )
+
+
+def as_dict(plan: RunPlan, recommended: Recommendation | None = None) -> dict[str, Any]:
+    """The same for programs: bytes, seconds, refusals."""
+    step, machine = plan.step, plan.hardware
+    result: dict[str, Any] = {
+        "model": plan.workload.model_name,
+        "num_parameters": plan.workload.num_parameters,
+        "zero_stage": plan.stage,
+        "dtype": "bf16" if plan.settings.bf16 else "fp32",
+        "accelerator": machine.accelerator.name,
+        "nodes": machine.nodes,
+        "per_node": machine.per_node,
+        "memory": {
+            "phase": plan.memory.phase,
+            "device_bytes": plan.memory.device_bytes,
+            "device_limit_bytes": machine.accelerator.memory_bytes,
+            "device": dict(plan.memory.device),
+            "host_bytes_per_machine": plan.memory.host_bytes * machine.per_node,
+            "host_limit_bytes": machine.host_bytes,
+            "host_per_rank": dict(plan.memory.host),
+        },
+        "disk": {
+            "total_bytes": plan.disk.total_bytes,
+            "checkpoint_bytes": plan.disk.checkpoint_bytes,
+            "num_checkpoints": plan.disk.num_checkpoints,
+            "export_bytes": plan.disk.export_bytes,
+            "free_bytes": machine.disk_bytes,
+        },
+        "time": {
+            "seconds_per_step": step.seconds,
+            "compute_seconds": step.compute_seconds,
+            "communication_seconds": step.communication_seconds,
+            "update_seconds": step.update_seconds,
+            "rate": step.rate.source,
+            "extrapolated": step.extrapolated,
+            "total_steps": plan.workload.total_steps,
+            "seconds": plan.seconds,
+            "accelerator_hours": plan.accelerator_hours,
+        },
+        "fits": plan.fits,
+        "refusals": list(plan.refusals),
+        "notes": list(plan.notes),
+        "measured_error": measured_errors(),
+    }
+    if recommended is not None:
+        result["recommended"] = {
+            "changes": list(recommended.differences),
+            "largest_micro_batch": recommended.largest_micro_batch,
+            "device_bytes": recommended.plan.memory.device_bytes,
+            "command": recommend.command(recommended.plan.settings, machine),
+        }
+    return result
+
+
+def measured_errors() -> dict[str, Any]:
+    """Largest and mean error of the planner against real runs, in parts, and where that was measured."""
+    found = read_measurements()
+    result = {name: found[name] for name in ("date", "hardware", "load_average")}
+    for kind, error in (("memory", "error"), ("default_malloc", "error_with_allowance"), ("time", "error")):
+        errors = [abs(case[error]) for case in found[kind] if case.get("held_out", True)]
+        if errors:
+            result[kind] = {"cases": len(errors), "mean": sum(errors) / len(errors), "largest": max(errors)}
+    return result
+
+
+def error_lines() -> list[str]:
+    """The same as text. Memory is that of CPU processes, above what a process without a model needs."""
+    errors = measured_errors()
+    told = (
+        ("memory", "memory, where malloc hands freed memory back (MALLOC_MMAP_THRESHOLD_=65536)"),
+        ("default_malloc", "memory of a CPU process, with malloc as it is"),
+        ("time", f"time, under a load of {errors['load_average']:.0f}"),
+    )
+    return [
+        f"error against measurement, {text}: {errors[kind]['mean']:.0%} in the mean, {errors[kind]['largest']:.0%} "
+        f"at most ({errors[kind]['cases']} runs, {errors['hardware']}, {errors['date']})"
+        for kind, text in told
+        if kind in errors
+    ]
+
+
+def _memory(console: Console, title: str, parts: Counter[str], limit: int) -> None:
+    total = sum(parts.values())
+    scale = max(total, limit) or 1
+    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="cyan")
+    table.add_column(justify="right")
+    table.add_column()
+    for name in sorted(parts, key=_ORDER.index):
+        if parts[name]:
+            table.add_row(name, size_text(parts[name]), "█" * max(1, round(_BAR * parts[name] / scale)))
+    color = "red" if limit and total > limit else "green"
+    of_limit = f" of {size_text(limit)} ({total / limit:.0%})" if limit else " (limit not known)"
+    table.add_row("[bold]total[/]", f"[bold]{size_text(total)}[/]", f"[{color}]{of_limit.strip()}[/]")
+    console.print(table)
+
+
+def _time(console: Console, plan: RunPlan) -> None:
+    step = plan.step
+    joined = "overlapping" if step.overlapped else "+"
+    text = (
+        f"time: {step.seconds:.3g} s a step ({step.compute_seconds:.3g} s arithmetic {joined} "
+        f"{step.communication_seconds:.3g} s communication, {step.update_seconds:.3g} s update)"
+    )
+    if plan.workload.total_steps:
+        text += (
+            f"; {plan.workload.total_steps:,} steps: {duration(plan.seconds)}, "
+            f"{plan.accelerator_hours:.3g} accelerator-hours"
+        )
+    else:
+        text += "; how many steps is not known: give train_shards, max_steps or num_problems"
+    console.print(text + (" [yellow](extrapolated)[/]" if step.extrapolated else ""))
+    console.print(f"  rate: {step.rate.source}")
+
+
+def _recommendation(console: Console, plan: RunPlan, recommended: Recommendation | None) -> None:
+    if recommended is None:
+        console.print("[bold red]nothing of ds_configs/ fits[/] on this hardware with this pack_length")
+        return
+    if recommended.differences:
+        console.print("[bold]recommended[/]: " + ", ".join(recommended.differences))
+    needs = recommended.plan.memory.device_bytes
+    console.print(
+        f"largest micro-batch that fits with it: {recommended.largest_micro_batch} pack(s); "
+        f"recommended needs {size_text(needs)}"
+    )
+    console.print(recommend.command(recommended.plan.settings, plan.hardware))

@@ -1,0 +1,1 @@
+"""A process: its launcher, its ranks, its lock, its signals, and its output on the terminal."""

@@ -1,0 +1,135 @@
+"""A study file -> every run it describes, with all settings made and checked before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.settings import ConvertSettings, EvaluateSettings, PrepareSettings, TrainSettings
+from trainer.storage.run_directory import StudyDirectory
+from trainer.study import checks, data_sets, expand, methods
+from trainer.study.data_sets import ProblemSet
+from trainer.study.expand import RunSpec
+from trainer.study.expand import evaluation_name_of as evaluation_name
+
+__all__ = ["RunSpec", "Study", "evaluation_name", "load_study"]
+
+LAUNCHERS = ("auto", "deepspeed", "mpiexec")
+KEYS = (
+    *("study", "output_dir", "shards_dir", "annotations_dir", "num_ranks", "num_parallel", "launcher"),
+    *("data", "models", "methods", "seeds"),
+    *("annotate", "prepare", "train", "convert", "evaluate", "evaluations"),
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    file: Path
+    directory: StudyDirectory
+    num_ranks: int
+    num_parallel: int  # stages at the same time on this machine
+    launcher: str
+    problem_sets: tuple[ProblemSet, ...]
+    runs: tuple[RunSpec, ...]
+
+    @property
+    def name(self) -> str:
+        return self.directory.path.name
+
+    @property
+    def shards(self) -> tuple[PrepareSettings, ...]:
+        return tuple(problems.shards for problems in self.problem_sets)
+
+
+def load_study(
+    values: dict[str, Any],
+    file: Path,
+    output_dir: str = "",
+    shards_dir: str = "",
+    num_ranks: int = 0,
+    num_parallel: int = 0,
+) -> Study:
+    """Make the study from a parsed file; the last four, where given, win over it.
+
+    Raises UserError naming the file and the key path of the first thing that is wrong.
+    """
+    where = str(file)
+    checks.refuse_unknown(values, KEYS, where)
+    name = checks.name(checks.required(values, "study", where), f"{where}: study")
+    launcher = values.get("launcher", "auto")
+    if launcher not in LAUNCHERS:
+        raise UserError(f"{where}: launcher is {launcher!r}; choose one of {', '.join(LAUNCHERS)}")
+    default_ranks = checks.count(num_ranks or values.get("num_ranks", 1), f"{where}: num_ranks")
+    num_parallel = checks.count(
+        num_parallel or values.get("num_parallel", 1), f"{where}: num_parallel", "stages at the same time"
+    )
+    directory = StudyDirectory(Path(output_dir or str(values.get("output_dir", "runs"))) / name)
+    shards_root = Path(shards_dir or str(values.get("shards_dir", "shards")))
+    annotations_root = Path(str(values.get("annotations_dir", "annotations")))
+
+    data = data_sets.read_data_sets(values, shards_root, annotations_root, where)
+    models = _models(values, num_ranks, default_ranks, where)
+    grid = expand.StudyGrid(
+        where=where,
+        directory=directory,
+        seeds=_seeds(values, where),
+        data=data,
+        models=models,
+        methods=methods.read_methods(values, models, data, where),
+        train=checks.section(TrainSettings, values, "train", where),
+        convert=checks.section(ConvertSettings, values, "convert", where),
+        evaluate=_check_evaluation(
+            checks.mapping(values.get("evaluate") or {}, f"{where}: evaluate"), f"{where}: evaluate"
+        ),
+        evaluations=_variants(values, where),
+    )
+    problem_sets = tuple(problems for sets in data.values() for problems in sets.values())
+    made = expand.expand(grid)
+    if not made:
+        raise UserError(f"{where}: there is no run: no method is for any of the models and data sets")
+    return Study(file, directory, default_ranks, num_parallel, launcher, problem_sets, made)
+
+
+def _models(
+    values: dict[str, Any], num_ranks: int, default_ranks: int, where: str
+) -> dict[str, expand.ModelSpec]:
+    found = {}
+    for name, given in checks.entries(checks.required(values, "models", where), f"{where}: models").items():
+        ranks = checks.count(given.pop("num_ranks", default_ranks), f"{where}: models.{name}: num_ranks")
+        checks.check(TrainSettings, given, f"{where}: models.{name}")
+        found[name] = expand.ModelSpec(name, given, num_ranks or ranks)
+    return found
+
+
+def _variants(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    given = values.get("evaluations", [{}])
+    if not isinstance(given, list) or not given:
+        raise UserError(
+            f"{where}: evaluations is {given!r}, expected a list, e.g. [{{calculator: true}}, {{calculator: false}}]"
+        )
+    variants = []
+    for number, variant in enumerate(given):
+        place = f"{where}: evaluations[{number}]"
+        variants.append(checks.mapping(variant or {}, place))
+        _check_evaluation(variants[-1], place)
+    return variants
+
+
+def _check_evaluation(values: dict[str, Any], where: str) -> dict[str, Any]:
+    if values.get("mode") == methods.FEW_SHOT or "exemplars" in values:
+        raise UserError(
+            f"{where}: few_shot is a method of its own; write it, with its exemplars, under methods"
+        )
+    checks.check(EvaluateSettings, values, where)
+    return values
+
+
+def _seeds(values: dict[str, Any], where: str) -> list[int]:
+    seeds = values.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
+        raise UserError(f"{where}: seeds is {seeds!r}, expected a list of numbers, e.g. [0, 1, 2]")
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"{where}: seeds: {seeds} names a seed twice")
+    return seeds

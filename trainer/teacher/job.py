@@ -1,0 +1,167 @@
+"""What a run of annotation has to do: its problems, its prompts, and everything that decides the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.problems.jsonl import to_record
+from trainer.problems.problem import Problem, RejectedRecord
+from trainer.problems.sources import read_problems, source_digest
+from trainer.runtime import terminal
+from trainer.teacher import exemplars
+from trainer.teacher.decontaminate import HeldOutQuestions
+from trainer.teacher.filter import FilterConfig, FilterResult, filter_sample
+from trainer.teacher.prompts import OWN, PromptBuilder, stop_texts
+from trainer.teacher.responses import Request, Response, ResponseLog, make_request
+from trainer.teacher.settings import AnnotateSettings
+
+
+@dataclass(frozen=True)
+class AnnotationJob:
+    """`problems` are to be annotated; `contaminated` are left out, each with the test problem that it matches."""
+
+    settings: AnnotateSettings
+    problems: tuple[Problem, ...]
+    contaminated: tuple[tuple[Problem, str], ...]
+    bad_records: tuple[RejectedRecord, ...]
+    prompter: PromptBuilder
+    teacher: dict[str, Any]  # the model and all parameters of its requests
+    fingerprint_fields: dict[str, Any]  # decides the result; equal recipes and equal answers give equal files
+
+    @property
+    def filter_config(self) -> FilterConfig:
+        settings = self.settings
+        return FilterConfig(
+            settings.style, settings.min_steps, settings.max_steps, settings.require_annotations
+        )
+
+    @cached_property
+    def requests(self) -> dict[str, list[Request]]:
+        """Problem id -> the requests for its samples, in order."""
+        prompts = {problem.id: self.prompter.build(problem) for problem in self.problems}
+        return {
+            id: [
+                make_request(id, sample, prompt, self.teacher) for sample in range(self.settings.num_samples)
+            ]
+            for id, prompt in prompts.items()
+        }
+
+    @cached_property
+    def _by_id(self) -> dict[str, Problem]:
+        return {problem.id: problem for problem in self.problems}
+
+    def filter(self, request: Request, response: Response) -> FilterResult:
+        problem = self._by_id[request.problem_id]
+        return filter_sample(response.text, response.finish_reason, problem, self.filter_config)
+
+    def is_satisfied(self, request: Request, response: Response) -> bool:
+        """Whether this answer makes later samples of the problem needless."""
+        return not self.settings.keep_all and self.filter(request, response).is_kept
+
+    def queues(self, log: ResponseLog) -> list[list[Request]]:
+        """What is left to ask, in queues: the next request of a queue is needed if the one before was no good."""
+        queues = []
+        for requests in self.requests.values():
+            if self.settings.keep_all:
+                queues += [[request] for request in requests if log.get(request.key) is None]
+                continue
+            for place, request in enumerate(requests):
+                response = log.get(request.key)
+                if response is None:
+                    queues.append(requests[place:])  # later ones may have answers; they are looked at in turn
+                    break
+                if self.is_satisfied(request, response):
+                    break
+        return queues
+
+
+def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> AnnotationJob:
+    """Read all data. `model_digest`: of a local model's files. Raises UserError."""
+    held_out, test_sets = _held_out(settings)
+    problems: list[Problem] = []
+    contaminated: list[tuple[Problem, str]] = []
+    bad_records: list[RejectedRecord] = []
+    options = exemplars.dataset_options(settings.data, settings.seed)
+    for record in read_problems(settings.data, settings.split, settings.data_path, **options):
+        if isinstance(record, RejectedRecord):
+            bad_records.append(record)
+            continue
+        if settings.max_problems and len(problems) + len(contaminated) == settings.max_problems:
+            break
+        match = held_out.match(record.question)
+        if match is None:
+            problems.append(record)
+        else:
+            contaminated.append((record, match))
+    if not problems:
+        raise UserError(
+            f"{settings.data_path}: no problem is left to annotate, {len(contaminated)} match test questions"
+        )
+    file = Path(settings.prompt) if settings.prompt else OWN / f"{settings.style}.j2"
+    shown = exemplars.choose_exemplars(settings, held_out)
+    prompter = PromptBuilder(file, settings.style, shown, settings.gold_hint, settings.with_facts)
+    teacher = _teacher(settings, model_digest)
+    names = (
+        "data",
+        "split",
+        "seed",
+        "max_problems",
+        "style",
+        "gold_hint",
+        "with_facts",
+        "num_samples",
+        "keep_all",
+    )
+    rules = ("min_steps", "max_steps", "require_annotations", "decontaminate_ngram")
+    recipe = {name: getattr(settings, name) for name in (*names, *rules)}
+    recipe["source"] = source_digest(settings.data, settings.split, settings.data_path, **options)
+    recipe |= {"prompt": prompter.digest, "exemplars": _digest(shown), "decontaminate": test_sets, **teacher}
+    return AnnotationJob(
+        settings, tuple(problems), tuple(contaminated), tuple(bad_records), prompter, teacher, recipe
+    )
+
+
+def _teacher(settings: AnnotateSettings, model_digest: str) -> dict[str, Any]:
+    """Everything besides the prompt that decides an answer. Not the address: a model may move to another port."""
+    names = ("temperature", "top_p", "max_new_tokens")
+    teacher: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    teacher["stop"] = stop_texts(settings)
+    if settings.base_url:
+        return {"model": settings.model, "api": settings.api, **teacher}
+    name = Path(settings.model_name_or_path).name
+    sampling_seed = settings.seed if settings.temperature else 0
+    return {
+        "model": name,
+        "model_digest": model_digest,
+        "dtype": settings.dtype,
+        "sampling_seed": sampling_seed,
+        **teacher,
+    }
+
+
+def _held_out(settings: AnnotateSettings) -> tuple[HeldOutQuestions, list[list[str]]]:
+    """The test questions, and each test set's data, split and digest."""
+    questions: list[tuple[str, str]] = []
+    digests = []
+    for text in settings.decontaminate:
+        data, path, split = exemplars.parse_source(text, "decontaminate")
+        options = exemplars.dataset_options(data, settings.seed)
+        before = len(questions)
+        for record in read_problems(data, split, path or None, **options):
+            if isinstance(record, Problem):
+                questions.append((f"{data}:{split}:{record.id}", record.question))
+        terminal.info(f"test set {data} {split}: {len(questions) - before} questions must not be annotated")
+        digests.append([data, split, source_digest(data, split, path or None, **options)])
+    return HeldOutQuestions(questions, settings.decontaminate_ngram), digests
+
+
+def _digest(problems: Sequence[Problem]) -> str:
+    text = "\n".join(json.dumps(to_record(problem), sort_keys=True) for problem in problems)
+    return hashlib.sha256(text.encode()).hexdigest()

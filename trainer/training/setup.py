@@ -1,0 +1,267 @@
+"""Everything a run needs before its first step: data, plan, model, engine, and where it left off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trainer.errors import UserError
+from trainer.models import load
+from trainer.models.tokenizer import load_tokenizer
+from trainer.runtime import distributed, terminal
+from trainer.runtime.distributed import DistributedEnvironment
+from trainer.runtime.stop_request import StopRequest
+from trainer.settings import TrainSettings
+from trainer.shards.methods import view_of
+from trainer.shards.model_tokenizer import check_model_fits_shards
+from trainer.shards.read import Shards
+from trainer.storage import atomic_dir
+from trainer.storage.configuration import to_dict
+from trainer.storage.run_directory import RunDirectory
+from trainer.training import checkpoint, ds_config, time_limit
+from trainer.training.batches import BatchPlan, PackedDataset
+from trainer.training.engine import build_engine
+from trainer.training.layout_check import LayoutChoice
+from trainer.training.layout_selection import (
+    LayoutSelection,
+    check_same_layout,
+    layout_of_checkpoint,
+    write_record,
+)
+from trainer.training.layouts import Layout
+from trainer.training.learning_rate import LearningRateSchedule
+from trainer.training.run_files import code_fingerprint, remove_leftovers, write_run_files
+
+# Settings that may differ when a run goes on; everything else decides its numbers. Ranks, ZeRO stage, offload and
+# micro-batches may all change, as long as a step takes as many packs: see _refuse_other_steps.
+_MAY_CHANGE_ON_RESUME = {
+    "deepspeed", "output_dir", "train_shards", "eval_shards", "eval_steps", "eval_max_problems", "save_steps", "save_total_limit",
+    "resume_from_checkpoint", "overwrite_output_dir", "report_to", "wandb_project", "timeout_seconds", "dry_run",
+    "time_limit_seconds", "max_restarts", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "gradient_checkpointing", "silence_seconds", "packing",
+}  # fmt: skip
+
+
+@dataclass
+class TrainState:
+    """A run in progress. `facts` go into every checkpoint's manifest."""
+
+    settings: TrainSettings
+    world: DistributedEnvironment
+    run: RunDirectory
+    shards: Shards
+    data: PackedDataset
+    batch_plan: BatchPlan
+    learning_rates: LearningRateSchedule
+    tokenizer: Any
+    config: Any
+    engine: Any
+    device: torch.device
+    first_step: int
+    facts: dict[str, Any]
+    layout_selection: LayoutSelection
+    layout_choice: LayoutChoice
+
+    @property
+    def layout(self) -> Layout:
+        return self.layout_choice.layout
+
+
+def setup_training(
+    settings: TrainSettings, world: DistributedEnvironment, run: RunDirectory, stop: StopRequest
+) -> TrainState | None:
+    """Check everything that can be checked, then build the engine and load the newest valid checkpoint.
+
+    `stop` learns of the time limit, if there is one. None if the run is finished already. Collective; a UserError is
+    raised on every rank.
+    """
+    distributed.assert_same_on_all_ranks("installation", code_fingerprint())
+    if distributed.is_main_process():
+        remove_leftovers(run)
+    shards = _open_shards(settings.train_shards)
+    tokenizer = load_tokenizer(shards.tokenizer_path)
+    config = _config(settings, shards, tokenizer)
+    view = view_of(settings.method, settings.train_on_calculator_results)
+    data = PackedDataset(shards, settings.method, view, settings.pack_length, settings.seed)
+    plan = BatchPlan.make(
+        settings.per_device_train_batch_size,
+        settings.gradient_accumulation_steps,
+        world.world_size,
+        data.packs_per_epoch,
+        settings.num_train_epochs,
+        settings.max_steps,
+    )
+    resolved = ds_config.resolve_ds_config(settings, world.world_size)
+    facts = _facts(settings, world, shards, config, resolved, data)
+    distributed.assert_same_on_all_ranks(
+        "training setup", {**facts, "plan": repr(plan), "ds_config": resolved}
+    )
+    time_limit.set_deadline(stop, settings.time_limit_seconds, run, facts)
+    start = _find_checkpoint(settings, run, facts, plan)
+    if start is not None and atomic_dir.read_manifest(start)["facts"]["finished"]:
+        return None
+    kept = None if start is None else layout_of_checkpoint(start, run)
+    if start is not None:
+        check_same_layout(kept, settings.packing, start)
+    layout_of_run = LayoutSelection(settings, config, kept)
+    if distributed.is_main_process():
+        write_run_files(settings, run, resolved, facts, config, tokenizer)
+    engine = build_engine(settings, run, config, resolved, blank=start is not None)
+    first_step = 0
+    if start is not None:
+        checkpoint.load(engine, start)
+        first_step = atomic_dir.read_manifest(start)["facts"]["step"]
+        terminal.info(f"resumed from {start}")
+    choice = layout_of_run.choose(engine, data, fresh=first_step == 0 and not settings.model_name_or_path)
+    facts["layout"] = layout_of_run.record(choice)
+    write_record(run, facts["layout"])
+    schedule = LearningRateSchedule.make(settings, plan.total_steps)
+    return TrainState(
+        settings,
+        world,
+        run,
+        shards,
+        data,
+        plan,
+        schedule,
+        tokenizer,
+        config,
+        engine,
+        load.device(),
+        first_step,
+        facts,
+        layout_of_run,
+        choice,
+    )
+
+
+def _open_shards(path: str) -> Shards:
+    """Collective. Every byte is compared with its digest, once a node: a node may have a copy of its own."""
+    shards, error = None, None
+    try:
+        shards = Shards.open(path, verify=distributed.environment().local_rank == 0)
+    except UserError as problem:
+        error = str(problem)
+    distributed.raise_on_all_ranks(error)
+    assert shards is not None
+    return shards
+
+
+def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
+    name = settings.model_name_or_path or settings.config_name
+    config = load.load_config(name, settings.config_overrides, len(tokenizer))
+    check_model_fits_shards(config, name, shards, tokenizer, bool(settings.model_name_or_path))
+    longest, context = int(shards.lengths(view_of(settings.method)).max()), load.context_length(config)
+    if context and min(longest, settings.pack_length) > context:
+        raise UserError(
+            f"{shards.path} has examples of up to {longest} tokens but {name} reaches {context}: "
+            f"prepare them again with --max_length {context}, or set pack_length to {context}"
+        )
+    # GPT-2's pad token is its end-of-sequence token; it is never masked here, since masks go by position.
+    config.eos_token_id = tokenizer.eos_token_id
+    config.use_cache = False
+    return config
+
+
+def _facts(
+    settings: TrainSettings,
+    world: DistributedEnvironment,
+    shards: Shards,
+    config: Any,
+    resolved: dict[str, Any],
+    data: PackedDataset,
+) -> dict[str, Any]:
+    name = settings.model_name_or_path or settings.config_name
+    return {
+        "method": settings.method,
+        "data": shards.facts["data"],
+        "model_name": settings.model_label or Path(name).name,
+        "base_model": name,
+        "pretrained": bool(settings.model_name_or_path),
+        "seed": settings.seed,
+        "num_parameters": load.num_parameters(config),
+        "world_size": world.world_size,
+        "zero_stage": ds_config.stage(resolved),
+        "dtype": "bf16" if settings.bf16 else "fp32",
+        "learn_calculator_results": settings.train_on_calculator_results,
+        "shards_fingerprint": shards.fingerprint,
+        "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
+        "packs_per_epoch": data.packs_per_epoch,
+    }
+
+
+def _find_checkpoint(
+    settings: TrainSettings, run: RunDirectory, facts: dict[str, Any], plan: BatchPlan
+) -> Path | None:
+    """The checkpoint to go on from, valid and of the same run; None to start from zero."""
+    if settings.overwrite_output_dir:
+        checkpoint.remove_all(run)
+        return None
+    if settings.resume_from_checkpoint != "auto":
+        found: Path | None = Path(settings.resume_from_checkpoint)
+        checkpoint.check_valid(Path(settings.resume_from_checkpoint))
+    else:
+        found = checkpoint.latest_valid(run)
+    if found is not None:
+        _check_same_run(run, found, settings, facts)
+        _check_same_batch_plan(found, plan)
+    return found
+
+
+def _check_same_run(run: RunDirectory, found: Path, settings: TrainSettings, facts: dict[str, Any]) -> None:
+    old = atomic_dir.read_manifest(found)["facts"]
+    names = ("shards_fingerprint", "num_parameters", "dtype", "method", "seed")
+    changed = [
+        f"{name}: {old[name]!r} there, {facts[name]!r} now" for name in names if old[name] != facts[name]
+    ]
+    if run.settings.is_file():
+        before = _settings_of(run)
+        now = to_dict(settings)
+        keys = [
+            key
+            for key in now
+            if key not in _MAY_CHANGE_ON_RESUME and key not in names and before.get(key) != now[key]
+        ]
+        changed += [f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in keys]
+    if changed:
+        raise UserError(
+            f"{found} belongs to another run ({'; '.join(changed)}); use another output_dir, "
+            "or --overwrite_output_dir to start from zero"
+        )
+
+
+def _settings_of(run: RunDirectory) -> dict[str, Any]:
+    """What the run was started with."""
+    try:
+        found = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = str(error).splitlines()[0]
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{run.settings} cannot be read ({found}), so nobody can tell whether this is the same run; restore it, or "
+            "remove it if you are sure"
+        )
+    return found
+
+
+def _check_same_batch_plan(found: Path, plan: BatchPlan) -> None:
+    """The cluster may change under a run, the packs of a step may not: they decide its numbers and its schedule."""
+    old = atomic_dir.read_manifest(found)["facts"]
+    step, consumed = old["step"], old["packs_consumed"]
+    if plan.packs(step - 1)[1] == consumed:
+        return
+    there, ranks = round(consumed / step), plan.world_size
+    if there % ranks:
+        fitting = ", ".join(str(number) for number in range(1, there + 1) if there % number == 0)
+        remedy = f"{there} packs cannot be shared by {ranks} ranks: use one of {fitting} ranks"
+    else:
+        micro = plan.packs_per_micro_batch if there % (ranks * plan.packs_per_micro_batch) == 0 else 1
+        remedy = f"give --per_device_train_batch_size {micro} --gradient_accumulation_steps {there // (ranks * micro)}"
+    raise UserError(
+        f"{found}: a step took {there} packs, now it would take {plan.packs_per_step} ({ranks} ranks x "
+        f"{plan.accumulation_steps} micro-batches x {plan.packs_per_micro_batch} packs); {remedy}"
+    )
