@@ -51,10 +51,10 @@ def recording() -> Callable[[Callable[[], object]], Callable[[], object]]:
 
 def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> list[cuda_graphs.GraphShape]:
     """From now on engines on the CPU decode as on a GPU, in small shapes; returns the shapes that will be replayed."""
-    monkeypatch.setattr(slots, "decodes_by_graph", lambda device: True)
-    monkeypatch.setattr(slots, "FEW_TOKENS", few_tokens)
-    monkeypatch.setattr(slots, "WAITING_A_READER", 3)
-    monkeypatch.setattr(cuda_graphs, "capturer", recording)
+    monkeypatch.setattr(slots, "uses_cuda_graphs", lambda device: True)
+    monkeypatch.setattr(slots, "MAX_GRAPH_PENDING", few_tokens)
+    monkeypatch.setattr(slots, "PREFILL_WAITING_RATIO", 3)
+    monkeypatch.setattr(cuda_graphs, "make_capture", recording)
     monkeypatch.setattr(cuda_graphs, "_cannot_capture", set())
     monkeypatch.setattr(cuda_graphs, "_LENGTH_MULTIPLE", 24)
     monkeypatch.setattr(cuda_graphs, "_SMALLEST_BLOCK", 2)

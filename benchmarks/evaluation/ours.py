@@ -15,9 +15,9 @@ from benchmarks.evaluation.told import arguments, measured
 from trainer.evaluation.decoding import DECOMPOSER, INTERLEAVED, SOLVER, STUDENT, Decoding
 from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.work_queue import ProcessCounter
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
+from trainer.runtime.shared_counter import ProcessCounter
 
 
 def main() -> None:

@@ -23,10 +23,11 @@ from benchmarks.processes import turns
 from trainer.evaluation.decoding import STUDENT, Decoding
 from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.work_queue import Counter, ProcessCounter, shared_counter
+from trainer.evaluation.work_queue import CELLS
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 from trainer.runtime import distributed
+from trainer.runtime.shared_counter import Counter, ProcessCounter, shared_counter
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
     solve(range(2), ProcessCounter())
     for _ in turns():
         alone, passes_alone, answers = solve(everything if world.rank == 0 else (), ProcessCounter())
-        with shared_counter() as counter:
+        with shared_counter(CELLS) as counter:
             queue, passes_of_queue, answers_of_queue = solve(everything, counter)
         fixed, passes_of_fixed, answers_of_fixed = solve(
             everything[world.rank :: world.world_size], ProcessCounter()

@@ -92,9 +92,9 @@ def memory(tiny: bool) -> list[Case]:
 
 def config(shape: str, tiny: bool, **changes: Any) -> Any:
     """The transformers config of a shape, without a cache."""
-    from trainer.models import shapes
+    from trainer.models import presets
 
-    found = shapes.config(shape)
+    found = presets.published_config(shape)
     small = _TINY_LLAMA if shape.startswith("llama") else _TINY_GPT2
     for key, value in {**SHAPES[shape], **(small if tiny else {}), **changes}.items():
         setattr(found, key, value)

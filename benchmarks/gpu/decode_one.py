@@ -14,16 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu import materials
 from benchmarks.gpu.evaluate_one import ours, static
-from trainer.models import cuda_graphs, load, sizes
+from trainer.evaluation.backends import slots
+from trainer.models import cuda_graphs, load, presets
 from trainer.models.tokenizer import load_tokenizer
 
 
 def main() -> None:
     way, tiny = sys.argv[1], "--tiny" in sys.argv
-    problems, limit, slots = (12, 16, 4) if tiny else (512, 150, 256)
+    problems, limit, num_slots = (12, 16, 4) if tiny else (512, 150, 256)
     shards = materials.stories("test", problems, tiny)
     tokenizer = load_tokenizer(shards.tokenizer_path)
-    config = sizes.config("stories-0.2m" if tiny else "stories-30m", len(tokenizer))
+    config = presets.student_config("stories-0.2m" if tiny else "stories-30m", len(tokenizer))
     config.eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(0)
     dtype = torch.float32 if tiny else torch.bfloat16
@@ -41,12 +42,12 @@ def main() -> None:
 
     cuda_graphs.CudaGraphRunner._try_to_capture = timed  # type: ignore[method-assign]
     solve = static if way == "static" else ours
-    solve(model, tokenizer, shards, range(slots), limit // 7, slots)  # warm up
+    solve(model, tokenizer, shards, range(num_slots), limit // 7, num_slots)  # warm up
     captures.clear()
     start = time.perf_counter()
-    answers = solve(model, tokenizer, shards, range(problems), limit, slots)
+    answers = solve(model, tokenizer, shards, range(problems), limit, num_slots)
     seconds = time.perf_counter() - start
-    steps = -(-problems // slots) * limit
+    steps = -(-problems // num_slots) * limit
     told = {
         "milliseconds": 1000 * seconds / steps,
         "captures": len(captures),

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 from benchmarks import harness
 from benchmarks.gpu import cases, facts, parity, parity_attention, run, study, table
 from benchmarks.harness import Comparison, Contender, Unequal, python
-from trainer.models import packed_attention, sizes
+from trainer.models import packed_attention, presets
 from trainer.models.slot_attention import use_slot_attention
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems import stories
@@ -271,7 +271,7 @@ def test_the_scaling_study_spans_the_sizes_and_leaves_room(monkeypatch: pytest.M
     from trainer.models.load import num_parameters
 
     counts = [
-        num_parameters(sizes.config(f"stories-{name}", len(tokenizer)))
+        num_parameters(presets.student_config(f"stories-{name}", len(tokenizer)))
         for name in reversed(content["models"])
     ]
     assert len(counts) >= 5 and counts == sorted(counts)

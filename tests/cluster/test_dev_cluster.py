@@ -169,7 +169,7 @@ LEFT = "import os; from trainer.runtime.distributed import seconds_left_of_job a
 def test_a_job_knows_its_time_limit_and_its_nodes_by_address(cluster: Cluster, tmp_path: Path) -> None:
     """Node names of this cluster are no host names: rank 0 is found all the same."""
     python = cluster.environment["PYTHON"]
-    ask = "import os; from trainer import distributed as d; print('at', d._master(os.environ, d.discover(os.environ))[0])"
+    ask = "import os; from trainer.runtime import distributed as d; print('at', d._master_address(os.environ, d.environment_from_launcher(os.environ))[0])"
     output = cluster.run_well("srun", "--nodes=2", "--time=00:30:00", python, "-c", f"{LEFT}\n{ask}")
     left = [float(line.split()[1]) for line in output.splitlines() if line.startswith("left")]
     assert len(left) == 2 and all(1000 < seconds <= 1800 for seconds in left), output
@@ -188,11 +188,12 @@ def test_contradictory_ranks_are_refused_by_every_rank(cluster: Cluster, tmp_pat
 
 
 TICKETS = """
-from trainer import distributed
+from trainer.runtime import distributed
 distributed.initialize()
-from trainer.evaluation.work_queue import shared_counter
-with shared_counter() as counter:
-    drawn = [counter.add("next_ticket", 1) for _ in range(5)]
+from trainer.evaluation.work_queue import CELLS
+from trainer.runtime.shared_counter import shared_counter
+with shared_counter(CELLS) as counter:
+    drawn = [counter.add("next_batch", 1) for _ in range(5)]
 everybodys = distributed.gather_objects(drawn)
 if distributed.is_main_process():
     print(type(counter).__name__, sorted(sum(everybodys, [])))

@@ -54,7 +54,7 @@ def students(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callab
             model = _learn_by_heart(shards, method, hybrid)
             facts = {
                 "method": method, "data": "stories", "model_name": "tiny", "seed": 0, "step": 77, "finished": True,
-                "num_parameters": model.num_parameters(), "learn_calculator_results": False,
+                "num_parameters": model.num_parameters(), "train_on_calculator_results": False,
                 "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
             }  # fmt: skip
             with atomic_dir.atomic_directory(run / "export", "export", facts) as staging:

@@ -7,8 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.evaluation.work_queue import WorkQueue, exhaust_queue, shared_counter
+from trainer.evaluation.work_queue import CELLS, WorkQueue, exhaust_queue
 from trainer.runtime import distributed
+from trainer.runtime.shared_counter import shared_counter
 
 SIZES = (1, 3)
 SLOW = 60  # problems of the scenario in which the last rank is slow
@@ -26,19 +27,19 @@ def main(folder: Path) -> None:
     got: dict[str, list[int]] = {}
     for count in counts(world.world_size):
         for size in SIZES:
-            with shared_counter() as counter:
+            with shared_counter(CELLS) as counter:
                 tickets = WorkQueue(counter, range(count), size)
                 mine = got[f"{count}/{size}"] = list(iter(tickets.next_index, None))
                 counter.add("solved", len(mine))
                 counter.serve()
-    with shared_counter() as counter:
+    with shared_counter(CELLS) as counter:
         tickets = WorkQueue(counter, range(SLOW))
         mine = got["slow"] = []
         while (problem := tickets.next_index()) is not None:
             mine.append(problem)
             time.sleep(SLOW_SECONDS * (10 if world.rank == last else 1))
             counter.serve()
-    with shared_counter() as counter:
+    with shared_counter(CELLS) as counter:
         tickets = WorkQueue(counter, range(CUT), 3)
         mine = got["cut"] = []
         while (problem := tickets.next_index()) is not None:

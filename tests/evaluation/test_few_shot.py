@@ -18,11 +18,11 @@ from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.few_shot import exemplar_tokens
 from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.work_queue import ProcessCounter
 from trainer.models.kv_cache import ForwardBatch, prepare_prefill
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.exemplars import read_exemplars
 from trainer.problems.jsonl import to_record
+from trainer.runtime.shared_counter import ProcessCounter
 from trainer.settings import EvaluateSettings
 from trainer.shards.methods import VIEWS
 from trainer.shards.read import Shards
@@ -111,7 +111,7 @@ def test_exemplars_are_read_once_and_the_texts_are_those_of_reading_them_every_t
         read.append(step.input_ids.shape[1])
         return step
 
-    monkeypatch.setattr(slots, "plan_step", counted)
+    monkeypatch.setattr(slots, "prepare_prefill", counted)
     given = list(predictions(cast, range(6), ProcessCounter()))
     assert {prediction["id"]: prediction["text"] for prediction in given} == expected
     own = sum(len(shards.prompt(index)) for index in range(6))

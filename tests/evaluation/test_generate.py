@@ -193,16 +193,16 @@ def test_prompts_that_are_too_much_for_one_pass_take_turns(
 ) -> None:
     model, texts = make("gpt2"), prompts(8)
     together = solve(model, tokenizer, texts, num_slots=8)
-    monkeypatch.setattr(slots, "MOST_TOKENS_A_STEP", 20)
+    monkeypatch.setattr(slots, "MAX_STEP_TOKENS", 20)
     sizes: list[int] = []
-    plan_step = slots.prepare_prefill
+    prepare_prefill = slots.prepare_prefill
 
     def counted(*arguments: Any) -> ForwardBatch:
-        step = plan_step(*arguments)
+        step = prepare_prefill(*arguments)
         sizes.append(step.input_ids.shape[1])
         return step
 
-    monkeypatch.setattr(slots, "plan_step", counted)
+    monkeypatch.setattr(slots, "prepare_prefill", counted)
     assert solve(model, tokenizer, texts, num_slots=8) == together
     assert max(sizes) <= max(20, *map(len, texts)) < sum(map(len, texts))
 

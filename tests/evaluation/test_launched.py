@@ -17,8 +17,8 @@ from tests.evaluation.test_evaluate import read, settings
 from tests.slurm_cluster import Cluster
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.rank_files import read_rank_file
-from trainer.runtime import terminal
 from trainer.runtime.distributed import without_launcher_variables
+from trainer.runtime.exit_codes import EXIT_PEER_LOST
 from trainer.runtime.process_group import free_port
 from trainer.shards.read import Shards
 from trainer.storage.run_directory import EvaluationDirectory
@@ -68,7 +68,7 @@ def test_a_killed_rank_costs_time_only(
     arguments = [*COMMAND, f"kill:{killed}:2", str(export), str(shards.path), str(tmp_path)]
     outcomes = run(arguments, 2, timeout=100)
     assert outcomes[killed].status == -signal.SIGKILL, outcomes
-    assert outcomes[1 - killed].status == terminal.EXIT_PEER_LOST, outcomes
+    assert outcomes[1 - killed].status == EXIT_PEER_LOST, outcomes
     directory = EvaluationDirectory(tmp_path)
     parts = {
         part.name[: len("rank-0")]: list(read_rank_file(part)) for part in directory.rank_files.iterdir()

@@ -15,9 +15,9 @@ from tests.recorded_launches import decode_by_graphs
 from trainer.evaluation.decoding import DECOMPOSER, PLANNER, SOLVER, STUDENT, Decoding
 from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.work_queue import ProcessCounter
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
+from trainer.runtime.shared_counter import ProcessCounter
 from trainer.shards.methods import VIEWS, Role
 from trainer.shards.read import Shards
 

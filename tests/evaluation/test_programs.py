@@ -25,8 +25,8 @@ from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
 from trainer.evaluation.rollout import ModelSlot, Program, Rollout, RolloutContext
 from trainer.evaluation.stop_tokens import StopTokens
-from trainer.evaluation.work_queue import ProcessCounter
 from trainer.models.tokenizer import load_tokenizer
+from trainer.runtime.shared_counter import ProcessCounter
 from trainer.shards.methods import VIEWS, Role
 from trainer.shards.read import Shards
 

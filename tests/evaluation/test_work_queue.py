@@ -10,7 +10,8 @@ import pytest
 from tests.distributed import run_well
 from tests.evaluation.conftest import mpiexec
 from tests.evaluation.drain_work_queue import CUT, SIZES, SLOW, counts
-from trainer.evaluation.work_queue import ProcessCounter, WorkQueue, batch_size, exhaust_queue
+from trainer.evaluation.work_queue import WorkQueue, batch_size, exhaust_queue
+from trainer.runtime.shared_counter import ProcessCounter
 
 COMMAND = ["-m", "tests.evaluation.drain_work_queue"]
 

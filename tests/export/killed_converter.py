@@ -61,12 +61,12 @@ INSTANTS: dict[str, Callable[[], None]] = {
     "before a write": at_call(output_file, "_write"),
     "after a write": at_call(output_file, "_write", before=False),
     "weights written": at_call(convert, "_write_small_files"),
-    "before the manifest": at_call(atomic_dir, "_write_and_flush"),
-    "after the manifest": at_call(atomic_dir, "_write_and_flush", before=False),
+    "before the manifest": at_call(atomic_dir, "_write_and_fsync"),
+    "after the manifest": at_call(atomic_dir, "_write_and_fsync", before=False),
     "before the rename": at_call(os, "rename"),
     "after the rename": at_call(os, "rename", before=False),
-    "replacing, before the exchange": at_call(atomic_dir, "_exchange"),
-    "replacing, after the exchange": at_call(atomic_dir, "_exchange", before=False),
+    "replacing, before the exchange": at_call(atomic_dir, "_exchange_names"),
+    "replacing, after the exchange": at_call(atomic_dir, "_exchange_names", before=False),
 }
 
 

@@ -310,15 +310,15 @@ import resource, sys, torch
 from pathlib import Path
 from trainer.export import safetensors_writer
 from trainer.zero import layout
-from trainer.zero.checksum_reader import CheckedReader
+from trainer.zero.checksum_reader import ChecksumReader
 def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 folder = Path(sys.argv[1])
 torch.zeros(10).to(torch.bfloat16)
 before = peak()
-stored = layout.read(folder, 0, 1, "fp32")
+stored = layout.read_tensors(folder, 0, 1, "fp32")
 for dtype in (torch.float32, torch.bfloat16):
-    (shard,) = safetensors_writer.plan(stored.tensors, dtype, 10**10)
-    with CheckedReader() as reader:
+    (shard,) = safetensors_writer.plan_shards(stored.tensors, dtype, 10**10)
+    with ChecksumReader() as reader:
         files = safetensors_writer.write(shard, folder / f"{dtype}", reader, lambda num_bytes: None)
         reader.finish()
     assert (folder / f"{dtype}").stat().st_size == files["bytes"] == shard.num_bytes

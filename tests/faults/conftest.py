@@ -89,7 +89,7 @@ def values_of(stories: Shards, config: Path, output: Path, stage: int, **changes
         "config_name": str(config), "config_overrides": "", "deepspeed": f"ds_configs/zero{stage}.json",
         "max_steps": 0, "num_train_epochs": EPOCHS, "save_steps": SAVE_STEPS, "save_total_limit": 2,
         "eval_shards": str(stories.path), "eval_steps": EVAL_STEPS, "eval_max_problems": 8,
-        "timeout_seconds": 60, "silence_seconds": 30,
+        "timeout_seconds": 60, "heartbeat_timeout_seconds": 30,
     }  # fmt: skip
     return settings(stories, output, **{**values, **changes})
 

@@ -38,7 +38,7 @@ def arm(text: str) -> None:
         if fault and fault["rank"] == rank and not Path(fault["marker"]).exists():
             arming(fault)
     if wanted.get("late", {}).get("rank") == rank:
-        wrap(StopRequest, "begin_work", before=lambda *_: time.sleep(wanted["late"]["seconds"]))
+        wrap(StopRequest, "defer_signals", before=lambda *_: time.sleep(wanted["late"]["seconds"]))
     if "clock" in wanted:
         _jump(loop, wanted["clock"], rank)
 

@@ -40,7 +40,7 @@ def wrap(
 def _after_forward(die: Die, now: Now, step: int) -> None:
     from trainer.training import loop
 
-    wrap(loop, "token_losses", after=lambda *_: die() if now() else None)
+    wrap(loop, "summed_token_loss", after=lambda *_: die() if now() else None)
 
 
 def _in_backward(die: Die, now: Now, step: int) -> None:
@@ -99,13 +99,13 @@ def _in_a_collective_of(method: str) -> Callable[[Die, Now, int], None]:
 def _before_the_update(die: Die, now: Now, step: int) -> None:
     from trainer.training import loop
 
-    wrap(loop, "agree_on", after=lambda *_: die() if now() else None)
+    wrap(loop, "all_reduce_loss_and_stop", after=lambda *_: die() if now() else None)
 
 
 def _after_the_update(die: Die, now: Now, step: int) -> None:
     from trainer.training.watchdog import Watchdog
 
-    wrap(Watchdog, "moved", before=lambda self, done: die() if done == step else None)
+    wrap(Watchdog, "report_step", before=lambda self, done: die() if done == step else None)
 
 
 def _half_a_line(die: Die, now: Now, step: int) -> None:
@@ -163,7 +163,7 @@ def _saving(name: str, when: str) -> Callable[[Die, Now, int], None]:
 
         wrap(checkpoint, "save", before=enter)
         module, _, function = name.rpartition(".")
-        holder = atomic_dir if module == "commit" else checkpoint
+        holder = atomic_dir if module == "atomic_dir" else checkpoint
         wrap(holder, function, **{when: lambda *_: die() if saving else None})
 
     return arm_it
@@ -177,7 +177,7 @@ def _half_a_manifest(die: Die, now: Now, step: int) -> None:
             path.write_bytes(content[: len(content) // 2])
             die()
 
-    wrap(atomic_dir, "_write_and_flush", before=write)
+    wrap(atomic_dir, "_write_and_fsync", before=write)
 
 
 def _rename(when: str, suffix: str = "") -> Callable[[Die, Now, int], None]:
@@ -229,7 +229,7 @@ def _half_any_manifest(die: Die, now: Now, step: int) -> None:
         path.write_bytes(content[: len(content) // 2])
         die()
 
-    wrap(atomic_dir, "_write_and_flush", before=write)
+    wrap(atomic_dir, "_write_and_fsync", before=write)
 
 
 def _holding_the_lock(die: Die, now: Now, step: int) -> None:
@@ -241,7 +241,7 @@ def _holding_the_lock(die: Die, now: Now, step: int) -> None:
 def _in_the_run_files(die: Die, now: Now, step: int) -> None:
     from trainer.training import run_files
 
-    wrap(run_files.architecture, "record", before=lambda *_: die())
+    wrap(run_files.architecture, "record_architecture", before=lambda *_: die())
 
 
 def _in_the_first_weights(die: Die, now: Now, step: int) -> None:
@@ -277,9 +277,9 @@ INSTANTS: dict[str, Callable[[Die, Now, int], None]] = {
     "half a line of metrics": _half_a_line,
     "half an evaluation": _half_an_evaluation,
     "in save: half a file": _half_a_file,
-    "in save: one rank has written": _saving("_refuse_failed_write", "before"),
-    "in save: before the digests": _saving("commit.digest_files", "before"),
-    "in save: before the manifest": _saving("commit.finish", "before"),
+    "in save: one rank has written": _saving("_check_written", "before"),
+    "in save: before the digests": _saving("atomic_dir.digest_files", "before"),
+    "in save: before the manifest": _saving("atomic_dir.publish", "before"),
     "in save: half a manifest": _half_a_manifest,
     "in save: before the rename": _rename("before"),
     "in save: after the rename": _rename("after"),

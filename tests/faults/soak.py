@@ -79,7 +79,7 @@ class SoakedStudy:
             "max_steps": steps,
             "pack_length": 512,
             "save_steps": max(5, steps // 40),
-            "silence_seconds": 20,
+            "heartbeat_timeout_seconds": 20,
         }
         values = {
             "study": "soak",

@@ -21,7 +21,7 @@ from tests.distributed import REPOSITORY
 from tests.faults import oracle
 from tests.faults.conftest import Case, printed, values_of
 from trainer.runtime import distributed, process_group
-from trainer.runtime.terminal import EXIT_REQUEUE
+from trainer.runtime.exit_codes import EXIT_REQUEUE
 from trainer.shards.read import Shards
 
 pytestmark = pytest.mark.faults

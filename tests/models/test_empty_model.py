@@ -64,19 +64,19 @@ import deepspeed, torch
 from transformers import AutoConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from tests.models.test_empty_model import CONFIGS
-from trainer import distributed, terminal
+from trainer.runtime import distributed, terminal
 from trainer.models import load
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 distributed.initialize()
 deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
 config = AutoConfig.for_model(sys.argv[1], **CONFIGS[sys.argv[1]])
-plain = load.blank_model(config, "fp32", "sdpa")
+plain = load.empty_model(config, "fp32", "sdpa")
 held = HfDeepSpeedConfig({"train_batch_size": 2, "zero_optimization": {"stage": 3}})
 gathered = []
 enter = deepspeed.zero.GatheredParameters.__enter__
 deepspeed.zero.GatheredParameters.__enter__ = lambda self: (gathered.append(len(self.params)), enter(self))[1]
-blank = load.blank_model(config, "fp32", "sdpa")
+blank = load.empty_model(config, "fp32", "sdpa")
 deepspeed.zero.GatheredParameters.__enter__ = enter
 for name, buffer in plain.named_buffers():
     assert torch.equal(buffer, blank.get_buffer(name)), name

@@ -174,7 +174,7 @@ UNDER_ZERO_3 = """
 import sys
 import deepspeed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
-from trainer import distributed, terminal
+from trainer.runtime import distributed, terminal
 from trainer.models import load
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

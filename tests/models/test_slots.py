@@ -82,7 +82,7 @@ def test_all_pieces_in_one_call_are_each_piece_alone(
         return as_the_kernel_does(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(slot_attention, "has_kernel", lambda query, value: True)
-    monkeypatch.setattr(slot_attention, "varlen", noted)
+    monkeypatch.setattr(slot_attention, "varlen_attention", noted)
     found = read(llama, KVCache(4, 32))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert [bound.tolist() for bound in bounds] == [

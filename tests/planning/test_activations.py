@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from tests.distributed import run_well
 from tests.models.families import family_of
 from trainer.errors import UserError
-from trainer.models import shapes
+from trainer.models import presets
 from trainer.planning.activations import trace_activations
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -76,7 +76,7 @@ def test_every_parameter_s_gradient_is_in_the_timeline_once() -> None:
 def test_nothing_is_allocated() -> None:
     """Weights of 4 GB are traced in a process that does not grow."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    shape = shapes.config("llama-2-7b")
+    shape = presets.published_config("llama-2-7b")
     shape.use_cache, shape.num_hidden_layers = False, 4
     assert trace_activations(shape, [512] * 8, 4096, torch.float32, False, True).peak_bytes > 3e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < 0.5e9

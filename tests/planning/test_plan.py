@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.training.conftest import settings, train_many
 from trainer.errors import UserError
-from trainer.models import load, shapes
+from trainer.models import load, presets
 from trainer.planning import disk, plan, workload
 from trainer.planning.recommend import command, recommend
 from trainer.planning.run import plan_study
@@ -68,8 +68,8 @@ def planned(**values: Any) -> plan.RunPlan:
 
 
 def test_every_named_shape_has_the_published_number_of_parameters() -> None:
-    assert set(shapes.names()) == set(PARAMETERS)
-    found = {name: load.num_parameters(shapes.config(name)) for name in shapes.names()}
+    assert set(presets.published_names()) == set(PARAMETERS)
+    found = {name: load.num_parameters(presets.published_config(name)) for name in presets.published_names()}
     assert found == PARAMETERS
 
 

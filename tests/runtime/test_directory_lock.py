@@ -24,14 +24,14 @@ from trainer.storage.run_directory import RunDirectory
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainer import lock
+from trainer.runtime import directory_lock
 from trainer.errors import UserError
 start = Path(sys.argv[2])
 print("ready", flush=True)
 while not start.exists():
     time.sleep(0.001)
 try:
-    with lock.held(Path(sys.argv[1]) / "lock"):
+    with directory_lock.locked(Path(sys.argv[1]) / "lock"):
         print("holds", flush=True)
         sys.stdin.read()
 except UserError as error:
@@ -147,7 +147,7 @@ def test_a_jump_of_the_clock_takes_no_lock_from_a_living_owner(
 
 
 def test_a_lock_in_use_shows_signs_of_life(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.01)
     with locks.locked(run.lock):
         owner = run.lock / "owner.json"
         os.utime(owner, (0, 0))

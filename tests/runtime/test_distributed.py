@@ -114,7 +114,7 @@ def test_a_tool_without_srun_in_a_job_of_several_tasks_is_refused() -> None:
     command = [
         sys.executable,
         "-c",
-        "from trainer import distributed, terminal; terminal.run(distributed.initialize)",
+        "from trainer.runtime import distributed, terminal; terminal.run(distributed.initialize)",
     ]
     environment = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -154,13 +154,13 @@ def test_first_host(nodelist: str, host: str) -> None:
 
 
 RANKS = """
-from trainer import distributed
+from trainer.runtime import distributed
 world = distributed.initialize()
 assert distributed.gather_objects(world.rank) == list(range(world.world_size))
 assert distributed.broadcast_object(world.rank) == 0
 distributed.barrier()
 try:
-    distributed.raise_together("it broke" if world.rank == world.world_size - 1 else None)
+    distributed.raise_on_all_ranks("it broke" if world.rank == world.world_size - 1 else None)
 except distributed.UserError as error:
     print(f"{world.launcher} {world.world_size} {error}", flush=True)  # one write: ranks share the pipe
 distributed.shutdown()

@@ -18,9 +18,9 @@ from trainer.runtime import malloc
 GROW = """
 import sys
 import torch
-from trainer import malloc
+from trainer.runtime import malloc
 from trainer.runtime.malloc import HeapLimit, _resident_bytes
-malloc.keep_freed_memory()
+malloc.tune_glibc_malloc()
 limit, trimmed, sizes = HeapLimit(), 0, []
 blocks, kept = [], []
 for step in range(4):
@@ -47,7 +47,7 @@ def test_holes_are_handed_back() -> None:
             text=True,
             check=True,
             env=environment,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         )
         return [int(word) for word in done.stdout.split()]
 

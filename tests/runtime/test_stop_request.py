@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from trainer.runtime.exit_codes import EXIT_REQUEUE
 from trainer.runtime.stop_request import StopRequest
-from trainer.runtime.terminal import EXIT_REQUEUE
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 LISTEN = """
 import sys, time
 from trainer.runtime.stop_request import StopRequest
 stop = StopRequest()
-stop.listen()
+stop.install_signal_handlers()
 {at_work}
 print("ready", flush=True)
 deadline = time.monotonic() + 60
-while not stop.requested and time.monotonic() < deadline:
+while not stop.is_requested and time.monotonic() < deadline:
     time.sleep(0.01)
 print("asked by", stop.reason, flush=True)
-stop.end_work()
+stop.ignore_signals()
 print("saved", flush=True)
 sys.stdin.read()
 sys.exit(75)
@@ -58,7 +58,7 @@ def test_before_there_is_work_the_process_ends_at_once(number: signal.Signals) -
 def test_at_work_a_signal_is_remembered_and_later_ones_do_not_change_the_status(
     number: signal.Signals,
 ) -> None:
-    process = started("stop.begin_work()")
+    process = started("stop.defer_signals()")
     process.send_signal(number)
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == [f"asked by {number.name}\n", "saved\n"]

@@ -9,7 +9,7 @@ from tests.distributed import run
 BUSY = """
 import threading
 from torch.distributed import HashStore
-from trainer import terminal
+from trainer.runtime import terminal
 store = HashStore()
 store.set("key", "value")
 asked = threading.Event()
@@ -44,22 +44,22 @@ def test_a_thread_of_a_library_does_not_make_a_failure_of_work_that_is_done() ->
     ],
 )
 def test_status_and_last_words(main: str, status: int, said: str) -> None:
-    [outcome] = run(["-c", f"import atexit, sys; from trainer import terminal; terminal.run({main})"])
+    [outcome] = run(["-c", f"import atexit, sys; from trainer.runtime import terminal; terminal.run({main})"])
     assert (outcome.status, outcome.output) == (status, said)
 
 
 TWO_BARS = """
-from trainer import terminal
-terminal._LINE_EVERY_SECONDS = 0
-bars = terminal.Bars()
+from trainer.runtime import terminal
+terminal._LINE_INTERVAL_SECONDS = 0
+bars = terminal.ProgressBars()
 one, other = bars.add("train a", 10), bars.add("train b", 0)
 one.update(3, "loss 1.000")
 other.update(1, total=4)
 one.close()
-terminal.say("a is done")
+terminal.info("a is done")
 other.update(2, "loss 2.000")
 bars.close()
-terminal.say("all done")
+terminal.info("all done")
 """
 
 

@@ -68,13 +68,13 @@ def test_another_kind_and_a_broken_manifest_are_refused(tmp_path: Path) -> None:
 
 RACER = """
 import sys, pathlib
-from trainer import commit
+from trainer.storage import atomic_dir
 final, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 try:
-    with commit.directory(final, "test", {"winner": name}) as staging:
+    with atomic_dir.atomic_directory(final, "test", {"winner": name}) as staging:
         (staging / "file").write_text(name * 1000)
     print("won")
-except commit.AlreadyThere:
+except atomic_dir.ArtifactExistsError:
     print("lost")
 """
 
@@ -93,8 +93,8 @@ def test_of_several_builders_one_wins_and_none_is_mixed(tmp_path: Path) -> None:
 
 KILLED = """
 import sys, pathlib, time
-from trainer import commit
-with commit.directory(pathlib.Path(sys.argv[1]), "test", {}) as staging:
+from trainer.storage import atomic_dir
+with atomic_dir.atomic_directory(pathlib.Path(sys.argv[1]), "test", {}) as staging:
     (staging / "file").write_text("x")
     print("writing", flush=True)
     time.sleep(60)
@@ -135,7 +135,7 @@ def test_a_living_builder_is_left_alone_however_old_its_files_look(tmp_path: Pat
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
     if not can_exchange:  # as on NFS
-        monkeypatch.setattr(atomic_dir, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_dir, "_exchange_names", lambda one, other: False)
     _make(tmp_path / "old", b"old")
     _make(tmp_path / "new", b"new")
     atomic_dir.replace_directory(tmp_path / "old", tmp_path / "new")

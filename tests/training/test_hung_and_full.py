@@ -19,10 +19,10 @@ import yaml
 from tests.distributed import REPOSITORY, Ranks, run
 from tests.training.conftest import settings
 from trainer.models import load
-from trainer.runtime import directory_lock, terminal
+from trainer.runtime import directory_lock
+from trainer.runtime.exit_codes import EXIT_PEER_LOST, EXIT_REQUEUE
 from trainer.shards.read import Shards
 from trainer.storage.run_directory import RunDirectory
-from trainer.training.watchdog import EXIT_STATUS
 
 
 def _file(folder: Path, values: dict[str, Any]) -> str:
@@ -47,7 +47,7 @@ def _wait_for_step(run: RunDirectory, step: int, ranks: Ranks, rank: int) -> Non
 
 @pytest.mark.parametrize("hung", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_hung_rank_is_named_and_nobody_is_left(tmp_path: Path, stories: Shards, hung: int) -> None:
-    values = settings(stories, tmp_path / "run", max_steps=100000, silence_seconds=5)
+    values = settings(stories, tmp_path / "run", max_steps=100000, heartbeat_timeout_seconds=5)
     run = RunDirectory(tmp_path / "run")
     with Ranks(["tools/train.py", "--config", _file(tmp_path, values)], 2) as ranks:
         _wait_for_step(run, 2, ranks, hung)
@@ -55,7 +55,7 @@ def test_a_hung_rank_is_named_and_nobody_is_left(tmp_path: Path, stories: Shards
         outcomes = ranks.wait(timeout=180)
         pid = ranks.processes[hung].pid
     assert outcomes[hung].status == -signal.SIGKILL
-    assert outcomes[1 - hung].status == EXIT_STATUS
+    assert outcomes[1 - hung].status == EXIT_REQUEUE
     said = re.search(
         rf"rank {hung} \(host \S+, pid {pid}\) has not moved since step (\d+), (\d+) s ago",
         outcomes[1 - hung].output,
@@ -70,12 +70,14 @@ def test_without_the_watchdog_the_time_limit_of_a_collective_ends_the_others(
     tmp_path: Path, stories: Shards
 ) -> None:
     """Also in the groups that DeepSpeed makes, which would wait for 30 minutes."""
-    values = settings(stories, tmp_path / "run", max_steps=100000, silence_seconds=0, timeout_seconds=15)
+    values = settings(
+        stories, tmp_path / "run", max_steps=100000, heartbeat_timeout_seconds=0, timeout_seconds=15
+    )
     with Ranks(["tools/train.py", "--config", _file(tmp_path, values)], 2) as ranks:
         _wait_for_step(RunDirectory(tmp_path / "run"), 2, ranks, 1)
         os.kill(ranks.processes[1].pid, signal.SIGSTOP)
         output, _ = ranks.processes[0].communicate(timeout=300)
-    assert ranks.processes[0].returncode == terminal.EXIT_PEER_LOST
+    assert ranks.processes[0].returncode == EXIT_PEER_LOST
     assert "Timed out waiting 15000ms" in output
 
 

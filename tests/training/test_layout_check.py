@@ -143,7 +143,7 @@ def test_attention_that_ignores_boundaries_is_caught(monkeypatch: pytest.MonkeyP
     def one_example(lengths: Any, bounds: torch.Tensor, sdpa: bool) -> Any:
         return right([sum(lengths)], bounds[[0, -1]], sdpa)
 
-    monkeypatch.setattr(packed_attention, "Pack", one_example)
+    monkeypatch.setattr(packed_attention, "PackedSequence", one_example)
     choice = _choose(_llama())
     assert choice.layout == Layout(PADDED, "sdpa")
     assert "differ from those of the model alone" in choice.reason
@@ -154,7 +154,9 @@ def test_attention_that_ignores_boundaries_is_caught(monkeypatch: pytest.MonkeyP
 def test_a_leak_between_examples_is_caught_in_a_mixture_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     right = packed_attention.PackedSequence
     monkeypatch.setattr(
-        packed_attention, "Pack", lambda lengths, bounds, sdpa: right([sum(lengths)], bounds[[0, -1]], sdpa)
+        packed_attention,
+        "PackedSequence",
+        lambda lengths, bounds, sdpa: right([sum(lengths)], bounds[[0, -1]], sdpa),
     )
     assert _choose(family_of("mixtral").build()).layout.rows == PADDED
 

@@ -13,7 +13,7 @@ import yaml
 
 from tests.distributed import Ranks, run, run_well
 from tests.training.conftest import settings, trajectory
-from trainer.runtime.terminal import EXIT_REQUEUE
+from trainer.runtime.exit_codes import EXIT_REQUEUE
 from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory

@@ -9,22 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 import trainer
 from trainer.errors import UserError
 from trainer.evaluation import job, job_description, paths, rank_files
 from trainer.evaluation import model_reference as students
 from trainer.evaluation.backends.choice import TRANSFORMERS
-from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
+from trainer.evaluation.decoding import FEW_SHOT
 from trainer.evaluation.job import EvaluationJob
 from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
 from trainer.evaluation.score import accuracy_text, summarise
-from trainer.evaluation.work_queue import Counter, exhaust_queue, shared_counter
+from trainer.evaluation.work_queue import CELLS, exhaust_queue
 from trainer.runtime import distributed, startup, terminal
+from trainer.runtime.shared_counter import Counter, shared_counter
 from trainer.settings import EvaluateSettings
-from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
 
 FORMAT = 1
@@ -86,35 +84,6 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     return results
 
 
-def evaluate_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    shards: Shards,
-    decoding: Decoding,
-    max_problems: int = 0,
-    backend: str = "auto",
-) -> dict[str, Any]:
-    """Collective. Accuracies (`score.summarise`) of a model in hand on the first problems, on every rank; no files.
-
-    For a periodic evaluation in training: each rank holds the whole model (ZeRO stages 0 to 2), whose mode and
-    attention are as before afterwards. Raises UserError for a model in pieces (ZeRO-3).
-    """
-    if any(parameter.numel() == 0 for parameter in model.parameters()):
-        raise UserError("ZeRO-3 leaves no rank a whole model to generate with; evaluate its export instead")
-    start = time.monotonic()
-    indices = range(min(max_problems or len(shards), len(shards)))
-    mine: list[dict[str, Any]] = []
-    cast = Pipeline({STUDENT: RoleModel(model, decoding.mode)}, tokenizer, shards, decoding)
-    _choose_backends(cast, indices, backend)
-    _solve(cast, indices, lambda prediction, _: mine.append(prediction))
-    everybodys = [prediction for part in distributed.gather_objects(mine) for prediction in part]
-    ids = [shards.problem(index).id for index in indices]
-    return {
-        **summarise(rank_files.merge_predictions(everybodys, ids)),
-        "seconds": round(time.monotonic() - start, 3),
-    }
-
-
 def _prepare(work: EvaluationJob, settings: EvaluateSettings) -> None:
     """What rank 0 writes before anybody loads a model."""
     for part in work.first_roles.values():
@@ -158,7 +127,7 @@ def _sizes(work: EvaluationJob, cast: Pipeline) -> dict[str, int]:
 def _solve(cast: Pipeline, indices: Sequence[int], keep: Callable[[dict[str, Any], Counter], None]) -> None:
     """Collective. Solve `indices` with all ranks; `keep` gets each prediction of this rank."""
     attempt = rank_files.CapturedError()
-    with shared_counter() as counter:
+    with shared_counter(CELLS) as counter:
         with attempt:
             for prediction in predictions(cast, indices, counter):
                 keep(prediction, counter)

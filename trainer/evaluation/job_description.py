@@ -49,10 +49,10 @@ def warnings(task: EvaluationJob) -> list[str]:
     """What a reader of the results has to know; it is told and recorded."""
     found = []
     main = task.models[task.answering_role]
-    learned = main.facts.get("learn_calculator_results") is not False
+    learned = main.facts.get("train_on_calculator_results") is not False
     if task.decoding.mode != "answer_only" and not task.decoding.calculator and not learned:
         found.append(
-            f"the {task.answering_role} has no calculator and did not learn the calculator's results (learn_calculator_results)"
+            f"the {task.answering_role} has no calculator and did not learn the calculator's results (train_on_calculator_results)"
         )
     for part in task.first_roles.values():
         facts = task.models[part].facts

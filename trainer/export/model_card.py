@@ -95,7 +95,7 @@ def text(facts: dict[str, Any], class_name: str, export_dtype: str) -> str:
         export_dtype=export_dtype,
         shards=facts.get("shards_fingerprint", "unknown"),
         prompt=_HALF if method in ("decomposer", "decomposer_interleaved", "solver") else _PROMPT,
-        calculator=_CALCULATOR[bool(facts.get("learn_calculator_results"))],
+        calculator=_CALCULATOR[bool(facts.get("train_on_calculator_results"))],
         checkpoint="/".join(PurePath(facts["checkpoint"]).parts[-3:]),
         rounding=", rounded to bfloat16" if export_dtype == "bfloat16" else "",
     )

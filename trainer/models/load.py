@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
-from trainer.models import sizes
+from trainer.models import presets
 from trainer.models.loaded_weights import check_weights
 from trainer.models.source import check_source, error_reason
 from trainer.models.text_part import (
@@ -36,8 +36,8 @@ def load_config(name_or_path: str, overrides: str = "", vocabulary_size: int = 0
     `load_model` loads. `overrides`: "n_layer=6,n_embd=384"; a value takes the type of what it replaces.
     Raises UserError for what holds no causal LM.
     """
-    if name_or_path in sizes.names():
-        config = sizes.config(name_or_path, vocabulary_size)
+    if name_or_path in presets.student_names():
+        config = presets.student_config(name_or_path, vocabulary_size)
     else:
         config = causal_lm_config(_read_config(name_or_path), name_or_path)
     return apply_overrides(config, overrides)
@@ -54,7 +54,7 @@ def _read_config(name_or_path: str) -> PreTrainedConfig:
         expected = (
             ""
             if Path(name_or_path).exists()
-            else f" (a folder, a hub name, or one of {', '.join(sizes.names())})"
+            else f" (a folder, a hub name, or one of {', '.join(presets.student_names())})"
         )
         raise UserError(f"no model config at {name_or_path}{expected}: {error_reason(error)}") from None
 

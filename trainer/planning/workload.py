@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.models import load, shapes
+from trainer.models import load, presets
 from trainer.settings import PlanSettings, TrainSettings
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
@@ -64,8 +64,8 @@ def model_config(settings: TrainSettings) -> Any:
     """The config of the settings' model: a folder, a hub name, or a shape known by name."""
     name = settings.model_name_or_path or settings.config_name
     short = name.rpartition("/")[2].lower()
-    if short in shapes.names() and not Path(name).exists():
-        config = load.apply_overrides(shapes.config(short), settings.config_overrides)
+    if short in presets.published_names() and not Path(name).exists():
+        config = load.apply_overrides(presets.published_config(short), settings.config_overrides)
     else:
         facts = Shards.open(settings.train_shards).facts if settings.train_shards else {}
         config = load.load_config(

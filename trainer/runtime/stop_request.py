@@ -16,7 +16,8 @@ import threading
 import time
 from types import FrameType
 
-from trainer.runtime import distributed, terminal
+from trainer.runtime import distributed
+from trainer.runtime.exit_codes import EXIT_REQUEUE
 from trainer.runtime.launcher import Launcher
 
 _SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -97,4 +98,4 @@ class StopRequest:
         if not self._is_deferring:
             with contextlib.suppress(OSError):  # who read our output may be gone too
                 os.write(2, f"{self.cause}: ended as asked, everything done so far is on disk\n".encode())
-            os._exit(terminal.EXIT_REQUEUE)
+            os._exit(EXIT_REQUEUE)

@@ -18,17 +18,17 @@ from typing import Any, NoReturn, TextIO
 
 from trainer.errors import UserError
 from trainer.runtime import distributed
+from trainer.runtime.exit_codes import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_PEER_LOST,
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+)
 
 _LINE_INTERVAL_SECONDS = 15.0  # of progress, where there is no terminal to draw a bar on
-_OTHERS_WAIT_SECONDS = (
-    3.0  # a failing rank lets rank 0 speak first: the launcher ends the others when it exits
-)
-
-EXIT_REQUEUE = (
-    75  # exit status of a tool that was asked to stop and can be started again (EX_TEMPFAIL of sysexits.h)
-)
-
-EXIT_PEER_LOST = 76  # ... of a rank that cannot go on because another is gone: the cause is elsewhere
+# A failing rank other than 0 lets rank 0 print its error first: the launcher kills the others when one exits.
+_OTHERS_WAIT_SECONDS = 3.0
 
 _output: TextIO | None = None
 _log: Path | None = None
@@ -175,16 +175,16 @@ def run(main: Callable[[], object]) -> NoReturn:
     except SystemExit as end:
         status = end.code or 0
     except UserError as error:
-        _fail(f"error: {error}", 2)
+        _fail(f"error: {error}", EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
         traceback.print_exc()  # to the log, if chatter is captured
         where = f" (traceback in {_log})" if _log else ""
         is_lost = distributed.is_communication_failure(error)
-        _fail(f"error: {type(error).__name__}: {error}{where}", EXIT_PEER_LOST if is_lost else 1)
+        _fail(f"error: {type(error).__name__}: {error}{where}", EXIT_PEER_LOST if is_lost else EXIT_FAILURE)
     if not isinstance(status, int):  # sys.exit("why")
-        _fail(str(status), 1)
+        _fail(str(status), EXIT_FAILURE)
     distributed.shutdown()
     atexit._run_exitfuncs()  # what libraries asked for: temporary files, processes of their own
     _end(int(status))

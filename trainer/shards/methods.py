@@ -66,7 +66,7 @@ VIEWS = {
 
 
 def view_of(name: str, train_on_calculator_results: bool = False) -> View:
-    """The view of that name. With `learn_calculator_results` whoever learns solutions learns the results too.
+    """The view of that name. With `train_on_calculator_results` whoever learns solutions learns the results too.
 
     Raises UserError for an unknown name.
     """

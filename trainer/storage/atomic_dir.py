@@ -26,6 +26,7 @@ from trainer.errors import UserError
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
+_RENAMED_FACTS = {"learn_calculator_results": "train_on_calculator_results"}  # since version 0.1
 _READ_BYTES = 512 << 10  # stays in a core's cache until it is digested
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 
@@ -136,6 +137,7 @@ def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
     parts = (manifest.get("facts"), manifest.get("files")) if isinstance(manifest, dict) else ()
     if not parts or not all(isinstance(part, dict) for part in parts) or manifest.get("format") != FORMAT:
         raise UserError(f"{file} is not a manifest of format {FORMAT}; it was made by another version")
+    manifest["facts"] = {_RENAMED_FACTS.get(name, name): value for name, value in manifest["facts"].items()}
     if kind is not None and manifest.get("kind") != kind:
         raise UserError(f"{path} holds a finished {manifest.get('kind')}, expected a {kind}")
     return manifest

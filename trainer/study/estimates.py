@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.models import sizes
+from trainer.models import presets
 from trainer.settings import EvaluateSettings, PrepareSettings, TrainSettings
 from trainer.storage import atomic_dir
 
@@ -55,9 +55,9 @@ def num_parameters(settings: TrainSettings, prepared: PrepareSettings) -> int | 
 
 
 def _config(name: str, overrides: str, vocabulary_size: int) -> Any:
-    from trainer.models import load, shapes
+    from trainer.models import load
 
-    if name in sizes.names():
+    if name in presets.student_names():
         return load.load_config(name, overrides, vocabulary_size) if vocabulary_size else None
     if Path(name).exists():
         return load.load_config(name, overrides)
@@ -67,7 +67,7 @@ def _config(name: str, overrides: str, vocabulary_size: int) -> Any:
     if isinstance(cached, str):
         return load.load_config(str(Path(cached).parent), overrides)
     short = name.rpartition("/")[2].lower()
-    return shapes.config(short) if short in shapes.names() and not overrides else None
+    return presets.published_config(short) if short in presets.published_names() and not overrides else None
 
 
 def _vocabulary_size(prepared: PrepareSettings) -> int:

@@ -12,13 +12,13 @@ import psutil
 
 from trainer.errors import UserError
 from trainer.runtime import directory_lock, terminal
+from trainer.runtime.exit_codes import EXIT_INTERRUPTED
 from trainer.study import changes, devices, processes, stages, status
 from trainer.study.stage_job import StageJob
 from trainer.study.stage_queue import StageQueue
 from trainer.study.stages import Stage
 from trainer.study.study_file import Study
 
-INTERRUPTED = 130
 _GRACE_SECONDS = 60.0  # for a training to save after an interrupt
 _CLEAN_UP_SECONDS = 5.0  # for the other ranks after a failure
 _POLL_SECONDS = 0.05
@@ -45,7 +45,7 @@ def run_study(study: Study, tools: Path, keep_going: bool = False) -> int:
         failures = _do(todo, done, study, tools, keep_going, interrupts)
         if interrupts.count:
             terminal.info("interrupted; run the same command to go on")
-            return INTERRUPTED
+            return EXIT_INTERRUPTED
         if failures and not keep_going:
             raise UserError("\n".join(failures.values()))
         if failures:

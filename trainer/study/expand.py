@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.models import sizes
+from trainer.models import presets
 from trainer.settings import ConvertSettings, EvaluateSettings, TrainSettings
 from trainer.storage.configuration import from_dict
 from trainer.storage.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory, evaluation_name
@@ -193,7 +193,9 @@ def _check_files(train: TrainSettings, model: ModelSpec, where: str) -> None:
     for key in ("model_name_or_path", "config_name"):
         checks.refuse_missing(getattr(train, key), f"{where}: models.{model.name}: {key}")
     if train.config_name.startswith("stories-"):
-        checks.one_of(train.config_name, sizes.names(), f"{where}: models.{model.name}: config_name")
+        checks.one_of(
+            train.config_name, presets.student_names(), f"{where}: models.{model.name}: config_name"
+        )
     if train.deepspeed and not Path(train.deepspeed).is_file():
         place = f"models.{model.name}" if "deepspeed" in model.settings else "train"
         raise UserError(f"{where}: {place}: deepspeed: there is no file {train.deepspeed}")

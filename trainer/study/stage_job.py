@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from trainer.runtime import process_group, terminal
+from trainer.runtime.exit_codes import EXIT_PEER_LOST, EXIT_REQUEUE
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import AnnotationDirectory
 from trainer.study import processes, stages, status
@@ -144,8 +145,8 @@ def _describe(code: int | None) -> str:
         name = signal.Signals(number).name
     except ValueError:
         told = {
-            terminal.EXIT_REQUEUE: ": it was told to stop, and what is done is kept",
-            terminal.EXIT_PEER_LOST: ": a rank that the others needed is gone",
+            EXIT_REQUEUE: ": it was told to stop, and what is done is kept",
+            EXIT_PEER_LOST: ": a rank that the others needed is gone",
         }
         return f"exit code {code}{told.get(code, '')}"
     return f"exit code {code} ({name}{': out of memory?' if number == signal.SIGKILL else ''})"

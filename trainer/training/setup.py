@@ -42,7 +42,7 @@ _MAY_CHANGE_ON_RESUME = {
     "deepspeed", "output_dir", "train_shards", "eval_shards", "eval_steps", "eval_max_problems", "save_steps", "save_total_limit",
     "resume_from_checkpoint", "overwrite_output_dir", "report_to", "wandb_project", "timeout_seconds", "dry_run",
     "time_limit_seconds", "max_restarts", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "gradient_checkpointing", "silence_seconds", "packing",
+    "gradient_checkpointing", "heartbeat_timeout_seconds", "packing",
 }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def _facts(
         "world_size": world.world_size,
         "zero_stage": ds_config.stage(resolved),
         "dtype": "bf16" if settings.bf16 else "fp32",
-        "learn_calculator_results": settings.train_on_calculator_results,
+        "train_on_calculator_results": settings.train_on_calculator_results,
         "shards_fingerprint": shards.fingerprint,
         "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
         "packs_per_epoch": data.packs_per_epoch,

@@ -30,13 +30,13 @@ from trainer.errors import UserError
 from trainer.runtime import directory_lock as locks
 from trainer.runtime import distributed, terminal
 from trainer.runtime.directory_lock import DirectoryLock
+from trainer.runtime.exit_codes import EXIT_REQUEUE
 from trainer.runtime.process_identity import ProcessIdentity
 from trainer.settings import TrainSettings
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory
 
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
-_LOOKS = 10  # within silence_seconds
+_LOOKS = 10  # within heartbeat_timeout_seconds
 _RECORD_BYTES = 1024
 _WRITE_EVERY_SECONDS = 1.0  # of steps; shorter ones are told with the next sign of life
 _LEAVING_SECONDS = 5.0  # the others of this host may end by themselves for so long
@@ -82,13 +82,15 @@ def _take(path: Path) -> DirectoryLock:
 class Watchdog:
     """This rank's signs of life, and its look at the next one. `moved` tells the step; `start` is collective."""
 
-    def __init__(self, run: RunDirectory, silence_seconds: float, lock: DirectoryLock):
+    def __init__(self, run: RunDirectory, heartbeat_timeout_seconds: float, lock: DirectoryLock):
         world = distributed.environment()
         self._folder, self._lock, self._rank = run.heartbeats, lock, world.rank
-        self._silence = silence_seconds
-        self._interval = min(locks.HEARTBEAT_SECONDS, (silence_seconds or locks.HEARTBEAT_SECONDS) / _LOOKS)
+        self._silence = heartbeat_timeout_seconds
+        self._interval = min(
+            locks.HEARTBEAT_SECONDS, (heartbeat_timeout_seconds or locks.HEARTBEAT_SECONDS) / _LOOKS
+        )
         self._next = (world.rank + 1) % world.world_size
-        self._watches = bool(silence_seconds) and world.world_size > 1
+        self._watches = bool(heartbeat_timeout_seconds) and world.world_size > 1
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._live, name="watchdog", daemon=True)
         self._step, self._beats, self._seen, self._since, self._looks = 0, 0, -1, time.monotonic(), 0
@@ -174,7 +176,7 @@ class Watchdog:
         silent = time.monotonic() - self._since
         if self._looks < _LOOKS or silent < self._silence:
             return None
-        return f"{_describe(self._next, record)}, {silent:.0f} s ago; the run ends here (silence_seconds)"
+        return f"{_describe(self._next, record)}, {silent:.0f} s ago; the run ends here (heartbeat_timeout_seconds)"
 
     def _end(self, verdict: str) -> None:
         """End this process; the one that found out tells the others first, and ends those of its host that cannot."""
@@ -186,7 +188,7 @@ class Watchdog:
                 )
             self._end_others_here()
         self._lock.release()
-        os._exit(EXIT_STATUS)
+        os._exit(EXIT_REQUEUE)
 
     def _told(self) -> str | None:
         """What another rank of this run has found out."""
