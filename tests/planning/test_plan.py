@@ -111,8 +111,8 @@ def test_what_cannot_fit_is_refused_with_what_is_missing_and_a_remedy() -> None:
     values["config_overrides"] = "num_hidden_layers=8"  # 2 billion parameters
     made = planned(**values, per_device_train_batch_size=8)
     assert not made.fits
-    missing = plan.size_text(made.memory.device_bytes - 24 * 10**9)
-    assert f"has 24.0 GB, {missing} are missing" in made.refusals[0]
+    missing = plan.size_text(made.memory.device_bytes - 24_564 * 2**20)
+    assert f"has 25.8 GB, {missing} are missing" in made.refusals[0]
     with pytest.raises(UserError, match="cannot run: memory"):
         plan.check_plan_fits(made)
     values["per_device_train_batch_size"] = 1

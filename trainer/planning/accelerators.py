@@ -1,7 +1,8 @@
-"""What accelerators can do, by name: bytes, FLOP/s and bytes/s of the vendors' data sheets, dense (no sparsity)."""
+"""The hardware of a plan: a GPU of the table, a GPU of this machine that the table does not have, or this machine's CPU."""
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ import psutil
 from trainer.errors import UserError
 from trainer.runtime import malloc
 from trainer.storage.configuration import did_you_mean
+from trainer.training import gpu_table
+from trainer.training.gpu_table import Gpu
 
 GB = 10**9
 GIB = 2**30
@@ -17,7 +20,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Accelerator:
-    """`link`: bytes/s between accelerators of a machine, in one direction; `network`: of a machine to the others."""
+    """Memory, FLOP/s and bytes/s. `link`: between accelerators of a machine, in one direction; `network`: of a machine.
+
+    If the speed is not known, the rates are infinite, so that they add no seconds to a measured rate.
+    """
 
     name: str
     memory_bytes: int
@@ -26,45 +32,26 @@ class Accelerator:
     memory_bandwidth: float
     link: float
     network: float
-    note: str  # where the numbers are from
+    note: str  # the source of the numbers
     is_cpu: bool = False
-
-
-# Network: one 400 Gb/s adapter (100: workstations) a machine is assumed; a site's own is likely to differ.
-_TABLE = (
-    Accelerator(
-        "h200", 143_771 * 2**20, 989e12, 67e12, 4.8e12, 450e9, 50e9,
-        "NVIDIA H200 SXM data sheet, memory as nvidia-smi shows it; NVLink 4",
-    ),
-    Accelerator("h100", 80 * GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM data sheet; NVLink 4"),
-    Accelerator("a100-80gb", 80 * GIB, 312e12, 19.5e12, 2.04e12, 300e9, 25e9, "NVIDIA A100 SXM data sheet; NVLink 3"),
-    Accelerator("a100-40gb", 40 * GIB, 312e12, 19.5e12, 1.56e12, 300e9, 25e9, "NVIDIA A100 SXM data sheet; NVLink 3"),
-    Accelerator("l40s", 48 * GB, 362e12, 91.6e12, 0.86e12, 32e9, 25e9, "NVIDIA L40S data sheet; PCIe 4 x16"),
-    Accelerator("rtx-4090", 24 * GB, 165e12, 82.6e12, 1.01e12, 32e9, 12.5e9, "NVIDIA Ada whitepaper; PCIe 4 x16"),
-    Accelerator(
-        "v100", 32 * GIB, 15.7e12, 15.7e12, 0.9e12, 150e9, 12.5e9,
-        "NVIDIA V100 SXM2 data sheet; no bf16 units: counted at the fp32 rate",
-    ),
-)  # fmt: skip
-_SAME = {"a100": "a100-80gb", "4090": "rtx-4090", "rtx4090": "rtx-4090", "h100-80gb": "h100"}
+    is_speed_known: bool = True
 
 
 def names() -> list[str]:
-    return [*(accelerator.name for accelerator in _TABLE), "cpu"]
+    return [*gpu_table.names(), "cpu"]
 
 
 def find(name: str, per_machine: int) -> Accelerator:
-    """An accelerator by name, or what this machine has (`auto`). Raises UserError for a name that is not known."""
+    """Return an accelerator by name, or what this machine has (`auto`). Raises UserError for an unknown name."""
     wanted = name.lower().replace("_", "-")
     if wanted == "auto":
-        wanted = _here()
-    wanted = _SAME.get(wanted, wanted)
+        return _here(per_machine)
     if wanted == "cpu":
         return _cpu(per_machine)
-    for accelerator in _TABLE:
-        if accelerator.name == wanted:
-            return accelerator
-    raise UserError(f"gpu is {name!r}; choose one of {', '.join(names())}{did_you_mean(wanted, names())}")
+    gpu = gpu_table.by_name(wanted)
+    if gpu is None:
+        raise UserError(f"gpu is {name!r}; choose one of {', '.join(names())}{did_you_mean(wanted, names())}")
+    return _of_table(gpu)
 
 
 def host_memory_bytes() -> int:
@@ -73,21 +60,25 @@ def host_memory_bytes() -> int:
     return int(min(psutil.virtual_memory().total, limit))
 
 
-def _here() -> str:
+def _here(per_machine: int) -> Accelerator:
     import torch
 
     if not torch.cuda.is_available():
-        return "cpu"
-    found = torch.cuda.get_device_name().lower()
+        return _cpu(per_machine)
+    device_name = torch.cuda.get_device_name()
+    gpu = gpu_table.by_device_name(device_name)
+    if gpu is not None:
+        return _of_table(gpu)
     memory = torch.cuda.get_device_properties(0).total_memory
-    if "a100" in found:
-        return "a100-80gb" if memory > 60 * GB else "a100-40gb"
-    for accelerator in _TABLE:
-        if accelerator.name.removeprefix("rtx-") in found:
-            return accelerator.name
-    raise UserError(
-        f"this machine's {found} is not in the table; choose one of {', '.join(names())} with --gpu"
-    )
+    note = "memory as torch reports it; not in the table of GPUs, so its speed is unknown"
+    rates = (math.inf,) * 5
+    return Accelerator(device_name, memory, *rates, note, is_speed_known=False)
+
+
+def _of_table(gpu: Gpu) -> Accelerator:
+    rates = (gpu.peak_flops("bf16"), gpu.peak_flops("fp32"), gpu.memory_bandwidth)
+    links = (gpu.link_bandwidth, gpu.network_bandwidth)
+    return Accelerator(gpu.name, gpu.memory_bytes, *rates, *links, f"{gpu.source}; {gpu.link}")
 
 
 def _cpu(processes: int) -> Accelerator:

@@ -25,6 +25,7 @@ from trainer.errors import UserError, first_line
 from trainer.models import default_attention, load, packed_attention, training_kernels
 from trainer.models.architecture import quiet_transformers
 from trainer.models.default_attention import set_attention
+from trainer.runtime import library_internals
 from trainer.training.loss import PackedBatch, PaddedBatch, summed_token_loss
 
 _CUDA_ATTENTION = "planned"
@@ -89,7 +90,7 @@ def _trace(
         FakeTensorMode(allow_non_fake_inputs=True),
         warnings.catch_warnings(),
         quiet_transformers(),
-        _grouped_products(),
+        library_internals.without_grouped_products(),
     ):
         warnings.simplefilter("ignore")
         model = _model(config, packed, dtype, checkpointing, cuda)
@@ -122,22 +123,6 @@ def _model(config: Any, packed: bool, dtype: torch.dtype, checkpointing: bool, c
     if checkpointing and model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
-
-
-@contextlib.contextmanager
-def _grouped_products() -> Iterator[None]:
-    """Context manager in which a Mixture of Experts multiplies by an operator that knows its shapes in every dtype.
-
-    torch's grouped product knows them in bf16 only; transformers' replacement for it has the same inputs and outputs.
-    """
-    from transformers.integrations import moe
-
-    original = moe._can_use_grouped_mm
-    moe._can_use_grouped_mm = lambda *_: False
-    try:
-        yield
-    finally:
-        moe._can_use_grouped_mm = original
 
 
 def batch_of(lengths: list[int], learned_tokens: int) -> PackedBatch:

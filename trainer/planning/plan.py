@@ -65,9 +65,13 @@ class RunPlan:
         return all(refusal.startswith("disk: ") for refusal in self.refusals)
 
     @property
+    def is_speed_known(self) -> bool:
+        return self.hardware.accelerator.is_speed_known or bool(self.settings.calibrate)
+
+    @property
     def seconds(self) -> float:
-        """Of all steps; 0 if their number is not known."""
-        return self.step.seconds * self.workload.total_steps
+        """Of all steps; 0 if their number or the GPU's speed is not known."""
+        return self.step.seconds * self.workload.total_steps if self.is_speed_known else 0.0
 
     @property
     def accelerator_hours(self) -> float:
@@ -136,7 +140,11 @@ def plan_on(
         notes.append("several machines: extrapolated, nothing here was measured on more than one")
     if not accelerator.is_cpu:
         notes.append("GPU memory, CUDA context and fragmentation: computed, not measured on a GPU")
-    if settings.bf16 and accelerator.name == "v100":
+    if not accelerator.is_speed_known:
+        notes.append(
+            f"{accelerator.name}: {accelerator.note}; --calibrate RUN takes the speed of a finished run"
+        )
+    if settings.bf16 and accelerator.name.startswith("v100"):
         notes.append("a V100 has no bf16 units: it works, at the rate of fp32")
     refusals = _refusals(machine, needed, space)
     return RunPlan(settings, machine, work, resolved, needed, space, step, refusals, tuple(notes))

@@ -68,7 +68,7 @@ def make_console() -> Console:
 
 def as_dict(plan: RunPlan, recommended: Recommendation | None = None) -> dict[str, Any]:
     """The same for programs: bytes, seconds, refusals."""
-    step, machine = plan.step, plan.hardware
+    step, machine, known = plan.step, plan.hardware, plan.is_speed_known
     result: dict[str, Any] = {
         "model": plan.workload.model_name,
         "num_parameters": plan.workload.num_parameters,
@@ -94,15 +94,15 @@ def as_dict(plan: RunPlan, recommended: Recommendation | None = None) -> dict[st
             "free_bytes": machine.disk_bytes,
         },
         "time": {
-            "seconds_per_step": step.seconds,
-            "compute_seconds": step.compute_seconds,
-            "communication_seconds": step.communication_seconds,
-            "update_seconds": step.update_seconds,
+            "seconds_per_step": step.seconds if known else None,
+            "compute_seconds": step.compute_seconds if known else None,
+            "communication_seconds": step.communication_seconds if known else None,
+            "update_seconds": step.update_seconds if known else None,
             "rate": step.rate.source,
             "extrapolated": step.extrapolated,
             "total_steps": plan.workload.total_steps,
-            "seconds": plan.seconds,
-            "accelerator_hours": plan.accelerator_hours,
+            "seconds": plan.seconds if known else None,
+            "accelerator_hours": plan.accelerator_hours if known else None,
         },
         "fits": plan.fits,
         "refusals": list(plan.refusals),
@@ -164,6 +164,8 @@ def _memory(console: Console, title: str, parts: Counter[str], limit: int) -> No
 
 def _time(console: Console, plan: RunPlan) -> None:
     step = plan.step
+    if not plan.is_speed_known:
+        return console.print(f"time: rate {step.rate.source}")
     joined = "overlapping" if step.overlapped else "+"
     text = (
         f"time: {step.seconds:.3g} s a step ({step.compute_seconds:.3g} s arithmetic {joined} "

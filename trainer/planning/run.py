@@ -124,7 +124,7 @@ def _show_study(study: Study, made: Sequence[tuple[RunSpec, RunPlan]]) -> None:
             console.print(f"[bold red]cannot run[/] {run.name}: {refusal}")
     if totals["unknown"]:
         console.print(
-            f"note: {totals['unknown']} run(s) are not in the totals: their number of steps is not known"
+            f"note: {totals['unknown']} run(s) are not in the totals: their number of steps or the speed of the GPU is not known"
         )
 
 

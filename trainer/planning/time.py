@@ -56,6 +56,10 @@ def default_rate(num_parameters: int, bf16: bool, accelerator: Accelerator, meas
             f"{measured['hardware']}, {measured['date']}; --calibrate RUN takes the speed of this machine"
         )
         return Rate(measured["cpu_flops_per_rank"] or peak, source)
+    if not accelerator.is_speed_known:
+        return Rate(
+            peak, f"unknown: {accelerator.name} is not in the table of GPUs; --calibrate RUN for your own"
+        )
     part = _interpolate(num_parameters)
     return Rate(
         peak * part, f"{part:.0%} of peak (llm-foundry's H100 table, cited); --calibrate RUN for your own"

@@ -9,11 +9,7 @@ from typing import Any
 
 import torch
 
-# Dense bf16 peaks of the vendors' datasheets, in FLOP/s; the first name contained in the device's name counts.
-_PEAK_BF16 = {
-    **{"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12},
-    **{"A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12},
-}
+from trainer.training import gpu_table
 
 
 def flops_per_token(num_parameters: int, config: Any, mean_length: float, learned_part: float = 1.0) -> float:
@@ -30,12 +26,15 @@ def flops_per_token(num_parameters: int, config: Any, mean_length: float, learne
     return 6.0 * (inside + learned_part * head) + 6.0 * layers * width * mean_length
 
 
-def peak_flops() -> float | None:
-    """Peak of this rank's device in bf16, or None if it is not in the table (a CPU, say): then there is no MFU."""
+def peak_flops(dtype: str = "bf16") -> float | None:
+    """Return the peak of this rank's GPU in `dtype` (bf16 or fp32), in FLOP/s.
+
+    None on a CPU and for a GPU that is not in the table: MFU is unknown there.
+    """
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in _PEAK_BF16.items() if key in name), None)
+    gpu = gpu_table.by_device_name(torch.cuda.get_device_name())
+    return None if gpu is None else gpu.peak_flops(dtype)
 
 
 def peak_memory_bytes() -> int:
