@@ -1,7 +1,8 @@
 # make study   everything from nothing: environment, the embedded study on two ranks, a report with plots
 # make test    everything from nothing: environment, then the tests
 # make test-models  every model family of transformers, measured; writes docs/models.md
-# make faults  everything that tries to lose a user's data, the long tests too (tests/faults/README.md)
+# make docs    the documentation as a site in build/docs; a warning is an error
+# make faults  everything that tries to lose a user's data, the long tests too (docs/faults.md)
 # make soak    a study on a small Slurm, disturbed at random for MINUTES (20), then compared with an undisturbed one
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ MINUTES ?= 20
 READY := $(VENV)/.ready
 PEERS := .venv-peers
 
-.PHONY: study bench test test-slow test-models faults soak lint format types clean
+.PHONY: study bench test test-slow test-models docs faults soak lint format types clean
 
 study: $(READY)
 	$(BIN)/python tools/study.py run studies/quickstart.yaml
@@ -27,6 +28,9 @@ test-models: $(READY)
 # What the benchmarks compare with has an environment of its own, so that it can break nothing.
 bench: $(PEERS)/.ready
 	$(PEERS)/bin/python benchmarks/run.py $(BENCH_FLAGS)
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -n -q docs build/docs
 
 soak: $(READY)
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)

@@ -2,7 +2,7 @@
 
 Prints a table and writes benchmarks/results/<date>-<machine>.json and .md, a row as soon as it is measured; rows that
 were measured before on the same day stay until they are measured again. `--readme` puts the newest of every row that this
-machine has measured into README.md.
+machine has measured into docs/benchmarks.md.
 A suite is a module with `comparisons() -> Iterator[Comparison]`; what it needs (shards, models, checkpoints) it makes
 once under build/benchmarks. A comparison that fails or whose contenders disagree is printed as such and the rest goes on;
 the exit status is then 1.
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("suites", nargs="*", default=SUITES, metavar="SUITE", help=", ".join(SUITES))
     parser.add_argument("--rounds", type=int, default=3, help="every contender runs once a round (default 3)")
     parser.add_argument("--only", default="", help="comparisons whose work contains this text")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="put the table into docs/benchmarks.md")
     chosen = parser.parse_args()
     unknown = set(chosen.suites) - set(SUITES)
     if unknown:
@@ -64,7 +64,9 @@ def main() -> int:
     if failures:
         print(f"{failures} not measured: see above", file=sys.stderr)
     if chosen.readme:
-        table.into_readme(REPOSITORY / "README.md", table.markdown(_newest(facts["machine"]), facts))
+        table.into_readme(
+            REPOSITORY / "docs" / "benchmarks.md", table.markdown(_newest(facts["machine"]), facts)
+        )
     return 1 if failures else 0
 
 

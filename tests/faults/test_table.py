@@ -1,4 +1,4 @@
-"""Every test that README.md names is there."""
+"""Every test that docs/faults.md names exists."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from tests.distributed import REPOSITORY
 
-README = Path(__file__).with_name("README.md")
-NAMED = sorted(set(re.findall(r"`(tests/[\w/.]+\.py(?:::\w+)?)`", README.read_text(encoding="utf-8"))))
+PAGE = REPOSITORY / "docs" / "faults.md"
+NAMED = sorted(set(re.findall(r"`(tests/[\w/.]+\.py(?:::\w+)?)`", PAGE.read_text(encoding="utf-8"))))
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -104,17 +104,17 @@ def test_yes_and_no_are_balanced_enough() -> None:
     assert found.count("yes") >= 2 and found.count("no") >= 2
 
 
-def test_the_readme_names_everything_a_study_file_may_hold() -> None:
-    text = (REPOSITORY / "studies" / "README.md").read_text(encoding="utf-8")
+def test_the_page_names_everything_a_study_file_may_hold() -> None:
+    text = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
     for name in (*KEYS, *ALONE, *PAIRS, FEW_SHOT, *(path.name for path in STUDIES)):
         assert f"`{name}`" in text, name
     for example in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
         assert set(yaml.safe_load(example)) <= set(KEYS)
 
 
-def test_the_readmes_first_example_is_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_example_of_the_page_is_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    text = (REPOSITORY / "studies" / "README.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
     example = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]
     names = [
         run.directory.path.as_posix() for run in load_study(yaml.safe_load(example), Path("mine.yaml")).runs
