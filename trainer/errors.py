@@ -1,17 +1,17 @@
-"""The one exception a user is meant to read."""
+"""UserError, the exception for mistakes that the user can correct."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what, where (file, line, value) and the remedy.
+    """An error that the user can correct; the message names the fault, its location (file, line, value) and the remedy.
 
-    The tools print it as one message without a traceback and exit with status 2. Anything else that escapes is a
-    fault of ours and keeps its traceback.
+    The tools print the message without a traceback and exit with status 2. Every other exception is a bug and keeps its
+    traceback.
     """
 
 
 def first_line(error: Exception) -> str:
-    """Return an exception as one line of text."""
+    """Return the first line of an exception's message, or its class name if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Who we are, under every launcher."""
+"""Distributed environment under every launcher, and collectives on objects."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ENVIRONMENTS = {
         },
         DistributedEnvironment(5, 8, 1, 4, "slurm"),
     ),
-    "srun, a part of the job's tasks, on a smaller node": (
+    "srun, some of the job's tasks, on a smaller node": (
         {
             "SLURM_STEP_ID": "1",
             "SLURM_PROCID": "4",
@@ -54,7 +54,7 @@ ENVIRONMENTS = {
         },
         DistributedEnvironment(4, 5, 0, 1, "slurm"),
     ),
-    "torchrun, one agent a node of srun": (
+    "torchrun, one srun task per node": (
         {
             **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
             **{"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
@@ -78,13 +78,13 @@ ENVIRONMENTS = {
 
 
 @pytest.mark.parametrize("launcher", ENVIRONMENTS)
-def test_place_is_read_from_the_environment(launcher: str) -> None:
-    environment, expected = ENVIRONMENTS[launcher]
-    assert environment_from_launcher(environment) == expected
+def test_environment_from_launcher(launcher: str) -> None:
+    variables, expected = ENVIRONMENTS[launcher]
+    assert environment_from_launcher(variables) == expected
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("variables", "message"),
     [
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2 but WORLD_SIZE=2"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
@@ -105,9 +105,9 @@ def test_place_is_read_from_the_environment(launcher: str) -> None:
         ),
     ],
 )
-def test_contradictions_are_named(environment: dict[str, str], message: str) -> None:
+def test_contradictions_are_named(variables: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        environment_from_launcher(environment)
+        environment_from_launcher(variables)
 
 
 def test_a_tool_without_srun_in_a_job_of_several_tasks_is_refused() -> None:
@@ -125,24 +125,24 @@ def test_a_tool_without_srun_in_a_job_of_several_tasks_is_refused() -> None:
 @pytest.mark.parametrize(
     ("visible", "devices"),
     [(1, [0, 0, 0, 0]), (4, [0, 1, 2, 3]), (2, [0, 1, 0, 1])],
-    ids=["a site shows each task its own", "all of the node's", "two for each task"],
+    ids=["one per task", "all of the node", "two per task"],
 )
-def test_devices(visible: int, devices: list[int]) -> None:
+def test_device_index(visible: int, devices: list[int]) -> None:
     assert [device_index(local_rank, visible) for local_rank in range(4)] == devices
 
 
-def test_seconds_left_where_slurm_tells_them() -> None:
+def test_seconds_left_of_job() -> None:
     assert seconds_left_of_job({}) is None
     left = seconds_left_of_job({"SLURM_JOB_ID": "1", "SLURM_JOB_END_TIME": str(int(time.time()) + 1000)})
     assert left is not None and 500 < left <= 1001
 
 
-def test_threads_are_shared_not_fought_over() -> None:
-    two = DistributedEnvironment(0, 2, 0, 2, "env")
-    assert threads_per_rank({"OMP_NUM_THREADS": "3"}, two) == 3
-    assert threads_per_rank({"SLURM_CPUS_PER_TASK": "7"}, two) == 7
-    alone = threads_per_rank({}, DistributedEnvironment())
-    assert threads_per_rank({}, two) == max(1, alone // 2)
+def test_ranks_of_a_node_share_the_cores() -> None:
+    two_ranks = DistributedEnvironment(0, 2, 0, 2, "env")
+    assert threads_per_rank({"OMP_NUM_THREADS": "3"}, two_ranks) == 3
+    assert threads_per_rank({"SLURM_CPUS_PER_TASK": "7"}, two_ranks) == 7
+    num_cores = threads_per_rank({}, DistributedEnvironment())
+    assert threads_per_rank({}, two_ranks) == max(1, num_cores // 2)
 
 
 @pytest.mark.parametrize(
@@ -155,14 +155,15 @@ def test_first_host(nodelist: str, host: str) -> None:
 
 RANKS = """
 from trainer.runtime import distributed
-world = distributed.initialize()
-assert distributed.gather_objects(world.rank) == list(range(world.world_size))
-assert distributed.broadcast_object(world.rank) == 0
+environment = distributed.initialize()
+rank, world_size = environment.rank, environment.world_size
+assert distributed.gather_objects(rank) == list(range(world_size))
+assert distributed.broadcast_object(rank) == 0
 distributed.barrier()
 try:
-    distributed.raise_on_all_ranks("it broke" if world.rank == world.world_size - 1 else None)
+    distributed.raise_on_all_ranks("it broke" if rank == world_size - 1 else None)
 except distributed.UserError as error:
-    print(f"{world.launcher} {world.world_size} {error}", flush=True)  # one write: ranks share the pipe
+    print(f"{environment.launcher} {world_size} {error}", flush=True)  # one write: ranks share the pipe
 distributed.shutdown()
 """
 

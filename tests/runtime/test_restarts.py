@@ -1,4 +1,4 @@
-"""Restarts by a scheduler are counted, and those that lead nowhere come to an end."""
+"""The count of scheduler restarts and its limit without progress."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from trainer.errors import UserError
 from trainer.runtime import restarts
 
 
-def start(file: Path, monkeypatch: pytest.MonkeyPatch, restart: int, progress: int, most: int = 2) -> None:
+def start(file: Path, monkeypatch: pytest.MonkeyPatch, restart: int, progress: int) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-    restarts.record_restart(file, progress, most)
+    restarts.record_restart(file, progress, max_restarts=2)
 
 
-def test_a_job_that_gets_further_may_be_restarted_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_restarts_with_progress_are_unlimited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "restarts.json"
     for restart in range(20):
         start(file, monkeypatch, restart, progress=restart * 10)
@@ -25,7 +23,7 @@ def test_a_job_that_gets_further_may_be_restarted_for_ever(
     assert restarts.read(file)["without_progress"] == 1
 
 
-def test_a_job_that_gets_nowhere_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restarts_without_progress_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "restarts.json"
     for restart in range(3):
         start(file, monkeypatch, restart, progress=0)
@@ -35,7 +33,7 @@ def test_a_job_that_gets_nowhere_is_ended(tmp_path: Path, monkeypatch: pytest.Mo
         start(file, monkeypatch, 3, progress=0)
 
 
-def test_a_start_by_a_person_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manual_start_resets_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "restarts.json"
     for restart in range(3):
         start(file, monkeypatch, restart, progress=0)
@@ -45,13 +43,13 @@ def test_a_start_by_a_person_begins_anew(tmp_path: Path, monkeypatch: pytest.Mon
     assert restarts.read(file)["without_progress"] == 1
 
 
-def test_without_a_scheduler_nothing_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_without_a_scheduler_are_unlimited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     for _ in range(5):
         restarts.record_restart(tmp_path / "restarts.json", 0, 0)
 
 
-def test_a_damaged_count_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_file_resets_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "restarts.json"
     file.write_text('{"restarts": "many"')
     start(file, monkeypatch, 1, progress=3)

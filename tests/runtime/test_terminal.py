@@ -1,4 +1,4 @@
-"""How a process of ours ends, whatever its libraries are about to do."""
+"""Exit statuses, last output and progress bars of the tools."""
 
 from __future__ import annotations
 
@@ -6,46 +6,46 @@ import pytest
 
 from tests.distributed import run
 
-BUSY = """
+BUSY_THREADS = """
 import threading
 from torch.distributed import HashStore
 from trainer.runtime import terminal
 store = HashStore()
 store.set("key", "value")
-asked = threading.Event()
+started = threading.Event()
 
-def ask():
+def call_store():
     while True:
-        store.get("key")  # gives up the interpreter in C++, and wants it back
-        asked.set()
+        store.get("key")  # releases and reacquires the GIL in C++
+        started.set()
 
 for _ in range(4):
-    threading.Thread(target=ask, daemon=True).start()
-asked.wait()
+    threading.Thread(target=call_store, daemon=True).start()
+started.wait()
 terminal.run(lambda: print("done"))
 """
 
 
-def test_a_thread_of_a_library_does_not_make_a_failure_of_work_that_is_done() -> None:
-    """Left to the interpreter, nearly every one of these ends with "terminate called without an active exception"."""
+def test_a_library_thread_does_not_fail_the_exit() -> None:
+    """With a normal exit nearly every run ends with "terminate called without an active exception"."""
     for _ in range(3):
-        [outcome] = run(["-c", BUSY])
+        [outcome] = run(["-c", BUSY_THREADS])
         assert (outcome.status, outcome.output) == (0, "done\n")
 
 
 @pytest.mark.parametrize(
-    ("main", "status", "said"),
+    ("main", "status", "output"),
     [
         ("int", 0, ""),
         ("lambda: sys.exit()", 0, ""),
         ("lambda: sys.exit(3)", 3, ""),
-        ("lambda: sys.exit('so it is')", 1, "so it is\n"),
-        ("lambda: atexit.register(print, 'put away')", 0, "put away\n"),
+        ("lambda: sys.exit('message')", 1, "message\n"),
+        ("lambda: atexit.register(print, 'at exit')", 0, "at exit\n"),
     ],
 )
-def test_status_and_last_words(main: str, status: int, said: str) -> None:
+def test_exit_status_and_output(main: str, status: int, output: str) -> None:
     [outcome] = run(["-c", f"import atexit, sys; from trainer.runtime import terminal; terminal.run({main})"])
-    assert (outcome.status, outcome.output) == (status, said)
+    assert (outcome.status, outcome.output) == (status, output)
 
 
 TWO_BARS = """
@@ -63,7 +63,7 @@ terminal.info("all done")
 """
 
 
-def test_lines_of_several_bars_say_whose_they_are() -> None:
+def test_lines_of_several_bars_have_labels() -> None:
     [outcome] = run(["-c", TWO_BARS])
     assert outcome.status == 0, outcome
     lines = [line.split(", 0s left")[0] for line in outcome.output.splitlines()]
@@ -73,11 +73,11 @@ def test_lines_of_several_bars_say_whose_they_are() -> None:
 
 
 def test_several_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is said meanwhile stands in a line of its own, and nothing of the bars is left behind it."""
+    """Messages appear on lines of their own, and closed bars are erased."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     [outcome] = run(["-c", TWO_BARS])
     assert outcome.status == 0, outcome
     assert "train a" in outcome.output and "train b" in outcome.output
     assert "a is done\n" in outcome.output
     assert outcome.output.endswith("all done\n")
-    assert "train" not in outcome.output.rpartition("\x1b[2K")[2], "the last that is drawn is erased"
+    assert "train" not in outcome.output.rpartition("\x1b[2K")[2], "the last bar is not erased"

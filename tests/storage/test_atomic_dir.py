@@ -1,4 +1,4 @@
-"""A directory is finished or it does not exist."""
+"""Atomic publication and replacement of directories and files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _make(final: Path, content: bytes = b"hello", **facts: object) -> None:
         (staging / "folder" / "file.bin").write_bytes(content)
 
 
-def test_what_was_written_is_read_back_and_verified(tmp_path: Path) -> None:
+def test_a_published_directory_is_read_and_verified(tmp_path: Path) -> None:
     _make(tmp_path / "done", answer=42)
     assert atomic_dir.read_manifest(tmp_path / "done", "test")["facts"] == {"answer": 42}
     atomic_dir.verify_digests(tmp_path / "done")
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
-def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+def test_an_exception_removes_the_staging_directory(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_dir.atomic_directory(tmp_path / "done", "test", {}) as staging:
         (staging / "half").write_text("x")
         raise RuntimeError
@@ -49,7 +49,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
         atomic_dir.verify_digests(tmp_path / "done")
 
 
-def test_unfinished_and_absent_are_told_apart(tmp_path: Path) -> None:
+def test_unfinished_and_missing_directories_have_different_errors(tmp_path: Path) -> None:
     (tmp_path / "half").mkdir()
     with pytest.raises(UserError, match="not finished"):
         atomic_dir.read_manifest(tmp_path / "half")
@@ -57,7 +57,7 @@ def test_unfinished_and_absent_are_told_apart(tmp_path: Path) -> None:
         atomic_dir.read_manifest(tmp_path / "nowhere")
 
 
-def test_another_kind_and_a_broken_manifest_are_refused(tmp_path: Path) -> None:
+def test_another_kind_and_an_invalid_manifest_are_refused(tmp_path: Path) -> None:
     _make(tmp_path / "done")
     with pytest.raises(UserError, match="expected a shards"):
         atomic_dir.read_manifest(tmp_path / "done", "shards")
@@ -101,7 +101,7 @@ with atomic_dir.atomic_directory(pathlib.Path(sys.argv[1]), "test", {}) as stagi
 """
 
 
-def test_a_killed_builder_is_not_visible_and_does_not_disturb_the_next(tmp_path: Path) -> None:
+def test_a_killed_builder_publishes_nothing_and_its_files_are_removed_later(tmp_path: Path) -> None:
     builder = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path / "done")], stdout=subprocess.PIPE, text=True
     )
@@ -121,19 +121,19 @@ def test_a_killed_builder_is_not_visible_and_does_not_disturb_the_next(tmp_path:
 
 
 def test_a_living_builder_is_left_alone_however_old_its_files_look(tmp_path: Path) -> None:
-    """The clock may have jumped, and a directory does not change while one long file in it is written."""
+    """The clock may have jumped, and a directory's mtime does not change while one long file in it is written."""
     with atomic_dir.atomic_directory(tmp_path / "done", "test", {}) as staging:
         (staging / "file").write_text("first")
         yesterday = time.time() - 2 * 24 * 3600
         os.utime(staging, (yesterday, yesterday))
-        another = atomic_dir.create_staging(tmp_path / "done")  # looks for what was abandoned
+        another = atomic_dir.create_staging(tmp_path / "done")  # removes abandoned directories
         shutil.rmtree(another)
         (staging / "file").write_text("second")
     assert (tmp_path / "done" / "file").read_text() == "second"
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+def test_replace_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
     if not can_exchange:  # as on NFS
         monkeypatch.setattr(atomic_dir, "_exchange_names", lambda one, other: False)
     _make(tmp_path / "old", b"old")
@@ -143,31 +143,31 @@ def test_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: 
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_one_of_the_two_is_there_at_every_moment(tmp_path: Path) -> None:
+def test_a_replaced_directory_always_exists(tmp_path: Path) -> None:
     _make(tmp_path / "one")
     _make(tmp_path / "other")
     if not atomic_dir._exchange_names(tmp_path / "one", tmp_path / "other"):
         pytest.skip(f"the file system of {tmp_path} cannot exchange two names")
-    missing, over = [], threading.Event()
+    missing, finished = [], threading.Event()
 
-    def look() -> None:
-        while not over.is_set():
+    def poll() -> None:
+        while not finished.is_set():
             if not atomic_dir.is_complete(tmp_path / "one"):
                 missing.append(time.time())
 
-    looking = threading.Thread(target=look)
-    looking.start()
+    thread = threading.Thread(target=poll)
+    thread.start()
     try:
         for number in range(100):
             _make(tmp_path / f"new-{number}")
             atomic_dir.replace_directory(tmp_path / "one", tmp_path / f"new-{number}")
     finally:
-        over.set()
-        looking.join()
+        finished.set()
+        thread.join()
     assert not missing
 
 
-def test_write_text_is_whole_or_old(tmp_path: Path) -> None:
+def test_write_text_replaces_the_file(tmp_path: Path) -> None:
     atomic_dir.write_text(tmp_path / "a" / "file", "one")
     atomic_dir.write_text(tmp_path / "a" / "file", "two")
     assert (tmp_path / "a" / "file").read_text() == "two"

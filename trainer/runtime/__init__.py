@@ -1,1 +1,1 @@
-"""A process: its launcher, its ranks, its lock, its signals, and its output on the terminal."""
+"""Process-level services: distributed environment, directory locks, signals, restarts and terminal output."""

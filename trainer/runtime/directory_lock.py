@@ -1,16 +1,13 @@
-"""One process or job at a time in a directory, without `flock`, which does nothing on Lustre and GPFS.
+"""Exclusive locks on run, study and annotation directories, without `flock`, which is a silent no-op on Lustre and GPFS.
 
-The lock is a directory with the owner's name in it, made under another name and renamed into place: a directory cannot
-be renamed onto one that is not empty, so of several takers exactly one wins, and the lock is never there without its
-owner's name. A lock whose owner is gone is renamed to a name that follows from that owner's token and stays there for
-a while: a second taker who judged the same owner cannot move the first one's new lock away, since the name is taken.
+The lock is a directory that contains owner.json, written under a staging name and renamed into place. A rename onto a
+directory that is not empty fails, so exactly one of several takers succeeds, and a lock always has its owner file.
+A stale lock is renamed to a name derived from its owner's token and kept for a while: a second process that judged the
+same owner finds that name in use and cannot move the first one's new lock away.
 
-The owner is gone if its process is (as far as that can be seen from here), if the Slurm job is no longer running, if
-we are that job, started again, or if it shows no sign of life: the lock's time of change, by the file system's own
-clock, compared with a file that was changed just now; and then it is watched for a while, because clocks jump.
-
-A training holds the lock of its run, an annotation that of its directory (two would pay for the same requests), whoever
-runs or submits a study that of the study.
+An owner is gone if its process has ended (where visible from here), if its Slurm job is not running, if it is an earlier
+start of this Slurm job, or if its heartbeats have stopped: the mtime of owner.json is compared with that of a new file
+on the same file system, and then watched for a while, because clocks jump.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ from trainer.runtime import terminal
 from trainer.runtime.process_identity import ProcessIdentity
 from trainer.storage import atomic_dir
 
-HEARTBEAT_SECONDS = 10.0  # at least so often the owner gives a sign of life
+HEARTBEAT_SECONDS = 10.0  # longest interval between two heartbeats of an owner
 _STALE_SECONDS = 300.0
 _WATCH_SECONDS = 3 * HEARTBEAT_SECONDS
 _OWNER = "owner.json"
@@ -43,78 +40,81 @@ _MAX_ATTEMPTS = 20
 
 @dataclass(frozen=True)
 class LockOwner:
+    """Content of owner.json."""
+
     process: ProcessIdentity
-    token: str  # of this taking
-    since: str  # local time, for people
+    token: str  # unique for each acquisition
+    since: str  # local time, for messages
 
 
 class DirectoryLock:
-    """A hold on a directory; without an owner (a rank whose rank 0 holds it) an empty shell."""
+    """An acquired lock. Without an owner (ranks other than 0) every method is a no-op."""
 
     def __init__(self, path: Path, owner: LockOwner | None):
         self._path, self._owner = path, owner
 
     def heartbeat(self) -> None:
-        """A sign of life."""
+        """Update the mtime of owner.json."""
         if self._owner:
             with contextlib.suppress(OSError):
-                os.utime(self._path / _OWNER)  # no time given: the file server's own
+                os.utime(self._path / _OWNER)  # without a time: the file server's clock
 
     def taken_over_by(self) -> str | None:
-        """Who has taken the lock from us, as a message; None while it is ours."""
+        """Return an error message if this process no longer holds the lock, else None."""
         if self._owner is None:
             return None
         now = _read(self._path)
         if now is not None and now.token == self._owner.token:
             return None
-        by = f"by {now.process} at {now.since}" if now else "(it is gone)"
-        return f"{self._path} was taken from this job {by}; it stops here, before it could overwrite the other's work"
+        by = f"by {now.process} at {now.since}" if now else "(the lock is missing)"
+        return f"{self._path} was taken from this job {by}; this job stops, as it could overwrite the other's files"
 
     def release(self) -> None:
+        """Remove the lock if this process still holds it."""
         if self._owner and self.taken_over_by() is None:
-            aside = self._path.with_name(f".{self._path.name}.{self._owner.token}.released.tmp")
+            released = self._path.with_name(f".{self._path.name}.{self._owner.token}.released.tmp")
             with contextlib.suppress(OSError):
-                os.rename(self._path, aside)
-                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(self._path, released)
+                shutil.rmtree(released, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock while in use; a thread gives the signs of life. Raises UserError, naming the holder, if it is taken."""
-    lock, ended = acquire(path), threading.Event()
+    """Context manager that holds the lock; a thread sends heartbeats. Raises UserError naming the owner if it is held."""
+    lock, released = acquire(path), threading.Event()
 
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT_SECONDS):
+    def send_heartbeats() -> None:
+        while not released.wait(HEARTBEAT_SECONDS):
             lock.heartbeat()
 
-    threading.Thread(target=beat, name="lock", daemon=True).start()
+    threading.Thread(target=send_heartbeats, name="lock", daemon=True).start()
     try:
         yield
     finally:
-        ended.set()
+        released.set()
         lock.release()
 
 
 def current_owner(path: Path) -> LockOwner | None:
-    """Who holds the lock, to show it; None if nobody does, or it is known to be gone. Raises UserError if it is damaged."""
+    """Return the owner, None if the lock is free or its process has ended. Raises UserError if owner.json is invalid."""
     found = _read(path)
     return None if found is None or found.process.is_alive() is False else found
 
 
 def acquire(path: Path) -> DirectoryLock:
-    """Take the lock, also from an owner that is gone. Raises UserError, naming who holds it and since when, or OSError."""
+    """Acquire the lock, also from an owner that is gone. Raises UserError naming a live owner, or OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    me = LockOwner(
+    owner = LockOwner(
         ProcessIdentity.of_this_process(), secrets.token_hex(8), time.strftime("%Y-%m-%d %H:%M:%S %z")
     )
     for _ in range(_MAX_ATTEMPTS):
-        if _install(path, me):
-            _remove_old_locks(path)
-            return DirectoryLock(path, me)
+        if _install(path, owner):
+            _remove_stale_locks(path)
+            return DirectoryLock(path, owner)
         other = _read(path)
-        if other is None:  # released between the two looks
+        if other is None:  # released after _install failed
             continue
-        reason = _reason_owner_is_gone(path, other, me)
+        reason = _reason_owner_is_gone(path, other, owner)
         if reason is None:
             raise UserError(
                 f"{path.parent} is in use: {other.process}, since {other.since}; wait for it, end it, or give another "
@@ -122,10 +122,13 @@ def acquire(path: Path) -> DirectoryLock:
             )
         if _set_aside(path, other):
             terminal.warning(f"{path.parent}: took over from {other.process}, since {other.since}: {reason}")
-    raise UserError(f"{path}: others take and release it all the time; start one job per directory")
+    raise UserError(
+        f"{path}: acquired by other processes {_MAX_ATTEMPTS} times in a row; start one job per directory"
+    )
 
 
 def _install(path: Path, owner: LockOwner) -> bool:
+    """Publish the lock directory; return False if there is one."""
     staging = path.with_name(f".{path.name}.{owner.token}.tmp")
     staging.mkdir(exist_ok=True)
     atomic_dir.write_text(staging / _OWNER, json.dumps(asdict(owner), indent=1) + "\n")
@@ -140,7 +143,7 @@ def _install(path: Path, owner: LockOwner) -> bool:
 
 
 def _read(path: Path) -> LockOwner | None:
-    """The owner of the lock; None if nobody is. Raises UserError if the file is damaged."""
+    """Return the owner; None without a lock. Raises UserError if owner.json is invalid."""
     try:
         found = json.loads((path / _OWNER).read_text(encoding="utf-8"))
         return LockOwner(ProcessIdentity(**found["process"]), found["token"], found["since"])
@@ -148,12 +151,12 @@ def _read(path: Path) -> LockOwner | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path / _OWNER} cannot be read ({error}); if nobody works there, remove {path}"
+            f"{path / _OWNER} cannot be read ({error}); if no job uses the directory, remove {path}"
         ) from None
 
 
 def _set_aside(path: Path, other: LockOwner) -> bool:
-    """Move the lock of an owner that is gone out of the way; False if somebody else was faster."""
+    """Rename the lock of an owner that is gone; return False if another process did so first."""
     try:
         os.rename(path, path.with_name(f".{path.name}.{other.token}.gone.tmp"))
         return True
@@ -163,21 +166,21 @@ def _set_aside(path: Path, other: LockOwner) -> bool:
         raise
 
 
-def _remove_old_locks(path: Path) -> None:
-    """Keep the last few locks that were set aside: a slow taker may still be about to move the same one."""
+def _remove_stale_locks(path: Path) -> None:
+    """Remove all but the newest stale locks: a slow process may still be about to rename the same one."""
     with contextlib.suppress(OSError):
-        aside = sorted(path.parent.glob(f".{path.name}.*.gone.tmp"), key=lambda old: old.stat().st_ctime)
-        for old in aside[:-_MAX_STALE_LOCKS]:
-            shutil.rmtree(old, ignore_errors=True)
+        stale = sorted(path.parent.glob(f".{path.name}.*.gone.tmp"), key=lambda lock: lock.stat().st_ctime)
+        for lock in stale[:-_MAX_STALE_LOCKS]:
+            shutil.rmtree(lock, ignore_errors=True)
 
 
-def _reason_owner_is_gone(path: Path, other: LockOwner, me: LockOwner) -> str | None:
-    """Why the other owner no longer counts; None if it may be alive."""
-    lives = other.process.is_alive()
-    if lives is not None:
-        return None if lives else "its process is gone"
-    if other.process.job and other.process.job == me.process.job:
-        if other.process.restarts < me.process.restarts:
+def _reason_owner_is_gone(path: Path, other: LockOwner, owner: LockOwner) -> str | None:
+    """Return why `other` is gone, seen by the process of `owner`; None if it may be alive."""
+    is_alive = other.process.is_alive()
+    if is_alive is not None:
+        return None if is_alive else "its process is gone"
+    if other.process.job and other.process.job == owner.process.job:
+        if other.process.restarts < owner.process.restarts:
             return "this is the same Slurm job, started again"
     elif other.process.job and _job_is_gone(other.process.job):
         return "its Slurm job is not running any more"
@@ -185,34 +188,35 @@ def _reason_owner_is_gone(path: Path, other: LockOwner, me: LockOwner) -> str | 
 
 
 def _job_is_gone(job: str) -> bool:
-    """Whether Slurm says that a job does not run; False if it cannot be asked."""
+    """Return whether squeue reports that a job is not running; False if squeue fails."""
     try:
         command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return False
-    if told.returncode:
-        return "Invalid job id" in told.stderr
-    return not told.stdout.strip() or set(told.stdout.split()) <= {"PENDING"}
+    if done.returncode:
+        return "Invalid job id" in done.stderr
+    return not done.stdout.strip() or set(done.stdout.split()) <= {"PENDING"}
 
 
 def _reason_stale(path: Path) -> str | None:
-    """How long there was no sign of life, if it is long enough and stays so while we watch."""
+    """Return a message if the last heartbeat is too old and none comes within _WATCH_SECONDS, else None."""
     owner = path / _OWNER
     try:
-        last, now = owner.stat().st_mtime_ns, _file_system_time(path.parent)
-        silent = (now - last) / 1e9
-        if silent < _STALE_SECONDS:
+        last, now = owner.stat().st_mtime_ns, _file_system_time_ns(path.parent)
+        age_seconds = (now - last) / 1e9
+        if age_seconds < _STALE_SECONDS:
             return None
-        terminal.info(f"{path}: no sign of life for {silent:.0f} s; watching it for {_WATCH_SECONDS:.0f} s")
+        message = f"no heartbeat for {age_seconds:.0f} s"
+        terminal.info(f"{path}: {message}; watching it for {_WATCH_SECONDS:.0f} s")
         time.sleep(_WATCH_SECONDS)
-        return f"no sign of life for {silent:.0f} s" if owner.stat().st_mtime_ns == last else None
+        return message if owner.stat().st_mtime_ns == last else None
     except FileNotFoundError:
         return "it was released meanwhile"
 
 
-def _file_system_time(folder: Path) -> int:
-    """Nanoseconds, by the clock that stamps files there, which may not be ours."""
+def _file_system_time_ns(folder: Path) -> int:
+    """Return the time of the clock that stamps files in `folder`, which may be a file server's."""
     probe = folder / f".clock-{secrets.token_hex(4)}.tmp"
     probe.touch()
     try:

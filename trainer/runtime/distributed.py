@@ -1,9 +1,9 @@
-"""The only file that knows RANK, SLURM_*, PMI_*, OMPI_*: who we are among the processes, whoever started them.
+"""Distributed environment of this process (rank, world size, local rank) and collectives on Python objects.
 
-Works the same under the deepspeed launcher and torchrun (RANK, ...), mpiexec/mpirun (MPICH, Open MPI), srun, and
-for a single process. The environment is completed *before* DeepSpeed looks at it: left alone it falls into MPI
-discovery, whose local rank is wrong with several slurmd on one host, and into port 29500, which collides as soon
-as two jobs share a node.
+Supports the deepspeed launcher and torchrun (RANK, ...), mpiexec/mpirun (MPICH, Open MPI), srun, and a single process.
+Other modules must not read RANK, SLURM_*, PMI_* or OMPI_*. RANK, MASTER_ADDR, ... are set *before* DeepSpeed reads them:
+otherwise it uses MPI discovery, whose local rank is wrong with several slurmd on one host, and port 29500, which
+collides as soon as two jobs share a node.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.runtime import malloc, process_group
 
 @dataclass(frozen=True)
 class DistributedEnvironment:
-    """Who this process is. `launcher`: "env" (RANK given), "slurm", "mpi" or "single"."""
+    """Ranks and world sizes of this process. `launcher`: "env" (RANK is set), "slurm", "mpi" or "single"."""
 
     rank: int = 0
     world_size: int = 1
@@ -38,10 +38,10 @@ _environment: DistributedEnvironment | None = None  # set by initialize
 
 
 def initialize(timeout_seconds: int = 1800) -> DistributedEnvironment:
-    """Find our place, complete the environment, set threads, memory and device, and open the process group.
+    """Set RANK, ..., number of threads, malloc and device, open the process group (Gloo for CPU tensors, NCCL for CUDA).
 
-    Gloo carries CPU tensors and NCCL CUDA ones. A process without a launcher is a world of one. A second call
-    changes nothing. Raises UserError for a contradictory environment, a taken port, or ranks that do not meet.
+    Without a launcher the world size is 1. A second call has no effect. Raises UserError for contradictory variables, a
+    port in use, or a failed rendezvous.
     """
     global _environment
     if _environment is not None:
@@ -77,77 +77,77 @@ def initialize(timeout_seconds: int = 1800) -> DistributedEnvironment:
 
 
 def device_index(local_rank: int, num_visible: int) -> int:
-    """A site may show a task one GPU (its own), a few, or all of its node's: the number among those it sees."""
+    """Return the index among the visible GPUs. Sites show a task its own GPU only, some, or all GPUs of the node."""
     return local_rank % num_visible
 
 
-def _check_one_gpu_per_rank(identity: str) -> None:
-    """Collective. Two ranks on one GPU would hang in NCCL or run out of memory."""
-    owners: dict[str, int] = {}
-    for rank, device in enumerate(gather_objects(identity)):
-        if device in owners:
+def _check_one_gpu_per_rank(gpu_uuid: str) -> None:
+    """Collective. Raises UserError if ranks share a GPU: they would hang in NCCL or run out of memory."""
+    ranks: dict[str, int] = {}
+    for rank, gpu in enumerate(gather_objects(gpu_uuid)):
+        if gpu in ranks:
             raise UserError(
-                f"ranks {owners[device]} and {rank} have the same GPU ({device}): fewer GPUs than ranks on a node; "
+                f"ranks {ranks[gpu]} and {rank} have the same GPU ({gpu}): fewer GPUs than ranks on a node; "
                 "ask for one GPU for each task (Slurm: --gpus-per-task=1, or --gpus-per-node as many as tasks)"
             )
-        owners[device] = rank
+        ranks[gpu] = rank
 
 
-def environment_from_launcher(environment: Mapping[str, str]) -> DistributedEnvironment:
-    """Read our place from the environment; changes nothing. Raises UserError naming contradictory variables."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        world = _read_environment(environment, "env", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        _check_consistent(environment, world)
-        return world
-    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+def environment_from_launcher(variables: Mapping[str, str]) -> DistributedEnvironment:
+    """Return the distributed environment given by environment variables. Raises UserError if they are contradictory."""
+    if "RANK" in variables and "WORLD_SIZE" in variables:
+        found = _read_environment(variables, "env", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        _check_consistent(variables, found)
+        return found
+    if "SLURM_STEP_ID" in variables and "SLURM_PROCID" in variables:
+        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in variables else "SLURM_NTASKS"
         names = ("SLURM_PROCID", tasks, "SLURM_LOCALID", "_LOCAL")
         return _read_environment(
-            {**environment, "_LOCAL": str(tasks_on_this_node(environment))}, "slurm", *names
+            {**variables, "_LOCAL": str(_num_tasks_on_this_node(variables))}, "slurm", *names
         )
-    if "PMI_RANK" in environment:
+    if "PMI_RANK" in variables:
         return _read_environment(
-            environment, "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
+            variables, "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
         )
-    if "OMPI_COMM_WORLD_RANK" in environment:
+    if "OMPI_COMM_WORLD_RANK" in variables:
         prefix = "OMPI_COMM_WORLD_"
         names = (prefix + "RANK", prefix + "SIZE", prefix + "LOCAL_RANK", prefix + "LOCAL_SIZE")
-        return _read_environment(environment, "mpi", *names)
+        return _read_environment(variables, "mpi", *names)
     return DistributedEnvironment()
 
 
-def tasks_on_this_node(environment: Mapping[str, str]) -> int:
-    """Tasks of this srun step here, from Slurm's compressed list: node 2 of `4(x2),1` has 1."""
+def _num_tasks_on_this_node(variables: Mapping[str, str]) -> int:
+    """Return the tasks of this srun step on this node from Slurm's compressed list: node 2 of `4(x2),1` has 1."""
     counts: list[int] = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+    for item in variables.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
         if not match:
-            raise UserError(f"cannot read SLURM_STEP_TASKS_PER_NODE={part!r}")
+            raise UserError(f"cannot read SLURM_STEP_TASKS_PER_NODE={item!r}")
         counts += [int(match[1])] * int(match[2] or 1)
-    node = environment.get("SLURM_NODEID", "0")
+    node = variables.get("SLURM_NODEID", "0")
     return counts[int(node)] if node.isdigit() and int(node) < len(counts) else counts[0]
 
 
-def restarts_of_job(environment: Mapping[str, str]) -> int:
-    """How often Slurm has started this job again (preempted, requeued, node lost); 0 without Slurm."""
-    count = environment.get("SLURM_RESTART_COUNT", "")
+def num_job_restarts(variables: Mapping[str, str]) -> int:
+    """Return the number of times Slurm has restarted this job (preempted, requeued, node lost); 0 without Slurm."""
+    count = variables.get("SLURM_RESTART_COUNT", "")
     return int(count) if count.isdigit() else 0
 
 
-def seconds_left_of_job(environment: Mapping[str, str]) -> float | None:
-    """Seconds until the wall-clock limit of our Slurm job; None if there is no job, or nobody to tell."""
-    if "SLURM_JOB_ID" not in environment:
+def seconds_left_of_job(variables: Mapping[str, str]) -> float | None:
+    """Return the seconds until the wall-clock limit of the Slurm job; None without a job or if the limit is unknown."""
+    if "SLURM_JOB_ID" not in variables:
         return None
-    end = environment.get("SLURM_JOB_END_TIME", "")  # Slurm 23.02 and later
+    end = variables.get("SLURM_JOB_END_TIME", "")  # Slurm 23.02 and later
     if end.isdigit():
         return int(end) - time.time()
-    told = _scontrol_show("job", environment["SLURM_JOB_ID"])
-    match = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", told)
+    output = _scontrol_show("job", variables["SLURM_JOB_ID"])
+    match = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", output)
     return datetime.fromisoformat(match[1]).timestamp() - time.time() if match else None
 
 
 def _scontrol_show(kind: str, name: str) -> str:
-    """What Slurm knows of a job or a node; "" in a container without its commands (--signal still tells the time)."""
+    """Return scontrol's description of a job or node; "" without scontrol (a container; --signal works there too)."""
     command = ["scontrol", "--oneliner", "show", kind, name]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
@@ -155,35 +155,35 @@ def _scontrol_show(kind: str, name: str) -> str:
         return ""
 
 
-def threads_per_rank(environment: Mapping[str, str], world: DistributedEnvironment) -> int:
-    """Threads of one rank: as told by OMP_NUM_THREADS or Slurm, else this node's share of the usable cores.
+def threads_per_rank(variables: Mapping[str, str], environment: DistributedEnvironment) -> int:
+    """Return the number of CPU threads of one rank: OMP_NUM_THREADS or Slurm's, else its share of the usable cores.
 
-    Without a limit every rank would start as many threads as there are cores, and they would fight over them.
+    torch's default, one thread per core in every rank, would oversubscribe the cores.
     """
     for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
-        if environment.get(name, "").isdigit() and int(environment[name]) > 0:
-            return int(environment[name])
+        if variables.get(name, "").isdigit() and int(variables[name]) > 0:
+            return int(variables[name])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // world.local_world_size)
+    return max(1, cores // environment.local_world_size)
 
 
-def without_launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without our place in it: for a program that starts a world of its own.
+def without_launcher_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables without those of launchers and Slurm, for starting a separate distributed program.
 
-    What is left of a shell, an allocation or an srun step would make its ranks believe that they are somebody else.
+    Variables of a shell, an allocation or an srun step would give its ranks wrong rank numbers.
     """
-    places = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-    names = (*places, "MASTER_ADDR", "MASTER_PORT")
+    rank_names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    names = (*rank_names, "MASTER_ADDR", "MASTER_PORT")
     prefixes = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_")
     return {
         name: value
-        for name, value in environment.items()
+        for name, value in variables.items()
         if name not in names and not name.startswith(prefixes)
     }
 
 
 def environment() -> DistributedEnvironment:
-    """Who we are; before `initialize` (an early error must be told once, not by every rank) as the launcher says."""
+    """Return this process's environment; before `initialize` the launcher's, so that rank 0 alone logs early errors."""
     return _environment or environment_from_launcher(os.environ)
 
 
@@ -203,18 +203,18 @@ def barrier() -> None:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank (a small picklable object; it comes from our own processes only)."""
+    """Collective. Return rank 0's value, a small picklable object, on every rank."""
     if _is_single_process():
         return value
     import torch.distributed as dist
 
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
+    """Collective. Return the values of all ranks in rank order on every rank."""
     if _is_single_process():
         return [value]
     import torch.distributed as dist
@@ -225,7 +225,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Collective. Whether the flag is set on any rank; one small reduction on the CPU."""
+    """Collective. Return whether the flag is set on any rank; one small all-reduce on the CPU."""
     if _is_single_process():
         return flag
     import torch
@@ -237,7 +237,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def raise_on_all_ranks(error: str | None) -> None:
-    """If any rank has an error, every rank raises it: nobody is left waiting in a collective."""
+    """Collective. Raise UserError on every rank if any rank has an error, so that no rank hangs in a later collective."""
     errors = [(rank, text) for rank, text in enumerate(gather_objects(error)) if text]
     if errors:
         rank, text = errors[0]
@@ -245,7 +245,7 @@ def raise_on_all_ranks(error: str | None) -> None:
 
 
 def is_communication_failure(error: Exception) -> bool:
-    """Whether a collective failed because a rank is gone, or does not answer. (Gloo has no exception of its own.)"""
+    """Return whether a collective failed because a rank has exited or timed out (Gloo has no exception class)."""
     if "torch.distributed" not in sys.modules:
         return False
     import torch.distributed as dist
@@ -254,14 +254,14 @@ def is_communication_failure(error: Exception) -> bool:
 
 
 def shutdown() -> None:
-    """Close the process group and leave MPI's world, if there is one of either. Nothing may be said to others after."""
+    """Destroy the process group and finalize MPI, where open. No communication is possible afterwards."""
     global _environment
     if "torch.distributed" in sys.modules:
         import torch.distributed as dist
 
         if dist.is_initialized():
             dist.destroy_process_group()
-    if "mpi4py.MPI" in sys.modules:  # or mpiexec takes the end of a process for a fault
+    if "mpi4py.MPI" in sys.modules:  # without MPI_Finalize mpiexec reports a failure
         from mpi4py import MPI
 
         if MPI.Is_initialized() and not MPI.Is_finalized():
@@ -269,16 +269,16 @@ def shutdown() -> None:
     _environment = None
 
 
-def _read_environment(environment: Mapping[str, str], launcher: str, *names: str) -> DistributedEnvironment:
+def _read_environment(variables: Mapping[str, str], launcher: str, *names: str) -> DistributedEnvironment:
     rank, size, local_rank, local_size = names
     values = {}
     for name in names:
-        text = environment.get(name)
+        text = variables.get(name)
         if text is None and name == local_size:
-            # torchrun and deepspeed set LOCAL_WORLD_SIZE / LOCAL_SIZE; by hand it may be missing: assume one node.
-            text = environment.get("LOCAL_SIZE", environment.get(size))
+            # torchrun sets LOCAL_WORLD_SIZE and deepspeed LOCAL_SIZE; without them assume one node.
+            text = variables.get("LOCAL_SIZE", variables.get(size))
         elif text is None and name == local_rank:
-            text = environment.get(rank)
+            text = variables.get(rank)
         try:
             values[name] = int(text or "")
         except ValueError:
@@ -290,59 +290,61 @@ def _read_environment(environment: Mapping[str, str], launcher: str, *names: str
     )
     if not 0 <= found.rank < found.world_size:
         raise UserError(
-            f"{rank}={found.rank} but {size}={found.world_size}: a rank is below the number of ranks"
+            f"{rank}={found.rank} but {size}={found.world_size}: a rank must be less than the world size"
         )
     return found
 
 
-def _check_consistent(environment: Mapping[str, str], found: DistributedEnvironment) -> None:
-    """RANK set by hand, or left over in a shell, inside an srun step: N separate runs, or ranks waiting for ever.
+def _check_consistent(variables: Mapping[str, str], found: DistributedEnvironment) -> None:
+    """Raise UserError if RANK, set by hand or inherited from a shell, contradicts the srun step.
 
-    Right are one task a rank with Slurm's own numbers, and one launcher task a node.
+    Such ranks would form N separate runs or wait forever. Valid are one task per rank with Slurm's numbers, and one
+    launcher task per node.
     """
-    tasks_text = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", ""))
-    if "SLURM_STEP_ID" not in environment or not tasks_text.isdigit() or int(tasks_text) == 1:
+    tasks_text = variables.get("SLURM_STEP_NUM_TASKS", variables.get("SLURM_NTASKS", ""))
+    if "SLURM_STEP_ID" not in variables or not tasks_text.isdigit() or int(tasks_text) == 1:
         return
-    tasks, task = int(tasks_text), environment.get("SLURM_PROCID", "")
-    by_launcher = "TORCHELASTIC_RUN_ID" in environment or found.world_size == tasks * found.local_world_size
-    if found.world_size != tasks and not (by_launcher and found.local_world_size > 1):
+    num_tasks, task = int(tasks_text), variables.get("SLURM_PROCID", "")
+    is_torchrun = "TORCHELASTIC_RUN_ID" in variables
+    by_launcher = is_torchrun or found.world_size == num_tasks * found.local_world_size
+    if found.world_size != num_tasks and not (by_launcher and found.local_world_size > 1):
         raise UserError(
-            f"WORLD_SIZE={found.world_size} but SLURM_NTASKS={tasks}: unset RANK and WORLD_SIZE, "
+            f"WORLD_SIZE={found.world_size} but SLURM_NTASKS={num_tasks}: unset RANK and WORLD_SIZE, "
             "or start one launcher task per node"
         )
-    if found.world_size == tasks and task != str(found.rank) and "TORCHELASTIC_RUN_ID" not in environment:
+    if found.world_size == num_tasks and task != str(found.rank) and not is_torchrun:
         raise UserError(
             f"RANK={found.rank} but SLURM_PROCID={task}: RANK was left over in the environment; "
             "unset RANK and WORLD_SIZE, srun sets what is needed"
         )
 
 
-def _check_started_by_srun(environment: Mapping[str, str], found: DistributedEnvironment) -> None:
-    """A tool started in a batch script without srun would be alone, and the job's other tasks idle."""
-    tasks = environment.get("SLURM_NTASKS", "")
-    if found.launcher == "single" and tasks.isdigit() and int(tasks) > 1:
+def _check_started_by_srun(variables: Mapping[str, str], found: DistributedEnvironment) -> None:
+    """Raise UserError for a tool in a batch script without srun: it would use one of the job's tasks only."""
+    num_tasks = variables.get("SLURM_NTASKS", "")
+    if found.launcher == "single" and num_tasks.isdigit() and int(num_tasks) > 1:
         raise UserError(
-            f"SLURM_NTASKS={tasks}, but this process was not started by srun and would be alone; "
+            f"SLURM_NTASKS={num_tasks}, but this process was not started by srun and would run alone; "
             "write srun before the command, or unset SLURM_NTASKS"
         )
 
 
-def _master_address(environment: Mapping[str, str], found: DistributedEnvironment) -> tuple[str, int]:
-    """Address and port of rank 0. On Slurm the port follows from the job id: two jobs on a node do not meet."""
-    if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
-        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+def _master_address(variables: Mapping[str, str], found: DistributedEnvironment) -> tuple[str, int]:
+    """Return address and port of rank 0. On Slurm the port is derived from the job id to avoid collisions on a node."""
+    if "MASTER_ADDR" in variables and "MASTER_PORT" in variables:
+        return variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
     if found.launcher == "slurm":
-        # A restarted job takes another port: the old one may still be held by ranks that take long to die.
-        job = int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])
-        port = 20000 + (job + 13 * restarts_of_job(environment)) % 20000
-        return _node_address(first_host(environment["SLURM_STEP_NODELIST"])), port
+        # A restarted job uses another port: ranks of the old start that exit slowly may still hold the old one.
+        job = int(variables["SLURM_JOB_ID"]) * 7 + int(variables["SLURM_STEP_ID"])
+        port = 20000 + (job + 13 * num_job_restarts(variables)) % 20000
+        return _node_address(first_host(variables["SLURM_STEP_NODELIST"])), port
     if found.world_size > 1:
         raise UserError("RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT are not")
     return "127.0.0.1", process_group.free_port()
 
 
 def _node_address(node: str) -> str:
-    """A node's name, or, where names of nodes are not names of hosts, the address Slurm itself uses."""
+    """Return the node's name if it resolves, else the address in Slurm's node table. Raises UserError without one."""
     try:
         socket.getaddrinfo(node, None)
         return node
@@ -350,12 +352,12 @@ def _node_address(node: str) -> str:
         pass
     match = re.search(r"\bNodeAddr=(\S+)", _scontrol_show("node", node))
     if not match:
-        raise UserError(f"the node name {node} does not resolve, and scontrol does not tell its address")
+        raise UserError(f"the node name {node} does not resolve, and scontrol gives no address for it")
     return match[1]
 
 
 def first_host(nodelist: str) -> str:
-    """First host of Slurm's compressed list: `gpu[03-07,12],login` -> `gpu03`."""
+    """Return the first host of Slurm's compressed list: `gpu[03-07,12],login` -> `gpu03`."""
     match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,]*)", nodelist)
     if not match:
         raise UserError(f"cannot read the node list {nodelist!r}")
@@ -365,16 +367,17 @@ def first_host(nodelist: str) -> str:
 def _master_address_over_mpi() -> tuple[str, int]:
     from mpi4py import MPI
 
-    here = (socket.gethostname(), process_group.free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
-    host, port = MPI.COMM_WORLD.bcast(here, root=0)
+    address = (socket.gethostname(), process_group.free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
+    host, port = MPI.COMM_WORLD.bcast(address, root=0)
     same_host = MPI.COMM_WORLD.allreduce(int(host == socket.gethostname())) == MPI.COMM_WORLD.Get_size()
     return ("127.0.0.1" if same_host else host), port
 
 
-def assert_same_on_all_ranks(what: str, value: Any) -> None:
-    """Refuse to go on if ranks see different things (another file, another code version). Raises UserError on all."""
-    values = gather_objects(value)
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            differing = [key for key in values[0] if values[0][key] != other.get(key)]
-            raise UserError(f"{what}: rank {rank} differs from rank 0 in {', '.join(differing)}")
+def assert_same_on_all_ranks(name: str, values: dict[str, Any]) -> None:
+    """Collective. Raise UserError on all ranks if a value (a file's digest, a version) differs between ranks."""
+    values_by_rank = gather_objects(values)
+    first = values_by_rank[0]
+    for rank, other in enumerate(values_by_rank):
+        if other != first:
+            differing = [key for key in first if first[key] != other.get(key)]
+            raise UserError(f"{name}: rank {rank} differs from rank 0 in {', '.join(differing)}")

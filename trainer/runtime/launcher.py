@@ -1,9 +1,8 @@
-"""Is whoever started our rank still there?
+"""Detection of a launcher (deepspeed, torchrun) that has exited while its ranks are running.
 
-The `deepspeed` command, told to end or killed, leaves its ranks running (0.19.8): they would train on for hours, unseen,
-and hold the run directory. So a rank remembers its ancestors up to the topmost launcher, and asks to stop when that line
-is broken. Who was started by something else (plain Python, srun, mpiexec) has no such line: srun and mpiexec end their
-ranks themselves, and a shell may well be closed over a training.
+When the `deepspeed` command is terminated or killed, its ranks keep running (0.19.8) and hold the run directory. A rank
+therefore records its ancestor processes up to the topmost launcher and stops when that chain changes. Other parents
+are not watched: srun and mpiexec end their ranks themselves, and a shell may be closed during a training.
 """
 
 from __future__ import annotations
@@ -15,35 +14,35 @@ from trainer.runtime import process_identity
 
 _COMMANDS = {"deepspeed", "torchrun"}
 _MODULES = {"deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"}
-_MAX_ANCESTORS = 8  # a launcher, its helper, numactl, shells between them
+_MAX_ANCESTORS = 8  # launcher, its helper process, numactl, shells between them
 
 
 class Launcher:
-    """The line of processes from our parent up to the launcher; empty if no launcher is known."""
+    """The processes from this one's parent up to the topmost launcher, if there is one."""
 
     def __init__(self) -> None:
-        ancestors = _ancestors(_MAX_ANCESTORS)
-        launchers = [place for place, pid in enumerate(ancestors) if _is_launcher(pid)]
-        self._line = ancestors[: launchers[-1] + 1] if launchers else []
+        pids = _ancestor_pids(_MAX_ANCESTORS)
+        launchers = [index for index, pid in enumerate(pids) if _is_launcher(pid)]
+        self._pids = pids[: launchers[-1] + 1] if launchers else []
 
     @property
     def is_known(self) -> bool:
-        return bool(self._line)
+        return bool(self._pids)
 
     @property
     def is_gone(self) -> bool:
-        """Whether one of them has ended: its child then has another parent."""
-        return _ancestors(len(self._line)) != self._line
+        """True if one of the processes has ended: its child then has another parent."""
+        return _ancestor_pids(len(self._pids)) != self._pids
 
 
-def _ancestors(most: int) -> list[int]:
-    """Numbers of our parent, its parent, ... (those that can be seen)."""
-    found: list[int] = []
+def _ancestor_pids(limit: int) -> list[int]:
+    """Return the pids of the parent, its parent, ..., as far as they are visible."""
+    pids: list[int] = []
     pid = os.getppid()
-    while len(found) < most and pid > 1:
-        found.append(pid)
+    while len(pids) < limit and pid > 1:
+        pids.append(pid)
         pid = process_identity.parent_pid(pid)
-    return found
+    return pids
 
 
 def _is_launcher(pid: int) -> bool:
@@ -51,5 +50,5 @@ def _is_launcher(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
     except OSError:
         return False
-    command = {Path(word).name for word in words[:2]}  # the second is the script that Python runs
+    command = {Path(word).name for word in words[:2]}  # words[1] may be the script that Python runs
     return bool(command & _COMMANDS or _MODULES & set(words))

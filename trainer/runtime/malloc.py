@@ -1,13 +1,12 @@
-"""On a CPU, keep freed memory in the process.
+"""glibc malloc settings for training on a CPU, and memory limits of the machine and the control group.
 
-glibc asks the kernel for every tensor above 32 MB and hands it back when it is freed; the kernel then clears the same
-pages again and again: a sixth of a step of a small GPT-2 (measured). Kept in the heap they are ready for the next step.
-A thread that asks for so much gets it from the kernel all the same, unless all threads share one heap: gloo's gather all
-weights after every step (3 to 4 % of it on two ranks).
+By default glibc maps every tensor above 32 MB and unmaps it when freed, and the kernel clears the pages each time: a
+sixth of a step of a small GPT-2 (measured). `tune_glibc_malloc` keeps freed pages in one heap for all threads; with a
+heap per thread, gloo's threads, which gather all weights after every step, would still map (3 to 4 % of a step on two
+ranks).
 
-Tensors whose size changes from step to step (logits at the learned positions) leave holes that the next ones do not fit
-into, so the process grows: from 8.5 to 17 GB in 20 steps of a student with 262,144 tokens. `HeapLimit` gives the holes
-back to the kernel when they have become many.
+Tensors whose size changes from step to step (logits at the target positions) fragment the heap: a model with a vocabulary
+of 262,144 tokens grew from 8.5 to 17 GB in 20 steps. `HeapLimit` returns the free pages to the kernel.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import math
 import os
 from pathlib import Path
 
-_GROWTH = 1.2  # of the process over its size after the first steps
-_GROWTH_BYTES = 256 << 20
-_FIRST_STEPS = 2  # the optimizer's state is there after one
+_MAX_GROWTH = 1.2  # of the resident size after the first steps
+_MAX_GROWTH_BYTES = 256 << 20  # in addition
+_NUM_FIRST_STEPS = 2  # the first one allocates the optimizer's state
 _CONTROL_GROUP_FILES = [
     (Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used))
     for limit, used in (
@@ -31,7 +30,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
 def tune_glibc_malloc() -> None:
-    """Before there are other threads. Nothing on an accelerator, without glibc, or if MALLOC_* in the environment decide."""
+    """Keep freed memory in one heap. Must be called before other threads start.
+
+    Does nothing on an accelerator, without glibc, or if a variable MALLOC_* is set.
+    """
     import torch
 
     if torch.cuda.is_available() or any(name.startswith("MALLOC_") for name in os.environ):
@@ -44,14 +46,14 @@ def tune_glibc_malloc() -> None:
 
 
 def trim_heap() -> None:
-    """Give the free pages of the heap back to the kernel, those in the middle of it too; nothing without glibc."""
+    """Return the free pages of the heap, also those inside it, to the kernel. Does nothing without glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def available_bytes() -> float:
-    """Return the memory that the machine, or this process's control group, has left."""
+    """Return the available memory of the machine or of this process's control group, whichever is less."""
     import psutil
 
     limit, used = control_group_bytes()
@@ -59,7 +61,7 @@ def available_bytes() -> float:
 
 
 def control_group_bytes() -> tuple[float, float]:
-    """Return the memory limit of this process's control group and what it uses: infinity and 0 without a limit."""
+    """Return (memory limit, used memory) of this process's control group; (inf, 0.0) without a limit."""
     for limit, used in _CONTROL_GROUP_FILES:
         try:
             return float(limit.read_text(encoding="ascii")), float(used.read_text(encoding="ascii"))
@@ -69,9 +71,9 @@ def control_group_bytes() -> tuple[float, float]:
 
 
 class HeapLimit:
-    """Called after each step: hands free memory back to the kernel when the process has grown much since its first steps.
+    """Trims the heap when the process has grown since its first steps. Must be called after each step.
 
-    The pages come back with the next step, cleared anew: that costs one step what `keep_freed_memory` saves in each.
+    The next step maps the pages anew, which costs what `tune_glibc_malloc` saves in a step.
     """
 
     def __init__(self) -> None:
@@ -79,14 +81,14 @@ class HeapLimit:
         self._limit_bytes = 0.0
 
     def __call__(self) -> bool:
-        """Return whether memory was handed back."""
+        """Return whether the heap was trimmed."""
         self._num_calls += 1
-        if self._num_calls < _FIRST_STEPS:
+        if self._num_calls < _NUM_FIRST_STEPS:
             return False
-        resident = _resident_bytes()
-        if self._num_calls == _FIRST_STEPS:
-            self._limit_bytes = _GROWTH * resident + _GROWTH_BYTES
-        if resident <= self._limit_bytes:
+        resident_bytes = _resident_bytes()
+        if self._num_calls == _NUM_FIRST_STEPS:
+            self._limit_bytes = _MAX_GROWTH * resident_bytes + _MAX_GROWTH_BYTES
+        if resident_bytes <= self._limit_bytes:
             return False
         trim_heap()
         return True

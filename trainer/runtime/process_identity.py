@@ -1,4 +1,4 @@
-"""Which process somebody was, written down so that another can later tell whether it still lives."""
+"""Serialisable process identity for liveness checks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from trainer.runtime import distributed
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process. Process numbers are used again, so its start counts too; they mean something in one `space` only."""
+    """A process, identified by pid and start time (pids are reused) within one boot and pid namespace."""
 
     host: str
     pid: int
-    started: int  # clock ticks after boot: jumps of the clock do not matter
-    space: str  # boot and pid namespace, in which `pid` is unique
-    job: str  # Slurm's number, "" without
-    restarts: int  # of that job
+    started: int  # clock ticks since boot, not affected by clock jumps
+    space: str  # boot id and pid namespace
+    job: str  # Slurm job id, "" without Slurm
+    restarts: int  # of the Slurm job
 
     @classmethod
     def of_this_process(cls) -> ProcessIdentity:
@@ -29,11 +29,11 @@ class ProcessIdentity:
             _start_ticks(os.getpid()) or 0,
             _pid_space(),
             os.environ.get("SLURM_JOB_ID", ""),
-            distributed.restarts_of_job(os.environ),
+            distributed.num_job_restarts(os.environ),
         )
 
     def is_alive(self) -> bool | None:
-        """Whether the process is still there; None if that cannot be seen from here."""
+        """Return whether the process is running; None if it is not visible from this boot and pid namespace."""
         if self.space != _pid_space() or not self.started:
             return None
         return _start_ticks(self.pid) == self.started
@@ -44,29 +44,29 @@ class ProcessIdentity:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """When a process was started, in clock ticks after boot; None if there is none (or nothing but its exit status)."""
+    """Return a process's start time in clock ticks since boot; None if it does not exist or is a zombie."""
     fields = _stat(pid)
     return None if not fields or fields[0] in "ZX" else int(fields[19])
 
 
 def parent_pid(pid: int) -> int:
-    """The number of a process's parent; 0 if there is no such process, or no /proc."""
+    """Return the pid of a process's parent; 0 if the process or /proc does not exist."""
     fields = _stat(pid)
     return int(fields[1]) if fields else 0
 
 
 def _stat(pid: int) -> list[str]:
-    """What Linux tells of a process, from its state on: 0 state, 1 parent, 19 start; empty if it cannot be read."""
+    """Return the fields of /proc/<pid>/stat after the command: 0 state, 1 parent, 19 start; [] if it cannot be read."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    return text.rpartition(")")[2].split()  # the command, in parentheses before them, may contain anything
+    return text.rpartition(")")[2].split()  # the command may contain spaces and parentheses
 
 
 def _pid_space() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux: nothing can be said about other processes
+    except OSError:  # not Linux: other processes are not visible
         return f"{socket.gethostname()} {os.getpid()}"

@@ -1,4 +1,4 @@
-"""Named integers that all ranks of a job share: over one-sided MPI, over a TCP store, or within one process."""
+"""Named integer counters shared by all ranks: over one-sided MPI, over a TCP store, or within one process."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from trainer.runtime.distributed import DistributedEnvironment
 
 
 class Counter(Protocol):
-    """Named integers shared by all ranks, from 0."""
+    """Interface for named integers shared by all ranks, initially 0."""
 
     def add(self, name: str, amount: int) -> int:
-        """Add at once for all ranks; the value before."""
+        """Add atomically and return the previous value."""
 
     def serve(self) -> None:
-        """Called often: lets through what other ranks ask of this one."""
+        """Make progress on other ranks' requests; must be called often."""
 
     def finish(self) -> None:
-        """Collective: no rank adds any more."""
+        """Collective. Must be called after the last `add`."""
 
 
 class ProcessCounter:
-    """For one process."""
+    """Counter within one process."""
 
     def __init__(self) -> None:
         self._values: defaultdict[str, int] = defaultdict(int)
@@ -46,12 +46,11 @@ class ProcessCounter:
 
 
 class StoreCounter:
-    """On a TCP store that rank 0 serves from a thread of its own. Collective."""
+    """Counter on a TCP store that a thread of rank 0 serves. The constructor is collective."""
 
     def __init__(self, environment: DistributedEnvironment) -> None:
         from torch.distributed import TCPStore
 
-        # MASTER_ADDR reaches rank 0 from everywhere; the port is any free one, and the process group tells it.
         host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=60)
         if environment.rank == 0:
             self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
@@ -63,17 +62,17 @@ class StoreCounter:
         return self._store.add(name, amount) - amount
 
     def serve(self) -> None:
-        pass  # a thread of the store does
+        pass  # the store has its own thread
 
     def finish(self) -> None:
-        distributed.barrier()  # rank 0 serves until the last has asked
+        distributed.barrier()  # rank 0 must serve until the last `add`
 
 
 class MPICounter:
-    """In a window of rank 0's memory, by one-sided MPI operations. Collective.
+    """Counter in a window of rank 0's memory, with one-sided MPI operations. The constructor is collective.
 
-    A passive target on another host makes progress only inside MPI calls: rank 0 calls `serve` at every step, and
-    `finish` comes before any wait that is not MPI's, or whoever still asks would wait for rank 0, and rank 0 for him.
+    A passive target on another host makes progress only inside MPI calls: rank 0 must call `serve` at every step, and
+    `finish` before it blocks outside MPI, or it deadlocks with a rank inside `add`.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -108,8 +107,10 @@ class MPICounter:
 
 @contextlib.contextmanager
 def shared_counter(names: Sequence[str]) -> Iterator[Counter]:
-    """The counter for the way this world was launched. Collective at both ends; the block must not raise on one
-    rank alone (see `gather.errors_together`)."""
+    """Context manager that yields a counter for this process's launcher.
+
+    Collective on entry and exit: the block must raise on all ranks or on none.
+    """
     environment = distributed.environment()
     counter: Counter
     if environment.world_size == 1:

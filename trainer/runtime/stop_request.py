@@ -1,10 +1,9 @@
-"""Asked to stop: a signal, or a time limit that comes near, only sets a flag; the ranks agree on it at safe points.
+"""Stop requests by signals, a time limit or a lost launcher; the ranks agree on them at safe points.
 
-SIGTERM (a scheduler, a launcher), SIGUSR1 (Slurm's --signal), SIGHUP (a terminal that was closed) and SIGINT (Ctrl-C) ask
-for a checkpoint and an end, and so does a launcher that is gone (launcher.py). A rank that saved alone would leave the
-others waiting in a collective. Where there is nothing to save (before the first step, in an evaluation, whose answers are
-on disk at once) the process ends there and then, with a status that says: start me again. Imports nothing heavy: it
-listens while the imports run.
+SIGTERM (scheduler, launcher), SIGUSR1 (Slurm's --signal), SIGHUP (closed terminal), SIGINT (Ctrl-C) and an exited launcher
+(launcher.py) request a checkpoint and an exit. They only set a flag, since a rank that saved alone would hang in a
+collective. Where there is nothing to save (before the first step, or in an evaluation, whose answers are already on disk)
+the process exits immediately with EXIT_REQUEUE. Must not import heavy libraries: the handlers are active during imports.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ _SLACK_SECONDS = 5.0
 
 
 class StopRequest:
-    """Remembers the first signal, and watches launcher and time limit; `requested`: this rank was asked to stop."""
+    """The stop request of this rank: records the first cause, and watches the launcher and the deadline."""
 
     def __init__(self) -> None:
         self.cause = ""
         self.started = time.monotonic()
         self._launcher: Launcher | None = None
         self._is_deferring = False
-        self._deadline: float | None = None  # on the monotonic clock, which does not jump
+        self._deadline: float | None = None  # of time.monotonic()
         self._save_seconds = 0.0
         self._step_seconds = 0.0
 
     def install_signal_handlers(self) -> None:
-        """From now on a signal, or the launcher's end, ends the process at once, with the status: start me again."""
+        """Make signals and the launcher's exit end the process immediately with EXIT_REQUEUE."""
         for number in _SCHEDULER_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._on_signal)
@@ -50,39 +49,39 @@ class StopRequest:
                 ).start()
 
     def defer_signals(self) -> None:
-        """From now on there is something to save: signals, Ctrl-C too, are remembered instead."""
+        """Make signals, including SIGINT, only set the cause: there is something to save."""
         self._is_deferring = True
         signal.signal(signal.SIGINT, self._on_signal)
 
     def ignore_signals(self) -> None:
-        """Everything is saved: a signal would only change the exit status."""
+        """Ignore signals after the last save: they would only change the exit status."""
         for number in (*_SCHEDULER_SIGNALS, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
     def set_deadline(self, seconds_left: float, save_seconds: float) -> None:
-        """Stop in time for a save that takes about `save_seconds`."""
+        """Request a stop early enough before the deadline for a save of about `save_seconds`."""
         self._save_seconds = save_seconds
         self._deadline = time.monotonic() + seconds_left
 
     def record_duration(self, step: float = 0.0, save: float = 0.0) -> None:
-        """Learn from measured seconds how long before the limit one has to stop; the longest counts."""
+        """Record measured seconds of a step or a save; the longest determine the reserve before the deadline."""
         self._step_seconds = max(self._step_seconds, step)
         self._save_seconds = max(self._save_seconds, save)
 
     @property
     def reason(self) -> str:
-        """Why this rank was asked to stop; "" if it was not."""
+        """The cause of the stop request of this rank, "" without a request."""
         if self.cause or self._deadline is None:
             return self.cause
-        reserve = 2 * self._save_seconds + 2 * self._step_seconds + _SLACK_SECONDS
-        return "the time limit is near" if time.monotonic() + reserve >= self._deadline else ""
+        reserve_seconds = 2 * self._save_seconds + 2 * self._step_seconds + _SLACK_SECONDS
+        return "the time limit is near" if time.monotonic() + reserve_seconds >= self._deadline else ""
 
     @property
     def is_requested(self) -> bool:
         return bool(self.reason)
 
     def should_stop_on_any_rank(self) -> bool:
-        """Collective. Whether any rank was asked to stop."""
+        """Collective. Return whether any rank has a stop request."""
         return distributed.any_rank(self.is_requested)
 
     def _watch_launcher(self, launcher: Launcher) -> None:
@@ -93,9 +92,9 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop(signal.Signals(number).name)
 
-    def _stop(self, told: str) -> None:
-        self.cause = self.cause or told
+    def _stop(self, cause: str) -> None:
+        self.cause = self.cause or cause
         if not self._is_deferring:
-            with contextlib.suppress(OSError):  # who read our output may be gone too
-                os.write(2, f"{self.cause}: ended as asked, everything done so far is on disk\n".encode())
+            with contextlib.suppress(OSError):  # the reader of stderr may have exited too
+                os.write(2, f"{self.cause}: stopped as requested, all results so far are on disk\n".encode())
             os._exit(EXIT_REQUEUE)

@@ -1,7 +1,7 @@
-"""What a user sees: one line an event, a progress bar on long work, errors last and readable.
+"""Terminal output of the tools: one line per event, progress bars, errors, and the exit of the process.
 
-The chatter of DeepSpeed, torch and transformers goes to a log file, at the level of file descriptors, so that C++
-code is caught as well. Ranks other than 0 show nothing unless they fail alone.
+Output of DeepSpeed, torch and transformers is redirected to a log file at the level of file descriptors, which includes
+C++ code. Ranks other than 0 print nothing but their own failures.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from trainer.runtime.exit_codes import (
     EXIT_USER_ERROR,
 )
 
-_LINE_INTERVAL_SECONDS = 15.0  # of progress, where there is no terminal to draw a bar on
-# A failing rank other than 0 lets rank 0 print its error first: the launcher kills the others when one exits.
-_OTHERS_WAIT_SECONDS = 3.0
+_LINE_INTERVAL_SECONDS = 15.0  # between progress lines without a terminal
+# Delay of a failing rank other than 0, so that rank 0 can print its error: launchers kill all ranks when one exits.
+_FAILURE_DELAY_SECONDS = 3.0
 
 _output: TextIO | None = None
 _log: Path | None = None
 
 
 def redirect_library_output(logs: Path, tool: str) -> None:
-    """From now on stdout and stderr of this process go to `logs/<tool>.rank<r>.log`; `say`, `warn` and bars do not.
+    """Redirect stdout and stderr of this process to `logs/<tool>.rank<r>.log`, except this module's output.
 
-    Called before the heavy imports, which are the first to chatter.
+    Must be called before the heavy imports, which print.
     """
     global _output, _log
     rank = distributed.environment_from_launcher(os.environ).rank
@@ -55,7 +55,7 @@ def redirect_library_output(logs: Path, tool: str) -> None:
 
 
 def info(text: str) -> None:
-    """One event, for the user, once."""
+    """Print one line on rank 0."""
     if distributed.is_main_process():
         _write_line(text, sys.stdout)
 
@@ -65,36 +65,35 @@ def warning(text: str) -> None:
 
 
 def error_on_any_rank(text: str) -> None:
-    """Of any rank, at once: what the others cannot say because they hang."""
+    """Print one line to stderr on any rank, for errors while other ranks may hang."""
     _write_line(text, sys.stderr)
 
 
 class ProgressBars:
-    """Progress of what goes on at the same time: bars below each other on a terminal, a line every few seconds elsewhere,
-    nothing on other ranks."""
+    """Progress of concurrent tasks on rank 0: bars on a terminal, elsewhere a line every few seconds."""
 
     def __init__(self) -> None:
         self._open: list[ProgressBar] = []
-        self._drawn: Any = None  # rich's, while a bar is open
+        self._rich: Any = None  # a rich Progress while a bar is open
 
     def add(self, label: str, total: int, done: int = 0) -> ProgressBar:
-        """Total 0: unknown."""
+        """Open a bar; `total` 0 means unknown."""
         if not self._open:
-            self._drawn = _drawn()
-        bar = ProgressBar(self, self._drawn, label, total, done)
+            self._rich = _rich_progress()
+        bar = ProgressBar(self, self._rich, label, total, done)
         self._open.append(bar)
         return bar
 
     @property
-    def line_every_seconds(self) -> float:
-        """Of one of them, where there is no terminal: the more there are, the less often, and lines come as often as ever."""
+    def line_interval_seconds(self) -> float:
+        """Interval between the lines of one bar; proportional to the number of bars, so that the total rate is constant."""
         return _LINE_INTERVAL_SECONDS * len(self._open)
 
     def remove(self, bar: ProgressBar) -> None:
         if bar in self._open:
             self._open.remove(bar)
-            if self._drawn is not None and not self._open:
-                self._drawn.stop()
+            if self._rich is not None and not self._open:
+                self._rich.stop()
 
     def close(self) -> None:
         for bar in list(self._open):
@@ -102,72 +101,80 @@ class ProgressBars:
 
 
 class ProgressBar:
-    """How far one thing is; made by `Bars.add` or `progress`."""
+    """Progress of one task; made by `ProgressBars.add` or `progress`."""
 
-    def __init__(self, bars: ProgressBars, drawn: Any, label: str, total: int, done: int):
-        self._bars, self._drawn = bars, drawn
+    def __init__(self, bars: ProgressBars, rich_progress: Any, label: str, total: int, done: int):
+        self._bars, self._rich = bars, rich_progress
         self._label, self._total, self._done = label, total, done
         self._start, self._start_done, self._last_line = time.monotonic(), done, time.monotonic()
-        if drawn is not None:
-            self._task = drawn.add_task(label, total=total or None, completed=done, note="")
-            drawn.start()
+        if self._rich is not None:
+            self._task = self._rich.add_task(label, total=total or None, completed=done, note="")
+            self._rich.start()
 
     def update(self, done: int, note: str = "", total: int = 0) -> None:
-        """`done` of the total (if it was unknown before: now `total`) are done; `note` says how it goes."""
+        """Show `done` completed units, a `note`, and, if it was unknown so far, the `total`."""
         self._done, self._total = done, total or self._total
-        if self._drawn is not None:
-            self._drawn.update(self._task, completed=done, total=self._total or None, note=note)
-        elif time.monotonic() - self._last_line >= self._bars.line_every_seconds:
+        if self._rich is not None:
+            self._rich.update(self._task, completed=done, total=self._total or None, note=note)
+        elif time.monotonic() - self._last_line >= self._bars.line_interval_seconds:
             self._last_line = time.monotonic()
             of_total = f"/{self._total}" if self._total else ""
-            info(f"{self._label} {done}{of_total}{', ' + note if note else ''}{self._eta()}")
+            info(f"{self._label} {done}{of_total}{', ' + note if note else ''}{self._time_left()}")
 
     def close(self) -> None:
         self._bars.remove(self)
-        if self._drawn is not None:
-            self._drawn.remove_task(self._task)
+        if self._rich is not None:
+            self._rich.remove_task(self._task)
 
-    def _eta(self) -> str:
-        fresh = self._done - self._start_done
-        if fresh <= 0 or not self._total:
+    def _time_left(self) -> str:
+        num_new = self._done - self._start_done
+        if num_new <= 0 or not self._total:
             return ""
-        seconds = (time.monotonic() - self._start) / fresh * max(0, self._total - self._done)
+        seconds = (time.monotonic() - self._start) / num_new * max(0, self._total - self._done)
         return f", {duration(seconds)} left"
 
 
-def _drawn() -> Any:
-    """rich's bars, still without any, for our terminal; None where there is none, and on other ranks."""
+def _rich_progress() -> Any:
+    """Return an empty rich Progress; None without a terminal and on ranks other than 0."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(file=_output or sys.stdout)
     if not distributed.is_main_process() or not console.is_terminal:
         return None
-    what, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
-    columns = (what, BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), note)
+    label, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (label, BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), note)
     return Progress(*columns, console=console, transient=True)
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
+    """Context manager that yields a single progress bar."""
     with contextlib.closing(ProgressBars().add(label, total, done)) as bar:
         yield bar
 
 
 def duration(seconds: float) -> str:
-    """90 -> "1m30s"."""
+    """Return seconds as text: 90 -> "1m30s"."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def run(main: Callable[[], object]) -> NoReturn:
-    """Run a tool's main: a UserError becomes one message (status 2), a fault of ours keeps its traceback (status 1), and
-    so does a connection to another rank that is lost (LOST_OTHERS).
+def size_text(num_bytes: float) -> str:
+    """13_900_000_000 -> "13.9 GB"."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes / 1000:.0f} kB"
 
-    Ends the process itself in every case. A rank that failed must not wait for the others in a destructor. And one that
-    did its work must not fail afterwards: gloo's threads may still be letting go of a tensor, and the interpreter, as it
-    ends, ends a thread that asks for it; in C++ that is "terminate called without an active exception".
+
+def run(main: Callable[[], object]) -> NoReturn:
+    """Run a tool's main and exit the process with one of the statuses of exit_codes.py.
+
+    A UserError is printed as one message; other exceptions keep their traceback. Exits with os._exit: a failed rank must
+    not wait for the others in a destructor, and a successful one must not fail at interpreter shutdown, where gloo's
+    threads that release a tensor need the GIL and abort with "terminate called without an active exception".
     """
     status: object = 0
     try:
@@ -179,29 +186,29 @@ def run(main: Callable[[], object]) -> NoReturn:
     except KeyboardInterrupt:
         _fail("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
-        traceback.print_exc()  # to the log, if chatter is captured
+        traceback.print_exc()  # to the log, if output is redirected
         where = f" (traceback in {_log})" if _log else ""
         is_lost = distributed.is_communication_failure(error)
         _fail(f"error: {type(error).__name__}: {error}{where}", EXIT_PEER_LOST if is_lost else EXIT_FAILURE)
-    if not isinstance(status, int):  # sys.exit("why")
+    if not isinstance(status, int):  # sys.exit("message")
         _fail(str(status), EXIT_FAILURE)
     distributed.shutdown()
-    atexit._run_exitfuncs()  # what libraries asked for: temporary files, processes of their own
+    atexit._run_exitfuncs()  # libraries' temporary files and child processes
     _end(int(status))
 
 
 def exit_for_requeue() -> NoReturn:
-    """End this process with the status that says: I was asked to stop, what is done is kept, start me again."""
+    """Exit the process with EXIT_REQUEUE: stopped on request, and the same command resumes."""
     _end(EXIT_REQUEUE)
 
 
 def _fail(message: str, status: int) -> NoReturn:
     try:
         rank = distributed.environment().rank
-    except UserError:  # the environment is what is wrong
+    except UserError:  # contradictory launcher variables
         rank = 0
     if rank != 0:
-        time.sleep(_OTHERS_WAIT_SECONDS)
+        time.sleep(_FAILURE_DELAY_SECONDS)
         message = f"rank {rank}: {message}"
     _write_line(message, sys.stderr)
     _end(status)
@@ -215,9 +222,9 @@ def _end(status: int) -> NoReturn:
 
 
 def _write_line(text: str, file: TextIO) -> None:
-    """In one write: `print` to an unbuffered file makes two, and another process's line comes between.
+    """Write a line in one call; `print` to an unbuffered file makes two, which interleave with other processes' lines.
 
-    A terminal that was closed, a pipe whose reader has ended or a log on a full disk is no reason to end the work.
+    Ignores OSError: a closed terminal or pipe or a full disk must not end the run.
     """
     with contextlib.suppress(OSError):
         (_output or file).write(f"{text}\n")

@@ -1,1 +1,1 @@
-"""Files on disk: atomic directories, the layout of run directories, and settings read from YAML or flags."""
+"""Atomic directories, the layout of run directories, and settings read from YAML or flags."""

@@ -1,9 +1,8 @@
-"""A directory is finished or it does not exist.
+"""Atomic publication of checkpoints, shards and exports: staging directory, SHA-256 digests, manifest last, rename.
 
-Files are written below a temporary name in the same parent, digested (SHA-256) and flushed to disk; the manifest
-is written last; a rename commits it. `rename(2)` is atomic on local and parallel file systems, needs no lock
-(`flock` is a silent no-op on Lustre and GPFS), and a directory cannot be renamed onto one that is not empty, so
-of several builders exactly one wins. Readers trust a directory only if it has a manifest.
+`rename(2)` is atomic on local and parallel file systems, needs no lock (`flock` is a silent no-op on Lustre and GPFS),
+and fails onto a directory that is not empty, so exactly one of several builders succeeds. Readers must reject a
+directory without a manifest.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from trainer.errors import UserError
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 _RENAMED_FACTS = {"learn_calculator_results": "train_on_calculator_results"}  # since version 0.1
-_READ_BYTES = 512 << 10  # stays in a core's cache until it is digested
+_READ_BYTES = 512 << 10  # fits into a core's cache
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
 class ArtifactExistsError(Exception):
-    """Somebody else committed the same directory first; the loser's files are gone, the winner's stand."""
+    """Another process published the same directory first; this process's staging directory is removed."""
 
 
 @contextlib.contextmanager
 def atomic_directory(final: Path, kind: str, facts: dict[str, Any]) -> Iterator[Path]:
-    """Write a directory of one process: yields the temporary directory, commits it on a normal exit.
+    """Context manager that yields a staging directory and publishes it as `final` on a normal exit.
 
-    `facts` goes into the manifest and may be filled inside the block. On an exception nothing is left behind.
-    Raises AlreadyThere if `final` exists when the rename is tried.
+    For directories written by one process. `facts` goes into the manifest and may be filled inside the block. An
+    exception removes the staging directory. Raises ArtifactExistsError if `final` exists at the rename.
     """
     staging = create_staging(final)
     try:
@@ -52,7 +51,7 @@ def atomic_directory(final: Path, kind: str, facts: dict[str, Any]) -> Iterator[
 
 
 def create_staging(final: Path) -> Path:
-    """Create and return a temporary directory beside `final`, under a name nobody else has."""
+    """Create and return a uniquely named staging directory beside `final`."""
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = final.parent / f".{final.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     staging.mkdir()
@@ -61,22 +60,26 @@ def create_staging(final: Path) -> Path:
 
 
 def digest_files(staging: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Flush and digest files below `staging` (all of them by default): {relative name: {bytes, sha256}}."""
+    """Flush files below `staging` (default: all) to disk and return {relative name: {bytes, sha256}}."""
     chosen = sorted(names) if names is not None else _files_below(staging)
 
-    def one(name: str) -> dict[str, Any]:
+    def flush_and_digest(name: str) -> dict[str, Any]:
         path = staging / name
         _fsync(path)
         return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(chosen, pool.map(one, chosen), strict=True))
+        return dict(zip(chosen, pool.map(flush_and_digest, chosen), strict=True))
 
 
 def publish(
     staging: Path, final: Path, kind: str, facts: dict[str, Any], files: dict[str, dict[str, Any]]
 ) -> None:
-    """Write the manifest and rename `staging` to `final`. Every file must be in `files` and the other way round."""
+    """Write the manifest and rename `staging` to `final`.
+
+    `files` comes from `digest_files` and must list exactly the files below `staging`, else RuntimeError. Raises
+    ArtifactExistsError if `final` exists.
+    """
     present = set(_files_below(staging))
     if present != set(files):
         raise RuntimeError(f"{staging}: files and digests differ: {sorted(present ^ set(files))}")
@@ -95,22 +98,22 @@ def publish(
 
 
 def replace_directory(old: Path, new: Path) -> None:
-    """Put the committed directory `new` in the place of `old`, and remove the old one.
+    """Rename the published directory `new` to `old` and remove the old content.
 
-    The two change names in one step, so that one of them is always there. Where the file system cannot do that (NFS,
-    Lustre) there is a moment without either: killed then, nothing is lost that cannot be made again.
+    The names are exchanged atomically. Where the file system cannot do that (NFS, Lustre), `old` is missing between two
+    renames; a kill at that moment loses nothing that cannot be made again.
     """
-    aside = new
+    replaced = new
     if not _exchange_names(old, new):
-        aside = old.parent / f".{old.name}.{secrets.token_hex(4)}.replaced.tmp"
-        os.rename(old, aside)
+        replaced = old.parent / f".{old.name}.{secrets.token_hex(4)}.replaced.tmp"
+        os.rename(old, replaced)
         os.rename(new, old)
     _fsync(old.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _exchange_names(one: Path, other: Path) -> bool:
-    """Swap two names by Linux's renameat2; False if that cannot be done here."""
+    """Exchange two names with Linux's renameat2; return False where that is not supported."""
     at_working_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
@@ -125,7 +128,7 @@ def is_complete(path: Path) -> bool:
 
 
 def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
-    """Read the manifest of a finished directory. Raises UserError if there is none or it is not of that kind."""
+    """Return the manifest of a published directory. Raises UserError if it is missing, invalid or of another kind."""
     file = Path(path) / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -134,8 +137,8 @@ def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
         raise UserError(f"{path} {state}; expected a directory with {MANIFEST}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); the directory is damaged, make it again") from None
-    parts = (manifest.get("facts"), manifest.get("files")) if isinstance(manifest, dict) else ()
-    if not parts or not all(isinstance(part, dict) for part in parts) or manifest.get("format") != FORMAT:
+    tables = (manifest.get("facts"), manifest.get("files")) if isinstance(manifest, dict) else ()
+    if not tables or not all(isinstance(table, dict) for table in tables) or manifest.get("format") != FORMAT:
         raise UserError(f"{file} is not a manifest of format {FORMAT}; it was made by another version")
     manifest["facts"] = {_RENAMED_FACTS.get(name, name): value for name, value in manifest["facts"].items()}
     if kind is not None and manifest.get("kind") != kind:
@@ -144,7 +147,7 @@ def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def verify_digests(path: Path, names: Iterable[str] | None = None) -> None:
-    """Compare files with the manifest, size first and then digest. Raises UserError naming the first bad file."""
+    """Compare sizes, then digests, with the manifest (default: all files). Raises UserError naming the first bad file."""
     path = Path(path)
     files = read_manifest(path)["files"]
     chosen = sorted(files) if names is None else sorted(names)
@@ -153,12 +156,12 @@ def verify_digests(path: Path, names: Iterable[str] | None = None) -> None:
         for name, digest in zip(chosen, pool.map(lambda n: file_digest(path / n), chosen), strict=True):
             if digest != files[name]["sha256"]:
                 raise UserError(
-                    f"{path / name} is corrupt: its digest is not the manifest's; restore or remake it"
+                    f"{path / name} is corrupt: its digest is not the manifest's; restore or rebuild it"
                 )
 
 
 def verify_sizes(path: Path, names: Iterable[str], files: dict[str, dict[str, Any]]) -> None:
-    """The cheap half of `verify`: every file is there and has its size."""
+    """Check that every named file exists with the size in `files`, the manifest's table. Raises UserError."""
     for name in names:
         if name not in files:
             raise UserError(f"{path / name} is not in the manifest of {path}")
@@ -171,12 +174,12 @@ def verify_sizes(path: Path, names: Iterable[str], files: dict[str, dict[str, An
 
 
 def manifest_digest(path: Path) -> str:
-    """SHA-256 of the manifest, which names every file's digest: a digest of the whole directory's content."""
+    """Return the SHA-256 of the manifest. It covers all content, since the manifest lists every file's digest."""
     return file_digest(Path(path) / MANIFEST)
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of one file, in hexadecimal."""
+    """Return the SHA-256 of one file in hexadecimal."""
     digest, block = hashlib.sha256(), memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):
@@ -185,12 +188,12 @@ def file_digest(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write one file so that a reader sees the old text or the new one, never a part."""
+    """Write one UTF-8 file atomically, see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write one file so that a reader sees the old content or the new one, never a part."""
+    """Write one file atomically: readers see the old or the new content. Creates missing parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
@@ -221,9 +224,9 @@ def _fsync(path: Path) -> None:
 
 
 def _remove_abandoned(final: Path, staging: Path) -> None:
-    """Temporary directories of builders that were killed: a day older than `staging`, by the clock that stamps both.
+    """Remove staging directories of killed builders: over 24 h older than `staging` by the file system's clock.
 
-    One whose builder lives on this host stays however old it looks: a clock may have jumped.
+    A directory whose builder runs on this host is kept, since clocks may jump.
     """
     now = staging.stat().st_mtime
     for leftover in final.parent.glob(f".{final.name}.*.tmp"):
@@ -233,15 +236,10 @@ def _remove_abandoned(final: Path, staging: Path) -> None:
 
 
 def _builder_is_alive(staging: Path) -> bool:
-    """Whether the process that a temporary directory's name tells is there; False if it cannot be seen from here."""
+    """Return whether host and pid in a staging directory's name are those of a running process of this host."""
+    import psutil
+
     builder = staging.name.rpartition("-")[0]
     host, _, pid = builder.rpartition("-")
-    if not host.endswith(f".{socket.gethostname()}") or not pid.isdecimal():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+    is_of_this_host = host.endswith(f".{socket.gethostname()}") and pid.isdecimal()
+    return is_of_this_host and psutil.pid_exists(int(pid))

@@ -1,6 +1,6 @@
-"""How settings are read: from parsed YAML or flags into checked dataclasses, every wrong key and value named.
+"""Functions that turn parsed YAML or flags into checked settings dataclasses.
 
-Nothing is imported here but the standard library, so that `--help` answers at once.
+Imports only the standard library, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ Settings = TypeVar("Settings")
 
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
-    """A field with its help text; `extra` may hold `choices` and `positional` for the command line."""
+    """Return a dataclass field with its help text; `extra` may hold `choices` and `positional` for the command line."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **extra})
     return field(default=default, metadata={"help": help, **extra})
 
 
 def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
-    """Make settings from parsed YAML or flags. `where` (a file name) begins every message.
+    """Return settings made from parsed YAML or flags. `where` (e.g. a file name) is the prefix of every error message.
 
-    Raises UserError for an unknown key (with the nearest known one) and for a value of the wrong type.
+    Raises UserError for an unknown key (suggesting the closest known one) and for a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settin
         if key not in known:
             raise UserError(f"{where}: unknown setting {key!r}{did_you_mean(key, known)}")
         if isinstance(value, bool) and "true" in known[key].metadata.get("choices", ()):
-            value = str(value).lower()  # YAML reads the words true and false as booleans
+            value = str(value).lower()  # YAML parses true and false as booleans
         coerced[key] = _coerce(value, hints[key], f"{where}: {key}")
     try:
         return cls(**coerced)
@@ -59,18 +59,22 @@ def check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         )
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:  # also catches NaN
-        raise UserError(f"{name} is {value}; it must be at least {least}")
+def check_at_least(name: str, value: float, minimum: float) -> None:
+    if not value >= minimum:  # also catches NaN
+        raise UserError(f"{name} is {value}; it must be at least {minimum}")
 
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the closest known word, "" if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """YAML reads 5e-4 as a string and 1 as an int; a flag is always a string. Turn both into the field's type."""
+    """Return `value` as the type `hint`. Needed as YAML parses 5e-4 as a string and 1 as an int; flags are strings.
+
+    Raises UserError if the value has another type.
+    """
     if typing.get_origin(hint) is list:
         items = value if isinstance(value, list) else [value]
         return [_coerce(item, typing.get_args(hint)[0], where) for item in items]

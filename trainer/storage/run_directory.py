@@ -1,4 +1,4 @@
-"""The only file that knows output names: where a run, an evaluation and a study keep what they write."""
+"""Paths of the files that runs, evaluations, studies and annotations write. Other modules must not spell these names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
 def evaluation_name(*parts: str, calculator: bool = True, temperature: float = 0.0, seed: int = 0) -> str:
-    """`<data>-<split>-<mode>`, and what differs from the usual, so that both can stand side by side."""
+    """Return `<data>-<split>-<mode>`, with suffixes for settings other than the default."""
     name = list(parts)
     if not calculator:
         name += ["no_calculator"]
@@ -20,7 +20,10 @@ def evaluation_name(*parts: str, calculator: bool = True, temperature: float = 0
 
 
 def parse_run_name(name: str) -> tuple[str, str, str, int | None]:
-    """<data>.<method>.<model>.s<seed> -> its parts; a model's name may hold dots. Other names say nothing."""
+    """Split <data>.<method>.<model>.s<seed> into (data, method, model, seed); the model may contain dots.
+
+    Returns ("", "", "", None) for any other name.
+    """
     parts = name.split(".")
     if len(parts) < 4 or not parts[-1].startswith("s") or not parts[-1][1:].isdecimal():
         return "", "", "", None
@@ -29,7 +32,7 @@ def parse_run_name(name: str) -> tuple[str, str, str, int | None]:
 
 @dataclass(frozen=True)
 class EvaluationDirectory:
-    """`evaluation/<name>/`: predictions of every rank, their union, and the numbers."""
+    """Paths in `evaluation/<name>/`: predictions of each rank, merged predictions, and results."""
 
     path: Path
 
@@ -47,7 +50,7 @@ class EvaluationDirectory:
 
     @property
     def restarts(self) -> Path:
-        """How often a scheduler started the evaluation again."""
+        """Count of scheduler restarts (restarts.py)."""
         return self.path / "restarts.json"
 
     @property
@@ -57,7 +60,7 @@ class EvaluationDirectory:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """`runs/<study>/<run>/`: everything one training run leaves behind."""
+    """Paths in `runs/<study>/<run>/`, the output of one training run."""
 
     path: Path
 
@@ -83,12 +86,12 @@ class RunDirectory:
 
     @property
     def model(self) -> Path:
-        """The student's config and tokenizer (no weights); every checkpoint carries a copy."""
+        """The model's config and tokenizer without weights; every checkpoint contains a copy."""
         return self.path / "model"
 
     @property
     def restarts(self) -> Path:
-        """How often a scheduler started the training again."""
+        """Count of scheduler restarts (restarts.py)."""
         return self.path / "restarts.json"
 
     @property
@@ -100,17 +103,17 @@ class RunDirectory:
         return self.path / "logs"
 
     def log(self, stage: str) -> Path:
-        """What the stage's process printed, e.g. of "train"."""
+        """Return the log file of a stage, e.g. "train"."""
         return self.logs / f"{stage}.log"
 
     @property
     def lock(self) -> Path:
-        """A directory while a job trains here (lock.py)."""
+        """Exists while a job trains here (directory_lock.py)."""
         return self.path / "lock"
 
     @property
     def heartbeats(self) -> Path:
-        """A small file a rank: where it is and when it last moved."""
+        """One file per rank: heartbeat counter, last step and process identity."""
         return self.path / "heartbeats"
 
     @property
@@ -121,7 +124,7 @@ class RunDirectory:
         return self.checkpoints / f"step-{step:06d}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the checkpoint directories on disk, ascending; whether they are valid is for the reader to check."""
+        """Return the steps of the checkpoint directories on disk, ascending, without checking that they are valid."""
         if not self.checkpoints.is_dir():
             return []
         matches = (_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.iterdir() if path.is_dir())
@@ -146,7 +149,7 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class StudyDirectory:
-    """`runs/<study>/`: the runs of a study and the report over them."""
+    """Paths in `runs/<study>/`: the runs of a study and their report."""
 
     path: Path
 
@@ -156,7 +159,7 @@ class StudyDirectory:
 
     @property
     def lock(self) -> Path:
-        """A directory while a process runs or submits the study (lock.py)."""
+        """Exists while a process runs or submits the study (directory_lock.py)."""
         return self.path / "lock"
 
     @property
@@ -165,7 +168,7 @@ class StudyDirectory:
 
     @property
     def slurm(self) -> Path:
-        """Batch scripts, which jobs were submitted, and what they printed."""
+        """Batch scripts, the list of submitted jobs, and their output."""
         return self.path / "slurm"
 
     @property
@@ -176,7 +179,7 @@ class StudyDirectory:
         return RunDirectory(self.path / name)
 
     def runs(self) -> list[RunDirectory]:
-        """Runs on disk, by name: the folders that hold a run's settings."""
+        """Return the runs on disk, sorted by name: the folders that contain run settings."""
         if not self.path.is_dir():
             return []
         found = (RunDirectory(path) for path in sorted(self.path.iterdir()) if path.is_dir())
@@ -184,9 +187,9 @@ class StudyDirectory:
 
 
 def pair_run(method: str, runs: list[RunDirectory]) -> RunDirectory | None:
-    """Where the students of several runs answer together by `method`: a run beside theirs, that trains nothing.
+    """Return the run directory for evaluating the models of several runs together by `method`; nothing is trained there.
 
-    None if they are not of one study, or differ in data or seed. Models that differ are both in its name.
+    None if the runs differ in study, data or seed. The name joins the names of different models with "+".
     """
     names = [parse_run_name(run.name) for run in runs]
     origins = {(run.path.resolve().parent, name[0], name[3]) for run, name in zip(runs, names, strict=True)}
@@ -199,23 +202,23 @@ def pair_run(method: str, runs: list[RunDirectory]) -> RunDirectory | None:
 
 @dataclass(frozen=True)
 class AnnotationDirectory:
-    """`annotations/<name>/`: what a teacher answered, and the problems with the steps that were kept."""
+    """Paths in `annotations/<name>/`: a teacher's responses, and the problems with the accepted steps."""
 
     path: Path
 
     @property
     def responses(self) -> Path:
-        """Every answer that was paid for, one a line, appended to by every run."""
+        """All paid responses, one per line; every run appends."""
         return self.path / "responses.jsonl"
 
     @property
     def corrupt_lines(self) -> Path:
-        """Half-written lines that were cut off the end of `responses`."""
+        """Half-written lines removed from the end of `responses`."""
         return self.path / "responses.damaged.txt"
 
     @property
     def lock(self) -> Path:
-        """A directory while a process annotates here (lock.py)."""
+        """Exists while a process annotates here (directory_lock.py)."""
         return self.path / "lock"
 
     @property
@@ -224,5 +227,5 @@ class AnnotationDirectory:
 
     @property
     def result(self) -> Path:
-        """The finished directory: annotated.jsonl, rejected.jsonl, summary.json, ..."""
+        """The published directory: annotated.jsonl, rejected.jsonl, summary.json, ..."""
         return self.path / "result"

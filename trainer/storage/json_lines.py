@@ -1,0 +1,36 @@
+"""Read JSON Lines files whose writer may have been killed in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_records(path: Path, tail_bytes: int | None = None) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yield (line number, record) for every line that is not blank; the record of an unreadable line is None.
+
+    Unreadable: not valid JSON, not UTF-8, or not an object. A missing file has no lines. With `tail_bytes` only the lines
+    that lie completely in the last bytes are read, and the first of them is line 1.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return
+    with file:
+        if tail_bytes is not None and os.fstat(file.fileno()).st_size > tail_bytes:
+            file.seek(-tail_bytes - 1, os.SEEK_END)
+            file.readline()  # the rest of a line that begins before the tail, or its newline
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _parse(line)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError
+        return None
+    return record if isinstance(record, dict) else None
