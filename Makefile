@@ -1,5 +1,6 @@
-# make study   everything from nothing: environment, the embedded study on two ranks, a report with plots
-# make test    everything from nothing: environment, then the tests
+# make study   environment, the embedded study on two ranks, a report with plots
+# make test    environment with the test tools, then all tests but the slow ones
+# make unit    tests in one process each, in under 3 minutes; make distributed: with real ranks; make cluster: on a real Slurm
 # make test-models  every model family of transformers, measured; writes docs/models.md
 # make docs    the documentation as a site in build/docs; a warning is an error
 # make faults  everything that tries to lose a user's data, the long tests too (docs/faults.md)
@@ -8,16 +9,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MINUTES ?= 20
+STUDY := $(VENV)/.study
 READY := $(VENV)/.ready
 PEERS := .venv-peers
+CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	echo "Python 3.11 or newer is needed, and $(PYTHON) is not; run make with PYTHON=/path/to/python3.11"; exit 1; }
 
-.PHONY: study bench test test-slow test-models docs faults soak lint format types clean
+.PHONY: study bench test unit distributed cluster test-slow test-models docs faults soak lint format types clean
 
-study: $(READY)
+study: $(STUDY)
 	$(BIN)/python tools/study.py run studies/quickstart.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
+
+# The three parts of the tests that are neither slow nor fault tests; tests/conftest.py says which test is in which.
+unit: $(READY)
+	$(BIN)/python -m pytest -m unit --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
+
+distributed: $(READY)
+	$(BIN)/python -m pytest -m "processes or compute" --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
+
+cluster: $(READY)
+	$(BIN)/python -m pytest -m cluster $(PYTEST_FLAGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
@@ -47,16 +61,22 @@ format: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# The file is touched last, so that an interrupted installation is taken up again. DeepSpeed comes as source and is
-# built by pip in an environment of its own.
-$(READY): setup.py constraints.txt
+# Two stamps in one environment: the study needs no test tools. Each is touched last, so that an interrupted installation
+# is continued by the next make. DeepSpeed is a source distribution; pip builds it in an environment of its own.
+$(STUDY): pyproject.toml setup.py constraints.txt
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[mpi,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[report,mpi]"
 	touch $@
 
-$(PEERS)/.ready: setup.py constraints.txt benchmarks/requirements.txt
+$(READY): $(STUDY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[report,teacher,mpi,docs,dev]"
+	touch $@
+
+$(PEERS)/.ready: pyproject.toml setup.py constraints.txt benchmarks/requirements.txt
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt --editable ".[mpi]"
+	$(PEERS)/bin/pip install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt --editable ".[report,mpi]"
 	touch $@
 
 clean:

@@ -1,37 +1,6 @@
-"""Make a report of studies or runs: python tools/plot_scaling.py runs/quickstart"""
+"""Write a report of finished runs: python tools/plot_scaling.py runs/quickstart"""
 
-from __future__ import annotations
-
-from command_line import parse
-
-from trainer.runtime import terminal
-from trainer.settings import PlotSettings
-
-DESCRIPTION = """Make a report of studies or runs: what the numbers are, how sure they are, and what went wrong.
-
-  python tools/plot_scaling.py runs/quickstart
-  python tools/plot_scaling.py runs/small runs/large --output_dir runs/both --title "Two studies"
-  python tools/plot_scaling.py runs/gsm8k --max_examples 10000 --bertscore_model models/roberta-large
-
-Reads run directories and writes one page that opens from disk (index.html: tables, figures, tests between methods,
-predictions to page through), the figures as SVG and PNG, the comparison with the paper as LaTeX and CSV, and all
-numbers as CSV and JSON. The same directories give the same bytes. Needs no accelerator, and torch only for
-BERTScore."""
-
-
-def main() -> None:
-    settings = parse(PlotSettings, DESCRIPTION)
-    terminal.run(lambda: _plot(settings))
-
-
-def _plot(settings: PlotSettings) -> None:
-    from trainer.report.build import build_report
-
-    page = build_report(
-        settings.runs, settings.output_dir, settings.title, settings.max_examples, settings.bertscore_model
-    )
-    terminal.info(f"report: {page}")
-
+from trainer.commands.plot_scaling import main
 
 if __name__ == "__main__":
     main()

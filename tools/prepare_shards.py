@@ -1,37 +1,6 @@
-"""Turn problems into token shards that every method and run shares: python tools/prepare_shards.py --data gsm8k ..."""
+"""Tokenize problems once, for all methods: python tools/prepare_shards.py --data gsm8k ..."""
 
-from __future__ import annotations
-
-from command_line import parse
-
-from trainer.runtime import startup, terminal
-from trainer.settings import PrepareSettings
-
-DESCRIPTION = """Turn problems into token shards, once, for all methods.
-
-  python tools/prepare_shards.py --data gsm8k --data_path data/gsm8k --split train \\
-      --tokenizer_name gpt2 --output_dir shards/gsm8k-train
-  python tools/prepare_shards.py --output_dir shards/gsm8k-train --inspect 3 --method cot
-
-Records that cannot be used are set aside in rejects.jsonl with file, line and reason."""
-
-
-def main() -> None:
-    settings = parse(PrepareSettings, DESCRIPTION)
-    terminal.run(lambda: _prepare(settings))
-
-
-def _prepare(settings: PrepareSettings) -> None:
-    if settings.inspect:
-        from trainer.shards.inspect import print_examples
-
-        print_examples(settings.output_dir, settings.method, settings.inspect)
-    else:
-        startup.pause_gc()
-        from trainer.shards.prepare import prepare
-
-        prepare(settings)
-
+from trainer.commands.prepare_shards import main
 
 if __name__ == "__main__":
     main()

@@ -1,60 +1,9 @@
-"""Run a study (models x methods x data x seeds) from its file, here or on a Slurm cluster, or show how far it is."""
+"""Run a study from its file: python tools/study.py run studies/quickstart.yaml"""
 
-from __future__ import annotations
-
-import argparse
 import os
-import sys
 from pathlib import Path
 
-from command_line import read_yaml
-
-from trainer.runtime import terminal
-from trainer.study.study_file import load_study
-
-DESCRIPTION = """\
-Run a study: prepare shards; train, convert and evaluate every run; report.
-What is done is read from disk, so after a failure, Ctrl-C or a crash the same command goes on.
-
-  python tools/study.py run|status studies/quickstart.yaml                       (on this machine)
-  python tools/study.py submit studies/quickstart.yaml --cluster cluster.env     (as Slurm jobs)
-  python tools/study.py logs studies/quickstart.yaml stories.cot.0.7m.s0
-  python tools/study.py resubmit studies/quickstart.yaml --failed                (or: cancel)
-"""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("command", choices=("run", "status", "submit", "resubmit", "logs", "cancel"))
-    add("file", type=Path, help="study file, e.g. studies/quickstart.yaml")
-    add("run", nargs="?", default="", help="logs: of which run (or shard set, or 'report')")
-    add("--output_dir", default="", help="folder of the study's directory [the file's; runs]")
-    add("--shards_dir", default="", help="folder of the token shards [the file's; shards]")
-    add("--num_ranks", type=int, default=0, help="processes a training runs on [the file's; 1]")
-    add("--num_parallel", type=int, default=0, help="run: stages at the same time [the file's; 1]")
-    add("--dry_run", action="store_true", help="run, submit: only show the commands or batch scripts")
-    add("--keep_going", action="store_true", help="run: after a failure go on with other runs")
-    add("--cluster", type=Path, help="submit: your site's facts, see slurm/cluster.env.example")
-    add("--failed", action="store_true", help="resubmit: what failed, and what waited for it")
-    flags = parser.parse_args()
-    given = (flags.output_dir, flags.shards_dir, flags.num_ranks, flags.num_parallel)
-    study = load_study(read_yaml(flags.file), flags.file, *given)
-    tools = Path(os.path.relpath(Path(__file__).parent))
-    if flags.command == "run":
-        from trainer.study import executor, table
-
-        if flags.dry_run:
-            table.show_plan(study, tools)
-        else:
-            sys.exit(executor.run_study(study, tools, flags.keep_going))
-    else:
-        from trainer.cluster.command import run_command
-
-        run_command(flags.command, study, tools, flags.cluster, flags.dry_run, flags.run, flags.failed)
-
+from trainer.commands.study import main
 
 if __name__ == "__main__":
-    terminal.run(main)
+    main(tools=Path(os.path.relpath(Path(__file__).parent)))

@@ -1,52 +1,6 @@
-"""Train one student with DeepSpeed: deepspeed --num_gpus 2 tools/train.py --config FILE (also mpirun, srun, python)."""
+"""Train one model with DeepSpeed: deepspeed --num_gpus 2 tools/train.py --config FILE (also mpiexec, srun, python)."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-from command_line import parse
-
-from trainer.runtime import restarts, startup, terminal
-from trainer.runtime.stop_request import StopRequest
-from trainer.settings import TrainSettings
-from trainer.storage import atomic_dir
-from trainer.storage.run_directory import RunDirectory
-
-DESCRIPTION = """Train one student: a model, a method, a shard set, a seed.
-
-  deepspeed --num_gpus 2 tools/train.py --train_shards shards/gsm8k-train --method socratic \\
-      --model_name_or_path gpt2 --deepspeed ds_configs/zero2.json --output_dir runs/mine/gsm8k.socratic.gpt2.s0
-
-Run the same command again to go on from the newest valid checkpoint.
-On a machine without a GPU --num_gpus is the number of processes."""
-
-
-def main() -> None:
-    settings = parse(TrainSettings, DESCRIPTION)
-    terminal.run(lambda: _train(settings))
-
-
-def _train(settings: TrainSettings) -> None:
-    if settings.dry_run:
-        from trainer.planning.run import dry_run
-
-        raise SystemExit(0 if dry_run(settings) else 1)
-    startup.pause_gc()
-    stop = StopRequest()
-    stop.install_signal_handlers()
-    run = RunDirectory(Path(settings.output_dir))
-    terminal.redirect_library_output(run.logs, "train")
-    finished = [step for step in run.checkpoint_steps() if atomic_dir.is_complete(run.checkpoint(step))]
-    restarts.record_restart(run.restarts, max(finished, default=0), settings.max_restarts)
-    from trainer.training.loop import train
-    from trainer.training.validation import ValidationLoss
-
-    evaluate = (
-        ValidationLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
-    )
-    if not train(settings, evaluate, stop):
-        terminal.exit_for_requeue()
-
+from trainer.commands.train import main
 
 if __name__ == "__main__":
     main()

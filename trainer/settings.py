@@ -88,7 +88,9 @@ class TrainSettings:
         choices=PACKING,
     )
     train_on_calculator_results: bool = setting(
-        False, "include calculator results in the loss (needed to evaluate without calculator)"
+        False,
+        "include calculator results in the loss (needed to evaluate without calculator)",
+        old_names=("learn_calculator_results",),
     )
     learning_rate: float = setting(5e-5, "peak learning rate of AdamW")
     weight_decay: float = setting(0.0, "weight decay of matrices; biases and norms are not decayed")
@@ -119,7 +121,9 @@ class TrainSettings:
     wandb_project: str = setting("socratic-trainer", "W&B project")
     timeout_seconds: int = setting(1800, "timeout of collectives")
     heartbeat_timeout_seconds: int = setting(
-        300, "stop the run and report a rank that sends no heartbeat for this time (0: never)"
+        300,
+        "stop the run and report a rank that sends no heartbeat for this time (0: never)",
+        old_names=("silence_seconds",),
     )
     time_limit_seconds: int = setting(
         0, "save and stop before this time has passed (0: the Slurm job's time limit, if any)"

@@ -29,7 +29,7 @@ def loaded(tool: Path) -> list[str]:
 
 
 def main() -> None:
-    tools = sorted(path for path in TOOLS.glob("*.py") if path.name != "command_line.py")
+    tools = sorted(TOOLS.glob("*.py"))
     took = {tool.stem: statistics.median(seconds(tool) for _ in range(int(sys.argv[1]))) for tool in tools}
     heavy = {tool.stem: found for tool in tools if (found := loaded(tool))}
     print(json.dumps({"seconds": max(took.values()), "tools": took, "heavy": heavy}))

@@ -45,7 +45,6 @@ def _live(command: list[str], environment: dict[str, str], output: str, injected
 
         injection.arm(injected)
     sys.argv = command
-    sys.path.insert(0, str(REPOSITORY / "tools"))
     runpy.run_path(command[0], run_name="__main__")
 
 

@@ -11,7 +11,13 @@ from trainer.study.study_file import Study
 
 
 def run_command(
-    command: str, study: Study, tools: Path, cluster: Path | None, dry_run: bool, run_name: str, failed: bool
+    command: str,
+    study: Study,
+    tools: Path | None,
+    cluster: Path | None,
+    dry_run: bool,
+    run_name: str,
+    failed: bool,
 ) -> None:
     """Do `command`: status, submit, resubmit, logs or cancel. Raises UserError if a flag it needs is missing."""
     if command == "status":

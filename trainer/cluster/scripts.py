@@ -18,10 +18,13 @@ from trainer.study.stages import Stage
 
 @dataclass(frozen=True)
 class JobPaths:
-    """Where jobs run: `directory` (absolute, shared by all nodes), and below it the tools, slurm/ and the job logs."""
+    """Where jobs run: `directory` (absolute, shared by all nodes), and below it the tools, slurm/ and the job logs.
+
+    `tools` is None if there is no repository: jobs then run the modules of the installed package.
+    """
 
     directory: Path
-    tools: Path
+    tools: Path | None
     slurm: Path
     logs: Path
 
@@ -41,7 +44,7 @@ def script_text(batch: SlurmJob, site: ClusterConfig, place: JobPaths) -> str:
             """trap '"${on_every_node[@]}" rm -rf "$TMPDIR"' EXIT""",
         ]
     lines += _work(batch, place)
-    script = shlex.join([*_interpreter(site), str(place.tools / stages.SCRIPTS[batch.kind])])
+    script = shlex.join([*_interpreter(site), *stages.program(batch.kind, place.tools)])
     run = (
         f'{shlex.quote(str(place.slurm / "ranks.sh"))} {_container(site, place)}{script} "${{arguments[@]}}"'
     )

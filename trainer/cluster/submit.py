@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from trainer.study.stages import Stage
 from trainer.study.study_file import Study
 
 
-def submit(study: Study, tools: Path, cluster: Path, dry_run: bool = False) -> None:
+def submit(study: Study, tools: Path | None, cluster: Path, dry_run: bool = False) -> None:
     """Submit every stage that is neither done nor in the queue; with `dry_run` print the scripts and start nothing.
 
     Raises UserError for what the cluster would refuse, before anything is submitted.
@@ -36,7 +37,7 @@ def submit(study: Study, tools: Path, cluster: Path, dry_run: bool = False) -> N
         _submit(study, todo, site, cluster, _place(study, tools))
 
 
-def resubmit(study: Study, tools: Path) -> None:
+def resubmit(study: Study, tools: Path | None) -> None:
     """Submit again what was submitted and has failed, and what waited for it, with the facts of the last submission."""
     kept = cluster_file(study.directory)
     before = submitted_jobs.read_jobs(study.directory)
@@ -72,6 +73,7 @@ def _submit(study: Study, todo: Sequence[Stage], site: ClusterConfig, cluster: P
         return
     validate.validate(planned, site, str(cluster))
     texts = [scripts.script_text(batch, site, place) for batch in planned]
+    _copy_launcher(place)
     if earlier_report:
         slurm.cancel([str(earlier_report)])
     before = submitted_jobs.read_jobs(study.directory)
@@ -156,8 +158,20 @@ def _done(todo: Sequence[Stage]) -> set[str]:
     return done - {report.label} if any(label not in done for label in report.needs) else done
 
 
-def _place(study: Study, tools: Path) -> JobPaths:
-    return JobPaths(Path.cwd(), tools, Path(os.path.normpath(tools / ".." / "slurm")), study.directory.slurm)
+def _place(study: Study, tools: Path | None) -> JobPaths:
+    logs = study.directory.slurm
+    slurm_files = Path(os.path.normpath(tools / ".." / "slurm")) if tools else logs
+    return JobPaths(Path.cwd(), tools, slurm_files, logs)
+
+
+def _copy_launcher(place: JobPaths) -> None:
+    """Without a repository, copy the packaged ranks.sh to the study's directory, which all nodes can read."""
+    if place.tools is None:
+        packaged = (importlib.resources.files("trainer.cluster") / "ranks.sh").read_text(encoding="utf-8")
+        path = place.slurm / "ranks.sh"
+        if not path.is_file() or path.read_text(encoding="utf-8") != packaged:
+            atomic_dir.write_text(path, packaged)
+        path.chmod(0o755)
 
 
 def _script_path(study: StudyDirectory, batch: SlurmJob) -> Path:

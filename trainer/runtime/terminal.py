@@ -64,6 +64,12 @@ def warning(text: str) -> None:
     info(f"warning: {text}")
 
 
+def deprecation(text: str) -> None:
+    """Print a warning to standard error, on rank 0 only; standard output may be JSON."""
+    if distributed.is_main_process():
+        _write_line(f"warning: {text}", sys.stderr)
+
+
 def error_on_any_rank(text: str) -> None:
     """Print one line to stderr on any rank, for errors while other ranks may hang."""
     _write_line(text, sys.stderr)

@@ -8,16 +8,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any, TypeVar
 
 from trainer.errors import UserError
 
 Settings = TypeVar("Settings")
+_warned: set[str] = set()  # old names that were warned about in this process
 
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
-    """Return a dataclass field with its help text; `extra` may hold `choices` and `positional` for the command line."""
+    """Return a dataclass field with its help text; `extra` may hold `choices` and `positional` for the command line.
+
+    `old_names=("x",)`: earlier spellings of a renamed setting. They are accepted for one release, with a warning.
+    """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **extra})
     return field(default=default, metadata={"help": help, **extra})
@@ -30,6 +35,8 @@ def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settin
     """
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = dict(values)
+    rename_old_keys(cls, values, where)
     coerced: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
@@ -41,6 +48,31 @@ def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settin
         return cls(**coerced)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def old_names(cls: type) -> dict[str, str]:
+    """Return the earlier spelling of every renamed setting of a class, with its present name."""
+    fields = dataclasses.fields(cls)
+    return {old: field.name for field in fields for old in field.metadata.get("old_names", ())}
+
+
+def rename_old_keys(
+    cls: type, values: dict[str, Any], where: str, warn: Callable[[str], object] | None = None
+) -> None:
+    """Replace earlier spellings among the keys of `values`, in place.
+
+    `warn` is called with a message for the first replacement of each name in a process; None is for files that an
+    earlier release wrote. Raises UserError if a setting is given under both names.
+    """
+    for old, new in old_names(cls).items():
+        if old not in values:
+            continue
+        if new in values:
+            raise UserError(f"{where}: {old} is the earlier name of {new}; give only {new}")
+        values[new] = values.pop(old)
+        if warn is not None and old not in _warned:
+            _warned.add(old)
+            warn(f"{where}: {old} is now called {new}; the old name will be removed in the next release")
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.runtime import terminal
 from trainer.settings import ConvertSettings, EvaluateSettings, PrepareSettings, TrainSettings
-from trainer.storage.configuration import did_you_mean, from_dict
+from trainer.storage.configuration import did_you_mean, from_dict, rename_old_keys
 from trainer.teacher.settings import AnnotateSettings
 
 # The study decides these; in a study file they would be a second opinion. A set says where `eval_shards` are.
@@ -39,7 +40,11 @@ _LOCAL_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def check(cls: type[Any], values: dict[str, Any], where: str) -> None:
-    """Raises UserError if `values` are no part of a `cls`, or hold what the study decides."""
+    """Raises UserError if `values` are no part of a `cls`, or hold what the study decides.
+
+    Earlier spellings of settings are replaced in `values`, so that sections can be merged afterwards.
+    """
+    rename_old_keys(cls, values, where, terminal.deprecation)
     for key in values:
         if key in DECIDED[cls]:
             raise UserError(f"{where}: {key} is decided by the study; remove it")

@@ -24,10 +24,10 @@ _CLEAN_UP_SECONDS = 5.0  # for the other ranks after a failure
 _POLL_SECONDS = 0.05
 
 
-def run_study(study: Study, tools: Path, keep_going: bool = False) -> int:
+def run_study(study: Study, tools: Path | None, keep_going: bool = False) -> int:
     """Run the study; returns the exit status, 0 or 130 (interrupted: the same command goes on).
 
-    `tools` is the folder of the command line tools. Raises UserError if a stage failed, after those that ran beside it
+    `tools` is the folder of the command line tools, None: the installed modules. Raises UserError if a stage failed, after those that ran beside it
     have ended; with `keep_going` only after everything that does not depend on it.
     """
     changes.check_unchanged(study)
@@ -60,7 +60,7 @@ def _do(
     todo: Sequence[Stage],
     done: Sequence[Stage],
     study: Study,
-    tools: Path,
+    tools: Path | None,
     keep_going: bool,
     interrupts: processes.Interrupts,
 ) -> dict[str, str]:

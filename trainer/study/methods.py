@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.runtime import terminal
 from trainer.settings import METHODS, EvaluateSettings, TrainSettings
-from trainer.storage.configuration import did_you_mean
+from trainer.storage.configuration import did_you_mean, rename_old_keys
 from trainer.study import checks
 
 ALONE = ("answer_only", "cot", "socratic")  # students that solve a problem by themselves
@@ -90,6 +91,7 @@ def _entry(name: str, given: dict[str, Any], models: list[str], data: list[str],
     if name in PAIRS or name == FEW_SHOT:
         if "mode" in given:
             raise UserError(f"{where}: mode is decided by the method; remove it")
+        rename_old_keys(EvaluateSettings, given, where, terminal.deprecation)
         shown = {"exemplars": "-", **given, "mode": FEW_SHOT} if name == FEW_SHOT else given
         checks.check(EvaluateSettings, shown, where)
     else:

@@ -36,7 +36,7 @@ class StageJob:
         stage: Stage,
         place: str,
         study: Study,
-        tools: Path,
+        tools: Path | None,
         bars: terminal.ProgressBars,
         cores: int,
         devices: Sequence[str] = (),
@@ -134,7 +134,7 @@ def _result(stage: Stage) -> str:
     manifest = atomic_dir.read_manifest(Path(stage.settings.output_dir))
     if stage.kind == "prepare":
         return f"{manifest['facts']['num_problems']} problems"
-    return f"{sum(file['bytes'] for file in manifest['files'].values()) / 1e6:.1f} MB"
+    return terminal.size_text(sum(file["bytes"] for file in manifest["files"].values()))
 
 
 def _describe(code: int | None) -> str:

@@ -108,9 +108,16 @@ def prepared(shards: str) -> str:
     return f"prepare {Path(shards).name}"
 
 
+def program(kind: str, tools: Path | None) -> list[str]:
+    """Return what follows `python`: the script in `tools`, or the installed module if there is no such folder."""
+    if tools is None:
+        return ["-m", f"trainer.commands.{Path(SCRIPTS[kind]).stem}"]
+    return [str(tools / SCRIPTS[kind])]
+
+
 def stage_command(
     stage: Stage,
-    tools: Path,
+    tools: Path | None,
     launcher: str,
     port: int | None = None,
     environment: Mapping[str, str] = os.environ,
@@ -120,7 +127,7 @@ def stage_command(
     `auto`: several ranks train under the deepspeed launcher, which imports torch and deepspeed twice before the first
     rank starts (7 s on two cores); evaluation does not need it and starts under mpiexec (0.03 s) where there is one.
     """
-    script = [str(tools / SCRIPTS[stage.kind]), *to_flags(stage.settings)]
+    script = [*program(stage.kind, tools), *to_flags(stage.settings)]
     if stage.kind not in RANKED or (stage.num_ranks == 1 and launcher == "auto"):
         return [sys.executable, *script]
     if launcher == "mpiexec" or (launcher == "auto" and stage.kind == "evaluate" and _own_mpiexec()):
@@ -131,6 +138,8 @@ def stage_command(
             )
         return [mpiexec, "-n", str(stage.num_ranks), sys.executable, *script]
     master_port = [f"--master_port={port}"] if port else []
+    if tools is None:
+        script[0] = "--module"
     return [deepspeed(), *_devices(stage.num_ranks, environment), *master_port, *script]
 
 

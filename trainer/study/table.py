@@ -55,7 +55,7 @@ def show_status(study: Study) -> None:
         terminal.info(f"report: {study.directory.report / 'index.html'}")
 
 
-def show_plan(study: Study, tools: Path) -> None:
+def show_plan(study: Study, tools: Path | None) -> None:
     """Print models, stages, whether they are done, and the commands of the others. Raises UserError as a run would."""
     changes.check_unchanged(study)
     todo = stages.study_stages(study)

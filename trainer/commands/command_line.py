@@ -1,4 +1,4 @@
-"""Flags for a settings dataclass: what every tool's `--help` shows and how its values are read."""
+"""Flags for a settings dataclass: what every command's `--help` shows and how its values are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.errors import UserError
-from trainer.storage.configuration import from_dict
+from trainer.runtime import terminal
+from trainer.storage.configuration import from_dict, rename_old_keys
 
 Settings = TypeVar("Settings")
 
@@ -27,6 +28,9 @@ def parse(cls: type[Settings], description: str, arguments: list[str] | None = N
     config = flags.pop("config", None)
     try:
         values = read_yaml(Path(config)) if config else {}
+        # Before they are merged: a flag must win over the file under either name.
+        rename_old_keys(cls, values, str(config), terminal.deprecation)
+        rename_old_keys(cls, flags, "flags", terminal.deprecation)
         where = f"{config} and flags" if config else "flags"
         return from_dict(cls, {**values, **flags}, where)
     except UserError as error:
@@ -36,7 +40,7 @@ def parse(cls: type[Settings], description: str, arguments: list[str] | None = N
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises UserError naming file and line."""
-    import yaml  # here: a tool without --config does not wait for it
+    import yaml  # here: without --config it is not needed, and importing it takes time
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -53,7 +57,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _parser(cls: type, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=Path(sys.argv[0]).name,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of these settings; flags win over it"
@@ -62,22 +69,28 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         _add(parser, field, hints[field.name])
+        for old in field.metadata.get("old_names", ()):
+            _add(parser, field, hints[field.name], old)
     return parser
 
 
-def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
+def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any, old_name: str = "") -> None:
+    """Add the flag of a setting; under an earlier spelling it is accepted but not shown by `--help`."""
+    name = old_name or field.name
     default = field.default if field.default is not dataclasses.MISSING else ""
     text = field.metadata["help"].replace("%", "%%")
     if default != "":
         text += f" [{str(default).lower() if isinstance(default, bool) else default}]"
+    if old_name:
+        text = argparse.SUPPRESS
     choices = field.metadata.get("choices")
     is_list = typing.get_origin(hint) is list
     if field.metadata.get("positional"):
         parser.add_argument(field.name, nargs="*" if is_list else "?", help=text, metavar=field.name.upper())
     elif hint is bool:
-        parser.add_argument(f"--{field.name}", nargs="?", const="true", metavar="BOOL", help=text)
+        parser.add_argument(f"--{name}", nargs="?", const="true", metavar="BOOL", help=text)
     else:
         metavar = "{" + ",".join(choices) + "}" if choices else getattr(hint, "__name__", "value").upper()
         # a list may be given at once or flag by flag: the second flag must not silently undo the first
         listed: dict[str, Any] = {"nargs": "+", "action": "extend"} if is_list else {}
-        parser.add_argument(f"--{field.name}", metavar=metavar, help=text, **listed)
+        parser.add_argument(f"--{name}", metavar=metavar, help=text, **listed)

@@ -1,0 +1,56 @@
+"""`socratic COMMAND ...`: run the module of this name in trainer/commands."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from trainer import __version__
+from trainer.storage.configuration import did_you_mean
+
+# Summaries are repeated here because importing every module for `--help` takes longer than printing it.
+COMMANDS = {
+    "doctor": "check that this machine, or every node of a job, can train and computes correct gradients",
+    "plan": "estimate memory, disk and time of a training or a study before it is submitted",
+    "annotate": "let a teacher model write the steps of problems, and verify them",
+    "prepare_shards": "tokenize problems once, for all methods",
+    "train": "train one model with DeepSpeed ZeRO, on one or many ranks",
+    "convert_checkpoint": "convert a ZeRO checkpoint to a Hugging Face folder",
+    "evaluate": "generate answers with one or several models and score them",
+    "plot_scaling": "write a report with tables and plots of finished runs",
+    "study": "run all of the above for models x methods x data sets x seeds, here or on Slurm",
+}
+
+
+def main() -> None:
+    """Run the command named by the first argument; exit with status 2 if there is no such command."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        raise SystemExit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(__version__)
+        return
+    name = arguments[0]
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS)
+        print(f"socratic: error: there is no command {name!r}{hint}; see socratic --help", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = [f"socratic {name}", *arguments[1:]]
+    importlib.import_module(f"trainer.commands.{name}").main()
+
+
+def _help() -> str:
+    lines = [f"  {name:<20}{summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: socratic COMMAND ...",
+            "",
+            "Distil step-by-step reasoning into small language models with DeepSpeed ZeRO.",
+            "",
+            *lines,
+            "",
+            "socratic COMMAND --help shows examples and all flags. --version shows the version.",
+            "Several ranks: mpiexec -n 2 socratic train ..., or deepspeed --module trainer.commands.train ...",
+        ]
+    )
