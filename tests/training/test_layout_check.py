@@ -26,7 +26,7 @@ from trainer.training.layout_check import Example, LayoutChoice, NoLayout, choos
 from trainer.training.layout_selection import check_same_layout, layout_of_checkpoint
 from trainer.training.layouts import EQUAL, PACKED, PADDED, SINGLE, Layout, forward_passes, group_examples
 from trainer.training.loss import summed_token_loss
-from trainer.training.model_copy import _set_nonzero, set_parameters
+from trainer.training.model_copy import _amplify, set_parameters
 
 CPU = torch.device("cpu")
 LENGTHS = (40, 57, 23, 23, 9)
@@ -282,7 +282,7 @@ def test_a_kernel_that_is_wrong_in_bf16_only_is_caught(monkeypatch: pytest.Monke
         assert _choose(model).layout.rows == PACKED
         choice = _choose(model, in_training_dtype=in_bf16)
         assert choice.layout.rows == PADDED
-        assert "in the dtype of the training" in choice.reason
+        assert "in the training dtype" in choice.reason
     finally:
         monkeypatch.undo()
         packed_attention.register()
@@ -327,15 +327,13 @@ def test_masked_logits_do_not_hide_a_difference() -> None:
 
 
 def test_random_first_weights_show_every_path() -> None:
-    gate = _set_nonzero(torch.zeros(8), is_embedding=False)
+    gate = _amplify(torch.zeros(8), is_embedding=False)
     assert float(gate.std()) > 0.01
     small = 0.02 * torch.randn(64, 64)
-    assert float(_set_nonzero(small, is_embedding=False).square().mean().sqrt()) == pytest.approx(
-        1 / 8, rel=1e-5
-    )
-    assert torch.equal(_set_nonzero(small, is_embedding=True), small)
+    assert float(_amplify(small, is_embedding=False).square().mean().sqrt()) == pytest.approx(1 / 8, rel=1e-5)
+    assert torch.equal(_amplify(small, is_embedding=True), small)
     large = torch.randn(64, 64)
-    assert torch.equal(_set_nonzero(large, is_embedding=False), large)
+    assert torch.equal(_amplify(large, is_embedding=False), large)
 
 
 def test_examples_are_grouped() -> None:

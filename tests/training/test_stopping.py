@@ -49,7 +49,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, stories: Shards) -> Path:
         ranks.processes[1].send_signal(signal.SIGUSR1)
         outcomes = ranks.wait(200)
     assert [outcome.status for outcome in outcomes] == [EXIT_REQUEUE, EXIT_REQUEUE], outcomes[0].output
-    assert "stopped as asked (another rank was told)" in outcomes[0].output
+    assert "stopped as asked (another rank was asked to stop)" in outcomes[0].output
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of a token: what is computed, no more."""
+"""Floating-point operations of a token: exactly the computed ones."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def llama(tied: bool) -> LlamaConfig:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_head_counts_where_something_is_learned(tied: bool) -> None:
+def test_the_head_counts_at_targets_only(tied: bool) -> None:
     config = llama(tied)
     count = load.num_parameters(config)
-    norms = 5 * 8  # vectors count like matrices: too little to make an exception of
+    norms = 5 * 8  # vectors count like matrices: the difference is negligible
     attention = 6 * 2 * 8 * 30
     everywhere = 6 * (MATRICES + norms + 100 * 8) + attention
     assert flops_per_token(count, config, mean_length=30) == everywhere
-    assert flops_per_token(count, config, 30, learned_part=0.25) == everywhere - 6 * 0.75 * 100 * 8
+    assert flops_per_token(count, config, 30, target_fraction=0.25) == everywhere - 6 * 0.75 * 100 * 8
 
 
-def test_gpt2_is_known_by_its_own_names() -> None:
+def test_gpt2s_own_config_names_are_read() -> None:
     config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=100, n_positions=16)
     inside = load.num_parameters(config) - 100 * 8
     assert (
@@ -43,6 +43,6 @@ def test_gpt2_is_known_by_its_own_names() -> None:
 
 def test_a_process_does_not_inherit_the_memory_of_the_one_that_started_it() -> None:
     code = "from trainer.training.throughput import peak_memory_bytes; print(peak_memory_bytes())"
-    ours = np.ones(3 << 27)  # 3 GiB, all touched
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 1e7 < int(told.stdout) < ours.nbytes / 2
+    large = np.ones(3 << 27)  # 3 GiB, all touched
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1e7 < int(child.stdout) < large.nbytes / 2

@@ -1,1 +1,1 @@
-"""Train one student: shards -> packs -> steps -> checkpoints. Start reading at loop.py."""
+"""Training of one model: shards -> packs -> steps -> checkpoints. The entry point is loop.py."""

@@ -1,11 +1,11 @@
-"""Save and load the whole state of a run: all ranks write, digests are checked, a rename commits.
+"""Checkpoints of a run: all ranks write into a staging directory, digests are recorded, a rename publishes it.
 
-DeepSpeed's own protocol is not used: ZeRO-1 publishes `latest` before the other ranks have saved, a flipped run of
-bytes loads without a word, and everything is unpickled with `weights_only=False`. Its files are written below a
-temporary name here, and read only after their digests were checked, as byte ranges (reshard.py).
+DeepSpeed's own protocol is not used: ZeRO-1 publishes `latest` before the other ranks have saved, corrupt bytes load
+without an error, and everything is unpickled with `weights_only=False`. Here DeepSpeed's files are read only after
+their digests were checked, as byte ranges (reshard.py).
 
-No RNG state is saved: dropout is seeded from (seed, pack), see loop.py, so a resumed run draws what an undisturbed
-one would have drawn, on every rank.
+No RNG state is saved: dropout is seeded from (seed, pack), see `loop.seed_dropout`, so a resumed run draws the same
+numbers on every rank.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 from trainer.errors import UserError
-from trainer.runtime import distributed, terminal
+from trainer.runtime import distributed, library_internals, terminal
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory
 from trainer.training import reshard
 
 KIND = "checkpoint"
-MODEL = "model"  # config and tokenizer, so that a checkpoint can be converted wherever it is taken
+MODEL = "model"  # folder of config and tokenizer, so that a copied checkpoint can be converted
 
 
 class SafeCheckpointEngine(CheckpointEngine):
-    """DeepSpeed's file access, ours: remembers what was written, keeps errors, reads nothing.
+    """DeepSpeed's file access for saving: lists the written files in `written`, and cannot load.
 
-    An error while saving is kept in `error` instead of raised, because the other ranks wait in a collective. From then
-    on nothing is written, but `unwritten_bytes` counts what would have been.
+    The first error is stored in `error` instead of raised, because the other ranks wait in a collective. After it
+    nothing is written, and `unwritten_bytes` counts the bytes of the files left out.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class SafeCheckpointEngine(CheckpointEngine):
 
 
 class _ByteCounter(io.RawIOBase):
-    """Takes everything and keeps its size."""
+    """A file that counts the bytes written to it and discards them."""
 
     num_bytes = 0
 
@@ -80,37 +80,37 @@ class _ByteCounter(io.RawIOBase):
 
 
 def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model_files: Path) -> None:
-    """Collective. Write `checkpoints/step-NNNNNN`; it is complete or not there. Raises UserError on every rank."""
-    final, first = run.checkpoint(step), distributed.is_main_process()
-    begun = _on_all_ranks(lambda: str(atomic_dir.create_staging(final)) if first else "")
-    staging = Path(distributed.broadcast_object(begun))
+    """Collective. Publish `checkpoints/step-NNNNNN` atomically. Raises UserError on every rank."""
+    final, is_main = run.checkpoint(step), distributed.is_main_process()
+    created = _on_all_ranks(lambda: str(atomic_dir.create_staging(final)) if is_main else "")
+    staging = Path(distributed.broadcast_object(created))
     writer = engine.checkpoint_engine
-    # DeepSpeed would leave converters beside the checkpoints, where rank 0 alone may meet a full disk.
-    engine._copy_recovery_script = lambda save_path: None
+    # DeepSpeed would copy zero_to_fp32.py beside the checkpoints, on rank 0 only, where the disk may be full.
+    library_internals.leave_out_recovery_script(engine)
     try:
         names = reshard.saved_names(engine)
         engine.save_checkpoint(str(staging.parent), tag=staging.name, client_state=names, save_latest=False)
         _check_written(writer, staging)
         _on_all_ranks(
-            lambda: _copy_model_files(model_files, staging / MODEL, writer.written) if first else None
+            lambda: _copy_model_files(model_files, staging / MODEL, writer.written) if is_main else None
         )
-        ours = [path.relative_to(staging).as_posix() for path in writer.written]
-        digests = distributed.gather_objects(_on_all_ranks(lambda: atomic_dir.digest_files(staging, ours)))
-        files = {name: digest for part in digests for name, digest in part.items()}
-        _on_all_ranks(lambda: _commit(staging, final, facts, files) if first else None)
+        written = [path.relative_to(staging).as_posix() for path in writer.written]
+        digests = distributed.gather_objects(_on_all_ranks(lambda: atomic_dir.digest_files(staging, written)))
+        files = {name: digest for of_rank in digests for name, digest in of_rank.items()}
+        _on_all_ranks(lambda: _publish(staging, final, facts, files) if is_main else None)
     except BaseException:
-        if first:
+        if is_main:
             shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
 def _on_all_ranks(action: Callable[[], Any]) -> Any:
-    """Collective. Do it; if the file system refuses on any rank, a UserError on all: nobody waits for the others."""
+    """Collective. Return `action()`; if it fails with a file system error on any rank, raise UserError on all."""
     result, error = None, None
     try:
         result = action()
     except (OSError, shutil.Error) as problem:
-        error = f"the checkpoint could not be written: {problem}; the one before it is untouched"
+        error = f"the checkpoint could not be written: {problem}; the previous checkpoint is intact"
     distributed.raise_on_all_ranks(error)
     return result
 
@@ -120,8 +120,8 @@ def _copy_model_files(source: Path, target: Path, written: list[Path]) -> None:
     written += [path for path in target.rglob("*") if path.is_file()]
 
 
-def _commit(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """Into place; a checkpoint of the same step, which was passed over or not gone on from, is replaced."""
+def _publish(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Publish the checkpoint, replacing one of the same step that was damaged or not resumed from."""
     if not final.exists():
         return atomic_dir.publish(staging, final, KIND, facts, files)
     fresh = staging.with_name(staging.name.replace(".tmp", ".fresh.tmp"))
@@ -130,33 +130,33 @@ def _commit(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, 
 
 
 def _check_written(writer: SafeCheckpointEngine, staging: Path) -> None:
-    """Collective. Raises UserError if a file of any rank is missing, and says by how much the disk is too small."""
+    """Collective. Raise UserError with the missing disk space if a rank could not write one of its files."""
     errors = distributed.gather_objects((writer.error, writer.unwritten_bytes))
     failed = [error for error, _ in errors if error]
     if not failed:
         return
     needed, free = sum(unwritten for _, unwritten in errors), shutil.disk_usage(staging.parent).free
     missing = max(0, needed - free)
-    distributed.barrier()  # nobody removes anything before all have looked
+    distributed.barrier()  # rank 0 must not remove the staging directory before all have read the free space
     space = f"{needed} more bytes are needed and {free} are free there: {missing} bytes are missing"
     raise UserError(
-        f"{failed[0]}; {space}. The checkpoint before it is untouched; make room and start again"
+        f"{failed[0]}; {space}. The previous checkpoint is intact; free disk space and start again"
         if missing
-        else f"{failed[0]}; the checkpoint before it is untouched"
+        else f"{failed[0]}; the previous checkpoint is intact"
     )
 
 
 def prune(run: RunDirectory, keep: int) -> None:
-    """Remove all but the newest `keep` finished checkpoints (rank 0)."""
+    """Remove all but the newest `keep` complete checkpoints (rank 0)."""
     if not distributed.is_main_process():
         return
-    finished = [step for step in run.checkpoint_steps() if atomic_dir.is_complete(run.checkpoint(step))]
-    for step in finished[:-keep]:
+    complete = [step for step in run.checkpoint_steps() if atomic_dir.is_complete(run.checkpoint(step))]
+    for step in complete[:-keep]:
         _remove(run.checkpoint(step))
 
 
 def remove_all(run: RunDirectory) -> None:
-    """Forget every checkpoint of a run (rank 0), because the user asked to start from zero."""
+    """Collective. Remove every checkpoint of a run, for --overwrite_output_dir."""
     if distributed.is_main_process():
         for step in run.checkpoint_steps():
             _remove(run.checkpoint(step))
@@ -164,14 +164,13 @@ def remove_all(run: RunDirectory) -> None:
 
 
 def latest_valid(run: RunDirectory) -> Path | None:
-    """Collective. The newest checkpoint all of whose digests are right; damaged ones are named and passed over.
+    """Collective. Return the newest checkpoint whose digests are all right, with a warning for each damaged one.
 
-    None if there is none at all. Raises UserError if there are checkpoints but not a valid one: starting from zero
-    over them must be asked for.
+    None without any checkpoint. Raises UserError if there are checkpoints but none is valid.
     """
     steps = distributed.broadcast_object(list(reversed(run.checkpoint_steps())))
     for step in steps:
-        problem = _damage(run.checkpoint(step))
+        problem = _find_damage(run.checkpoint(step))
         if problem is None:
             return run.checkpoint(step)
         terminal.warning(f"checkpoint passed over: {problem}")
@@ -184,32 +183,32 @@ def latest_valid(run: RunDirectory) -> Path | None:
 
 
 def check_valid(path: Path) -> None:
-    """Collective. Raises UserError on every rank if the checkpoint is damaged or not finished."""
-    problem = _damage(path)
+    """Collective. Raise UserError on every rank if the checkpoint is damaged or not complete."""
+    problem = _find_damage(path)
     if problem is not None:
         raise UserError(problem)
 
 
 def load(engine: Any, path: Path) -> None:
-    """Collective. Weights, masters and moments of a checkpoint that was found valid, of whatever layout."""
+    """Collective. Load weights, masters and moments of a valid checkpoint of any world size and ZeRO stage."""
     facts = atomic_dir.read_manifest(path, KIND)["facts"]
     reshard.load(engine, path, facts["zero_stage"], facts["world_size"], facts["dtype"])
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, the same answer on all ranks; each rank digests its share of the files."""
+def _find_damage(path: Path) -> str | None:
+    """Collective. Return the first error of a checkpoint, None if it is valid; each rank digests its share of files."""
     problem = None
     try:
         names = sorted(atomic_dir.read_manifest(path, KIND)["files"])
-        world = distributed.environment()
-        atomic_dir.verify_digests(path, names[world.rank :: world.world_size])
+        environment = distributed.environment()
+        atomic_dir.verify_digests(path, names[environment.rank :: environment.world_size])
     except UserError as error:
         problem = str(error)
     return next((text for text in distributed.gather_objects(problem) if text), None)
 
 
 def _remove(path: Path) -> None:
-    """Out of sight first, so that a half removed checkpoint is never found."""
+    """Rename, then remove: a partly removed checkpoint must not be found."""
     hidden = path.parent / f".{path.name}.removed.tmp"
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)

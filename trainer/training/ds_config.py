@@ -1,8 +1,8 @@
-"""A file of ds_configs/ and the settings -> the configuration DeepSpeed runs with; no "auto" is left.
+"""Resolution of a ds_config file and the settings into the configuration that DeepSpeed runs with, without "auto".
 
 "auto" belongs to Hugging Face's Trainer. DeepSpeed's own sections drop it and use a default, so that
-`"bf16": {"enabled": "auto"}` means off. Here every "auto" becomes a number of the settings, and a number that
-contradicts the settings is an error instead of a silent winner.
+`"bf16": {"enabled": "auto"}` means off. Here every "auto" is replaced by the value of the settings, and a value that
+contradicts the settings raises UserError.
 """
 
 from __future__ import annotations
@@ -59,18 +59,21 @@ DEFAULT = {"zero_optimization": {"stage": 1}}
 
 
 def resolve_ds_config(settings: TrainSettings, world_size: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of a run. Raises UserError naming file, key, both values, and the remedy."""
+    """Return the complete DeepSpeed configuration of a run.
+
+    Raises UserError, naming file, key, both values and the remedy, on a contradiction or an unsupported key.
+    """
     name = settings.deepspeed or "the default ds_config"
     config = _read(Path(settings.deepspeed)) if settings.deepspeed else json.loads(json.dumps(DEFAULT))
     _check_keys(config, TOP_LEVEL_KEYS, name)
     micro, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    wanted = {
+    required = {
         "train_batch_size": micro * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": settings.max_grad_norm,
     }
-    for key, value in wanted.items():
+    for key, value in required.items():
         _set_or_check(config, key, value, name)
     _set_or_check(config.setdefault("bf16", {}), "enabled", settings.bf16, f"{name}: bf16")
     _resolve_optimizer(config, settings, name)
@@ -82,7 +85,7 @@ def resolve_ds_config(settings: TrainSettings, world_size: int) -> dict[str, Any
             "which trains the same model on one rank or many"
         )
     config.setdefault("steps_per_print", 1 << 30)  # metrics.jsonl has every step; DeepSpeed need not print
-    config["checkpoint"] = {"tag_validation": "Ignore"}  # the tag is broadcast by us
+    config["checkpoint"] = {"tag_validation": "Ignore"}  # checkpoint.save broadcasts the tag
     _check_no_auto(config, name)
     return config
 
@@ -92,26 +95,24 @@ def stage(config: dict[str, Any]) -> int:
 
 
 def offloads(config: dict[str, Any]) -> bool:
-    """Whether the optimizer's state lives outside the accelerator."""
-    device = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
-    return device != "none"
+    """Return whether the optimizer states are offloaded."""
+    return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def _resolve_optimizer(config: dict[str, Any], settings: TrainSettings, name: str) -> None:
-    """AdamW: torch's fused one (DeepSpeed's compiles C++ at start, and is 10 times slower on a CPU), or the CPU one."""
+    """Fill in AdamW: torch's fused one, or with offload DeepSpeed's CPU Adam.
+
+    DeepSpeed's FusedAdam compiles C++ at the first start, and is 10 times slower on a CPU than torch's.
+    """
     optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {}})
     if optimizer.get("type") != "AdamW":
-        raise UserError(
-            f"{name}: optimizer.type is {optimizer.get('type')!r}; AdamW is what this trainer supports"
-        )
-    parameters = optimizer.setdefault("params", {})
-    _check_keys(parameters, OPTIMIZER_KEYS, f"{name}: optimizer.params")
-    _set_or_check(parameters, "lr", settings.learning_rate, f"{name}: optimizer.params")
-    _set_or_check(
-        parameters, "betas", [settings.adam_beta1, settings.adam_beta2], f"{name}: optimizer.params"
-    )
-    _set_or_check(parameters, "eps", settings.adam_epsilon, f"{name}: optimizer.params")
-    _set_or_check(parameters, "weight_decay", settings.weight_decay, f"{name}: optimizer.params")
+        raise UserError(f"{name}: optimizer.type is {optimizer.get('type')!r}; only AdamW is supported")
+    parameters, where = optimizer.setdefault("params", {}), f"{name}: optimizer.params"
+    _check_keys(parameters, OPTIMIZER_KEYS, where)
+    _set_or_check(parameters, "lr", settings.learning_rate, where)
+    _set_or_check(parameters, "betas", [settings.adam_beta1, settings.adam_beta2], where)
+    _set_or_check(parameters, "eps", settings.adam_epsilon, where)
+    _set_or_check(parameters, "weight_decay", settings.weight_decay, where)
     if not offloads({"zero_optimization": config.get("zero_optimization", {})}):
         parameters.setdefault("torch_adam", True)
         if parameters["torch_adam"]:
@@ -128,21 +129,21 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
         raise UserError(f"{name}: zero_optimization.stage is {zero['stage']!r}; choose 0, 1, 2 or 3")
     if not zero.get("compute_grad_norm", True):
         raise UserError(
-            f"{name}: compute_grad_norm is false, but the norm is what keeps NaN from the weights; remove it"
+            f"{name}: compute_grad_norm is false, but NaN gradients are detected by their norm; remove it"
         )
-    for part in ("offload_optimizer", "offload_param"):
-        offload = zero.get(part) or {}
+    for key in ("offload_optimizer", "offload_param"):
+        offload = zero.get(key) or {}
         if offload.get("device") == "nvme":
-            raise UserError(f"{name}: {part} to NVMe cannot be checkpointed here; use the device 'cpu'")
+            raise UserError(f"{name}: {key} to NVMe cannot be checkpointed here; use the device 'cpu'")
         if offload.get("ratio", 1.0) != 1.0:
-            # Read in DeepSpeed 0.19.8, stage3.py: what stays on the accelerator has an optimizer that is never saved.
+            # DeepSpeed 0.19.8, stage3.py: the optimizer of the parameters left on the accelerator is never saved.
             raise UserError(
-                f"{name}: with {part}.ratio below 1 DeepSpeed does not save all moments; leave it at 1"
+                f"{name}: with {key}.ratio below 1 DeepSpeed does not save all moments; leave it at 1"
             )
 
 
 def _set_or_check(section: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Put `value` where the file has "auto" or nothing; refuse another value."""
+    """Set `key` where the file has "auto" or nothing. Raises UserError if it has another value."""
     found = section.get(key, "auto")
     if found != "auto" and found != value:
         raise UserError(
@@ -164,7 +165,7 @@ def _check_keys(section: dict[str, Any], known: tuple[str, ...], where: str) -> 
 
 def _check_no_auto(value: Any, where: str) -> None:
     if value == "auto":
-        raise UserError(f'{where} is "auto", but nothing in the settings decides it; write a value')
+        raise UserError(f'{where} is "auto", but no setting determines it; write a value')
     if isinstance(value, dict):
         for key, inner in value.items():
             _check_no_auto(inner, f"{where}: {key}")

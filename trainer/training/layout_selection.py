@@ -1,6 +1,6 @@
-"""The layout of a run: what may be tried, on which examples it is checked, and what is recorded about it.
+"""Selection of a run's layout: its candidates, the examples of the check, and the record of the result.
 
-A run that goes on keeps the layout it began with, so that its numbers are those of a run that was never killed.
+A resumed run keeps its layout, so that its numbers are those of a run without interruption.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from trainer.training.batches import PackedDataset
 from trainer.training.layout_check import Example, LayoutChoice, NoLayout, choose_layout
 from trainer.training.layouts import DESCRIPTIONS, PACKED, PADDED, Layout
 
-_CPU_TOKENS = 128  # of the run's first example; an accelerator takes a whole pack in no time
+_CPU_TOKENS = 128  # of the run's first example; an accelerator takes a whole pack
 _NO_MEMORY = "memory"
 
 
 class LayoutSelection:
-    """Which layouts a run may have, and which one it gets."""
+    """The candidate layouts of a run, and the choice among them."""
 
-    def __init__(self, settings: TrainSettings, config: Any, kept: Layout | None):
-        """`kept`: the layout of the checkpoint that the run goes on from."""
+    def __init__(self, settings: TrainSettings, config: Any, resumed: Layout | None):
+        """`resumed`: the layout of the checkpoint from which the run is resumed."""
         self._settings = settings
         self._config = config
-        self._kept = kept
+        self._resumed = resumed
         packed_attention.register()
-        self._layouts = [kept] if kept is not None else layouts.candidates(config, settings.packing)
+        self._layouts = [resumed] if resumed is not None else layouts.candidates(config, settings.packing)
 
-    def choose(self, engine: Any, data: PackedDataset, fresh: bool) -> LayoutChoice:
-        """Collective. Check the layouts on the engine's weights, set its attention; a UserError is raised on every rank.
+    def choose(self, engine: Any, data: PackedDataset, is_untrained: bool) -> LayoutChoice:
+        """Collective. Check the layouts on the engine's weights and set its attention. Raises UserError on every rank.
 
-        `fresh`: the weights are random and no step was made.
+        `is_untrained`: the weights are random and no step was made.
         """
-        outcome = self._check(engine, check_examples(self._settings, data), fresh)
+        outcome = self._check(engine, check_examples(self._settings, data), is_untrained)
         if isinstance(outcome, NoLayout):
             raise UserError(self._explain(outcome))
         set_attention(engine.module, outcome.layout.attention)
         return outcome
 
     def report(self, choice: LayoutChoice) -> None:
-        """Say in one line which layout the run has, and in another why it is not packed."""
+        """Log the layout of the run, with a warning if it is not the fastest."""
         if choice.rejected:
             fastest, reason = choice.rejected[0]
             terminal.warning(f"not {fastest.rows}: {reason}; instead: {DESCRIPTIONS[choice.layout.rows]}")
@@ -77,9 +77,9 @@ class LayoutSelection:
             "fallback_reason": choice.reason,
         }
 
-    def _check(self, engine: Any, examples: list[Example], fresh: bool) -> LayoutChoice | NoLayout:
-        """Collective. On a plain copy of the model on rank 0; where memory does not allow it, in the engine itself."""
-        model = model_copy.copy_model(engine, self._config, fresh)
+    def _check(self, engine: Any, examples: list[Example], is_untrained: bool) -> LayoutChoice | NoLayout:
+        """Collective. Check on a plain copy of the model on rank 0, or without memory for it in the engine itself."""
+        model = model_copy.copy_model(engine, self._config, is_untrained)
         if model is not None:
             outcome = self._check_copy(model, engine, examples) if distributed.is_main_process() else None
             if distributed.is_main_process():
@@ -96,8 +96,8 @@ class LayoutSelection:
 
     def _check_copy(self, model: Any, engine: Any, examples: list[Example]) -> LayoutChoice | NoLayout | str:
         @contextlib.contextmanager
-        def as_trained() -> Iterator[None]:
-            before = model_copy.as_trained(model, engine)
+        def in_training_dtype() -> Iterator[None]:
+            before = model_copy.cast_to_training_dtype(model, engine)
             try:
                 yield
             finally:
@@ -110,8 +110,8 @@ class LayoutSelection:
                 self._layouts,
                 examples,
                 load.device(),
-                # Accelerators have kernels for bf16 alone; on a CPU the functions are those of fp32.
-                as_trained if self._settings.bf16 and torch.cuda.is_available() else None,
+                # Accelerators have separate kernels for bf16; on a CPU the functions are those of fp32.
+                in_training_dtype if self._settings.bf16 and torch.cuda.is_available() else None,
             )
         except NoLayout as error:
             return error
@@ -119,10 +119,10 @@ class LayoutSelection:
             return _NO_MEMORY
 
     def _explain(self, error: NoLayout) -> str:
-        if self._kept is not None:
+        if self._resumed is not None:
             return (
-                f"this run was begun with the layout {self._kept}, but {error}; go on with the versions of transformers "
-                "and torch it was begun with (environment.json), or begin again with --overwrite_output_dir"
+                f"this run was started with the layout {self._resumed}, but {error}; resume it with the versions of "
+                "transformers and torch in its environment.json, or start from zero with --overwrite_output_dir"
             )
         if self._settings.packing == "true" and error.rejected:
             return f"{self._name} cannot be trained packed: {error}; use --packing auto"
@@ -135,20 +135,20 @@ class LayoutSelection:
 
 
 def check_examples(settings: TrainSettings, data: PackedDataset) -> list[Example]:
-    """Return real examples of a run: its first ones, the longest of training and evaluation, and a short one twice.
+    """Return real examples of a run: its first ones, the longest of training and validation, and two short ones.
 
-    The second short one is the beginning of the first example, as long as the short one, so that a batch of rows of equal
-    length is among what is checked. The longest shows whether windows, chunks and LongRoPE are respected.
+    The longest covers windows, chunks and LongRoPE. The two short ones, the shortest example and the beginning of the
+    first, have the same length, so that a batch of rows of equal length is checked.
     """
     first = data.micro_batch(range(1), 1).examples
     if load.device().type == "cpu":
-        first = [(tokens[:_CPU_TOKENS], learned[:_CPU_TOKENS]) for tokens, learned in first[:1]]
+        first = [(tokens[:_CPU_TOKENS], loss_mask[:_CPU_TOKENS]) for tokens, loss_mask in first[:1]]
     longest, shortest = data.longest(), data.shortest()
     if settings.eval_shards:
         longest = max(longest, _longest_held_out(settings), key=lambda example: len(example[0]))
     length = min(len(shortest[0]), len(first[0][0]))
-    beginning = first[0][0][:length], first[0][1][:length]
-    return [*first, longest, (shortest[0][:length], shortest[1][:length]), beginning]
+    short = [(tokens[:length], loss_mask[:length]) for tokens, loss_mask in (shortest, first[0])]
+    return [*first, longest, *short]
 
 
 def _longest_held_out(settings: TrainSettings) -> Example:
@@ -160,7 +160,7 @@ def _longest_held_out(settings: TrainSettings) -> Example:
 
 
 def layout_of_checkpoint(checkpoint: Path, run: RunDirectory) -> Layout | None:
-    """Return the layout a checkpoint was trained in; None if neither it nor the run's settings say."""
+    """Return the layout recorded in a checkpoint or implied by the run's settings, else None."""
     recorded = atomic_dir.read_manifest(checkpoint)["facts"].get("layout")
     if recorded:
         return Layout(recorded["rows"], recorded["attention"])
@@ -170,22 +170,22 @@ def layout_of_checkpoint(checkpoint: Path, run: RunDirectory) -> Layout | None:
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return None
     # Before layouts were recorded, `packing` was true or false, and padded rows always had sdpa.
-    before = {True: Layout(PACKED, packed_attention.NAME), False: Layout(PADDED, "sdpa")}
-    return before.get(packing)
+    layout_of_packing = {True: Layout(PACKED, packed_attention.NAME), False: Layout(PADDED, "sdpa")}
+    return layout_of_packing.get(packing)
 
 
-def check_same_layout(kept: Layout | None, packing: str, checkpoint: Path) -> None:
-    """Raise UserError if a run cannot go on from a checkpoint with this setting of `packing`."""
-    if kept is None or packing == "auto" or kept.is_packed == (packing == "true"):
+def check_same_layout(layout: Layout | None, packing: str, checkpoint: Path) -> None:
+    """Raise UserError if the setting `packing` contradicts the layout of the checkpoint."""
+    if layout is None or packing == "auto" or layout.is_packed == (packing == "true"):
         return
     raise UserError(
-        f"{checkpoint} belongs to another run (its layout is {kept}, now packing is {packing}); use --packing auto to keep "
-        "the layout, another output_dir, or --overwrite_output_dir to start from zero"
+        f"{checkpoint} belongs to another run (its layout is {layout}, now packing is {packing}); use --packing auto to "
+        "keep the layout, another output_dir, or --overwrite_output_dir to start from zero"
     )
 
 
 def write_record(run: RunDirectory, record: dict[str, Any]) -> None:
-    """Add the record to environment.json (rank 0)."""
+    """Add the layout's record to environment.json (rank 0)."""
     if distributed.is_main_process():
         facts = json.loads(run.environment.read_text(encoding="utf-8"))
         atomic_dir.write_text(run.environment, json.dumps({**facts, "layout": record}, indent=1) + "\n")

@@ -1,9 +1,9 @@
-"""How the examples of a micro-batch become rows of a forward pass, and which ways a model family allows.
+"""Layouts: ways to arrange the examples of a micro-batch in rows of forward passes.
 
-All layouts give the same loss and gradient where they are right for a model: which one is, layout_check.py finds out.
-Packed is the fastest. Padded rows suit families whose layers do not keep packed examples apart. Some families compute
-other numbers for a padded row than for the row alone (sparse attention chooses among the padding too, recurrent layers
-read it, LongRoPE follows the longest row): their examples go in rows of equal length, or one at a time.
+All layouts that are right for a model (layout_check.py) give the same loss and gradient. Packed is the fastest. Padded
+rows are for families whose layers mix packed examples. Some families compute other numbers for a padded row than for
+the row alone (sparse attention also chooses padding, recurrent layers read it, LongRoPE depends on the longest row):
+their examples are put in rows of equal length, or one at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """rows: a key of `DESCRIPTIONS`. attention: the attention implementation of transformers."""
+    """Row arrangement (a key of `DESCRIPTIONS`) and transformers' attention implementation."""
 
     rows: str
     attention: str
@@ -48,7 +48,7 @@ class Layout:
 
 
 def candidates(config: Any, packing: str) -> list[Layout]:
-    """Return the layouts to try, the fastest first. No weights are read.
+    """Return the layouts to try, the fastest first, without reading weights.
 
     `packing`: "auto", "true" (packed or nothing) or "false" (never packed).
     """
@@ -64,11 +64,11 @@ def candidates(config: Any, packing: str) -> list[Layout]:
 
 def group_examples(lengths: Sequence[int], rows: str) -> list[list[int]]:
     """Return the indices of the examples of each forward pass; without examples one empty pass."""
-    everything = list(range(len(lengths)))
-    if rows in (PACKED, PADDED) or not everything:
-        return [everything]
+    indices = list(range(len(lengths)))
+    if rows in (PACKED, PADDED) or not indices:
+        return [indices]
     if rows == SINGLE:
-        return [[index] for index in everything]
+        return [[index] for index in indices]
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         groups.setdefault(length, []).append(index)
@@ -78,7 +78,7 @@ def group_examples(lengths: Sequence[int], rows: str) -> list[list[int]]:
 def forward_passes(
     batch: MicroBatch, layout: Layout, device: torch.device, num_passes: int = 0
 ) -> list[PackedBatch | PaddedBatch]:
-    """Return the rows of each forward pass of a micro-batch, filled up to `num_passes` with passes without loss."""
+    """Return the rows of each forward pass of a micro-batch, with passes without loss up to `num_passes`."""
     groups = group_examples([len(tokens) for tokens, _ in batch.examples], layout.rows)
     groups += [[]] * (num_passes - len(groups))
     return [
@@ -92,10 +92,10 @@ def forward_passes(
 
 
 def max_passes(data: PackedDataset, packs_of_ranks: Sequence[range], end: int, rows: str) -> int:
-    """Return how many forward passes the rank with the most of them makes for its packs.
+    """Return the largest number of forward passes that any rank needs for its packs; packs from `end` on are empty.
 
-    Every rank makes as many, because ZeRO-3 gathers the weights in them. Nothing is communicated: the packs of all ranks
-    are known to each. `end`: packs from there on are empty.
+    All ranks must make that many, because ZeRO-3 gathers the weights in each. No communication: every rank can compute
+    the packs of all.
     """
     if rows in (PACKED, PADDED):
         return 1

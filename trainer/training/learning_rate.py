@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: no scheduler state to save or to restore wrongly."""
+"""Learning rate as a pure function of the step, so that a checkpoint needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LearningRateSchedule:
         return cls(settings.learning_rate, settings.lr_scheduler_type, warmup, total_steps)
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 0."""
+        """Return the learning rate of optimizer step `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.peak * step / self.warmup_steps
         if self.kind == "constant":

@@ -1,9 +1,9 @@
-"""The loss of one forward pass, packed or padded: the same number either way.
+"""The loss of one forward pass over packed or padded rows.
 
-The step's loss is the sum of the token losses over all ranks divided by the learned tokens of the whole optimizer
-step, counted before the forward passes. Gradients are averaged over ranks by DeepSpeed, hence the factor of the
-world size. (The mean over ranks of per-rank means is wrong when answers differ in length: 122 % gradient error on
-a two-rank case.)
+The loss of a step is the sum of the token losses over all ranks divided by the number of target tokens of the whole
+step, counted before the forward passes. DeepSpeed averages gradients over ranks, so `loop.optimizer_step` multiplies by
+the world size. (The mean over ranks of per-rank means is wrong when answers differ in length: 122 % gradient error on a
+two-rank case.)
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ IGNORED = -100  # a label that carries no loss (torch's and transformers' conven
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One row: tokens [1, T], positions [1, T] restarting per example, where examples start, what to predict.
+    """One row of whole examples: tokens [1, T]; positions [1, T], from 0 in each example; lengths of the examples.
 
-    predicting [L]: positions whose next token is learned; labels [L]: those tokens. counts: False if nothing is learned;
-    the one position there is then has no loss.
+    cu_seqlens [examples + 1]: cumulative lengths, int32. target_positions [L]: positions that predict a target token.
+    labels [L]: the target tokens. has_targets: False if there is none; L is then 1, with a dummy label.
     """
 
     tokens: torch.Tensor
@@ -42,10 +42,10 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """One row per example: tokens [B, T], attention mask [B, T] (None if all rows are full), what to predict.
+    """One row per example: tokens [B, T], attention_mask [B, T] (None if all rows are full).
 
-    columns [C]: positions at which any row predicts a learned token; rows [L], places [L]: row and index into `columns`
-    of each learned token; labels [L]: those tokens. counts: as in `Packed`.
+    columns [C]: positions at which any row predicts a target token. rows [L], places [L]: row and index into `columns`
+    of each target token. labels [L]: the target tokens. has_targets: as in `PackedBatch`.
     """
 
     tokens: torch.Tensor
@@ -58,25 +58,25 @@ class PaddedBatch:
 
 
 def collate(batch: MicroBatch, packing: bool, device: torch.device) -> PackedBatch | PaddedBatch:
-    """Numpy examples -> tensors on the device. An empty batch becomes two tokens without loss.
+    """Return the examples as tensors on the device. An empty batch becomes two tokens without loss.
 
     (A rank without data in the last step still takes part in every collective of the forward and backward pass.)
     """
     examples = batch.examples or [(np.zeros(2, np.int64), np.zeros(2, bool))]
-    targets = [np.where(learned[1:], tokens[1:], IGNORED) for tokens, learned in examples]
+    targets = [np.where(loss_mask[1:], tokens[1:], IGNORED) for tokens, loss_mask in examples]
     if packing:
         return _pack([tokens for tokens, _ in examples], targets, device)
     return _pad([tokens for tokens, _ in examples], targets, device)
 
 
 def summed_token_loss(model: torch.nn.Module, batch: PackedBatch | PaddedBatch) -> torch.Tensor:
-    """Forward pass; the sum of the losses of the learned tokens, in nats, fp32, with its graph."""
+    """Return the sum of the losses of the target tokens in nats (fp32, differentiable)."""
     losses = summed_cross_entropy(target_logits(model, batch), batch.labels)
     return losses if batch.has_targets else losses * 0
 
 
 def target_logits(model: torch.nn.Module, batch: PackedBatch | PaddedBatch) -> torch.Tensor:
-    """Forward pass; return the logits that predict the learned tokens [L, vocabulary], in the order of the examples.
+    """Return the logits [L, vocabulary] that predict the target tokens, in the order of the examples.
 
     `model`: a causal LM of transformers, or the engine around it.
     """
@@ -94,19 +94,19 @@ def target_logits(model: torch.nn.Module, batch: PackedBatch | PaddedBatch) -> t
 
 @functools.cache
 def _accepted_arguments(model_class: type[Any]) -> frozenset[str]:
-    """Return the names of the arguments of a forward pass; empty if it takes any."""
+    """Return the argument names of a model's `forward`; empty if it takes any keyword."""
     parameters = inspect.signature(model_class.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return frozenset() if takes_any else frozenset(parameters)
 
 
 def _boundaries(model: torch.nn.Module, batch: PackedBatch) -> dict[str, torch.Tensor]:
-    """Return what the kernels of recurrent and convolutional layers need to keep the examples of a pack apart.
+    """Return the arguments with which kernels of recurrent and convolutional layers separate the examples of a pack.
 
     `seq_idx` (int32 [1, T]: the example of each token) for causal_conv1d and mamba_ssm, `cu_seq_lens_q` for
-    flash-linear-attention, as transformers' DataCollatorWithFlattening gives them. Only where the kernels are installed:
-    transformers' torch versions of these layers raise an exception for either. No machine of ours has had the kernels,
-    so this was never run; the check before the first step (layout_check.py) decides whether it works.
+    flash-linear-attention, as in transformers' DataCollatorWithFlattening. Empty unless the kernels are installed:
+    transformers' torch versions of these layers raise an exception for either. Never run with the kernels: the check
+    before the first step (layout_check.py) decides whether the result is right.
     """
     if not _has_recurrent_kernels() or not _has_convolutions(getattr(model, "module", model)):
         return {}
@@ -130,16 +130,13 @@ def _has_recurrent_kernels() -> bool:
 
 
 def _has_convolutions(model: torch.nn.Module) -> bool:
-    """Return whether a model has layers with a short convolution, as all hybrids whose kernels take boundaries have."""
+    """Return whether a model has short convolutions, as all hybrids have whose kernels take boundaries."""
     return any(isinstance(module, torch.nn.Conv1d) for module in model.modules())
 
 
 def packed_logits(model: torch.nn.Module, batch: PackedBatch, **others: torch.Tensor) -> torch.Tensor:
-    """Forward pass of a pack, the head at the predicting positions only: logits [L, vocabulary].
-
-    others: what recurrent layers need besides (sequence boundaries for their kernels).
-    """
-    # All examples are whole, so the mask hides nothing; with one, transformers does not search positions for packs.
+    """Return the logits [L, vocabulary] of a pack at the target positions; `others`: arguments for recurrent layers."""
+    # A mask of ones keeps transformers from searching the positions for packs.
     with packed_attention.use_pack(model, batch.lengths, batch.cu_seqlens):
         logits: torch.Tensor = model(
             input_ids=batch.tokens,
@@ -148,7 +145,7 @@ def packed_logits(model: torch.nn.Module, batch: PackedBatch, **others: torch.Te
             use_cache=False,
             logits_to_keep=batch.target_positions,
             **others,
-        ).logits.squeeze(0)  # not [0], whose gradient is a whole tensor of zeros to copy into
+        ).logits.squeeze(0)  # the gradient of [0] would allocate a whole tensor of zeros
     return logits if len(logits) == len(batch.target_positions) else logits[batch.target_positions]
 
 
@@ -156,18 +153,18 @@ def _pack(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.d
     lengths = [len(tokens) for tokens in examples]
     # The last position of an example predicts nothing.
     labels = np.concatenate([np.append(target, IGNORED) for target in targets])
-    predicting = np.flatnonzero(labels != IGNORED)
-    counts = bool(len(predicting))
-    if not counts:
-        predicting, labels[0] = np.zeros(1, np.int64), 0
+    target_positions = np.flatnonzero(labels != IGNORED)
+    has_targets = bool(len(target_positions))
+    if not has_targets:
+        target_positions, labels[0] = np.zeros(1, np.int64), 0
     return PackedBatch(
         tokens=_tensor(np.concatenate(examples), device).unsqueeze(0),
         positions=_tensor(np.concatenate([np.arange(n) for n in lengths]), device).unsqueeze(0),
         lengths=lengths,
         cu_seqlens=_tensor(np.cumsum([0, *lengths], dtype=np.int32), device),
-        target_positions=_tensor(predicting, device),
-        labels=_tensor(labels[predicting], device),
-        has_targets=counts,
+        target_positions=_tensor(target_positions, device),
+        labels=_tensor(labels[target_positions], device),
+        has_targets=has_targets,
     )
 
 
@@ -180,8 +177,8 @@ def _pad(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.de
         tokens[row, : len(example)] = example
         mask[row, : len(example)] = 1
         labels[row, : len(target)] = target
-    counts = bool((labels != IGNORED).any())
-    if not counts:
+    has_targets = bool((labels != IGNORED).any())
+    if not has_targets:
         labels[0, 0] = 0
     rows, positions = np.nonzero(labels != IGNORED)
     columns, places = np.unique(positions, return_inverse=True)
@@ -192,12 +189,12 @@ def _pad(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.de
         rows=_tensor(rows, device),
         places=_tensor(places.reshape(-1), device),
         labels=_tensor(labels[rows, positions], device),
-        has_targets=counts,
+        has_targets=has_targets,
     )
 
 
 def _tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     if device.type == "cuda":
-        tensor = tensor.pin_memory()  # a copy of 64 KB or more from pageable memory waits for the device
+        tensor = tensor.pin_memory()  # copies of 64 KB or more from pageable memory are synchronous
     return tensor.to(device, non_blocking=True)

@@ -1,6 +1,6 @@
-"""metrics.jsonl on rank 0, one line a step; the same numbers to W&B if asked.
+"""Writer of metrics.jsonl (rank 0, one line a step) and of the same numbers to W&B.
 
-After a restart a step may be there twice: the last line of a step counts.
+A step repeated after a restart has several lines: the last one is valid.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from trainer.storage.run_directory import RunDirectory
 
 
 class MetricsLog:
-    """Appends to the run's metrics file; every line reaches the disk's cache before the next step begins."""
+    """Appends to the run's metrics file; each line is passed to the operating system before the next step."""
 
     def __init__(self, run: RunDirectory, settings: TrainSettings, facts: dict[str, Any]):
         self._file = None
         self._wandb: Any = None
-        self.evaluated_steps: set[int] = set()  # rank 0's are the truth
+        self.evaluated_steps: set[int] = set()  # filled on rank 0 only
         if distributed.is_main_process():
-            _remove_partial_line(run)
+            _end_partial_line(run)
             self.evaluated_steps = _evaluated_steps(run)
             self._file = open(run.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             if settings.report_to == "wandb":
@@ -46,8 +46,8 @@ class MetricsLog:
             self._wandb.finish(exit_code=0 if finished else 1)
 
 
-def _remove_partial_line(run: RunDirectory) -> None:
-    """A killed process may leave half a line; end it, so that the next line stands alone (readers skip the half)."""
+def _end_partial_line(run: RunDirectory) -> None:
+    """Append a newline to a partial last line of a killed process; readers skip the corrupt line."""
     if run.metrics.exists():
         with open(run.metrics, "rb+") as file:
             file.seek(0, 2)
@@ -58,20 +58,20 @@ def _remove_partial_line(run: RunDirectory) -> None:
 
 
 def _evaluated_steps(run: RunDirectory) -> set[int]:
-    """Steps whose periodic evaluation is in the file."""
+    """Return the steps whose periodic evaluation is in the file."""
     if not run.metrics.exists():
         return set()
     steps = set()
     with open(run.metrics, encoding="utf-8", errors="replace") as file:
         for line in file:
             if '"evaluation": {' in line:
-                with contextlib.suppress(ValueError):  # the half of a line that a kill left
+                with contextlib.suppress(ValueError):  # partial line of a killed process
                     steps.add(json.loads(line)["step"])
     return steps
 
 
 def _start_wandb(run: RunDirectory, settings: TrainSettings, facts: dict[str, Any]) -> Any:
-    """One W&B run for one run directory, across restarts: its id is kept in the directory. Works offline."""
+    """Start or resume the W&B run whose id is stored in the run directory."""
     import wandb
 
     if not run.wandb_id.exists():

@@ -1,7 +1,7 @@
-"""A plain copy of the model inside a DeepSpeed engine, on rank 0 in fp32, to compute the model's own numbers with.
+"""Plain fp32 copy of the model inside a DeepSpeed engine, on rank 0, for `layout_check`.
 
-Plain: built by transformers from the config, with its default attention and no kernel of ours. Memory that an fp32 engine
-below ZeRO-3 holds anyway is shared.
+Plain means: built by transformers from the config, with its default attention and without replaced kernels. The copy
+shares the weights' memory with an fp32 engine below ZeRO-3.
 """
 
 from __future__ import annotations
@@ -14,42 +14,39 @@ from typing import Any
 import torch
 
 from trainer.models import load
-from trainer.runtime import distributed, malloc
+from trainer.runtime import distributed, library_internals, malloc
 
-_GATHERED_BYTES = 64 << 20  # of ZeRO-3 parameters in one collective
-_SPARE = 0.8  # part of the free memory that the copy may take
+_MAX_GATHERED_BYTES = 64 << 20  # of ZeRO-3 parameters in one collective
+_MAX_FREE_FRACTION = 0.8  # of the free memory that the copy may take
 
 
-def copy_model(engine: Any, config: Any, fresh: bool) -> Any:
-    """Collective. Return the copy, on ranks other than 0 a bare True; None on every rank if memory does not allow it.
+def copy_model(engine: Any, config: Any, is_untrained: bool) -> Any:
+    """Collective. Return the copy on rank 0 and True on the others; None on all if rank 0 lacks the memory.
 
-    `fresh`: the weights are random and no step was made. Then they are scaled (see `_enliven`).
+    `is_untrained`: the weights are random and no step was made. Then they are changed by `_amplify`.
     """
     parameters = list(engine.module.parameters())
     # RWKV divides its weights in place on entering evaluation mode.
-    copy_all = fresh or hasattr(config, "rescale_every")
-    fits = distributed.broadcast_object(_fits(parameters, copy_all))
-    if not fits:
+    copy_all = is_untrained or hasattr(config, "rescale_every")
+    if not distributed.broadcast_object(_fits(parameters, copy_all)):
         return None
-    main = distributed.is_main_process()
-    model = _empty_model(config) if main else None
-    made: dict[int, torch.nn.Parameter] = {}
-    embeddings = _embeddings(engine.module)
+    is_main = distributed.is_main_process()
+    model = _empty_model(config) if is_main else None
+    copies: dict[int, torch.nn.Parameter] = {}
+    embeddings = _embedding_ids(engine.module)
     for parameter in _gathered(parameters):
-        if main:
+        if is_main:
             values = parameter.detach()
-            # The memory of a gathered parameter is about to be freed.
-            copied = copy_all or hasattr(parameter, "ds_id")
-            values = values.to(torch.float32 if values.is_floating_point() else values.dtype, copy=copied)
-            if fresh:
-                values = _set_nonzero(values, id(parameter) in embeddings)
-            made[id(parameter)] = torch.nn.Parameter(values, requires_grad=False)
+            # ZeRO-3 frees the memory of a gathered parameter.
+            must_copy = copy_all or hasattr(parameter, "ds_id")
+            values = values.to(torch.float32 if values.is_floating_point() else values.dtype, copy=must_copy)
+            if is_untrained:
+                values = _amplify(values, id(parameter) in embeddings)
+            copies[id(parameter)] = torch.nn.Parameter(values, requires_grad=False)
     if model is None:
         return True
-    for name, parameter in engine.module.named_parameters(
-        remove_duplicate=False
-    ):  # tied ones by each of their names
-        _set(model, name, made[id(parameter)])
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        _set_parameter(model, name, copies[id(parameter)])
     persistent = engine.module.state_dict(keep_vars=True).keys()
     buffers = dict(model.named_buffers())
     for name, buffer in engine.module.named_buffers():
@@ -58,8 +55,8 @@ def copy_model(engine: Any, config: Any, fresh: bool) -> Any:
     return model.to(load.device()).eval()
 
 
-def as_trained(model: torch.nn.Module, engine: Any) -> dict[str, torch.Tensor]:
-    """Give the copy the dtypes of the engine's parameters; return its fp32 parameters by name, for `set_parameters`."""
+def cast_to_training_dtype(model: torch.nn.Module, engine: Any) -> dict[str, torch.Tensor]:
+    """Cast the copy to the dtypes of the engine; return its fp32 parameters by name, for `set_parameters`."""
     before = {name: parameter.data for name, parameter in model.named_parameters()}
     dtypes = {name: parameter.dtype for name, parameter in engine.module.named_parameters()}
     set_parameters(model, {name: data.to(dtypes.get(name, data.dtype)) for name, data in before.items()})
@@ -72,21 +69,21 @@ def set_parameters(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> N
 
 
 def free(model: torch.nn.Module) -> None:
-    """Give the copy's memory back at once, without a search for the reference cycles that still hold its modules."""
+    """Free the copy's memory although reference cycles may still hold its modules."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    malloc.trim_heap()  # else it stays in the heap, in holes that later tensors need not fit into
+    malloc.trim_heap()  # else it may stay in the heap as fragments
 
 
 def _empty_model(config: Any) -> Any:
-    """Return the plain model with parameters that have no memory yet; its buffers are computed as always."""
+    """Return the plain model with parameters on meta and computed buffers."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config),  # the engine's model keeps its own, which names its attention
+            copy.deepcopy(config),  # `attn_implementation` is written into it
             dtype=torch.float32,
             attn_implementation=load.default_attention(config),
             trust_remote_code=False,
@@ -100,7 +97,7 @@ def _fits(parameters: list[torch.Tensor], copy_all: bool) -> bool:
         if copy_all or hasattr(parameter, "ds_id") or parameter.dtype != torch.float32
     ]
     needed = 4 * sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in copied)
-    return needed <= _SPARE * _free_bytes()
+    return needed <= _MAX_FREE_FRACTION * _free_bytes()
 
 
 def _free_bytes() -> float:
@@ -111,7 +108,7 @@ def _free_bytes() -> float:
 
 
 def _gathered(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Parameter]:
-    """Collective under ZeRO-3. Each parameter, whole while it is yielded."""
+    """Collective under ZeRO-3. Yield each parameter; its whole value is available until the next one."""
     import deepspeed
 
     group: list[torch.nn.Parameter] = []
@@ -119,26 +116,26 @@ def _gathered(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Paramet
     for index, parameter in enumerate(parameters):
         group.append(parameter)
         size += int(getattr(parameter, "ds_numel", 0)) * parameter.element_size()
-        if size < _GATHERED_BYTES and index + 1 < len(parameters):
+        if size < _MAX_GATHERED_BYTES and index + 1 < len(parameters):
             continue
-        sharded = [member for member in group if hasattr(member, "ds_id")]
+        sharded = [parameter for parameter in group if hasattr(parameter, "ds_id")]
         with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
             yield from group
         group, size = [], 0
 
 
-def _embeddings(model: torch.nn.Module) -> set[int]:
-    """Return the identities of the parameters of embeddings, tied heads included."""
+def _embedding_ids(model: torch.nn.Module) -> set[int]:
+    """Return the ids of the parameters of embeddings, tied heads included."""
     tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     return {id(parameter) for table in tables for parameter in table.parameters()}
 
 
-def _set_nonzero(values: torch.Tensor, is_embedding: bool) -> torch.Tensor:
-    """Return random first weights with which every path of a model shows in its logits.
+def _amplify(values: torch.Tensor, is_embedding: bool) -> torch.Tensor:
+    """Return initial weights with which every part of a model affects its logits.
 
-    With those of a config (a spread of 0.02, gates and biases of zero) a model 64 wide has attention scores near zero: a
-    soft cap or a mask that depends on them would change no logit now, and many later. Matrices are scaled up to unit gain, and
-    parameters without variation get some.
+    With initial weights (standard deviation 0.02, gates and biases zero) a model of width 64 has attention scores near
+    zero: a wrong soft cap or mask would change no logit now, but many after training. So matrices are scaled up to unit
+    gain, and constant parameters get noise.
     """
     if not values.is_floating_point() or values.numel() < 2:
         return values
@@ -149,13 +146,12 @@ def _set_nonzero(values: torch.Tensor, is_embedding: bool) -> torch.Tensor:
         return values + 0.1 * noise
     if values.dim() < 2 or is_embedding:
         return values
-    spread = float(torch.linalg.vector_norm(values)) / math.sqrt(values.numel())
-    wanted = 1 / math.sqrt(max(values.shape[-2:]))
-    return values * (wanted / spread) if spread < wanted else values
+    root_mean_square = float(torch.linalg.vector_norm(values)) / math.sqrt(values.numel())
+    unit_gain = 1 / math.sqrt(max(values.shape[-2:]))
+    return values * (unit_gain / root_mean_square) if root_mean_square < unit_gain else values
 
 
-def _set(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+def _set_parameter(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
-    assert owner._parameters[attribute].shape == parameter.shape  # type: ignore[union-attr]
-    owner._parameters[attribute] = parameter
+    library_internals.replace_parameter(owner, attribute, parameter)

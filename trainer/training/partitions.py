@@ -1,8 +1,8 @@
-"""Which elements of which parameter a rank's optimizer keeps, in a live DeepSpeed 0.19 engine of any ZeRO stage.
+"""Map from a rank's optimizer partitions to parameter elements, in a running DeepSpeed 0.19 engine of any ZeRO stage.
 
 Sources, read in DeepSpeed 0.19.8: `runtime/zero/stage_1_and_2.py`, `runtime/bf16_optimizer.py`, `runtime/zero/
-stage3.py`. DeepSpeed's own map from parameters to elements (`_hp_mapping`) is wrong with `round_robin_gradients`, so
-none of it is used: in stages 1 and 2 a parameter's memory tells where it lies in the flat group.
+stage3.py`. DeepSpeed's own map from parameters to elements (`_hp_mapping`) is wrong with `round_robin_gradients` and
+not used: in stages 1 and 2 a parameter's address gives its position in the flat group.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-# Where an optimizer keeps its groups' parameters, the flat tensor they lie in, and this rank's part of the fp32 masters.
+# Attributes of an optimizer: parameters of each group, their flat tensor, and this rank's partition of the fp32 masters.
 _FLAT_GROUPS = (
     ("round_robin_bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups"),
     # stage 1 in bf16 with gradients accumulated in fp32
@@ -23,7 +23,7 @@ _FLAT_GROUPS = (
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """Elements [start, start + count) of the flattened parameter `name` lie at `offset` of the partition's tensor."""
+    """Elements [start, start + count) of the flattened parameter `name`, at `offset` in the partition's tensor."""
 
     name: str
     start: int
@@ -33,24 +33,24 @@ class ParameterSlice:
 
 @dataclass(frozen=True)
 class Partition:
-    """`master` [elements] fp32: what the plain optimizer updates on this rank; gaps between spans are padding."""
+    """fp32 tensor `master` [elements] that this rank's optimizer updates; gaps between `slices` are padding."""
 
     master: torch.Tensor
     slices: list[ParameterSlice]
 
 
 def partitions(engine: Any) -> list[Partition]:
-    """All that this rank's optimizer keeps, in the order of its groups."""
+    """Return the partitions of this rank's optimizer, in the order of its groups."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        return list(_stage_3(optimizer, names))
+        return list(_stage_3_partitions(optimizer, names))
     for attributes in _FLAT_GROUPS:
         if all(hasattr(optimizer, name) for name in attributes):
-            parts, flats, masters = (getattr(optimizer, name) for name in attributes)
-            groups = zip(parts, flats, masters, strict=True)
-            return [_part_of_flat(*group, engine.global_rank, names) for group in groups]
-    return [
+            parameters, flats, masters = (getattr(optimizer, name) for name in attributes)
+            groups = zip(parameters, flats, masters, strict=True)
+            return [_flat_partition(*group, engine.global_rank, names) for group in groups]
+    return [  # stage 0
         Partition(parameter, [ParameterSlice(names[parameter], 0, parameter.numel(), 0)])
         for group in optimizer.param_groups
         for parameter in group["params"]
@@ -58,18 +58,18 @@ def partitions(engine: Any) -> list[Partition]:
 
 
 def optimizer_state(engine: Any, master: torch.Tensor) -> dict[str, Any]:
-    """AdamW's state of one partition, as the first step would make it: zeros of the partition's shape, step 0."""
+    """Return AdamW's state of one partition, initialised as in the first step: zero moments, step 0."""
     optimizer = engine.optimizer
-    plain = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's wrappers hold the plain one
+    plain = getattr(optimizer, "optimizer", optimizer)  # inside DeepSpeed's wrapper
     state = plain.state[master]
     if not state:
-        for which in ("exp_avg", "exp_avg_sq"):
-            state[which] = torch.zeros_like(master, requires_grad=False)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = torch.zeros_like(master, requires_grad=False)
         group = plain.param_groups[0]
         if isinstance(plain, torch.optim.AdamW | torch.optim.Adam):
-            on = master.device if group["fused"] or group["capturable"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=on)
-        else:  # DeepSpeed's own count in a plain number
+            device = master.device if group["fused"] or group["capturable"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        else:  # DeepSpeed's CPU Adam counts in an int
             state["step"] = 0
     return state
 
@@ -81,42 +81,41 @@ def set_step(state: dict[str, Any], step: int) -> None:
         state["step"] = step
 
 
-def _part_of_flat(
+def _flat_partition(
     parameters: list[torch.nn.Parameter],
     flat: torch.Tensor,
     master: torch.Tensor,
     rank: int,
     names: dict[Any, str],
 ) -> Partition:
-    """Stages 1 and 2: the group is one flat tensor, cut into equal parts regardless of parameters."""
+    """Return this rank's partition in stages 1 and 2, where a group's flat tensor is cut into equal parts."""
     begin, end = rank * master.numel(), (rank + 1) * master.numel()
-    spans = []
+    slices = []
     for parameter in parameters:
-        place = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
-        assert 0 <= place <= flat.numel() - parameter.numel(), (
-            f"{names[parameter]} left its group's flat tensor"
+        position = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+        assert 0 <= position <= flat.numel() - parameter.numel(), (
+            f"{names[parameter]} is not in its group's flat tensor"
         )
-        first, last = max(place, begin), min(place + parameter.numel(), end)
+        first, last = max(position, begin), min(position + parameter.numel(), end)
         if first < last:
-            spans.append(ParameterSlice(names[parameter], first - place, last - first, first - begin))
-    return Partition(master, spans)
+            slices.append(ParameterSlice(names[parameter], first - position, last - first, first - begin))
+    return Partition(master, slices)
 
 
-def _stage_3(optimizer: Any, names: dict[Any, str]) -> Iterator[Partition]:
-    """Stage 3: every parameter is cut into equal shares; a sub-group joins the shares of some parameters."""
+def _stage_3_partitions(optimizer: Any, names: dict[Any, str]) -> Iterator[Partition]:
+    """Yield the sub-groups of stage 3; each concatenates this rank's shards of some parameters."""
     for parameters, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-        spans, offset = [], 0
+        slices, offset = [], 0
         for parameter in parameters:
-            share = parameter.ds_tensor.ds_numel
             start, count = local_shard(parameter)
             if count:
-                spans.append(ParameterSlice(names[parameter], start, count, offset))
-            offset += share
-        yield Partition(master, spans)
+                slices.append(ParameterSlice(names[parameter], start, count, offset))
+            offset += parameter.ds_tensor.ds_numel
+        yield Partition(master, slices)
 
 
 def local_shard(parameter: Any) -> tuple[int, int]:
-    """Stage 3: first element and number of elements of a parameter that this rank holds (without padding)."""
-    share = parameter.ds_tensor.ds_numel
-    start = torch.distributed.get_rank(parameter.ds_process_group) * share
-    return start, max(0, min(share, parameter.ds_numel - start))
+    """Return the first element and the number of elements of this rank's shard in stage 3, without padding."""
+    size = parameter.ds_tensor.ds_numel
+    start = torch.distributed.get_rank(parameter.ds_process_group) * size
+    return start, max(0, min(size, parameter.ds_numel - start))

@@ -1,11 +1,11 @@
-"""Go on from a checkpoint of any world size and ZeRO stage: each rank reads the byte ranges it needs, nothing else.
+"""Loading of a checkpoint of any world size and ZeRO stage: each rank reads the byte ranges it needs.
 
-DeepSpeed loads only what the same number of ranks saved in the same stage (its universal checkpoints are an offline
-conversion), and every rank unpickles whole files. Here a parameter's fp32 master and moments are byte ranges of the old
-ranks' files (trainer/zero) and are copied to where the new layout keeps them (partitions.py). There is one path: a run
-that goes on in its old layout takes it as well, so every test of a resumed run tests it.
+DeepSpeed loads only checkpoints of the same number of ranks and the same stage (its universal checkpoints are an
+offline conversion), and every rank unpickles whole files. Here a parameter's fp32 master and moments are byte ranges of
+the old ranks' files (trainer/zero), copied into the partitions of the new engine (partitions.py). A run resumed on the
+same ranks and stage takes the same path.
 
-Memory: at most one chunk of 16 MiB beside the engine. The bytes must have been proved before (checkpoint.py digests the files).
+Memory: at most one chunk of 16 MiB beside the engine. The digests of the files must have been checked (checkpoint.py).
 """
 
 from __future__ import annotations
@@ -16,70 +16,62 @@ from typing import Any
 import torch
 
 from trainer.errors import UserError
-from trainer.runtime import distributed
+from trainer.runtime import distributed, library_internals
 from trainer.training.partitions import Partition, local_shard, optimizer_state, partitions, set_step
 from trainer.zero.checksum_reader import CHUNK_BYTES, ChecksumReader
-from trainer.zero.optimizer_state import MOMENTS, NAMES, OptimizerState, read_optimizer_state
+from trainer.zero.optimizer_state import MOMENTS, PARAMETER_NAMES, OptimizerState, read_optimizer_state
 from trainer.zero.tensor_references import TensorReference
 from trainer.zero.torch_files import ByteRange
 
 
 @torch.no_grad()
 def load(engine: Any, path: Path, zero_stage: int, world_size: int, dtype: str) -> None:
-    """Masters, moments, step, frozen parameters, buffers and working weights of `engine` from a checkpoint. Collective.
+    """Load masters, moments, step, frozen parameters, buffers and working weights into `engine`. Collective.
 
-    `zero_stage`, `world_size`, `dtype`: of the checkpoint, as its manifest says. Raises UserError if the checkpoint is
-    not of this model; it may then have been loaded in part.
+    `zero_stage`, `world_size`, `dtype`: from the manifest of the checkpoint. Raises UserError if the checkpoint is of
+    another model; parts of it may then have been loaded.
     """
     optimizer, error = engine.optimizer, None
     if hasattr(optimizer, "checkpoint_event_prologue"):
-        optimizer.checkpoint_event_prologue()  # stage 3 lets go of what it has gathered
+        optimizer.checkpoint_event_prologue()  # stage 3 releases its gathered parameters
     try:
         stored = read_optimizer_state(path, zero_stage, world_size, dtype)
-        _check_nothing_left(engine, stored, path)
+        _check_shapes(engine, stored, path)
         with ChecksumReader(checksums=False) as reader:
             for partition in partitions(engine):
-                _fill(engine, partition, stored, reader, path)
-            _fill_untrained(engine, stored, reader, path)
+                _load_partition(engine, partition, stored, reader, path)
+            _load_untrained(engine, stored, reader, path)
     except (UserError, OSError) as problem:
         error = str(problem)
     distributed.raise_on_all_ranks(error)
-    _spread(optimizer)
+    _update_working_weights(optimizer)
     engine.global_steps = stored.step
     engine.global_samples = stored.step * engine.train_batch_size()
 
 
 def saved_names(engine: Any) -> dict[str, list[str]]:
-    """What a checkpoint of stage 0 needs beside the optimizer's state: its parameters' names, in its order."""
+    """Return what a checkpoint of stage 0 holds besides DeepSpeed's files: the optimizer's parameter names, in order."""
     if engine.zero_optimization():
         return {}
-    return {NAMES: [span.name for partition in partitions(engine) for span in partition.slices]}
+    return {PARAMETER_NAMES: [one.name for partition in partitions(engine) for one in partition.slices]}
 
 
-def _fill(
+def _load_partition(
     engine: Any, partition: Partition, stored: OptimizerState, reader: ChecksumReader, path: Path
 ) -> None:
     state = optimizer_state(engine, partition.master)
     set_step(state, stored.step)
-    master = partition.master.data.view(-1)
-    moments = {which: state[which].view(-1) for which in MOMENTS}
-    for span in partition.slices:
-        place = slice(span.offset, span.offset + span.count)
-        weight = stored.weights.find(span.name)
-        _copy(reader, path, span.name, weight, span.start, master[place])
-        for which, moment in moments.items():
-            _copy(
-                reader,
-                path,
-                f"{which} of {span.name}",
-                stored.moment(which, span.name),
-                span.start,
-                moment[place],
-            )
+    for one in partition.slices:
+        elements = slice(one.offset, one.offset + one.count)
+        master = partition.master.data.view(-1)[elements]
+        _copy(reader, path, one.name, stored.weights.find(one.name), one.start, master)
+        for key in MOMENTS:
+            moment, name = state[key].view(-1)[elements], f"{key} of {one.name}"
+            _copy(reader, path, name, stored.moment(key, one.name), one.start, moment)
 
 
-def _fill_untrained(engine: Any, stored: OptimizerState, reader: ChecksumReader, path: Path) -> None:
-    """Frozen parameters and buffers, in training precision."""
+def _load_untrained(engine: Any, stored: OptimizerState, reader: ChecksumReader, path: Path) -> None:
+    """Load frozen parameters and persistent buffers, which are stored in training precision."""
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             continue
@@ -90,7 +82,7 @@ def _fill_untrained(engine: Any, stored: OptimizerState, reader: ChecksumReader,
         else:
             _copy(reader, path, name, weight, 0, parameter.data.view(-1))
     for name, buffer in engine.module.named_buffers():
-        if name in stored.weights.tensors:  # others are not persistent: the model makes them
+        if name in stored.weights.tensors:
             _copy(reader, path, name, stored.weights.tensors[name], 0, buffer.view(-1))
 
 
@@ -102,38 +94,38 @@ def _copy(
     start: int,
     target: torch.Tensor,
 ) -> None:
-    """Elements [start, start + len(target)) of a stored tensor into `target` [elements], which is of its dtype."""
+    """Copy elements [start, start + len(target)) of a stored tensor into `target` [elements] of the same dtype."""
     if stored is None:
-        raise UserError(f"{path} has no {name}, which this model trains; it is of another model")
+        raise UserError(f"{path} has no {name}, which this model trains; it is a checkpoint of another model")
     if stored.dtype != target.dtype:
         raise UserError(f"{path} holds {name} as {stored.dtype}, this run keeps it as {target.dtype}")
-    step = CHUNK_BYTES // target.element_size()
-    done, position = 0, 0  # elements copied; elements of the pieces before this one
-    for piece in stored.ranges:
+    chunk = CHUNK_BYTES // target.element_size()
+    done, position = 0, 0  # elements copied; elements in the previous ranges
+    for byte_range in stored.ranges:
         first = max(start + done - position, 0)
-        end = min(piece.num_elements, start + len(target) - position)
-        for begin in range(first, end, step):
-            count = min(step, end - begin)
-            _read_into(reader, piece, begin, target[done : done + count])
+        end = min(byte_range.num_elements, start + len(target) - position)
+        for begin in range(first, end, chunk):
+            count = min(chunk, end - begin)
+            _read_into(reader, byte_range, begin, target[done : done + count])
             done += count
-        position += piece.num_elements
+        position += byte_range.num_elements
     if done != len(target):
         raise UserError(
-            f"{path}: {name} has {stored.num_elements} elements, this model's has more; it is of another model"
+            f"{path}: {name} has {stored.num_elements} elements, this model's has more; it is a checkpoint of another model"
         )
 
 
-def _read_into(reader: ChecksumReader, piece: ByteRange, start: int, target: torch.Tensor) -> None:
-    """Elements of `piece` from `start` on: straight into the memory of a tensor on the CPU, else through a chunk."""
+def _read_into(reader: ChecksumReader, byte_range: ByteRange, start: int, target: torch.Tensor) -> None:
+    """Read elements from `start` on into `target`, without a copy if it is on the CPU."""
     if target.device.type == "cpu":
-        place: Any = target.detach().view(torch.uint8).numpy()
-        reader.read(piece, start * piece.dtype.itemsize, memoryview(place))
+        buffer: Any = target.detach().view(torch.uint8).numpy()
+        reader.read(byte_range, start * byte_range.dtype.itemsize, memoryview(buffer))
     else:
-        target.copy_(reader.tensor(piece, start, len(target)))
+        target.copy_(reader.tensor(byte_range, start, len(target)))
 
 
-def _check_nothing_left(engine: Any, stored: OptimizerState, path: Path) -> None:
-    """Nothing of the checkpoint may be without a place: it would be lost without a word."""
+def _check_shapes(engine: Any, stored: OptimizerState, path: Path) -> None:
+    """Raise UserError if the checkpoint has a tensor that the model lacks, or has in another shape."""
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     shapes |= {name: tuple(buffer.shape) for name, buffer in engine.module.named_buffers()}
     tied = {primary for alias, primary in stored.weights.aliases.items() if alias in shapes}
@@ -144,11 +136,11 @@ def _check_nothing_left(engine: Any, stored: OptimizerState, path: Path) -> None
             raise UserError(f"{path}: {name} has shape {tensor.shape}, this model's has {shapes[name]}")
 
 
-def _spread(optimizer: Any) -> None:
-    """The working weights of every rank from the masters, as DeepSpeed does after a step. Collective."""
+def _update_working_weights(optimizer: Any) -> None:
+    """Compute the working weights of every rank from the masters, as DeepSpeed does after a step. Collective."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for sub_group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-        optimizer.checkpoint_event_epilogue()  # gathers the small parameters that stay whole on every rank
+            library_internals.update_weights_of_sub_group(optimizer, sub_group)
+        optimizer.checkpoint_event_epilogue()  # gathers the small parameters that are not sharded
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()

@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints: what was asked for, what DeepSpeed was told, and where it ran."""
+"""Small files of a run directory: settings, resolved ds_config, environment, and the model's files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_run_files(
     config: Any,
     tokenizer: Any,
 ) -> None:
-    """Write them (rank 0): settings, resolved ds_config, environment, and the model's config, tokenizer and small files."""
+    """Write settings, resolved ds_config, environment, and the model's config, tokenizer and small files (rank 0)."""
     run.path.mkdir(parents=True, exist_ok=True)
     atomic_dir.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
     atomic_dir.write_text(run.ds_config, json.dumps(resolved, indent=1) + "\n")
@@ -61,17 +61,17 @@ def write_model_files(folder: Path, base_model: str, config: Any, tokenizer: Any
     atomic_dir.write_text(
         folder / "generation_config.json", json.dumps(generation, indent=2, sort_keys=True) + "\n"
     )
-    # With this record a conversion need not import transformers for names and shapes.
+    # With this record an export needs no transformers for names and shapes.
     architecture.record_architecture(folder, base_files.wrapper_type(base, config.model_type))
 
 
 def remove_leftovers(run: RunDirectory) -> None:
-    """What killed starts of this training left half-made, which may be as large as checkpoints (rank 0, which holds the lock).
+    """Remove temporary files and directories that killed starts of this training left behind.
 
-    Not the temporary files of others: of a conversion, of an evaluation, of the lock.
+    For rank 0, while it holds the lock. Those of exports, evaluations and the lock stay.
     """
-    whole = (run.settings, run.ds_config, run.environment, run.restarts, run.wandb_id)
-    patterns = [".initial-*.tmp", ".probe-*.tmp", *(f".{path.name}.*.tmp" for path in whole)]
+    files = (run.settings, run.ds_config, run.environment, run.restarts, run.wandb_id)
+    patterns = [".initial-*.tmp", ".probe-*.tmp", *(f".{path.name}.*.tmp" for path in files)]
     found = [path for pattern in patterns for path in run.path.glob(pattern)]
     for path in [*found, *run.checkpoints.glob(".step-*.tmp")]:
         if path.is_dir():
@@ -81,7 +81,7 @@ def remove_leftovers(run: RunDirectory) -> None:
 
 
 def code_fingerprint() -> dict[str, str]:
-    """What must be the same on all ranks: packages, Python, and every line of ours (a revision may be dirty)."""
+    """Return versions of packages and Python, and a digest of the trainer's code (a git revision may be dirty)."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
@@ -92,7 +92,7 @@ def code_fingerprint() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, host and code revision, for whoever asks later why two runs differ."""
+    """Return versions, host, launcher, command and code revision, to explain later why two runs differ."""
     root = Path(__file__).parents[2]
     revision = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True

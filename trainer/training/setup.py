@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step: data, plan, model, engine, and where it left off."""
+"""Setup of a run before its first step: data, batch plan, engine, layout, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.shards.methods import view_of
 from trainer.shards.model_tokenizer import check_model_fits_shards
 from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
-from trainer.storage.configuration import to_dict
+from trainer.storage.configuration import rename_old_keys, to_dict
 from trainer.storage.run_directory import RunDirectory
 from trainer.training import checkpoint, ds_config, time_limit
 from trainer.training.batches import BatchPlan, PackedDataset
@@ -36,8 +36,8 @@ from trainer.training.layouts import Layout
 from trainer.training.learning_rate import LearningRateSchedule
 from trainer.training.run_files import code_fingerprint, remove_leftovers, write_run_files
 
-# Settings that may differ when a run goes on; everything else decides its numbers. Ranks, ZeRO stage, offload and
-# micro-batches may all change, as long as a step takes as many packs: see _refuse_other_steps.
+# Settings that may differ when a run is resumed; all others determine its numbers. Ranks, ZeRO stage, offload and
+# micro-batches may change if the number of packs of a step stays the same: see `_check_same_batch_plan`.
 _MAY_CHANGE_ON_RESUME = {
     "deepspeed", "output_dir", "train_shards", "eval_shards", "eval_steps", "eval_max_problems", "save_steps", "save_total_limit",
     "resume_from_checkpoint", "overwrite_output_dir", "report_to", "wandb_project", "timeout_seconds", "dry_run",
@@ -48,15 +48,15 @@ _MAY_CHANGE_ON_RESUME = {
 
 @dataclass
 class TrainState:
-    """A run in progress. `facts` go into every checkpoint's manifest."""
+    """A run in progress. `facts` are written into the manifest of every checkpoint."""
 
     settings: TrainSettings
-    world: DistributedEnvironment
+    environment: DistributedEnvironment
     run: RunDirectory
     shards: Shards
     data: PackedDataset
     batch_plan: BatchPlan
-    learning_rates: LearningRateSchedule
+    schedule: LearningRateSchedule
     tokenizer: Any
     config: Any
     engine: Any
@@ -72,12 +72,11 @@ class TrainState:
 
 
 def setup_training(
-    settings: TrainSettings, world: DistributedEnvironment, run: RunDirectory, stop: StopRequest
+    settings: TrainSettings, environment: DistributedEnvironment, run: RunDirectory, stop: StopRequest
 ) -> TrainState | None:
-    """Check everything that can be checked, then build the engine and load the newest valid checkpoint.
+    """Check settings, data and checkpoint, build the engine and load the newest valid checkpoint. Collective.
 
-    `stop` learns of the time limit, if there is one. None if the run is finished already. Collective; a UserError is
-    raised on every rank.
+    Sets the deadline of `stop`. Returns None if the run is already finished. Raises UserError on every rank.
     """
     distributed.assert_same_on_all_ranks("installation", code_fingerprint())
     if distributed.is_main_process():
@@ -90,13 +89,13 @@ def setup_training(
     plan = BatchPlan.make(
         settings.per_device_train_batch_size,
         settings.gradient_accumulation_steps,
-        world.world_size,
+        environment.world_size,
         data.packs_per_epoch,
         settings.num_train_epochs,
         settings.max_steps,
     )
-    resolved = ds_config.resolve_ds_config(settings, world.world_size)
-    facts = _facts(settings, world, shards, config, resolved, data)
+    resolved = ds_config.resolve_ds_config(settings, environment.world_size)
+    facts = _facts(settings, environment, shards, config, resolved, data)
     distributed.assert_same_on_all_ranks(
         "training setup", {**facts, "plan": repr(plan), "ds_config": resolved}
     )
@@ -104,43 +103,30 @@ def setup_training(
     start = _find_checkpoint(settings, run, facts, plan)
     if start is not None and atomic_dir.read_manifest(start)["facts"]["finished"]:
         return None
-    kept = None if start is None else layout_of_checkpoint(start, run)
+    layout = None if start is None else layout_of_checkpoint(start, run)
     if start is not None:
-        check_same_layout(kept, settings.packing, start)
-    layout_of_run = LayoutSelection(settings, config, kept)
+        check_same_layout(layout, settings.packing, start)
+    selection = LayoutSelection(settings, config, layout)
     if distributed.is_main_process():
         write_run_files(settings, run, resolved, facts, config, tokenizer)
-    engine = build_engine(settings, run, config, resolved, blank=start is not None)
+    engine = build_engine(settings, run, config, resolved, empty=start is not None)
     first_step = 0
     if start is not None:
         checkpoint.load(engine, start)
         first_step = atomic_dir.read_manifest(start)["facts"]["step"]
         terminal.info(f"resumed from {start}")
-    choice = layout_of_run.choose(engine, data, fresh=first_step == 0 and not settings.model_name_or_path)
-    facts["layout"] = layout_of_run.record(choice)
+    choice = selection.choose(engine, data, is_untrained=first_step == 0 and not settings.model_name_or_path)
+    facts["layout"] = selection.record(choice)
     write_record(run, facts["layout"])
     schedule = LearningRateSchedule.make(settings, plan.total_steps)
     return TrainState(
-        settings,
-        world,
-        run,
-        shards,
-        data,
-        plan,
-        schedule,
-        tokenizer,
-        config,
-        engine,
-        load.device(),
-        first_step,
-        facts,
-        layout_of_run,
-        choice,
-    )
+        settings, environment, run, shards, data, plan, schedule, tokenizer, config, engine, load.device(), first_step,
+        facts, selection, choice,
+    )  # fmt: skip
 
 
 def _open_shards(path: str) -> Shards:
-    """Collective. Every byte is compared with its digest, once a node: a node may have a copy of its own."""
+    """Collective. Open the shards and check their digests on one rank of each node, which may have its own copy."""
     shards, error = None, None
     try:
         shards = Shards.open(path, verify=distributed.environment().local_rank == 0)
@@ -158,10 +144,10 @@ def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
     longest, context = int(shards.lengths(view_of(settings.method)).max()), load.context_length(config)
     if context and min(longest, settings.pack_length) > context:
         raise UserError(
-            f"{shards.path} has examples of up to {longest} tokens but {name} reaches {context}: "
+            f"{shards.path} has examples of up to {longest} tokens but the context of {name} is {context}: "
             f"prepare them again with --max_length {context}, or set pack_length to {context}"
         )
-    # GPT-2's pad token is its end-of-sequence token; it is never masked here, since masks go by position.
+    # GPT-2's pad token is its end-of-sequence token; masks go by position here, so it is never masked.
     config.eos_token_id = tokenizer.eos_token_id
     config.use_cache = False
     return config
@@ -169,7 +155,7 @@ def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
 
 def _facts(
     settings: TrainSettings,
-    world: DistributedEnvironment,
+    environment: DistributedEnvironment,
     shards: Shards,
     config: Any,
     resolved: dict[str, Any],
@@ -184,7 +170,7 @@ def _facts(
         "pretrained": bool(settings.model_name_or_path),
         "seed": settings.seed,
         "num_parameters": load.num_parameters(config),
-        "world_size": world.world_size,
+        "world_size": environment.world_size,
         "zero_stage": ds_config.stage(resolved),
         "dtype": "bf16" if settings.bf16 else "fp32",
         "train_on_calculator_results": settings.train_on_calculator_results,
@@ -197,7 +183,7 @@ def _facts(
 def _find_checkpoint(
     settings: TrainSettings, run: RunDirectory, facts: dict[str, Any], plan: BatchPlan
 ) -> Path | None:
-    """The checkpoint to go on from, valid and of the same run; None to start from zero."""
+    """Return the valid checkpoint of this run to resume from; None to start from zero."""
     if settings.overwrite_output_dir:
         checkpoint.remove_all(run)
         return None
@@ -219,14 +205,12 @@ def _check_same_run(run: RunDirectory, found: Path, settings: TrainSettings, fac
         f"{name}: {old[name]!r} there, {facts[name]!r} now" for name in names if old[name] != facts[name]
     ]
     if run.settings.is_file():
-        before = _settings_of(run)
-        now = to_dict(settings)
-        keys = [
-            key
-            for key in now
-            if key not in _MAY_CHANGE_ON_RESUME and key not in names and before.get(key) != now[key]
+        before = _read_settings(run)
+        changed += [
+            f"{key}: {before.get(key)!r} there, {value!r} now"
+            for key, value in to_dict(settings).items()
+            if key not in _MAY_CHANGE_ON_RESUME and key not in names and before.get(key) != value
         ]
-        changed += [f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in keys]
     if changed:
         raise UserError(
             f"{found} belongs to another run ({'; '.join(changed)}); use another output_dir, "
@@ -234,34 +218,36 @@ def _check_same_run(run: RunDirectory, found: Path, settings: TrainSettings, fac
         )
 
 
-def _settings_of(run: RunDirectory) -> dict[str, Any]:
-    """What the run was started with."""
+def _read_settings(run: RunDirectory) -> dict[str, Any]:
+    """Return the settings with which the run was started."""
     try:
         found = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         found = str(error).splitlines()[0]
     if not isinstance(found, dict):
         raise UserError(
-            f"{run.settings} cannot be read ({found}), so nobody can tell whether this is the same run; restore it, or "
-            "remove it if you are sure"
+            f"{run.settings} cannot be read ({found}), so its settings cannot be compared with this run's; restore it, "
+            "or remove it if you are sure that they agree"
         )
+    rename_old_keys(TrainSettings, found, str(run.settings))
     return found
 
 
 def _check_same_batch_plan(found: Path, plan: BatchPlan) -> None:
-    """The cluster may change under a run, the packs of a step may not: they decide its numbers and its schedule."""
+    """Raise UserError, with valid settings, if the number of packs of a step differs from the checkpoint's."""
     old = atomic_dir.read_manifest(found)["facts"]
     step, consumed = old["step"], old["packs_consumed"]
     if plan.packs(step - 1)[1] == consumed:
         return
-    there, ranks = round(consumed / step), plan.world_size
-    if there % ranks:
-        fitting = ", ".join(str(number) for number in range(1, there + 1) if there % number == 0)
-        remedy = f"{there} packs cannot be shared by {ranks} ranks: use one of {fitting} ranks"
+    num_packs, ranks = round(consumed / step), plan.world_size
+    if num_packs % ranks:
+        divisors = ", ".join(str(number) for number in range(1, num_packs + 1) if num_packs % number == 0)
+        remedy = f"{num_packs} packs cannot be shared by {ranks} ranks: use one of {divisors} ranks"
     else:
-        micro = plan.packs_per_micro_batch if there % (ranks * plan.packs_per_micro_batch) == 0 else 1
-        remedy = f"give --per_device_train_batch_size {micro} --gradient_accumulation_steps {there // (ranks * micro)}"
+        micro = plan.packs_per_micro_batch if num_packs % (ranks * plan.packs_per_micro_batch) == 0 else 1
+        accumulation = num_packs // (ranks * micro)
+        remedy = f"give --per_device_train_batch_size {micro} --gradient_accumulation_steps {accumulation}"
     raise UserError(
-        f"{found}: a step took {there} packs, now it would take {plan.packs_per_step} ({ranks} ranks x "
+        f"{found}: a step took {num_packs} packs, now it would take {plan.packs_per_step} ({ranks} ranks x "
         f"{plan.accumulation_steps} micro-batches x {plan.packs_per_micro_batch} packs); {remedy}"
     )

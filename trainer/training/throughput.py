@@ -1,4 +1,4 @@
-"""Arithmetic of a step: floating-point operations, and what part of the device's peak they are."""
+"""Floating-point operations of a step, and the peak performance and memory use of the device."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import torch
 from trainer.training import gpu_table
 
 
-def flops_per_token(num_parameters: int, config: Any, mean_length: float, learned_part: float = 1.0) -> float:
-    """Forward and backward, recomputation not counted: 6 N + 6 L d n for causal attention over n tokens.
+def flops_per_token(
+    num_parameters: int, config: Any, mean_length: float, target_fraction: float = 1.0
+) -> float:
+    """Return the FLOPs of forward and backward, without recomputation: 6 N + 6 L d n for causal attention over n tokens.
 
-    N counts parameters outside the input embedding; every query looks at half of the sequence on average. (Kaplan
-    et al. 2020, appendix; Chowdhery et al. 2022, appendix B, halved for the causal mask.) `learned_part`: of the tokens;
-    the vocabulary's head is applied to no others, and what is not computed is no utilisation.
+    N counts parameters outside the input embedding; a query attends to half of the sequence on average. (Kaplan et al.
+    2020, appendix; Chowdhery et al. 2022, appendix B, halved for the causal mask.) `target_fraction`: share of the
+    tokens that are targets; the head is computed for these alone.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
     head = config.vocab_size * width
     tied = getattr(config, "tie_word_embeddings", False)
     inside = num_parameters - (head if tied else 2 * head)
-    return 6.0 * (inside + learned_part * head) + 6.0 * layers * width * mean_length
+    return 6.0 * (inside + target_fraction * head) + 6.0 * layers * width * mean_length
 
 
 def peak_flops(dtype: str = "bf16") -> float | None:
@@ -38,10 +40,10 @@ def peak_flops(dtype: str = "bf16") -> float | None:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory this rank ever used: allocated on the GPU, or resident on the CPU."""
+    """Return the peak memory of this rank: allocated on the GPU, or resident on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    # Not ru_maxrss where it can be helped: on Linux that begins with what the process that started this one had.
+    # ru_maxrss is only the fallback: on Linux it starts with the peak of the parent process.
     with (
         contextlib.suppress(OSError),
         open("/proc/self/status", encoding="ascii", errors="replace") as status,

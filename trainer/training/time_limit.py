@@ -1,4 +1,4 @@
-"""How much time a run has, and how much of it one checkpoint takes before any was written."""
+"""Deadline of a run, from Slurm's time limit and `time_limit_seconds`, and the estimated time of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from trainer.runtime.stop_request import StopRequest
 from trainer.storage.run_directory import RunDirectory
 
 _PROBE_BYTES = 16 << 20
-# fp32 weights by rank 0, and over all ranks fp32 masters and two moments of Adam; bf16 weights are half of it.
-_BYTES_OF_WEIGHTS, _BYTES_OF_OPTIMIZER = 4, 12
+# Per parameter: fp32 weights on rank 0 (bf16: half), fp32 master and two moments of Adam divided among all ranks.
+_WEIGHT_BYTES, _OPTIMIZER_BYTES = 4, 12
 
 
 def set_deadline(
     stop: StopRequest, time_limit_seconds: float, run: RunDirectory, facts: dict[str, Any]
 ) -> None:
-    """Collective. Have `stop` asked for in time for a last save: before Slurm's limit of the job, and before our own.
+    """Collective. Set the deadline of `stop` to the earlier of Slurm's limit of the job and `time_limit_seconds`.
 
-    Raises UserError, before a model is built, if there is no time for a single checkpoint.
+    `facts`: of the run. Raises UserError if there is no time for a single checkpoint.
     """
-    left = _seconds_left(time_limit_seconds, stop.started)
-    if left is None:
+    seconds_left = _seconds_left(time_limit_seconds, stop.started)
+    if seconds_left is None:
         return
-    save = _estimated_save_seconds(run, facts)
-    if left < save:
+    save_seconds = _estimate_save_seconds(run, facts)
+    if seconds_left < save_seconds:
         raise UserError(
-            f"the time limit leaves {left:.1f} s, and one checkpoint takes about {save:.1f} s here: nothing could be "
-            "kept; ask for more time (Slurm's --time, or time_limit_seconds)"
+            f"the time limit leaves {seconds_left:.1f} s, and one checkpoint takes about {save_seconds:.1f} s here: "
+            "nothing could be saved; ask for more time (Slurm's --time, or time_limit_seconds)"
         )
-    stop.set_deadline(left, save)
+    stop.set_deadline(seconds_left, save_seconds)
 
 
 def _seconds_left(time_limit_seconds: float, started: float) -> float | None:
-    """Collective. Until the Slurm job's limit or our own, counted from `started` (monotonic); None: no limit."""
+    """Collective. Return the seconds until the earlier limit, None without one. `started`: monotonic time."""
     job = distributed.seconds_left_of_job(os.environ) if distributed.is_main_process() else None
     limits = [distributed.broadcast_object(job)]
     if time_limit_seconds:
@@ -46,24 +46,24 @@ def _seconds_left(time_limit_seconds: float, started: float) -> float | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _estimated_save_seconds(run: RunDirectory, facts: dict[str, Any]) -> float:
-    """Collective. Estimated from how fast rank 0 writes, flushes and digests a few megabytes where checkpoints go.
+def _estimate_save_seconds(run: RunDirectory, facts: dict[str, Any]) -> float:
+    """Collective. Estimate the time of a save from the speed at which rank 0 writes, flushes and digests 16 MiB.
 
-    Raises UserError, on every rank, where nothing can be written.
+    Raises UserError on every rank if the run directory cannot be written.
     """
-    speed, fault = None, None
+    speed, error = None, None
     if distributed.is_main_process():
         try:
-            speed = _bytes_per_second(run)
-        except OSError as error:
-            fault = f"nothing can be written into {run.path}: {error.strerror}; make room, or give another output_dir"
-    distributed.raise_on_all_ranks(fault)
+            speed = _measure_bytes_per_second(run)
+        except OSError as problem:
+            error = f"{run.path} cannot be written: {problem.strerror}; free disk space, or give another output_dir"
+    distributed.raise_on_all_ranks(error)
     speed = distributed.broadcast_object(speed)
-    optimizer = _BYTES_OF_OPTIMIZER / facts["world_size"]
-    return facts["num_parameters"] * (_BYTES_OF_WEIGHTS + optimizer) / speed
+    bytes_per_parameter = _WEIGHT_BYTES + _OPTIMIZER_BYTES / facts["world_size"]
+    return float(facts["num_parameters"] * bytes_per_parameter / speed)
 
 
-def _bytes_per_second(run: RunDirectory) -> float:
+def _measure_bytes_per_second(run: RunDirectory) -> float:
     run.path.mkdir(parents=True, exist_ok=True)
     probe = run.path / f".probe-{secrets.token_hex(4)}.tmp"
     content = os.urandom(1 << 20)

@@ -1,4 +1,4 @@
-"""Loss on held-out problems during training, over all ranks, exact for any number of ranks."""
+"""Loss on held-out problems during training, the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -17,43 +17,46 @@ from trainer.training.setup import TrainState
 
 
 class ValidationLoss:
-    """Callable for `train(settings, evaluate=...)`: mean nats per learned token of the student's own method."""
+    """Callable for `train(settings, evaluate=...)`: mean loss in nats per target token of the run's own method."""
 
     def __init__(self, shards_path: str, max_problems: int):
         self._shards = Shards.open(shards_path, verify=True)
         self._max_problems = max_problems
         self._data: PackedDataset | None = None
 
-    def __call__(self, student: TrainState, stop: StopRequest) -> dict[str, Any] | None:
-        settings, world = student.settings, student.world
+    def __call__(self, state: TrainState, stop: StopRequest) -> dict[str, Any] | None:
+        """Collective. Return the values to log, or None if a stop request interrupted it."""
+        settings, environment = state.settings, state.environment
         if self._data is None:
             view = view_of(settings.method, settings.train_on_calculator_results)
             self._data = PackedDataset(self._shards, settings.method, view, settings.pack_length, seed=0)
         data = self._data
-        part = min(1.0, self._max_problems / data.num_examples)
-        num_packs = max(1, round(part * data.packs_per_epoch))
-        rounds = -(-num_packs // world.world_size)
-        total = torch.zeros((), dtype=torch.float64, device=student.device)
-        student.engine.eval()
+        fraction = min(1.0, self._max_problems / data.num_examples)
+        num_packs = max(1, round(fraction * data.packs_per_epoch))
+        total = torch.zeros((), dtype=torch.float64, device=state.device)
+        state.engine.eval()
         stopping = False
         with torch.no_grad():
-            for index in range(rounds):
+            for first in range(0, num_packs, environment.world_size):
                 stopping = (
                     stop.should_stop_on_any_rank()
-                )  # it may be long, and what it would tell is not worth a checkpoint
+                )  # validation may be long, and saving must not wait for it
                 if stopping:
                     break
-                # Every rank makes as many forward passes (ZeRO-3 gathers weights in them); some may be empty.
-                first = index * world.world_size
-                packs = [range(pack, pack + 1) for pack in range(first, first + world.world_size)]
-                num_passes = max_passes(data, packs, num_packs, student.layout.rows)
-                batch = data.micro_batch(packs[world.rank], num_packs)
-                for rows in forward_passes(batch, student.layout, student.device, num_passes):
-                    total += summed_token_loss(student.engine, rows)
-        student.engine.train()
+                # Every rank makes the same number of forward passes (ZeRO-3 gathers weights in them).
+                packs = [range(pack, pack + 1) for pack in range(first, first + environment.world_size)]
+                num_passes = max_passes(data, packs, num_packs, state.layout.rows)
+                batch = data.micro_batch(packs[environment.rank], num_packs)
+                for rows in forward_passes(batch, state.layout, state.device, num_passes):
+                    total += summed_token_loss(state.engine, rows)
+        state.engine.train()
         if stopping:
             return None
-        if world.world_size > 1:
+        if environment.world_size > 1:
             dist.all_reduce(total)
-        learned = data.num_target_tokens(0, num_packs)
-        return {"loss": float(total) / learned, "learned_tokens": learned, "data": self._shards.facts["data"]}
+        num_targets = data.num_target_tokens(0, num_packs)
+        return {
+            "loss": float(total) / num_targets,
+            "learned_tokens": num_targets,
+            "data": self._shards.facts["data"],
+        }

@@ -1,14 +1,14 @@
-"""Who hangs? A rank that shows no sign of life is named, with its last step, and the run is ended everywhere.
+"""Detection of hung ranks by heartbeat files: the hung rank is reported with its last step, and all ranks end.
 
-A stopped rank leaves the others in a collective until `timeout_seconds`, and then they know that somebody was late, not
-who. So a thread of every rank counts up a number in a small file, and looks at the number of the next rank; the last
-rank looks at the first. Files, because the process group's store lives in rank 0, which may be the one that hangs.
+A stopped rank leaves the others in a collective until `timeout_seconds`, whose error does not say which rank is missing.
+So a thread of every rank increments a counter in a small file and watches the counter of the next rank; the last rank
+watches the first. Files are used because the process group's store is in rank 0, which may be the one that hangs.
 
-No clock is compared with another: a rank is silent if its number stayed the same over so many looks of ours. If the
-file system stalls, or the whole job is suspended, we do not look either, and nobody is accused.
+No clocks are compared: a rank hangs if its counter stays the same over several checks and `heartbeat_timeout_seconds` of
+the watching rank. If the file system stalls or the whole job is suspended, no checks are made and none fails.
 
-What this does not see: a rank whose main thread waits for ever while its threads run. That ends by `timeout_seconds`;
-then ranks that had done fewer steps than others, or are gone, are named.
+Not detected: a rank whose main thread hangs while its other threads run. `timeout_seconds` ends that; then ranks that
+have ended, or have done fewer steps than others, are reported.
 """
 
 from __future__ import annotations
@@ -36,37 +36,40 @@ from trainer.settings import TrainSettings
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory
 
-_LOOKS = 10  # within heartbeat_timeout_seconds
+_CHECKS = 10  # within heartbeat_timeout_seconds
 _RECORD_BYTES = 1024
-_WRITE_EVERY_SECONDS = 1.0  # of steps; shorter ones are told with the next sign of life
-_LEAVING_SECONDS = 5.0  # the others of this host may end by themselves for so long
+_MIN_WRITE_SECONDS = 1.0  # between two records of steps
+_EXIT_SECONDS = 5.0  # for other ranks of this host to end by themselves
 
 
 @contextlib.contextmanager
 def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
-    """Collective. Hold the run's lock and watch over its ranks. Raises UserError if another job holds the run."""
-    lock = _take(run.lock)
+    """Collective. Context manager that holds the run's lock and yields a started watchdog.
+
+    Raises UserError on every rank if another job holds the lock.
+    """
+    lock = _acquire_lock(run.lock)
     try:
         watchdog = Watchdog(run, settings.heartbeat_timeout_seconds, lock)
         watchdog.start()
-        in_order = False
+        is_regular = False
         try:
             yield watchdog
-            in_order = True
+            is_regular = True
         except UserError:
-            in_order = True  # raised on all ranks
+            is_regular = True  # raised on all ranks
             raise
         except Exception:
             watchdog.report_stragglers()
             raise
         finally:
-            watchdog.stop(in_order)
+            watchdog.stop(is_regular)
     finally:
         lock.release()
 
 
-def _take(path: Path) -> DirectoryLock:
-    """Collective. Rank 0 holds it for all. Raises UserError on every rank, naming the job that holds it, if one does."""
+def _acquire_lock(path: Path) -> DirectoryLock:
+    """Collective. Acquire the lock on rank 0. Raises UserError on every rank, naming the job that holds it."""
     lock, error = DirectoryLock(path, None), None
     if distributed.is_main_process():
         try:
@@ -74,87 +77,84 @@ def _take(path: Path) -> DirectoryLock:
         except UserError as problem:
             error = str(problem)
         except OSError as problem:
-            error = f"{path} cannot be made: {problem}"
+            error = f"{path} cannot be created: {problem}"
     distributed.raise_on_all_ranks(error)
     return lock
 
 
 class Watchdog:
-    """This rank's signs of life, and its look at the next one. `moved` tells the step; `start` is collective."""
+    """Heartbeat of this rank, and check of the next rank's heartbeat, in a thread."""
 
     def __init__(self, run: RunDirectory, heartbeat_timeout_seconds: float, lock: DirectoryLock):
-        world = distributed.environment()
-        self._folder, self._lock, self._rank = run.heartbeats, lock, world.rank
-        self._silence = heartbeat_timeout_seconds
+        environment = distributed.environment()
+        self._folder, self._lock, self._rank = run.heartbeats, lock, environment.rank
+        self._world_size = environment.world_size
+        self._timeout_seconds = heartbeat_timeout_seconds
         self._interval = min(
-            locks.HEARTBEAT_SECONDS, (heartbeat_timeout_seconds or locks.HEARTBEAT_SECONDS) / _LOOKS
+            locks.HEARTBEAT_SECONDS, (heartbeat_timeout_seconds or locks.HEARTBEAT_SECONDS) / _CHECKS
         )
-        self._next = (world.rank + 1) % world.world_size
-        self._watches = bool(heartbeat_timeout_seconds) and world.world_size > 1
+        self._next_rank = (self._rank + 1) % self._world_size
+        self._is_watching = bool(heartbeat_timeout_seconds) and self._world_size > 1
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="watchdog", daemon=True)
-        self._step, self._beats, self._seen, self._since, self._looks = 0, 0, -1, time.monotonic(), 0
-        self._token, self._wrote = "", 0.0
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._token, self._step, self._beats, self._written_at = "", 0, 0, 0.0
+        self._next_beats, self._changed_at, self._unchanged_checks = -1, time.monotonic(), 0
 
     def start(self) -> None:
-        """Collective: when it returns, every rank has given its first sign of life."""
-        if distributed.is_main_process():  # of a run that was killed
-            shutil.rmtree(self._folder, ignore_errors=True)
+        """Collective. Start the thread after every rank has written its first heartbeat."""
+        if distributed.is_main_process():
+            shutil.rmtree(self._folder, ignore_errors=True)  # left by a killed run
             self._folder.mkdir(parents=True)
         self._token = distributed.broadcast_object(secrets.token_hex(8))
-        self._beat()
+        self._write_heartbeat()
         distributed.barrier()
-        self._look()
+        self._check_next_rank()
         self._thread.start()
 
     def report_step(self, step: int) -> None:
-        """So many steps are done."""
+        """Record the number of finished steps."""
         self._step = step
-        if time.monotonic() - self._wrote > _WRITE_EVERY_SECONDS:
+        if time.monotonic() - self._written_at > _MIN_WRITE_SECONDS:
             with contextlib.suppress(OSError):
-                self._beat()
+                self._write_heartbeat()
 
     def check_lock(self) -> None:
-        """Collective. Raises UserError if another job has taken the run: nothing may be written any more."""
+        """Collective. Raise UserError if another job has taken over the lock; nothing may be written then."""
         distributed.raise_on_all_ranks(self._lock.taken_over_by())
 
     def report_stragglers(self) -> None:
-        """If a collective failed: say which ranks were behind the others, or are no more."""
-        others = {
-            rank: record
-            for rank in range(distributed.environment().world_size)
-            if (record := self._read(rank))
-        }
-        most = max((record["step"] for record in others.values()), default=0)
-        for rank, record in others.items():
-            if record["step"] < most or ProcessIdentity(**record["process"]).is_alive() is False:
+        """Log, after a failed collective, the ranks that have ended or have done fewer steps than others."""
+        records = {rank: record for rank in range(self._world_size) if (record := self._read(rank))}
+        max_step = max((record["step"] for record in records.values()), default=0)
+        for rank, record in records.items():
+            if record["step"] < max_step or ProcessIdentity(**record["process"]).is_alive() is False:
                 terminal.error_on_any_rank(f"rank {self._rank}: {_describe(rank, record)}")
 
-    def stop(self, in_order: bool) -> None:
-        """The end of our signs of life; if it is not in order, the others shall miss them."""
+    def stop(self, is_regular: bool) -> None:
+        """End the heartbeat. Only a regular end removes its file: after another the next check must fail."""
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=_LEAVING_SECONDS)
-        if not in_order:
+            self._thread.join(timeout=_EXIT_SECONDS)
+        if not is_regular:
             return
         with contextlib.suppress(OSError):
             self._path(self._rank).unlink(missing_ok=True)
-            self._folder.rmdir()  # the last one succeeds
+            self._folder.rmdir()  # succeeds on the last rank
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         while not self._stopped.wait(self._interval):
             try:
-                self._beat()
+                self._write_heartbeat()
                 self._lock.heartbeat()
-                verdict = self._told() or (self._look() if self._watches else None)
+                verdict = self._read_verdict() or (self._check_next_rank() if self._is_watching else None)
             except (OSError, ValueError):
-                continue  # the file system has trouble: that says nothing about a rank
+                continue  # a file system error says nothing about a rank
             if verdict and not self._stopped.is_set():
                 self._end(verdict)
 
-    def _beat(self) -> None:
-        """In place and of one size: no new name, no new block, a single small write."""
-        self._beats, self._wrote = self._beats + 1, time.monotonic()
+    def _write_heartbeat(self) -> None:
+        """Overwrite the record in place with one small write of constant size."""
+        self._beats, self._written_at = self._beats + 1, time.monotonic()
         record = {
             "token": self._token, "beats": self._beats, "step": self._step,
             "process": asdict(ProcessIdentity.of_this_process()),
@@ -165,46 +165,47 @@ class Watchdog:
         finally:
             os.close(descriptor)
 
-    def _look(self) -> str | None:
-        """What is wrong with the next rank, if anything is."""
-        record = self._read(self._next)
+    def _check_next_rank(self) -> str | None:
+        """Return a message if the next rank hangs, else None."""
+        record = self._read(self._next_rank)
         beats = record["beats"] if record else -1
-        if beats != self._seen or record is None:  # without a file it has left in good order
-            self._seen, self._since, self._looks = beats, time.monotonic(), 0
+        if beats != self._next_beats or record is None:  # without a record it ended regularly
+            self._next_beats, self._changed_at, self._unchanged_checks = beats, time.monotonic(), 0
             return None
-        self._looks += 1
-        silent = time.monotonic() - self._since
-        if self._looks < _LOOKS or silent < self._silence:
+        self._unchanged_checks += 1
+        seconds = time.monotonic() - self._changed_at
+        if self._unchanged_checks < _CHECKS or seconds < self._timeout_seconds:
             return None
-        return f"{_describe(self._next, record)}, {silent:.0f} s ago; the run ends here (heartbeat_timeout_seconds)"
+        return f"{_describe(self._next_rank, record)}, {seconds:.0f} s ago; the run ends here (heartbeat_timeout_seconds)"
 
     def _end(self, verdict: str) -> None:
-        """End this process; the one that found out tells the others first, and ends those of its host that cannot."""
-        if not self._ended.exists():
+        """End this process. The rank that detected the hang first writes the verdict and kills hung ranks of its host."""
+        if not self._verdict_path.exists():
             terminal.error_on_any_rank(f"error: {verdict}")
             with contextlib.suppress(OSError):
                 atomic_dir.write_text(
-                    self._ended, json.dumps({"token": self._token, "verdict": verdict}) + "\n"
+                    self._verdict_path, json.dumps({"token": self._token, "verdict": verdict}) + "\n"
                 )
-            self._end_others_here()
+            self._kill_ranks_of_host()
         self._lock.release()
         os._exit(EXIT_REQUEUE)
 
-    def _told(self) -> str | None:
-        """What another rank of this run has found out."""
+    def _read_verdict(self) -> str | None:
+        """Return the verdict that another rank of this run has written, else None."""
         try:
-            found = json.loads(self._ended.read_text(encoding="utf-8"))
+            found = json.loads(self._verdict_path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         return str(found["verdict"]) if found.get("token") == self._token else None
 
-    def _end_others_here(self) -> None:
-        """Launchers end what they started, but a plain start has nobody, and a stopped process hears no SIGTERM."""
-        records = [
-            record for rank in range(distributed.environment().world_size) if (record := self._read(rank))
-        ]
+    def _kill_ranks_of_host(self) -> None:
+        """Kill (SIGKILL) the ranks of this host that do not end in time: without a launcher nothing else would.
+
+        A stopped process does not react to SIGTERM.
+        """
+        records = [record for rank in range(self._world_size) if (record := self._read(rank))]
         others = [ProcessIdentity(**record["process"]) for record in records]
-        deadline = time.monotonic() + max(_LEAVING_SECONDS, 3 * self._interval)
+        deadline = time.monotonic() + max(_EXIT_SECONDS, 3 * self._interval)
         while others := [other for other in others if other.pid != os.getpid() and other.is_alive()]:
             if time.monotonic() > deadline:
                 for other in others:
@@ -214,7 +215,7 @@ class Watchdog:
             time.sleep(0.1)
 
     def _read(self, rank: int) -> dict[str, Any] | None:
-        """The last sign of life of a rank of this run."""
+        """Return the last heartbeat of a rank of this run, None without one."""
         try:
             record = json.loads(self._path(rank).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -222,7 +223,7 @@ class Watchdog:
         return record if record["token"] == self._token else None
 
     @property
-    def _ended(self) -> Path:
+    def _verdict_path(self) -> Path:
         return self._folder / "ended.json"
 
     def _path(self, rank: int) -> Path:

@@ -1,1 +1,1 @@
-"""DeepSpeed's checkpoint files as named byte ranges: what export streams out and training streams back in."""
+"""Reading of DeepSpeed's checkpoint files as named byte ranges, for export and for resuming a training."""

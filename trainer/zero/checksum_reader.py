@@ -1,8 +1,7 @@
-"""Byte ranges of torch files, read with plain reads into a caller's buffer and checked on the way.
+"""Reader of byte ranges of torch files that checks the CRC-32 of every storage it reads from.
 
-The zip directory holds a CRC-32 of every storage. Pieces are read in about the order they lie in, so the checksum is
-carried along with the copy; what nobody asked for (padding between parameters) is read only for the checksum. At
-`finish` every storage that gave a byte has been proved whole.
+The zip directory holds a CRC-32 of every storage. Ranges are read in about file order, so the checksum is updated with
+each read; bytes in between (padding between parameters) are read only for the checksum.
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ CHUNK_BYTES = 16 << 20
 
 
 class ChecksumReader:
-    """Use as a context manager; one thread only. Memory: one chunk. Without `checksums` only lengths are checked."""
+    """Context manager for one thread; its memory is one chunk. Without `checksums` only lengths are checked."""
 
     def __init__(self, checksums: bool = True) -> None:
         self._checksums = checksums
         self._descriptors: dict[Path, int] = {}
-        self._checked: dict[
-            Storage, tuple[int, int]
-        ] = {}  # checked up to this byte of the file, CRC-32 so far
+        # Storage -> the byte of the file up to which it was read, CRC-32 up to there.
+        self._progress: dict[Storage, tuple[int, int]] = {}
 
     def __enter__(self) -> ChecksumReader:
         return self
@@ -37,53 +35,53 @@ class ChecksumReader:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def read(self, piece: ByteRange, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of `piece` from its byte `start` on. Raises UserError on a short file."""
-        offset = piece.offset + start
-        self._read_exactly(piece.storage, offset, buffer)
+    def read(self, byte_range: ByteRange, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `byte_range` from its byte `start` on. Raises UserError on a short file."""
+        storage, offset = byte_range.storage, byte_range.offset + start
+        self._read_exactly(storage, offset, buffer)
         if not self._checksums:
             return
-        checked, crc = self._checked.get(piece.storage, (piece.storage.start, 0))
-        if offset > checked:
-            checked, crc = self._read_to(piece.storage, checked, crc, offset)
-        if offset + len(buffer) > checked:
-            crc = zlib.crc32(buffer[checked - offset :], crc)
-            checked = offset + len(buffer)
-        self._checked[piece.storage] = (checked, crc)
+        position, crc = self._progress.get(storage, (storage.start, 0))
+        if offset > position:
+            position, crc = self._read_to(storage, position, crc, offset)
+        if offset + len(buffer) > position:
+            crc = zlib.crc32(buffer[position - offset :], crc)
+            position = offset + len(buffer)
+        self._progress[storage] = (position, crc)
 
-    def tensor(self, piece: ByteRange, start: int, num_elements: int) -> torch.Tensor:
-        """Elements [start, start + num_elements) of `piece` as a tensor of their own."""
-        buffer = bytearray(num_elements * piece.dtype.itemsize)
+    def tensor(self, byte_range: ByteRange, start: int, num_elements: int) -> torch.Tensor:
+        """Return elements [start, start + num_elements) of `byte_range` as a new tensor."""
+        buffer = bytearray(num_elements * byte_range.dtype.itemsize)
         if not buffer:
-            return torch.empty(0, dtype=piece.dtype)
-        self.read(piece, start * piece.dtype.itemsize, memoryview(buffer))
-        return torch.frombuffer(buffer, dtype=piece.dtype)
+            return torch.empty(0, dtype=byte_range.dtype)
+        self.read(byte_range, start * byte_range.dtype.itemsize, memoryview(buffer))
+        return torch.frombuffer(buffer, dtype=byte_range.dtype)
 
     def finish(self) -> None:
-        """Read the rest of every storage that was touched. Raises UserError naming a corrupt file."""
-        for record, (checked, crc) in self._checked.items():
-            _, crc = self._read_to(record, checked, crc, record.start + record.num_bytes)
-            if crc != record.crc32:
+        """Read the rest of every storage that was read from. Raises UserError naming a corrupt file."""
+        for storage, (position, crc) in self._progress.items():
+            _, crc = self._read_to(storage, position, crc, storage.start + storage.num_bytes)
+            if crc != storage.crc32:
                 raise UserError(
-                    f"{record.path} is corrupt: {record.name} fails its checksum; restore the file"
+                    f"{storage.path} is corrupt: {storage.name} fails its checksum; restore the file"
                 )
-        self._checked.clear()
+        self._progress.clear()
 
-    def _read_to(self, record: Storage, checked: int, crc: int, end: int) -> tuple[int, int]:
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, end - checked)))
-        while checked < end:
-            part = buffer[: min(CHUNK_BYTES, end - checked)]
-            self._read_exactly(record, checked, part)
-            crc = zlib.crc32(part, crc)
-            checked += len(part)
-        return checked, crc
+    def _read_to(self, storage: Storage, position: int, crc: int, end: int) -> tuple[int, int]:
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, end - position)))
+        while position < end:
+            chunk = buffer[: min(CHUNK_BYTES, end - position)]
+            self._read_exactly(storage, position, chunk)
+            crc = zlib.crc32(chunk, crc)
+            position += len(chunk)
+        return position, crc
 
-    def _read_exactly(self, record: Storage, offset: int, buffer: memoryview) -> None:
-        if record.path not in self._descriptors:
-            self._descriptors[record.path] = os.open(record.path, os.O_RDONLY)
+    def _read_exactly(self, storage: Storage, offset: int, buffer: memoryview) -> None:
+        if storage.path not in self._descriptors:
+            self._descriptors[storage.path] = os.open(storage.path, os.O_RDONLY)
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._descriptors[record.path], [buffer[done:]], offset + done)
+            count = os.preadv(self._descriptors[storage.path], [buffer[done:]], offset + done)
             if count == 0:
-                raise UserError(f"{record.path} is truncated: it ends at byte {offset + done}")
+                raise UserError(f"{storage.path} is truncated: it ends at byte {offset + done}")
             done += count

@@ -1,18 +1,18 @@
-"""A DeepSpeed 0.19 checkpoint -> every parameter as byte ranges of the ranks' files.
+"""Locations of every parameter of a DeepSpeed 0.19 checkpoint as byte ranges of the ranks' files.
 
 Sources, read in DeepSpeed 0.19.8: `runtime/engine.py` (_save_checkpoint, _save_zero_checkpoint), `runtime/zero/
 stage_1_and_2.py`, `runtime/zero/stage3.py`, `runtime/bf16_optimizer.py`, `runtime/fp16/*_optimizer.py`.
 
 stage 0     mp_rank_00_model_states.pt: `module` is the model. In bf16 the fp32 masters are in `optimizer`, without
-            names (rounding.py finds them).
-stage 1, 2  each rank's *_optim_states.pt holds its part of each group's flat fp32 parameters; `param_shapes` gives
-            their order and `param_alignment_paddings` the gaps. Frozen parameters and buffers are in `module`, in
-            training precision, beside a copy of all others, which serves to check the layout on samples. (The map
-            from names to elements that DeepSpeed saves, `param_slice_mappings`, and `safe_get_full_fp32_param`,
+            names (`match_master_weights` finds them).
+stage 1, 2  each rank's *_optim_states.pt holds its partition of each group's flat fp32 parameters; `param_shapes`
+            gives their order and `param_alignment_paddings` the gaps. `module` holds all parameters and buffers in
+            training precision: frozen parameters and buffers are read from there, samples of the others check the
+            layout. (DeepSpeed's map from names to elements, `param_slice_mappings`, and `safe_get_full_fp32_param`,
             which uses it, are wrong when `round_robin_gradients` is on.)
 stage 3     each rank's *_optim_states.pt holds ceil(n / ranks) elements of every parameter of n elements, in the
-            order of `param_shapes`, in flat sub-groups; the last rank's share ends in padding. Frozen parameters are
-            split the same way in each rank's model states, buffers are whole in every one.
+            order of `param_shapes`, in flat sub-groups; the last rank's shard ends in padding. Frozen parameters are
+            sharded the same way in each rank's model states, buffers are whole in every one.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from trainer.zero.master_weights import check_samples, match_master_weights
 from trainer.zero.tensor_references import CheckpointTensors, TensorReference
 from trainer.zero.torch_files import ByteRange, TorchFile
 
-Flat = Callable[[TorchFile, int], torch.Tensor]  # (a rank's file, number of the group) -> its flat tensor
+FlatTensor = Callable[
+    [TorchFile, int], torch.Tensor
+]  # (a rank's file, index of a group) -> the group's flat tensor
 
 
 def file_names(zero_stage: int, world_size: int, dtype: str) -> tuple[list[str], list[str]]:
-    """Names of the model states and the optimizer states that DeepSpeed writes, each in rank order."""
+    """Return the file names of DeepSpeed's model states and optimizer states, each in rank order."""
     ranks = range(world_size)
     if zero_stage == 3:
         model = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks]
@@ -47,17 +49,17 @@ def file_names(zero_stage: int, world_size: int, dtype: str) -> tuple[list[str],
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """A checkpoint's files, described but not read; each list in rank order."""
+    """The opened files of a checkpoint, without their tensors; each list is in rank order."""
 
     zero_stage: int
     model: list[TorchFile]
-    optimizer: list[TorchFile]  # stage 0: none
+    optimizer: list[TorchFile]  # empty in stage 0
 
 
 def open_files(directory: Path, zero_stage: int, world_size: int, dtype: str) -> CheckpointFiles:
-    """Describe the files in `directory`.
+    """Return the checkpoint's files with their metadata.
 
-    Raises UserError if a rank's file is missing or left over, damaged, or made by another number of ranks.
+    Raises UserError if a rank's file is missing, unexpected, damaged, or written by another number of ranks.
     """
     model_names, optimizer_names = file_names(zero_stage, world_size, dtype)
     _check_names(directory, zero_stage, world_size, model_names + optimizer_names)
@@ -66,17 +68,17 @@ def open_files(directory: Path, zero_stage: int, world_size: int, dtype: str) ->
         _check_world_size(file, file.content.get("dp_world_size"), world_size)
     optimizer_files = [TorchFile(directory / name) for name in optimizer_names]
     for file in optimizer_files:
-        _check_world_size(file, optimizer(file).get("partition_count"), world_size)
+        _check_world_size(file, optimizer_states(file).get("partition_count"), world_size)
     return CheckpointFiles(zero_stage, model_files, optimizer_files)
 
 
 def read_tensors(directory: Path, zero_stage: int, world_size: int, dtype: str) -> CheckpointTensors:
-    """All weights of the checkpoint in `directory`; reads metadata and samples. Raises UserError as `open_files`."""
-    return weights(open_files(directory, zero_stage, world_size, dtype))
+    """Return all weights of a checkpoint; reads metadata and samples. Raises UserError, see `open_files`."""
+    return locate_weights(open_files(directory, zero_stage, world_size, dtype))
 
 
-def weights(files: CheckpointFiles) -> CheckpointTensors:
-    """fp32 masters of trained parameters, frozen parameters and buffers in training precision."""
+def locate_weights(files: CheckpointFiles) -> CheckpointTensors:
+    """Return fp32 masters of trained parameters, frozen parameters and buffers in training precision."""
     if files.zero_stage == 0:
         return _weights_stage_0(files.model[0])
     if files.zero_stage == 3:
@@ -84,22 +86,22 @@ def weights(files: CheckpointFiles) -> CheckpointTensors:
     return _weights_stage_1_or_2(files)
 
 
-def trained_weights(files: CheckpointFiles, flat: Flat) -> dict[str, TensorReference]:
-    """Stages 1 to 3: one flat tensor per rank and group -> the part of each trained parameter, by name."""
-    return _cut_shares(files, flat) if files.zero_stage == 3 else _cut_partitions(files, flat)
+def split_flat_tensors(files: CheckpointFiles, flat: FlatTensor) -> dict[str, TensorReference]:
+    """Return the range of each trained parameter, by name, in the flat tensors of all ranks (stages 1 to 3)."""
+    return _split_stage_3(files, flat) if files.zero_stage == 3 else _split_stage_1_or_2(files, flat)
 
 
 def _check_names(directory: Path, zero_stage: int, world_size: int, expected: list[str]) -> None:
-    made_by = f"ZeRO stage {zero_stage} on {world_size} rank{'s' if world_size > 1 else ''}"
+    setting = f"ZeRO stage {zero_stage} on {world_size} rank{'s' if world_size > 1 else ''}"
     for name in expected:
         if not (directory / name).is_file():
             raise UserError(
-                f"{directory / name} is missing; the manifest says {made_by}, which writes this file"
+                f"{directory / name} is missing; the manifest says {setting}, which writes this file"
             )
     for path in sorted(directory.glob("*_states.pt")):
         if path.name not in expected:
             raise UserError(
-                f"{path} does not belong to a checkpoint of {made_by}, which the manifest says this is"
+                f"{path} does not belong to a checkpoint of {setting}, which the manifest says this is"
             )
 
 
@@ -109,19 +111,19 @@ def _check_world_size(file: TorchFile, found: Any, world_size: int) -> None:
         raise UserError(f"{file.path} was written by {found} ranks, but the manifest says {world_size}")
 
 
-def optimizer(file: TorchFile) -> dict[str, Any]:
-    """The optimizer state of a rank's file of stage 1 to 3."""
+def optimizer_states(file: TorchFile) -> dict[str, Any]:
+    """Return the optimizer states in a rank's file of stage 1 to 3."""
     return require(file, file.content, "optimizer_state_dict")
 
 
-def require(file: TorchFile, holder: dict[str, Any], key: str) -> Any:
-    """`holder[key]`. Raises UserError if `file` has nothing there."""
-    if holder.get(key) is None:
+def require(file: TorchFile, content: dict[str, Any], key: str) -> Any:
+    """Return `content[key]`, where `content` is (part of) that of `file`. Raises UserError if it is missing or None."""
+    if content.get(key) is None:
         version = file.content.get("ds_version", "unknown")
         raise UserError(
             f"{file.path} has no {key!r}; it was written by DeepSpeed {version}, 0.19 is expected"
         )
-    return holder[key]
+    return content[key]
 
 
 def _whole(file: TorchFile, tensor: torch.Tensor) -> TensorReference:
@@ -153,8 +155,9 @@ def _weights_stage_0(file: TorchFile) -> CheckpointTensors:
 
 def _weights_stage_1_or_2(files: CheckpointFiles) -> CheckpointTensors:
     (file,) = files.model
-    found = trained_weights(
-        files, lambda file, group: require(file, optimizer(file), "single_partition_of_fp32_groups")[group]
+    found = split_flat_tensors(
+        files,
+        lambda file, group: require(file, optimizer_states(file), "single_partition_of_fp32_groups")[group],
     )
     stored = CheckpointTensors(dict(found), aliases=dict(require(file, file.content, "shared_params")))
     module = require(file, file.content, "module")
@@ -167,27 +170,27 @@ def _weights_stage_1_or_2(files: CheckpointFiles) -> CheckpointTensors:
     return stored
 
 
-def _cut_partitions(files: CheckpointFiles, flat: Flat) -> dict[str, TensorReference]:
+def _split_stage_1_or_2(files: CheckpointFiles, flat: FlatTensor) -> dict[str, TensorReference]:
     (file,) = files.model
-    paddings = optimizer(files.optimizer[0]).get("param_alignment_paddings")
+    paddings = optimizer_states(files.optimizer[0]).get("param_alignment_paddings")
     found = {}
     for index, shapes in enumerate(require(file, file.content, "param_shapes")):
         cursor = _Cursor(file.path.parent, [rank.byte_range(flat(rank, index)) for rank in files.optimizer])
         for number, (name, shape) in enumerate(shapes.items()):
             found[name] = TensorReference(tuple(shape), cursor.take(math.prod(shape)))
             cursor.take(paddings[index][number] if paddings else 0)
-        cursor.expect_end(2 * len(files.optimizer))  # what is saved with padding ends at twice the ranks
+        cursor.expect_end(2 * len(files.optimizer))  # saved padding aligns to twice the number of ranks
     return found
 
 
 def _weights_stage_3(files: CheckpointFiles) -> CheckpointTensors:
     first, model_files = files.model[0], files.model
-    if "ds_zero_partition_groups" in optimizer(files.optimizer[0]):
+    if "ds_zero_partition_groups" in optimizer_states(files.optimizer[0]):
         raise UserError(
             f"{files.optimizer[0].path} holds expert-parallel partitions, which are not supported"
         )
-    found = trained_weights(
-        files, lambda file, group: require(file, optimizer(file), "fp32_flat_groups")[group]
+    found = split_flat_tensors(
+        files, lambda file, group: require(file, optimizer_states(file), "fp32_flat_groups")[group]
     )
     stored = CheckpointTensors(found, aliases=dict(require(first, first.content, "shared_params")))
     for name, shape in (first.content.get("frozen_param_shapes") or {}).items():
@@ -202,7 +205,7 @@ def _weights_stage_3(files: CheckpointFiles) -> CheckpointTensors:
     return stored
 
 
-def _cut_shares(files: CheckpointFiles, flat: Flat) -> dict[str, TensorReference]:
+def _split_stage_3(files: CheckpointFiles, flat: FlatTensor) -> dict[str, TensorReference]:
     first = files.model[0]
     shapes = {
         name: tuple(shape)
@@ -211,49 +214,50 @@ def _cut_shares(files: CheckpointFiles, flat: Flat) -> dict[str, TensorReference
     }
     cursors = []
     for file in files.optimizer:
-        num_groups = len(require(file, optimizer(file), "fp32_flat_groups"))
+        num_groups = len(require(file, optimizer_states(file), "fp32_flat_groups"))
         cursors.append(
             _Cursor(file.path, [file.byte_range(flat(file, group)) for group in range(num_groups)])
         )
     found = {}
     for name, shape in shapes.items():
-        share = -(-math.prod(shape) // len(cursors))
-        found[name] = _join(shape, [cursor.take(share) for cursor in cursors])
+        shard_size = -(-math.prod(shape) // len(cursors))
+        found[name] = _join(shape, [cursor.take(shard_size) for cursor in cursors])
     for cursor in cursors:
         cursor.expect_end()
     return found
 
 
-def _join(shape: tuple[int, ...], shares: list[tuple[ByteRange, ...]]) -> TensorReference:
-    """Concatenate the ranks' shares and cut the padding off the end."""
+def _join(shape: tuple[int, ...], shards: list[tuple[ByteRange, ...]]) -> TensorReference:
+    """Concatenate the ranks' shards without the padding at the end."""
     left = math.prod(shape)
-    pieces: list[ByteRange] = []
-    for piece in (piece for share in shares for piece in share):
-        kept = piece.slice(0, min(left, piece.num_elements))
+    ranges: list[ByteRange] = []
+    for byte_range in (byte_range for shard in shards for byte_range in shard):
+        kept = byte_range.slice(0, min(left, byte_range.num_elements))
         left -= kept.num_elements
-        if kept.num_elements or not pieces:
-            pieces.append(kept)
+        if kept.num_elements or not ranges:
+            ranges.append(kept)
     if left:
         raise UserError(
-            f"{shares[0][0].storage.path.parent}: {left} elements of a tensor of shape {shape} are missing"
+            f"{shards[0][0].storage.path.parent}: {left} elements of a tensor of shape {shape} are missing"
         )
-    return TensorReference(shape, tuple(pieces))
+    return TensorReference(shape, tuple(ranges))
 
 
 class _Cursor:
-    """Takes runs of elements from a rank's flat sub-groups, one after the other."""
+    """Position in the concatenated flat groups of a rank."""
 
     def __init__(self, path: Path, groups: list[ByteRange]):
         self._path, self._groups, self._start = path, list(groups), 0
-        self._nothing = groups[0].slice(0, 0)
+        self._empty = groups[0].slice(0, 0)
 
     def take(self, num_elements: int) -> tuple[ByteRange, ...]:
+        """Return the ranges of the next elements. Raises UserError if there are fewer."""
         taken = []
         while num_elements:
             if not self._groups:
                 raise UserError(
-                    f"{self._path} holds fewer elements than the model has parameters; fp32 weights that were "
-                    "offloaded to NVMe are not in it: train with offload to the CPU instead"
+                    f"{self._path} holds fewer elements than the model has parameters; it lacks fp32 weights that were "
+                    "offloaded to NVMe: train with offload to the CPU instead"
                 )
             group = self._groups[0]
             count = min(num_elements, group.num_elements - self._start)
@@ -264,9 +268,9 @@ class _Cursor:
             if self._start == group.num_elements:
                 self._groups.pop(0)
                 self._start = 0
-        return tuple(taken) or (self._nothing,)
+        return tuple(taken) or (self._empty,)
 
     def expect_end(self, padding: int = 0) -> None:
-        """Fail if more than `padding` elements are left."""
+        """Raise UserError if more than `padding` elements are left."""
         if sum(group.num_elements for group in self._groups) - self._start > padding:
             raise UserError(f"{self._path} holds more elements than the model has parameters")

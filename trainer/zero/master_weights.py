@@ -1,11 +1,10 @@
-"""The model's own weights, saved beside the fp32 masters, are exactly the masters rounded: a proof of who is who.
+"""Comparison of fp32 master weights with the model's weights in the same checkpoint, which are the masters rounded.
 
-It gives names to masters that have none, and shows on samples that a layout was read right.
+It names masters that were saved without names, and checks on samples that a layout was read correctly.
 
-ZeRO stage 0 in bf16 or fp16: DeepSpeed's FP16 optimizers (used for bf16 too) save masters as `fp32_groups`, lists of
-tensors, or `fp32_groups_flat`, one flat tensor a group, in the order of the optimizer's groups, without a name. Within
-a group the parameters keep the order of the model; so, walking through the model, each parameter is the next one of
-that group whose elements round to it, bit for bit.
+Without names: in ZeRO stage 0 in bf16 DeepSpeed's FP16 optimizers save masters as `fp32_groups`, lists of tensors, or
+`fp32_groups_flat`, one flat tensor a group, in the order of the optimizer's groups. Within a group the parameters keep
+the order of the model; so each parameter is the next one of the group whose elements round to it, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ _SAMPLE_ELEMENTS = 256
 def match_master_weights(
     path: Path, low_precision: dict[str, TensorReference], groups: list[list[ByteRange]]
 ) -> dict[str, TensorReference]:
-    """Give names to the masters in `groups`. A parameter without a master (a frozen one) is left out.
+    """Return the masters in `groups` by parameter name, without parameters that have none (frozen ones).
 
-    `low_precision`: the model's parameters in model order. Reads both once. Raises UserError if a master is left
-    over, so that a wrong guess cannot pass.
+    `low_precision`: the model's parameters in model order. Reads both once. Raises UserError if a master is left over,
+    which is the case if any was matched wrongly.
     """
     found: dict[str, TensorReference] = {}
-    positions = [(0, 0)] * len(groups)  # the next tensor of the group, and how far into it
+    positions = [(0, 0)] * len(groups)  # of each group: index of the next tensor, first unused element in it
     with ChecksumReader() as reader:
         for name, low in low_precision.items():
             for index, group in enumerate(groups):
@@ -47,16 +46,16 @@ def match_master_weights(
         reader.finish()
     if any(number < len(group) for (number, _), group in zip(positions, groups, strict=True)):
         raise UserError(
-            f"{path}: the optimizer's fp32 weights do not round to the model's weights, so they cannot be told "
-            "apart; was the checkpoint saved in the middle of a step?"
+            f"{path}: the optimizer's fp32 weights do not round to the model's weights, so their parameters cannot be "
+            "identified; was the checkpoint saved in the middle of a step?"
         )
     return found
 
 
 def check_samples(path: Path, pairs: dict[str, tuple[TensorReference, ByteRange]]) -> None:
-    """Compare the first and the last elements of each piece of a master with the model's own copy of it.
+    """Compare the first and last elements of each range of a master with the model's copy of the parameter.
 
-    Raises UserError naming a parameter that does not agree: then the layout is not the one known here.
+    `pairs`: name -> (master, copy). Raises UserError naming a parameter that differs, because the layout is unknown.
     """
     with ChecksumReader(checksums=False) as reader:
         for name, (master, low) in pairs.items():
@@ -65,23 +64,24 @@ def check_samples(path: Path, pairs: dict[str, tuple[TensorReference, ByteRange]
                     f"{path}: {name} has {low.num_elements} elements, its fp32 weights {master.num_elements}"
                 )
             start = 0
-            for piece in master.ranges:
-                count = min(_SAMPLE_ELEMENTS, piece.num_elements)
-                for offset in {0, piece.num_elements - count}:
-                    if not _rounds_to(reader, piece.slice(offset, count), low.slice(start + offset, count)):
-                        _prove_whole(piece, low)
+            for byte_range in master.ranges:
+                count = min(_SAMPLE_ELEMENTS, byte_range.num_elements)
+                for offset in {0, byte_range.num_elements - count}:
+                    sample = byte_range.slice(offset, count)
+                    if not _rounds_to(reader, sample, low.slice(start + offset, count)):
+                        _check_storages(byte_range, low)
                         raise UserError(
                             f"{path}: the fp32 weights that should be {name} do not round to it; the checkpoint is "
-                            "mixed from two, or of a DeepSpeed version that lays them out in another way"
+                            "mixed from two, or of a DeepSpeed version with another layout"
                         )
-                start += piece.num_elements
+                start += byte_range.num_elements
 
 
-def _prove_whole(*pieces: ByteRange) -> None:
-    """Raise UserError naming the file if one of these lies in a corrupt storage."""
+def _check_storages(*ranges: ByteRange) -> None:
+    """Raise UserError naming the file if the storage of a range is corrupt."""
     with ChecksumReader() as reader:
-        for piece in pieces:
-            reader.tensor(piece, 0, 1)
+        for byte_range in ranges:
+            reader.tensor(byte_range, 0, 1)
         reader.finish()
 
 

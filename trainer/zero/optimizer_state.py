@@ -1,8 +1,8 @@
-"""A DeepSpeed 0.19 checkpoint -> all that AdamW goes on from, as byte ranges: masters, moments, and the step.
+"""AdamW's state in a DeepSpeed 0.19 checkpoint as byte ranges: masters, moments, and the step.
 
-Where the moments lie follows from where the masters lie (layout.py), since DeepSpeed hands its flat fp32 tensors to a
-plain optimizer: its state number k belongs to the k-th flat tensor. Only in stage 0 does the optimizer see the model's
-own parameters, whose names its state does not keep: the trainer saves them beside it, as `optimizer_parameters`.
+DeepSpeed passes its flat fp32 tensors to a plain optimizer, whose state k belongs to the k-th flat tensor; so the moments
+are located like the masters (layout.py). In stage 0 the optimizer has the model's own parameters, but its state has no
+names: the trainer saves them under `optimizer_parameters`.
 """
 
 from __future__ import annotations
@@ -21,71 +21,69 @@ from trainer.zero.tensor_references import CheckpointTensors, TensorReference
 from trainer.zero.torch_files import TorchFile
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-NAMES = "optimizer_parameters"  # in the model states: names of the optimizer's parameters in its order
+PARAMETER_NAMES = "optimizer_parameters"  # key in the model states: the optimizer's parameter names, in order
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """`weights` has fp32 masters of trained parameters, else the parameter or buffer itself; `step` is AdamW's own."""
+    """fp32 masters of trained parameters and other tensors in `weights`; `step`: AdamW's number of updates."""
 
     weights: CheckpointTensors
-    moments: dict[
-        str, dict[str, TensorReference]
-    ]  # "exp_avg", "exp_avg_sq" -> name of a trained parameter -> tensor
+    moments: dict[str, dict[str, TensorReference]]  # key of MOMENTS -> parameter name -> tensor
     step: int
 
-    def moment(self, which: str, name: str) -> TensorReference | None:
-        """The moment of a parameter, under its own name or the one it is tied to."""
-        found = self.moments[which]
+    def moment(self, key: str, name: str) -> TensorReference | None:
+        """Return a moment of a parameter, under its own name or the one it is tied to, else None."""
+        found = self.moments[key]
         return found.get(name) or found.get(self.weights.aliases.get(name, ""))
 
 
 def read_optimizer_state(directory: Path, zero_stage: int, world_size: int, dtype: str) -> OptimizerState:
-    """Describe the checkpoint in `directory`; reads metadata and samples. Raises UserError as `layout.open_files`."""
+    """Return weights, moments and step; reads metadata and samples. Raises UserError, see `layout.open_files`."""
     files = layout.open_files(directory, zero_stage, world_size, dtype)
-    weights = layout.weights(files)
-    moments = {which: _moments(files, which) for which in MOMENTS}
+    weights = layout.locate_weights(files)
+    moments = {key: _moments(files, key) for key in MOMENTS}
     return OptimizerState(weights, moments, _step(files))
 
 
-def _moments(files: CheckpointFiles, which: str) -> dict[str, TensorReference]:
+def _moments(files: CheckpointFiles, key: str) -> dict[str, TensorReference]:
     if files.zero_stage:
-        return layout.trained_weights(files, lambda file, k: _entry(file, k, which))
+        return layout.split_flat_tensors(files, lambda file, index: _entry(file, index, key))
     (file,) = files.model
     found = {}
-    for k, name in enumerate(layout.require(file, file.content, NAMES)):
-        tensor = _entry(file, k, which)
+    for index, name in enumerate(layout.require(file, file.content, PARAMETER_NAMES)):
+        tensor = _entry(file, index, key)
         found[name] = TensorReference(tuple(tensor.shape), (file.byte_range(tensor),))
     return found
 
 
 def _states(file: TorchFile) -> Any:
-    """The plain optimizer's states by number: in stages 1 and 2, with `elastic_checkpoint`, a list."""
-    holder = file.content.get("optimizer_state_dict", file.content)
+    """Return the plain optimizer's states by index."""
+    content = file.content.get("optimizer_state_dict", file.content)
     for key in ("base_optimizer_state", "optimizer_state_dict", "optimizer"):
-        if key in holder:
-            found = holder[key]
+        if key in content:
+            found = content[key]  # a list in stages 1 and 2 with `elastic_checkpoint`
             return dict(enumerate(found)) if isinstance(found, list) else layout.require(file, found, "state")
-    raise UserError(f"{file.path} holds no state of an optimizer; weights alone cannot be resumed")
+    raise UserError(f"{file.path} has no optimizer state; a run cannot be resumed from weights alone")
 
 
-def _entry(file: TorchFile, k: int, key: str) -> Any:
-    entry = _states(file).get(k, {})
-    if key not in entry:
+def _entry(file: TorchFile, index: int, key: str) -> Any:
+    state = _states(file).get(index, {})
+    if key not in state:
         raise UserError(
-            f"{file.path} has no {key!r} of the optimizer's tensor {k}; was its state offloaded to NVMe, or in part "
+            f"{file.path} has no {key!r} of the optimizer's tensor {index}; was its state offloaded to NVMe, or in part "
             "(offload_optimizer.ratio), or is it not AdamW's?"
         )
-    return entry[key]
+    return state[key]
 
 
 def _step(files: CheckpointFiles) -> int:
-    """How many updates AdamW has made. Raises UserError if its parameters do not agree."""
+    """Return AdamW's number of updates. Raises UserError if it differs between parameters."""
     file = (files.optimizer or files.model)[0]
     found = set()
     with ChecksumReader(checksums=False) as reader:
-        for k in _states(file):
-            step = _entry(file, k, "step")
+        for index in _states(file):
+            step = _entry(file, index, "step")
             if isinstance(step, torch.Tensor):
                 step = reader.tensor(file.byte_range(step), 0, 1).item()
             found.add(int(step))

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by name: the common shape of the four ZeRO stages."""
+"""Named tensors of a checkpoint as byte ranges, the same for all ZeRO stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.zero.torch_files import ByteRange
 
 @dataclass(frozen=True)
 class TensorReference:
-    """A parameter or buffer: `shape`, and the pieces whose elements, one after the other, are it."""
+    """A parameter or buffer: its shape, and the ranges that hold its elements in order."""
 
     shape: tuple[int, ...]
     ranges: tuple[ByteRange, ...]
@@ -22,22 +22,19 @@ class TensorReference:
         return math.prod(self.shape)
 
     def slice(self, start: int, num_elements: int) -> tuple[ByteRange, ...]:
-        """Return the pieces that hold elements [start, start + num_elements). Raises UserError if there are fewer."""
+        """Return the ranges of elements [start, start + num_elements). Raises UserError if there are fewer."""
         found = []
-        for piece in self.ranges:
-            if start >= piece.num_elements:
-                start -= piece.num_elements
+        for byte_range in self.ranges:
+            if start >= byte_range.num_elements:
+                start -= byte_range.num_elements
                 continue
-            count = min(num_elements, piece.num_elements - start)
-            found.append(piece.slice(start, count))
+            count = min(num_elements, byte_range.num_elements - start)
+            found.append(byte_range.slice(start, count))
             start, num_elements = 0, num_elements - count
             if not num_elements:
                 return tuple(found)
         last = self.ranges[-1]
-        return (
-            *found,
-            last.slice(last.num_elements, num_elements),
-        )  # nothing, or an error if elements are left
+        return (*found, last.slice(last.num_elements, num_elements))  # raises UserError if elements are left
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,10 +43,10 @@ class TensorReference:
 
 @dataclass
 class CheckpointTensors:
-    """All tensors of a checkpoint in the order they lie in, and the other names of tied ones."""
+    """All tensors of a checkpoint in file order, and the aliases of tied ones."""
 
     tensors: dict[str, TensorReference] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)  # a name that is not stored -> the stored one
+    aliases: dict[str, str] = field(default_factory=dict)  # alias -> name in `tensors`
 
     def find(self, name: str) -> TensorReference | None:
         return self.tensors.get(name) or self.tensors.get(self.aliases.get(name, ""))

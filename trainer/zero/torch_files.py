@@ -1,11 +1,11 @@
-"""Where the tensors of a `torch.save` file lie on disk, learned without reading one of them.
+"""Byte ranges of the tensors in a `torch.save` file, found without reading the tensors.
 
-A torch file is a zip archive whose entries are stored uncompressed: `data.pkl` describes the objects, `data/<n>` is
-the storage of tensor n. So a tensor is a byte range of the file, and the zip directory holds a CRC-32 of every
-storage. `torch.load(map_location="meta")` reads the description alone and notes each storage's offset.
+A torch file is a zip archive of uncompressed entries: `data.pkl` describes the objects, `data/<n>` is the storage of
+tensor n. So a tensor is a byte range of the file, and the zip directory holds a CRC-32 of every storage.
+`torch.load(map_location="meta")` reads the description alone and records each storage's offset.
 
-Nothing in a file can run code: `weights_only=True` builds plain containers and tensors, and the few classes that
-DeepSpeed pickles by name are replaced by the empty stand-ins below, so that DeepSpeed is not even imported.
+Files cannot run code: `weights_only=True` builds plain containers and tensors, and the classes that DeepSpeed pickles
+by name are replaced by the empty ones below, so DeepSpeed is not imported.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from trainer.errors import UserError
+from trainer.runtime import library_internals
 
 
 class _FragmentAddress:
@@ -31,10 +32,6 @@ class _LossScaler:
     pass
 
 
-class _DynamicLossScaler:
-    pass
-
-
 def _zero_stage(value: int) -> int:
     return int(value)
 
@@ -42,14 +39,13 @@ def _zero_stage(value: int) -> int:
 _STAND_INS: list[Any] = [
     (_FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
     (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_zero_stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """One storage of a torch file: bytes [start, start + num_bytes), with the checksum the zip directory gives."""
+    """One storage of a torch file: bytes [start, start + num_bytes), with its CRC-32 from the zip directory."""
 
     path: Path
     name: str
@@ -60,7 +56,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """A run of `num_elements` elements inside a record, beginning at the file's byte `offset`."""
+    """`num_elements` elements inside a storage, beginning at byte `offset` of the file."""
 
     storage: Storage
     offset: int
@@ -72,20 +68,20 @@ class ByteRange:
         return self.num_elements * self.dtype.itemsize
 
     def slice(self, start: int, num_elements: int) -> ByteRange:
-        """Elements [start, start + num_elements) of this piece. Raises UserError if the piece is shorter."""
+        """Return elements [start, start + num_elements) of this range. Raises UserError if the range is shorter."""
         if start < 0 or num_elements < 0 or start + num_elements > self.num_elements:
             raise UserError(
-                f"{self.storage.path}: elements {start} to {start + num_elements} are wanted of a tensor of "
+                f"{self.storage.path}: elements {start} to {start + num_elements} are expected in a tensor of "
                 f"{self.num_elements}; the file and its description disagree"
             )
         return replace(self, offset=self.offset + start * self.dtype.itemsize, num_elements=num_elements)
 
 
 class TorchFile:
-    """A torch file by its description: `content` is the saved object with meta tensors, `piece` finds their bytes."""
+    """A torch file without its tensors: `content` is the saved dict with meta tensors, `byte_range` locates them."""
 
     def __init__(self, path: Path):
-        """Raises UserError if the file is damaged or asks for anything beyond tensors and plain containers."""
+        """Raise UserError if the file is damaged or names a class that is not allowed."""
         self.path = path
         entries = self._zip_entries()
         self._starts = [entry.header_offset for entry in entries]
@@ -95,18 +91,18 @@ class TorchFile:
             raise UserError(f"{path} holds a {type(self.content).__name__}; expected a DeepSpeed state dict")
 
     def byte_range(self, tensor: torch.Tensor) -> ByteRange:
-        """The byte range of a contiguous tensor of `content`."""
+        """Return the byte range of a contiguous tensor of `content`."""
         if not tensor.is_contiguous():
             raise UserError(
                 f"{self.path} holds a tensor of shape {tuple(tensor.shape)} that is not contiguous"
             )
-        storage = tensor.untyped_storage()
-        start, num_bytes = int(storage._checkpoint_offset), storage.nbytes()  # type: ignore
+        untyped = tensor.untyped_storage()
+        start, num_bytes = library_internals.offset_in_file(untyped), untyped.nbytes()
         entry = self._entries[bisect.bisect_right(self._starts, start) - 1]
         if entry.file_size != num_bytes or entry.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{self.path}: the zip entry {entry.filename} is not the storage it should be")
-        record = Storage(self.path, entry.filename, start, num_bytes, entry.CRC)
-        whole = ByteRange(record, start, num_bytes // tensor.dtype.itemsize, tensor.dtype)
+        storage = Storage(self.path, entry.filename, start, num_bytes, entry.CRC)
+        whole = ByteRange(storage, start, num_bytes // tensor.dtype.itemsize, tensor.dtype)
         return whole.slice(int(tensor.storage_offset()), math.prod(tensor.shape))
 
     def _zip_entries(self) -> list[zipfile.ZipInfo]:
@@ -124,14 +120,14 @@ class TorchFile:
 
 
 def load(path: Path, device: str, mmap: bool = False) -> Any:
-    """`torch.load` restricted to tensors, plain containers and DeepSpeed's four inert classes."""
+    """Return `torch.load` of a file, restricted to tensors, plain containers and three inert classes of DeepSpeed."""
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is refused: it asks for {_unsafe_names(path) or str(error).splitlines()[0]}, which no DeepSpeed "
-            "checkpoint needs. It was not run. Do not open this file with anything that unpickles it"
+            "checkpoint needs. It was not run. Do not unpickle this file with another program"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise UserError(
@@ -143,5 +139,5 @@ def _unsafe_names(path: Path) -> str:
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
-    except Exception:  # a hostile pickle may break the analysis too; the refusal stands
+    except Exception:  # a malicious pickle may break the analysis too; it is refused anyway
         return ""
