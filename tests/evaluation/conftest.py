@@ -34,24 +34,24 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 @pytest.fixture(scope="session")
-def export(students: Callable[[str], Path]) -> Path:
-    """runs/mine/<run>/export of a socratic student that knows the ten stories by heart, but not their sums: as in
-    training, the calculator's results carried no loss."""
-    return students("socratic")
+def export(export_for: Callable[[str], Path]) -> Path:
+    """runs/mine/<run>/export of a socratic model that has memorised the ten stories, but not their calculator results:
+    as in training, these carried no loss."""
+    return export_for("socratic")
 
 
 @pytest.fixture(scope="session")
-def students(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Exports of one study whose students know by heart what their method learns; each is made when it is asked for.
+def export_for(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exports of one study whose models have memorised the targets of their method; each is trained on first use.
 
-    `student(method, hybrid)`: a hybrid has a convolution layer and an attention layer, and cannot be decoded in slots.
+    `make(method, hybrid)`: a hybrid has a convolution layer and an attention layer, and cannot be decoded in slots.
     """
     study = tmp_path_factory.mktemp("runs") / "mine"
 
-    def student(method: str, hybrid: bool = False) -> Path:
+    def make(method: str, hybrid: bool = False) -> Path:
         run = study / f"stories.{method}.{'hybrid' if hybrid else 'tiny'}.s0"
         if not run.is_dir():
-            model = _learn_by_heart(shards, method, hybrid)
+            model = _memorise(shards, method, hybrid)
             facts = {
                 "method": method, "data": "stories", "model_name": "tiny", "seed": 0, "step": 77, "finished": True,
                 "num_parameters": model.num_parameters(), "train_on_calculator_results": False,
@@ -62,11 +62,11 @@ def students(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callab
                 load_tokenizer(shards.tokenizer_path).save_pretrained(staging)
         return run / "export"
 
-    return student
+    return make
 
 
 def remade(export: Path, folder: Path, **facts: Any) -> Path:
-    """The same student, whose manifest says something else."""
+    """Return a copy of an export with other facts in its manifest."""
     old = atomic_dir.read_manifest(export)["facts"]
     with atomic_dir.atomic_directory(folder / "export", "export", {**old, **facts}) as staging:
         shutil.copytree(
@@ -75,8 +75,8 @@ def remade(export: Path, folder: Path, **facts: Any) -> Path:
     return folder / "export"
 
 
-def _learn_by_heart(shards: Shards, method: str, hybrid: bool) -> PreTrainedModel:
-    """Sizes differ between the methods, so that nothing can be mistaken for another model's."""
+def _memorise(shards: Shards, method: str, hybrid: bool) -> PreTrainedModel:
+    """Train a small model; its size depends on the method, so that a mix-up of models changes the results."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": shards.facts["vocabulary_size"], "hidden_size": 64, "intermediate_size": 128 + 8 * len(method),
@@ -90,10 +90,10 @@ def _learn_by_heart(shards: Shards, method: str, hybrid: bool) -> PreTrainedMode
     longest = max(len(tokens) for tokens, _ in examples)
     inputs = torch.zeros(len(examples), longest, dtype=torch.int64)
     labels = torch.full((len(examples), longest), -100)
-    for row, (tokens, learned) in enumerate(examples):
+    for row, (tokens, mask) in enumerate(examples):
         inputs[row, : len(tokens)] = torch.from_numpy(tokens)
         labels[row, : len(tokens)] = torch.from_numpy(tokens).where(
-            torch.from_numpy(learned), torch.tensor(-100)
+            torch.from_numpy(mask), torch.tensor(-100)
         )
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), weight_decay=0.0)
     for _ in range(400):
@@ -108,7 +108,7 @@ def _learn_by_heart(shards: Shards, method: str, hybrid: bool) -> PreTrainedMode
 
 
 def mpiexec(arguments: list[str], num_ranks: int, **environment: str) -> tuple[int, str]:
-    """Run a command (after `python`) under mpiexec: exit status and output. Fails after two minutes."""
+    """Run `python *arguments` under mpiexec; return exit status and output. Raises TimeoutExpired after two minutes."""
     launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     inherited = {name: value for name, value in os.environ.items() if name not in launchers}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""One rank of test_tickets.py: draws tickets in several scenarios and writes what it got."""
+"""One rank of test_work_queue.py: takes problems in several scenarios and writes their numbers to a JSON file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from trainer.runtime import distributed
 from trainer.runtime.shared_counter import shared_counter
 
 SIZES = (1, 3)
-SLOW = 60  # problems of the scenario in which the last rank is slow
+NUM_SLOW = 60  # problems of the scenario in which the last rank is slow
 SLOW_SECONDS = 0.02
-CUT = 500  # problems of the scenario in which a rank gives up
+NUM_FAILED = 500  # problems of the scenario in which the last rank fails
 
 
 def counts(world_size: int) -> list[int]:
@@ -22,33 +22,33 @@ def counts(world_size: int) -> list[int]:
 
 
 def main(folder: Path) -> None:
-    world = distributed.initialize()
-    last = world.world_size - 1
-    got: dict[str, list[int]] = {}
-    for count in counts(world.world_size):
+    environment = distributed.initialize()
+    last = environment.world_size - 1
+    taken: dict[str, list[int]] = {}
+    for count in counts(environment.world_size):
         for size in SIZES:
             with shared_counter(CELLS) as counter:
-                tickets = WorkQueue(counter, range(count), size)
-                mine = got[f"{count}/{size}"] = list(iter(tickets.next_index, None))
+                queue = WorkQueue(counter, range(count), size)
+                mine = taken[f"{count}/{size}"] = list(iter(queue.next_index, None))
                 counter.add("solved", len(mine))
                 counter.serve()
     with shared_counter(CELLS) as counter:
-        tickets = WorkQueue(counter, range(SLOW))
-        mine = got["slow"] = []
-        while (problem := tickets.next_index()) is not None:
+        queue = WorkQueue(counter, range(NUM_SLOW))
+        mine = taken["slow"] = []
+        while (problem := queue.next_index()) is not None:
             mine.append(problem)
-            time.sleep(SLOW_SECONDS * (10 if world.rank == last else 1))
+            time.sleep(SLOW_SECONDS * (10 if environment.rank == last else 1))
             counter.serve()
     with shared_counter(CELLS) as counter:
-        tickets = WorkQueue(counter, range(CUT), 3)
-        mine = got["cut"] = []
-        while (problem := tickets.next_index()) is not None:
+        queue = WorkQueue(counter, range(NUM_FAILED), 3)
+        mine = taken["failed"] = []
+        while (problem := queue.next_index()) is not None:
             mine.append(problem)
-            if world.rank == last and len(mine) == 4:
+            if environment.rank == last and len(mine) == 4:
                 exhaust_queue(counter)
                 break
             time.sleep(0.002)
-    (folder / f"{type(counter).__name__}-{world.rank}.json").write_text(json.dumps(got))
+    (folder / f"{type(counter).__name__}-{environment.rank}.json").write_text(json.dumps(taken))
     distributed.shutdown()
 
 

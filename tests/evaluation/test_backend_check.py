@@ -1,4 +1,4 @@
-"""The check before the first answer: models with a planted fault are caught, right ones are not refused."""
+"""The backend check rejects models with an injected fault, and accepts correct ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config() -> LlamaConfig:
 
 
 def sharpened(model: PreTrainedModel) -> PreTrainedModel:
-    """Larger random weights: attention that looks at few tokens shows what it looks at."""
+    """Return the model with larger random weights, so that attention is concentrated on few tokens."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,11 +54,11 @@ def texts() -> CheckTexts:
 
 
 def chosen(model: PreTrainedModel, requested: str = "auto") -> BackendChoice:
-    return choose_backend(model, texts(), "the student", requested)
+    return choose_backend(model, texts(), "the model", requested)
 
 
 class LastPositionShifted(LlamaForCausalLM):
-    """Counts the newest token one too far, but only where positions are given: a cache shifted by one."""
+    """Shifts the position of the newest token by one if positions are given, like a cache shifted by one."""
 
     def forward(self, input_ids: torch.Tensor, position_ids: Any = None, **others: Any) -> Any:
         if position_ids is not None:
@@ -67,8 +67,8 @@ class LastPositionShifted(LlamaForCausalLM):
         return super().forward(input_ids=input_ids, position_ids=position_ids, **others)
 
 
-class SeesTheTokenBefore(LlamaForCausalLM):
-    """Adds the embedding of the token before, without a state: across slots, and nothing across a cache."""
+class SeesThePreviousToken(LlamaForCausalLM):
+    """Adds the embedding of the previous token without a state: across slots, and lost with a cache."""
 
     def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
         embedded = self.get_input_embeddings()(input_ids)
@@ -85,7 +85,7 @@ class SeesItsNeighbours(LlamaForCausalLM):
 
 
 class IgnoresMasks(LlamaForCausalLM):
-    """Treats padding as text, as recurrent layers do."""
+    """Processes padding as text, as recurrent layers do."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, **others: Any) -> Any:
         return super().forward(input_ids=input_ids, **others)
@@ -124,7 +124,7 @@ def test_texts_have_refills_forced_tokens_and_the_longest_answer() -> None:
         check_texts([[7, 8, 9, 1]], 4, [7, 8, 9])
 
 
-def test_a_right_model_is_decoded_in_slots() -> None:
+def test_correct_model_is_decoded_in_slots() -> None:
     choice = chosen(sharpened(LlamaForCausalLM(config())))
     assert choice.name == "slots" and choice.reason == "" and choice.dtype == "fp32"
     assert 0 < choice.difference < 1e-5 and choice.tolerance == 1e-4  # type: ignore[operator]
@@ -132,17 +132,19 @@ def test_a_right_model_is_decoded_in_slots() -> None:
 
 @pytest.mark.parametrize(
     ("fault", "uses_cache", "uses_batch"),
-    [(LastPositionShifted, False, True), (SeesTheTokenBefore, False, True), (SeesItsNeighbours, True, False)],
+    [
+        (LastPositionShifted, False, True),
+        (SeesThePreviousToken, False, True),
+        (SeesItsNeighbours, True, False),
+    ],
 )
 def test_a_planted_fault_is_caught(
     fault: Callable[..., LlamaForCausalLM], uses_cache: bool, uses_batch: bool
 ) -> None:
-    """Decoding in slots is refused; what is left is as much of the own cache as is right."""
+    """The slot backend is rejected; the cache is used as far as it is correct."""
     model = sharpened(fault(config()))
     if fault is not SeesItsNeighbours:  # a row of slots is one row
-        with pytest.raises(
-            UserError, match=r"the student cannot be decoded in slots: its logits differ.*auto"
-        ):
+        with pytest.raises(UserError, match=r"the model cannot be decoded in slots: its logits differ.*auto"):
             chosen(model, "slots")
         choice = chosen(model)
         assert choice.name == "transformers" and "in slots its logits differ" in choice.reason
@@ -152,7 +154,7 @@ def test_a_planted_fault_is_caught(
 
 
 class KeepsTheFirstRows(LlamaForCausalLM):
-    """Has a cache that keeps its first rows, whichever rows go on."""
+    """Has a cache that keeps its first rows instead of the selected ones."""
 
     def forward(self, *arguments: Any, **others: Any) -> Any:
         outputs = super().forward(*arguments, **others)
@@ -168,7 +170,7 @@ class KeepsTheFirstRows(LlamaForCausalLM):
 
 
 class MixesManyRows(LlamaForCausalLM):
-    """Rows see each other where there are more than two."""
+    """Mixes the rows of batches with more than two rows."""
 
     def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
         embedded = self.get_input_embeddings()(input_ids)
@@ -177,12 +179,12 @@ class MixesManyRows(LlamaForCausalLM):
         return super().forward(inputs_embeds=embedded, **others)
 
 
-def test_a_cache_that_keeps_the_wrong_rows_is_caught() -> None:
+def test_cache_that_keeps_the_wrong_rows_is_detected() -> None:
     choice = chosen(sharpened(KeepsTheFirstRows(config())), "transformers")
     assert choice.cache_use.batch and not choice.cache_use.select
 
 
-def test_a_leak_that_needs_many_rows_is_caught() -> None:
+def test_leak_between_many_rows_is_detected() -> None:
     choice = chosen(sharpened(MixesManyRows(config())), "transformers")
     assert not choice.cache_use.batch
 
@@ -192,7 +194,7 @@ def test_nothing_depends_on_a_padding_mask() -> None:
     assert choice.cache_use.batch and choice.cache_use.cache
 
 
-def test_swallowed_sinks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_sinks_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sharpened(AutoModelForCausalLM.from_config(small("gpt_oss"), dtype=torch.float32))
     for module in model.modules():
         if hasattr(module, "sinks"):
@@ -205,9 +207,9 @@ def test_swallowed_sinks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen(model, "slots")
 
 
-def test_what_no_backend_can_decode_is_refused() -> None:
+def test_model_without_a_correct_backend_is_rejected() -> None:
     with pytest.raises(
-        UserError, match=r"the student \(NeverTheSame\) cannot be evaluated: .*choose another model"
+        UserError, match=r"the model \(NeverTheSame\) cannot be evaluated: .*choose another model"
     ):
         chosen(sharpened(NeverTheSame(config())))
     broken = sharpened(LlamaForCausalLM(config()))
@@ -217,7 +219,7 @@ def test_what_no_backend_can_decode_is_refused() -> None:
             chosen(broken, requested)
 
 
-def test_a_mixture_of_experts_is_not_refused_for_rounding() -> None:
+def test_mixture_of_experts_is_not_rejected_for_rounding() -> None:
     for seed in range(3):
         torch.manual_seed(seed)
         model = MixtralForCausalLM(
@@ -238,7 +240,7 @@ def test_bf16_is_compared_in_fp32_and_in_bf16() -> None:
         chosen(faulty, "slots")
 
 
-def test_the_model_is_given_back_as_it_was() -> None:
+def test_model_is_restored() -> None:
     model = sharpened(LlamaForCausalLM(config())).train()
     model.set_attn_implementation("eager")
     chosen(model)
@@ -249,7 +251,7 @@ def test_the_model_is_given_back_as_it_was() -> None:
     assert model.training and model.config._attn_implementation == "slots"
 
 
-def test_plain_logits_are_those_of_the_beginning_of_a_text() -> None:
+def test_plain_logits_do_not_depend_on_later_tokens() -> None:
     model = sharpened(LlamaForCausalLM(config()))
     text = texts().slots[0]
     found = plain_logits(model, text)

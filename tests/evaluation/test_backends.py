@@ -1,5 +1,4 @@
-"""Whole evaluations of families that slots cannot decode, or that slots reach since their attention is transformers' own:
-the texts are those of `generate`, one problem at a time."""
+"""Whole evaluations of families with unusual caches or attention: the texts equal those of `generate`, one at a time."""
 
 from __future__ import annotations
 
@@ -28,14 +27,14 @@ from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
 from trainer.storage.run_directory import EvaluationDirectory
 
-# The fastest backend that is right, and how it uses the family's cache.
+# The fastest correct backend, and its use of the family's cache.
 FAMILIES: dict[str, tuple[str, CacheUse | None]] = {
     "lfm2": ("transformers", CACHE_USES[0]),
     "qwen3_5_text": ("transformers", CACHE_USES[0]),
-    "mamba": ("transformers", CACHE_USES[1]),  # reads several tokens at once into an empty state only
+    "mamba": ("transformers", CACHE_USES[1]),  # processes several tokens at once only with an empty state
     "rwkv": ("transformers", CACHE_USES[3]),  # its single steps mix the rows of a batch
     "openai-gpt": ("transformers", CACHE_USES[0]),  # has no cache
-    "doge": ("transformers", CACHE_USES[3]),  # its attention picks keys of the whole text
+    "doge": ("transformers", CACHE_USES[3]),  # its attention selects keys from the whole text
     "deepseek_v3": ("slots", None),
     "gemma2": ("slots", None),
     "bloom": ("slots", None),
@@ -45,8 +44,8 @@ FAMILIES: dict[str, tuple[str, CacheUse | None]] = {
 OTHER_SETTINGS: dict[str, dict[str, Any]] = {"rwkv": {"attention_hidden_size": 64}}
 
 
-def made(family: str, vocabulary: int = 1024) -> PreTrainedModel:
-    """Random weights, large enough that texts vary."""
+def make(family: str, vocabulary: int = 1024) -> PreTrainedModel:
+    """Return a model with random weights, large enough that texts vary."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         small(family, vocab_size=vocabulary, **OTHER_SETTINGS.get(family, {})), dtype=torch.float32
@@ -66,7 +65,7 @@ def folder(model: PreTrainedModel, shards: Shards, path: Path) -> Path:
 
 
 def continued(model: PreTrainedModel, prompt: list[int], number: int) -> list[int]:
-    """Return the text that transformers generates, without its end token."""
+    """Return the tokens that transformers generates, without the end token."""
     output = model.generate(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=number, eos_token_id=0, pad_token_id=0
     )
@@ -80,13 +79,13 @@ def predictions(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_are_those_of_generate(family: str, shards: Shards, tmp_path: Path) -> None:
-    model = made(family)
-    where = folder(model, shards, tmp_path / family)
+    model = make(family)
+    path = folder(model, shards, tmp_path / family)
     given = {"mode": "cot", "max_new_tokens": 20, "calculator": False, "batch_size": 4}
     backend, use = FAMILIES[family]
     for requested in ("auto", "transformers"):
         out = tmp_path / requested
-        results = evaluate(settings(where, shards, **given, backend=requested, output_dir=str(out)))
+        results = evaluate(settings(path, shards, **given, backend=requested, output_dir=str(out)))
         found = results["backends"]["student"]
         assert found["name"] == (backend if requested == "auto" else requested)
         assert 0 <= found["difference"] < 1e-4
@@ -102,26 +101,26 @@ def test_texts_are_those_of_generate(family: str, shards: Shards, tmp_path: Path
     )
     if backend == "transformers":
         with pytest.raises(UserError, match=rf"{family} cannot be decoded in slots: .*use backend auto"):
-            evaluate(settings(where, shards, **given, backend="slots", output_dir=str(tmp_path / "slots")))
+            evaluate(settings(path, shards, **given, backend="slots", output_dir=str(tmp_path / "slots")))
 
 
 def test_a_hybrid_with_calculator_in_batches_alone_and_on_two_ranks(
-    students: Callable[..., Path], shards: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    export_for: Callable[..., Path], shards: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The sums are the calculator's: several tokens are forced into texts that are in one batch with others."""
-    student = students("socratic", hybrid=True)
+    """Calculator results force several tokens into rows of a batch."""
+    export = export_for("socratic", hybrid=True)
     read_by_batch = {}
     for batch_size in (1, 4, 16):
         out = tmp_path / str(batch_size)
-        results = evaluate(settings(student, shards, batch_size=batch_size, output_dir=str(out)))
+        results = evaluate(settings(export, shards, batch_size=batch_size, output_dir=str(out)))
         assert results["accuracy"]["strict"]["correct"] == 10 and results["calculator_results_given"] > 10
         assert results["backends"]["student"]["name"] == "transformers"
         read_by_batch[batch_size] = read(EvaluationDirectory(out))
-    said = capsys.readouterr().out
-    assert "student: decoding by the model's own forward pass and cache: in slots its logits differ" in said
+    output = capsys.readouterr().out
+    assert "student: decoding by the model's own forward pass and cache: in slots its logits differ" in output
     assert read_by_batch[1] == read_by_batch[4] == read_by_batch[16]
     arguments = [f"--{name}={value}" for name, value in {
-        "model_name_or_path": student, "shards": shards.path, "output_dir": tmp_path / "two", "batch_size": 2,
+        "model_name_or_path": export, "shards": shards.path, "output_dir": tmp_path / "two", "batch_size": 2,
     }.items()]  # fmt: skip
     output = run_well(["tools/evaluate.py", *arguments], 2)
     assert output.count("own forward pass and cache") == 1 and "strict 100.0 % (10/10" in output
@@ -129,18 +128,18 @@ def test_a_hybrid_with_calculator_in_batches_alone_and_on_two_ranks(
 
 
 def test_a_hybrid_as_solver_and_as_decomposer(
-    students: Callable[..., Path], shards: Shards, tmp_path: Path
+    export_for: Callable[..., Path], shards: Shards, tmp_path: Path
 ) -> None:
-    """Each problem waits for the other model's line: with two models a batch is one problem."""
+    """Requests wait for the other model, so with two models a batch is one request."""
     given: dict[str, Any] = {"shards": str(shards.path), "batch_size": 4}
-    solver = str(students("solver", hybrid=True))
+    solver = str(export_for("solver", hybrid=True))
     for hybrid, decomposer in ((False, "slots"), (True, "transformers")):
-        export = str(students("decomposer_interleaved", hybrid=hybrid))
+        export = str(export_for("decomposer_interleaved", hybrid=hybrid))
         results = evaluate(
             EvaluateSettings(decomposer=export, solver=solver, output_dir=str(tmp_path / decomposer), **given)
         )
         assert results["accuracy"]["strict"]["correct"] == 10 and results["unfinished"] == 0
-        names = {part: choice["name"] for part, choice in results["backends"].items()}
+        names = {role: choice["name"] for role, choice in results["backends"].items()}
         assert names == {"decomposer": decomposer, "solver": "transformers"}
     gold = evaluate(
         EvaluateSettings(subquestions="gold", solver=solver, output_dir=str(tmp_path / "gold"), **given)
@@ -150,14 +149,14 @@ def test_a_hybrid_as_solver_and_as_decomposer(
 
 @pytest.mark.parametrize("family", ["lfm2", "mamba", "rwkv"])
 def test_few_shot(family: str, shards: Shards, tmp_path: Path) -> None:
-    """The exemplars are read once where the cache can be copied and read on, else with every batch."""
-    model = made(family)
-    where = folder(model, shards, tmp_path / family)
+    """The exemplars are processed once if the cache can be copied and continued, else in every batch."""
+    model = make(family)
+    path = folder(model, shards, tmp_path / family)
     exemplars = tmp_path / "exemplars.jsonl"
     exemplars.write_text("".join(json.dumps(to_record(shards.problem(index))) + "\n" for index in (0, 1)))
     out = tmp_path / "out"
     evaluate(
-        settings(where, shards, mode="few_shot", exemplars=str(exemplars), max_new_tokens=12, calculator=False,
+        settings(path, shards, mode="few_shot", exemplars=str(exemplars), max_new_tokens=12, calculator=False,
                  output_dir=str(out))
     )  # fmt: skip
     tokenizer = load_tokenizer(shards.tokenizer_path)
@@ -175,8 +174,8 @@ def _as_exemplar(shards: Shards, index: int) -> str:
     return f"{problem.question}\n{solutions}#### {problem.answer}\n\n"
 
 
-class Text:
-    """A text of which each token but the first is forced in places: `forced` tokens after each choice."""
+class ForcedText:
+    """Request with `forced` tokens after each chosen token."""
 
     def __init__(self, prompt: list[int], forced: list[int], length: int) -> None:
         self.sequences = [SequenceState(list(prompt))]
@@ -184,7 +183,7 @@ class Text:
         self.tokens = list(prompt)
         self._forced, self._length = forced, length
 
-    def after(self, token: int) -> None:
+    def on_token(self, token: int) -> None:
         new = [token, *self._forced]
         self.tokens += new
         self.sequences[0].pending += new
@@ -194,14 +193,14 @@ class Text:
 @pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text", "llama"])
 @pytest.mark.parametrize("use", CACHE_USES)
 def test_forced_tokens_and_rows_that_leave(family: str, use: CacheUse) -> None:
-    """All ways of using a cache write the same: the model's own choice after every beginning of every text."""
-    model = made(family, 500)
+    """Every use of the cache gives the model's own greedy token after every prefix of every text."""
+    model = make(family, 500)
     prompts = [[7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30], [31, 32, 33, 34, 35], [40] * 9]
-    texts = [Text(prompt, list(range(50, 50 + number)), 20 + 2 * number)
+    texts = [ForcedText(prompt, list(range(50, 50 + number)), 20 + 2 * number)
              for number, prompt in enumerate(prompts)]  # fmt: skip
     waiting = iter(texts)
-    backend = TransformersBackend[Text](0, model, 3, 64, make_sampler(0.0, 1.0), (), use)
-    ended = list(generate([backend], lambda: next(waiting, None), Text.after, 3))
+    backend = TransformersBackend[ForcedText](0, model, 3, 64, make_sampler(0.0, 1.0), (), use)
+    ended = list(generate([backend], lambda: next(waiting, None), ForcedText.on_token, 3))
     assert len(ended) == len(texts)
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         with torch.no_grad():
@@ -212,17 +211,17 @@ def test_forced_tokens_and_rows_that_leave(family: str, use: CacheUse) -> None:
 
 
 def test_a_prefix_is_read_once_and_copied() -> None:
-    model = made("lfm2", 500)
+    model = make("lfm2", 500)
     lengths: list[int] = []
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     prefix = list(range(100, 130))
     prompts = [[*prefix, *more] for more in ([7, 8, 9], [20, 21, 22, 23, 24], [30], [31, 32])]
-    texts = [Text(prompt, [], len(prompt) + 5) for prompt in prompts]
+    texts = [ForcedText(prompt, [], len(prompt) + 5) for prompt in prompts]
     waiting = iter(texts)
-    backend = TransformersBackend[Text](0, model, 2, 64, make_sampler(0.0, 1.0), prefix)
-    list(generate([backend], lambda: next(waiting, None), Text.after, 2))
+    backend = TransformersBackend[ForcedText](0, model, 2, 64, make_sampler(0.0, 1.0), prefix)
+    list(generate([backend], lambda: next(waiting, None), ForcedText.on_token, 2))
     handle.remove()
     assert lengths.count(30) == 1 and max(lengths) == 30 and sum(length > 3 for length in lengths) == 1
     for prompt, text in zip(prompts, texts, strict=True):
@@ -230,7 +229,7 @@ def test_a_prefix_is_read_once_and_copied() -> None:
 
 
 def test_completions_of_a_teacher_that_is_a_hybrid(shards: Shards) -> None:
-    model, tokenizer = made("lfm2"), load_tokenizer(shards.tokenizer_path)
+    model, tokenizer = make("lfm2"), load_tokenizer(shards.tokenizer_path)
     prompts = [shards.prompt(index).tolist() for index in range(5)]
     found = {
         index: text

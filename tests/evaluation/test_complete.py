@@ -1,4 +1,4 @@
-"""Free continuation of any prompts: what transformers' own generate gives, stopped where it was asked to."""
+"""`completions` gives the texts of transformers' `generate`, cut at stop strings."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def test_samples_depend_on_prompt_and_seed_alone(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     texts = prompts(3)
-    asked = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9}
-    many = sorted(completions(model, tokenizer, texts * 2, seeds=[1, 2, 3, 4, 5, 6], batch_size=5, **asked))
+    options = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9}
+    many = sorted(completions(model, tokenizer, texts * 2, seeds=[1, 2, 3, 4, 5, 6], batch_size=5, **options))
     alone = [
-        next(completions(model, tokenizer, [texts[i % 3]], seeds=[i + 1], **asked))[1:] for i in range(6)
+        next(completions(model, tokenizer, [texts[i % 3]], seeds=[i + 1], **options))[1:] for i in range(6)
     ]
     assert [made[1:] for made in many] == alone
     assert many[0][1] != many[3][1]

@@ -1,4 +1,4 @@
-"""The whole evaluation in one process: files, going on after an interruption, and what is refused."""
+"""Whole evaluations in one process: files, resuming, and rejected settings."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 
 from tests.evaluation.conftest import remade
 from trainer.errors import UserError
-from trainer.evaluation import job, rank_files
-from trainer.evaluation import model_reference as students
+from trainer.evaluation import job, model_reference, rank_files
 from trainer.evaluation.evaluate import evaluate
 from trainer.report.results import load_runs
 from trainer.settings import EvaluateSettings
@@ -28,7 +27,7 @@ def settings(export: Path, shards: Shards, **changes: Any) -> EvaluateSettings:
 
 
 def read(directory: EvaluationDirectory) -> tuple[bytes, dict[str, Any]]:
-    """Predictions as they stand, and the results without what was measured."""
+    """Return the bytes of predictions.jsonl, and the results without measured values."""
     results = json.loads(directory.results.read_text())
     return directory.predictions.read_bytes(), {
         name: value for name, value in results.items() if name not in ("seconds", "world_size")
@@ -36,9 +35,9 @@ def read(directory: EvaluationDirectory) -> tuple[bytes, dict[str, Any]]:
 
 
 def test_results_and_predictions(export: Path, shards: Shards, tmp_path: Path) -> None:
-    student = remade(export, tmp_path / "mine" / "stories.socratic.tiny.s0")
-    results = evaluate(settings(student, shards))
-    run = RunDirectory(student.parent)
+    copy = remade(export, tmp_path / "mine" / "stories.socratic.tiny.s0")
+    results = evaluate(settings(copy, shards))
+    run = RunDirectory(copy.parent)
     directory = run.evaluation("stories-test-socratic")
     assert json.loads(directory.results.read_text()) == results
     assert results["accuracy"]["strict"]["correct"] == results["num_problems"] == len(shards) == 10
@@ -68,82 +67,84 @@ def test_results_and_predictions(export: Path, shards: Shards, tmp_path: Path) -
     }
 
 
-def test_slots_do_not_matter(export: Path, shards: Shards, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_the_number_of_slots(export: Path, shards: Shards, tmp_path: Path) -> None:
     for changes in ({}, {"temperature": 1.0, "top_p": 0.95, "seed": 3}):
         for slots in (1, 16):
-            where = tmp_path / f"{slots}{len(changes)}"
-            evaluate(settings(export, shards, batch_size=slots, output_dir=str(where), **changes))
+            output_dir = tmp_path / f"{slots}{len(changes)}"
+            evaluate(settings(export, shards, batch_size=slots, output_dir=str(output_dir), **changes))
         one, many = (EvaluationDirectory(tmp_path / f"{slots}{len(changes)}") for slots in (1, 16))
         assert read(one) == read(many)
 
 
-def test_goes_on_after_an_interruption(
+def test_interrupted_evaluation_is_resumed(
     export: Path,
     shards: Shards,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    undisturbed, killed = (EvaluationDirectory(tmp_path / name) for name in ("undisturbed", "killed"))
-    evaluate(settings(export, shards, output_dir=str(undisturbed.path)))
+    uninterrupted, killed = (EvaluationDirectory(tmp_path / name) for name in ("uninterrupted", "killed"))
+    evaluate(settings(export, shards, output_dir=str(uninterrupted.path)))
     append = rank_files.RankFile.append
     appended: list[str] = []
 
-    def interrupted(part: rank_files.RankFile, prediction: dict[str, Any]) -> None:
+    def interrupted(file: rank_files.RankFile, prediction: dict[str, Any]) -> None:
         if len(appended) == 4:
             raise KeyboardInterrupt
-        append(part, prediction)
+        append(file, prediction)
         appended.append(prediction["id"])
 
     monkeypatch.setattr(rank_files.RankFile, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(settings(export, shards, output_dir=str(killed.path)))
-    monkeypatch.setattr(rank_files.RankFile, "append", lambda p, x: (append(p, x), appended.append(x["id"])))
+    monkeypatch.setattr(rank_files.RankFile, "append", lambda f, x: (append(f, x), appended.append(x["id"])))
     assert not killed.results.exists() and len(list(killed.rank_files.iterdir())) == 1
 
     evaluate(
         settings(export, shards, output_dir=str(tmp_path / "killed"), seed=1)
-    )  # other settings: from the start
+    )  # other settings: nothing resumed
     assert len(appended) == 14 and len(list(killed.rank_files.iterdir())) == 1
     killed.results.unlink()
     evaluate(settings(export, shards, output_dir=str(killed.path)))
     assert len(appended) == 20 and sorted(appended[:4] + appended[14:]) == sorted(set(appended))
     assert "4 of 10 problems were solved before" in capsys.readouterr().out
-    assert read(killed) == read(undisturbed) and not killed.rank_files.exists()
+    assert read(killed) == read(uninterrupted) and not killed.rank_files.exists()
 
 
 def test_finished_results_are_kept(
     export: Path, shards: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where = str(tmp_path / "there")
-    first = evaluate(settings(export, shards, output_dir=where))
-    assert evaluate(settings(export, shards, output_dir=where, batch_size=1)) == first
+    output_dir = str(tmp_path / "there")
+    first = evaluate(settings(export, shards, output_dir=output_dir))
+    assert evaluate(settings(export, shards, output_dir=output_dir, batch_size=1)) == first
     assert "already evaluated: strict 100.0 %" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"other settings .max_new_tokens: 256 there, 9 now.*--overwrite"):
-        evaluate(settings(export, shards, output_dir=where, max_new_tokens=9))
+        evaluate(settings(export, shards, output_dir=output_dir, max_new_tokens=9))
     cut = evaluate(
-        settings(export, shards, output_dir=where, max_new_tokens=9, overwrite=True, max_problems=7)
+        settings(export, shards, output_dir=output_dir, max_new_tokens=9, overwrite=True, max_problems=7)
     )
     assert cut["unfinished"] == cut["num_problems"] == 7 and cut["accuracy"]["strict"]["correct"] == 0
     (tmp_path / "there" / "results.json").write_text("{}")
     with pytest.raises(UserError, match="not the result of an evaluation"):
-        evaluate(settings(export, shards, output_dir=where))
+        evaluate(settings(export, shards, output_dir=output_dir))
 
 
-def test_two_evaluations_of_one_directory_are_noticed(export: Path, shards: Shards, tmp_path: Path) -> None:
+def test_two_evaluations_of_one_directory_are_detected(export: Path, shards: Shards, tmp_path: Path) -> None:
     ours = settings(export, shards, output_dir=str(tmp_path))
-    work = job.resolve_job(ours)
-    identity = job.digest(work.fingerprint_fields({"student": atomic_dir.manifest_digest(export)}))
+    resolved = job.resolve_job(ours)
+    fingerprint = job.fingerprint(
+        resolved.fingerprint_fields({"student": atomic_dir.manifest_digest(export)})
+    )
     first = shards.problem(0).id
-    for _ in range(2):  # two processes that both looked before the other had written
-        with rank_files.RankFile(work.directory.rank_files, identity) as part:
-            part.append({"id": first, "correct_strict": True})
+    for _ in range(2):  # two processes that both started before the other had written
+        with rank_files.RankFile(resolved.directory.rank_files, fingerprint) as file:
+            file.append({"id": first, "correct_strict": True})
     with pytest.raises(UserError, match=f"'{first}' occur more than once"):
         evaluate(ours)
-    assert not work.directory.results.exists()
+    assert not resolved.directory.results.exists()
 
 
-def test_what_does_not_fit_is_refused(export: Path, shards: Shards, tmp_path: Path) -> None:
+def test_incompatible_models_are_rejected(export: Path, shards: Shards, tmp_path: Path) -> None:
     stopped = remade(export, tmp_path / "stopped", finished=False, step=5)
     with pytest.raises(UserError, match=r"stopped at step 5 before its end.*--allow_unfinished"):
         evaluate(settings(stopped, shards))
@@ -163,29 +164,31 @@ def test_what_does_not_fit_is_refused(export: Path, shards: Shards, tmp_path: Pa
     with pytest.raises(UserError, match="export does not exist"):
         evaluate(settings(tmp_path / "nothing" / "export", shards))
     elsewhere = remade(export, tmp_path / "x").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="say where the results go with output_dir"):
+    with pytest.raises(UserError, match="give output_dir for the results"):
         evaluate(settings(elsewhere, shards))
 
 
 def test_a_plain_model_folder(export: Path, shards: Shards, tmp_path: Path) -> None:
     folder = tmp_path / "plain"
     shutil.copytree(export, folder, ignore=shutil.ignore_patterns(atomic_dir.MANIFEST))
-    where = str(tmp_path / "out")
+    output_dir = str(tmp_path / "out")
     with pytest.raises(UserError, match="give mode: answer_only, cot, socratic"):
-        evaluate(settings(folder, shards, output_dir=where))
-    results = evaluate(settings(folder, shards, output_dir=where, mode="cot", dtype="bf16"))
+        evaluate(settings(folder, shards, output_dir=output_dir))
+    results = evaluate(settings(folder, shards, output_dir=output_dir, mode="cot", dtype="bf16"))
     assert (results["method"], results["train_seed"], results["model_name"]) == ("", None, "plain")
     assert results["num_parameters"] == atomic_dir.read_manifest(export)["facts"]["num_parameters"]
     assert results["accuracy"]["strict"]["correct"] >= 8
-    direct = evaluate(settings(folder, shards, output_dir=f"{where}2", mode="answer_only", max_new_tokens=6))
+    direct = evaluate(
+        settings(folder, shards, output_dir=f"{output_dir}2", mode="answer_only", max_new_tokens=6)
+    )
     assert direct["impose_answer"] and direct["mode"] == "answer_only"
 
 
-def test_a_folder_without_a_model_is_named_before_its_tokenizer_is_looked_for(
+def test_folder_without_a_model_is_rejected_before_its_tokenizer_is_loaded(
     shards: Shards, tmp_path: Path
 ) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    student = students.find_model(str(tmp_path / "adapter"))
+    reference = model_reference.find_model(str(tmp_path / "adapter"))
     with pytest.raises(UserError, match=r"holds an adapter .* merge it first"):
-        students.load_model_and_tokenizer(student, shards, "fp32", tmp_path)
+        model_reference.load_model_and_tokenizer(reference, shards, "fp32", tmp_path)

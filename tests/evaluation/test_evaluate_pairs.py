@@ -1,4 +1,4 @@
-"""The whole evaluation of students that answer together: files, places, going on after an interruption, refusals."""
+"""Whole evaluations of pairs of models: files, directories, resuming, and rejected settings."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ MODE = "iterative_interleaved"
 
 
 @pytest.fixture(scope="module")
-def pair(students: Callable[[str], Path]) -> dict[str, str]:
-    return {"decomposer": str(students("decomposer_interleaved")), "solver": str(students("solver"))}
+def pair(export_for: Callable[[str], Path]) -> dict[str, str]:
+    return {"decomposer": str(export_for("decomposer_interleaved")), "solver": str(export_for("solver"))}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
+def uninterrupted(
     pair: dict[str, str], shards: Shards, tmp_path_factory: pytest.TempPathFactory
 ) -> EvaluationDirectory:
-    """What one process makes of it."""
-    directory = EvaluationDirectory(tmp_path_factory.mktemp("undisturbed") / "evaluation")
+    """Results of one process without interruption."""
+    directory = EvaluationDirectory(tmp_path_factory.mktemp("uninterrupted") / "evaluation")
     evaluate(settings(shards, **pair, output_dir=str(directory.path)))
     return directory
 
@@ -50,22 +50,22 @@ def size_of(export: str) -> int:
     return int(atomic_dir.read_manifest(Path(export))["facts"]["num_parameters"])
 
 
-def test_a_pair_leaves_a_run_beside_those_of_its_students(pair: dict[str, str], shards: Shards) -> None:
+def test_pair_has_a_run_beside_those_of_its_models(pair: dict[str, str], shards: Shards) -> None:
     results = evaluate(settings(shards, **pair))
     study = StudyDirectory(Path(pair["solver"]).parents[1])
     run = study.run(f"stories.{MODE}.tiny.s0")
     directory = run.evaluation(f"stories-test-{MODE}")
     assert json.loads(directory.results.read_text()) == results
-    sizes = {part: size_of(pair[part]) for part in pair}
+    sizes = {role: size_of(pair[role]) for role in pair}
     assert sizes["decomposer"] != sizes["solver"]
     assert {
         "mode": MODE, "method": MODE, "model_name": "tiny", "train_seed": 0, "train_data": "stories", "warnings": [],
         "num_parameters": sizes["solver"], "total_parameters": sum(sizes.values()), "finished": True,
     }.items() <= results.items()  # fmt: skip
-    for part, export in pair.items():
-        assert results[part] == {
-            "name": export, "model_name": "tiny", "method": "solver" if part == "solver" else "decomposer_interleaved",
-            "num_parameters": sizes[part], "export_digest": atomic_dir.manifest_digest(Path(export)),
+    for role, export in pair.items():
+        assert results[role] == {
+            "name": export, "model_name": "tiny", "method": "solver" if role == "solver" else "decomposer_interleaved",
+            "num_parameters": sizes[role], "export_digest": atomic_dir.manifest_digest(Path(export)),
         }  # fmt: skip
     lines = [json.loads(line) for line in directory.predictions.read_text().splitlines()]
     assert [line["id"] for line in lines] == [shards.problem(index).id for index in range(10)]
@@ -74,8 +74,8 @@ def test_a_pair_leaves_a_run_beside_those_of_its_students(pair: dict[str, str], 
         assert sum(line[name] for line in lines) == results[name] > 0
     assert all(set(line["generated_by"]) == {"decomposer", "solver"} for line in lines)
 
-    written = yaml.safe_load(run.settings.read_text())
-    assert written["solver"] == pair["solver"] and EvaluateSettings(**written)
+    settings_file = yaml.safe_load(run.settings.read_text())
+    assert settings_file["solver"] == pair["solver"] and EvaluateSettings(**settings_file)
     assert run.path in [found.path for found in study.runs()]
     (loaded,) = load_runs([run.path])  # the report reads them
     assert [(e.mode, e.method, e.num_parameters) for e in loaded.evaluations] == [
@@ -83,8 +83,8 @@ def test_a_pair_leaves_a_run_beside_those_of_its_students(pair: dict[str, str], 
     ]
 
 
-def test_gold_questions_guided_pairs_and_one_student_in_both_parts(
-    pair: dict[str, str], students: Callable[[str], Path], shards: Shards
+def test_gold_questions_guided_pairs_and_one_model_in_both_roles(
+    pair: dict[str, str], export_for: Callable[[str], Path], shards: Shards
 ) -> None:
     study = StudyDirectory(Path(pair["solver"]).parents[1])
     gold = evaluate(settings(shards, solver=pair["solver"], subquestions="gold", calculator=False))
@@ -98,17 +98,17 @@ def test_gold_questions_guided_pairs_and_one_student_in_both_parts(
     assert "the solver has no calculator" in gold["warnings"][0]
 
     both = evaluate(
-        settings(shards, decomposer=str(students("socratic").parent), solver=str(students("socratic")))
+        settings(shards, decomposer=str(export_for("socratic").parent), solver=str(export_for("socratic")))
     )
     name = f"{MODE}_socratic"
     assert study.run(f"stories.{name}.tiny.s0").evaluation(f"stories-test-{name}").results.is_file()
     assert both["mode"] == MODE and both["total_parameters"] == both["num_parameters"]
     assert both["accuracy"]["strict"]["correct"] == 10
 
-    guided = {"decomposer": str(students("decomposer_operators")), "solver": pair["solver"]}
-    planner = str(students("planner_operators"))
+    guided = {"decomposer": str(export_for("decomposer_operators")), "solver": pair["solver"]}
+    planner = str(export_for("planner_operators"))
     run = study.run("stories.iterative_ahead_operators.tiny.s0")
-    for changes, name, members in (
+    for changes, name, num_models in (
         ({"planner": planner}, "stories-test-iterative_ahead_operators", 3),
         ({"guidance_from": "gold"}, "stories-test-iterative_ahead_operators-gold_guidance", 2),
     ):
@@ -118,11 +118,11 @@ def test_gold_questions_guided_pairs_and_one_student_in_both_parts(
             "operators",
             changes.get("guidance_from", "planner"),
         )
-        exports = [*guided.values(), *([planner] if members == 3 else [])]
-        assert results["total_parameters"] == sum(map(size_of, exports))
+        models = [*guided.values(), *([planner] if num_models == 3 else [])]
+        assert results["total_parameters"] == sum(map(size_of, models))
 
 
-def test_places(pair: dict[str, str], shards: Shards, tmp_path: Path) -> None:
+def test_directories(pair: dict[str, str], shards: Shards, tmp_path: Path) -> None:
     larger = remade(Path(pair["decomposer"]), tmp_path / "mine" / "stories.decomposer_interleaved.big.s0")
     solver = remade(Path(pair["solver"]), tmp_path / "mine" / "stories.solver.small.s0", model_name="small")
     evaluate(settings(shards, decomposer=str(larger), solver=str(solver), max_problems=1))
@@ -134,24 +134,24 @@ def test_places(pair: dict[str, str], shards: Shards, tmp_path: Path) -> None:
         "other/stories.solver.small.s0",
         "mine/svamp.solver.small.s0",
     ):
-        stranger = remade(Path(pair["solver"]), tmp_path / name)
-        with pytest.raises(UserError, match=r"not of runs of one study.*output_dir"):
-            evaluate(settings(shards, decomposer=str(larger), solver=str(stranger)))
+        unrelated = remade(Path(pair["solver"]), tmp_path / name)
+        with pytest.raises(UserError, match=r"not in runs of one study.*output_dir"):
+            evaluate(settings(shards, decomposer=str(larger), solver=str(unrelated)))
     evaluation = RunDirectory(solver.parent).evaluation("mine")
-    RunDirectory(solver.parent).settings.write_text("method: solver\n")  # of a training: left alone
+    RunDirectory(solver.parent).settings.write_text("method: solver\n")  # of a training: not overwritten
     paths.write_settings(settings(shards, **pair), evaluation)
     assert RunDirectory(solver.parent).settings.read_text() == "method: solver\n"
 
 
-def test_three_ranks_and_two_of_which_one_is_killed(
-    pair: dict[str, str], shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory
+def test_three_ranks_and_a_killed_rank(
+    pair: dict[str, str], shards: Shards, tmp_path: Path, uninterrupted: EvaluationDirectory
 ) -> None:
-    flags = [f"--{part}={export}" for part, export in pair.items()]
+    flags = [f"--{role}={export}" for role, export in pair.items()]
     flags += [f"--shards={shards.path}", "--batch_size=2"]
     directory = EvaluationDirectory(tmp_path / "three")
     output = run_well(["tools/evaluate.py", *flags, f"--output_dir={directory.path}"], 3)
     assert "strict 100.0 % (10/10" in output and f"{MODE}, greedy" in output
-    assert read(directory) == read(undisturbed)
+    assert read(directory) == read(uninterrupted)
     killed = EvaluationDirectory(tmp_path / "killed")
     arguments = [
         "-m",
@@ -162,33 +162,31 @@ def test_three_ranks_and_two_of_which_one_is_killed(
         str(killed.path),
     ]
     assert all(outcome.status != 0 for outcome in run(arguments, 2, timeout=100))
-    assert sum(len(list(read_rank_file(part))) for part in killed.rank_files.glob("*.jsonl")) >= 2
+    assert sum(len(list(read_rank_file(file))) for file in killed.rank_files.glob("*.jsonl")) >= 2
     assert not killed.results.exists()
     evaluate(settings(shards, **pair, output_dir=str(killed.path)))
-    assert read(killed) == read(undisturbed) and not killed.rank_files.exists()
+    assert read(killed) == read(uninterrupted) and not killed.rank_files.exists()
 
 
-def test_every_student_counts_for_what_was_evaluated(
-    pair: dict[str, str], shards: Shards, tmp_path: Path
-) -> None:
-    """Results of a pair are not taken for those of another pair, whichever half has changed."""
+def test_results_depend_on_every_model(pair: dict[str, str], shards: Shards, tmp_path: Path) -> None:
+    """Results are rejected if either model of the pair has changed."""
     where = str(tmp_path / "there")
     first = evaluate(settings(shards, **pair, output_dir=where))
     assert evaluate(settings(shards, **pair, output_dir=where, batch_size=1)) == first
     with pytest.raises(UserError, match="max_steps: 16 there, 2 now"):
         evaluate(settings(shards, **pair, output_dir=where, max_steps=2))
-    for part in pair:
-        other = remade(Path(pair[part]), tmp_path / part, step=78)
+    for role in pair:
+        other = remade(Path(pair[role]), tmp_path / role, step=78)
         with pytest.raises(UserError, match=r"other settings .export_digests"):
-            evaluate(settings(shards, **{**pair, part: str(other)}, output_dir=where))
+            evaluate(settings(shards, **{**pair, role: str(other)}, output_dir=where))
     cut = evaluate(settings(shards, **pair, output_dir=where, max_new_tokens=5, overwrite=True))
     assert cut["unfinished"] == 10
     lines = [json.loads(line) for line in (tmp_path / "there" / "predictions.jsonl").read_text().splitlines()]
     assert {line["stopped"] for line in lines} == {"max_new_tokens"}
 
 
-def test_what_does_not_fit_is_refused(
-    pair: dict[str, str], students: Callable[[str], Path], shards: Shards, tmp_path: Path
+def test_incompatible_models_are_rejected(
+    pair: dict[str, str], export_for: Callable[[str], Path], shards: Shards, tmp_path: Path
 ) -> None:
     out = {"output_dir": str(tmp_path / "out")}
     foreign = remade(Path(pair["decomposer"]), tmp_path / "foreign", tokenizer_fingerprint="0" * 64)
@@ -202,11 +200,11 @@ def test_what_does_not_fit_is_refused(
         evaluate(settings(shards, decomposer=pair["decomposer"], solver=pair["decomposer"], **out))
     with pytest.raises(UserError, match=r"one half of a pair.*--decomposer and --solver"):
         evaluate(settings(shards, model_name_or_path=pair["solver"], **out))
-    with pytest.raises(UserError, match="mode cot is for one student"):
+    with pytest.raises(UserError, match="mode cot is for one model"):
         evaluate(settings(shards, **pair, mode="cot", **out))
     plain = tmp_path / "plain"
     shutil.copytree(pair["solver"], plain, ignore=shutil.ignore_patterns(atomic_dir.MANIFEST))
-    with pytest.raises(UserError, match=f"the solver {plain} does not say by which method"):
+    with pytest.raises(UserError, match=f"the solver {plain} does not record its training method"):
         evaluate(settings(shards, **{**pair, "solver": str(plain)}, **out))
     stopped = remade(
         Path(pair["decomposer"]), tmp_path / "stopped", finished=False, step=5, seed=1, data="svamp"
@@ -224,7 +222,7 @@ def test_what_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({}, "who answers"),
         ({"decomposer": "d"}, "a solver as well"),
@@ -238,12 +236,12 @@ def test_what_does_not_fit_is_refused(
         ({"solver": "s", "decomposer": "d", "subquestions": "golden"}, "did you mean 'gold'"),
     ],
 )
-def test_a_missing_or_contradictory_part(given: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_missing_or_contradictory_roles(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         EvaluateSettings(shards="x", **given)
 
 
-def test_data_without_subquestions_cannot_ask(
+def test_data_without_subquestions_is_rejected(
     pair: dict[str, str], shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segments = Shards.segments

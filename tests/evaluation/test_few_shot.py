@@ -1,4 +1,4 @@
-"""A model that was never distilled, shown exemplars: what it reads, and where it is stopped."""
+"""Few-shot evaluation of an undistilled model: prompts, and the end of its texts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def exemplars(shards: Shards, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def base(shards: Shards, tmp_path: Path) -> Path:
-    """A folder as of a pretrained model: no manifest, random weights."""
+    """Folder of a base model: no manifest, random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shards.facts["vocabulary_size"], hidden_size=32, intermediate_size=64, num_hidden_layers=1,
@@ -49,39 +49,39 @@ def base(shards: Shards, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def test_the_prompt_is_the_exemplars_as_students_learn_them_and_the_problem(
+def test_prompt_is_the_exemplars_as_training_examples_and_the_problem(
     shards: Shards, exemplars: Path, base: Path
 ) -> None:
     tokenizer = load_tokenizer(shards.tokenizer_path)
-    shown = exemplar_tokens(read_exemplars(str(exemplars)), tokenizer)
+    found = exemplar_tokens(read_exemplars(str(exemplars)), tokenizer)
     between = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
     expected: list[int] = []
     for index in (0, 1):
         tokens, _ = shards.example(index, VIEWS["cot"])
         expected += [*tokens.tolist()[:-1], *between]  # without the end-of-sequence token
-    assert shown == expected
+    assert found == expected
 
-    actors = {STUDENT: RoleModel(LlamaForCausalLM.from_pretrained(base), None)}
-    cast = Pipeline(actors, tokenizer, shards, Decoding(FEW_SHOT), read_exemplars(str(exemplars)))
-    assert cast.rollout(5).sequences[0].pending == [*shown, *shards.prompt(5).tolist()]
+    role_models = {STUDENT: RoleModel(LlamaForCausalLM.from_pretrained(base), None)}
+    pipeline = Pipeline(role_models, tokenizer, shards, Decoding(FEW_SHOT), read_exemplars(str(exemplars)))
+    assert pipeline.rollout(5).sequences[0].pending == [*found, *shards.prompt(5).tolist()]
 
 
-def test_it_is_stopped_where_the_line_of_its_answer_ends(shards: Shards, exemplars: Path, base: Path) -> None:
+def test_text_ends_with_the_line_of_the_answer(shards: Shards, exemplars: Path, base: Path) -> None:
     tokenizer = load_tokenizer(shards.tokenizer_path)
-    actors = {STUDENT: RoleModel(LlamaForCausalLM.from_pretrained(base), None)}
-    cast = Pipeline(actors, tokenizer, shards, Decoding(FEW_SHOT), read_exemplars(str(exemplars)))
-    solution = cast.rollout(5)
+    role_models = {STUDENT: RoleModel(LlamaForCausalLM.from_pretrained(base), None)}
+    pipeline = Pipeline(role_models, tokenizer, shards, Decoding(FEW_SHOT), read_exemplars(str(exemplars)))
+    rollout = pipeline.rollout(5)
     written = tokenizer("It has 3+4 = 7 cups.\n#### 7\n\nAnother story", add_special_tokens=False)[
         "input_ids"
     ]
     for token in written:
-        if solution.next_model is None:
+        if rollout.next_model is None:
             break
-        solution.on_token(token)
-    assert (solution.text, solution.finished) == ("It has 3+4 = 7 cups.\n#### 7", True)
+        rollout.on_token(token)
+    assert (rollout.text, rollout.finished) == ("It has 3+4 = 7 cups.\n#### 7", True)
 
 
-def test_exemplars_are_read_once_and_the_texts_are_those_of_reading_them_every_time(
+def test_exemplars_are_processed_once_without_changing_texts(
     shards: Shards, exemplars: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(shards.tokenizer_path)
@@ -91,12 +91,12 @@ def test_exemplars_are_read_once_and_the_texts_are_those_of_reading_them_every_t
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.3)  # greedy texts vary
     decoding = Decoding(FEW_SHOT, max_new_tokens=12, batch_size=2, calculator=False)
-    cast = Pipeline(
+    pipeline = Pipeline(
         {STUDENT: RoleModel(model, None)}, tokenizer, shards, decoding, read_exemplars(str(exemplars))
     )
     expected = {}
     for index in range(6):
-        prompt = torch.tensor([cast.rollout(index).sequences[0].pending])
+        prompt = torch.tensor([pipeline.rollout(index).sequences[0].pending])
         output = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12, eos_token_id=0
         )
@@ -104,21 +104,21 @@ def test_exemplars_are_read_once_and_the_texts_are_those_of_reading_them_every_t
         expected[shards.problem(index).id] = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
     assert len(set(expected.values())) > 2
 
-    read: list[int] = []
+    num_processed: list[int] = []
 
     def counted(*arguments: Any) -> ForwardBatch:
         step = prepare_prefill(*arguments)
-        read.append(step.input_ids.shape[1])
+        num_processed.append(step.input_ids.shape[1])
         return step
 
     monkeypatch.setattr(slots, "prepare_prefill", counted)
-    given = list(predictions(cast, range(6), ProcessCounter()))
+    given = list(predictions(pipeline, range(6), ProcessCounter()))
     assert {prediction["id"]: prediction["text"] for prediction in given} == expected
     own = sum(len(shards.prompt(index)) for index in range(6))
-    assert sum(read) <= len(cast.shared_prefix) + own + 6 * 12 < 6 * len(cast.shared_prefix)
+    assert sum(num_processed) <= len(pipeline.shared_prefix) + own + 6 * 12 < 6 * len(pipeline.shared_prefix)
 
 
-def test_the_row_of_an_undistilled_model(shards: Shards, exemplars: Path, base: Path, tmp_path: Path) -> None:
+def test_results_of_an_undistilled_model(shards: Shards, exemplars: Path, base: Path, tmp_path: Path) -> None:
     def settings(**more: object) -> EvaluateSettings:
         given = {
             "model_name_or_path": str(base),
@@ -131,10 +131,7 @@ def test_the_row_of_an_undistilled_model(shards: Shards, exemplars: Path, base: 
 
     results = evaluate(settings(model_label="the base"))
     assert (results["method"], results["mode"], results["model_name"]) == ("few_shot", "few_shot", "the base")
-    assert (results["num_problems"], results["unfinished"]) == (
-        10,
-        10,
-    )  # random weights never write an answer
+    assert results["num_problems"] == results["unfinished"] == 10  # random weights generate no answer
     assert (tmp_path / "runs" / "mine" / "stories.few_shot.base.s0" / "settings.yaml").is_file()
 
     first, second = exemplars.read_text().splitlines()
@@ -143,12 +140,12 @@ def test_the_row_of_an_undistilled_model(shards: Shards, exemplars: Path, base: 
         evaluate(settings(model_label="the base"))
 
 
-def test_a_bad_exemplar_and_a_student_are_refused(
-    shards: Shards, exemplars: Path, base: Path, students: Callable[[str], Path]
+def test_bad_exemplar_and_distilled_model_are_rejected(
+    shards: Shards, exemplars: Path, base: Path, export_for: Callable[[str], Path]
 ) -> None:
     given = {"shards": str(shards.path), "mode": "few_shot", "exemplars": str(exemplars)}
-    with pytest.raises(UserError, match="cannot be made to write as few_shot"):
-        evaluate(EvaluateSettings(model_name_or_path=str(students("cot")), **given))
+    with pytest.raises(UserError, match="cannot answer in mode few_shot"):
+        evaluate(EvaluateSettings(model_name_or_path=str(export_for("cot")), **given))
     exemplars.write_text(exemplars.read_text() + '{"question": "How many?"}\n')
     with pytest.raises(UserError, match=r"exemplars.jsonl, line 3: no_answer"):
         evaluate(EvaluateSettings(model_name_or_path=str(base), output_dir="out", **given))

@@ -1,4 +1,4 @@
-"""Decoding in slots is decoding: token for token what transformers' own generate gives, whatever shares the batch."""
+"""The slot backend gives the tokens of transformers' `generate`, with any other requests in the batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.evaluation.backends import slots
 from trainer.evaluation.backends.slots import SequenceState, SlotBackend
 from trainer.evaluation.decoding import STUDENT
 from trainer.evaluation.generate import generate, make_sampler
-from trainer.evaluation.rollout import ModelSlot, Program, Rollout, RolloutContext
+from trainer.evaluation.rollout import ModelSpec, Program, Rollout, RolloutContext
 from trainer.evaluation.sampling import sampling_seed
 from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
 from trainer.models.kv_cache import ForwardBatch
@@ -56,7 +56,7 @@ def tokenizer(shards: Shards) -> PreTrainedTokenizerBase:
 
 
 def make(name: str) -> PreTrainedModel:
-    """Random weights, large enough that greedy texts vary and end tokens turn up."""
+    """Return a model with random weights, large enough that greedy texts vary and contain end tokens."""
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     with torch.no_grad():
@@ -81,35 +81,35 @@ def solve(
     order: list[int] | None = None,
     ends: frozenset[int] | None = None,
 ) -> dict[int, list[int]]:
-    """Tokens of every text by its index."""
-    seat = ModelSlot(frozenset(), 96, ends or end_of_text_ids(model, tokenizer))
-    rules = RolloutContext(StopTokens(tokenizer), [seat], {STUDENT: 0}, max_new_tokens, calculator=False)
+    """Return the generated tokens of every text by its index."""
+    spec = ModelSpec(frozenset(), 96, ends or end_of_text_ids(model, tokenizer))
+    context = RolloutContext(StopTokens(tokenizer), [spec], {STUDENT: 0}, max_new_tokens, calculator=False)
     written: dict[int, list[int]] = {}
 
-    def free_text(solution: Rollout) -> Program[None]:
-        written[solution.index] = []
+    def free_text(rollout: Rollout) -> Program[None]:
+        written[rollout.index] = []
 
-        def keep(tokens: list[int]) -> bool:
-            written[solution.index] = list(tokens)
+        def is_done(tokens: list[int]) -> bool:
+            written[rollout.index] = list(tokens)
             return False
 
-        yield from solution.generate(STUDENT, keep, lambda text: None)
+        yield from rollout.generate(STUDENT, is_done, lambda text: None)
 
     waiting: Iterator[int] = iter(order or range(len(texts)))
 
-    def draw() -> Rollout | None:
+    def next_rollout() -> Rollout | None:
         index = next(waiting, None)
         if index is None:
             return None
-        return Rollout(index, texts[index], rules, free_text, [sampling_seed(5, f"problem {index}")])
+        return Rollout(index, texts[index], context, free_text, [sampling_seed(5, f"problem {index}")])
 
     capacity = min(max(map(len, texts)) + max_new_tokens, 96)
-    machine = SlotBackend[Rollout](0, model, num_slots, capacity, make_sampler(temperature, 0.9))
-    ended = list(generate([machine], draw, Rollout.on_token, num_slots))
-    assert sorted(solution.index for solution in ended) == list(range(len(texts)))
-    for solution in ended:
-        more = solution.generated.total() - len(written[solution.index])
-        assert more == (solution.stop_reason == "")  # the end token
+    backend = SlotBackend[Rollout](0, model, num_slots, capacity, make_sampler(temperature, 0.9))
+    ended = list(generate([backend], next_rollout, Rollout.on_token, num_slots))
+    assert sorted(rollout.index for rollout in ended) == list(range(len(texts)))
+    for rollout in ended:
+        more = rollout.generated.total() - len(written[rollout.index])
+        assert more == (rollout.stop_reason == "")  # the end token
     return written
 
 
@@ -132,12 +132,12 @@ def test_greedy_is_what_transformers_generates(name: str, tokenizer: PreTrainedT
     assert model.config._attn_implementation == "sdpa"
 
 
-class Reading:
-    """A text that is read in pieces, each when its turn comes: a number of the step. `seen`: logits after the last."""
+class ChunkedRequest:
+    """Request whose text becomes pending in chunks, each at a given step."""
 
-    def __init__(self, text: list[int], pieces: list[int], steps: list[int]) -> None:
-        ends = [sum(pieces[:i]) for i in range(len(pieces) + 1)]
-        self.pieces = [text[a:b] for a, b in pairwise(ends)]
+    def __init__(self, text: list[int], sizes: list[int], steps: list[int]) -> None:
+        ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        self.chunks = [text[a:b] for a, b in pairwise(ends)]
         self.steps = list(steps)
         self.sequences = [SequenceState([])]
         self.next_model: int | None = 1  # another model's
@@ -146,13 +146,13 @@ class Reading:
         self.next_model = 1
         if self.steps and step == self.steps[0]:
             self.steps.pop(0)
-            self.sequences[0].pending = self.pieces.pop(0)
+            self.sequences[0].pending = self.chunks.pop(0)
             self.next_model = 0
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_parked_slots_and_tokens_read_in_pieces_change_no_logits(name: str) -> None:
-    """Slots that wait for another model lie before, between and behind slots that read one token, a few or a prompt."""
+def test_logits_do_not_depend_on_waiting_slots_and_chunks(name: str) -> None:
+    """Slots that wait for another model lie before, between and after slots that process one token, a few or a prompt."""
     model = make(name)
     texts = [
         [5, 6, 7, 8, 9, 10, 11, 12, 13],
@@ -163,32 +163,32 @@ def test_parked_slots_and_tokens_read_in_pieces_change_no_logits(name: str) -> N
     plans = [([2, 3, 4], [0, 1, 5]), ([9], [2]), ([1, 1, 7], [1, 2, 4]), ([1, 3], [0, 6])]
     seen: dict[int, torch.Tensor] = {}
 
-    def keep(logits: torch.Tensor, feeds: list[SequenceState]) -> list[int]:
-        for row, feed in zip(logits, feeds, strict=True):
-            seen[id(feed)] = row.clone()
-        return [0] * len(feeds)
+    def record(logits: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
+        for row, sequence in zip(logits, sequences, strict=True):
+            seen[id(sequence)] = row.clone()
+        return [0] * len(sequences)
 
     with use_slot_attention(model):
-        machine = SlotBackend[Reading](0, model, 4, 32, keep)
-        readings = [Reading(text, *plan) for text, plan in zip(texts, plans, strict=True)]
-        for reading in readings:
-            machine.add(reading)
+        backend = SlotBackend[ChunkedRequest](0, model, 4, 32, record)
+        requests = [ChunkedRequest(text, *plan) for text, plan in zip(texts, plans, strict=True)]
+        for request in requests:
+            backend.add(request)
         for step in range(7):
-            for reading in readings:
-                if reading.next_model is not None:
-                    reading.begin(step)
-            if machine.num_waiting:
-                assert len(machine.step()) == sum(reading.next_model == 0 for reading in readings)
-            for reading in readings:
-                if not reading.steps:
-                    reading.next_model = None  # its slot goes to the last one, keys and values with it
-    for text, reading in zip(texts, readings, strict=True):
+            for request in requests:
+                if request.next_model is not None:
+                    request.begin(step)
+            if backend.num_waiting:
+                assert len(backend.step()) == sum(request.next_model == 0 for request in requests)
+            for request in requests:
+                if not request.steps:
+                    request.next_model = None  # the last request moves into its slot
+    for text, request in zip(texts, requests, strict=True):
         with torch.no_grad():
             expected = model(torch.tensor([text])).logits[0, -1]
-        torch.testing.assert_close(seen[id(reading.sequences[0])], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen[id(request.sequences[0])], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_prompts_that_are_too_much_for_one_pass_take_turns(
+def test_prompts_are_spread_over_several_steps(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, texts = make("gpt2"), prompts(8)
@@ -207,13 +207,13 @@ def test_prompts_that_are_too_much_for_one_pass_take_turns(
     assert max(sizes) <= max(20, *map(len, texts)) < sum(map(len, texts))
 
 
-def test_a_text_stops_where_the_context_does(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_text_ends_at_the_context_length(tokenizer: PreTrainedTokenizerBase) -> None:
     model = make("gpt2")
     assert len(solve(model, tokenizer, [[1] * 90], 1, ends=frozenset([-1]))[0]) == 6
     assert solve(model, tokenizer, [[1] * 96], 1, ends=frozenset([-1])) == {0: []}
 
 
-def test_samples_belong_to_the_problem_not_to_the_batch(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_samples_depend_on_the_problem_not_on_the_batch(tokenizer: PreTrainedTokenizerBase) -> None:
     model, texts = make("gpt2"), prompts(9)
     reference = solve(model, tokenizer, texts, num_slots=4, temperature=1.0)
     backwards = solve(model, tokenizer, texts, num_slots=2, temperature=1.0, order=list(reversed(range(9))))
@@ -221,16 +221,16 @@ def test_samples_belong_to_the_problem_not_to_the_batch(tokenizer: PreTrainedTok
     assert reference[0] != solve(model, tokenizer, texts, num_slots=4)[0]
 
 
-def test_the_model_is_given_back_as_it_was(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_model_is_restored(tokenizer: PreTrainedTokenizerBase) -> None:
     model = make("gpt2").train()
     model.set_attn_implementation("eager")
     solve(model, tokenizer, prompts(2), num_slots=2, max_new_tokens=3)
     assert model.training and model.config._attn_implementation == "eager"
     loss = model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
-    loss.backward()  # nothing of inference mode is left in it
+    loss.backward()  # no tensor is left in inference mode
 
 
-def test_weights_that_are_not_numbers_are_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_nan_weights_are_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
     model = make("gpt2")
     model.transformer.h[1].mlp.c_fc.weight.data[0, 0] = torch.nan
     for temperature in (0.0, 0.7):

@@ -1,5 +1,4 @@
-"""The scoring of predictions on all of GSM8K's test set: its own solutions, as a perfect student would write them, are all
-right, in any form of the number; with another answer all are wrong."""
+"""Scores on the GSM8K test set: its gold solutions are correct with any form of the number, and wrong with another answer."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def problems(shared_data: Path) -> list[Problem]:
 
 
 def correct(problems: Iterable[Problem], text: Callable[[Problem], str]) -> dict[str, int]:
-    """Correct predictions by rule, if the student writes `text(problem)`."""
+    """Return the number of correct predictions by rule if the model generates `text(problem)`."""
     summary: dict[str, Any] = summarise(
         score_prediction(problem, text(problem), WRITTEN) for problem in problems
     )
@@ -37,7 +36,7 @@ def correct(problems: Iterable[Problem], text: Callable[[Problem], str]) -> dict
 
 
 def view(problem: Problem, method: str) -> str:
-    """What a student of that method learns to write."""
+    """Return the text that a model of that method is trained to generate."""
     return "".join(
         text for role, text in segment_texts(problem) if role in VIEWS[method].targets or role == 3
     )
@@ -49,7 +48,7 @@ def with_answer(problem: Problem, answer: str) -> str:
 
 
 @pytest.mark.parametrize("method", ["answer_only", "cot", "socratic"])
-def test_every_gold_solution_is_right(problems: list[Problem], method: str) -> None:
+def test_every_gold_solution_is_correct(problems: list[Problem], method: str) -> None:
     everything = {"strict": NUM_PROBLEMS, "flexible": NUM_PROBLEMS}
     assert correct(problems, lambda problem: view(problem, method)) == everything
 
@@ -84,7 +83,7 @@ def test_another_answer_is_wrong(problems: list[Problem], change: Callable[[int]
         assert found["flexible"] == 0
 
 
-def test_a_missing_or_damaged_delimiter_is_not_strictly_right(problems: list[Problem]) -> None:
+def test_missing_or_corrupt_delimiter_is_not_strictly_correct(problems: list[Problem]) -> None:
     found = correct(problems, lambda problem: view(problem, "socratic").replace(DELIMITER, "###"))
     assert found["strict"] == 0 and found["flexible"] == NUM_PROBLEMS
     assert correct(problems, lambda problem: "") == {"strict": 0, "flexible": 0}

@@ -1,4 +1,4 @@
-"""Real ranks through the real launch paths: the same files as one process, whoever is killed or fails on the way."""
+"""Real ranks through the real launch paths: the same files as one process, also after killed or failed ranks."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TWO_HOSTS = {"MPIR_CVAR_NOLOCAL": "1"}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
+def uninterrupted(
     export: Path, shards: Shards, tmp_path_factory: pytest.TempPathFactory
 ) -> EvaluationDirectory:
-    """What one process makes of it."""
-    directory = EvaluationDirectory(tmp_path_factory.mktemp("undisturbed") / "evaluation")
+    """Results of one process without interruption."""
+    directory = EvaluationDirectory(tmp_path_factory.mktemp("uninterrupted") / "evaluation")
     evaluate(settings(export, shards, output_dir=str(directory.path)))
     return directory
 
@@ -45,54 +45,54 @@ def flags(export: Path, shards: Shards, output_dir: Path) -> list[str]:
 
 
 def test_three_ranks_by_environment(
-    export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory
+    export: Path, shards: Shards, tmp_path: Path, uninterrupted: EvaluationDirectory
 ) -> None:
     output = run_well(["tools/evaluate.py", *flags(export, shards, tmp_path)], 3)
     assert "strict 100.0 % (10/10" in output and "3 x 2 slots" in output
-    assert read(EvaluationDirectory(tmp_path)) == read(undisturbed)
+    assert read(EvaluationDirectory(tmp_path)) == read(uninterrupted)
 
 
 def test_two_ranks_under_mpi(
-    export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory
+    export: Path, shards: Shards, tmp_path: Path, uninterrupted: EvaluationDirectory
 ) -> None:
     pytest.importorskip("mpi4py")
     status, output = mpiexec(["tools/evaluate.py", *flags(export, shards, tmp_path)], 2)
     assert status == 0 and output.count("strict 100.0 % (10/10") == 1, output
-    assert read(EvaluationDirectory(tmp_path)) == read(undisturbed)
+    assert read(EvaluationDirectory(tmp_path)) == read(uninterrupted)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_costs_time_only(
-    export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory, killed: int
+def test_evaluation_is_resumed_after_a_killed_rank(
+    export: Path, shards: Shards, tmp_path: Path, uninterrupted: EvaluationDirectory, killed: int
 ) -> None:
     arguments = [*COMMAND, f"kill:{killed}:2", str(export), str(shards.path), str(tmp_path)]
     outcomes = run(arguments, 2, timeout=100)
     assert outcomes[killed].status == -signal.SIGKILL, outcomes
     assert outcomes[1 - killed].status == EXIT_PEER_LOST, outcomes
     directory = EvaluationDirectory(tmp_path)
-    parts = {
-        part.name[: len("rank-0")]: list(read_rank_file(part)) for part in directory.rank_files.iterdir()
+    solved = {
+        file.name[: len("rank-0")]: list(read_rank_file(file)) for file in directory.rank_files.iterdir()
     }
-    assert len(parts[f"rank-{killed}"]) == 2 and not directory.results.exists()
+    assert len(solved[f"rank-{killed}"]) == 2 and not directory.results.exists()
     evaluate(settings(export, shards, output_dir=str(tmp_path)))
-    assert read(directory) == read(undisturbed)
+    assert read(directory) == read(uninterrupted)
 
 
 def test_a_killed_rank_under_mpi(
-    export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory
+    export: Path, shards: Shards, tmp_path: Path, uninterrupted: EvaluationDirectory
 ) -> None:
     pytest.importorskip("mpi4py")
     arguments = [*COMMAND, "kill:1:1", str(export), str(shards.path), str(tmp_path)]
     status, output = mpiexec(arguments, 2, **TWO_HOSTS)
     assert status != 0, output
     evaluate(settings(export, shards, output_dir=str(tmp_path)))
-    assert read(EvaluationDirectory(tmp_path)) == read(undisturbed)
+    assert read(EvaluationDirectory(tmp_path)) == read(uninterrupted)
 
 
 def test_a_killed_rank_under_the_deepspeed_launcher(
-    export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory
+    export: Path, shards: Shards, tmp_path: Path, uninterrupted: EvaluationDirectory
 ) -> None:
-    """It ends the others; the command, given again, goes on."""
+    """The launcher ends the other ranks; the repeated command resumes."""
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [
         launcher,
@@ -114,15 +114,15 @@ def test_a_killed_rank_under_the_deepspeed_launcher(
     )
     assert done.returncode != 0 and len(list(EvaluationDirectory(tmp_path).rank_files.iterdir())) == 2, done
     evaluate(settings(export, shards, output_dir=str(tmp_path)))
-    assert read(EvaluationDirectory(tmp_path)) == read(undisturbed)
+    assert read(EvaluationDirectory(tmp_path)) == read(uninterrupted)
 
 
 def test_a_killed_rank_of_a_slurm_job(
-    cluster: Cluster, export: Path, shards: Shards, tmp_path: Path, undisturbed: EvaluationDirectory
+    cluster: Cluster, export: Path, shards: Shards, tmp_path: Path, uninterrupted: EvaluationDirectory
 ) -> None:
-    """The job is started again by itself."""
+    """The job is requeued automatically."""
     fault = '"$([[ ${SLURM_RESTART_COUNT:-0} = 0 ]] && echo kill:1:2 || echo none)"'
-    words = [
+    command = [
         str(RANKS),
         sys.executable,
         *COMMAND,
@@ -131,15 +131,15 @@ def test_a_killed_rank_of_a_slurm_job(
         str(shards.path),
         str(tmp_path / "out"),
     ]
-    job = cluster.sbatch(batch(tmp_path, f"exec {' '.join(words)}"))
+    job = cluster.sbatch(batch(tmp_path, f"exec {' '.join(command)}"))
     cluster.wait(lambda: "a rank was killed, the job is requeued" in printed(tmp_path), "the job asks")
     cluster.start_now(job)
     cluster.wait_for_state(job, "COMPLETED")
-    assert cluster.fact(job, "Restarts") == "1" and "solved before; going on" in printed(tmp_path)
-    assert read(EvaluationDirectory(tmp_path / "out")) == read(undisturbed)
+    assert cluster.fact(job, "Restarts") == "1" and "solved before; resuming" in printed(tmp_path)
+    assert read(EvaluationDirectory(tmp_path / "out")) == read(uninterrupted)
 
 
-def test_a_fault_on_one_rank_is_told_by_all(export: Path, shards: Shards, tmp_path: Path) -> None:
+def test_error_on_one_rank_is_raised_by_all(export: Path, shards: Shards, tmp_path: Path) -> None:
     arguments = [*COMMAND, "fail:1:1", str(export), str(shards.path), str(tmp_path)]
     outcomes = run(arguments, 2, timeout=100)
     assert [outcome.status for outcome in outcomes] == [2, 2]
@@ -147,7 +147,7 @@ def test_a_fault_on_one_rank_is_told_by_all(export: Path, shards: Shards, tmp_pa
     assert "Traceback" in outcomes[1].output and "Traceback" not in outcomes[0].output
 
 
-def test_a_fault_on_one_rank_under_mpi(export: Path, shards: Shards, tmp_path: Path) -> None:
+def test_error_on_one_rank_under_mpi(export: Path, shards: Shards, tmp_path: Path) -> None:
     pytest.importorskip("mpi4py")
     arguments = [*COMMAND, "unwritable:1", str(export), str(shards.path), str(tmp_path)]
     status, output = mpiexec(arguments, 2, **TWO_HOSTS)

@@ -9,8 +9,8 @@ from trainer.errors import UserError
 from trainer.evaluation.rank_files import (
     RankFile,
     errors_on_all_ranks,
+    list_rank_files,
     merge_predictions,
-    rank_files,
     read_rank_file,
     remove_rank_files,
 )
@@ -20,53 +20,53 @@ def prediction(name: str) -> dict[str, Any]:
     return {"id": name, "correct_strict": True, "text": "zwölf \u2028 über\n#### 12"}
 
 
-def test_lines_are_on_disk_at_once_and_parts_of_others_are_left_alone(tmp_path: Path) -> None:
-    with RankFile(tmp_path, "a" * 64) as part, RankFile(tmp_path, "b" * 64):
-        part.append(prediction("one"))
-        assert list(read_rank_file(part.path)) == [prediction("one")]
-    assert rank_files(tmp_path, "a" * 64) == [part.path]
-    remove_rank_files(rank_files(tmp_path, "a" * 64))
+def test_lines_are_flushed_and_files_of_other_jobs_are_kept(tmp_path: Path) -> None:
+    with RankFile(tmp_path, "a" * 64) as file, RankFile(tmp_path, "b" * 64):
+        file.append(prediction("one"))
+        assert list(read_rank_file(file.path)) == [prediction("one")]
+    assert list_rank_files(tmp_path, "a" * 64) == [file.path]
+    remove_rank_files(list_rank_files(tmp_path, "a" * 64))
     assert tmp_path.is_dir() and len(list(tmp_path.iterdir())) == 1
-    remove_rank_files(rank_files(tmp_path, "b" * 64))
+    remove_rank_files(list_rank_files(tmp_path, "b" * 64))
     assert not tmp_path.exists()
 
 
 @pytest.mark.parametrize("cut", [1, 20, len('{"id": "two"')])
-def test_the_line_a_killed_rank_was_writing_is_left_out(tmp_path: Path, cut: int) -> None:
-    with RankFile(tmp_path, "a") as part:
-        part.append(prediction("one"))
-        part.append(prediction("two"))
-    part.path.write_bytes(part.path.read_bytes()[:-cut])
-    assert [p["id"] for p in read_rank_file(part.path)] == ["one"]
+def test_truncated_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
+    with RankFile(tmp_path, "a") as file:
+        file.append(prediction("one"))
+        file.append(prediction("two"))
+    file.path.write_bytes(file.path.read_bytes()[:-cut])
+    assert [p["id"] for p in read_rank_file(file.path)] == ["one"]
 
 
 @pytest.mark.parametrize("line", [b"{not json}\n", b'{"id": "x"}\n', b'"text"\n', b"\xff\xfe\n"])
-def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+def test_corrupt_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "rank-0-a-1.jsonl"
     path.write_bytes(b'{"id": "one", "correct_strict": true}\n' + line)
-    with pytest.raises(UserError, match=r"rank-0-a-1\.jsonl, line 2 is damaged"):
+    with pytest.raises(UserError, match=r"rank-0-a-1\.jsonl, line 2 is corrupt"):
         list(read_rank_file(path))
 
 
-def test_union_is_every_id_once_in_order() -> None:
+def test_merge_has_every_id_once_in_order() -> None:
     made = [prediction(name) for name in "cab"]
     assert [p["id"] for p in merge_predictions(made, ["a", "b", "c"])] == ["a", "b", "c"]
-    for predictions, words in (
+    for predictions, message in (
         (made[:2], "'b' are missing"),
         ([*made, made[0]], "'c' occur more than once"),
         ([*made, prediction("z")], "'z' are not of these problems"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             merge_predictions(predictions, ["a", "b", "c"])
     with pytest.raises(UserError, match="'0', '1', '2', '3', '4' and 5 more are missing"):
         merge_predictions([], [str(i) for i in range(10)])
 
 
 def test_errors_keep_their_message(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="line 3: mend it"), errors_on_all_ranks():
-        raise UserError("line 3: mend it")
+    with pytest.raises(UserError, match="line 3: fix it"), errors_on_all_ranks():
+        raise UserError("line 3: fix it")
     with pytest.raises(UserError, match="ZeroDivisionError"), errors_on_all_ranks():
         print(1 / 0)
-    assert "1 / 0" in capfd.readouterr().err  # a fault of ours keeps its traceback
+    assert "1 / 0" in capfd.readouterr().err  # the traceback of an unexpected error is printed
     with pytest.raises(KeyboardInterrupt), errors_on_all_ranks():
         raise KeyboardInterrupt

@@ -14,8 +14,8 @@ LOGITS = torch.log(torch.tensor([0.5, 0.05, 0.3, 0.15]))
 
 
 def test_noise_is_uniform_and_independent() -> None:
-    keys = [sampling_seed(seed, f"id {i}") for seed in range(2) for i in range(50)]
-    noise = np.array([[uniform_noise(key, position) for position in range(200)] for key in keys])
+    seeds = [sampling_seed(seed, f"id {i}") for seed in range(2) for i in range(50)]
+    noise = np.array([[uniform_noise(one, position) for position in range(200)] for one in seeds])
     assert noise.min() >= 0 and noise.max() < 1
     assert stats.kstest(noise.ravel(), "uniform").pvalue > 0.001
     assert abs(np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]) < 0.03
@@ -23,7 +23,7 @@ def test_noise_is_uniform_and_independent() -> None:
 
 
 def test_noise_is_pinned() -> None:
-    """Another stream would change every sampled result. The numbers are SplitMix64's published ones for this seed."""
+    """Another stream would change every sampled result. The numbers are those published for SplitMix64 and this seed."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert [uniform_noise(1234567, position) for position in range(4)] == [
         (n >> 11) / 2**53 for n in published
@@ -49,15 +49,15 @@ def test_samples_follow_the_distribution() -> None:
             assert stats.chisquare(observed[present], draws * probabilities[present]).pvalue > 0.001
 
 
-def test_the_ends_of_the_noise_stay_inside() -> None:
-    """A token of no probability is never drawn, not even by the first or the last number."""
+def test_extreme_random_numbers_select_possible_tokens() -> None:
+    """Tokens of probability 0 are never sampled, not even with the smallest or the largest random number."""
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
     for top_p in (1.0, 0.99):
         assert sampled(logits, 1.0, top_p, [0.0]) == [1]
         assert sampled(logits, 1.0, top_p, [1.0 - 2**-53]) == [2]
 
 
-def test_greedy_takes_the_largest_and_refuses_nan() -> None:
+def test_greedy_takes_the_largest_and_rejects_nan() -> None:
     assert greedy(torch.stack([LOGITS, -LOGITS])) == [0, 1]
     with pytest.raises(UserError, match="not finite"):
         greedy(torch.tensor([[0.0, torch.nan, 1.0]]))

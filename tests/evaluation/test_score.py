@@ -19,7 +19,7 @@ def problem(name: str, gold: str = "18", num_steps: int = 2) -> Problem:
     return Problem(name, "How many?", gold, STEPS[:num_steps])
 
 
-def test_a_prediction_keeps_the_raw_text_and_both_readings() -> None:
+def test_prediction_has_raw_text_and_both_answers() -> None:
     good = score_prediction(problem("a"), "2*9 = 18\n#### $18.00", written(9, True))
     assert (good["strict"], good["correct_strict"], good["correct_flexible"]) == ("$18.00", True, True)
     loose = score_prediction(problem("b"), "so it is 18", written(4, False))
@@ -53,7 +53,7 @@ def test_summary_adds_up() -> None:
     assert "strict 73.3 % (22/30, 95 %: 55.6-85.8)" in accuracy_text(summary["accuracy"])
 
 
-def test_no_predictions_are_no_accuracy() -> None:
+def test_summary_without_predictions() -> None:
     assert summarise([])["accuracy"]["strict"] == {
         "correct": 0,
         "n": 0,

@@ -1,4 +1,4 @@
-"""Every problem is taken exactly once, by however many ranks, joined by a TCP store or by an MPI window."""
+"""Every problem is taken exactly once, by one or several ranks, with a TCP store or an MPI window as counter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed import run_well
 from tests.evaluation.conftest import mpiexec
-from tests.evaluation.drain_work_queue import CUT, SIZES, SLOW, counts
+from tests.evaluation.drain_work_queue import NUM_FAILED, NUM_SLOW, SIZES, counts
 from trainer.evaluation.work_queue import WorkQueue, batch_size, exhaust_queue
 from trainer.runtime.shared_counter import ProcessCounter
 
@@ -23,14 +23,14 @@ def check(folder: Path, counter: str, num_ranks: int) -> None:
             taken = [problem for rank in ranks for problem in rank[f"{count}/{size}"]]
             assert sorted(taken) == list(range(count))
             assert all(rank[f"{count}/{size}"] == sorted(rank[f"{count}/{size}"]) for rank in ranks)
-    assert sorted(problem for rank in ranks for problem in rank["slow"]) == list(range(SLOW))
-    assert len(ranks[-1]["slow"]) < SLOW / num_ranks / 2  # ten times slower: far less than its share
-    cut = [problem for rank in ranks for problem in rank["cut"]]
-    assert len(ranks[-1]["cut"]) == 4 and len(set(cut)) == len(cut) < CUT
+    assert sorted(problem for rank in ranks for problem in rank["slow"]) == list(range(NUM_SLOW))
+    assert len(ranks[-1]["slow"]) < NUM_SLOW / num_ranks / 2  # ten times slower: far less than its share
+    failed = [problem for rank in ranks for problem in rank["failed"]]
+    assert len(ranks[-1]["failed"]) == 4 and len(set(failed)) == len(failed) < NUM_FAILED
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_tickets_over_a_tcp_store(tmp_path: Path, num_ranks: int) -> None:
+def test_queue_over_a_tcp_store(tmp_path: Path, num_ranks: int) -> None:
     run_well([*COMMAND, str(tmp_path)], num_ranks, timeout=100)
     check(tmp_path, "StoreCounter", num_ranks)
 
@@ -40,24 +40,24 @@ def test_tickets_over_a_tcp_store(tmp_path: Path, num_ranks: int) -> None:
     [(3, {}), (2, {"MPIR_CVAR_NOLOCAL": "1"})],
     ids=["shared memory", "as if on two hosts"],
 )
-def test_tickets_over_an_mpi_window(tmp_path: Path, num_ranks: int, environment: dict[str, str]) -> None:
+def test_queue_over_an_mpi_window(tmp_path: Path, num_ranks: int, environment: dict[str, str]) -> None:
     pytest.importorskip("mpi4py")
     status, output = mpiexec([*COMMAND, str(tmp_path)], num_ranks, **environment)
     assert status == 0, output
     check(tmp_path, "WindowCounter", num_ranks)
 
 
-def test_tickets_of_one_process() -> None:
-    tickets = WorkQueue(ProcessCounter(), [5, 3, 9, 1], 3)
-    assert [tickets.next_index() for _ in range(6)] == [5, 3, 9, 1, None, None]
+def test_queue_of_one_process() -> None:
+    queue = WorkQueue(ProcessCounter(), [5, 3, 9, 1], 3)
+    assert [queue.next_index() for _ in range(6)] == [5, 3, 9, 1, None, None]
     counter = ProcessCounter()
-    tickets = WorkQueue(counter, range(100), 2)
-    first = tickets.next_index()
+    queue = WorkQueue(counter, range(100), 2)
+    first = queue.next_index()
     exhaust_queue(counter)
-    assert [first, tickets.next_index(), tickets.next_index()] == [0, 1, None]
+    assert [first, queue.next_index(), queue.next_index()] == [0, 1, None]
 
 
-def test_tickets_are_small_enough_for_the_slots() -> None:
+def test_batches_are_small_enough_for_the_slots() -> None:
     assert batch_size(10, 32) == 1
     assert batch_size(1319, 8) == 8
     assert 8 * 32 * batch_size(1319, 32) <= 1319

@@ -1,4 +1,4 @@
-"""Checkpoints of real DeepSpeed processes, made once for all tests of this folder."""
+"""Checkpoints of real DeepSpeed processes, written once for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ BY_NAME = {case["name"]: case for case in CASES}
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a run directory a case: `<name>/checkpoints/step-000002`, `<name>/masters.safetensors`."""
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with one run directory per case: `<name>/checkpoints/step-000002`, `<name>/masters.safetensors`."""
     folder = tmp_path_factory.mktemp("deepspeed")
     for world_size in (1, 2):
         cases = folder / f"cases-{world_size}.json"
@@ -102,19 +102,21 @@ def _train(folder: Path, cases: Path, world_size: int) -> None:
 
 
 @pytest.fixture
-def checkpoint_copy(made: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a checkpoint in a run directory of its own, to be damaged; returns the checkpoint directory."""
+def checkpoint_copy(checkpoints: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Function that copies a checkpoint into a run directory of its own and returns the checkpoint directory."""
 
     def copy(name: str) -> Path:
         run = tmp_path / "run"
-        shutil.copytree(made / name / "checkpoints" / "step-000002", run / "checkpoints" / "step-000002")
+        shutil.copytree(
+            checkpoints / name / "checkpoints" / "step-000002", run / "checkpoints" / "step-000002"
+        )
         return run / "checkpoints" / "step-000002"
 
     return copy
 
 
 def rewrite_manifest(checkpoint: Path, **facts: Any) -> None:
-    """Give a changed checkpoint a manifest that fits it, as a forger or a careless copy would."""
+    """Write a manifest that matches a modified checkpoint."""
     old = atomic_dir.read_manifest(checkpoint)
     (checkpoint / atomic_dir.MANIFEST).unlink()
     staging = checkpoint.rename(checkpoint.with_name("staging"))

@@ -1,6 +1,6 @@
 """Convert a checkpoint of any model family, and compare the export with what `save_pretrained` writes.
 
-`check_export(folder, work, dtype)` does it for one model; the table of families calls it for every row.
+`check_export(folder, output, dtype)` does it for one model; the table of families calls it for every row.
 """
 
 from __future__ import annotations
@@ -19,36 +19,35 @@ from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory
 
 
-def check_export(folder: Path, work: Path, dtype: str = "fp32") -> Path:
-    """Train nothing: checkpoint, convert and reload the model in `folder`, and return the export.
+def check_export(folder: Path, output: Path, dtype: str = "fp32") -> Path:
+    """Checkpoint, convert and reload the untrained model in `folder`, and return the export.
 
-    `folder`: a small model saved by `save_pretrained`. `work`: a folder to write into. `dtype`: "fp32" or "bf16".
-    Raises AssertionError naming the first tensor that is not as `save_pretrained` writes it, or not the checkpoint's,
-    and UserError if the product refuses the model.
+    `folder`: a small model saved by `save_pretrained`. `output`: a folder for all files. `dtype`: "fp32" or "bf16". Raises
+    AssertionError naming the first tensor that differs from the checkpoint or from the output of `save_pretrained`, and
+    UserError if the model is not supported.
     """
     model = load.load_model(folder, "fp32")
-    give_every_tensor_its_own_numbers(model)
-    model.save_pretrained(
-        work / "noisy"
-    )  # loaded again as training does: transformers resets some elements of Zaya
-    model = load.load_model(work / "noisy", "fp32")
-    run = RunDirectory(work / f"run-{dtype}")
+    randomise_tensors(model)
+    # Loaded again as in training: transformers resets some elements of Zaya.
+    model.save_pretrained(output / "noisy")
+    model = load.load_model(output / "noisy", "fp32")
+    run = RunDirectory(output / f"run-{dtype}")
     checkpoint = write_checkpoint(model, run.checkpoint(1), dtype)
-    export = convert(ConvertSettings(str(checkpoint), str(work / f"export-{dtype}"), verify=True))
-    published = {name: tensor.shape for name, tensor in _tensors(work / "noisy").items()}
+    export = convert(ConvertSettings(str(checkpoint), str(output / f"export-{dtype}"), verify=True))
+    published = {name: tensor.shape for name, tensor in _tensors(output / "noisy").items()}
     assert published == {name: tensor.shape for name, tensor in _tensors(export).items()}
-    return compare(export, work / f"theirs-{dtype}", model, dtype)
+    return compare(export, output / f"saved-{dtype}", model, dtype)
 
 
-def compare(export: Path, theirs: Path, model: PreTrainedModel, dtype: str) -> Path:
-    """Compare `export` with the fp32 weights of `model`, and with what transformers writes to `theirs` after loading it.
+def compare(export: Path, saved: Path, model: PreTrainedModel, dtype: str) -> Path:
+    """Compare `export` with the fp32 weights of `model`, and with the files that transformers saves after loading it.
 
-    Returns `export`. Raises AssertionError.
+    `saved`: folder for these files. Returns `export`. Raises AssertionError.
     """
     # Plain from_pretrained, but for Youtu's padding row; `convert(verify=True)` has loaded with AutoModelForCausalLM.
     reloaded = load.load_model(export, dtype)
-    reloaded.save_pretrained(theirs)
-    ours, expected = _tensors(export), _tensors(theirs)
+    reloaded.save_pretrained(saved)
+    ours, expected = _tensors(export), _tensors(saved)
     assert set(ours) == set(expected), f"names differ: {sorted(set(ours) ^ set(expected))[:4]}"
     for name, tensor in ours.items():
         assert_same_bits(tensor, expected[name], name)
@@ -71,7 +70,7 @@ def assert_same_bits(left: torch.Tensor, right: torch.Tensor, name: str) -> None
 
 
 @torch.no_grad()
-def give_every_tensor_its_own_numbers(model: PreTrainedModel) -> None:
+def randomise_tensors(model: PreTrainedModel) -> None:
     """Add noise to all weights and saved floating-point buffers, so that no two tensors are equal and none is round."""
     torch.manual_seed(1)
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}  # tied ones once
@@ -83,9 +82,9 @@ def give_every_tensor_its_own_numbers(model: PreTrainedModel) -> None:
 def write_checkpoint(
     model: PreTrainedModel, final: Path, dtype: str, model_files: Path | None = None
 ) -> Path:
-    """Write what training leaves in ZeRO stage 0 on one rank, in DeepSpeed's layout: the model, and in bf16 fp32 masters.
+    """Write a ZeRO stage 0 checkpoint of one rank in DeepSpeed's layout, with fp32 masters for bf16, and return `final`.
 
-    `model_files`: the folder that goes into the checkpoint as `model`; None makes one of the config alone. Returns `final`.
+    `model_files`: folder that is copied into the checkpoint as `model`; None for the config alone.
     """
     staging = atomic_dir.create_staging(final)
     state = model.state_dict()

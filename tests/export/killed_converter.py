@@ -1,7 +1,7 @@
-"""Convert a run, killed at an instant and started again, for test_killed.py: killed_converter.py RUNS.json
+"""Kill and restart conversions for test_killed.py: killed_converter.py RUNS.json
 
-RUNS.json: {instant: run directory}. Prints as JSON what was visible after each kill, and the export's files after the
-same command was given again. Each start is a fork of this process, which has done the imports.
+RUNS.json: {instant: run directory}. Prints as JSON the visible state after each kill, and the export's files after the same
+command ran again. Each conversion runs in a fork of this process, which has done the imports.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (what a conversion imports)
+import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (imported by conversions)
 
 from trainer.errors import UserError
 from trainer.export import (
@@ -36,7 +36,7 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def at_call(module: Any, name: str, number: int = 1, before: bool = True) -> Callable[[], None]:
-    """Die at the call with this number (from 1), before it does anything, or right after it."""
+    """Return a function that makes the process die before or after call `number` (from 1) of a function."""
 
     def arm() -> None:
         real, calls = getattr(module, name), []
@@ -55,7 +55,7 @@ def at_call(module: Any, name: str, number: int = 1, before: bool = True) -> Cal
     return arm
 
 
-# The manifest is the last file that `commit` writes.
+# The manifest is the last file that `publish` writes.
 INSTANTS: dict[str, Callable[[], None]] = {
     "in the middle of the weights": at_call(safetensors_writer, "_fill", 4),
     "before a write": at_call(output_file, "_write"),
@@ -70,8 +70,8 @@ INSTANTS: dict[str, Callable[[], None]] = {
 }
 
 
-def start(run: RunDirectory, arm: Callable[[], None] | None, overwrite: bool) -> int:
-    """The exit status of a conversion, negative for the signal that ended it."""
+def convert_in_fork(run: RunDirectory, arm: Callable[[], None] | None, overwrite: bool) -> int:
+    """Run a conversion in a fork and return its exit status, negative for the signal that ended it."""
     child = os.fork()
     if child == 0:
         try:
@@ -86,24 +86,24 @@ def start(run: RunDirectory, arm: Callable[[], None] | None, overwrite: bool) ->
 
 
 def visible(run: RunDirectory) -> str:
-    """none, whole, or what is wrong."""
+    """Return "none", "complete", or the error of an incomplete export."""
     if not run.export.exists():
         return "none"
     try:
         atomic_dir.verify_digests(run.export)
-        return "whole"
+        return "complete"
     except UserError as error:
         return str(error)
 
 
 def main() -> None:
     found = {}
-    for instant, place in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")).items():
-        run, replacing = RunDirectory(Path(place)), instant.startswith("replacing")
-        first = start(run, None, False) if replacing else None
-        killed = start(run, INSTANTS[instant], replacing)
+    for instant, path in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")).items():
+        run, replacing = RunDirectory(Path(path)), instant.startswith("replacing")
+        first = convert_in_fork(run, None, False) if replacing else None
+        killed = convert_in_fork(run, INSTANTS[instant], replacing)
         seen = visible(run)
-        again = start(run, None, False)
+        again = convert_in_fork(run, None, False)
         files = atomic_dir.read_manifest(run.export)["files"] if run.export.exists() else {}
         found[instant] = {"first": first, "killed": killed, "seen": seen, "again": again, "files": files}
     print(json.dumps(found))

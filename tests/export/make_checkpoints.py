@@ -1,8 +1,8 @@
-"""One rank of a real DeepSpeed training: makes small checkpoints and writes down what they must convert to.
+"""One rank of a real DeepSpeed training: write small checkpoints and their expected weights.
 
 Run by tests/export/conftest.py once per world size, as plain processes with RANK, WORLD_SIZE and MASTER_* set:
 `make_checkpoints.py OUTPUT_DIR CASES_JSON`. For each case it trains two steps, saves `OUTPUT_DIR/<name>/checkpoints/
-step-000002` under the project's commit protocol, and `OUTPUT_DIR/<name>/masters.safetensors` with every parameter as
+step-000002` as training does, and `OUTPUT_DIR/<name>/masters.safetensors` with every parameter as
 `safe_get_full_fp32_param` gathers it in the training processes.
 """
 
@@ -24,7 +24,7 @@ from trainer.models import architecture
 from trainer.runtime import startup
 from trainer.storage import atomic_dir
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled, for minutes
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes minutes
 
 STEPS = 2
 VOCABULARY = 97  # odd sizes, so that every kind of padding occurs
@@ -43,7 +43,7 @@ def model_of(case: dict[str, Any]) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        if "ln_f" in name or "norm" in name:  # not all ones: a mix-up of two norms must show
+        if "ln_f" in name or "norm" in name:  # not all ones: a mix-up of two norms must be detected
             torch.nn.init.normal_(parameter, 1.0, 0.1)
         if case.get("frozen") and ("wpe" in name or ".1." in name):
             parameter.requires_grad_(False)
@@ -75,7 +75,7 @@ def groups_of(model: PreTrainedModel, case: dict[str, Any]) -> Any:
 
 
 def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
-    """Every parameter in full, fp32 where a master exists, else as the model holds it. Collective."""
+    """Return every full parameter: the fp32 master, else the model's tensor (collective)."""
     unfused = dict[Any, torch.Tensor]()
     if hasattr(engine.optimizer, "fp32_groups"):
         for low, high in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
@@ -83,9 +83,8 @@ def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
     masters = {}
     for name, parameter in engine.module.named_parameters():
         full = None
-        if (
-            parameter.requires_grad and not engine.zero_round_robin_gradients()
-        ):  # with it, DeepSpeed's is wrong
+        # With round-robin gradients DeepSpeed returns wrong values.
+        if parameter.requires_grad and not engine.zero_round_robin_gradients():
             full = deepspeed.utils.safe_get_full_fp32_param(parameter)
         if full is None:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -121,7 +120,7 @@ def make(case: dict[str, Any], output: Path, rank: int, world_size: int) -> None
         config.save_pretrained(staging / "model")
         if model.generation_config is not None:
             model.generation_config.save_pretrained(staging / "model")
-        if case["model"] != "gpt2":  # as training does; without it the export asks the model class itself
+        if case["model"] != "gpt2":  # as training does; without it the export builds the model class
             architecture.record_architecture(staging / "model")
         (staging / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}\n')
         facts = {

@@ -1,4 +1,4 @@
-"""Files that an export takes from the pretrained model besides weights: tokenizer files, licence, code, generation settings."""
+"""Files that an export copies from the pretrained model: tokenizer files, licence, code, generation settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LICENCES = ("LICENSE", "NOTICE.txt", "USE_POLICY.md")
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A pretrained model as published: two end tokens, no tokens in the tokenizer's own generation settings."""
+    """A pretrained model as on the Hub, with two end tokens."""
     folder = tmp_path / "base"
     tokenizer = load_tokenizer("stories")
     config = LlamaConfig(
@@ -52,7 +52,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def export_of(base: Path, tmp_path: Path, tokenizer: Any = None) -> Path:
-    """Return the export that training and conversion make of `base`."""
+    """Return the export of an untrained checkpoint of `base`."""
     load_config = load.load_config(str(base))
     write_model_files(tmp_path / "model", str(base), load_config, tokenizer or load_tokenizer("stories"))
     model = load.load_model(base, "fp32")
@@ -68,7 +68,7 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def test_tokenizer_files_of_the_base_are_copied_as_they_are(base: Path, tmp_path: Path) -> None:
+def test_tokenizer_files_of_the_base_are_copied_unchanged(base: Path, tmp_path: Path) -> None:
     export = export_of(base, tmp_path)
     for name in (
         "tokenizer.json",
@@ -82,19 +82,19 @@ def test_tokenizer_files_of_the_base_are_copied_as_they_are(base: Path, tmp_path
     assert AutoTokenizer.from_pretrained(export).chat_template == "{{ messages }}\n"
 
 
-def test_tokenizer_of_the_shards_counts(base: Path, tmp_path: Path) -> None:
-    """A base without a tokenizer, and one with another, do not change the tokens of the export."""
+def test_tokenizer_of_the_shards_is_exported(base: Path, tmp_path: Path) -> None:
+    """The tokens of the export do not depend on the tokenizer of the base model."""
     tokenizer = load_tokenizer("stories")
     expected = tokenizer("3 boxes")["input_ids"]
     (base / "tokenizer.json").unlink()
     (base / "tokenizer_config.json").unlink()
     export = export_of(base, tmp_path, tokenizer)
     assert AutoTokenizer.from_pretrained(export)("3 boxes")["input_ids"] == expected
-    assert not (export / "tokenizer.model").exists()  # it would be another tokenizer
+    assert not (export / "tokenizer.model").exists()  # it belongs to another tokenizer
 
 
-def test_class_that_changes_the_tokens_does_not_come_along(base: Path, tmp_path: Path) -> None:
-    """`GPT2Tokenizer` drops the step that splits digits: the files say it, transformers does not do it."""
+def test_tokenizer_class_that_changes_the_tokens_is_not_exported(base: Path, tmp_path: Path) -> None:
+    """`GPT2Tokenizer` ignores the pre-tokenizer that splits digits."""
     written = Tokenizer(models.BPE({"1": 0, "2": 1, "12": 2, "<e>": 3}, [("1", "2")]))
     written.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -119,7 +119,7 @@ def test_generation_settings_of_the_base(base: Path, tmp_path: Path) -> None:
     assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id == written["eos_token_id"]
 
 
-def test_end_tokens_of_the_config_count_where_there_are_no_generation_settings(base: Path) -> None:
+def test_end_tokens_of_the_config_without_generation_settings(base: Path) -> None:
     tokenizer = load_tokenizer("stories")
     (base / "generation_config.json").unlink()
     assert base_files.generation_config(base, tokenizer)["eos_token_id"] == [3, 4, tokenizer.eos_token_id]
@@ -135,7 +135,7 @@ def test_invalid_sampling_settings_of_the_base_are_kept(base: Path) -> None:
     assert found["temperature"] == 0.9 and "do_sample" not in found
 
 
-def test_code_comes_along_unexecuted_or_is_not_named(base: Path, tmp_path: Path) -> None:
+def test_code_is_copied_but_not_executed(base: Path, tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     change(base / "config.json", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
     change(base / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "tokenization_mine.Mine"]})
@@ -143,17 +143,17 @@ def test_code_comes_along_unexecuted_or_is_not_named(base: Path, tmp_path: Path)
     export = export_of(base, tmp_path)
     assert (export / "modeling_mine.py").read_bytes() == (base / "modeling_mine.py").read_bytes()
     assert read(export / "config.json")["auto_map"] == {"AutoModelForCausalLM": "modeling_mine.Mine"}
-    assert "auto_map" not in read(export / "tokenizer_config.json")  # its file is not there
+    assert "auto_map" not in read(export / "tokenizer_config.json")  # its file is missing
     assert not marker.exists()
 
 
-def test_no_code_is_named_that_is_not_there(base: Path, tmp_path: Path) -> None:
+def test_auto_map_without_its_code_is_removed(base: Path, tmp_path: Path) -> None:
     change(base / "config.json", auto_map={"AutoConfig": "configuration_mine.Mine"})
     assert "auto_map" not in read(export_of(base, tmp_path) / "config.json")
 
 
 def test_plain_weights_have_no_quantisation(base: Path, tmp_path: Path) -> None:
-    """A checkpoint of before such models were refused: its config still names the quantisation of the base."""
+    """An old checkpoint, whose config still has the quantisation of the base model."""
     write_model_files(tmp_path / "model", str(base), load.load_config(str(base)), load_tokenizer("stories"))
     (tmp_path / "model" / "architecture.json").unlink()
     change(tmp_path / "model" / "config.json", quantization_config={"quant_method": "fp8"})

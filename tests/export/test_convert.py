@@ -28,16 +28,16 @@ def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
     assert left.contiguous().view(-1).view(torch.uint8).equal(right.contiguous().view(-1).view(torch.uint8))
 
 
-def export_of(made: Path, name: str, tmp_path: Path, **settings: object) -> Path:
-    return convert(ConvertSettings(str(made / name), str(tmp_path / "export"), **settings))  # type: ignore[arg-type]
+def export_of(checkpoints: Path, name: str, tmp_path: Path, **settings: object) -> Path:
+    return convert(ConvertSettings(str(checkpoints / name), str(tmp_path / "export"), **settings))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_fp32_export_is_the_master_weights_of_the_training_processes(
-    name: str, made: Path, tmp_path: Path
+    name: str, checkpoints: Path, tmp_path: Path
 ) -> None:
-    export = export_of(made, name, tmp_path, dtype="fp32")
-    masters = load_file(made / name / "masters.safetensors")
+    export = export_of(checkpoints, name, tmp_path, dtype="fp32")
+    masters = load_file(checkpoints / name / "masters.safetensors")
     written = load_file(export / "model.safetensors")
     assert set(written) == set(masters)
     for parameter, expected in masters.items():
@@ -50,21 +50,23 @@ def test_fp32_export_is_the_master_weights_of_the_training_processes(
     atomic_dir.verify_digests(export)
 
 
-# zero_to_fp32.py knows neither stage 0 nor BF16_Optimizer, whose files have no zero_stage.
-THEIRS = [
+# zero_to_fp32.py supports neither stage 0 nor BF16_Optimizer, whose files have no zero_stage.
+ZERO_TO_FP32_CASES = [
     name for name in CONVERTIBLE if "2ranks" in name and "zero0" not in name and "accumulation" not in name
 ]
 
 
-@pytest.mark.parametrize("name", THEIRS)
-def test_fp32_export_is_what_deepspeed_itself_reconstructs(name: str, made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ZERO_TO_FP32_CASES)
+def test_fp32_export_equals_zero_to_fp32(name: str, checkpoints: Path, tmp_path: Path) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    theirs = get_fp32_state_dict_from_zero_checkpoint(str(made / name / "checkpoints"), tag="step-000002")
-    ours = load_file(export_of(made, name, tmp_path, dtype="fp32") / "model.safetensors")
+    theirs = get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoints / name / "checkpoints"), tag="step-000002"
+    )
+    ours = load_file(export_of(checkpoints, name, tmp_path, dtype="fp32") / "model.safetensors")
     lost_by_deepspeed = set(ours) - set(theirs)
     case = BY_NAME[name]
-    assert bool(lost_by_deepspeed) == (case["stage"] == 1 and bool(case.get("frozen")))  # a bug of theirs
+    assert bool(lost_by_deepspeed) == (case["stage"] == 1 and bool(case.get("frozen")))  # a bug of DeepSpeed
     for parameter in set(ours) - lost_by_deepspeed:
         assert_same_bits(ours[parameter], theirs[parameter].float())
 
@@ -72,51 +74,51 @@ def test_fp32_export_is_what_deepspeed_itself_reconstructs(name: str, made: Path
 @pytest.mark.parametrize(
     "name", ["gpt2-zero1-fp32-2ranks", "qwen2-zero3-bf16-2ranks", "gpt2-zero0-bf16-1ranks"]
 )
-def test_bf16_export_is_the_masters_rounded_to_nearest(name: str, made: Path, tmp_path: Path) -> None:
-    export = export_of(made, name, tmp_path, dtype="bf16", verify=True)
+def test_bf16_export_is_the_masters_rounded_to_nearest(name: str, checkpoints: Path, tmp_path: Path) -> None:
+    export = export_of(checkpoints, name, tmp_path, dtype="bf16", verify=True)
     written = load_file(export / "model.safetensors")
-    for parameter, master in load_file(made / name / "masters.safetensors").items():
+    for parameter, master in load_file(checkpoints / name / "masters.safetensors").items():
         assert_same_bits(written[parameter], master.to(torch.bfloat16))
     assert json.loads((export / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_same_dtype_is_the_one_trained_in(made: Path, tmp_path: Path) -> None:
-    export = export_of(made, "qwen2-zero2-bf16-2ranks", tmp_path)
+def test_same_dtype_is_the_one_trained_in(checkpoints: Path, tmp_path: Path) -> None:
+    export = export_of(checkpoints, "qwen2-zero2-bf16-2ranks", tmp_path)
     assert AutoConfig.from_pretrained(export).dtype == torch.bfloat16
     assert atomic_dir.read_manifest(export)["facts"]["export_dtype"] == "bf16"
 
 
 @pytest.mark.parametrize("name", ["gpt2-zero1-fp32-2ranks-buffers", "gpt2-zero3-bf16-2ranks-buffers"])
-def test_buffers_are_written_as_they_are(name: str, made: Path, tmp_path: Path) -> None:
+def test_buffers_are_written_in_their_dtype(name: str, checkpoints: Path, tmp_path: Path) -> None:
     case = BY_NAME[name]
     stored = layout.read_tensors(
-        made / name / "checkpoints" / "step-000002", case["stage"], case["world_size"], case["dtype"]
+        checkpoints / name / "checkpoints" / "step-000002", case["stage"], case["world_size"], case["dtype"]
     )
     (shard,) = safetensors_writer.plan_shards(stored.tensors, torch.float32, 10**9)
     with ChecksumReader() as reader:
         safetensors_writer.write(shard, tmp_path / shard.name, reader, lambda num_bytes: None)
         reader.finish()
     written = load_file(tmp_path / shard.name)
-    masters = load_file(made / name / "masters.safetensors")
+    masters = load_file(checkpoints / name / "masters.safetensors")
     assert set(written) == set(masters) and written["calibration"].dtype == torch.int64
     for tensor, expected in masters.items():
         assert_same_bits(written[tensor], expected.float() if expected.is_floating_point() else expected)
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
-def test_rebuild_takes_another_road_to_the_same_weights(name: str, made: Path) -> None:
+def test_reference_weights_are_the_master_weights(name: str, checkpoints: Path) -> None:
     case = BY_NAME[name]
-    rebuilt = reference_weights.reference_weights(
-        made / name / "checkpoints" / "step-000002", case["stage"], case["world_size"], case["dtype"]
+    weights = reference_weights.reference_weights(
+        checkpoints / name / "checkpoints" / "step-000002", case["stage"], case["world_size"], case["dtype"]
     )
-    masters = load_file(made / name / "masters.safetensors")
-    assert set(rebuilt) == set(masters)
+    masters = load_file(checkpoints / name / "masters.safetensors")
+    assert set(weights) == set(masters)
     for parameter, expected in masters.items():
-        assert_same_bits(rebuilt[parameter].detach(), expected)
+        assert_same_bits(weights[parameter].detach(), expected)
 
 
-def test_folder_is_laid_out_as_save_pretrained_does(made: Path, tmp_path: Path) -> None:
-    export = export_of(made, "gpt2-zero3-fp32-2ranks", tmp_path, max_shard_size="6KB")
+def test_folder_is_laid_out_as_save_pretrained_does(checkpoints: Path, tmp_path: Path) -> None:
+    export = export_of(checkpoints, "gpt2-zero3-fp32-2ranks", tmp_path, max_shard_size="6KB")
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="6KB")
     ours, theirs = (
@@ -140,8 +142,8 @@ def test_folder_is_laid_out_as_save_pretrained_does(made: Path, tmp_path: Path) 
     }
 
 
-def test_folder_has_card_manifest_and_tokenizer(made: Path, tmp_path: Path) -> None:
-    export = export_of(made, "gpt2-zero2-fp32-2ranks", tmp_path)
+def test_folder_has_card_manifest_and_tokenizer(checkpoints: Path, tmp_path: Path) -> None:
+    export = export_of(checkpoints, "gpt2-zero2-fp32-2ranks", tmp_path)
     manifest = atomic_dir.read_manifest(export, kind="export")
     assert set(manifest["files"]) == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json",
@@ -154,12 +156,12 @@ def test_folder_has_card_manifest_and_tokenizer(made: Path, tmp_path: Path) -> N
     assert not list(export.parent.glob(".*"))  # no temporary directory is left
 
 
-def test_recorded_architecture_spares_the_import_of_transformers(made: Path, tmp_path: Path) -> None:
+def test_recorded_architecture_avoids_the_import_of_transformers(checkpoints: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
 from trainer.export.convert import convert
 from trainer.settings import ConvertSettings
-convert(ConvertSettings({str(made / "qwen2-zero3-bf16-2ranks")!r}, {str(tmp_path / "export")!r}))
+convert(ConvertSettings({str(checkpoints / "qwen2-zero3-bf16-2ranks")!r}, {str(tmp_path / "export")!r}))
 assert not {{"transformers", "deepspeed"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
@@ -167,7 +169,7 @@ assert not {{"transformers", "deepspeed"}} & set(sys.modules)
 
 
 @pytest.mark.parametrize("name", ["qwen2-zero3-bf16-2ranks", "gpt2-zero3-bf16-2ranks"])
-def test_recorded_architecture_is_that_of_the_class(name: str, made: Path, checkpoint_copy) -> None:
+def test_recorded_architecture_is_that_of_the_class(name: str, checkpoints: Path, checkpoint_copy) -> None:
     folder = checkpoint_copy(name) / "model"
     built = architecture.build_architecture(folder)
     assert architecture.read_architecture(folder) == built

@@ -31,23 +31,27 @@ KEPT = ["deepseek_v3", "deepseek_v4", "glm4_moe", "ernie4_5_moe", "mimo_v2_flash
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, "fp32") for name in RISKY), *((name, "bf16") for name in KEPT)]
 )
-def test_export_is_what_save_pretrained_writes(name: str, dtype: str, tmp_path: Path) -> None:
+def test_export_equals_save_pretrained(name: str, dtype: str, tmp_path: Path) -> None:
     check_export(family_of(name).save(tmp_path / "base"), tmp_path, dtype)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_checkpoints_of_deepspeed_have_the_names_of_the_hub(name: str, made: Path, tmp_path: Path) -> None:
-    """Byte ranges of several ranks are put together, and `verify` agrees in the dtype of the training too."""
+def test_exports_of_deepspeed_checkpoints_have_the_names_of_the_hub(
+    name: str, checkpoints: Path, tmp_path: Path
+) -> None:
+    """Byte ranges of several ranks are joined; `verify` also passes in the dtype of the training."""
     case = BY_NAME[name]
-    export = convert(ConvertSettings(str(made / name), str(tmp_path / "fp32"), dtype="fp32", verify=True))
-    masters = load_file(made / name / "masters.safetensors")
+    export = convert(
+        ConvertSettings(str(checkpoints / name), str(tmp_path / "fp32"), dtype="fp32", verify=True)
+    )
+    masters = load_file(checkpoints / name / "masters.safetensors")
     loaded = load.load_model(export, "fp32").state_dict()
     assert set(masters) <= set(loaded)
     for parameter, expected in masters.items():
         assert_same_bits(loaded[parameter], expected.float(), parameter)
     family_of(case["model"]).save(tmp_path / "base")
     assert _names(export) == _names(tmp_path / "base")
-    same = convert(ConvertSettings(str(made / name), str(tmp_path / "same"), verify=True))
+    same = convert(ConvertSettings(str(checkpoints / name), str(tmp_path / "same"), verify=True))
     assert atomic_dir.read_manifest(same)["facts"]["export_dtype"] == case["dtype"]
 
 

@@ -1,4 +1,4 @@
-"""A converter killed at any instant leaves a whole export or none; the same command then gives the same bytes."""
+"""A converter killed at any instant leaves a complete export or none; the same command then gives the same bytes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ CASE = "gpt2-zero2-bf16-2ranks"
 
 
 @pytest.fixture(scope="module")
-def killed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What was found of the run of each instant."""
+def killed(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Results of killed_converter.py by instant."""
     folder = tmp_path_factory.mktemp("killed")
     runs = {}
     for number, instant in enumerate(INSTANTS):
         runs[instant] = str(folder / str(number))
         shutil.copytree(
-            made / CASE / "checkpoints" / "step-000002", folder / str(number) / "checkpoints" / "step-000002"
+            checkpoints / CASE / "checkpoints" / "step-000002",
+            folder / str(number) / "checkpoints" / "step-000002",
         )
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
     printed = run_well(["-m", "tests.export.killed_converter", str(folder / "runs.json")])
@@ -35,15 +36,17 @@ def killed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 
 
 @pytest.mark.parametrize("instant", INSTANTS)
-def test_a_killed_converter_leaves_a_whole_export_or_none(
-    killed: dict[str, dict[str, Any]], made: Path, tmp_path: Path, instant: str
+def test_killed_converter_leaves_a_complete_export_or_none(
+    killed: dict[str, dict[str, Any]], checkpoints: Path, tmp_path: Path, instant: str
 ) -> None:
     found = killed[instant]
-    assert found["first"] in (0, None) and found["killed"] == -9, "it was killed at that instant"
-    stands = instant.startswith("replacing") or instant == "after the rename"
-    assert found["seen"] == ("whole" if stands else "none")
+    assert found["first"] in (0, None) and found["killed"] == -9, (
+        "the converter was not killed at that instant"
+    )
+    is_visible = instant.startswith("replacing") or instant == "after the rename"
+    assert found["seen"] == ("complete" if is_visible else "none")
     assert found["again"] == 0
-    export = convert(ConvertSettings(str(made / CASE), str(tmp_path / "undisturbed")))
-    undisturbed = atomic_dir.read_manifest(export)["files"]
-    same = {name for name in undisturbed if name != "README.md"}  # it names the run
-    assert {name: found["files"][name] for name in same} == {name: undisturbed[name] for name in same}
+    export = convert(ConvertSettings(str(checkpoints / CASE), str(tmp_path / "uninterrupted")))
+    uninterrupted = atomic_dir.read_manifest(export)["files"]
+    same = {name for name in uninterrupted if name != "README.md"}  # README.md contains the path of the run
+    assert {name: found["files"][name] for name in same} == {name: uninterrupted[name] for name in same}

@@ -1,4 +1,4 @@
-"""Every byte arrives, whatever the size, the file system, and how the bytes came."""
+"""Files of all sizes are written correctly on all file systems."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = [0, 1, 4096, BUFFER_BYTES - 8, BUFFER_BYTES, BUFFER_BYTES + 1, 4 * BUFFE
 
 @pytest.fixture(params=["disk", "memory"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A disk, and a file system that may know no O_DIRECT."""
+    """Folder on a disk, and on a file system that may not support O_DIRECT."""
     if request.param == "disk":
         yield tmp_path
         return
@@ -33,45 +33,45 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: bytes) -> str:
-    """First by `write`, then by filling what room there is, 3 MB at most."""
+    """Write with `write`, then through `free_buffer` in chunks of at most 3 MB; return the digest."""
     with OutputFile(path) as out:
         out.write(content[:1000])
-        rest = memoryview(content)[1000:]
-        while rest:
-            room = out.room()
-            count = min(len(room), len(rest), 3_000_000)
-            room[:count] = rest[:count]
+        remaining = memoryview(content)[1000:]
+        while remaining:
+            buffer = out.free_buffer()
+            count = min(len(buffer), len(remaining), 3_000_000)
+            buffer[:count] = remaining[:count]
             out.advance(count)
-            rest = rest[count:]
+            remaining = remaining[count:]
         return out.finish()
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_file_is_what_was_written(folder: Path, size: int) -> None:
+def test_content_and_digest(folder: Path, size: int) -> None:
     content = np.random.default_rng(size).bytes(size)
     digest = write(folder / "file", content)
     assert (folder / "file").read_bytes() == content
     assert digest == hashlib.sha256(content).hexdigest()
 
 
-def test_blocks_that_are_larger_than_we_believe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel then refuses what it would take through its cache."""
-    real, refused = os.pwrite, []
+def test_blocks_larger_than_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel then rejects writes with O_DIRECT."""
+    real, rejected = os.pwrite, []
 
-    def picky(file: int, data: memoryview, offset: int) -> int:
-        if not refused:
-            refused.append(offset)
+    def rejecting(file: int, data: memoryview, offset: int) -> int:
+        if not rejected:
+            rejected.append(offset)
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(file, data, offset)
 
-    monkeypatch.setattr(output_file.os, "pwrite", picky)
+    monkeypatch.setattr(output_file.os, "pwrite", rejecting)
     content = np.random.default_rng(0).bytes(2 * BUFFER_BYTES + 5)
     digest = write(tmp_path / "file", content)
-    assert refused and (tmp_path / "file").read_bytes() == content
+    assert rejected and (tmp_path / "file").read_bytes() == content
     assert digest == hashlib.sha256(content).hexdigest()
 
 
-def test_a_write_that_fails_is_told(tmp_path: Path) -> None:
+def test_failed_write_raises(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (BUFFER_BYTES, before[1]))
     try:
@@ -83,7 +83,7 @@ def test_a_write_that_fails_is_told(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
+def test_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError):
         OutputFile(tmp_path / "file")

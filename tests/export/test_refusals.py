@@ -1,4 +1,4 @@
-"""What must not be converted is not, with a message that names the file; what was there before stays."""
+"""Invalid checkpoints are rejected with a message that names the file; existing files are kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ZERO3 = "gpt2-zero3-bf16-2ranks"
 RANK_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
 
-def refused(checkpoint: Path, pattern: str, **settings: Any) -> str:
+def check_rejected(checkpoint: Path, pattern: str, **settings: Any) -> str:
     with pytest.raises(UserError, match=pattern) as error:
         convert(ConvertSettings(str(checkpoint), **settings))
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
@@ -42,8 +42,8 @@ def refused(checkpoint: Path, pattern: str, **settings: Any) -> str:
 def test_unfinished_checkpoint(checkpoint_copy: Copy) -> None:
     checkpoint = checkpoint_copy(ZERO1)
     (checkpoint / atomic_dir.MANIFEST).unlink()
-    refused(checkpoint, "is not finished")
-    refused(checkpoint.parent.parent, "holds no finished checkpoint")
+    check_rejected(checkpoint, "is not finished")
+    check_rejected(checkpoint.parent.parent, "holds no finished checkpoint")
 
 
 @pytest.mark.parametrize("name", [ZERO1, ZERO3])
@@ -51,24 +51,24 @@ def test_missing_rank_file_is_named(name: str, checkpoint_copy: Copy) -> None:
     checkpoint = checkpoint_copy(name)
     (file,) = checkpoint.glob("*zero_pp_rank_1_mp_rank_00_optim_states.pt")
     file.unlink()
-    refused(checkpoint, f"{file.name} is missing although the manifest lists it")
+    check_rejected(checkpoint, f"{file.name} is missing although the manifest lists it")
     rewrite_manifest(checkpoint)
-    refused(checkpoint, f"{file.name} is missing; the manifest says ZeRO stage . on 2 ranks")
+    check_rejected(checkpoint, f"{file.name} is missing; the manifest says ZeRO stage . on 2 ranks")
 
 
 def test_world_size_other_than_the_manifests(checkpoint_copy: Copy) -> None:
     checkpoint = checkpoint_copy(ZERO1)
     rewrite_manifest(checkpoint, world_size=1)
-    refused(checkpoint, f"{RANK_1} does not belong to a checkpoint of ZeRO stage 1 on 1 rank,")
+    check_rejected(checkpoint, f"{RANK_1} does not belong to a checkpoint of ZeRO stage 1 on 1 rank,")
     (checkpoint / RANK_1).unlink()
     rewrite_manifest(checkpoint)
-    refused(checkpoint, "model_states.pt was written by 2 ranks, but the manifest says 1")
+    check_rejected(checkpoint, "model_states.pt was written by 2 ranks, but the manifest says 1")
 
 
 def test_stage_other_than_the_manifests(checkpoint_copy: Copy) -> None:
     checkpoint = checkpoint_copy(ZERO1)
     rewrite_manifest(checkpoint, zero_stage=3)
-    refused(checkpoint, "zero_pp_rank_0_mp_rank_00_model_states.pt is missing")
+    check_rejected(checkpoint, "zero_pp_rank_0_mp_rank_00_model_states.pt is missing")
 
 
 def test_flipped_bytes_in_the_weights_of_any_rank(checkpoint_copy: Copy) -> None:
@@ -80,7 +80,7 @@ def test_flipped_bytes_in_the_weights_of_any_rank(checkpoint_copy: Copy) -> None
     position = data.index(partition.detach().numpy().tobytes()) + partition.nbytes // 2
     data[position] ^= 0x10
     file.write_bytes(data)
-    refused(checkpoint, f"{RANK_1} is corrupt: .* fails its checksum")
+    check_rejected(checkpoint, f"{RANK_1} is corrupt: .* fails its checksum")
 
 
 def test_flipped_byte_in_the_description(checkpoint_copy: Copy) -> None:
@@ -89,19 +89,19 @@ def test_flipped_byte_in_the_description(checkpoint_copy: Copy) -> None:
     data = bytearray(file.read_bytes())
     data[data.index(b"transformer.h.0.ln_1.weight") + 3] ^= 0x01
     file.write_bytes(data)
-    refused(checkpoint, f"{file.name} is corrupt")
+    check_rejected(checkpoint, f"{file.name} is corrupt")
 
 
 def test_truncated_file(checkpoint_copy: Copy) -> None:
     checkpoint = checkpoint_copy(ZERO3)
     (file,) = checkpoint.glob("*pp_rank_0_*optim_states.pt")
     os.truncate(file, file.stat().st_size - 1000)
-    refused(checkpoint, f"{file.name} has .* bytes, the manifest says")
+    check_rejected(checkpoint, f"{file.name} has .* bytes, the manifest says")
     rewrite_manifest(checkpoint)
-    refused(checkpoint, f"{file.name} is corrupt or not a torch file")
+    check_rejected(checkpoint, f"{file.name} is corrupt or not a torch file")
 
 
-def test_verify_also_digests_what_is_not_copied(checkpoint_copy: Copy) -> None:
+def test_verify_also_checks_digests_of_optimizer_states(checkpoint_copy: Copy) -> None:
     checkpoint = checkpoint_copy(ZERO1)
     file = checkpoint / RANK_1
     content = torch.load(file, weights_only=False)
@@ -109,11 +109,11 @@ def test_verify_also_digests_what_is_not_copied(checkpoint_copy: Copy) -> None:
     data = bytearray(file.read_bytes())
     data[data.index(moments.numpy().tobytes()) + 100] ^= 0x01
     file.write_bytes(data)
-    refused(checkpoint, f"{RANK_1} is corrupt", verify=True)
+    check_rejected(checkpoint, f"{RANK_1} is corrupt", verify=True)
     convert(ConvertSettings(str(checkpoint)))  # the moments of Adam are not part of the model
 
 
-class _Planted:
+class _MaliciousObject:
     def __init__(self, command: str):
         self.command = command
 
@@ -122,29 +122,31 @@ class _Planted:
 
 
 @pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", RANK_1])
-def test_planted_pickle_is_refused_and_never_run(name: str, checkpoint_copy: Copy, tmp_path: Path) -> None:
+def test_malicious_pickle_is_rejected_and_not_executed(
+    name: str, checkpoint_copy: Copy, tmp_path: Path
+) -> None:
     checkpoint = checkpoint_copy(ZERO1)
-    marker = tmp_path / "was-run"
+    marker = tmp_path / "executed"
     content = torch.load(checkpoint / name, weights_only=False)
-    content["lr_scheduler"] = _Planted(f"touch {marker}")
+    content["lr_scheduler"] = _MaliciousObject(f"touch {marker}")
     torch.save(content, checkpoint / name)
     rewrite_manifest(checkpoint)
-    message = refused(checkpoint, "is refused: it asks for (posix|nt).system")
+    message = check_rejected(checkpoint, "is refused: it asks for (posix|nt).system")
     assert name in message and not marker.exists()
-    torch.load(checkpoint / name, weights_only=False)  # the weapon does work
+    torch.load(checkpoint / name, weights_only=False)  # the attack works with an unrestricted load
     assert marker.exists()
 
 
-def test_planted_bare_pickle_is_refused(checkpoint_copy: Copy, tmp_path: Path) -> None:
+def test_malicious_bare_pickle_is_rejected(checkpoint_copy: Copy, tmp_path: Path) -> None:
     checkpoint = checkpoint_copy(ZERO1)
-    marker = tmp_path / "was-run"
-    (checkpoint / RANK_1).write_bytes(pickle.dumps(_Planted(f"touch {marker}")))
+    marker = tmp_path / "executed"
+    (checkpoint / RANK_1).write_bytes(pickle.dumps(_MaliciousObject(f"touch {marker}")))
     rewrite_manifest(checkpoint)
-    refused(checkpoint, f"{RANK_1} is corrupt or not a torch file")
+    check_rejected(checkpoint, f"{RANK_1} is corrupt or not a torch file")
     assert not marker.exists()
 
 
-def test_compressed_zip_entry_is_refused(checkpoint_copy: Copy, tmp_path: Path) -> None:
+def test_compressed_zip_entry_is_rejected(checkpoint_copy: Copy, tmp_path: Path) -> None:
     checkpoint = checkpoint_copy(ZERO1)
     with (
         zipfile.ZipFile(checkpoint / RANK_1) as old,
@@ -154,7 +156,7 @@ def test_compressed_zip_entry_is_refused(checkpoint_copy: Copy, tmp_path: Path) 
             new.writestr(entry.filename, old.read(entry))
     shutil.move(tmp_path / "packed", checkpoint / RANK_1)
     rewrite_manifest(checkpoint)
-    refused(checkpoint, RANK_1)
+    check_rejected(checkpoint, RANK_1)
 
 
 @pytest.mark.parametrize(
@@ -173,9 +175,9 @@ def test_checkpoint_that_does_not_fit_its_config(change: dict, pattern: str, che
     checkpoint = checkpoint_copy(ZERO3)
     path = checkpoint / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refused(checkpoint, "config.json has .* bytes, the manifest says")
+    check_rejected(checkpoint, "config.json has .* bytes, the manifest says")
     rewrite_manifest(checkpoint)
-    refused(checkpoint, pattern)
+    check_rejected(checkpoint, pattern)
 
 
 def test_weights_that_config_ties_but_training_did_not(checkpoint_copy: Copy) -> None:
@@ -183,7 +185,7 @@ def test_weights_that_config_ties_but_training_did_not(checkpoint_copy: Copy) ->
     path = checkpoint / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
     rewrite_manifest(checkpoint)
-    refused(checkpoint, "lm_head.weight was trained apart from the weight that .* ties it to")
+    check_rejected(checkpoint, "lm_head.weight was trained apart from the weight that .* ties it to")
 
 
 def test_weights_tied_in_training_but_not_in_config_are_written_twice(checkpoint_copy: Copy) -> None:
@@ -219,14 +221,14 @@ def test_existing_exports(checkpoint_copy: Copy, capsys: pytest.CaptureFixture) 
     assert [path.name for path in export.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_foreign_folder_is_never_touched(checkpoint_copy: Copy, tmp_path: Path) -> None:
+def test_other_folder_is_never_overwritten(checkpoint_copy: Copy, tmp_path: Path) -> None:
     checkpoint = checkpoint_copy(ZERO1)
-    precious = tmp_path / "precious" / "thesis.tex"
-    precious.parent.mkdir()
-    precious.write_text("chapter 1")
+    other_file = tmp_path / "other" / "thesis.tex"
+    other_file.parent.mkdir()
+    other_file.write_text("chapter 1")
     for overwrite in (False, True):
-        refused(checkpoint, "is not an export", output_dir=str(precious.parent), overwrite=overwrite)
-    assert precious.read_text() == "chapter 1"
+        check_rejected(checkpoint, "is not an export", output_dir=str(other_file.parent), overwrite=overwrite)
+    assert other_file.read_text() == "chapter 1"
 
 
 def test_newest_valid_checkpoint_of_a_run(checkpoint_copy: Copy, capsys: pytest.CaptureFixture) -> None:
@@ -261,7 +263,7 @@ def test_checkpoint_outside_a_run_needs_an_output_dir(checkpoint_copy: Copy, tmp
         atomic_dir.verify_digests(convert(ConvertSettings(str(alone), str(tmp_path / name))))
 
 
-def test_full_disk_is_seen_before_writing(tmp_path: Path) -> None:
+def test_full_disk_is_detected_before_writing(tmp_path: Path) -> None:
     from trainer.export.convert import _check_disk
 
     with pytest.raises(UserError, match=r"\d+ bytes are missing"):
@@ -287,9 +289,7 @@ def test_killed_converter_leaves_nothing_visible(checkpoint_copy: Copy) -> None:
     command = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), str(run)]
     process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
     try:
-        while not (
-            staged := list(run.glob(".export.*.tmp"))
-        ):  # it waits there for transformers to be imported
+        while not (staged := list(run.glob(".export.*.tmp"))):  # it exists while transformers is imported
             assert process.poll() is None
             time.sleep(0.002)
     finally:
@@ -300,7 +300,7 @@ def test_killed_converter_leaves_nothing_visible(checkpoint_copy: Copy) -> None:
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """400 MB of weights pass through less than 128 MB, in a process of its own; bf16 needs a second buffer."""
+    """Exporting 400 MB of weights needs less than 128 MB; measured in a separate process."""
     file = tmp_path / "mp_rank_00_model_states.pt"
     module = {f"layer.{number}.weight": torch.randn(10_000_000) for number in range(10)}
     torch.save({"module": module, "buffer_names": [], "optimizer": None, "dp_world_size": 1}, file)

@@ -1,4 +1,4 @@
-"""Exports mean the same to transformers 4, in an environment of its own: same weights, same logits."""
+"""Transformers 4, in an environment of its own, loads exports with the same weights and logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.export.family_export import give_every_tensor_its_own_numbers, write_checkpoint
+from tests.export.family_export import randomise_tensors, write_checkpoint
 from trainer.export.convert import convert
 from trainer.settings import ConvertSettings
 from trainer.training.run_files import write_model_files
@@ -27,7 +27,7 @@ _SIZES = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 _EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
-# Rotary positions unlike any default: a reader that does not find them has other logits.
+# Rotary settings unlike any default: ignoring them changes the logits.
 FAMILIES = {
     "gpt_neox": {**_SIZES, "rotary_emb_base": 500, "rotary_pct": 0.5},
     "mixtral": {**_SIZES, **_EXPERTS, "num_local_experts": 4, "rope_theta": 300.0},
@@ -52,7 +52,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The Python of an environment with transformers 4; TRANSFORMERS_4_PYTHON names one that is there already."""
+    """Python of an environment with transformers 4; the variable TRANSFORMERS_4_PYTHON names an existing one."""
     if given := os.environ.get("TRANSFORMERS_4_PYTHON"):
         return given
     folder = tmp_path_factory.mktemp("transformers4") / "environment"
@@ -62,7 +62,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "bin" / "python")
 
 
-def test_transformers_4_reads_the_same_model(python: str, tmp_path: Path) -> None:
+def test_transformers_4_loads_the_same_model(python: str, tmp_path: Path) -> None:
     exports, expected = {}, {}
     for name, settings in FAMILIES.items():
         exports[name], expected[name] = _export(name, settings, tmp_path / name)
@@ -80,11 +80,11 @@ def test_transformers_4_reads_the_same_model(python: str, tmp_path: Path) -> Non
 
 
 def _export(name: str, settings: dict, folder: Path) -> tuple[Path, torch.Tensor]:
-    """Export a small model as training does; returns the export, and the logits of the trained model."""
+    """Export a small untrained model; return the export and the logits of the model."""
     config = AutoConfig.for_model(name, **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    give_every_tensor_its_own_numbers(model)
+    randomise_tensors(model)
     model.save_pretrained(folder / "base")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(settings["vocab_size"])}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0")

@@ -1,1 +1,1 @@
-"""A student solves held-out problems: decoding in slots, a shared queue of problems, scoring, one result."""
+"""Evaluation on held-out problems: decoding backends, solving programs, work queue, scoring."""

@@ -1,9 +1,9 @@
-"""Compare a backend with the model's own plain forward pass on real prompts, before the first answer.
+"""Compare a backend's logits with those of the model's plain forward pass on real prompts, before an evaluation.
 
-The plain forward pass is what a backend must equal: one text at a time, without padding and without a cache, with the
-attention that transformers chooses. A few texts are decoded by the backend, more than it has slots, of different
-lengths and with several tokens given at once in some places; their tokens are fixed beforehand, so the logits at every
-token can be compared. A difference is measured in standard deviations of the plain logits at that token.
+The plain forward pass processes one text at a time, without padding and without a cache, with the attention that
+transformers chooses. The backend decodes more texts than it has slots, of different lengths, some with several forced
+tokens at once. All tokens are fixed beforehand, so the logits at every token can be compared. A difference is measured in
+standard deviations of the plain logits at that token.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from trainer.evaluation.backends.transformers import default_attention
 from trainer.evaluation.generate import generate
 from trainer.evaluation.sampling import not_finite
 from trainer.models.default_attention import UnsupportedAttention
+from trainer.runtime import library_internals
 
 T = TypeVar("T")
 
 MIN_TOLERANCE = 1e-4  # rounding of fp32
 MAX_TOLERANCE = 1e-2
-_NOISE_FACTOR = 10  # a backend may differ so many times as much as two implementations of transformers do
+_NOISE_FACTOR = 10  # allowed ratio to the difference between two implementations of transformers
 MIN_TOLERANCE_BF16 = 0.05
-BF16_FACTOR = 4  # ... and in bf16 as the plain forward pass in bf16 does from the one in fp32
-_MAX_LENGTH = 4608  # texts are made longer than the prompts up to the longest answer, or up to this
+BF16_FACTOR = 4  # allowed ratio to the difference between plain forward passes in bf16 and in fp32
+_MAX_LENGTH = 4608  # in tokens; the longest prompt is extended to the longest answer, at most to this
 _MAX_LOGITS_BYTES = 1 << 28
 
-# How many tokens are given after each choice: of a text that ends early, of its successor in the same slot, ...
+# Number of forced tokens after each choice: of a long text, one that ends early, its successor in the slot, a batch.
 _LONG = (1, 1, 4, 1, 1, 1, 1)
 _SHORT = (1, 2)
 _MIDDLE = (1, 3, 1, 1, 1, 1, 1)
@@ -43,12 +44,12 @@ _BATCH = ((1,), (1, 1, 1, 1, 1, 1, 1), (1, 1, 1), (1, 2, 1, 1))
 
 
 class BackendError(Exception):
-    """A backend raised an exception for this model; the message says which."""
+    """A backend raised an exception for this model; the message describes it."""
 
 
 @dataclass(frozen=True)
 class CheckText:
-    """A prompt, and the tokens that are given after each choice: there is one choice more than `given` has items."""
+    """A prompt, and the forced tokens after each choice except the last, which ends the text."""
 
     prompt: list[int]
     given: list[list[int]]
@@ -65,25 +66,25 @@ class CheckText:
 
 @dataclass(frozen=True)
 class CheckTexts:
-    """What is decoded in slots (more texts than the two slots), and by the model's own cache."""
+    """Texts for the slot backend (more than its two slots) and for the transformers backend."""
 
     slots: list[CheckText]
     own_cache: list[CheckText]
     prefix: list[int]
-    capacity: int  # longest sequence in tokens
+    capacity: int  # maximum sequence length in tokens
 
 
 def shortest_middle_longest(items: Iterable[T], length: Callable[[T], int]) -> list[T]:
-    """Return these three of `items`, at least one, in this order; fewer if there are fewer."""
+    """Return these three of `items`, which must not be empty; fewer if there are fewer."""
     ordered = sorted(items, key=length)
-    return [ordered[place] for place in dict.fromkeys((0, len(ordered) // 2, len(ordered) - 1))]
+    return [ordered[position] for position in dict.fromkeys((0, len(ordered) // 2, len(ordered) - 1))]
 
 
 def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequence[int] = ()) -> CheckTexts:
-    """Make texts of the shortest, the middle and the longest of the prompts, all of which begin with `prefix`.
+    """Return texts made of the shortest, the middle and the longest of the prompts, all of which start with `prefix`.
 
-    The longest is continued with the prompts' own tokens to nearly `capacity`, so that a window or a chunk shorter than
-    an answer shows. Raises UserError if there is no room for a token.
+    The longest is extended with tokens of the prompts to nearly `capacity`, to detect attention windows or chunks shorter
+    than an answer. Raises UserError if the capacity leaves no room for a token.
     """
     if capacity < len(prefix) + 2:
         raise UserError(f"a text has room for {capacity} tokens, but the prompt alone has {len(prefix) + 1}")
@@ -97,76 +98,76 @@ def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequenc
         while sum(counts) > room:
             counts = counts[:-1]
         length = max(len(prefix) + 1, min(length, capacity - sum(counts)))
-        made = [*prompt, *islice(tokens, max(0, length - len(prompt)))][:length]
-        return CheckText(made, [list(islice(tokens, count)) for count in counts])
+        extended = [*prompt, *islice(tokens, max(0, length - len(prompt)))][:length]
+        return CheckText(extended, [list(islice(tokens, count)) for count in counts])
 
     short, middle = by_length[0], by_length[len(by_length) // 2]
     long_text = text(by_length[-1], _LONG, longest, 1)
     early = text(short, _SHORT, len(short), 2)
     late = text(middle, _MIDDLE, len(middle), 3)
     beside = text(middle, _SHORT, len(long_text.prompt) - 3, 4)
-    # A batch whose rows end one after another, the first one first: the cache must keep the unfinished rows.
+    # The rows of a batch end one after another, the first one first: the cache must keep the unfinished rows.
     batch = [text(short, counts, len(short) + row, 5 + row) for row, counts in enumerate(_BATCH)]
     return CheckTexts([long_text, early, late], [*batch, long_text, beside], list(prefix), capacity)
 
 
-class _Decoded:
-    """A text on its way through a backend. `seen`: logits of its choices."""
+class _CheckRequest:
+    """Request that forces the tokens of a text. `logits`: those of its choices so far."""
 
     def __init__(self, text: CheckText) -> None:
         self.sequences = [SequenceState(list(text.prompt))]
         self.next_model: int | None = 0
-        self.seen: list[torch.Tensor] = []
+        self.logits: list[torch.Tensor] = []
         self._given = iter(text.given)
 
     def on_token(self, token: int) -> None:
-        """Take the next given tokens, whatever was chosen."""
+        """Append the next forced tokens instead of the chosen one."""
         tokens = next(self._given, None)
         self.next_model = None if tokens is None else 0
         self.sequences[0].pending += tokens or ()
 
 
 class LogitRecorder:
-    """Chooses tokens for a backend under check: keeps the logits, and chooses nothing."""
+    """Sampler of a backend under check, which records the logits; the tokens that it returns are ignored."""
 
     def __init__(self, texts: Sequence[CheckText]) -> None:
-        self.decoded = [_Decoded(text) for text in texts]
+        self.requests = [_CheckRequest(text) for text in texts]
 
-    def choose(self, logits: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
-        by_sequence = {id(decoded.sequences[0]): decoded for decoded in self.decoded}
+    def __call__(self, logits: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
+        by_sequence = {id(request.sequences[0]): request for request in self.requests}
         for row, sequence in zip(logits, sequences, strict=True):
-            by_sequence[id(sequence)].seen.append(row.detach().float().cpu().clone())
+            by_sequence[id(sequence)].logits.append(row.detach().float().cpu().clone())
         return [0] * len(sequences)
 
 
 def decode(
-    make: Callable[[], Backend[_Decoded]], recorder: LogitRecorder, num_slots: int
+    make: Callable[[], Backend[_CheckRequest]], recorder: LogitRecorder, num_slots: int
 ) -> list[torch.Tensor]:
-    """Return for each text the backend's logits [choices, vocabulary], fp32 on the CPU. Raises CannotRun."""
-    waiting = iter(recorder.decoded)
-    with exceptions_are_findings():
-        for _ in generate([make()], lambda: next(waiting, None), _Decoded.on_token, num_slots):
+    """Return for each text the backend's logits [choices, vocabulary], fp32 on the CPU. Raises BackendError."""
+    waiting = iter(recorder.requests)
+    with raise_backend_error():
+        for _ in generate([make()], lambda: next(waiting, None), _CheckRequest.on_token, num_slots):
             pass
-    return [torch.stack(decoded.seen) for decoded in recorder.decoded]
+    return [torch.stack(request.logits) for request in recorder.requests]
 
 
 @contextlib.contextmanager
-def exceptions_are_findings() -> Iterator[None]:
-    """Context manager that turns any exception into CannotRun: what a model cannot do is no failure of the run."""
+def raise_backend_error() -> Iterator[None]:
+    """Context manager that turns any exception into BackendError, so that another backend can be tried."""
     try:
         yield
     except Exception as error:
         first = first_line(error)
-        has_words = isinstance(error, (UserError, UnsupportedAttention))
-        message = first if has_words else f"its forward pass fails ({type(error).__name__}: {first})"
+        is_explained = isinstance(error, (UserError, UnsupportedAttention))
+        message = first if is_explained else f"its forward pass fails ({type(error).__name__}: {first})"
         raise BackendError(message) from error
 
 
 @torch.no_grad()
 def plain_logits(model: PreTrainedModel, text: CheckText, attention: str | None = None) -> torch.Tensor:
-    """Return logits [choices, vocabulary] of the model's plain forward pass over one text, fp32 on the CPU.
+    """Return logits [choices, vocabulary] of the plain forward pass over one text, fp32 on the CPU.
 
-    attention: "sdpa" or "eager" instead of the one that transformers chooses.
+    attention: "sdpa" or "eager"; None for the one that transformers chooses.
     """
     ids = torch.tensor([text.tokens], device=model.device)
     choices = torch.tensor(text.choices, device=model.device)
@@ -175,39 +176,39 @@ def plain_logits(model: PreTrainedModel, text: CheckText, attention: str | None 
 
 
 @torch.no_grad()
-def depends_on_what_follows(model: PreTrainedModel, text: CheckText) -> bool:
-    """Return whether the plain logits of a text are others than those of each of its beginnings.
+def depends_on_later_tokens(model: PreTrainedModel, text: CheckText) -> bool:
+    """Return whether the plain logits at a token depend on the tokens after it.
 
-    So it is where attention picks the best keys of a whole text. Such a model has no logits but those of one way of
-    reading, which is that of `generate`. Raises CannotRun.
+    They do where attention selects keys from the whole text; the reference for such a model is `generate`. Raises
+    BackendError.
     """
     ids = torch.tensor([text.tokens], device=model.device)
     choices = torch.tensor(text.choices, device=model.device)
-    with exceptions_are_findings(), default_attention(model):
-        beginnings = [_logits_at(model, ids[:, : at + 1], at.view(1))[0] for at in choices]
-        return difference([torch.cat(beginnings)], [_logits_at(model, ids, choices)[0]]) > MIN_TOLERANCE
+    with raise_backend_error(), default_attention(model):
+        prefixes = [_logits_at(model, ids[:, : at + 1], at.view(1))[0] for at in choices]
+        return difference([torch.cat(prefixes)], [_logits_at(model, ids, choices)[0]]) > MIN_TOLERANCE
 
 
 def generate_continuation(model: PreTrainedModel, text: CheckText) -> tuple[CheckText, torch.Tensor]:
-    """Return the same prompt with the tokens that `generate` chooses, and its logits [choices, vocabulary].
+    """Return the prompt with the tokens that `generate` chooses, and its logits [choices, vocabulary].
 
-    Raises CannotRun.
+    Raises BackendError.
     """
     number = len(text.choices)
-    how = GenerationConfig(
+    config = GenerationConfig(
         do_sample=False, max_new_tokens=number, min_new_tokens=number, pad_token_id=0,
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     ids = torch.tensor([text.prompt], device=model.device)
     untyped: Any = model
-    with exceptions_are_findings(), default_attention(model):
-        outputs = untyped.generate(ids, generation_config=how)
+    with raise_backend_error(), default_attention(model):
+        outputs = untyped.generate(ids, generation_config=config)
     tokens: list[int] = outputs.sequences[0, len(text.prompt) : -1].tolist()
     return CheckText(text.prompt, [[token] for token in tokens]), torch.cat(outputs.logits).float().cpu()
 
 
 def _logits_at(model: PreTrainedModel, ids: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-    """ids [rows, tokens], choices [choices] -> [rows, choices, vocabulary]."""
+    """Return logits [rows, choices, vocabulary], fp32 on the CPU, of ids [rows, tokens] at choices [choices]."""
     accepted = inspect.signature(model.forward).parameters
     arguments = {"use_cache": False} if "use_cache" in accepted else {}
     size = ids.numel() * getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) * 4
@@ -219,20 +220,20 @@ def _logits_at(model: PreTrainedModel, ids: torch.Tensor, choices: torch.Tensor)
     return logits[:, choices].float().cpu()  # type: ignore[no-any-return]
 
 
-def difference(seen: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Return the largest difference, in standard deviations of the expected logits of its token."""
+def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the maximum difference, in standard deviations of the expected logits at its token."""
     return max(
         float(
-            ((ours - plain).abs().where(ours != plain, 0.0).amax(-1) / _spread(plain))
+            ((logits - plain).abs().where(logits != plain, 0.0).amax(-1) / _spread(plain))
             .nan_to_num(torch.inf)
             .max()
         )
-        for ours, plain in zip(seen, expected, strict=True)
+        for logits, plain in zip(found, expected, strict=True)
     )
 
 
 def _spread(logits: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of each row; entries that a family sets to -inf are left out."""
+    """Return the standard deviation of each row, without entries that a family sets to -inf."""
     finite = logits.isfinite()
     count = finite.sum(-1).clamp(min=1)
     mean = logits.where(finite, 0.0).sum(-1) / count
@@ -241,26 +242,28 @@ def _spread(logits: torch.Tensor) -> torch.Tensor:
 
 
 class Reference:
-    """Plain logits of the texts, each computed when it is first asked for."""
+    """Plain logits of the texts, computed once per text."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._known: dict[int, torch.Tensor] = {}
+        self._logits: dict[int, torch.Tensor] = {}
 
     def logits(self, texts: Sequence[CheckText]) -> list[torch.Tensor]:
-        """Raises UserError for logits that are not finite, and CannotRun if the plain forward pass fails."""
+        """Return the logits of each text. Raises UserError if they are not finite, BackendError if the forward pass fails."""
         for text in texts:
-            if id(text) not in self._known:
-                with exceptions_are_findings():
+            if id(text) not in self._logits:
+                with raise_backend_error():
                     plain = plain_logits(self._model, text)
-                self._known[id(text)] = plain
+                self._logits[id(text)] = plain
                 if plain.isnan().any() or not plain.amax(-1).isfinite().all():
                     raise not_finite()
-        return [self._known[id(text)] for text in texts]
+        return [self._logits[id(text)] for text in texts]
 
     def tolerance(self, texts: Sequence[CheckText], found: float, at_least: float = 0.0) -> float:
-        """Return the largest difference that is rounding. More than the minimum is allowed only if it was `found`, and as
-        a multiple of what transformers' own implementations differ on these texts.
+        """Return the maximum difference that counts as rounding.
+
+        If the difference `found` exceeds the minimum, the tolerance is a multiple of the difference between transformers'
+        own implementations on these texts.
         """
         smallest = max(MIN_TOLERANCE, at_least)
         if found <= smallest:
@@ -271,7 +274,7 @@ class Reference:
     def _noise(self, text: CheckText) -> float:
         expected = self.logits([text])
         others: list[torch.Tensor] = []
-        if self._model._supports_sdpa:
+        if library_internals.supports_sdpa(self._model):
             with contextlib.suppress(Exception):
                 others.append(plain_logits(self._model, text, "eager"))
         with contextlib.suppress(Exception), torch.no_grad(), default_attention(self._model):

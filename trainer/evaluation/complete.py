@@ -1,4 +1,4 @@
-"""Continue any prompts with any causal LM: for teachers and base models that know nothing of our methods."""
+"""Complete any prompts with any causal LM, e.g. a teacher or a base model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.evaluation.backends import Backend
 from trainer.evaluation.backends.choice import BackendChoice, choose_backend, make_backend
 from trainer.evaluation.decoding import STUDENT
 from trainer.evaluation.generate import generate, make_sampler
-from trainer.evaluation.rollout import ModelSlot, Program, Rollout, RolloutContext
+from trainer.evaluation.rollout import ModelSpec, Program, Rollout, RolloutContext
 from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
 from trainer.models.load import context_length
 
@@ -31,54 +31,53 @@ def completions(
     batch_size: int = 16,
     backend: BackendChoice | str = "auto",
 ) -> Iterator[tuple[int, str, int, bool]]:
-    """Yield (index of the prompt, text, generated tokens, finished) as they end, which is not in order.
+    """Yield (index of the prompt, text, number of generated tokens, finished) in the order in which texts end.
 
-    A text ends with an end token or right before the first of the `stop` strings (finished), else at `max_new_tokens`
-    or at the model's context. `seeds`: one for each prompt (default: its index); what is sampled depends on the
-    prompt and its seed alone. To sample k texts, give a prompt k times. backend: how the model is decoded; a name is
-    checked first. Raises UserError for logits that are not finite, and for a model that no backend is right for.
+    A text ends with an end token or before the first of the `stop` strings (finished), else at `max_new_tokens` or at the
+    model's context length. `seeds`: one per prompt (default: its index); a sample depends on prompt and seed alone. To
+    sample k texts, pass a prompt k times. backend: a checked choice, or a name that is checked first. Raises UserError
+    for logits that are not finite, and if no backend passes the check.
     """
     if not prompts:
         return
     if isinstance(backend, str):
         backend = completion_backend(model, prompts, max_new_tokens, "the model", backend)
-    language = StopTokens(tokenizer)
-    context = context_length(model.config) or float("inf")
-    rules = RolloutContext(
-        language,
-        [ModelSlot(frozenset(), context, end_of_text_ids(model, tokenizer))],
+    stop_tokens = StopTokens(tokenizer)
+    length = context_length(model.config) or float("inf")
+    context = RolloutContext(
+        stop_tokens,
+        [ModelSpec(frozenset(), length, end_of_text_ids(model, tokenizer))],
         {STUDENT: 0},
         max_new_tokens,
         False,
     )
     tail = max((_TOKENS_PER_CHARACTER * len(text) for text in stop), default=0)
 
-    def method(solution: Rollout) -> Program[None]:
-        def is_over(tokens: list[int]) -> bool:
-            return bool(stop) and _first(language.text(tokens[-tail:]), stop) is not None
+    def program(rollout: Rollout) -> Program[None]:
+        def is_done(tokens: list[int]) -> bool:
+            return bool(stop) and _find_first(stop_tokens.text(tokens[-tail:]), stop) is not None
 
-        def keep(text: str) -> None:
-            end = _first(text, stop)
-            solution.lines = [text[:end]]
+        def set_text(text: str) -> None:
+            rollout.lines = [text[: _find_first(text, stop)]]
 
-        yield from solution.generate(STUDENT, is_over, keep)
-        solution.finished = True
+        yield from rollout.generate(STUDENT, is_done, set_text)
+        rollout.finished = True
 
-    waiting = iter(range(len(prompts)))
+    indices = iter(range(len(prompts)))
 
-    def draw() -> Rollout | None:
-        index = next(waiting, None)
+    def next_rollout() -> Rollout | None:
+        index = next(indices, None)
         if index is None:
             return None
-        return Rollout(index, prompts[index], rules, method, [seeds[index] if seeds else index])
+        return Rollout(index, prompts[index], context, program, [seeds[index] if seeds else index])
 
     num_slots = min(batch_size, len(prompts))
     capacity = _capacity(model, prompts, max_new_tokens)
     decoder: Backend[Rollout] = make_backend(
         backend, 0, model, num_slots, capacity, make_sampler(temperature, top_p)
     )
-    for solution in generate([decoder], draw, Rollout.on_token, num_slots):
-        yield solution.index, solution.text, solution.generated.total(), solution.finished
+    for rollout in generate([decoder], next_rollout, Rollout.on_token, num_slots):
+        yield rollout.index, rollout.text, rollout.generated.total(), rollout.finished
 
 
 def completion_backend(
@@ -88,21 +87,20 @@ def completion_backend(
     name: str,
     requested: str = "auto",
 ) -> BackendChoice:
-    """Return how `completions` of these prompts are decoded, after a check on the shortest, a middle and the longest.
+    """Return the backend for `completions` of these prompts, checked on the shortest, a middle and the longest.
 
-    name: the model's, for messages. Raises UserError if no backend is right, or the requested one is not.
+    name: the model's name in messages. Raises UserError if no backend, or not the requested one, passes the check.
     """
     texts = check_texts(prompts, _capacity(model, prompts, max_new_tokens))
     return choose_backend(model, texts, name, requested)
 
 
 def _capacity(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """Return the longest sequence in tokens."""
-    context = context_length(model.config) or float("inf")
-    return int(min(max(map(len, prompts)) + max_new_tokens, context))
+    """Return the maximum sequence length in tokens."""
+    return int(min(max(map(len, prompts)) + max_new_tokens, context_length(model.config) or float("inf")))
 
 
-def _first(text: str, stop: tuple[str, ...]) -> int | None:
-    """Where the first of the stop strings begins."""
-    found = [place for place in (text.find(one) for one in stop) if place >= 0]
+def _find_first(text: str, stop: tuple[str, ...]) -> int | None:
+    """Return the position of the first stop string in `text`."""
+    found = [position for position in (text.find(one) for one in stop) if position >= 0]
     return min(found, default=None)

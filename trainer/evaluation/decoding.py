@@ -1,4 +1,4 @@
-"""How students are made to write: the mode of an evaluation, and who may play which part in it. Imports nothing heavy."""
+"""Decoding settings and modes of an evaluation, and the training methods that each role accepts. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ if TYPE_CHECKING:
     from trainer.evaluation.model_reference import ModelReference
 
 UNIFIED = ("answer_only", "cot", "socratic")
-FEW_SHOT = "few_shot"  # a model that was never distilled, shown exemplars
-SINGLE_MODEL_MODES = (*UNIFIED, FEW_SHOT)  # modes of one model
+FEW_SHOT = "few_shot"  # an undistilled model that reads exemplars
+SINGLE_MODEL_MODES = (*UNIFIED, FEW_SHOT)
 AHEAD, INTERLEAVED, GOLD = "iterative_ahead", "iterative_interleaved", "gold_subquestions"
-STUDENT, PLANNER, DECOMPOSER, SOLVER = "student", "planner", "decomposer", "solver"  # the parts
+STUDENT, PLANNER, DECOMPOSER, SOLVER = (
+    "student",
+    "planner",
+    "decomposer",
+    "solver",
+)  # roles; a STUDENT answers alone
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """The fields of `EvaluateSettings` that a solution depends on; `mode` is a resolved one.
+    """The fields of `EvaluateSettings` that rollouts depend on; `mode` is resolved (not "auto").
 
-    impose_answer: every solution begins with the delimiter, so that a student of another method answers at once.
-    guidance: what guides the decomposer, "operators" or "equations", and guidance_from: who writes it, "planner" or
-    "gold"; both "" if nothing does.
+    impose_answer: every text starts with the delimiter, so that a model of another method answers immediately.
+    guidance: plan that the decomposer reads, "operators" or "equations". guidance_from: source of the plan, "planner" or
+    "gold". Both are "" without a plan.
     """
 
     mode: str
@@ -38,56 +43,54 @@ class Decoding:
     max_steps: int = 16
     guidance: str = ""
     guidance_from: str = ""
-    batch_size: int = 32  # slots of a rank
+    batch_size: int = 32  # slots per rank
 
     @property
-    def guidance_role(self) -> Role | None:
-        """The role of the plan that guides the decomposer."""
+    def guidance_segment_role(self) -> Role | None:
+        """Segment role of the plan that the decomposer reads."""
         return Role[self.guidance.upper()] if self.guidance else None
 
     @property
-    def gold_role(self) -> Role | None:
-        """Segments of the data beside the problem that a model is shown."""
+    def gold_segment_role(self) -> Role | None:
+        """Segment role of the data that a model reads besides the problem."""
         if self.mode == GOLD:
             return Role.SUBQUESTION
-        return self.guidance_role if self.guidance_from == "gold" else None
+        return self.guidance_segment_role if self.guidance_from == "gold" else None
 
 
 def resolve_mode(mode: str, method: str | None) -> tuple[str, bool]:
-    """The mode of a student alone, and whether it has to be imposed on it.
+    """Return the mode of a model that answers alone, and whether the answer must be imposed.
 
-    "auto" is the student's own method. A student writes what it was taught; only `answer_only` can be imposed on a
-    student of another method. `method` is None for a model of unknown making. Raises UserError.
+    "auto" selects the model's training method. Only `answer_only` can be imposed on a model of another method. `method`:
+    None if unknown. Raises UserError if the model cannot answer in this mode.
     """
     if method is not None and method not in UNIFIED:
         raise UserError(
-            f"a student of method {method} is one half of a pair and solves no problem alone; "
+            f"a model of method {method} is one half of a pair and cannot solve problems alone; "
             "give --decomposer and --solver, or --subquestions gold and --solver"
         )
     if mode == "auto":
         if method is None:
             known = ", ".join(SINGLE_MODEL_MODES)
-            raise UserError(f"the model does not say by which method it was taught; give mode: {known}")
+            raise UserError(f"the model does not record its training method; give mode: {known}")
         return method, False
     if method not in (None, mode) and mode != "answer_only":
-        raise UserError(
-            f"a student of method {method} cannot be made to write as {mode}; use auto or answer_only"
-        )
+        raise UserError(f"a model of method {method} cannot answer in mode {mode}; use auto or answer_only")
     return mode, mode == "answer_only" and method != mode
 
 
-def resolve_pair(students: Mapping[str, ModelReference], guidance_from: str) -> tuple[str, str]:
-    """The mode of students that answer together, and what guides the decomposer ("operators", "equations" or "").
+def resolve_pair(models: Mapping[str, ModelReference], guidance_from: str) -> tuple[str, str]:
+    """Return the mode of models that answer together, and the decomposer's guidance ("operators", "equations" or "").
 
-    Raises UserError for a student in a part that its method cannot play, and for a plan that nobody writes or reads.
+    Raises UserError if a model's method does not fit its role, or a plan is missing or would not be read.
     """
-    for part, student in students.items():
-        _check_role(part, student)
-    if DECOMPOSER not in students:
+    for role, model in models.items():
+        _check_role(role, model)
+    if DECOMPOSER not in models:
         return GOLD, ""
-    decomposer = students[DECOMPOSER]
+    decomposer = models[DECOMPOSER]
     mode = INTERLEAVED if decomposer.method == "socratic" or is_interleaved(str(decomposer.method)) else AHEAD
-    needed, planner = guidance_of(str(decomposer.method)), students.get(PLANNER)
+    needed, planner = guidance_of(str(decomposer.method)), models.get(PLANNER)
     if needed is None:
         if planner or guidance_from == "gold":
             raise UserError(
@@ -107,18 +110,18 @@ def resolve_pair(students: Mapping[str, ModelReference], guidance_from: str) -> 
     return mode, needed.name.lower()
 
 
-def _check_role(part: str, student: ModelReference) -> None:
-    method = student.method
+def _check_role(role: str, model: ModelReference) -> None:
+    method = model.method
     if method is None:
         raise UserError(
-            f"the {part} {student.name} does not say by which method it was taught; give an export of "
+            f"the {role} {model.name} does not record its training method; give an export of "
             "tools/convert_checkpoint.py"
         )
-    able = {
+    fits = {
         DECOMPOSER: method == "socratic" or is_decomposer(method),
         SOLVER: method in ("socratic", "solver"),
         PLANNER: is_planner(method),
     }
-    if not able[part]:
-        playing = {DECOMPOSER: "decomposer* or socratic", SOLVER: "solver or socratic", PLANNER: "planner_*"}
-        raise UserError(f"{student.name} is of method {method}; a {part} is of method {playing[part]}")
+    if not fits[role]:
+        accepted = {DECOMPOSER: "decomposer* or socratic", SOLVER: "solver or socratic", PLANNER: "planner_*"}
+        raise UserError(f"{model.name} is of method {method}; a {role} is of method {accepted[role]}")

@@ -1,4 +1,4 @@
-"""Every problem of a shard set is answered exactly once: predictions.jsonl and, written last, results.json."""
+"""Run an evaluation: predictions.jsonl with every problem once, then results.json."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 
 import trainer
 from trainer.errors import UserError
-from trainer.evaluation import job, job_description, paths, rank_files
-from trainer.evaluation import model_reference as students
+from trainer.evaluation import job_description, model_reference, paths, rank_files
 from trainer.evaluation.backends.choice import TRANSFORMERS
 from trainer.evaluation.decoding import FEW_SHOT
-from trainer.evaluation.job import EvaluationJob
+from trainer.evaluation.job import EvaluationJob, fingerprint, resolve_job
 from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
 from trainer.evaluation.score import accuracy_text, summarise
@@ -26,155 +25,160 @@ from trainer.settings import EvaluateSettings
 from trainer.storage import atomic_dir
 
 FORMAT = 1
-_TELL_EVERY_SECONDS = 0.2
+_PROGRESS_INTERVAL_SECONDS = 0.2
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Collective. Evaluate a student or several together; returns what is in results.json, on every rank.
+    """Evaluate a model or a pair (collective); return the content of results.json on every rank.
 
-    What an earlier, interrupted evaluation with the same settings has solved is not solved again; finished results
-    are returned as they are. Raises UserError, on every rank, for students and shards that do not fit, for results
-    of other settings without `overwrite`, and for predictions that are not every problem exactly once.
+    Resumes an interrupted evaluation with the same settings; returns finished results unchanged. Raises UserError on
+    every rank for incompatible models and shards, for results of other settings without `overwrite`, and if the
+    predictions do not contain every problem exactly once.
     """
     with rank_files.errors_on_all_ranks():
-        work = job.resolve_job(settings)
-        ids = [work.shards.problem(index).id for index in range(work.num_problems)]
-    facts = {part: student.facts for part, student in work.models.items()}
+        job = resolve_job(settings)
+        ids = [job.shards.problem(index).id for index in range(job.num_problems)]
+    facts = {role: model.facts for role, model in job.models.items()}
     distributed.assert_same_on_all_ranks(
-        "evaluation", {**work.fingerprint_fields({}), "students": facts, "code": trainer.__version__}
+        "evaluation", {**job.fingerprint_fields({}), "models": facts, "code": trainer.__version__}
     )
-    digests, earlier = _on_rank_0(lambda: _earlier_results(work, settings.overwrite))
+    digests, earlier = _on_rank_0(lambda: _earlier_results(job, settings.overwrite))
     if earlier is not None:
-        terminal.info(f"already evaluated: {accuracy_text(earlier['accuracy'])}; {work.directory.results}")
+        terminal.info(f"already evaluated: {accuracy_text(earlier['accuracy'])}; {job.directory.results}")
         return earlier
-    for warning in job_description.warnings(work):
+    for warning in job_description.warnings(job):
         terminal.warning(warning)
-    terminal.info(job_description.job_text(work))
-    _on_rank_0(lambda: _prepare(work, settings))
+    terminal.info(job_description.job_text(job))
+    _on_rank_0(lambda: _prepare(job, settings))
     with rank_files.errors_on_all_ranks():
-        cast = _load_pipeline(work)
+        pipeline = _load_pipeline(job)
     startup.freeze_gc()
 
-    recipe = work.fingerprint_fields(digests)
-    identity = job.digest(recipe)
-    parts, solved = _on_rank_0(lambda: _solved_before(work, identity))
+    fields = job.fingerprint_fields(digests)
+    job_fingerprint = fingerprint(fields)
+    files, solved = _on_rank_0(lambda: _read_solved(job, job_fingerprint))
     if solved:
-        terminal.info(f"{len(solved)} of {len(ids)} problems were solved before; going on")
-    left = [index for index, problem_id in enumerate(ids) if problem_id not in solved]
-    if left:
-        _choose_backends(cast, range(len(ids)), settings.backend)
+        terminal.info(f"{len(solved)} of {len(ids)} problems were solved before; resuming")
+    remaining = [index for index, problem_id in enumerate(ids) if problem_id not in solved]
+    if remaining:
+        _choose_backends(pipeline, range(len(ids)), settings.backend)
     start = time.monotonic()
-    path = _solve_into_part(work, cast, left, identity, solved)
+    path = _solve_to_rank_file(job, pipeline, remaining, job_fingerprint, solved)
     finished = distributed.gather_objects((path, time.monotonic() - start))
 
-    about = {
-        **job_description.job_fields(work, _sizes(work, cast), digests),
+    description = {
+        **job_description.job_fields(job, _sizes(job, pipeline), digests),
         "seconds": round(max(seconds for _, seconds in finished), 3),
         "world_size": distributed.environment().world_size,
-        "backends": {part: cast.backend_of(part).record() for part in work.models},
-        **recipe,
-        "identity": identity,
+        "backends": {role: pipeline.backend_of(role).to_dict() for role in job.models},
+        **fields,
+        "identity": job_fingerprint,
     }
-    parts += [path for path, _ in finished]
-    results = _on_rank_0(lambda: _write(work, parts, ids, about))
+    files += [path for path, _ in finished]
+    results = _on_rank_0(lambda: _write_results(job, files, ids, description))
     terminal.info(
         f"{accuracy_text(results['accuracy'])}; {results['generated_tokens']} tokens in "
-        f"{terminal.duration(results['seconds'])}; {work.directory.results}"
+        f"{terminal.duration(results['seconds'])}; {job.directory.results}"
     )
     return results
 
 
-def _prepare(work: EvaluationJob, settings: EvaluateSettings) -> None:
-    """What rank 0 writes before anybody loads a model."""
-    for part in work.first_roles.values():
-        students.convert_checkpoint(work.models[part], work.scratch(work.models[part]))
-    if work.is_pair or work.decoding.mode == FEW_SHOT:
-        paths.write_settings(settings, work.directory)
+def _prepare(job: EvaluationJob, settings: EvaluateSettings) -> None:
+    """Export checkpoints and write settings.yaml (rank 0, before any rank loads a model)."""
+    for role in job.first_roles.values():
+        model_reference.convert_checkpoint(job.models[role], job.scratch(job.models[role]))
+    if job.is_pair or job.decoding.mode == FEW_SHOT:
+        paths.write_settings(settings, job.directory)
 
 
-def _load_pipeline(work: EvaluationJob) -> Pipeline:
-    """Every student's weights once on this rank's device, whatever parts it plays."""
-    opened = {
-        name: students.load_model_and_tokenizer(
-            work.models[part], work.shards, work.dtype, work.scratch(work.models[part])
+def _load_pipeline(job: EvaluationJob) -> Pipeline:
+    """Load each distinct model once onto this rank's device."""
+    loaded = {
+        name: model_reference.load_model_and_tokenizer(
+            job.models[role], job.shards, job.dtype, job.scratch(job.models[role])
         )
-        for name, part in work.first_roles.items()
+        for name, role in job.first_roles.items()
     }
-    actors = {
-        part: RoleModel(opened[student.name][0], student.method, student.name)
-        for part, student in work.models.items()
+    role_models = {
+        role: RoleModel(loaded[model.name][0], model.method, model.name) for role, model in job.models.items()
     }
-    tokenizer = next(iter(opened.values()))[1]
-    return Pipeline(actors, tokenizer, work.shards, work.decoding, work.exemplars)
+    tokenizer = next(iter(loaded.values()))[1]
+    return Pipeline(role_models, tokenizer, job.shards, job.decoding, job.exemplars)
 
 
-def _choose_backends(cast: Pipeline, indices: Sequence[int], requested: str) -> None:
-    """Collective. Rank 0 checks, before the first answer, how each model is decoded; all ranks decode alike."""
-    cast.backends = _on_rank_0(lambda: cast.choose_backends(indices, requested))
-    told = {part: cast.backend_of(part) for part in cast.role_models}
-    for part, choice in told.items():
+def _choose_backends(pipeline: Pipeline, indices: Sequence[int], requested: str) -> None:
+    """Choose each model's backend by a check on rank 0, and use it on all ranks (collective)."""
+    pipeline.backends = _on_rank_0(lambda: pipeline.choose_backends(indices, requested))
+    for role in pipeline.role_models:
+        choice = pipeline.backend_of(role)
         if choice.name == TRANSFORMERS:
-            terminal.info(f"{part}: {choice.text()}")
+            terminal.info(f"{role}: {choice.text()}")
 
 
-def _sizes(work: EvaluationJob, cast: Pipeline) -> dict[str, int]:
+def _sizes(job: EvaluationJob, pipeline: Pipeline) -> dict[str, int]:
     return {
-        part: student.facts.get("num_parameters", cast.role_models[part].model.num_parameters())
-        for part, student in work.models.items()
+        role: model.facts.get("num_parameters", pipeline.role_models[role].model.num_parameters())
+        for role, model in job.models.items()
     }
 
 
-def _solve(cast: Pipeline, indices: Sequence[int], keep: Callable[[dict[str, Any], Counter], None]) -> None:
-    """Collective. Solve `indices` with all ranks; `keep` gets each prediction of this rank."""
-    attempt = rank_files.CapturedError()
+def _solve(
+    pipeline: Pipeline, indices: Sequence[int], on_prediction: Callable[[dict[str, Any], Counter], None]
+) -> None:
+    """Solve `indices` with all ranks (collective); `on_prediction` receives each prediction of this rank."""
+    captured = rank_files.CapturedError()
     with shared_counter(CELLS) as counter:
-        with attempt:
-            for prediction in predictions(cast, indices, counter):
-                keep(prediction, counter)
-        if attempt.error:
+        with captured:
+            for prediction in predictions(pipeline, indices, counter):
+                on_prediction(prediction, counter)
+        if captured.error:
             exhaust_queue(counter)
-    attempt.raise_on_all_ranks()
+    captured.raise_on_all_ranks()
 
 
-def _solve_into_part(
-    work: EvaluationJob, cast: Pipeline, left: list[int], identity: str, solved: Mapping[str, bool]
+def _solve_to_rank_file(
+    job: EvaluationJob,
+    pipeline: Pipeline,
+    indices: list[int],
+    job_fingerprint: str,
+    solved: Mapping[str, bool],
 ) -> Path:
-    """Collective. Solve what is left; every prediction is on disk at once, in this rank's part file."""
+    """Solve `indices` with all ranks (collective); return this rank's file, which receives each prediction immediately."""
     with rank_files.errors_on_all_ranks():
-        part = rank_files.RankFile(work.directory.rank_files, identity)
-    with part, terminal.progress("solve", work.num_problems, len(solved)) as bar:
-        tell = _ProgressReport(bar, len(solved), sum(solved.values()))
+        file = rank_files.RankFile(job.directory.rank_files, job_fingerprint)
+    with file, terminal.progress("solve", job.num_problems, len(solved)) as bar:
+        progress = _SharedProgress(bar, len(solved), sum(solved.values()))
 
-        def keep(prediction: dict[str, Any], counter: Counter) -> None:
-            part.append(prediction)
-            tell.one_more(prediction["correct_strict"], counter)
+        def on_prediction(prediction: dict[str, Any], counter: Counter) -> None:
+            file.append(prediction)
+            progress.add(prediction["correct_strict"], counter)
 
-        _solve(cast, left, keep)
-    return part.path
+        _solve(pipeline, indices, on_prediction)
+    return file.path
 
 
-class _ProgressReport:
-    """Tells the other ranks, and rank 0 its user, how far all ranks together are."""
+class _SharedProgress:
+    """Progress bar of all ranks together. A rank adds its counts to the shared counter at most every 0.2 s."""
 
     def __init__(self, bar: terminal.ProgressBar, solved: int, correct: int) -> None:
         self._bar = bar
         self._before = (solved, correct)
-        self._untold = [0, 0]
+        self._unreported = [0, 0]
         self._last = time.monotonic()
 
-    def one_more(self, correct: bool, counter: Counter) -> None:
-        self._untold = [self._untold[0] + 1, self._untold[1] + correct]
-        if time.monotonic() - self._last < _TELL_EVERY_SECONDS:
+    def add(self, correct: bool, counter: Counter) -> None:
+        self._unreported = [self._unreported[0] + 1, self._unreported[1] + correct]
+        if time.monotonic() - self._last < _PROGRESS_INTERVAL_SECONDS:
             return
-        cells = zip(("solved", "correct"), self._untold, self._before, strict=True)
+        cells = zip(("solved", "correct"), self._unreported, self._before, strict=True)
         all_solved, all_correct = (counter.add(cell, more) + more + before for cell, more, before in cells)
-        self._untold = [0, 0]
+        self._unreported = [0, 0]
         self._last = time.monotonic()
         self._bar.update(all_solved, f"strict {100 * all_correct / all_solved:.1f} %")
 
 
 def _on_rank_0(function: Callable[[], Any]) -> Any:
-    """Collective. What rank 0's `function` returns, on every rank; if it fails, every rank raises."""
+    """Call `function` on rank 0 and return its result on every rank; an error is raised on every rank (collective)."""
     value = None
     with rank_files.errors_on_all_ranks():
         if distributed.is_main_process():
@@ -182,24 +186,26 @@ def _on_rank_0(function: Callable[[], Any]) -> Any:
     return distributed.broadcast_object(value)
 
 
-def _earlier_results(work: EvaluationJob, overwrite: bool) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """The students' digests by part, and the results of this evaluation if they are there already."""
-    once = {name: students.content_digest(work.models[part]) for name, part in work.first_roles.items()}
-    digests = {part: once[student.name] for part, student in work.models.items()}
-    recipe = work.fingerprint_fields(digests)
-    path = work.directory.results
+def _earlier_results(job: EvaluationJob, overwrite: bool) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """Return the models' content digests by role, and the finished results of this job or None."""
+    by_name = {
+        name: model_reference.content_digest(job.models[role]) for name, role in job.first_roles.items()
+    }
+    digests = {role: by_name[model.name] for role, model in job.models.items()}
+    fields = job.fingerprint_fields(digests)
+    path = job.directory.results
     if not path.is_file():
         return digests, None
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        same = earlier["identity"] == job.digest(recipe)
+        is_same = earlier["identity"] == fingerprint(fields)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the result of an evaluation; give another output_dir") from None
-    if same or overwrite:
-        return digests, earlier if same else None
+    if is_same or overwrite:
+        return digests, earlier if is_same else None
     changed = ", ".join(
         f"{name}: {earlier.get(name)!r} there, {value!r} now"
-        for name, value in recipe.items()
+        for name, value in fields.items()
         if earlier.get(name) != value
     )
     raise UserError(
@@ -207,26 +213,28 @@ def _earlier_results(work: EvaluationJob, overwrite: bool) -> tuple[dict[str, st
     )
 
 
-def _solved_before(work: EvaluationJob, identity: str) -> tuple[list[Path], dict[str, bool]]:
-    """Part files of earlier evaluations of the same making, and the ids in them with whether they are correct."""
-    parts = rank_files.rank_files(work.directory.rank_files, identity)
-    solved = [prediction for part in parts for prediction in rank_files.read_rank_file(part)]
-    return parts, {prediction["id"]: prediction["correct_strict"] for prediction in solved}
+def _read_solved(job: EvaluationJob, job_fingerprint: str) -> tuple[list[Path], dict[str, bool]]:
+    """Return the rank files of interrupted runs of this job, and id -> is correct of their predictions."""
+    files = rank_files.list_rank_files(job.directory.rank_files, job_fingerprint)
+    solved = [prediction for file in files for prediction in rank_files.read_rank_file(file)]
+    return files, {prediction["id"]: prediction["correct_strict"] for prediction in solved}
 
 
-def _write(work: EvaluationJob, parts: list[Path], ids: list[str], about: dict[str, Any]) -> dict[str, Any]:
-    """The union of all part files -> predictions.jsonl -> results.json; then the parts are no longer needed."""
-    union = rank_files.merge_predictions(
-        (prediction for part in parts for prediction in rank_files.read_rank_file(part)), ids
+def _write_results(
+    job: EvaluationJob, files: list[Path], ids: list[str], description: dict[str, Any]
+) -> dict[str, Any]:
+    """Merge the rank files into predictions.jsonl, write results.json, then remove temporary files."""
+    merged = rank_files.merge_predictions(
+        (prediction for file in files for prediction in rank_files.read_rank_file(file)), ids
     )
-    results = {"format": FORMAT, **about, **summarise(union)}
-    directory = work.directory
-    directory.results.unlink(missing_ok=True)  # old results never stand beside new predictions
+    results = {"format": FORMAT, **description, **summarise(merged)}
+    directory = job.directory
+    directory.results.unlink(missing_ok=True)  # no old results beside new predictions
     atomic_dir.write_text(
-        directory.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in union)
+        directory.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in merged)
     )
     atomic_dir.write_text(directory.results, json.dumps(results, indent=1) + "\n")
-    for student in work.models.values():
-        shutil.rmtree(work.scratch(student), ignore_errors=True)
-    rank_files.remove_rank_files(parts)
+    for model in job.models.values():
+        shutil.rmtree(job.scratch(model), ignore_errors=True)
+    rank_files.remove_rank_files(files)
     return results

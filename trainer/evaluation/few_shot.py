@@ -1,8 +1,7 @@
-"""Exemplars: solved problems that a model which was never distilled is shown before each problem (Brown et al., 2020).
+"""Few-shot exemplars: solved problems before the prompt of an undistilled model (Brown et al., 2020).
 
-They are written as the chain-of-thought view writes problems, question, solutions, `#### answer`, with an empty line after
-each, and tokenised in the same pieces as the problem that follows, so that a base model is asked in the words that
-a student is taught in.
+An exemplar has the text of the chain-of-thought view (question, solutions, `#### answer`), then an empty line. It is
+tokenised in the same pieces as training examples, so that base and distilled models read the same format.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from trainer.shards.segments import bos_tokens, segment_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SHOWN = VIEWS["cot"].inputs
-_BETWEEN = "\n\n"
+_EXEMPLAR_ROLES = VIEWS["cot"].inputs
+_SEPARATOR = "\n\n"
 
 
 def exemplar_tokens(exemplars: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what comes between the tokenizer's prefix (BOS) and the problem's own tokens."""
+    """Return the tokens between the tokenizer's prefix (BOS) and the problem."""
     if not exemplars:
         return []
     pieces = [
         text
         for problem in exemplars
-        for text in (*(text for role, text in segment_texts(problem) if role in _SHOWN), _BETWEEN)
+        for text in (*(text for role, text in segment_texts(problem) if role in _EXEMPLAR_ROLES), _SEPARATOR)
     ]
     codec = segment_tokenizer(tokenizer)
     encoded = [*codec.encode_first(pieces[:1]), *codec.encode_next(pieces[1:])]
@@ -39,9 +38,9 @@ def exemplar_tokens(exemplars: Sequence[Problem], tokenizer: PreTrainedTokenizer
 def after_exemplars(
     prompt: Sequence[int], exemplars: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Return the prompt of a problem (prefix and problem, as in the shards) with the exemplars' tokens between the two.
+    """Return the prompt of a problem (prefix and problem, as in the shards) with the exemplars' tokens inserted.
 
-    The problem starts a text in the shards and continues one here, where it has other tokens with some tokenizers.
+    Some tokenizers encode a problem that starts a text, as in the shards, differently from one that continues a text.
     """
     prefix = len(bos_tokens(tokenizer))
     problem = list(prompt[prefix:])

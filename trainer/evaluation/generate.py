@@ -1,4 +1,4 @@
-"""Decoding of many problems with one or several models: as soon as a problem has ended, the next one takes its place."""
+"""Continuous batching: decode many requests with one or several models, and refill free slots as requests end."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from trainer.evaluation.backends import AnyRequest, Backend, Sampler, SequenceSt
 
 
 def make_sampler(temperature: float, top_p: float) -> Sampler:
-    """How tokens are chosen: greedily at temperature 0, else sampled with each feed's own noise."""
+    """Return a greedy sampler at temperature 0, else one that samples with each sequence's own random numbers."""
 
-    def choose(logits: torch.Tensor, feeds: list[SequenceState]) -> list[int]:
+    def sample(logits: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
         if temperature == 0:
             return sampling.greedy(logits)
-        uniforms = [sampling.uniform_noise(feed.sampling_seed, feed.length) for feed in feeds]
+        uniforms = [sampling.uniform_noise(sequence.sampling_seed, sequence.length) for sequence in sequences]
         return sampling.sampled(logits, temperature, top_p, uniforms)
 
-    return choose
+    return sample
 
 
 def generate(
@@ -30,33 +30,33 @@ def generate(
     num_slots: int,
     each_step: Callable[[], object] = lambda: None,
 ) -> Iterator[AnyRequest]:
-    """Yield problems as they end; `num_slots` of them are on their way at the same time.
+    """Yield requests as they end; up to `num_slots` of them are decoded at the same time.
 
-    `draw` gives the next one to start, None when there are no more; `after` hands a problem the token that was chosen
-    for it. Of several backends the one for which most problems wait makes the next step: that fills the passes best,
-    and as every problem's work is bounded, every problem ends. `each_step` is called after each step.
-    The models are as before when the iterator is exhausted or closed.
+    `next_request` returns the next request, None after the last; `on_token` receives a request and the token chosen for
+    it; `each_step` is called after each step. Of several backends the one with most waiting requests steps next, which
+    fills the batches best; every request ends because its length is bounded. The models are restored when the iterator is
+    exhausted or closed.
     """
     with contextlib.ExitStack() as stack:
         for backend in backends:
             stack.enter_context(backend.active())
-        on_their_way = 0
+        num_active = 0
         while True:
-            while on_their_way < num_slots and (problem := next_request()) is not None:
-                if problem.next_model is None:  # it could not even start
-                    yield problem
+            while num_active < num_slots and (request := next_request()) is not None:
+                if request.next_model is None:  # the prompt fills the context
+                    yield request
                     continue
                 for backend in backends:
-                    backend.add(problem)
-                on_their_way += 1
-            if not on_their_way:
+                    backend.add(request)
+                num_active += 1
+            if not num_active:
                 return
             busiest = max(backends, key=lambda backend: backend.num_waiting)
             ended = []
-            for problem, token in busiest.step():
-                on_token(problem, token)
-                if problem.next_model is None:
-                    ended.append(problem)
-            on_their_way -= len(ended)
+            for request, token in busiest.step():
+                on_token(request, token)
+                if request.next_model is None:
+                    ended.append(request)
+            num_active -= len(ended)
             each_step()
             yield from ended

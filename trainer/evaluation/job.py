@@ -1,6 +1,7 @@
-"""Everything about an evaluation that is known before a weight is read: who, on what, how, and where it goes.
+"""Models, shards, decoding settings and output directory of an evaluation, checked before any weights are loaded.
 
-Imports nothing heavy."""
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.evaluation import model_reference as students
-from trainer.evaluation import paths
+from trainer.evaluation import model_reference, paths
 from trainer.evaluation.decoding import (
     DECOMPOSER,
     FEW_SHOT,
@@ -38,9 +38,9 @@ _PAIR_ONLY = ("max_steps", "guidance", "guidance_from")
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """One evaluation, checked: the students can read the shards and can be made to write in this mode."""
+    """One checked evaluation: the models have the tokenizer of the shards and can answer in this mode."""
 
-    models: Mapping[str, ModelReference]  # by part; one may play several
+    models: Mapping[str, ModelReference]  # by role; a model may have several
     shards: Shards
     decoding: Decoding
     dtype: str
@@ -59,36 +59,37 @@ class EvaluationJob:
 
     @property
     def answering_role(self) -> str:
-        """Who gives the answer."""
+        """The role that generates the answer."""
         return SOLVER if self.is_pair else STUDENT
 
     @property
-    def shown(self) -> str:
-        """What a model is shown of the data beside the problem, in words."""
+    def gold_text(self) -> str:
+        """Name in messages of the gold segments that a model reads; "" without any."""
         names = {Role.SUBQUESTION: "sub-questions", Role.OPERATORS: "operators", Role.EQUATIONS: "equations"}
-        return names.get(self.decoding.gold_role, "") if self.decoding.gold_role is not None else ""
+        segment_role = self.decoding.gold_segment_role
+        return "" if segment_role is None else names.get(segment_role, "")
 
     @property
     def first_roles(self) -> dict[str, str]:
-        """Every student once, by name: the first part it plays."""
+        """Model name -> the first of its roles, once per distinct model."""
         first: dict[str, str] = {}
-        for part, student in self.models.items():
-            first.setdefault(student.name, part)
+        for role, model in self.models.items():
+            first.setdefault(model.name, role)
         return first
 
-    def scratch(self, student: ModelReference) -> Path:
-        """For the temporary export of a checkpoint; a killed evaluation finds it again."""
-        return self.directory.rank_files / self.first_roles[student.name]
+    def scratch(self, model: ModelReference) -> Path:
+        """Return the directory for the temporary export of a checkpoint, which a restarted evaluation reuses."""
+        return self.directory.rank_files / self.first_roles[model.name]
 
     def fingerprint_fields(self, digests: Mapping[str, str]) -> dict[str, Any]:
-        """What decides the predictions, with the digests of the students by part. Neither slots nor ranks do."""
+        """Return the settings that predictions depend on. `digests`: content digests of the models by role."""
         decoding = {name: value for name, value in asdict(self.decoding).items() if name != "batch_size"}
         if not self.is_pair:
             decoding = {name: value for name, value in decoding.items() if name not in _PAIR_ONLY}
         problems = {"max_problems": self.max_problems, "shards_fingerprint": self.shards.fingerprint}
         exports: dict[str, Any] = {"export_digests": dict(digests)}
         if self.decoding.mode == FEW_SHOT:
-            problems["exemplars"] = digest({"problems": [asdict(problem) for problem in self.exemplars]})
+            problems["exemplars"] = fingerprint({"problems": [asdict(problem) for problem in self.exemplars]})
         return {
             **decoding,
             "dtype": self.dtype,
@@ -98,7 +99,7 @@ class EvaluationJob:
 
 
 def resolve_job(settings: EvaluateSettings) -> EvaluationJob:
-    """Raises UserError for students and shards that do not fit, and if nobody says where the results go."""
+    """Return the checked job. Raises UserError if models, shards and settings are incompatible, or without a directory."""
     shards = Shards.open(settings.shards)
     names = {
         STUDENT: settings.model_name_or_path,
@@ -106,55 +107,55 @@ def resolve_job(settings: EvaluateSettings) -> EvaluationJob:
         DECOMPOSER: settings.decomposer,
         SOLVER: settings.solver,
     }
-    found = _one_of_each({part: students.find_model(name) for part, name in names.items() if name})
-    students.check_same_tokenizer(found)
-    for student in found.values():
-        students.check_model(student, shards, settings.allow_unfinished)
+    models = _deduplicate({role: model_reference.find_model(name) for role, name in names.items() if name})
+    model_reference.check_same_tokenizer(models)
+    for model in models.values():
+        model_reference.check_model(model, shards, settings.allow_unfinished)
     fields = ("calculator", "temperature", "top_p", "seed", "max_new_tokens", "max_steps", "batch_size")
     given = {name: getattr(settings, name) for name in fields}
-    if STUDENT in found:
-        mode, impose_answer = resolve_mode(settings.mode, found[STUDENT].method)
+    if STUDENT in models:
+        mode, impose_answer = resolve_mode(settings.mode, models[STUDENT].method)
         decoding = Decoding(mode, impose_answer, **given)
     else:
         if settings.mode != "auto":
             raise UserError(
-                f"mode {settings.mode} is for one student; the mode of a pair follows from its exports"
+                f"mode {settings.mode} is for one model; the mode of a pair follows from its exports"
             )
-        mode, guidance = resolve_pair(found, settings.guidance_from)
+        mode, guidance = resolve_pair(models, settings.guidance_from)
         guidance_from = settings.guidance_from if guidance else ""
         decoding = Decoding(mode, guidance=guidance, guidance_from=guidance_from, **given)
-    directory = paths.directory(settings, found, shards, decoding)
+    directory = paths.evaluation_directory(settings, models, shards, decoding)
     exemplars = read_exemplars(settings.exemplars) if decoding.mode == FEW_SHOT else []
-    task = EvaluationJob(
-        *(found, shards, decoding, settings.dtype, settings.max_problems, directory),
+    job = EvaluationJob(
+        *(models, shards, decoding, settings.dtype, settings.max_problems, directory),
         exemplars=exemplars,
         model_label=settings.model_label,
     )
-    if decoding.gold_role is not None and num_problems_without_gold(task) == task.num_problems:
-        raise UserError(f"{shards.path} holds no {task.shown}; prepare shards of data that has them")
-    return task
+    if decoding.gold_segment_role is not None and num_problems_without_gold(job) == job.num_problems:
+        raise UserError(f"{shards.path} holds no {job.gold_text}; prepare shards of data that has them")
+    return job
 
 
-def _one_of_each(found: Mapping[str, ModelReference]) -> dict[str, ModelReference]:
-    """A student that plays two parts under two names of one folder is one student."""
+def _deduplicate(models: Mapping[str, ModelReference]) -> dict[str, ModelReference]:
+    """Return the models with one reference per folder, also if two roles spell its path differently."""
     by_folder: dict[Path | str, ModelReference] = {}
-    for student in found.values():
-        by_folder.setdefault(_folder(student), student)
-    return {part: by_folder[_folder(student)] for part, student in found.items()}
+    for model in models.values():
+        by_folder.setdefault(_folder(model), model)
+    return {role: by_folder[_folder(model)] for role, model in models.items()}
 
 
-def _folder(student: ModelReference) -> Path | str:
-    return student.name if student.kind == "model" else Path(student.name).resolve()
+def _folder(model: ModelReference) -> Path | str:
+    return model.name if model.kind == "model" else Path(model.name).resolve()
 
 
-def num_problems_without_gold(task: EvaluationJob) -> int:
-    """Problems for which the data lacks what a model is to be shown of it: sub-questions, or a plan."""
-    shown = task.decoding.gold_role
-    if shown is None:
+def num_problems_without_gold(job: EvaluationJob) -> int:
+    """Return the number of problems without the gold segments that a model must read: sub-questions, or a plan."""
+    segment_role = job.decoding.gold_segment_role
+    if segment_role is None:
         return 0
-    return sum(not len(task.shards.segment_tokens(index, shown)) for index in range(task.num_problems))
+    return sum(not len(job.shards.segment_tokens(index, segment_role)) for index in range(job.num_problems))
 
 
-def digest(recipe: dict[str, Any]) -> str:
-    """Identity of an evaluation: equal recipes give equal predictions."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+def fingerprint(fields: dict[str, Any]) -> str:
+    """Return the hash of `fingerprint_fields`: jobs with equal fingerprints give equal predictions."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What results.json and the user are told about an evaluation besides its numbers."""
+"""Description of an evaluation in results.json and in the log: models, data, warnings."""
 
 from __future__ import annotations
 
@@ -12,73 +12,75 @@ from trainer.evaluation.model_reference import ModelReference
 from trainer.runtime import distributed
 
 
-def job_fields(task: EvaluationJob, sizes: Mapping[str, int], digests: Mapping[str, str]) -> dict[str, Any]:
-    """Who is evaluated on what, with parameters and digests by part; "" or None where a model of unknown making does
-    not say. A student in several parts counts once in `total_parameters`."""
-    main = task.models[task.answering_role]
-    models = (_model_name(student) for part, student in task.models.items() if part != PLANNER)
-    mode = task.decoding.mode
+def job_fields(job: EvaluationJob, sizes: Mapping[str, int], digests: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of results.json about models and data; "" or None where the model's manifest lacks a fact.
+
+    sizes, digests: parameters and content digests by role. `total_parameters` counts each distinct model once.
+    """
+    main = job.models[job.answering_role]
+    models = (_model_name(model) for role, model in job.models.items() if role != PLANNER)
+    mode = job.decoding.mode
     facts = {
-        "data": task.shards.facts["data"],
-        "split": task.shards.facts["split"],
-        "model_name": task.model_label or " + ".join(dict.fromkeys(models)),
-        "method": mode if task.is_pair or mode == FEW_SHOT else main.facts.get("method", ""),
+        "data": job.shards.facts["data"],
+        "split": job.shards.facts["split"],
+        "model_name": job.model_label or " + ".join(dict.fromkeys(models)),
+        "method": mode if job.is_pair or mode == FEW_SHOT else main.facts.get("method", ""),
         "train_seed": main.facts.get("seed"),
         "train_data": main.facts.get("data", ""),
         "step": main.facts.get("step"),
         "finished": main.facts.get("finished"),
-        "num_parameters": sizes[task.answering_role],
-        "total_parameters": sum(sizes[part] for part in task.first_roles.values()),
-        "warnings": warnings(task),
+        "num_parameters": sizes[job.answering_role],
+        "total_parameters": sum(sizes[role] for role in job.first_roles.values()),
+        "warnings": warnings(job),
     }
-    if not task.is_pair:
+    if not job.is_pair:
         return facts
     return facts | {
-        part: {
-            "name": student.name,
-            "model_name": _model_name(student),
-            "method": student.method,
-            "num_parameters": sizes[part],
-            "export_digest": digests[part],
+        role: {
+            "name": model.name,
+            "model_name": _model_name(model),
+            "method": model.method,
+            "num_parameters": sizes[role],
+            "export_digest": digests[role],
         }
-        for part, student in task.models.items()
+        for role, model in job.models.items()
     }
 
 
-def warnings(task: EvaluationJob) -> list[str]:
-    """What a reader of the results has to know; it is told and recorded."""
+def warnings(job: EvaluationJob) -> list[str]:
+    """Return the warnings to log and to record in results.json."""
     found = []
-    main = task.models[task.answering_role]
+    main = job.models[job.answering_role]
     learned = main.facts.get("train_on_calculator_results") is not False
-    if task.decoding.mode != "answer_only" and not task.decoding.calculator and not learned:
+    if job.decoding.mode != "answer_only" and not job.decoding.calculator and not learned:
         found.append(
-            f"the {task.answering_role} has no calculator and did not learn the calculator's results (train_on_calculator_results)"
+            f"the {job.answering_role} has no calculator and did not learn the calculator's results (train_on_calculator_results)"
         )
-    for part in task.first_roles.values():
-        facts = task.models[part].facts
+    for role in job.first_roles.values():
+        facts = job.models[role].facts
         if facts.get("finished") is False:
-            found.append(f"the {part}'s training stopped at step {facts.get('step')}, before its end")
+            found.append(f"the {role}'s training stopped at step {facts.get('step')}, before its end")
         for fact in ("data", "seed"):
             if facts.get(fact) != main.facts.get(fact):
                 found.append(
-                    f"the {part} was trained with {fact} {facts.get(fact)}, "
-                    f"the {task.answering_role} with {fact} {main.facts.get(fact)}"
+                    f"the {role} was trained with {fact} {facts.get(fact)}, "
+                    f"the {job.answering_role} with {fact} {main.facts.get(fact)}"
                 )
-    if lacking := num_problems_without_gold(task):
-        found.append(f"{lacking} of {task.num_problems} problems have no gold {task.shown} to show")
+    if lacking := num_problems_without_gold(job):
+        found.append(f"{lacking} of {job.num_problems} problems have no gold {job.gold_text} to show")
     return found
 
 
-def job_text(task: EvaluationJob) -> str:
-    decoding = task.decoding
-    how = f"temperature {decoding.temperature:g}" if decoding.temperature else "greedy"
+def job_text(job: EvaluationJob) -> str:
+    decoding = job.decoding
+    sampling = f"temperature {decoding.temperature:g}" if decoding.temperature else "greedy"
     calculator = "with calculator" if decoding.calculator else "without calculator"
     slots = f"{distributed.environment().world_size} x {decoding.batch_size} slots"
     return (
-        f"{' and '.join(task.first_roles)} on {task.shards.path}: {decoding.mode}, {how}, {calculator}, "
-        f"{task.num_problems} problems, {slots}"
+        f"{' and '.join(job.first_roles)} on {job.shards.path}: {decoding.mode}, {sampling}, {calculator}, "
+        f"{job.num_problems} problems, {slots}"
     )
 
 
-def _model_name(student: ModelReference) -> str:
-    return str(student.facts.get("model_name", Path(student.name).name))
+def _model_name(model: ModelReference) -> str:
+    return str(model.facts.get("model_name", Path(model.name).name))

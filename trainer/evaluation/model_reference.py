@@ -1,4 +1,4 @@
-"""What is evaluated: an export, a checkpoint or any causal LM; where its results go, and its weights in memory."""
+"""Models under evaluation: find, check and load an export, a checkpoint or any causal LM."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from trainer.storage.run_directory import RunDirectory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_DIGESTED = ("*.safetensors", "*.json", "*.bin", "*.model", "*.txt")
+_DIGESTED_PATTERNS = ("*.safetensors", "*.json", "*.bin", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A model on disk or on the hub. `facts` are those of its manifest, {} if it has none."""
+    """A model on disk or on the Hub. `facts`: those of its manifest, {} without one."""
 
     name: str
     kind: str  # "export", "checkpoint" or "model"
@@ -38,7 +38,7 @@ class ModelReference:
 
     @property
     def run(self) -> RunDirectory | None:
-        """The run directory it lies in, if it does."""
+        """The run directory of an export or checkpoint, None outside of one."""
         path = Path(self.name).absolute()
         if self.kind == "export" and RunDirectory(path.parent).export == path:
             return RunDirectory(path.parent)
@@ -48,9 +48,9 @@ class ModelReference:
 
 
 def find_model(name_or_path: str) -> ModelReference:
-    """Look at what `model_name_or_path` names; a run directory stands for its export.
+    """Return the model that `name_or_path` names; a run directory stands for its export.
 
-    Raises UserError for an unfinished directory and for what is neither a folder nor on the hub.
+    Raises UserError for an unfinished directory.
     """
     path = Path(name_or_path)
     run = RunDirectory(path)
@@ -64,83 +64,83 @@ def find_model(name_or_path: str) -> ModelReference:
     return ModelReference(name_or_path, "model", {})
 
 
-def content_digest(student: ModelReference) -> str:
-    """Of the content: the manifest's, which names every file's; of a local model its files'; of a hub name the commit."""
-    folder = Path(student.name)
-    if student.kind != "model":
+def content_digest(reference: ModelReference) -> str:
+    """Return the content hash: manifest digest (export, checkpoint), file digests (local model), commit hash (Hub model)."""
+    folder = Path(reference.name)
+    if reference.kind != "model":
         return atomic_dir.manifest_digest(folder)
     hasher = hashlib.sha256()
     if not folder.is_dir():
-        revision = getattr(load.load_config(student.name), "_commit_hash", None)
-        hasher.update(f"{student.name}@{revision}".encode())
+        revision = getattr(load.load_config(reference.name), "_commit_hash", None)
+        hasher.update(f"{reference.name}@{revision}".encode())
         return hasher.hexdigest()
-    for path in sorted({path for pattern in _DIGESTED for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in _DIGESTED_PATTERNS for path in folder.glob(pattern)}):
         hasher.update(f"{path.name} {atomic_dir.file_digest(path)}\n".encode())
     return hasher.hexdigest()
 
 
-def check_same_tokenizer(students: Mapping[str, ModelReference]) -> None:
-    """Refuse students that would hand each other tokens of different tokenizers. Raises UserError naming both."""
-    known = [
-        (part, student, student.facts["tokenizer_fingerprint"])
-        for part, student in students.items()
-        if student.facts.get("tokenizer_fingerprint")
+def check_same_tokenizer(references: Mapping[str, ModelReference]) -> None:
+    """Raises UserError naming two models whose manifests record different tokenizers."""
+    recorded = [
+        (role, reference, reference.facts["tokenizer_fingerprint"])
+        for role, reference in references.items()
+        if reference.facts.get("tokenizer_fingerprint")
     ]
-    for (part, one, ours), (other_part, other, theirs) in itertools.pairwise(known):
+    for (role, one, ours), (other_role, other, theirs) in itertools.pairwise(recorded):
         if ours != theirs:
             raise UserError(
-                f"the {part} {one.name} and the {other_part} {other.name} have different tokenizers, and what one writes "
-                "the other has to read; train both on the same shards"
+                f"the {role} {one.name} and the {other_role} {other.name} have different tokenizers, but each reads the "
+                "other's tokens; train both on the same shards"
             )
 
 
-def check_model(student: ModelReference, shards: Shards, allow_unfinished: bool) -> None:
-    """Refuse a student that cannot read these shards, or one that is not finished unless that was asked for."""
-    theirs, ours = student.facts.get("tokenizer_fingerprint"), shards.facts["tokenizer_fingerprint"]
+def check_model(reference: ModelReference, shards: Shards, allow_unfinished: bool) -> None:
+    """Raises UserError if the model has another tokenizer than the shards, or its training is unfinished."""
+    theirs, ours = reference.facts.get("tokenizer_fingerprint"), shards.facts["tokenizer_fingerprint"]
     if theirs is not None and theirs != ours:
-        raise UserError(_other_tokenizer(student, shards))
-    if student.facts.get("finished") is False and not allow_unfinished:
+        raise UserError(_other_tokenizer(reference, shards))
+    if reference.facts.get("finished") is False and not allow_unfinished:
         raise UserError(
-            f"{student.name} is of a run that stopped at step {student.facts.get('step')} before its end; "
+            f"{reference.name} is of a run that stopped at step {reference.facts.get('step')} before its end; "
             "finish the training, or give --allow_unfinished"
         )
 
 
 def load_model_and_tokenizer(
-    student: ModelReference, shards: Shards, dtype: str, scratch: Path
+    reference: ModelReference, shards: Shards, dtype: str, scratch: Path
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Weights on this rank's device, and the tokenizer. Rank 0 has called `convert_checkpoint` before.
+    """Return the model on this rank's device, and its tokenizer; `convert_checkpoint` must have run on rank 0.
 
-    Raises UserError for damaged files, and for a tokenizer that is not the shards'.
+    Raises UserError for corrupt files, and for a tokenizer other than that of the shards.
     """
-    folder = _export_in(scratch) if student.kind == "checkpoint" else Path(student.name)
-    if student.kind == "export" and distributed.is_main_process():
+    folder = _export_in(scratch) if reference.kind == "checkpoint" else Path(reference.name)
+    if reference.kind == "export" and distributed.is_main_process():
         atomic_dir.verify_digests(folder)  # once for all ranks
-    name = student.name if student.kind == "model" else str(folder)
-    load.load_config(name)  # refuses a folder without a model before its tokenizer is looked for
+    name = reference.name if reference.kind == "model" else str(folder)
+    load.load_config(name)  # raises first if the folder has no model
     tokenizer = load_tokenizer(name)
     if fingerprint(tokenizer) != shards.facts["tokenizer_fingerprint"]:
-        raise UserError(_other_tokenizer(student, shards))
+        raise UserError(_other_tokenizer(reference, shards))
     model = load.load_model(name, dtype)
     load.check_vocabulary(model.config, shards.max_token_id, name)
     model.to(device=load.device())  # type: ignore[call-arg]
     return model, tokenizer
 
 
-def convert_checkpoint(student: ModelReference, scratch: Path) -> None:
-    """Make a temporary export of a checkpoint below `scratch` (rank 0; every rank must see the folder)."""
+def convert_checkpoint(reference: ModelReference, scratch: Path) -> None:
+    """On rank 0, export a checkpoint into `scratch`, which all ranks must be able to read."""
     from trainer.export.convert import convert
 
-    if student.kind == "checkpoint" and distributed.is_main_process():
-        convert(ConvertSettings(checkpoint_dir=student.name, output_dir=str(_export_in(scratch))))
+    if reference.kind == "checkpoint" and distributed.is_main_process():
+        convert(ConvertSettings(checkpoint_dir=reference.name, output_dir=str(_export_in(scratch))))
 
 
 def _export_in(scratch: Path) -> Path:
     return scratch / "export"
 
 
-def _other_tokenizer(student: ModelReference, shards: Shards) -> str:
+def _other_tokenizer(reference: ModelReference, shards: Shards) -> str:
     return (
-        f"{student.name} was not trained with the tokenizer of {shards.path}: a student would read other tokens than it "
-        "learned; prepare the test shards with the student's tokenizer"
+        f"{reference.name} was not trained with the tokenizer of {shards.path}, so their token ids differ; prepare the test "
+        "shards with the model's tokenizer"
     )

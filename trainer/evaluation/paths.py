@@ -1,4 +1,4 @@
-"""Where the results of an evaluation go, and what a run of several students leaves besides. Imports nothing heavy."""
+"""Directory of an evaluation's results, and settings.yaml of a run without training. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -18,44 +18,47 @@ from trainer.storage.configuration import to_dict
 from trainer.storage.run_directory import EvaluationDirectory, RunDirectory, evaluation_name, pair_run
 
 
-def directory(
-    settings: EvaluateSettings, students: Mapping[str, ModelReference], shards: Shards, decoding: Decoding
+def evaluation_directory(
+    settings: EvaluateSettings, models: Mapping[str, ModelReference], shards: Shards, decoding: Decoding
 ) -> EvaluationDirectory:
-    """As asked, else in the run of the student, or of the pair: beside the runs of its students, if they are of one
-    study, with one data set and one seed. Raises UserError if that says nothing."""
+    """Return `output_dir`, else an evaluation directory in the run of the model, or in a run of the pair.
+
+    The run of a pair lies beside those of its models, which must have the same study, data set and seed. Raises UserError
+    if there is no such run.
+    """
     if settings.output_dir:
         return EvaluationDirectory(Path(settings.output_dir))
-    name = _name(students, shards, decoding)
-    if STUDENT in students:
-        run = students[STUDENT].run
+    name = _name(models, shards, decoding)
+    if STUDENT in models:
+        run = models[STUDENT].run
         if run is None:
             raise UserError(
-                f"{students[STUDENT].name} is not in a run directory; say where the results go with output_dir"
+                f"{models[STUDENT].name} is not in a run directory; give output_dir for the results"
             )
         return run.evaluation(name)
-    runs = [students[part].run for part in (DECOMPOSER, SOLVER) if part in students]
-    composite = (
-        pair_run(_method(students, decoding), [run for run in runs if run is not None]) if all(runs) else None
+    runs = [models[role].run for role in (DECOMPOSER, SOLVER) if role in models]
+    pair = (
+        pair_run(_method(models, decoding), [run for run in runs if run is not None]) if all(runs) else None
     )
-    if composite is None:
-        told = " and ".join(student.name for student in students.values())
+    if pair is None:
+        names = " and ".join(model.name for model in models.values())
         raise UserError(
-            f"{told} are not of runs of one study with the same data and seed; say where the results go with output_dir"
+            f"{names} are not in runs of one study with the same data and seed; give output_dir for the results"
         )
-    return composite.evaluation(name)
+    return pair.evaluation(name)
 
 
 def write_settings(settings: EvaluateSettings, directory: EvaluationDirectory) -> None:
-    """Settings of a run that trains nothing: the newest evaluation's. The settings of a training are left alone."""
+    """Write the evaluation's settings as settings.yaml of its run, unless that file is of a training."""
     run = RunDirectory(directory.path.parent.parent)
     if run.evaluation(directory.path.name) != directory or (
-        run.settings.is_file() and not _is_ours(run.settings)
+        run.settings.is_file() and not _is_of_evaluation(run.settings)
     ):
         return
     atomic_dir.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
 
 
-def _is_ours(path: Path) -> bool:
+def _is_of_evaluation(path: Path) -> bool:
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError):
@@ -63,21 +66,20 @@ def _is_ours(path: Path) -> bool:
     return isinstance(values, dict) and "shards" in values
 
 
-def _method(students: Mapping[str, ModelReference], decoding: Decoding) -> str:
-    """What a study calls the way of answering: the mode and what guides the decomposer; and who is a unified student
-    instead of one half of a pair."""
-    parts = [part for part in (DECOMPOSER, SOLVER) if part in students]
-    unified = [part for part in parts if students[part].method == "socratic"]
-    who = ["socratic"] * bool(unified) + (unified if unified != parts else [])
-    return "_".join(filter(None, (decoding.mode, decoding.guidance, *who)))
+def _method(models: Mapping[str, ModelReference], decoding: Decoding) -> str:
+    """Return mode and guidance, then "socratic" with the roles of unified models, without roles if all are unified."""
+    roles = [role for role in (DECOMPOSER, SOLVER) if role in models]
+    unified = [role for role in roles if models[role].method == "socratic"]
+    suffix = ["socratic"] * bool(unified) + (unified if unified != roles else [])
+    return "_".join(filter(None, (decoding.mode, decoding.guidance, *suffix)))
 
 
-def _name(students: Mapping[str, ModelReference], shards: Shards, decoding: Decoding) -> str:
-    parts = [shards.facts["data"], shards.facts["split"], _method(students, decoding)]
+def _name(models: Mapping[str, ModelReference], shards: Shards, decoding: Decoding) -> str:
+    fields = [shards.facts["data"], shards.facts["split"], _method(models, decoding)]
     if decoding.guidance_from == "gold":
-        parts += ["gold_guidance"]
+        fields += ["gold_guidance"]
     name = evaluation_name(
-        *parts, calculator=decoding.calculator, temperature=decoding.temperature, seed=decoding.seed
+        *fields, calculator=decoding.calculator, temperature=decoding.temperature, seed=decoding.seed
     )
-    checkpoints = dict.fromkeys(student.name for student in students.values() if student.kind == "checkpoint")
+    checkpoints = dict.fromkeys(model.name for model in models.values() if model.kind == "checkpoint")
     return "-".join([name, *(Path(checkpoint).name for checkpoint in checkpoints)])

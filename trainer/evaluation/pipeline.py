@@ -1,4 +1,4 @@
-"""Who is on the stage: the models by part, and by which method they solve each problem."""
+"""Map roles (planner, decomposer, solver, student) to models, and build one rollout per problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.evaluation.backend_check import check_texts, shortest_middle_longes
 from trainer.evaluation.backends.choice import UNCHECKED, BackendChoice, choose_backend
 from trainer.evaluation.decoding import AHEAD, FEW_SHOT, GOLD, SOLVER, UNIFIED, Decoding
 from trainer.evaluation.few_shot import after_exemplars, exemplar_tokens
-from trainer.evaluation.rollout import ModelSlot, Rollout, RolloutContext
+from trainer.evaluation.rollout import ModelSpec, Rollout, RolloutContext
 from trainer.evaluation.sampling import sampling_seed
 from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
 from trainer.models.load import context_length
@@ -26,7 +26,7 @@ from trainer.shards.segments import bos_tokens
 
 @dataclass(frozen=True)
 class RoleModel:
-    """A model, the method it was taught by (None: unknown), and its name in messages."""
+    """A model, its training method (None: unknown), and its name in messages."""
 
     model: PreTrainedModel
     method: str | None
@@ -34,49 +34,49 @@ class RoleModel:
 
 
 class Pipeline:
-    """Makes the solutions of an evaluation. Parts that one model plays share a seat: it reads every problem once."""
+    """The models of an evaluation and the rollouts of its problems. Roles of one model share its sequences."""
 
     def __init__(
         self,
-        actors: Mapping[str, RoleModel],
+        role_models: Mapping[str, RoleModel],
         tokenizer: PreTrainedTokenizerBase,
         shards: Shards,
         decoding: Decoding,
         exemplars: Sequence[Problem] = (),
     ) -> None:
-        """`actors` by part; the models' tokenizers are all the same. `exemplars`: what comes before every problem."""
-        self.role_models, self.shards, self.decoding = actors, shards, decoding
+        """`role_models`: by role, all with the same tokenizer. `exemplars`: few-shot exemplars before every problem."""
+        self.role_models, self.shards, self.decoding = role_models, shards, decoding
         self._tokenizer, self._exemplars = tokenizer, exemplar_tokens(exemplars, tokenizer)
-        seated = {id(actor.model): actor for actor in actors.values()}
-        self.models = [actor.model for actor in seated.values()]
-        self.backends = [UNCHECKED] * len(self.models)  # how each model is decoded
+        distinct = {id(role_model.model): role_model for role_model in role_models.values()}
+        self.models = [role_model.model for role_model in distinct.values()]
+        self.backends = [UNCHECKED] * len(self.models)
         self.context = RolloutContext(
             stop_tokens=StopTokens(tokenizer),
-            models=[_model_slot(actor, tokenizer) for actor in seated.values()],
-            roles={part: list(seated).index(id(actor.model)) for part, actor in actors.items()},
+            models=[_model_spec(role_model, tokenizer) for role_model in distinct.values()],
+            roles={role: list(distinct).index(id(found.model)) for role, found in role_models.items()},
             max_new_tokens=decoding.max_new_tokens,
             calculator=decoding.calculator,
         )
 
     def rollout(self, index: int) -> Rollout:
-        """The problem, about to be solved."""
+        """Return a new rollout of problem `index`."""
         return Rollout(
             index, self.prompt(index), self.context, self._program(index), self._sampling_seeds(index)
         )
 
     def prompt(self, index: int) -> list[int]:
-        """Return the tokens that every model reads first."""
+        """Return the tokens that every model's sequence starts with."""
         prompt: list[int] = self.shards.prompt(index).tolist()
         return after_exemplars(prompt, self._exemplars, self._tokenizer) if self._exemplars else prompt
 
     def choose_backends(self, indices: Sequence[int], requested: str) -> list[BackendChoice]:
-        """Return for each model the backend that a check on prompts of `indices`, at least one, finds right.
+        """Return the backend of each model, checked on prompts of `indices`, which must not be empty.
 
-        requested: "auto", "slots" or "transformers". Raises UserError for a model that none is right for.
+        requested: "auto", "slots" or "transformers". Raises UserError if no backend passes the check.
         """
         chosen = shortest_middle_longest(indices, lambda index: len(self.shards.prompt(index)))
         prompts = [self.prompt(index) for index in chosen]
-        names = {id(actor.model): actor.name for actor in self.role_models.values()}
+        names = {id(role_model.model): role_model.name for role_model in self.role_models.values()}
         return [
             choose_backend(
                 model, check_texts(prompts, capacity, self.shared_prefix), names[id(model)], requested
@@ -84,19 +84,18 @@ class Pipeline:
             for model, capacity in zip(self.models, self.capacities(indices), strict=True)
         ]
 
-    def backend_of(self, part: str) -> BackendChoice:
-        """Return how the model that plays `part` is decoded."""
-        return self.backends[self.context.roles[part]]
+    def backend_of(self, role: str) -> BackendChoice:
+        return self.backends[self.context.roles[role]]
 
     @property
     def shared_prefix(self) -> list[int]:
-        """What the prompts of all problems begin with."""
+        """Tokens that all prompts start with; empty without exemplars."""
         if not self._exemplars:
             return []
         return after_exemplars(bos_tokens(self._tokenizer), self._exemplars, self._tokenizer)
 
     def capacities(self, indices: Sequence[int]) -> list[int]:
-        """Longest sequence in tokens that each seat may have to hold."""
+        """Return for each model the maximum length in tokens of its sequences."""
         given = max(len(self.shards.prompt(index)) + sum(map(len, self._gold(index))) for index in indices)
         longest = (
             given
@@ -104,7 +103,7 @@ class Pipeline:
             + len(self.context.stop_tokens.tokens(DELIMITER))
             + self.decoding.max_new_tokens
         )
-        return [int(min(longest, seat.context)) for seat in self.context.models]
+        return [int(min(longest, model.context_length)) for model in self.context.models]
 
     def _program(self, index: int) -> programs.SolvingProgram:
         decoding = self.decoding
@@ -115,34 +114,36 @@ class Pipeline:
         if decoding.mode == GOLD:
             return partial(programs.gold_subquestions, questions=self._gold(index))
         guidance: programs.SolvingProgram = programs.without_guidance
-        if decoding.guidance_role and decoding.guidance_from == "gold":
+        segment_role = decoding.guidance_segment_role
+        if segment_role and decoding.guidance_from == "gold":
             plan = [token for tokens in self._gold(index) for token in tokens]
-            guidance = partial(programs.gold_guidance, role=decoding.guidance_role, tokens=plan)
-        elif decoding.guidance_role:
-            guidance = partial(programs.planner_guidance, role=decoding.guidance_role)
-        asking = programs.ahead if decoding.mode == AHEAD else programs.interleaved
-        return partial(asking, max_steps=decoding.max_steps, guidance=guidance)
+            guidance = partial(programs.gold_guidance, segment_role=segment_role, tokens=plan)
+        elif segment_role:
+            guidance = partial(programs.planner_guidance, segment_role=segment_role)
+        iterative = programs.ahead if decoding.mode == AHEAD else programs.interleaved
+        return partial(iterative, max_steps=decoding.max_steps, guidance=guidance)
 
     def _gold(self, index: int) -> list[list[int]]:
-        """Segments of the data that are shown to a model: sub-questions, or the plan."""
+        """Return the data's segments that a model reads besides the problem: sub-questions, or the plan."""
         return [
-            tokens.tolist() for role, tokens in self.shards.segments(index) if role == self.decoding.gold_role
+            tokens.tolist()
+            for segment_role, tokens in self.shards.segments(index)
+            if segment_role == self.decoding.gold_segment_role
         ]
 
     def _sampling_seeds(self, index: int) -> list[int]:
-        """Noise of its own for every seat. The solver's is that of a student alone, so that one student in both parts
-        draws what it would draw alone."""
-        seats = range(len(self.context.models))
+        """Return one seed per model. The solver has the seed of a model that answers alone, so that one model in both
+        roles samples the text that it would sample alone."""
+        numbers = range(len(self.context.models))
         if not self.decoding.temperature:
-            return [0] * len(seats)
+            return [0] * len(numbers)
         problem_id = self.shards.problem(index).id
-        names = {seat: part for part, seat in self.context.roles.items()}
+        names = {number: role for role, number in self.context.roles.items()}
         names[self.context.roles.get(SOLVER, 0)] = ""
-        return [sampling_seed(self.decoding.seed, problem_id, names[seat]) for seat in seats]
+        return [sampling_seed(self.decoding.seed, problem_id, names[number]) for number in numbers]
 
 
-def _model_slot(actor: RoleModel, tokenizer: PreTrainedTokenizerBase) -> ModelSlot:
-    reads = VIEWS[actor.method].inputs if actor.method in VIEWS else frozenset[Role]()
-    return ModelSlot(
-        reads, context_length(actor.model.config) or math.inf, end_of_text_ids(actor.model, tokenizer)
-    )
+def _model_spec(role_model: RoleModel, tokenizer: PreTrainedTokenizerBase) -> ModelSpec:
+    inputs = VIEWS[role_model.method].inputs if role_model.method in VIEWS else frozenset[Role]()
+    length = context_length(role_model.model.config) or math.inf
+    return ModelSpec(inputs, length, end_of_text_ids(role_model.model, tokenizer))

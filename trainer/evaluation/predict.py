@@ -1,4 +1,4 @@
-"""The problems of a shard set, solved by all ranks together: every rank yields the predictions it made."""
+"""Solve the problems of a shard set on all ranks, which share a work queue."""
 
 from __future__ import annotations
 
@@ -17,51 +17,58 @@ from trainer.runtime import distributed
 from trainer.shards.read import Shards
 
 
-def predictions(cast: Pipeline, indices: Sequence[int], counter: Counter) -> Iterator[dict[str, Any]]:
+def predictions(pipeline: Pipeline, indices: Sequence[int], counter: Counter) -> Iterator[dict[str, Any]]:
     """Solve the problems `indices` together with the other ranks; yield this rank's predictions as they are made.
 
-    A problem whose prompt fills the model's context is a prediction without text. `cast.backends` says how each model is
-    decoded.
+    A problem whose prompt fills the model's context gives a prediction with an empty text. `pipeline.backends` must hold
+    the chosen backends.
     """
     if not indices:
         return
-    shards, decoding = cast.shards, cast.decoding
+    shards, decoding = pipeline.shards, pipeline.decoding
     order = longest_first(shards, indices)
-    # With more slots than problems the first rank to ask would take them all.
+    # With more slots than problems the first rank would take all of them.
     num_slots = min(decoding.batch_size, -(-len(order) // distributed.environment().world_size))
-    tickets = WorkQueue(counter, order, batch_size(len(order), num_slots))
+    queue = WorkQueue(counter, order, batch_size(len(order), num_slots))
 
-    def draw() -> Rollout | None:
-        index = tickets.next_index()
-        return None if index is None else cast.rollout(index)
+    def next_rollout() -> Rollout | None:
+        index = queue.next_index()
+        return None if index is None else pipeline.rollout(index)
 
-    choose = make_sampler(decoding.temperature, decoding.top_p)
-    capacities = cast.capacities(order)
+    sampler = make_sampler(decoding.temperature, decoding.top_p)
+    capacities = pipeline.capacities(order)
     backends: list[Backend[Rollout]] = [
         make_backend(
-            how, seat, model, num_slots, capacities[seat], choose, cast.shared_prefix, len(cast.models)
+            choice,
+            number,
+            model,
+            num_slots,
+            capacities[number],
+            sampler,
+            pipeline.shared_prefix,
+            len(pipeline.models),
         )
-        for seat, (how, model) in enumerate(zip(cast.backends, cast.models, strict=True))
+        for number, (choice, model) in enumerate(zip(pipeline.backends, pipeline.models, strict=True))
     ]
-    for solution in generate(backends, draw, Rollout.on_token, num_slots, counter.serve):
-        yield _prediction(cast, solution)
+    for rollout in generate(backends, next_rollout, Rollout.on_token, num_slots, counter.serve):
+        yield _prediction(pipeline, rollout)
 
 
 def longest_first(shards: Shards, indices: Iterable[int]) -> list[int]:
-    """The long ones first, not last. What the data writes foretells what a student will write better than its prompt does."""
+    """Return the indices by falling length of the data's example, which predicts the generated length better than the prompt."""
     totals = shards.total_lengths()
     return sorted(indices, key=lambda index: -totals[index])
 
 
-def _prediction(cast: Pipeline, solution: Rollout) -> dict[str, Any]:
-    written: dict[str, Any] = {
-        "generated_tokens": solution.generated.total(),
-        "calculator_results_given": solution.calculator_results,
-        "finished": solution.finished,
+def _prediction(pipeline: Pipeline, rollout: Rollout) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "generated_tokens": rollout.generated.total(),
+        "calculator_results_given": rollout.calculator_results,
+        "finished": rollout.finished,
     }
-    if cast.decoding.mode not in SINGLE_MODEL_MODES:
-        written["generated_by"] = {part: solution.generated[part] for part in cast.context.roles}
-        written["stopped"] = solution.stop_reason
-    if cast.decoding.guidance:
-        written["plan"] = solution.plan
-    return score_prediction(cast.shards.problem(solution.index), solution.text, written)
+    if pipeline.decoding.mode not in SINGLE_MODEL_MODES:
+        fields["generated_by"] = {role: rollout.generated[role] for role in pipeline.context.roles}
+        fields["stopped"] = rollout.stop_reason
+    if pipeline.decoding.guidance:
+        fields["plan"] = rollout.plan
+    return score_prediction(pipeline.shards.problem(rollout.index), rollout.text, fields)

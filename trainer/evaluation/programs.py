@@ -1,21 +1,21 @@
-"""The methods of solving, each a generator that reads as what happens (see solution.py).
+"""Solving programs: generators that define which role generates next and which tokens each model reads (see rollout.py).
 
-*Unified*: one model writes everything, an answer, a chain of thought, or sub-questions and their solutions. *Iterative*:
-a decomposer asks, a solver answers, in turn or after all questions are asked. *Gold*: the solver is asked the
-sub-questions of the data. A sub-question and a solution are one line each; a line ends with the first token whose text
-holds a line break. When the decomposer writes `####` instead of another sub-question the solver is given it and writes
-the answer. The two models are Shridhar, Stolfo and Sachan's (Findings of ACL 2023).
+*Unified*: one model generates everything: an answer, a chain of thought, or sub-questions and their solutions.
+*Iterative*: a decomposer generates sub-questions and a solver answers them, alternately or after all sub-questions.
+*Gold*: the solver answers the data's sub-questions. A sub-question and a solution are one line each; a line ends with the
+first token whose text contains a line break. A decomposer that generates `####` instead of a sub-question ends the
+questions; the solver then reads `####` and generates the answer. The two models are those of Shridhar, Stolfo and Sachan
+(Findings of ACL 2023).
 
-Lines 0, 2, 4, ... of the text are sub-questions, each followed by its solution, then `#### answer`, as in training. All
-that can go otherwise is bounded, and recorded as the solution's `stopped`:
+Lines 0, 2, 4, ... of the text are sub-questions, each followed by its solution, then `#### answer`, as in training. The
+values of `stop_reason`:
 
-    max_steps       the decomposer wanted to ask more than that; the question is not asked, and the solver is given
-                    `####` and answers with what there is
-    ended_early     the decomposer ended its text, or wrote an empty line, instead of `####`: it has no more to ask, and
-                    the solver answers; or a model ended its text within a line: the line ends there, and it goes on;
-                    or the solver wrote `####` instead of a solution: that is the answer
-    max_new_tokens, context     the limit of all models' tokens, or of one model's positions, is reached: the text is
-                    cut; this outweighs the others
+    max_steps       the decomposer generated one sub-question too many: it is dropped, and the solver reads `####`
+    ended_early     the decomposer generated an end token or an empty line instead of `####`, which counts as `####`; or a
+                    role generated an end token within a line, which counts as a line break; or the solver generated
+                    `####` instead of a solution, which is taken as the answer
+    max_new_tokens, context     a limit on all generated tokens, or on one model's positions, cut the text; this
+                    overrides the others
 """
 
 from __future__ import annotations
@@ -33,172 +33,172 @@ ENDED_EARLY = "ended_early"
 SolvingProgram = Callable[[Rollout], Program[None]]
 
 
-def unified(solution: Rollout, opening: str = "") -> Program[None]:
-    """The student writes until it ends its text. `opening`: what it is made to begin with."""
-    solution.lines = [opening]
-    solution.sequences[solution.context.roles[STUDENT]].pending += solution.context.stop_tokens.tokens(
-        opening
-    )
+def unified(rollout: Rollout, opening: str = "") -> Program[None]:
+    """Generate until an end token. `opening`: text that the model's output is forced to start with."""
+    rollout.lines = [opening]
+    _append_for_role(rollout, STUDENT, opening)
 
-    def keep(text: str) -> None:
-        solution.lines = [opening + text]
+    def set_text(text: str) -> None:
+        rollout.lines = [opening + text]
 
-    passage = yield from solution.generate(STUDENT, lambda tokens: False, keep, calculator=True)
-    solution.finished = passage.is_end_of_text
+    completion = yield from rollout.generate(STUDENT, lambda tokens: False, set_text, calculator=True)
+    rollout.finished = completion.is_end_of_text
 
 
-def few_shot(solution: Rollout) -> Program[None]:
-    """A model that goes on with the next exemplar if it is let: it writes until the line of its `#### answer` ends."""
-    language = solution.context.stop_tokens
+def few_shot(rollout: Rollout) -> Program[None]:
+    """Generate until the line of `#### answer` ends; an undistilled model would continue with another exemplar."""
+    stop_tokens = rollout.context.stop_tokens
 
-    def is_over(tokens: list[int]) -> bool:
-        return tokens[-1] in language.newlines and DELIMITER in language.text(tokens)
+    def is_done(tokens: list[int]) -> bool:
+        return tokens[-1] in stop_tokens.newlines and DELIMITER in stop_tokens.text(tokens)
 
-    def keep(text: str) -> None:
+    def set_text(text: str) -> None:
         reasoning, delimiter, answer = text.partition(DELIMITER)
-        solution.lines = [reasoning + delimiter + _one_line(answer)]
+        rollout.lines = [reasoning + delimiter + _one_line(answer)]
 
-    yield from solution.generate(STUDENT, is_over, keep, calculator=True)
-    solution.finished = True
+    yield from rollout.generate(STUDENT, is_done, set_text, calculator=True)
+    rollout.finished = True
 
 
-def interleaved(solution: Rollout, max_steps: int, guidance: SolvingProgram) -> Program[None]:
-    """The decomposer asks the next sub-question with all the solutions so far before it."""
-    yield from guidance(solution)
+def interleaved(rollout: Rollout, max_steps: int, guidance: SolvingProgram) -> Program[None]:
+    """Alternate between the decomposer, which reads all solutions so far, and the solver."""
+    yield from guidance(rollout)
     step = 0
-    while question := (yield from _ask(solution, step, max_steps)):
-        solution.append(question.tokens, Role.SUBQUESTION, but=DECOMPOSER)
-        if not (yield from _solve_step(solution, step)):
+    while question := (yield from _generate_question(rollout, step, max_steps)):
+        rollout.append(question.tokens, Role.SUBQUESTION, excluding=DECOMPOSER)
+        if not (yield from _solve_step(rollout, step)):
             return
         step += 1
-    yield from _answer(solution)
+    yield from _answer(rollout)
 
 
-def ahead(solution: Rollout, max_steps: int, guidance: SolvingProgram) -> Program[None]:
-    """The decomposer asks everything before the solver begins."""
-    yield from guidance(solution)
+def ahead(rollout: Rollout, max_steps: int, guidance: SolvingProgram) -> Program[None]:
+    """Generate all sub-questions, then solve them."""
+    yield from guidance(rollout)
     questions: list[list[int]] = []
-    while question := (yield from _ask(solution, len(questions), max_steps)):
+    while question := (yield from _generate_question(rollout, len(questions), max_steps)):
         questions.append(question.tokens)
-    yield from _solve_all(solution, questions)
+    yield from _solve_all(rollout, questions)
 
 
-def gold_subquestions(solution: Rollout, questions: Sequence[Sequence[int]]) -> Program[None]:
-    """The solver is asked the sub-questions of the data, given as tokens."""
+def gold_subquestions(rollout: Rollout, questions: Sequence[Sequence[int]]) -> Program[None]:
+    """Solve the data's sub-questions, given as tokens."""
     for step, question in enumerate(questions):
-        _set_line(solution, 2 * step, solution.context.stop_tokens.text(question))
-    yield from _solve_all(solution, questions)
+        _set_line(rollout, 2 * step, rollout.context.stop_tokens.text(question))
+    yield from _solve_all(rollout, questions)
 
 
-def without_guidance(solution: Rollout) -> Program[None]:
-    """Nobody tells the decomposer how the problem is solved."""
+def without_guidance(rollout: Rollout) -> Program[None]:
+    """Give the decomposer no plan."""
     yield from ()
 
 
-def gold_guidance(solution: Rollout, role: Role, tokens: Sequence[int]) -> Program[None]:
-    """The decomposer reads the plan of the data, given as tokens; none if the data has none for this problem."""
-    solution.plan = _one_line(solution.context.stop_tokens.text(tokens))
-    solution.append(tokens, role)
+def gold_guidance(rollout: Rollout, segment_role: Role, tokens: Sequence[int]) -> Program[None]:
+    """Give the decomposer the data's plan, as tokens; none if the data has no plan for this problem."""
+    rollout.plan = _one_line(rollout.context.stop_tokens.text(tokens))
+    rollout.append(tokens, segment_role)
     yield from ()
 
 
-def planner_guidance(solution: Rollout, role: Role) -> Program[None]:
-    """A planner writes the plan that the decomposer reads."""
+def planner_guidance(rollout: Rollout, segment_role: Role) -> Program[None]:
+    """Generate a plan with the planner and give it to the decomposer."""
 
-    def keep(text: str) -> None:
-        solution.plan = _one_line(text)
+    def set_text(text: str) -> None:
+        rollout.plan = _one_line(text)
 
-    plan = yield from _generate_line(solution, PLANNER, keep)
-    solution.append(plan.tokens, role, but=PLANNER)
-    solution.release(PLANNER, staying=DECOMPOSER)
+    plan = yield from _generate_line(rollout, PLANNER, set_text)
+    rollout.append(plan.tokens, segment_role, excluding=PLANNER)
+    rollout.release(PLANNER, unless_shared_with=DECOMPOSER)
 
 
-def _ask(solution: Rollout, step: int, max_steps: int) -> Program[Completion | None]:
-    """The decomposer writes its next sub-question; None if it has no more."""
-    language, place = solution.context.stop_tokens, 2 * step
+def _generate_question(rollout: Rollout, step: int, max_steps: int) -> Program[Completion | None]:
+    """Return the decomposer's next sub-question, None after the last."""
+    stop_tokens, line = rollout.context.stop_tokens, 2 * step
 
     def is_delimiter(tokens: list[int]) -> bool:
-        return tokens[-1] in language.hashes and _is_delimiter(language.text(tokens))
+        return tokens[-1] in stop_tokens.hashes and _is_delimiter(stop_tokens.text(tokens))
 
-    question = yield from _generate_line(
-        solution, DECOMPOSER, partial(_set_line, solution, place), is_delimiter
-    )
-    text = solution.lines[place]
+    question = yield from _generate_line(rollout, DECOMPOSER, partial(_set_line, rollout, line), is_delimiter)
+    text = rollout.lines[line]
     if text.strip() and not _is_delimiter(text) and step < max_steps:
         return question
-    del solution.lines[place:]
-    if not _is_delimiter(text):  # from here on it is as if it were one
-        _set_stop_reason(solution, "max_steps" if text.strip() else ENDED_EARLY)
-        own_seat = solution.context.roles[DECOMPOSER]
-        solution.sequences[own_seat].pending += language.tokens(DELIMITER)
-    solution.release(DECOMPOSER, staying=SOLVER)
+    del rollout.lines[line:]
+    if not _is_delimiter(text):
+        _set_stop_reason(rollout, "max_steps" if text.strip() else ENDED_EARLY)
+        _append_for_role(rollout, DECOMPOSER, DELIMITER)
+    rollout.release(DECOMPOSER, unless_shared_with=SOLVER)
     return None
 
 
-def _solve_step(solution: Rollout, step: int) -> Program[bool]:
-    """The solver writes the solution of a step; False if that was the answer instead, and all is over."""
-    place = 2 * step + 1
-    passage = yield from _generate_line(
-        solution, SOLVER, partial(_set_line, solution, place), calculator=True
+def _solve_step(rollout: Rollout, step: int) -> Program[bool]:
+    """Generate the solution of a step; return False if the solver generated the final answer instead."""
+    line = 2 * step + 1
+    completion = yield from _generate_line(
+        rollout, SOLVER, partial(_set_line, rollout, line), calculator=True
     )
-    if _is_delimiter(solution.lines[place]):
-        del solution.lines[place + 1 :]
-        solution.finished = True
-        _set_stop_reason(solution, ENDED_EARLY)
+    if _is_delimiter(rollout.lines[line]):
+        del rollout.lines[line + 1 :]
+        rollout.finished = True
+        _set_stop_reason(rollout, ENDED_EARLY)
         return False
-    solution.append(passage.tokens, Role.SOLUTION, but=SOLVER)
+    rollout.append(completion.tokens, Role.SOLUTION, excluding=SOLVER)
     return True
 
 
-def _solve_all(solution: Rollout, questions: Sequence[Sequence[int]]) -> Program[None]:
+def _solve_all(rollout: Rollout, questions: Sequence[Sequence[int]]) -> Program[None]:
     for step, question in enumerate(questions):
-        solution.append(question, Role.SUBQUESTION, but=DECOMPOSER)
-        if not (yield from _solve_step(solution, step)):
+        rollout.append(question, Role.SUBQUESTION, excluding=DECOMPOSER)
+        if not (yield from _solve_step(rollout, step)):
             return
-    yield from _answer(solution)
+    yield from _answer(rollout)
 
 
-def _answer(solution: Rollout) -> Program[None]:
-    """The solver is given the delimiter, unless the decomposer wrote it into the same text, and writes the answer."""
-    language = solution.context.stop_tokens
-    solution.append(language.tokens(DELIMITER), Role.DELIMITER, but=DECOMPOSER)
-    place = len(solution.lines)
-    yield from solution.generate(
+def _answer(rollout: Rollout) -> Program[None]:
+    """Generate the answer. The solver reads the delimiter first, unless the decomposer is the same model."""
+    stop_tokens = rollout.context.stop_tokens
+    rollout.append(stop_tokens.tokens(DELIMITER), Role.DELIMITER, excluding=DECOMPOSER)
+    line = len(rollout.lines)
+    yield from rollout.generate(
         SOLVER,
-        lambda tokens: tokens[-1] in language.newlines,
-        lambda text: _set_line(solution, place, DELIMITER + text),
+        lambda tokens: tokens[-1] in stop_tokens.newlines,
+        lambda text: _set_line(rollout, line, DELIMITER + text),
     )
-    solution.finished = True
+    rollout.finished = True
 
 
 def _generate_line(
-    solution: Rollout,
-    voice: str,
-    keep: Callable[[str], None],
-    is_over: Callable[[list[int]], bool] = lambda tokens: False,
+    rollout: Rollout,
+    role: str,
+    set_text: Callable[[str], None],
+    is_done: Callable[[list[int]], bool] = lambda tokens: False,
     calculator: bool = False,
 ) -> Program[Completion]:
-    """A voice writes a line. Where it ends its text instead, it is made to end the line."""
-    language = solution.context.stop_tokens
-    passage = yield from solution.generate(
-        voice, lambda tokens: tokens[-1] in language.newlines or is_over(tokens), keep, calculator
+    """Generate one line; an end token is replaced by a line break."""
+    stop_tokens = rollout.context.stop_tokens
+    completion = yield from rollout.generate(
+        role, lambda tokens: tokens[-1] in stop_tokens.newlines or is_done(tokens), set_text, calculator
     )
-    if not passage.is_end_of_text:
-        return passage
-    _set_stop_reason(solution, ENDED_EARLY)
-    newline = language.tokens("\n")
-    solution.sequences[solution.context.roles[voice]].pending += newline
-    return Completion([*passage.tokens, *newline], True)
+    if not completion.is_end_of_text:
+        return completion
+    _set_stop_reason(rollout, ENDED_EARLY)
+    return Completion([*completion.tokens, *_append_for_role(rollout, role, "\n")], True)
 
 
-def _set_stop_reason(solution: Rollout, what: str) -> None:
-    solution.stop_reason = solution.stop_reason or what
+def _append_for_role(rollout: Rollout, role: str, text: str) -> Sequence[int]:
+    """Append a text to the sequence of the role's model alone; return its tokens."""
+    tokens = rollout.context.stop_tokens.tokens(text)
+    rollout.sequences[rollout.context.roles[role]].pending += tokens
+    return tokens
 
 
-def _set_line(solution: Rollout, place: int, text: str) -> None:
-    """Make `text` line `place`; lines before it that are not there yet are empty."""
-    solution.lines += [""] * (place + 1 - len(solution.lines))
-    solution.lines[place] = _one_line(text)
+def _set_stop_reason(rollout: Rollout, reason: str) -> None:
+    rollout.stop_reason = rollout.stop_reason or reason
+
+
+def _set_line(rollout: Rollout, line: int, text: str) -> None:
+    """Set a line of the text; missing lines before it become empty."""
+    rollout.lines += [""] * (line + 1 - len(rollout.lines))
+    rollout.lines[line] = _one_line(text)
 
 
 def _one_line(text: str) -> str:

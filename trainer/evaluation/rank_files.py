@@ -1,7 +1,7 @@
-"""Predictions of every rank, on disk at once, and their union: every id exactly once or an error.
+"""Prediction files of the ranks, and their merge, which must contain every id exactly once.
 
-A rank appends to a file of its own that nobody else writes, so nothing is locked and nothing is lost but the problems
-a killed rank was at. An evaluation that is started again goes on from these files.
+Each rank appends to its own file, so no lock is needed and a killed rank loses only its unfinished problems. A restarted
+evaluation resumes from these files.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.runtime import distributed
 
-_NAMED_IDS = 5
+_MAX_LISTED_IDS = 5
 
 
 class RankFile:
-    """The part file of this process: one prediction a line, handed to the operating system line by line.
+    """Context manager for this process's prediction file: JSON lines, flushed after every line.
 
-    `identity` (of settings, student and problems) is in the name: parts of another making stay where they are and
-    are not read.
+    The file name contains the start of the job fingerprint, so files of other settings are kept but not read.
     """
 
-    def __init__(self, folder: Path, identity: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"rank-{distributed.environment().rank}-{identity[:16]}-{secrets.token_hex(4)}.jsonl"
+        name = f"rank-{distributed.environment().rank}-{fingerprint[:16]}-{secrets.token_hex(4)}.jsonl"
         self.path = folder / name
         self._file = open(self.path, "x", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by __exit__)
 
@@ -48,15 +47,15 @@ class RankFile:
         self._file.close()
 
 
-def rank_files(folder: Path, identity: str) -> list[Path]:
-    """Part files of an evaluation, finished or not."""
-    return sorted(folder.glob(f"rank-*-{identity[:16]}-*.jsonl"))
+def list_rank_files(folder: Path, fingerprint: str) -> list[Path]:
+    """Return the rank files of an evaluation, finished or not."""
+    return sorted(folder.glob(f"rank-*-{fingerprint[:16]}-*.jsonl"))
 
 
 def read_rank_file(path: Path) -> Iterator[dict[str, Any]]:
-    """Predictions of a part file. A last line without its end (the writer was killed) is left out.
+    """Yield the predictions of a rank file, without a truncated last line (its writer was killed).
 
-    Raises UserError naming file and line for a line that is no prediction.
+    Raises UserError naming file and line for a line that is not a prediction.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -67,32 +66,32 @@ def read_rank_file(path: Path) -> Iterator[dict[str, Any]]:
                 prediction["id"], prediction["correct_strict"]
             except (ValueError, TypeError, KeyError):
                 raise UserError(
-                    f"{path}, line {number} is damaged; remove that line and evaluate again"
+                    f"{path}, line {number} is corrupt; remove that line and evaluate again"
                 ) from None
             yield prediction
 
 
 def merge_predictions(predictions: Iterable[dict[str, Any]], ids: Sequence[str]) -> list[dict[str, Any]]:
-    """The predictions in the order of `ids`. Raises UserError naming ids that are missing, doubled or unknown."""
+    """Return the predictions in the order of `ids`. Raises UserError naming missing, repeated or unknown ids."""
     predictions = list(predictions)
     counts = Counter(prediction["id"] for prediction in predictions)
-    faults = {
+    problems = {
         "are missing": [i for i in ids if i not in counts],
         "occur more than once": [i for i, count in counts.items() if count > 1],
         "are not of these problems": list(counts.keys() - set(ids)),
     }
-    told = [f"{_named(found)} {fault}" for fault, found in faults.items() if found]
-    if told:
+    messages = [f"{_list_ids(found)} {problem}" for problem, found in problems.items() if found]
+    if messages:
         raise UserError(
-            f"predictions do not fit the problems: {'; '.join(told)}. "
-            "Do two evaluations write one directory? Stop one, remove its parts folder and evaluate again"
+            f"predictions do not match the problems: {'; '.join(messages)}. "
+            "Do two evaluations write to one directory? Stop one, remove its parts folder and evaluate again"
         )
     by_id = {prediction["id"]: prediction for prediction in predictions}
     return [by_id[i] for i in ids]
 
 
 def remove_rank_files(paths: Iterable[Path]) -> None:
-    """Remove part files that have become part of a result, and their folder if nothing else is in it."""
+    """Remove rank files that have been merged, and their folder if it is empty then."""
     for path in paths:
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -100,10 +99,9 @@ def remove_rank_files(paths: Iterable[Path]) -> None:
 
 
 class CapturedError:
-    """A block of one rank's own work, without collectives: it keeps the error instead of raising it alone.
+    """Context manager that stores an exception of this rank, so that all ranks can raise it together.
 
-    Nobody is then left waiting for a rank that has given up. A fault that is not a UserError leaves its traceback on
-    the rank it happened on.
+    The block must contain no collectives. The traceback of an exception other than UserError is printed on its rank.
     """
 
     def __init__(self) -> None:
@@ -123,19 +121,19 @@ class CapturedError:
         return self.error is not None
 
     def raise_on_all_ranks(self) -> None:
-        """Collective: every rank raises if any rank failed."""
+        """Raise on every rank if any rank stored an error (collective)."""
         distributed.raise_on_all_ranks(self.error)
 
 
 @contextlib.contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """A block of each rank's own work, without collectives inside: if it fails on any rank, all ranks raise."""
-    attempt = CapturedError()
-    with attempt:
+    """Context manager that raises on all ranks if its block, which must contain no collectives, fails on any rank."""
+    captured = CapturedError()
+    with captured:
         yield
-    attempt.raise_on_all_ranks()
+    captured.raise_on_all_ranks()
 
 
-def _named(ids: Sequence[str]) -> str:
-    more = f" and {len(ids) - _NAMED_IDS} more" if len(ids) > _NAMED_IDS else ""
-    return ", ".join(repr(i) for i in ids[:_NAMED_IDS]) + more
+def _list_ids(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - _MAX_LISTED_IDS} more" if len(ids) > _MAX_LISTED_IDS else ""
+    return ", ".join(repr(i) for i in ids[:_MAX_LISTED_IDS]) + more

@@ -1,8 +1,7 @@
-"""One problem on its way to a solution: what each model has read of it, what was written, and where it is cut.
+"""State of one problem while it is solved: sequences of the models, lines of the text, token counts and limits.
 
-How a problem is solved is a generator (solve.py): it yields the seat whose model is to choose the next token and is sent
-that token, so a method reads as what happens, and the machinery that decodes many problems at once (generate.py) knows
-nothing of it.
+A solving program (programs.py) is a generator: it yields the number of the model that must choose the next token, and is
+sent that token. It does not depend on how many problems are decoded together (generate.py).
 """
 
 from __future__ import annotations
@@ -17,68 +16,68 @@ from trainer.evaluation.stop_tokens import StopTokens
 from trainer.shards.methods import Role
 
 Result = TypeVar("Result")
-Program = Generator[int, int, Result]  # yields a seat, is sent the token that its model chose
+Program = Generator[int, int, Result]  # yields model numbers, is sent the tokens that these models choose
 
 
 @dataclass(frozen=True)
-class ModelSlot:
-    """One model, and the view of a problem that it reads."""
+class ModelSpec:
+    """Segment roles that a model reads, and where its sequences end."""
 
     inputs: frozenset[Role]
-    context: float  # longest sequence of the model in tokens
+    context_length: float  # in tokens; infinity if unlimited
     end_tokens: frozenset[int]
 
 
 @dataclass(frozen=True)
 class RolloutContext:
-    """What all solutions of an evaluation share. `voices`: who sits where; two voices may share one seat."""
+    """Settings shared by all rollouts of an evaluation. `roles`: role -> model number; two roles may share a model."""
 
     stop_tokens: StopTokens
-    models: Sequence[ModelSlot]
+    models: Sequence[ModelSpec]
     roles: Mapping[str, int]
-    max_new_tokens: int  # of a problem, all voices together
+    max_new_tokens: int  # per problem, summed over all roles
     calculator: bool = True
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a voice wrote in one go."""
+    """Tokens that a role generated in one call of `generate`, without the end token."""
 
-    tokens: list[int]  # without the end token
-    is_end_of_text: bool  # by an end token
+    tokens: list[int]
+    is_end_of_text: bool  # an end token was generated
 
 
 class LengthLimit(Exception):
-    """A solution has to stop: `max_new_tokens` or `context`."""
+    """A rollout reached `max_new_tokens` or a model's `context`; the message is that word."""
 
 
 class Rollout:
-    """One problem on its way.
+    """One problem being solved.
 
-    turn: the seat whose model chooses the next token, None when it is over. finished: a model ended it; else it was cut.
-    stopped: "" or what went otherwise than the method has it; what can be there is said in solve.py.
+    next_model: number of the model that chooses the next token, None when the rollout has ended. finished: the program
+    ran to its end, else a length limit cut the text. stop_reason: "" after a normal end, else one of those in programs.py.
     """
 
     def __init__(
         self,
         index: int,
         prompt: Sequence[int],
-        rules: RolloutContext,
-        method: Callable[[Rollout], Program[None]],
-        noise_keys: Sequence[int],
+        context: RolloutContext,
+        program: Callable[[Rollout], Program[None]],
+        sampling_seeds: Sequence[int],
     ) -> None:
-        """`noise_keys`: one for each seat."""
+        """`sampling_seeds`: one per model."""
         self.index = index
-        self.context = rules
-        self.sequences = [SequenceState(list(prompt), key) for key in noise_keys]
+        self.context = context
+        self.sequences = [SequenceState(list(prompt), seed) for seed in sampling_seeds]
         self.lines: list[str] = []  # of the text
-        self.plan = ""  # what guided the decomposer
-        self.generated: Counter[str] = Counter()  # tokens by voice; the calculator's count as its voice's
+        self.plan = ""  # guidance of the decomposer
+        self.generated: Counter[str] = Counter()  # tokens by role, calculator results included
         self.calculator_results = 0
         self.finished = False
         self.stop_reason = ""
         self.next_model: int | None = None
-        self._program = self._run_program(method)
+        self._program = self._run_program(program)
         self.on_token(None)
 
     @property
@@ -86,7 +85,7 @@ class Rollout:
         return "\n".join(self.lines)
 
     def on_token(self, token: int | None) -> None:
-        """Take the token that was chosen (None: begin); `turn` is who writes next."""
+        """Resume the program with the chosen token (None: start it) and update `next_model`."""
         try:
             self.next_model = next(self._program) if token is None else self._program.send(token)
         except StopIteration:
@@ -94,63 +93,72 @@ class Rollout:
 
     def generate(
         self,
-        voice: str,
-        is_over: Callable[[list[int]], bool],
-        keep: Callable[[str], None],
+        role: str,
+        is_done: Callable[[list[int]], bool],
+        set_text: Callable[[str], None],
         calculator: bool = False,
     ) -> Program[Completion]:
-        """Let a voice write until it ends its text or `is_over(tokens)`; `keep` gets the text, also of what is cut.
+        """Generate tokens of `role` until an end token or `is_done(tokens)`; its model reads all but the end token.
 
-        With `calculator` the results of annotations are put in. Its own model reads all of it but the end token.
+        `set_text` receives the decoded text, also when a length limit cuts it. With `calculator`, results of open
+        calculator annotations are inserted.
         """
-        language, seat = self.context.stop_tokens, self.context.roles[voice]
+        stop_tokens, number = self.context.stop_tokens, self.context.roles[role]
         tokens: list[int] = []
         try:
             while True:
-                token = yield from self._next_token(voice)
-                if token in self.context.models[seat].end_tokens:
+                token = yield from self._next_token(role)
+                if token in self.context.models[number].end_tokens:
                     return Completion(tokens, True)
                 new = [token]
                 tokens.append(token)
-                if calculator and self.context.calculator and (result := language.calculator_result(tokens)):
+                if (
+                    calculator
+                    and self.context.calculator
+                    and (result := stop_tokens.calculator_result(tokens))
+                ):
                     self.calculator_results += 1
-                    new += result[: self._room(seat) - 1]
+                    new += result[: self._room(number) - 1]
                     tokens += new[1:]
-                    self.generated[voice] += len(new) - 1
-                self.sequences[seat].pending += new
-                if is_over(tokens):
+                    self.generated[role] += len(new) - 1
+                self.sequences[number].pending += new
+                if is_done(tokens):
                     return Completion(tokens, False)
         finally:
-            keep(language.text(tokens))
+            set_text(stop_tokens.text(tokens))
 
-    def append(self, tokens: Sequence[int], role: Role, but: str = "") -> None:
-        """Let all who read segments of this role read these tokens, except one voice that has read them."""
-        for number, (feed, seat) in enumerate(zip(self.sequences, self.context.models, strict=True)):
-            if role in seat.inputs and not feed.is_done and number != self.context.roles.get(but):
-                feed.pending += tokens
+    def append(self, tokens: Sequence[int], segment_role: Role, excluding: str = "") -> None:
+        """Append tokens to the sequences of all models that read this segment role.
 
-    def release(self, voice: str, staying: str) -> None:
-        """`voice` reads and writes no more; its slot goes to another problem unless `staying` shares its seat."""
-        seat = self.context.roles[voice]
-        self.sequences[seat].is_done = seat != self.context.roles[staying]
+        `excluding`: a role whose model has read the tokens already.
+        """
+        for number, (sequence, model) in enumerate(zip(self.sequences, self.context.models, strict=True)):
+            is_excluded = number == self.context.roles.get(excluding)
+            if segment_role in model.inputs and not sequence.is_done and not is_excluded:
+                sequence.pending += tokens
 
-    def _run_program(self, method: Callable[[Rollout], Program[None]]) -> Program[None]:
+    def release(self, role: str, unless_shared_with: str) -> None:
+        """End the sequence of a role, which frees its slot, unless the other role uses the same model."""
+        number = self.context.roles[role]
+        self.sequences[number].is_done = number != self.context.roles[unless_shared_with]
+
+    def _run_program(self, program: Callable[[Rollout], Program[None]]) -> Program[None]:
         try:
-            yield from method(self)
-        except LengthLimit as cut:
-            self.stop_reason = str(cut)
+            yield from program(self)
+        except LengthLimit as limit:
+            self.stop_reason = str(limit)
 
-    def _next_token(self, voice: str) -> Program[int]:
-        seat = self.context.roles[voice]
+    def _next_token(self, role: str) -> Program[int]:
+        number = self.context.roles[role]
         if self.generated.total() >= self.context.max_new_tokens:
             raise LengthLimit("max_new_tokens")
-        if self.sequences[seat].num_tokens >= self.context.models[seat].context:
+        if self.sequences[number].num_tokens >= self.context.models[number].context_length:
             raise LengthLimit("context")
-        token = yield seat
-        self.generated[voice] += 1
+        token = yield number
+        self.generated[role] += 1
         return token
 
-    def _room(self, seat: int) -> int:
-        """How many tokens may be added before a limit cuts the solution, the one just chosen included."""
+    def _room(self, number: int) -> int:
+        """Return the number of tokens left before a length limit, including the token just chosen."""
         new = self.context.max_new_tokens - self.generated.total() + 1
-        return int(min(new, self.context.models[seat].context - self.sequences[seat].num_tokens))
+        return int(min(new, self.context.models[number].context_length - self.sequences[number].num_tokens))

@@ -1,4 +1,4 @@
-"""Was it right: one prediction, and the accuracy of many."""
+"""Scores of one prediction, and the accuracy of many."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from trainer.problems.problem import Problem
 from trainer.report.statistics import wilson_interval
 
 
-def score_prediction(problem: Problem, text: str, written: dict[str, Any]) -> dict[str, Any]:
-    """One line of predictions.jsonl: the raw text, what each extraction rule reads out of it, and how it was `written`:
-    at least generated_tokens, calculator_results_given and finished."""
+def score_prediction(problem: Problem, text: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return one line of predictions.jsonl: the raw text, the answer by each extraction rule, and `fields`.
+
+    `fields`: at least generated_tokens, calculator_results_given and finished.
+    """
     kind = answers.answer_type(problem.answer)
     extracted = {rule: answers.extract_answer(text, rule, kind) for rule in answers.RULES}
     return {
@@ -28,12 +30,12 @@ def score_prediction(problem: Problem, text: str, written: dict[str, Any]) -> di
             f"correct_{rule}": answers.answers_match(answer, problem.answer)
             for rule, answer in extracted.items()
         },
-        **written,
+        **fields,
     }
 
 
 def summarise(predictions: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy by rule, of all predictions and by the number of steps of the gold solution; and how much was written."""
+    """Return accuracy by rule, overall and by number of gold steps, and totals of the generated tokens."""
     predictions = list(predictions)
     groups: dict[int, list[dict[str, Any]]] = {}
     for prediction in predictions:
@@ -51,7 +53,7 @@ def summarise(predictions: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _accuracy(predictions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """rule -> correct, n, accuracy and its 95 % Wilson interval."""
+    """Return by rule: correct, n, accuracy and its 95 % Wilson interval."""
     n = len(predictions)
     result = {}
     for rule in answers.RULES:
@@ -68,7 +70,7 @@ def _accuracy(predictions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def accuracy_text(accuracy: dict[str, dict[str, Any]]) -> str:
-    """`strict 67.0 % (201/300, 95 %: 61.5-72.1), flexible ...`"""
+    """Return e.g. `strict 67.0 % (201/300, 95 %: 61.5-72.1), flexible ...`."""
     return ", ".join(
         f"{rule} {100 * s['accuracy']:.1f} % ({s['correct']}/{s['n']}, 95 %: {100 * s['low']:.1f}-{100 * s['high']:.1f})"
         for rule, s in accuracy.items()

@@ -1,4 +1,4 @@
-"""What a tokenizer's tokens say: which of them end a line, a text or an expression."""
+"""Tokenizer functions of the solving programs: tokens that end a line, a text or an expression, and calculator results."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from trainer.problems import calculator
 
 
 class StopTokens:
-    """A tokenizer as the solving methods need it. All models of an evaluation share it."""
+    """Sets of token ids at which solving programs look at the text, and conversion between tokens and text.
+
+    `newlines`, `equals` and `hashes` are the tokens whose text contains a line break, ends with "=", or contains "#".
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._codec = segment_tokenizer(tokenizer)
-        self.newlines = tokens_whose_text(tokenizer, lambda text: "\n" in text)
+        self.newlines = _tokens_whose_text(tokenizer, lambda text: "\n" in text)
         # A text is decoded only after a token that can complete `<<48/2=` or `####`.
-        self.equals = tokens_whose_text(tokenizer, lambda text: text.endswith("="))
-        self.hashes = tokens_whose_text(tokenizer, lambda text: "#" in text)
+        self.equals = _tokens_whose_text(tokenizer, lambda text: text.endswith("="))
+        self.hashes = _tokens_whose_text(tokenizer, lambda text: "#" in text)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens that continue a text."""
         return self._codec.decode_next(tokens)
 
     def tokens(self, text: str) -> tuple[int, ...]:
-        """Return the tokens that a text has where it continues a text, as in the shards."""
+        """Return the tokens of a text that continues a text, as in the shards."""
         return _tokens_of(self._codec, text)
 
     def calculator_result(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """If the text ends in an open annotation the calculator accepts: the tokens of its result and `>>`."""
+        """Return the tokens of `result>>` if the text ends in an open, valid calculator annotation, else ()."""
         if tokens[-1] not in self.equals:
             return ()
         expression = calculator.open_expression(self.text(tokens))
@@ -39,15 +42,14 @@ class StopTokens:
 
 
 def end_of_text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's, and those of the model's generation_config (there may be several)."""
+    """Return the end tokens of the tokenizer and of the model's generation_config, which may have several."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     many = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in (*many, tokenizer.eos_token_id) if token is not None)
 
 
-def tokens_whose_text(tokenizer: PreTrainedTokenizerBase, holds: Callable[[str], bool]) -> frozenset[int]:
-    """Tokens for whose own text `holds` says yes."""
-    return frozenset(token for token, text in enumerate(_texts_of_tokens(tokenizer)) if holds(text))
+def _tokens_whose_text(tokenizer: PreTrainedTokenizerBase, matches: Callable[[str], bool]) -> frozenset[int]:
+    return frozenset(token for token, text in enumerate(_texts_of_tokens(tokenizer)) if matches(text))
 
 
 @lru_cache(maxsize=2)

@@ -1,7 +1,7 @@
-"""Problems as a work queue: each rank takes the next batch of problem numbers from a shared counter.
+"""Work queue of problems: each rank takes the next batch of problem numbers from a shared counter.
 
-The longest problems come first, a few per batch; a rank takes a batch when it has a free slot. Uneven lengths, slow
-ranks and dead ranks cost time, and every problem is still taken exactly once.
+The longest problems come first; a rank takes a batch when it has a free slot. Each problem is taken exactly once, also
+with slow or failed ranks.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ _MAX_BATCH = 8
 
 
 class WorkQueue:
-    """The problems of `order` in tickets of `size`, drawn one problem at a time."""
+    """The problems of `order`, taken in batches of `size` and returned one at a time."""
 
     def __init__(self, counter: Counter, order: Sequence[int], size: int = 1) -> None:
         self._counter = counter
         self._order = order
         self._size = size
-        self._held: list[int] = []
+        self._batch: list[int] = []
         self._is_exhausted = False
 
     def next_index(self) -> int | None:
-        """The next problem for this rank, None when all are taken."""
-        if not self._held and not self._is_exhausted:
+        """Return the next problem of this rank, None when all are taken."""
+        if not self._batch and not self._is_exhausted:
             start = self._counter.add("next_batch", 1) * self._size
-            self._held = list(self._order[start : start + self._size])
-            self._is_exhausted = not self._held
-        return self._held.pop(0) if self._held else None
+            self._batch = list(self._order[start : start + self._size])
+            self._is_exhausted = not self._batch
+        return self._batch.pop(0) if self._batch else None
 
 
 def exhaust_queue(counter: Counter) -> None:
-    """Nobody gets another ticket: a rank that failed saves the others the work."""
+    """Give no rank another batch; called when a rank has failed."""
     counter.add("next_batch", _EXHAUSTED)
 
 
 def batch_size(num_problems: int, num_slots: int) -> int:
-    """About eight tickets for each slot of all ranks, so that the last ones to be drawn are small."""
+    """Return the batch size for about eight batches per slot of all ranks, so that the ranks end at similar times."""
     return max(1, min(_MAX_BATCH, num_problems // (8 * num_slots * distributed.environment().world_size)))

@@ -1,1 +1,1 @@
-"""DeepSpeed ZeRO checkpoints -> Hugging Face folders, by streaming byte ranges."""
+"""Export DeepSpeed ZeRO checkpoints as Hugging Face folders, by streaming byte ranges."""

@@ -1,4 +1,4 @@
-"""Compare a checkpoint with its config.json, and lay out the tensors of the export as `save_pretrained` would write them."""
+"""Compare a checkpoint with its config.json, and list the tensors that `save_pretrained` would write."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportLayout:
-    """`tensors` and `kept_dtypes` (of those not written in the export's dtype) are by name in the files."""
+    """Tensors of an export by name, and the dtypes of those that are not written in the export's dtype."""
 
     expected: Architecture
     tensors: dict[str, TensorReference | RearrangedTensor]
@@ -28,36 +28,34 @@ class ExportLayout:
 def check_against_config(
     stored: CheckpointTensors, checkpoint: Path, folder: Path, dtype: str
 ) -> ExportLayout:
-    """Return the tensors to write for the config.json in `folder`, about in the order in which they are stored.
+    """Return the tensors to write for the config.json in `folder`, roughly in storage order.
 
-    `dtype`: "fp32", "bf16" or "fp16". Raises UserError naming a parameter that is missing, that is not the model's, or
-    that has another shape.
+    `dtype`: "fp32", "bf16" or "fp16". Raises UserError naming a missing or unexpected parameter, or one of another shape.
     """
     expected = architecture.read_architecture(folder)
-    chosen = _chosen(stored, checkpoint, folder / "config.json", expected)
-    place = {tensor.ranges: number for number, tensor in enumerate(stored.tensors.values())}
-    read_first = {name: (place[tensor.ranges], 0) for name, tensor in chosen.items()}
+    chosen = _select_tensors(stored, checkpoint, folder / "config.json", expected)
+    positions = {tensor.ranges: number for number, tensor in enumerate(stored.tensors.values())}
+    order = {name: (positions[tensor.ranges], 0) for name, tensor in chosen.items()}
     tensors: dict[str, TensorReference | RearrangedTensor] = dict(chosen)
-    kept = dict(expected.kept[dtype])
+    kept_dtypes = dict(expected.kept[dtype])
     if expected.moved:
         from trainer.export import rearrange
 
         for name in set().union(*(view.names for view in expected.moved.values())):
             del tensors[name]
-        kept = {name: kept[name] for name in kept if name in tensors}
+        kept_dtypes = {name: kind for name, kind in kept_dtypes.items() if name in tensors}
         for name, view in expected.moved.items():
-            tensors[name] = rearrange.build(view, chosen)
-            read_first[name] = (place[chosen[view.first_name].ranges], view.offset)
+            tensors[name] = rearrange.build_tensor(view, chosen)
+            order[name] = (positions[chosen[view.first_name].ranges], view.offset)
             if view.first_name in expected.kept[dtype]:
-                kept[name] = expected.kept[dtype][view.first_name]
-    ordered = dict(sorted(tensors.items(), key=lambda item: read_first[item[0]]))
-    return ExportLayout(expected, ordered, kept)
+                kept_dtypes[name] = expected.kept[dtype][view.first_name]
+    ordered = dict(sorted(tensors.items(), key=lambda item: order[item[0]]))
+    return ExportLayout(expected, ordered, kept_dtypes)
 
 
-def _chosen(
+def _select_tensors(
     stored: CheckpointTensors, checkpoint: Path, config: Path, expected: Architecture
 ) -> dict[str, TensorReference]:
-    """Return the model's tensors by name."""
     chosen: dict[str, TensorReference] = {}
     for name, shape in expected.shapes.items():
         tensor = stored.find(name)
@@ -84,9 +82,9 @@ def _chosen(
 
 
 def config_text(folder: Path, expected: Architecture, dtype: str) -> str:
-    """Return config.json of the export: the checkpoint's, with the dtype of the file (transformers 5 calls it `dtype`).
+    """Return config.json of the export: the checkpoint's, with the dtype of the files (transformers 5 calls it `dtype`).
 
-    The weights are plain, so there is no `quantization_config`; `auto_map` is there if the Python files it names are.
+    `quantization_config` is removed, and `auto_map` unless its Python files exist in `folder`.
     """
     text = expected.own_config or (folder / "config.json").read_text(encoding="utf-8")
     config = json.loads(text)
@@ -98,7 +96,7 @@ def config_text(folder: Path, expected: Architecture, dtype: str) -> str:
 
 
 def tokenizer_config_text(folder: Path) -> str | None:
-    """Return tokenizer_config.json without an `auto_map` whose Python files are not there; None if it needs no change."""
+    """Return tokenizer_config.json without an `auto_map` whose Python files are missing; None if it needs no change."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "auto_map" not in config or _has_code(config.pop("auto_map"), folder):
@@ -107,7 +105,7 @@ def tokenizer_config_text(folder: Path) -> str | None:
 
 
 def generation_config_text(folder: Path, expected: Architecture) -> str:
-    """Return generation_config.json: the checkpoint's, or else the one the model class makes."""
+    """Return generation_config.json: that of the checkpoint, else the model class's default."""
     path = folder / "generation_config.json"
     return _json(
         json.loads(path.read_text(encoding="utf-8") if path.is_file() else expected.generation_config)
@@ -115,7 +113,7 @@ def generation_config_text(folder: Path, expected: Architecture) -> str:
 
 
 def _has_code(auto_map: Any, folder: Path) -> bool:
-    """Return whether the files that `auto_map` names lie in `folder`; "repository--module.Class" names one elsewhere."""
+    """Return whether the files named by `auto_map` exist in `folder` or, "repository--module.Class", in a repository."""
     if not isinstance(auto_map, dict):
         return False
     values = [

@@ -1,4 +1,4 @@
-"""One checkpoint of DeepSpeed -> one Hugging Face folder, by streaming; nothing is visible until it is finished."""
+"""Convert one DeepSpeed checkpoint to a Hugging Face folder by streaming; the folder is published atomically."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 from trainer.export import model_card
-from trainer.export import source as sources
-from trainer.export.source import CheckpointSource
+from trainer.export.source import CheckpointSource, find_checkpoint, is_already_exported, output_directory
 from trainer.models import architecture
 from trainer.runtime import startup, terminal
 from trainer.settings import ConvertSettings
@@ -26,24 +25,24 @@ if TYPE_CHECKING:
     from trainer.export.safetensors_writer import OutputShard
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SPARE_BYTES = 4 << 20  # for the manifest, the card and what the file system adds
+_SPARE_BYTES = 4 << 20  # manifest, model card and file system overhead
 _MEGABYTE = 10**6
 
 
 def convert(settings: ConvertSettings) -> Path:
-    """Write the export and return its folder. An export of the same checkpoint with the same options is left alone.
+    """Write the export and return its folder. An existing export of the same checkpoint and options is kept.
 
-    Peak memory is a few chunks of 16 MiB at every size of model; only `verify` needs the whole model. Each storage
-    that is read is proved against the checksum in its file; all files are compared with the manifest by size, and
-    with `verify` by digest. Raises UserError for an unfinished or damaged checkpoint, one that does not fit its
-    config.json, an `output_dir` that holds something else, and a disk that is too full.
+    Peak memory is a few chunks of 16 MiB for any model size; only `verify` loads the whole model. Each storage read is
+    compared with the checksum in its file; all files are compared with the manifest by size, with `verify` by digest.
+    Raises UserError for an unfinished or corrupt checkpoint, one that does not match its config.json, an `output_dir` with
+    other content, and a full disk.
     """
     max_shard_bytes = parse_size(settings.max_shard_size)
-    source = sources.find_checkpoint(Path(settings.checkpoint_dir))
-    final = sources.output_directory(source, settings.output_dir)
+    source = find_checkpoint(Path(settings.checkpoint_dir))
+    final = output_directory(source, settings.output_dir)
     dtype = source.facts["dtype"] if settings.dtype == "same" else settings.dtype
     options = {"checkpoint_digest": source.digest, "export_dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    if sources.already_exported(final, options, settings.overwrite or settings.dry_run):
+    if is_already_exported(final, options, settings.overwrite or settings.dry_run):
         terminal.info(f"already exported: {final}")
         if settings.verify:
             _verify(final, source, dtype)
@@ -55,7 +54,7 @@ def convert(settings: ConvertSettings) -> Path:
 
 
 def parse_size(text: str) -> int:
-    """ "500MB" -> 500000000, as transformers counts. Raises UserError."""
+    """Return the bytes of a size such as "500MB" (decimal units, as in transformers). Raises UserError if it is invalid."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?B)", text.strip().upper().replace(" ", ""))
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
@@ -70,11 +69,11 @@ def _stream(
     facts: dict[str, Any],
     background: ThreadPoolExecutor,
 ) -> None:
-    """Plan, write, verify, commit.
+    """Plan, write, verify and publish the export.
 
-    A checkpoint of training has a record of what its model class saves. Without one the class is asked in the
-    background, since importing transformers takes longer than writing a small model: the tensors are written meanwhile
-    under the names they have, and once more if the class saves others.
+    Training records the tensors that the model class saves. Without that record the layout is computed in the background,
+    because importing transformers takes longer than writing a small model: the tensors are written meanwhile under their
+    stored names, and again if the layout differs.
     """
     import torch
 
@@ -88,37 +87,39 @@ def _stream(
     from trainer.zero import layout
 
     stored = layout.read_tensors(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
-    fitting = background.submit(
+    layout_future = background.submit(
         check_against_config, stored, source.path, source.model_folder, facts["export_dtype"]
     )
     startup.freeze_gc()
     dtype_name = architecture.DTYPES[facts["export_dtype"]]
 
-    def plan(found: ExportLayout | None) -> list[OutputShard]:
-        tensors: Any = stored.tensors if found is None else found.tensors
-        kept = (
-            {} if found is None else {name: getattr(torch, kind) for name, kind in found.kept_dtypes.items()}
+    def plan(export: ExportLayout | None) -> list[OutputShard]:
+        tensors: Any = stored.tensors if export is None else export.tensors
+        kept_dtypes = (
+            {}
+            if export is None
+            else {name: getattr(torch, kind) for name, kind in export.kept_dtypes.items()}
         )
         return safetensors_writer.plan_shards(
-            tensors, getattr(torch, dtype_name), facts["max_shard_bytes"], kept
+            tensors, getattr(torch, dtype_name), facts["max_shard_bytes"], kept_dtypes
         )
 
     if settings.dry_run:
-        _describe(plan(fitting.result()), final)
+        _print_plan(plan(layout_future.result()), final)
         return
-    shards = plan(fitting.result() if architecture.is_recorded(source.model_folder) else None)
+    shards = plan(layout_future.result() if architecture.is_recorded(source.model_folder) else None)
     _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
     staging = atomic_dir.create_staging(final)
     try:
-        files = _write_weights(shards, staging, fitting, plan)
-        fitted = fitting.result()
-        if plan(fitted) != shards:
+        files = _write_weights(shards, staging, layout_future, plan)
+        export = layout_future.result()
+        if plan(export) != shards:
             for path in staging.iterdir():
                 path.unlink()
-            shards = plan(fitted)
+            shards = plan(export)
             _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
-            files = _write_weights(shards, staging, fitting, plan)
-        expected = fitted.expected
+            files = _write_weights(shards, staging, layout_future, plan)
+        expected = export.expected
         facts["num_parameters"] = expected.num_parameters
         if expected.text_part_of:
             facts["text_part_of"] = expected.text_part_of
@@ -143,57 +144,57 @@ def _stream(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(
-            f"{final.parent}: the disk filled up while writing; nothing was left behind"
-        ) from None
+        raise UserError(f"{final.parent}: the disk is full; all files of this export were removed") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    terminal.info(f"exported {source.path} to {final} ({_size(_weight_bytes(shards))}, {dtype_name})")
+    terminal.info(
+        f"exported {source.path} to {final} ({terminal.size_text(_weight_bytes(shards))}, {dtype_name})"
+    )
 
 
 def _write_weights(
     shards: list[OutputShard],
     staging: Path,
-    fitting: Future[ExportLayout],
+    layout_future: Future[ExportLayout],
     plan: Callable[[ExportLayout], list[OutputShard]],
 ) -> dict[str, dict[str, Any]]:
-    """Write the safetensors files and return their entries of the manifest.
+    """Write the safetensors files and return their entries in the manifest.
 
-    Stops, with some files missing, as soon as `fitting` is done and `plan` of it is another. Raises UserError as `fit`.
+    Stops early, with files missing, if the result of `layout_future` gives other shards. Raises its UserError.
     """
     from trainer.export import safetensors_writer
     from trainer.zero.checksum_reader import ChecksumReader
 
-    files, done, is_confirmed = {}, 0, False
+    files, num_written, is_confirmed = {}, 0, False
     with (
         terminal.progress("MB written", _weight_bytes(shards) // _MEGABYTE) as bar,
         ChecksumReader() as reader,
     ):
 
         def advance(num_bytes: int) -> None:
-            nonlocal done, is_confirmed
-            done += num_bytes
-            bar.update(done // _MEGABYTE)
-            if not is_confirmed and fitting.done():
+            nonlocal num_written, is_confirmed
+            num_written += num_bytes
+            bar.update(num_written // _MEGABYTE)
+            if not is_confirmed and layout_future.done():
                 is_confirmed = True
-                if plan(fitting.result()) != shards:
-                    raise _OtherTensors
+                if plan(layout_future.result()) != shards:
+                    raise _LayoutMismatch
 
-        with contextlib.suppress(_OtherTensors):
+        with contextlib.suppress(_LayoutMismatch):
             for shard in shards:
                 files[shard.name] = safetensors_writer.write(shard, staging / shard.name, reader, advance)
             reader.finish()
     return files
 
 
-class _OtherTensors(Exception):
-    """The model class saves other tensors than those that are being written."""
+class _LayoutMismatch(Exception):
+    """The model class saves other tensors than those being written."""
 
 
 def _write_small_files(
     texts: dict[str, str], model_folder: Path, staging: Path, weights: set[str]
 ) -> dict[str, dict[str, Any]]:
-    """Write `texts` by name and copy what else lies in the checkpoint's model folder: tokenizer, licence, Python files."""
+    """Write `texts` by name and copy the other files of the checkpoint's model folder: tokenizer, licence, Python files."""
     for path in sorted(model_folder.rglob("*")):
         name = path.relative_to(model_folder).as_posix()
         if path.is_file() and name not in weights | {architecture.FILE}:
@@ -207,14 +208,14 @@ def _write_small_files(
 
 def _publish(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
     try:
-        if atomic_dir.is_complete(final):  # to be replaced: the old one goes only when the new one stands
+        if atomic_dir.is_complete(final):  # the old export stays until the new one is complete
             fresh = final.parent / f".{final.name}.{secrets.token_hex(4)}.fresh.tmp"
             atomic_dir.publish(staging, fresh, "export", facts, files)
             atomic_dir.replace_directory(final, fresh)
         else:
             atomic_dir.publish(staging, final, "export", facts, files)
     except atomic_dir.ArtifactExistsError:
-        raise UserError(f"{final} was written by another process meanwhile; theirs stands") from None
+        raise UserError(f"{final} was written by another process meanwhile, and is kept") from None
 
 
 def _verify(export: Path, source: CheckpointSource, dtype: str) -> None:
@@ -223,22 +224,26 @@ def _verify(export: Path, source: CheckpointSource, dtype: str) -> None:
     from trainer.export.verify import verify
 
     atomic_dir.verify_digests(source.path)
-    verdict = verify(export, source.path, source.facts, getattr(torch, architecture.DTYPES[dtype]))
+    result = verify(export, source.path, source.facts, getattr(torch, architecture.DTYPES[dtype]))
     terminal.info(
-        f"verified: {verdict.num_tensors} tensors equal the checkpoint bit for bit"
-        f"{'' if dtype == 'fp32' else ' after rounding'}; largest logit difference {verdict.max_logit_difference:.3g}"
+        f"verified: {result.num_tensors} tensors equal the checkpoint bit for bit"
+        f"{'' if dtype == 'fp32' else ' after rounding'}; largest logit difference {result.max_logit_difference:.3g}"
     )
 
 
-def _describe(shards: list[OutputShard], final: Path) -> None:
+def _print_plan(shards: list[OutputShard], final: Path) -> None:
     for shard in shards:
-        terminal.info(f"{_size(shard.num_bytes):>10}  {shard.name}, {len(shard.tensors)} tensors")
-    free = shutil.disk_usage(_existing(final)).free
-    terminal.info(f"would write {_size(_weight_bytes(shards))} to {final}; {_size(free)} are free there")
+        terminal.info(
+            f"{terminal.size_text(shard.num_bytes):>10}  {shard.name}, {len(shard.tensors)} tensors"
+        )
+    free = shutil.disk_usage(_existing_parent(final)).free
+    terminal.info(
+        f"would write {terminal.size_text(_weight_bytes(shards))} to {final}; {terminal.size_text(free)} are free there"
+    )
 
 
 def _check_disk(final: Path, needed: int) -> None:
-    folder = _existing(final)
+    folder = _existing_parent(final)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -247,16 +252,9 @@ def _check_disk(final: Path, needed: int) -> None:
         )
 
 
-def _existing(path: Path) -> Path:
+def _existing_parent(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 def _weight_bytes(shards: list[OutputShard]) -> int:
     return sum(shard.num_bytes for shard in shards)
-
-
-def _size(num_bytes: int) -> str:
-    for unit in ("TB", "GB", "MB", "KB"):
-        if num_bytes >= _UNITS[unit]:
-            return f"{num_bytes / _UNITS[unit]:.3g} {unit}"
-    return f"{num_bytes} B"

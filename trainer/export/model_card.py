@@ -1,4 +1,4 @@
-"""README.md of an export: what the model is, how it was made, how to load it."""
+"""README.md of an export: the model, its training, and how to load it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-_WRITES = {
+_OUTPUTS = {
     "answer_only": "the final answer alone",
     "cot": "the solution step by step, then the final answer (chain of thought)",
     "socratic": "sub-questions, their solutions and the final answer (Socratic chain of thought)",
-    "decomposer": "the sub-questions of a problem, all ahead",
+    "decomposer": "all sub-questions of a problem",
     "decomposer_interleaved": "the next sub-question of a problem, given the solutions so far",
-    "solver": "the solution of each sub-question it is asked, and the final answer",
+    "solver": "the solution of each sub-question, and the final answer",
 }
 _PROMPT = "The prompt is the question and a line break. The text ends with `####` and the final answer."
 _HALF = (
-    "This is one half of a pair: `tools/evaluate.py` drives a decomposer and a solver in turn. The prompt is the question,"
-    "\na line break, and what both have written so far."
+    "This is one half of a pair: `tools/evaluate.py` runs a decomposer and a solver alternately. The prompt is the question,"
+    "\na line break, and the text of both so far."
 )
 _CALCULATOR = {
     True: "The model writes the results of its calculations, `<<3*4=12>>`, itself.",
-    False: "Results of calculations are not the model's work: after `<<3*4=` a calculator puts in `12>>`, as "
-    "`tools/evaluate.py`\ndoes. Without it the model guesses.",
+    False: "The model was not trained on results of calculations: after `<<3*4=` a calculator must insert `12>>`, as\n"
+    "`tools/evaluate.py` does. Without it the model guesses.",
 }
 
 _CARD = """\
@@ -68,18 +68,18 @@ into these safetensors files{rounding}.
 
 
 def text(facts: dict[str, Any], class_name: str, export_dtype: str) -> str:
-    """The model card. `facts`: those of the export's manifest; `export_dtype`: "float32" or "bfloat16"."""
+    """Return the model card. `facts`: those of the export's manifest; `export_dtype`: "float32" or "bfloat16"."""
     name, method = str(facts.get("model_name", "model")), str(facts.get("method", "unknown"))
     base_model, pretrained = str(facts.get("base_model", name)), bool(facts.get("pretrained"))
     front_matter = ["library_name: transformers", "pipeline_tag: text-generation"]
-    if pretrained and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model):  # a name on the hub, not a path
+    if pretrained and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model):  # a Hub name, not a path
         front_matter.append(f"base_model: {json.dumps(base_model)}")
     front_matter += ["tags:", "- reasoning", "- distillation", "- deepspeed", "- socratic-trainer"]
     card = _CARD.format(
         title=f"{name}, {method} on {facts.get('data', 'unknown data')}",
         class_name=class_name,
         parameters=f"{facts['num_parameters']:,}",
-        writes=_WRITES.get(method, "what its training data shows"),
+        writes=_OUTPUTS.get(method, "what its training data shows"),
         base_model=f"`{base_model}`{'' if pretrained else ', random weights'}",
         text_part=f", its text part alone (of `{facts['text_part_of']}`)"
         if facts.get("text_part_of")

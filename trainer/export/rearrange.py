@@ -1,6 +1,6 @@
-"""Tensors of the files, put together from tensors of a checkpoint as byte ranges, or in memory where runs are too short.
+"""Tensors of an export as byte ranges of checkpoint tensors, or rearranged in memory.
 
-Renamed, split, stacked and row-wise concatenated tensors (all Mixtures of Experts) are byte ranges, so memory stays
+Renamed, split, stacked and row-wise concatenated tensors (all mixtures of experts) are byte ranges, so memory stays
 bounded. Transposed and permuted ones consist of runs of a few elements; they are read whole and rearranged in memory.
 """
 
@@ -17,14 +17,14 @@ from trainer.zero.checksum_reader import ChecksumReader
 from trainer.zero.tensor_references import TensorReference
 from trainer.zero.torch_files import ByteRange
 
-_MIN_RUN_ELEMENTS = 1024  # a byte range costs about as much time as copying this many elements
+_MIN_RUN_ELEMENTS = 1024  # a byte range takes about as much time as copying this many elements
 
 _Run = tuple[str, int, int]  # name of the model's tensor, first element, number of elements
 
 
 @dataclass(frozen=True)
 class RearrangedTensor:
-    """A tensor that is read whole: what `view` reads of the tensors in `stored`."""
+    """A strided view of checkpoint tensors that is read whole and rearranged in memory."""
 
     view: StridedView
     stored: tuple[tuple[str, TensorReference], ...]
@@ -43,16 +43,16 @@ class RearrangedTensor:
 
     @property
     def ranges(self) -> tuple[ByteRange, ...]:
-        """Return where the elements come from, in no order."""
+        """Byte ranges of the elements, unordered."""
         return tuple(piece for _, tensor in self.stored for piece in tensor.ranges)
 
     def read(self, reader: ChecksumReader) -> torch.Tensor:
-        """Return the elements as a contiguous tensor of the stored dtype. Raises UserError for a damaged file."""
+        """Return the elements as a contiguous tensor of the stored dtype. Raises UserError for a corrupt file."""
         return _read(self.view, dict(self.stored), reader).contiguous()
 
 
-def build(view: StridedView, stored: dict[str, TensorReference]) -> TensorReference | RearrangedTensor:
-    """Return the tensor that `view` describes. `stored` has the tensors of the model by name."""
+def build_tensor(view: StridedView, stored: dict[str, TensorReference]) -> TensorReference | RearrangedTensor:
+    """Return the tensor of `view`. `stored`: the model's tensors by name."""
     runs = _runs(view)
     if runs is None:
         return RearrangedTensor(view, tuple((name, stored[name]) for name in sorted(view.names)))
@@ -61,7 +61,7 @@ def build(view: StridedView, stored: dict[str, TensorReference]) -> TensorRefere
 
 
 def _runs(view: StridedView) -> list[_Run] | None:
-    """Return the runs of elements that `view` reads, in row-major order; None if they are too short to be copied singly."""
+    """Return the contiguous runs of elements of `view` in row-major order; None if they are shorter than the minimum."""
     sizes, strides = merged(view.shape, view.strides)
     run = 1
     if strides and strides[-1] == 1:
@@ -75,32 +75,34 @@ def _runs(view: StridedView) -> list[_Run] | None:
     if isinstance(view.of, str):
         return [(view.of, start, run) for start in starts]
     joined = _joined_runs(view.of)
-    return None if joined is None else [part for start in starts for part in _cut(joined, start, run)]
+    return (
+        None if joined is None else [piece for start in starts for piece in _slice_runs(joined, start, run)]
+    )
 
 
 def _joined_runs(joined: Joined) -> list[_Run] | None:
-    parts = [_runs(part) for part in joined.views]
+    runs_of_views = [_runs(view) for view in joined.views]
     num_rows = math.prod(joined.views[0].shape[: joined.dim])
-    counts = [math.prod(part.shape[joined.dim :]) for part in joined.views]
+    counts = [math.prod(view.shape[joined.dim :]) for view in joined.views]
     if num_rows > 1 and min(counts) < _MIN_RUN_ELEMENTS:
         return None
     found: list[_Run] = []
     for row in range(num_rows):
-        for part, count in zip(parts, counts, strict=True):
-            if part is None:
+        for runs, count in zip(runs_of_views, counts, strict=True):
+            if runs is None:
                 return None
-            found += _cut(part, row * count, count)
+            found += _slice_runs(runs, row * count, count)
     return found
 
 
-def _cut(runs: list[_Run], start: int, num_elements: int) -> list[_Run]:
-    """Return elements [start, start + num_elements) of what `runs` read one after the other."""
+def _slice_runs(runs: list[_Run], start: int, num_elements: int) -> list[_Run]:
+    """Return the runs of elements [start, start + num_elements) of the concatenation of `runs`."""
     found = []
     for name, first, count in runs:
         if start < count and num_elements:
-            taken = min(count - start, num_elements)
-            found.append((name, first + start, taken))
-            start, num_elements = 0, num_elements - taken
+            length = min(count - start, num_elements)
+            found.append((name, first + start, length))
+            start, num_elements = 0, num_elements - length
         else:
             start -= min(start, count)
     return found
@@ -117,7 +119,7 @@ def _read(view: StridedView, stored: dict[str, TensorReference], reader: Checksu
 
 
 def _span(view: StridedView) -> tuple[int, int]:
-    """Return the first element that `view` reads, and the one after the last."""
+    """Return the positions of the first element of `view`, and of the one after the last."""
     if math.prod(view.shape) == 0:
         return view.offset, view.offset
     reach = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))

@@ -1,7 +1,7 @@
-"""The same weights by another road: whole tensors in memory, put together as DeepSpeed's zero_to_fp32.py does.
+"""Independent reconstruction of a checkpoint's weights in memory, as in DeepSpeed's zero_to_fp32.py.
 
-As large as the model; used only to check the streaming conversion. It shares no code with it beyond file names: tensors
-come whole from `torch.load`, are concatenated, cut and, in stages 1 and 2, compared with the model's own weights.
+It checks the streaming conversion and shares only file names with it: tensors are loaded with `torch.load`, concatenated,
+sliced and, in stages 1 and 2, compared with the model's own weights. Memory: the size of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.zero.torch_files import load
 def reference_weights(
     directory: Path, zero_stage: int, world_size: int, dtype: str
 ) -> dict[str, torch.Tensor]:
-    """Every stored parameter and buffer of a checkpoint in its stored dtype; tied aliases are left out."""
+    """Return every parameter and buffer of a checkpoint in its stored dtype, without tied aliases."""
     model_names, optimizer_names = layout.file_names(zero_stage, world_size, dtype)
     models = [load(directory / name, "cpu", mmap=True) for name in model_names]
     optimizers = [
@@ -43,10 +43,9 @@ def _stage_0(model: dict[str, Any]) -> dict[str, torch.Tensor]:
             weights[name] = weight
     optimizer = model.get("optimizer") or {}
     groups = optimizer.get("fp32_groups") or optimizer.get("fp32_groups_flat") or []
-    flat = [torch.cat([part.detach().flatten() for part in _listed(group)]) for group in groups]
-    buffers = set(
-        model["buffer_names"]
-    )  # they have no masters, though a buffer of zeros may equal a rounded one
+    flat = [torch.cat([tensor.detach().flatten() for tensor in _as_list(group)]) for group in groups]
+    # Buffers have no masters, but a buffer of zeros may equal a rounded master.
+    buffers = set(model["buffer_names"])
     for name, weight in ((name, weight) for name, weight in list(weights.items()) if name not in buffers):
         for index, group in enumerate(flat):
             candidate = group[: weight.numel()]
@@ -56,7 +55,7 @@ def _stage_0(model: dict[str, Any]) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _listed(group: Any) -> Iterable[torch.Tensor]:
+def _as_list(group: Any) -> Iterable[torch.Tensor]:
     return group if isinstance(group, list) else [group]
 
 
@@ -85,10 +84,10 @@ def _stage_3(models: list[dict[str, Any]], optimizers: list[dict[str, Any]]) -> 
     offset = 0
     for shapes in models[0]["param_shapes"]:
         for name, shape in shapes.items():
-            share = math.ceil(math.prod(shape) / len(flat))
-            whole = torch.cat([rank[offset : offset + share] for rank in flat])
+            num_elements = math.ceil(math.prod(shape) / len(flat))
+            whole = torch.cat([rank[offset : offset + num_elements] for rank in flat])
             found[name] = whole[: math.prod(shape)].view(shape)
-            offset += share
+            offset += num_elements
     for name, shape in (models[0]["frozen_param_shapes"] or {}).items():
         whole = torch.cat([model["frozen_param_fragments"][name] for model in models])
         found[name] = whole[: math.prod(shape)].view(shape)

@@ -1,4 +1,4 @@
-"""safetensors files written by copying byte ranges: everything is placed before the first byte is written.
+"""Write safetensors files by copying byte ranges; the layout is planned before the first byte is written.
 
 Format (github.com/huggingface/safetensors): 8 bytes little-endian length of the header, the header as JSON padded
 with spaces, then the tensors' bytes without holes. Files are named and split as transformers does.
@@ -42,7 +42,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputShard:
-    """One output file: `header` is its first bytes, the entries' data follow in order."""
+    """One output file: the header, then the bytes of the tensors in order."""
 
     name: str
     tensors: tuple[OutputTensor, ...]
@@ -57,28 +57,30 @@ def plan_shards(
     tensors: Mapping[str, TensorReference | RearrangedTensor],
     dtype: torch.dtype,
     max_shard_bytes: int,
-    kept: dict[str, torch.dtype] | None = None,
+    kept_dtypes: dict[str, torch.dtype] | None = None,
 ) -> list[OutputShard]:
-    """Return the files: tensors in the order given, in files of at most `max_shard_bytes` (a larger tensor stands alone).
+    """Return files of at most `max_shard_bytes`, tensors in the given order; a larger tensor has a file of its own.
 
-    Floating-point tensors are written in `dtype`, or in the dtype that `kept` has for their name; others as they are.
+    Floating-point tensors are written in `dtype`, or in that of `kept_dtypes` by name; others in their stored dtype.
     """
-    kept = kept or {}
+    kept_dtypes = kept_dtypes or {}
     entries = [
-        OutputTensor(name, source, kept.get(name, dtype) if source.dtype.is_floating_point else source.dtype)
+        OutputTensor(
+            name, source, kept_dtypes.get(name, dtype) if source.dtype.is_floating_point else source.dtype
+        )
         for name, source in tensors.items()
     ]
-    filled: list[list[OutputTensor]] = [[]]
+    groups: list[list[OutputTensor]] = [[]]
     size = 0
     for entry in entries:
-        if filled[-1] and size + entry.num_bytes > max_shard_bytes:
-            filled.append([])
+        if groups[-1] and size + entry.num_bytes > max_shard_bytes:
+            groups.append([])
             size = 0
-        filled[-1].append(entry)
+        groups[-1].append(entry)
         size += entry.num_bytes
-    total = len(filled)
+    total = len(groups)
     shards = []
-    for number, group in enumerate(filled, start=1):
+    for number, group in enumerate(groups, start=1):
         # Wide types first, so that every tensor starts at a multiple of its item size.
         ordered = tuple(sorted(group, key=lambda entry: -entry.dtype.itemsize))
         name = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
@@ -102,7 +104,7 @@ def _header(entries: tuple[OutputTensor, ...]) -> bytes:
 
 
 def index_text(shards: list[OutputShard], num_parameters: int) -> str:
-    """model.safetensors.index.json: which file holds which tensor."""
+    """Return model.safetensors.index.json, which maps tensors to files."""
     total = sum(entry.num_bytes for shard in shards for entry in shard.tensors)
     index = {
         "metadata": {"total_parameters": num_parameters, "total_size": total},
@@ -114,9 +116,9 @@ def index_text(shards: list[OutputShard], num_parameters: int) -> str:
 def write(
     shard: OutputShard, path: Path, reader: ChecksumReader, advance: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Write one file and return {"bytes", "sha256"}; it is on the disk by then. `advance` gets the number of bytes written.
+    """Write one file to disk and return {"bytes", "sha256"}. `advance` receives the number of newly written bytes.
 
-    Memory: a few chunks of 16 MiB, and for a RearrangedTensor the part of the checkpoint's tensor that it reads, twice.
+    Memory: a few chunks of 16 MiB, and for a RearrangedTensor twice the span of elements that it reads.
     """
     with OutputFile(path) as out:
         out.write(shard.header)
@@ -124,46 +126,45 @@ def write(
             if isinstance(entry.source, RearrangedTensor):
                 _write_tensor(out, entry.source.read(reader).to(entry.dtype), advance)
             else:
-                _write_pieces(out, entry.source, entry.dtype, reader, advance)
+                _write_ranges(out, entry.source, entry.dtype, reader, advance)
         return {"bytes": shard.num_bytes, "sha256": out.finish()}
 
 
-def _write_pieces(
+def _write_ranges(
     out: OutputFile,
     source: TensorReference,
     dtype: torch.dtype,
     reader: ChecksumReader,
     advance: Callable[[int], None],
 ) -> None:
-    for piece in source.ranges:
+    for byte_range in source.ranges:
         start = 0
-        while start < piece.num_elements:
+        while start < byte_range.num_elements:
             # A tensor starts at a multiple of its item size, so an element never crosses buffers.
-            room = out.room()
-            count = min(len(room) // dtype.itemsize, piece.num_elements - start)
-            room = room[: count * dtype.itemsize]
-            _fill(room, dtype, reader, piece, start, count)
-            out.advance(len(room))
-            advance(len(room))
+            buffer = out.free_buffer()
+            count = min(len(buffer) // dtype.itemsize, byte_range.num_elements - start)
+            buffer = buffer[: count * dtype.itemsize]
+            _fill(buffer, dtype, reader, byte_range, start, count)
+            out.advance(len(buffer))
+            advance(len(buffer))
             start += count
 
 
 def _write_tensor(out: OutputFile, tensor: torch.Tensor, advance: Callable[[int], None]) -> None:
-    """Write the bytes of a contiguous tensor."""
     data = memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
     while data:
-        room = out.room()[: len(data)]
-        room[:] = data[: len(room)]
-        out.advance(len(room))
-        advance(len(room))
-        data = data[len(room) :]
+        buffer = out.free_buffer()[: len(data)]
+        buffer[:] = data[: len(buffer)]
+        out.advance(len(buffer))
+        advance(len(buffer))
+        data = data[len(buffer) :]
 
 
 def _fill(
-    out: memoryview, dtype: torch.dtype, reader: ChecksumReader, piece: ByteRange, start: int, count: int
+    out: memoryview, dtype: torch.dtype, reader: ChecksumReader, byte_range: ByteRange, start: int, count: int
 ) -> None:
-    """Elements [start, start + count) of `piece` as bytes of `dtype` (rounded to nearest, ties to even)."""
-    if piece.dtype == dtype:
-        reader.read(piece, start * piece.dtype.itemsize, out)
+    """Read elements [start, start + count) of `byte_range` into `out` as `dtype` (rounded to nearest, ties to even)."""
+    if byte_range.dtype == dtype:
+        reader.read(byte_range, start * byte_range.dtype.itemsize, out)
     else:
-        torch.frombuffer(out, dtype=dtype).copy_(reader.tensor(piece, start, count))
+        torch.frombuffer(out, dtype=dtype).copy_(reader.tensor(byte_range, start, count))

@@ -1,4 +1,4 @@
-"""Which checkpoint is converted, into which folder, and whether that was done before."""
+"""Find the checkpoint to convert and the output directory, and detect an existing export."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from trainer.runtime import terminal
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory
 
-MODEL_FOLDER = "model"  # config, generation config and tokenizer inside a checkpoint
+MODEL_FOLDER = "model"  # of a checkpoint: config, generation config and tokenizer
 _STAGES = (0, 1, 2, 3)
 _DTYPES = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """A finished checkpoint whose files have the sizes of its manifest."""
+    """A finished checkpoint whose file sizes match its manifest."""
 
     path: Path
     facts: dict[str, Any]
@@ -30,10 +30,10 @@ class CheckpointSource:
 
 
 def find_checkpoint(path: Path) -> CheckpointSource:
-    """The checkpoint at `path`, or the newest valid one if `path` is a run directory.
+    """Return the checkpoint at `path`, or the newest valid one if `path` is a run directory.
 
-    Raises UserError if there is none, or it is unfinished, incomplete, or its small files are damaged. The weights'
-    files are compared with the manifest by size only: their bytes are proved when they are read.
+    Raises UserError if there is none, or it is unfinished, incomplete, or the files of its model folder are corrupt. Weight
+    files are compared with the manifest by size only; their checksums are compared when they are read.
     """
     run = RunDirectory(path)
     if not run.checkpoints.is_dir() and not run.settings.is_file():
@@ -57,7 +57,7 @@ def _open(path: Path) -> CheckpointSource:
     atomic_dir.verify_digests(path, [name for name in files if name.startswith(f"{MODEL_FOLDER}/")])
     if f"{MODEL_FOLDER}/config.json" not in files:
         raise UserError(
-            f"{path / MODEL_FOLDER / 'config.json'} is missing; without it nobody can load the weights"
+            f"{path / MODEL_FOLDER / 'config.json'} is missing; the weights cannot be loaded without it"
         )
     for name, known in {"zero_stage": _STAGES, "dtype": _DTYPES}.items():
         if facts.get(name) not in known:
@@ -72,7 +72,7 @@ def _open(path: Path) -> CheckpointSource:
 
 
 def output_directory(source: CheckpointSource, output_dir: str) -> Path:
-    """`output_dir`, or else the export folder of the run whose checkpoints this one lies among."""
+    """Return `output_dir`, else the export folder of the checkpoint's run. Raises UserError if there is no run."""
     if output_dir:
         return Path(output_dir)
     run = RunDirectory(source.path.absolute().parent.parent)
@@ -81,11 +81,10 @@ def output_directory(source: CheckpointSource, output_dir: str) -> Path:
     return run.export
 
 
-def already_exported(final: Path, facts: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `final` is an intact export with these facts; False if it may be written.
+def is_already_exported(final: Path, facts: dict[str, Any], overwrite: bool) -> bool:
+    """Return whether `final` is an intact export with these facts; False if it may be written.
 
-    `facts`: those that must agree. Raises UserError if `final` holds something else and `overwrite` is off, or
-    something that no conversion made.
+    Raises UserError if `final` is not an export, or is an export with other facts and `overwrite` is off.
     """
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return False

@@ -1,4 +1,4 @@
-"""Reload an export as a user would, and compare it with its checkpoint and with what `save_pretrained` would write."""
+"""Load an export with transformers, and compare it with its checkpoint and with the output of `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.export import reference_weights
 from trainer.models import saved_layout
 from trainer.models.architecture import quiet_transformers
-from trainer.runtime import terminal
+from trainer.runtime import library_internals, terminal
 
 _NUM_TOKENS = 32
 
@@ -28,13 +28,12 @@ class VerificationResult:
 def verify(
     export: Path, checkpoint: Path, facts: dict[str, object], dtype: torch.dtype
 ) -> VerificationResult:
-    """Load `export` with `from_pretrained` and compare it with the weights of `checkpoint` rebuilt by another road.
+    """Load `export` with `from_pretrained` and compare it with the reference weights of `checkpoint`.
 
-    Every tensor must be equal bit for bit to the stored one rounded to `dtype` (or to fp32 where the family keeps that),
-    and the files must hold the names, shapes, dtypes and bits that `save_pretrained` of the loaded model would write.
-    The logits are computed in fp32 from the export on one side and from the unrounded weights on the other: 0 for an
-    fp32 export, the price of rounding for bf16. Holds the model up to four times in memory. Raises UserError naming the first
-    tensor that differs.
+    Every tensor must equal the stored one bit for bit after rounding to `dtype` (to fp32 where the family keeps that), and
+    the files must have the names, shapes, dtypes and bits that `save_pretrained` of the loaded model would write. Logits
+    are computed in fp32 from the export and from the unrounded weights; their difference is 0 for an fp32 export, the
+    rounding error for bf16. Memory: up to four times the model. Raises UserError naming the first tensor that differs.
     """
     from transformers import AutoModelForCausalLM
 
@@ -49,8 +48,8 @@ def verify(
     problems = {name: found for name, found in report.items() if found}
     if problems:
         raise UserError(f"{export} does not load: {problems}")
-    # Of the class, not of the names in this export: transformers would write fused experts again if it had read them.
-    model._weight_conversions = None
+    # Names must be those of the class: transformers would write fused experts again if it had read them.
+    library_internals.forget_weight_conversions(model)
     _compare_names(export, saved_layout.saved_state_dict(model))
     loaded = model.state_dict()
     changed = {}
@@ -60,12 +59,12 @@ def verify(
         expected = tensor.to(loaded[name].dtype) if tensor.is_floating_point() else tensor
         if not _same_bits(loaded[name], expected):
             changed[name] = loaded[name][loaded[name] != expected]
-            loaded[name].copy_(expected)  # as in the checkpoint, to see what its files would be
+            loaded[name].copy_(expected)  # so that save_pretrained would write the checkpoint's values
     _compare_values(export, checkpoint, saved_layout.saved_state_dict(model))
     for name, values in changed.items():
-        fault = f"a fault of its {type(model).__name__}; the files hold the numbers of {checkpoint}"
+        fault = f"a bug of {type(model).__name__}; the files have the values of {checkpoint}"
         if len(values.unique()) != 1:
-            raise UserError(f"{export}: transformers loads {name} with other numbers, {fault}")
+            raise UserError(f"{export}: transformers loads {name} with other values, {fault}")
         terminal.warning(
             f"whenever transformers loads {name}, it sets {len(values)} elements to {values[0].item():g}: {fault}"
         )
@@ -76,31 +75,31 @@ def verify(
     limit = getattr(config, "max_position_embeddings", None) or _NUM_TOKENS
     tokens = tokens[:, : min(limit, _NUM_TOKENS)]
     with torch.no_grad():
-        of_export = model(input_ids=tokens, use_cache=False).logits
-        complaints = model.load_state_dict({name: t.detach() for name, t in stored.items()}, strict=False)
-        if set(complaints.missing_keys) - tied or complaints.unexpected_keys:
-            raise UserError(f"{checkpoint} does not load into the model of {export}: {complaints}")
-        of_checkpoint = model(input_ids=tokens, use_cache=False).logits
-    return VerificationResult(len(stored), (of_export - of_checkpoint).abs().max().item())
+        export_logits = model(input_ids=tokens, use_cache=False).logits
+        keys = model.load_state_dict({name: t.detach() for name, t in stored.items()}, strict=False)
+        if set(keys.missing_keys) - tied or keys.unexpected_keys:
+            raise UserError(f"{checkpoint} does not load into the model of {export}: {keys}")
+        checkpoint_logits = model(input_ids=tokens, use_cache=False).logits
+    return VerificationResult(len(stored), (export_logits - checkpoint_logits).abs().max().item())
 
 
 def _compare_names(export: Path, saved: dict[str, torch.Tensor]) -> None:
     """Compare names, shapes and dtypes in the files with those of `save_pretrained`. Raises UserError naming a difference."""
-    left = dict(saved)
+    missing = dict(saved)
     for path, name, written in _tensors(export):
-        expected = left.pop(name, None)
+        expected = missing.pop(name, None)
         if expected is None:
             raise UserError(f"{path}: save_pretrained would not write {name}")
         if written.dtype != expected.dtype or written.shape != expected.shape:
             raise UserError(
-                f"{path}: {name} is {_kind(written)}, but save_pretrained would write {_kind(expected)}"
+                f"{path}: {name} is {_dtype_and_shape(written)}, but save_pretrained would write {_dtype_and_shape(expected)}"
             )
-    if left:
-        raise UserError(f"{export} has no {min(left)}, which save_pretrained would write")
+    if missing:
+        raise UserError(f"{export} has no {min(missing)}, which save_pretrained would write")
 
 
 def _compare_values(export: Path, checkpoint: Path, saved: dict[str, torch.Tensor]) -> None:
-    """Compare the files bit for bit with what `save_pretrained` would write of the checkpoint's weights. Raises UserError."""
+    """Compare the files bit for bit with `save_pretrained` of the checkpoint's weights. Raises UserError naming a difference."""
     for path, name, written in _tensors(export):
         if not _same_bits(written, saved[name]):
             raise UserError(f"{path}: {name} differs from the checkpoint {checkpoint}")
@@ -113,12 +112,12 @@ def _tensors(export: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
                 yield path, name, file.get_tensor(name)
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def _dtype_and_shape(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Equality of the bytes: NaN equals NaN, and 0.0 is not -0.0."""
+    """Return whether all bytes are equal: NaN equals NaN, and 0.0 differs from -0.0."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return torch.equal(

@@ -1,7 +1,7 @@
-"""The interface between solving programs and the ways of decoding (backends).
+"""Interface between solving programs (rollout.py) and decoding backends.
 
-A solving program (solution.py) says what a model reads and which model chooses the next token; a backend computes the
-next tokens of one model. `generate.py` drives any number of backends and knows none of them.
+A request defines the tokens that each model reads and which model chooses the next token; a backend computes the next
+tokens of one model. `generate.py` drives any number of backends through this interface alone.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 @dataclass
 class SequenceState:
-    """One text as one model reads it."""
+    """The token sequence of one request in one model."""
 
-    pending: list[int]  # tokens given and not read yet
+    pending: list[int]  # tokens that the model has not processed yet
     sampling_seed: int = 0
-    length: int = 0  # tokens read already; the backend counts
-    is_done: bool = False  # its model reads no more of it
+    length: int = 0  # number of processed tokens, updated by the backend
+    is_done: bool = False  # no more tokens will be added
 
     @property
     def num_tokens(self) -> int:
@@ -30,42 +30,39 @@ class SequenceState:
 
 
 class Request(Protocol):
-    """A problem that is being solved, as backends see it."""
+    """A problem that is being solved, as backends use it."""
 
     @property
     def sequences(self) -> Sequence[SequenceState]:
-        """One for each backend."""
+        """One sequence per backend."""
 
     @property
     def next_model(self) -> int | None:
-        """The number of the backend whose model chooses the next token; None: the problem has ended."""
+        """Number of the model that chooses the next token; None when the request has ended."""
 
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
-Sampler = Callable[[torch.Tensor, list[SequenceState]], list[int]]  # logits [feeds, vocabulary] -> tokens
+Sampler = Callable[[torch.Tensor, list[SequenceState]], list[int]]  # logits [sequences, vocabulary] -> tokens
 
 
 class Backend(Protocol[AnyRequest]):
-    """Next tokens of one model for many problems at the same time.
-
-    At most `num_slots` problems, a number given when the backend is made, are in it at any time.
-    """
+    """Computes next tokens of one model for up to `num_slots` requests, a number fixed at construction."""
 
     @property
     def model(self) -> PreTrainedModel: ...
 
     @property
     def num_waiting(self) -> int:
-        """The number of problems whose next token is this model's to choose."""
+        """Number of requests whose next token this model must choose."""
 
-    def add(self, occupant: AnyRequest) -> None:
-        """Take a new problem. It leaves when it has ended or its feed is over."""
+    def add(self, request: AnyRequest) -> None:
+        """Add a request. It is removed when it has ended or its sequence is done."""
 
     def step(self) -> list[tuple[AnyRequest, int]]:
-        """Read pending tokens of problems that wait for this model; called only if there are any.
+        """Process pending tokens of waiting requests; must be called only if there are any.
 
-        Return the problems that have read everything that was pending, each with its next token.
+        Return the requests without pending tokens left, each with its next token.
         """
 
     def active(self) -> AbstractContextManager[None]:
-        """Return a context manager that prepares the model for `step` and puts it back as it was."""
+        """Return a context manager that prepares the model for `step` and restores it afterwards."""

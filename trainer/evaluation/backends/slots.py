@@ -1,4 +1,4 @@
-"""The machine that decodes: slots, one forward pass a step. What to feed next is for others to say (solve.py)."""
+"""Slot backend: one KV-cache slot per request, and one forward pass over all waiting slots per step."""
 
 from __future__ import annotations
 
@@ -16,66 +16,63 @@ from trainer.models.kv_cache import KVCache, prepare_prefill
 from trainer.models.prepacked_weights import prepacked_weights
 from trainer.models.slot_attention import last_token_logits, use_slot_attention
 
-MAX_STEP_TOKENS = 16384  # bounds the activations when many prompts are read at once
-MAX_GRAPH_PENDING = 16  # on a GPU so many are read one by one, in graphs, while others decode
-PREFILL_WAITING_RATIO = (
-    8  # ... and a pass without a graph is made when of this many problems one has more to read
+MAX_STEP_TOKENS = 16384  # per prefill step, which bounds the activations
+MAX_GRAPH_PENDING = (
+    16  # GPU: sequences with at most this many pending tokens go through CUDA-graph decode steps
 )
+PREFILL_WAITING_RATIO = 8  # GPU: prefill when one in this many waiting slots has more pending tokens
 
 
 def uses_cuda_graphs(device: torch.device) -> bool:
-    """Whether decode steps are made into graphs: where launches are what they wait for."""
+    """Return whether decode steps are captured in CUDA graphs, which saves the kernel launches."""
     return device.type == "cuda"
 
 
 def use_graph_step(num_pending: Sequence[int]) -> bool:
-    """Whether the next pass on a GPU is a graph, given how many tokens are pending in the slots that wait.
+    """Return whether the next step on a GPU is a CUDA-graph decode step, else a prefill step.
 
-    In a graph each slot reads one token, and those with many to read stand still. A pass without a graph reads all, but
-    may take as long as several graphs, so it is made when some slots have gathered that need it, or nobody would choose.
-    Nobody stands still for ever: those with many only grow in number until there is such a pass, and until then every
-    graph takes a token of the bounded number that the others have left.
+    num_pending: number of pending tokens of each waiting slot. A decode step processes one token per slot and skips slots
+    with many pending tokens. A prefill step processes all pending tokens but may take as long as several decode steps, so
+    it runs when enough slots need it, or when no slot would choose a token in a decode step. No slot is skipped forever:
+    the number of skipped slots only grows until the next prefill step, and the other slots have finitely many tokens left.
     """
-    num_readers = sum(number > MAX_GRAPH_PENDING for number in num_pending)
-    return 1 in num_pending and num_readers < max(1, len(num_pending) // PREFILL_WAITING_RATIO)
+    num_skipped = sum(number > MAX_GRAPH_PENDING for number in num_pending)
+    return 1 in num_pending and num_skipped < max(1, len(num_pending) // PREFILL_WAITING_RATIO)
 
 
 def _num_in_step(num_pending: Sequence[int]) -> int:
-    """How many of the slots that wait are read in one pass: all, unless those were too many tokens."""
+    """Return how many of the waiting slots one prefill step takes: at least one, and at most MAX_STEP_TOKENS tokens."""
     total = accumulate(num_pending)
     return max(1, sum(num_tokens <= MAX_STEP_TOKENS for num_tokens in total))
 
 
 class SlotBackend(Generic[AnyRequest]):
-    """One model's slots, one for every problem on its way. `step` reads what is pending and chooses next tokens, for
-    the problems whose turn is this engine's; the others are parked.
+    """Decodes one model with one KV-cache slot per request; requests that wait for another model keep their slot.
 
-    Occupied slots are always the first ones, so that attention takes them as one block of the cache: a problem that
-    leaves without a successor is replaced by the last one, which costs one copy of its keys and values.
-    The caller holds `active()` open.
+    Used slots are always the first ones, so that attention reads them as one block of the cache: the slot of an ended
+    request is refilled, or the last slot's keys and values are copied into it. `step` must be called within `active()`.
     """
 
     def __init__(
         self,
-        seat: int,
+        model_number: int,
         model: PreTrainedModel,
         num_slots: int,
         capacity: int,
-        choose: Sampler,
+        sampler: Sampler,
         prefix: Sequence[int] = (),
     ) -> None:
-        """`seat`: which of an occupant's feeds is read here. `capacity`: longest sequence in tokens.
+        """`model_number`: number of this model in requests. `capacity`: maximum sequence length in tokens.
 
-        `choose`: logits [waiting, vocabulary] and their feeds -> tokens. `prefix`: tokens that all texts begin with; they
-        are read once, into a slot of their own, and copied from there.
+        `prefix`: tokens that all sequences start with; they are processed once, in an extra slot, and copied from there.
         """
-        self.seat = seat
+        self._model_index = model_number
         self.model = model
         self.slots: list[AnyRequest] = []
         self._num_slots = num_slots
         self._prefix = SequenceState(list(prefix))
         self._cache = KVCache(num_slots + bool(prefix), capacity)
-        self._choose = choose
+        self._sampler = sampler
         self._dtype = model.dtype
         self._device = model.device
         self._graphs = (
@@ -84,100 +81,101 @@ class SlotBackend(Generic[AnyRequest]):
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Context manager that switches the model to attention over slots and blocked weights."""
+        """Context manager that switches the model to slot attention and prepacked weights."""
         with use_slot_attention(self.model), prepacked_weights(self.model):
             yield
 
     @property
     def num_waiting(self) -> int:
-        """Problems that wait for a token of this model."""
-        return sum(occupant.next_model == self.seat for occupant in self.slots)
+        return sum(request.next_model == self._model_index for request in self.slots)
 
-    def add(self, occupant: AnyRequest) -> None:
-        """Give a new problem a slot: one whose problem has left, else the next free one."""
+    def add(self, request: AnyRequest) -> None:
+        """Put a request into the slot of an ended request, else into the next free slot."""
         for slot, other in enumerate(self.slots):
             if self._is_released(other):
-                self.slots[slot] = occupant
+                self.slots[slot] = request
                 break
         else:
             slot = len(self.slots)
             assert slot < self._num_slots
-            self.slots.append(occupant)
-        self._copy_prefix(slot, occupant.sequences[self.seat])
+            self.slots.append(request)
+        self._copy_prefix(slot, request.sequences[self._model_index])
 
     @torch.inference_mode()
     def step(self) -> list[tuple[AnyRequest, int]]:
-        """One forward pass for the problems that wait; those that have read all that was pending, with their next tokens.
+        """Run one forward pass over the waiting slots; return the requests without pending tokens left, with next tokens.
 
-        On a CPU every pass reads all that is pending. On a GPU it either does so too, or reads one token of each slot, by
-        a graph.
+        On a CPU every step is a prefill step over all pending tokens; on a GPU see `use_graph_step`.
         """
         self._compact()
-        feeds = [occupant.sequences[self.seat] for occupant in self.slots]
-        waiting = [slot for slot, occupant in enumerate(self.slots) if occupant.next_model == self.seat]
-        num_pending = [len(feeds[slot].pending) for slot in waiting]
+        sequences = [request.sequences[self._model_index] for request in self.slots]
+        waiting = [slot for slot, request in enumerate(self.slots) if request.next_model == self._model_index]
+        num_pending = [len(sequences[slot].pending) for slot in waiting]
         if self._graphs and self._graphs.is_usable and use_graph_step(num_pending):
-            active, logits = self._decode(self._graphs, waiting, feeds)
-        else:  # always, on a CPU
+            active, logits = self._decode(self._graphs, waiting, sequences)
+        else:
             active = waiting[: _num_in_step(num_pending)]
-            logits = self._prefill(active, [feeds[slot] for slot in active])
-        tokens = self._choose(logits, [feeds[slot] for slot in active])
+            logits = self._prefill(active, [sequences[slot] for slot in active])
+        tokens = self._sampler(logits, [sequences[slot] for slot in active])
         return list(zip((self.slots[slot] for slot in active), tokens, strict=True))
 
     @torch.inference_mode()
-    def _copy_prefix(self, slot: int, feed: SequenceState) -> None:
-        """A text begins in `slot`: the prefix is there at once."""
+    def _copy_prefix(self, slot: int, sequence: SequenceState) -> None:
+        """Start a sequence in `slot` with a copy of the prefix's keys and values."""
         if self._prefix.pending:
             self._prefill([self._num_slots], [self._prefix])
         if length := self._prefix.length:
             self._cache.copy(self._num_slots, slot, length)
-            feed.length = length
-            del feed.pending[:length]
+            sequence.length = length
+            del sequence.pending[:length]
 
-    def _prefill(self, active: list[int], feeds: list[SequenceState]) -> torch.Tensor:
-        """One forward pass over what is pending: logits [feeds, vocabulary] of the newest tokens."""
+    def _prefill(self, active: list[int], sequences: list[SequenceState]) -> torch.Tensor:
+        """Process all pending tokens of these slots; return logits [sequences, vocabulary] of their last tokens."""
         step = prepare_prefill(
             self._cache,
             active,
-            [feed.length for feed in feeds],
-            [feed.pending for feed in feeds],
+            [sequence.length for sequence in sequences],
+            [sequence.pending for sequence in sequences],
             self._dtype,
             self._device,
         )
         logits = last_token_logits(self.model, step)
-        for feed in feeds:
-            feed.length += len(feed.pending)
-            feed.pending = []
+        for sequence in sequences:
+            sequence.length += len(sequence.pending)
+            sequence.pending = []
         return logits
 
     def _decode(
-        self, graphs: CudaGraphRunner, waiting: list[int], feeds: list[SequenceState]
+        self, graphs: CudaGraphRunner, waiting: list[int], sequences: list[SequenceState]
     ) -> tuple[list[int], torch.Tensor]:
-        """One forward pass over the waiting slots with few pending tokens, the first of each: the slots that have now read
-        all, and logits [such slots, vocabulary]. `feeds`: of all occupied slots."""
-        tokens, positions = [0] * len(feeds), [feed.length for feed in feeds]
+        """Process one token of each waiting slot with few pending tokens.
+
+        `sequences`: those of all used slots. Return the slots without pending tokens left, and their logits [slots,
+        vocabulary].
+        """
+        tokens, positions = [0] * len(sequences), [sequence.length for sequence in sequences]
         longest = 0
         active: list[int] = []
         for slot in waiting:
-            feed = feeds[slot]
-            if len(feed.pending) > MAX_GRAPH_PENDING:
+            sequence = sequences[slot]
+            if len(sequence.pending) > MAX_GRAPH_PENDING:
                 continue
-            tokens[slot] = feed.pending.pop(0)
-            feed.length += 1
-            longest = max(longest, feed.length)
-            if not feed.pending:
+            tokens[slot] = sequence.pending.pop(0)
+            sequence.length += 1
+            longest = max(longest, sequence.length)
+            if not sequence.pending:
                 active.append(slot)
         logits = graphs.step(tokens, positions, longest)
-        return active, logits[: len(active)] if len(active) == len(feeds) else logits[active]
+        return active, logits[: len(active)] if len(active) == len(sequences) else logits[active]
 
-    def _is_released(self, occupant: AnyRequest) -> bool:
-        return occupant.next_model is None or occupant.sequences[self.seat].is_done
+    def _is_released(self, request: AnyRequest) -> bool:
+        return request.next_model is None or request.sequences[self._model_index].is_done
 
     def _compact(self) -> None:
-        """The last problems move into the slots of those that have left."""
+        """Move the last requests into the slots of ended requests."""
         for slot in reversed(range(len(self.slots))):
             if self._is_released(self.slots[slot]):
                 last = self.slots.pop()
                 if slot < len(self.slots):
-                    self._cache.copy(len(self.slots), slot, last.sequences[self.seat].length)
+                    self._cache.copy(len(self.slots), slot, last.sequences[self._model_index].length)
                     self.slots[slot] = last

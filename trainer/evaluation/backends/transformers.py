@@ -1,9 +1,9 @@
-"""Decoding with the model's own forward pass and its own cache: every family that transformers' `generate` can decode.
+"""Transformers backend: the model's own forward pass and cache, for every family that `generate` can decode.
 
-No family's padding mask is relied on (recurrent layers ignore it). The problems of a batch are read without padding: first
-as many tokens at once as the shortest prompt has, then one token a step from every problem, the next pending one (of a
-longer prompt, or what the calculator gives) where there is one, else the one just chosen. So all rows are equally long.
-The model's inputs and cache are prepared by the hooks that `generate` itself calls.
+Batches have no padding, because recurrent layers ignore padding masks. The first forward pass processes as many tokens per
+row as the shortest prompt has; each later one processes one token per row: the next pending token (of a longer prompt or a
+calculator result), else the token just chosen. All rows of a batch therefore have the same length. Inputs and cache are
+prepared by the hooks that `generate` itself calls.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from itertools import accumulate
 from typing import Any, Generic
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedModel
-from transformers.generation import GenerationMode
+from transformers import Cache, PreTrainedModel
 
 from trainer.evaluation.backends import AnyRequest, Sampler, SequenceState
 from trainer.models.default_attention import (
@@ -28,19 +27,20 @@ from trainer.models.default_attention import (
     uses_sdpa,
 )
 from trainer.models.prepacked_weights import prepacked_weights
+from trainer.runtime import library_internals
 
 _CACHE_NAMES = ("past_key_values", "cache_params", "state")  # as in transformers.generation.utils
-_OF_TRANSFORMERS = ("sdpa", "eager")
-_MAX_PROMPT_TOKENS = 16384  # of the prompts of a batch, which bounds the activations of its first pass
+_TRANSFORMERS_ATTENTION = ("sdpa", "eager")
+_MAX_PROMPT_TOKENS = 16384  # per batch, which bounds the activations of its first forward pass
 
 
 @dataclass(frozen=True)
 class CacheUse:
-    """How the model's cache may be used. Not all is right for all families; backend_check.py finds out what is.
+    """Ways of using the model's cache. Some are wrong for some families; backend_check.py tests them.
 
-    batch: several problems in a batch. select: rows that have ended are removed from the cache, else they are fed until
-    the last one ends. chunks: several tokens are read at once into a cache that holds some, else one at a time. cache:
-    without one, every step reads the whole text again.
+    batch: decode several requests in a batch. select: remove ended rows from the cache; else they are padded until the
+    batch ends. chunks: process several tokens at once into a non-empty cache; else one at a time. cache: if False, every
+    step processes the whole sequence again.
     """
 
     batch: bool = True
@@ -49,7 +49,7 @@ class CacheUse:
     cache: bool = True
 
 
-# From the fastest on: what is tried until the answers are the model's own.
+# From fastest to slowest; the first one that passes the check is used.
 CACHE_USES = (
     CacheUse(),
     CacheUse(chunks=False),
@@ -62,27 +62,26 @@ CACHE_USES = (
 
 @contextlib.contextmanager
 def default_attention(model: PreTrainedModel, attention: str | None = None) -> Iterator[None]:
-    """Context manager: evaluation mode, and an attention of transformers.
+    """Context manager that sets evaluation mode, and transformers' attention instead of packed or slot attention.
 
-    A model that has one keeps it; one of ours (packed, slots) is replaced by the family's default. attention: this one
-    instead, "sdpa" or "eager".
+    attention: "sdpa" or "eager"; None keeps an attention of transformers, else takes the family's default.
     """
     training = model.training
     before = attention_of_submodules(model)
-    changes = bool(attention) or any(name not in _OF_TRANSFORMERS for _, name in before)
+    is_changed = bool(attention) or any(name not in _TRANSFORMERS_ATTENTION for _, name in before)
     model.eval()
     try:
-        if changes:
+        if is_changed:
             set_attention(model, attention or _default(model))
-            for part in model.modules():  # a part that set_attention could not change
+            for submodel in model.modules():  # those that set_attention could not change
                 if (
-                    isinstance(part, PreTrainedModel)
-                    and part.config._attn_implementation not in _OF_TRANSFORMERS
+                    isinstance(submodel, PreTrainedModel)
+                    and library_internals.get_attention(submodel.config) not in _TRANSFORMERS_ATTENTION
                 ):
-                    part.config._attn_implementation = _default(part)
+                    library_internals.set_attention(submodel.config, _default(submodel))
         yield
     finally:
-        if changes:
+        if is_changed:
             restore_attention(model, before)
         model.train(training)
 
@@ -92,17 +91,17 @@ def _default(model: PreTrainedModel) -> str:
 
 
 class _Rows:
-    """Equally long rows of tokens that a model has read, with its cache of them."""
+    """Rows of tokens of equal length that a model has processed, with its cache."""
 
     def __init__(self, model: PreTrainedModel, num_rows: int, capacity: int, use_cache: bool) -> None:
         self._model: Any = model
         self._capacity = capacity
         self._use_cache = use_cache
-        self._cache: dict[str, Any] = {}  # under the name that the model has for it; {} if it makes none
+        self._cache: dict[str, Any] = {}  # keyed by the model's argument name; {} without a cache
         self.input_ids = torch.zeros(num_rows, 0, dtype=torch.int64, device=model.device)
 
-    def read(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Read `tokens`, equally many in every row; return logits [rows, vocabulary] of the last ones."""
+    def forward(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Process `tokens`, the same number per row; return logits [rows, vocabulary] of the last ones."""
         new = torch.tensor(tokens, dtype=torch.int64).to(self._model.device)
         self.input_ids = torch.cat([self.input_ids, new], dim=1)
         outputs = self._model(**self._inputs(new.shape[1]), return_dict=True)
@@ -112,33 +111,31 @@ class _Rows:
         return logits
 
     def _inputs(self, num_new: int) -> dict[str, Any]:
-        """Return the arguments of the forward pass that reads the last `num_new` tokens of the rows."""
+        """Return the arguments of the forward pass over the last `num_new` tokens of the rows."""
         num_rows, length = self.input_ids.shape
         accepted = inspect.signature(self._model.forward).parameters
-        more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         if not self._use_cache:
             if "use_cache" in accepted:
-                more["use_cache"] = False
-            return {"input_ids": self.input_ids, **more}
+                extra["use_cache"] = False
+            return {"input_ids": self.input_ids, **extra}
         is_first = num_new == length
         if is_first:
-            self._model._prepare_cache_for_generation(
-                GenerationConfig(), self._cache, GenerationMode.GREEDY_SEARCH, num_rows, self._capacity
-            )
+            library_internals.prepare_cache(self._model, self._cache, num_rows, self._capacity)
         if "position_ids" in accepted:
-            more["position_ids"] = torch.arange(length, device=self.input_ids.device).expand(num_rows, -1)
+            extra["position_ids"] = torch.arange(length, device=self.input_ids.device).expand(num_rows, -1)
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
             self.input_ids,
             next_sequence_length=None if is_first or not self._cache else num_new,
             is_first_iteration=is_first,
             use_cache=True,
-            **more,
+            **extra,
             **self._cache,
         )
         return inputs
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows in this order; a row may be taken more than once. Raises TypeError for an unknown cache."""
+        """Keep these rows in this order; rows may repeat. Raises TypeError for an unknown type of cache."""
         indices = torch.tensor(rows, dtype=torch.int64, device=self._model.device)
         self.input_ids = self.input_ids[indices]
         self._cache = {name: _select(cache, indices) for name, cache in self._cache.items()}
@@ -154,8 +151,7 @@ class _Rows:
 
 def _select(cache: Any, rows: Any) -> Any:
     if isinstance(cache, Cache):
-        # Layers with a recurrent state have no `batch_select_indices` of their own, or one that leaves the state out;
-        # caches that are not made of layers alone override it.
+        # The `batch_select_indices` of recurrent layers is missing or leaves the state out; `reorder_cache` includes it.
         if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
             cache.reorder_cache(rows)
         else:
@@ -167,37 +163,36 @@ def _select(cache: Any, rows: Any) -> Any:
 
 
 class _Batch(Generic[AnyRequest]):
-    """Problems that are decoded together. `occupants`: one for each row, None where a problem has left."""
+    """Requests that are decoded together. `requests`: one per row, None for an ended one."""
 
-    def __init__(self, occupants: Sequence[AnyRequest], rows: _Rows) -> None:
-        self.occupants: list[AnyRequest | None] = list(occupants)
+    def __init__(self, requests: Sequence[AnyRequest], rows: _Rows) -> None:
+        self.requests: list[AnyRequest | None] = list(requests)
         self.rows = rows
 
 
 class TransformersBackend(Generic[AnyRequest]):
-    """Next tokens of one model, by its own forward pass and cache."""
+    """Decodes one model with its own forward pass and cache."""
 
     def __init__(
         self,
-        seat: int,
+        model_number: int,
         model: PreTrainedModel,
         num_slots: int,
         capacity: int,
-        choose: Sampler,
+        sampler: Sampler,
         prefix: Sequence[int] = (),
         cache_use: CacheUse = CacheUse(),
     ) -> None:
-        """`seat`: which of an occupant's feeds is read here. `capacity`: longest sequence in tokens.
+        """`model_number`: number of this model in requests. `capacity`: maximum sequence length in tokens.
 
-        `choose`: logits [feeds, vocabulary] -> tokens. `prefix`: tokens that all texts begin with; where the cache allows
-        it they are read once. `cache_use.batch` must be False if problems also wait for other models: in a batch all
-        read at the same time.
+        `prefix`: tokens that all sequences start with; they are processed once if the cache can be copied.
+        `cache_use.batch` must be False if requests also wait for other models, because all rows of a batch advance together.
         """
         self.model = model
-        self._seat = seat
+        self._model_index = model_number
         self._num_slots = num_slots
         self._capacity = capacity
-        self._choose = choose
+        self._sampler = sampler
         self._prefix = list(prefix)
         self._prefix_rows: _Rows | None = None
         self._use = cache_use
@@ -206,103 +201,102 @@ class TransformersBackend(Generic[AnyRequest]):
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Context manager that switches the model to evaluation mode, its default attention and blocked weights."""
+        """Context manager that switches the model to evaluation mode, default attention and prepacked weights."""
         with default_attention(self.model), prepacked_weights(self.model):
             yield
 
     @property
     def num_waiting(self) -> int:
-        """The number of problems whose next token is this model's to choose."""
-        begun = (occupant for batch in self._batches for occupant in batch.occupants)
-        return sum(
-            occupant is not None and occupant.next_model == self._seat for occupant in (*self._new, *begun)
-        )
+        started = (request for batch in self._batches for request in batch.requests)
+        return sum(self._is_waiting(request) for request in (*self._new, *started))
 
-    def add(self, occupant: AnyRequest) -> None:
-        """Take a new problem; its text is begun in a later step."""
-        self._new.append(occupant)
+    def add(self, request: AnyRequest) -> None:
+        """Queue a request; a later step starts its sequence."""
+        self._new.append(request)
 
     @torch.no_grad()
     def step(self) -> list[tuple[AnyRequest, int]]:
-        """Read tokens of the problems that wait; return those that have read all of theirs, with their next tokens."""
+        """Process tokens of waiting requests; return those without pending tokens left, with their next tokens."""
         self._remove_ended()
-        self._begin()
-        found = []
+        self._start_batches()
+        chosen = []
         for batch in self._batches:
-            if any(self._waits(occupant) for occupant in batch.occupants):
-                found += self._advance(batch)
+            if any(self._is_waiting(request) for request in batch.requests):
+                chosen += self._advance(batch)
                 if not self._use.batch:
-                    break  # one at a time: caches of problems that have not begun take no memory
-        return found
+                    break  # one request at a time, so that others need no cache yet
+        return chosen
 
-    def _begin(self) -> None:
-        """Make batches of new problems: at once if none is under way, else when half of the slots have come free."""
+    def _start_batches(self) -> None:
+        """Start batches of queued requests: immediately if no batch exists, else when half of the slots are free."""
         if not self._use.batch:
-            if not any(self._waits(occupant) for batch in self._batches for occupant in batch.occupants):
-                first = next((occupant for occupant in self._new if self._waits(occupant)), None)
+            if not any(self._is_waiting(request) for batch in self._batches for request in batch.requests):
+                first = next((request for request in self._new if self._is_waiting(request)), None)
                 if first is not None:
                     self._new.remove(first)
-                    self._batches.append(_Batch([first], self._begun([first])))
+                    self._batches.append(_Batch([first], self._new_rows([first])))
             return
         while self._new and (not self._batches or len(self._new) >= self._num_slots // 2):
-            lengths = accumulate(len(occupant.sequences[self._seat].pending) for occupant in self._new)
-            taken = max(1, sum(length <= _MAX_PROMPT_TOKENS for length in lengths))
-            occupants, self._new = self._new[:taken], self._new[taken:]
-            self._batches.append(_Batch(occupants, self._begun(occupants)))
+            lengths = accumulate(len(request.sequences[self._model_index].pending) for request in self._new)
+            count = max(1, sum(length <= _MAX_PROMPT_TOKENS for length in lengths))
+            requests, self._new = self._new[:count], self._new[count:]
+            self._batches.append(_Batch(requests, self._new_rows(requests)))
 
-    def _waits(self, occupant: AnyRequest | None) -> bool:
-        return occupant is not None and occupant.next_model == self._seat
+    def _is_waiting(self, request: AnyRequest | None) -> bool:
+        return request is not None and request.next_model == self._model_index
 
-    def _begun(self, occupants: Sequence[AnyRequest]) -> _Rows:
-        """Return rows for new problems, which hold the prefix already if the cache can be copied."""
-        may_copy = self._use.chunks and (self._use.select or len(occupants) == 1)
-        if not (self._prefix and may_copy):
-            return _Rows(self.model, len(occupants), self._capacity, self._use.cache)
+    def _new_rows(self, requests: Sequence[AnyRequest]) -> _Rows:
+        """Return rows for new requests, with the prefix already processed if the cache can be copied."""
+        can_copy = self._use.chunks and (self._use.select or len(requests) == 1)
+        if not (self._prefix and can_copy):
+            return _Rows(self.model, len(requests), self._capacity, self._use.cache)
         if self._prefix_rows is None:
             self._prefix_rows = _Rows(self.model, 1, self._capacity, self._use.cache)
-            self._prefix_rows.read([self._prefix])
-        for occupant in occupants:
-            feed = occupant.sequences[self._seat]
-            feed.length = len(self._prefix)
-            del feed.pending[: feed.length]
-        return self._prefix_rows.copies(len(occupants))
+            self._prefix_rows.forward([self._prefix])
+        for request in requests:
+            sequence = request.sequences[self._model_index]
+            sequence.length = len(self._prefix)
+            del sequence.pending[: sequence.length]
+        return self._prefix_rows.copies(len(requests))
 
     def _advance(self, batch: _Batch[AnyRequest]) -> list[tuple[AnyRequest, int]]:
-        feeds = [None if occupant is None else occupant.sequences[self._seat] for occupant in batch.occupants]
+        sequences = [
+            None if request is None else request.sequences[self._model_index] for request in batch.requests
+        ]
         num_new = 1
         if self._use.chunks or batch.rows.input_ids.shape[1] == 0:
-            num_new = min(len(feed.pending) for feed in feeds if feed is not None)
-        logits = batch.rows.read(
-            [[0] * num_new if feed is None else feed.pending[:num_new] for feed in feeds]
+            num_new = min(len(sequence.pending) for sequence in sequences if sequence is not None)
+        logits = batch.rows.forward(
+            [[0] * num_new if sequence is None else sequence.pending[:num_new] for sequence in sequences]
         )
         ready: list[tuple[int, SequenceState]] = []
-        for row, feed in enumerate(feeds):
-            if feed is not None:
-                feed.length += num_new
-                del feed.pending[:num_new]
-                if not feed.pending:
-                    ready.append((row, feed))
+        for row, sequence in enumerate(sequences):
+            if sequence is not None:
+                sequence.length += num_new
+                del sequence.pending[:num_new]
+                if not sequence.pending:
+                    ready.append((row, sequence))
         if not ready:
             return []
-        chosen = logits if len(ready) == len(feeds) else logits[[row for row, _ in ready]]
-        tokens = self._choose(chosen, [feed for _, feed in ready])
-        occupants = (batch.occupants[row] for row, _ in ready)
-        return [(o, token) for o, token in zip(occupants, tokens, strict=True) if o is not None]
+        chosen = logits if len(ready) == len(sequences) else logits[[row for row, _ in ready]]
+        tokens = self._sampler(chosen, [sequence for _, sequence in ready])
+        requests = (batch.requests[row] for row, _ in ready)
+        return [(o, token) for o, token in zip(requests, tokens, strict=True) if o is not None]
 
     def _remove_ended(self) -> None:
-        self._new = [occupant for occupant in self._new if not self._has_left(occupant)]
+        self._new = [request for request in self._new if not self._is_released(request)]
         for batch in self._batches:
-            left = [occupant is None or self._has_left(occupant) for occupant in batch.occupants]
-            if self._use.select and any(left) and not all(left):
-                kept = [row for row, has_left in enumerate(left) if not has_left]
+            released = [request is None or self._is_released(request) for request in batch.requests]
+            if self._use.select and any(released) and not all(released):
+                kept = [row for row, is_released in enumerate(released) if not is_released]
                 batch.rows.select(kept)
-                batch.occupants = [batch.occupants[row] for row in kept]
+                batch.requests = [batch.requests[row] for row in kept]
             else:
-                batch.occupants = [
-                    None if has_left else occupant
-                    for occupant, has_left in zip(batch.occupants, left, strict=True)
+                batch.requests = [
+                    None if is_released else request
+                    for request, is_released in zip(batch.requests, released, strict=True)
                 ]
-        self._batches = [batch for batch in self._batches if any(o is not None for o in batch.occupants)]
+        self._batches = [batch for batch in self._batches if any(o is not None for o in batch.requests)]
 
-    def _has_left(self, occupant: AnyRequest) -> bool:
-        return occupant.next_model is None or occupant.sequences[self._seat].is_done
+    def _is_released(self, request: AnyRequest) -> bool:
+        return request.next_model is None or request.sequences[self._model_index].is_done
