@@ -79,7 +79,7 @@ def test_ways_to_write_eighteen(answer):
         "18 2/3",
     ],
 )
-def test_what_is_not_eighteen(answer):
+def test_answers_that_are_not_eighteen(answer):
     assert not answers_match(answer, "18")
 
 
@@ -109,7 +109,7 @@ def test_what_is_not_eighteen(answer):
         ("18 dollars", "18 dollars"),
     ],
 )
-def test_same(answer, gold):
+def test_matching_answers(answer, gold):
     assert answers_match(answer, gold)
 
 
@@ -132,7 +132,7 @@ def test_same(answer, gold):
         ("", "Paris"),
     ],
 )
-def test_not_same(answer, gold):
+def test_different_answers(answer, gold):
     assert not answers_match(answer, gold)
 
 
@@ -176,7 +176,7 @@ def test_strict_takes_the_line_after_the_last_delimiter(text, answer):
         ("no number", None),
         ("", None),
         ("9" * 201, None),
-        ("#### 42\n\nQuestion: what is 6 times 7?", "42"),  # the stated answer goes before what follows
+        ("#### 42\n\nQuestion: what is 6 times 7?", "42"),  # the stated answer is preferred
         ("#### 42 eggs", "42 eggs"),
         ("#### the answer is 42, not 41 or 43", "43"),
     ],
@@ -185,7 +185,7 @@ def test_flexible_takes_the_stated_number_or_the_last_one(text, number):
     assert extract_answer(text, "flexible", "number") == number
 
 
-def test_flexible_knows_the_kind_of_the_gold_and_nothing_else():
+def test_flexible_uses_the_type_of_the_gold_answer():
     text = "Is 300 more than 20? Yes, so true. There were 2 of them."
     assert extract_answer(text, "flexible", "yes_no") == "true"
     assert extract_answer(text, "flexible", "number") == extract_answer(text, "flexible") == "2"
@@ -207,25 +207,25 @@ def test_flexible_knows_the_kind_of_the_gold_and_nothing_else():
 
 
 @pytest.mark.parametrize("arguments", [("x", "lenient"), ("x", "flexible", "date"), ("x", "strict", "date")])
-def test_unknown_rules_and_kinds_are_refused(arguments):
+def test_unknown_rules_and_types_are_refused(arguments):
     with pytest.raises(ValueError, match="rule"):
         extract_answer(*arguments)
 
 
-def test_time_is_linear_in_what_a_student_writes():
+def test_time_is_linear_in_the_text():
     pieces = ["9", "1,", "-$", "####", "yes ", "1/", ".5", " ", "no,", "a-", "'", "1 a", "\n", "$ -", "1."]
     start = time.perf_counter()
     for text in [piece * 20_000 for piece in pieces] + ["#### " + piece * 20_000 for piece in pieces]:
         for rule in RULES:
-            for kind_of_gold in (None, *answers.ANSWER_TYPES):
-                extract_answer(text, rule, kind_of_gold)
+            for gold_type in (None, *answers.ANSWER_TYPES):
+                extract_answer(text, rule, gold_type)
         for gold in ("18", "yes", "Paris"):
             answers_match(text, gold)
     assert time.perf_counter() - start < 15  # about 1 s; a quadratic pattern would take many minutes
 
 
 def _gold_texts(folder):
-    """(gold answer, the solution as a perfect student would write it) of the 1319 GSM8K test problems."""
+    """Yield (gold answer, gold solution with answer) of the 1319 GSM8K test problems."""
     from trainer.problems.sources import read_problems
 
     for problem in read_problems("gsm8k", "test", str(folder / "gsm8k")):
@@ -277,7 +277,7 @@ def test_right_under_strict_is_right_under_flexible(shared_data):
 
 
 def test_last_number_agrees_with_gold_for_solutions_without_delimiter(shared_data):
-    """The last number of a GSM8K solution nearly always is its answer; a broken pattern would show here."""
+    """The last number of a GSM8K solution is nearly always its answer."""
     texts = [(gold, text.rpartition("####")[0]) for gold, text in _gold_texts(shared_data)]
     num_right = sum(answers_match(extract_answer(text, "flexible", "number"), gold) for gold, text in texts)
     assert num_right / len(texts) > 0.9

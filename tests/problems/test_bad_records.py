@@ -1,4 +1,4 @@
-"""A bad record costs one record, and says why and where."""
+"""Invalid records are rejected one by one, with reason and line."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ BAD_LINES = [
 ]
 
 
-def test_every_bad_line_costs_one_record_whatever_is_around_it(tmp_path):
+def test_every_bad_line_rejects_one_record(tmp_path):
     path = tmp_path / "mine.jsonl"
     lines = [_bytes(question="first?")]
     for bad, _ in BAD_LINES:
         lines += [bad, _bytes(question=f"good one after line {len(lines) + 1}?")]
-    path.write_bytes(b"\n".join(lines))  # no newline at the end of the file either
+    path.write_bytes(b"\n".join(lines))  # no newline at the end of the file
     items = list(read_problems("gsm8k", "train", str(path)))
     rejects = [item for item in items if isinstance(item, RejectedRecord)]
     assert [(r.line, r.reason) for r in rejects] == [
@@ -70,14 +70,14 @@ def test_every_bad_line_costs_one_record_whatever_is_around_it(tmp_path):
     assert good[1].id == "gsm8k-train-000002", "ids count records, so a bad one does not shift the others"
 
 
-def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_records(tmp_path):
+def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_ignored(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + _bytes() + b"\r\n\r\n  \n" + _bytes(answer="no delimiter") + b"\r\n\n")
     problem, reject = read_problems("gsm8k", "train", str(path))
     assert problem.id == "gsm8k-train-000000" and (reject.line, reject.reason) == (4, "no_delimiter")
 
 
-def test_an_endless_line_is_skipped_without_keeping_it(tmp_path):
+def test_a_very_long_line_is_not_kept_in_memory(tmp_path):
     path = tmp_path / "mine.jsonl"
     with path.open("wb") as file:
         for _ in range(64):
@@ -123,7 +123,7 @@ def test_a_repeated_id_names_the_first_line(tmp_path):
         ({"answer": None}, "no_answer"),
     ],
 )
-def test_own_records_are_checked(tmp_path, change, reason):
+def test_jsonl_records_are_checked(tmp_path, change, reason):
     path = tmp_path / "mine.jsonl"
     good = {"question": "q?", "answer": 1}
     path.write_text(json.dumps(good) + "\n" + json.dumps({**good, **change}))
@@ -131,7 +131,7 @@ def test_own_records_are_checked(tmp_path, change, reason):
     assert (reject.line, reject.reason) == (2, reason)
 
 
-def test_own_answers_become_text(tmp_path):
+def test_jsonl_answers_become_text(tmp_path):
     path = tmp_path / "mine.jsonl"
     written = [
         "12",
@@ -164,14 +164,12 @@ def _svamp_record(number):
     }
 
 
-def test_a_bad_element_of_an_array_costs_one_record(tmp_path):
+def test_a_bad_element_of_an_array_rejects_one_record(tmp_path):
     path = tmp_path / "SVAMP.json"
     text = json.dumps([_svamp_record(number) for number in range(1, 9)], indent=4)
     content = text.encode()
     content = content.replace(b'"chal-2",\n        "Body": "b"', b'"chal-2",\n        "Body": "\xff"')
-    content = content.replace(
-        b'"chal-4",', b'"chal-4"'
-    )  # a comma lost: no JSON from here to the end of the element
+    content = content.replace(b'"chal-4",', b'"chal-4"')  # a missing comma
     content = content.replace(b'"chal-6"', b'"chal-x"').replace(b'"chal-7"', b'"chal-1"')
     path.write_bytes(content)
     items = list(read_problems("svamp", "all", str(path)))
@@ -183,7 +181,7 @@ def test_a_bad_element_of_an_array_costs_one_record(tmp_path):
         if isinstance(item, RejectedRecord):
             assert lines[item.line].strip() == f'"ID": "chal-{number}",'
     assert "line 2 " in items[6].detail
-    for split in ("train", "test"):  # whose split cannot be known is reported in every one
+    for split in ("train", "test"):  # records without a valid id are reported in every split
         reasons = [
             r.reason for r in read_problems("svamp", split, str(path)) if isinstance(r, RejectedRecord)
         ]
@@ -191,7 +189,7 @@ def test_a_bad_element_of_an_array_costs_one_record(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0.2, 0.5, 0.9])
-def test_a_truncated_array_is_noticed(tmp_path, cut):
+def test_a_truncated_array_is_reported(tmp_path, cut):
     path = tmp_path / "SVAMP.json"
     content = json.dumps([_svamp_record(number) for number in range(1, 9)], indent=4)
     path.write_text(content[: int(len(content) * cut)])
@@ -240,7 +238,7 @@ def test_strategyqa_records_are_checked(tmp_path, change, reason):
     assert (problem.facts, problem.steps, reject.reason) == (("One text.",), (), reason)
 
 
-def test_a_file_without_one_problem_is_the_users_error(tmp_path):
+def test_a_file_without_a_valid_problem_is_a_user_error(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text('{"text": "something else"}\n{"text": "more"}\n')
     with pytest.raises(UserError, match=r"train\.jsonl.*line 1: no_question.*Is it gsm8k data"):

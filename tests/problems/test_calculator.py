@@ -87,7 +87,7 @@ def test_accepted_arithmetic_and_its_canonical_text(expression, result):
         "1\x00",
     ],
 )
-def test_everything_else_is_none(expression):
+def test_other_expressions_give_none(expression):
     assert evaluate(expression) is None
 
 
@@ -126,7 +126,7 @@ def test_random_expressions_agree_with_python_fractions():
 
 
 def _exact(node: ast.expr, source: str) -> Fraction:
-    """The value of Python's own parse of the expression, a second opinion on precedence and grouping."""
+    """Return the value by Python's parser, as a reference for precedence and grouping."""
     if isinstance(node, ast.BinOp):
         left, right = _exact(node.left, source), _exact(node.right, source)
         operators = {
@@ -150,7 +150,7 @@ def _random_expression(rng: random.Random, depth: int) -> str:
     )
 
 
-def test_annotations_split_off_what_the_calculator_writes():
+def test_annotations_split_off_calculator_results():
     pieces = list(calculator.annotations("48/2 = <<48/2=24>>24 clips"))
     assert pieces == [("48/2 = <<48/2=", False), ("24>>", True), ("24 clips", False)]
     assert list(calculator.annotations("a <<1+1=2>><<2+2=4>>")) == [
@@ -180,11 +180,11 @@ def test_annotations_split_off_what_the_calculator_writes():
         "<<7//2=3>>",
     ],
 )
-def test_an_annotation_the_calculator_would_write_differently_stays_text(text):
+def test_an_annotation_with_another_result_stays_text(text):
     assert list(calculator.annotations(text)) == [(text, False)]
 
 
-def test_annotations_of_nothing_is_nothing():
+def test_annotations_of_an_empty_text():
     assert list(calculator.annotations("")) == []
 
 
@@ -207,11 +207,11 @@ def test_annotations_of_nothing_is_nothing():
         ("", None),
     ],
 )
-def test_open_expression_is_found_at_the_very_end_only(text, expression):
+def test_open_expression_is_found_at_the_end_only(text, expression):
     assert open_expression(text) == expression
 
 
-def test_hostile_texts_take_no_time():
+def test_time_is_linear_in_the_text():
     start = time.perf_counter()
     for text in ("<<" * 10**5, "<<1" * 10**5, "<" * 10**6 + "=", "<<1=1" * 10**5, "<<1=1>" * 10**5):
         assert "".join(piece for piece, _ in calculator.annotations(text)) == text
@@ -220,7 +220,7 @@ def test_hostile_texts_take_no_time():
 
 
 def test_agreement_with_gsm8k(shared_data):
-    """The figures of the module's docstring, and generation asks what training asked."""
+    """The figures of the module docstring; `open_expression` and `annotations` are consistent."""
     from trainer.problems.sources import read_problems
 
     num_annotations = num_results = num_same_value = 0
@@ -230,14 +230,14 @@ def test_agreement_with_gsm8k(shared_data):
                 num_annotations += 1
                 value = evaluate(expression)
                 num_same_value += value is not None and Fraction(value) == Fraction(result)
-            so_far = ""
+            prefix = ""
             for piece, is_result in calculator.annotations(step.solution):
                 num_results += is_result
                 if is_result:
-                    expression = open_expression(so_far)
+                    expression = open_expression(prefix)
                     assert expression is not None and evaluate(expression) == piece.removesuffix(">>")
-                so_far += piece
-            assert so_far == step.solution
+                prefix += piece
+            assert prefix == step.solution
     assert num_annotations == 23716
     assert num_same_value == 23714
     assert num_results >= 23047

@@ -1,4 +1,4 @@
-"""The published files, as they are: counts, and what must hold for every problem in them."""
+"""The published data sets: counts, and properties of every problem."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_gsm8k_keeps_every_character_but_white_space_and_commas_of_answers(share
 
 
 def _tokens(expression):
-    """Numbers and operators in order, without parentheses."""
+    """Return numbers and operators in order, without parentheses."""
     found = re.findall(r"[-+*/]|[0-9.]+", expression)
     return [token if token in "+-*/" else float(token) for token in found]
 
@@ -77,8 +77,8 @@ def test_svamp_problems_are_their_equations(shared_data):
         assert problem.question == one_line(record["Body"]) + " " + one_line(record["Question"])
         ((_, is_text), (result, is_result), (end, _)) = calculator.annotations(problem.steps[0].solution)
         assert (is_text, is_result, result, end) == (False, True, f"{problem.answer}>>", problem.answer)
-        spoken = problem.steps[0].solution.partition(" = ")[0]
-        assert _tokens(spoken) == _tokens(record["Equation"])
+        equation = problem.steps[0].solution.partition(" = ")[0]
+        assert _tokens(equation) == _tokens(record["Equation"])
     solutions = {problem.id: problem.steps[0].solution for problem in problems}
     assert solutions["chal-1"] == "76 - 25 = <<76-25=51>>51"
     assert solutions["chal-555"] == "8 = <<8=8>>8"
@@ -86,7 +86,7 @@ def test_svamp_problems_are_their_equations(shared_data):
     assert re.fullmatch(r"\(\d+ [-+*/] \d+\) [-+*/] \d+ = <<.*", solutions[nested])
 
 
-def test_svamp_rejects_the_record_that_contradicts_itself(shared_data):
+def test_svamp_rejects_the_contradictory_record(shared_data):
     rejects = [item for item in _read(shared_data, "svamp", "all") if isinstance(item, RejectedRecord)]
     assert [(r.reason, r.line, r.detail) for r in rejects] == [
         ("answer_mismatch", 5434, "the equation (4-2)+3 gives 5, the answer is 1")
@@ -111,8 +111,8 @@ def test_svamp_split_is_a_pinned_function_of_seed_and_id(shared_data):
 
 
 def test_svamp_with_another_seed_divides_the_same_problems(shared_data):
-    parts = [_read(shared_data, "svamp", split, seed=7) for split in ("train", "test")]
-    ids = [{item.id for item in part if isinstance(item, Problem)} for part in parts]
+    splits = [_read(shared_data, "svamp", split, seed=7) for split in ("train", "test")]
+    ids = [{item.id for item in items if isinstance(item, Problem)} for items in splits]
     assert not ids[0] & ids[1] and len(ids[0] | ids[1]) == 999
 
 
@@ -131,7 +131,7 @@ def test_strategyqa_answers_facts_and_references(shared_data):
 
 
 @pytest.mark.parametrize("rule", answers.RULES)
-def test_a_student_that_writes_the_gold_answer_is_right_on_every_data_set(shared_data, rule):
+def test_the_gold_answer_is_right_on_every_data_set(shared_data, rule):
     for data, split in (("gsm8k", "train"), ("svamp", "all"), ("strategyqa", "train")):
         for problem in _read(shared_data, data, split):
             if isinstance(problem, Problem):
@@ -145,7 +145,7 @@ def test_a_student_that_writes_the_gold_answer_is_right_on_every_data_set(shared
 @pytest.mark.parametrize(
     "data_and_split", [("gsm8k", "test_socratic"), ("svamp", "test"), ("strategyqa", "dev")]
 )
-def test_jsonl_gives_every_published_problem_back(shared_data, tmp_path, data_and_split):
+def test_jsonl_round_trip_of_every_published_problem(shared_data, tmp_path, data_and_split):
     problems = [item for item in _read(shared_data, *data_and_split) if isinstance(item, Problem)]
     with (tmp_path / "mine.jsonl").open("w", encoding="utf-8") as file:
         for problem in problems:

@@ -33,19 +33,19 @@ def test_one_line_joins_every_kind_of_white_space():
         (lambda: Problem("1", "q", "a", facts=("",)), "bad_fact"),
     ],
 )
-def test_a_text_that_breaks_the_rule_is_refused_with_its_reason(make, reason):
+def test_invalid_texts_are_refused_with_a_reason(make, reason):
     with pytest.raises(RecordError) as caught:
         make()
     assert caught.value.reason == reason
     assert isinstance(caught.value, ValueError) and str(caught.value).startswith(reason)
 
 
-def test_a_question_may_have_several_lines_and_a_step_only_one_half():
+def test_a_question_may_have_several_lines_and_a_step_only_one_text():
     problem = Problem("1", "Line one.\nLine two?", "5", (Step("What?"), Step("", "2+3 = 5")), ("A fact.",))
     assert problem.steps[0].solution == "" and problem.steps[1].question == ""
 
 
-def test_a_reject_keeps_the_beginning_of_a_long_record_and_only_known_reasons():
+def test_a_rejected_record_truncates_its_text_and_checks_its_reason():
     assert RejectedRecord("a.jsonl", 3, "too_long", "why", "x" * 10**6).text == "x" * 200
     with pytest.raises(AssertionError):
         RejectedRecord("a.jsonl", 3, "no_such_reason", "why", "")

@@ -12,13 +12,13 @@ from trainer.problems.problem import Problem
 from trainer.problems.sources import read_problems, source_digest
 
 
-def test_a_file_and_its_folder_are_the_same(shared_data):
+def test_a_file_and_its_folder_give_the_same_problems(shared_data):
     folder = shared_data / "strategyqa"
     from_folder = list(read_problems("strategyqa", "dev", str(folder)))
     assert list(read_problems("strategyqa", "dev", str(folder / "dev.json"))) == from_folder
 
 
-def test_stories_need_no_path_and_take_their_own_options():
+def test_stories_need_no_path_and_accept_their_options():
     stories = list(read_problems("stories", "test", seed=3, num_problems=5))
     assert len(stories) == 5 and all(isinstance(story, Problem) for story in stories)
 
@@ -32,7 +32,7 @@ def test_stories_need_no_path_and_take_their_own_options():
         ("gsm8k", "train", "missing/train.jsonl", {}, "does not exist"),
         ("gsm8k", "validation", "gsm8k", {}, "no gsm8k split 'validation'.*found test.jsonl.*train.jsonl"),
         ("gsm8k", "train_socratic", "gsm8k", {}, "no gsm8k split 'train_socratic'"),
-        ("gsm8k", "test", "gsm8k/train.jsonl", {}, "looks like the split 'train', but 'test'"),
+        ("gsm8k", "test", "gsm8k/train.jsonl", {}, "looks like the split 'train', but split is 'test'"),
         ("gsm8k", "train", "gsm8k", {"seed": 1}, "gsm8k takes no option 'seed'"),
         ("gsm8k", "train", "gsm8k", {"revision": "main"}, "revision"),
         ("svamp", "dev", "svamp", {}, "svamp has no split 'dev'; choose one of train, test, all"),
@@ -42,34 +42,32 @@ def test_stories_need_no_path_and_take_their_own_options():
         ("stories", "train", "stories.jsonl", {}, "leave the path empty"),
     ],
 )
-def test_a_user_error_says_what_where_and_the_remedy(
-    shared_data, monkeypatch, data, split, path, options, message
-):
+def test_user_errors(shared_data, monkeypatch, data, split, path, options, message):
     monkeypatch.chdir(shared_data)
     with pytest.raises(UserError, match=message):
         list(read_problems(data, split, path, **options))
 
 
-def test_most_errors_come_before_the_first_problem_is_asked_for(shared_data):
+def test_most_errors_are_raised_before_iteration(shared_data):
     with pytest.raises(UserError):
         read_problems("gsm8k", "validation", str(shared_data / "gsm8k"))
 
 
-def test_an_empty_folder_is_told_from_a_wrong_split(tmp_path):
-    with pytest.raises(UserError, match=r"no \.json or \.jsonl file at all"):
+def test_an_empty_folder_and_a_wrong_split_have_different_errors(tmp_path):
+    with pytest.raises(UserError, match=r"found no \.json or \.jsonl file"):
         read_problems("jsonl", "train", str(tmp_path))
 
 
 @pytest.fixture
 def datasets_cache(tmp_path_factory, monkeypatch):
-    """`datasets` writes what it reads to a cache; not to the user's own here."""
+    """Redirect the cache of `datasets` to a temporary folder."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def _hub_copy(folder, shared_data):
-    """A folder as `hf download --repo-type dataset` leaves it: parquet files, and configurations in README.md."""
+    """Write a folder as `hf download --repo-type dataset` does: parquet files, and configurations in README.md."""
     import pyarrow
     from pyarrow import parquet
 
@@ -87,7 +85,7 @@ def _hub_copy(folder, shared_data):
     )
 
 
-def test_a_hub_data_set_gives_the_same_problems_as_the_files(shared_data, tmp_path, datasets_cache):
+def test_a_hub_copy_gives_the_same_problems_as_the_files(shared_data, tmp_path, datasets_cache):
     _hub_copy(tmp_path, shared_data)
     for split in ("test", "test_socratic"):
         from_files = list(read_problems("gsm8k", split, str(shared_data / "gsm8k")))[:50]
@@ -96,13 +94,13 @@ def test_a_hub_data_set_gives_the_same_problems_as_the_files(shared_data, tmp_pa
         read_problems("gsm8k", "train", str(tmp_path))
 
 
-def test_the_digest_follows_the_content_of_a_source(shared_data, tmp_path, datasets_cache):
-    mine = tmp_path / "mine.jsonl"
-    mine.write_text('{"question": "q?", "answer": 1}\n')
-    before = source_digest("jsonl", "mine", str(mine))
+def test_source_digest_depends_on_the_content(shared_data, tmp_path, datasets_cache):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question": "q?", "answer": 1}\n')
+    before = source_digest("jsonl", "mine", str(file))
     assert source_digest("jsonl", "mine", str(tmp_path)) == before
-    mine.write_text('{"question": "q?", "answer": 2}\n')
-    assert source_digest("jsonl", "mine", str(mine)) != before
+    file.write_text('{"question": "q?", "answer": 2}\n')
+    assert source_digest("jsonl", "mine", str(file)) != before
 
     hub_copy = tmp_path / "gsm8k"
     hub_copy.mkdir()
@@ -116,8 +114,8 @@ def test_the_digest_follows_the_content_of_a_source(shared_data, tmp_path, datas
     assert len(digests) == 2
 
 
-def test_svamp_from_the_hub_is_split_as_the_file_is(shared_data, tmp_path, datasets_cache):
-    """The hub's copies have splits of their own and answers as text; `test` means the same here."""
+def test_svamp_from_the_hub_has_the_same_split_as_the_file(shared_data, tmp_path, datasets_cache):
+    """Hub copies have other splits, which are ignored, and answers as text."""
     import pyarrow
     from pyarrow import parquet
 
@@ -131,8 +129,8 @@ def test_svamp_from_the_hub_is_split_as_the_file_is(shared_data, tmp_path, datas
     assert from_hub == {p.id: p for p in from_file if isinstance(p, Problem)} and len(from_hub) == 299
 
 
-def test_an_unreachable_hub_is_a_user_error_with_the_remedy(tmp_path):
-    """In a process of its own, because `datasets` reads these variables when it is imported."""
+def test_an_unreachable_hub_is_a_user_error(tmp_path):
+    """Runs in a subprocess, because `datasets` reads the variables at import."""
     script = (
         "from trainer.errors import UserError\n"
         "from trainer.problems.sources import read_problems\n"

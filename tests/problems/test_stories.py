@@ -27,8 +27,8 @@ def long_stories() -> list[Problem]:
     return read("train", 3000, min_steps=1, max_steps=stories.MAX_STEPS)
 
 
-def test_the_text_never_changes() -> None:
-    """A digest of stories of every length: another one means that every study has other data."""
+def test_the_stories_never_change() -> None:
+    """Digest of stories of every length; a change would change the data of every study."""
     digest = hashlib.sha256()
     for split in stories.SPLITS:
         for problem in read(split, 200, seed=7, min_steps=1, max_steps=8):
@@ -42,7 +42,7 @@ def test_more_problems_continue_the_same_sequence() -> None:
     assert read("test", 50, seed=4) != few
 
 
-def test_splits_share_no_story_whatever_the_seed() -> None:
+def test_splits_are_disjoint_for_all_seeds() -> None:
     train = read("train", 20_000, seed=0, min_steps=1, max_steps=4)
     test = read("test", 2_000, seed=1, min_steps=1, max_steps=4)
     validation = read("validation", 2_000, seed=0, min_steps=1, max_steps=4)
@@ -56,7 +56,7 @@ def test_splits_share_no_story_whatever_the_seed() -> None:
     assert {stories.split_of(problem.question) for problem in test} == {"test"}
 
 
-def test_other_people_do_not_make_another_story() -> None:
+def test_stories_with_other_people_are_duplicates() -> None:
     (problem,) = read("test", 1)
     names = [person.name for person in PEOPLE if person.name in problem.question]
     renamed = problem.question.replace(names[0], "Zoe" if names[0] != "Zoe" else "Mia")
@@ -72,7 +72,7 @@ def test_every_calculation_is_right_and_leads_to_the_answer(long_stories: list[P
             assert evaluate(expression) == result
             assert 2 <= int(result) <= MAX_NUMBER
             left, right = (int(number) for number in re.findall(r"\d+", expression))
-            assert left in known and right in known, "a number comes from nowhere"
+            assert left in known and right in known, "an operand is neither given nor a result"
             assert step.solution.count(f"{expression} = <<{expression}={result}>>{result} ") == 1
             known.append(int(result))
         assert problem.answer == result
@@ -117,18 +117,18 @@ def test_every_operation_is_common(long_stories: list[Problem]) -> None:
         ("test", {"num_problems": -1}, "num_problems"),
     ],
 )
-def test_impossible_arguments_are_named(split: str, options: dict[str, int], message: str) -> None:
+def test_invalid_arguments_are_named(split: str, options: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         next(stories.read(split, **options))
 
 
-def test_running_out_of_stories_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_stories_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stories, "_ATTEMPTS", 20)
     with pytest.raises(UserError, match="different test stories"):
         read("test", 10_000, min_steps=1, max_steps=1)
 
 
-def test_tokenizer_is_deterministic_and_loses_nothing(tmp_path: Path) -> None:
+def test_tokenizer_is_deterministic_and_lossless(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from trainer.models import stories_tokenizer
@@ -151,7 +151,7 @@ def test_tokenizer_is_deterministic_and_loses_nothing(tmp_path: Path) -> None:
             texts += [step.question + "\n", head, tail + "\n"]
     tokens: list[int] = []
     for text in texts:
-        one = tokenizer(text)["input_ids"]
-        assert tokenizer.decode(one) == text
-        tokens += one
-    assert tokenizer.decode(tokens) == "".join(texts), "segments tokenised one by one join to the same text"
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        tokens += ids
+    assert tokenizer.decode(tokens) == "".join(texts), "separately tokenised segments must concatenate"

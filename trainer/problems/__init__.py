@@ -1,1 +1,1 @@
-"""Problems: a question, steps (each a sub-question and its solution) and a final answer, from any source."""
+"""Math and yes/no problems with reasoning steps: data sets, answer extraction and the calculator."""

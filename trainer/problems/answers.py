@@ -1,20 +1,19 @@
-"""Read the final answer out of a generated text, and compare it with the gold answer.
+"""Extraction of the final answer from a generated text, and comparison with the gold answer.
 
-Two named rules are reported side by side, as lm-evaluation-harness does for GSM8K:
+Two rules are reported side by side, as in lm-evaluation-harness for GSM8K:
 
-- `strict`: what stands on the line after the last `####`. Measures answer and form.
-- `flexible`: the same if it is an answer of the gold's kind, else the last number (or yes/no) anywhere in the
-  text. So an answer that is right under `strict` is right under `flexible`. lm-evaluation-harness takes the
-  last number without this preference; the two differ only for texts that go on after `#### answer`.
+- `strict`: the rest of the line after the last `####`. Measures answer and format.
+- `flexible`: the same if it is an answer of the gold's type, else the last number (or yes/no) in the text. An answer
+  that is right under `strict` is right under `flexible`. lm-evaluation-harness always takes the last number; the two
+  differ only for texts that continue after `#### answer`.
 
-Numbers are compared as exact fractions, never as floats or strings, so `18`, `18.`, `18.00`, `$18`, `+18`,
-`36/2` and `18 dollars` are one number (their parsers miss some: lm-evaluation-harness issue 2707) and `0.33`
-is not `1/3`. Three decisions: a percent sign is a unit, `18%` is 18 and not 0.18; up to four words may follow
-a number as its unit, but not words that scale it (`18 million` is not 18); a comma must group digits as
-thousands do (`1,5` is no number). Everything else is compared as text: Unicode-normalised, case-folded, on
-one line, without quotes or a final period.
+Numbers are compared as exact fractions: `18`, `18.`, `18.00`, `$18`, `+18`, `36/2` and `18 dollars` are equal (some are
+missed by lm-evaluation-harness, issue 2707), and `0.33` is not `1/3`. A percent sign is a unit: `18%` is 18, not 0.18. Up
+to four words may follow a number as its unit, except words of scale (`18 million` is not 18). A comma must group digits
+(`1,5` is not a number). All other answers are compared as text: Unicode-normalised, case-folded, on one line, without
+quotes and final period.
 
-Time is linear in the text whatever a student writes, and a number of over 200 characters is no answer.
+Time is linear in the text. A number of over 200 characters is not an answer.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?:\.[0-9]*)?|[0-9]+\.?[0-9]*|
 _NUMBER = re.compile(rf"([-+−–]?)\s?[$€£¥]?\s?([-−]?)({_DIGITS})(?:\s?/\s?([0-9]+))?(?![0-9])(.*)", re.DOTALL)
 _UNIT_WORD = re.compile(r"[%°¢$€£¥]?(?:[^\W\d_]|[-/.'’²³])*")
 _SCALES = re.compile(r"(?:dozen|hundred|thousand|million|billion|trillion)s?|k|mn|bn", re.IGNORECASE)
-# A minus after a letter, a digit or a bracket is a subtraction or a range: the last number of "5-3" is 3.
+# A minus after a letter, digit or bracket is a subtraction or a range: the last number of "5-3" is 3.
 _IN_TEXT = re.compile(
     r"(?:(?<![\w)\]])[-−–])?[$€£¥]?(?:(?<=[$€£¥])[-−])?"
     r"(?:[0-9][0-9,]*(?:\.[0-9]+)*|(?<!\w)\.[0-9]+)(?:/[0-9]+)?"
@@ -46,54 +45,51 @@ _YES_NO_IN_TEXT = re.compile(r"\b(?:yes|no|true|false)\b", re.IGNORECASE)
 _EDGES = " \t\r\n.,;:!?\"'“”‘’`*"
 
 
-def extract_answer(text: str, rule: str = "strict", kind: str | None = None) -> str | None:
-    """The final answer of a generated text as it stands there (`$1,000`), or None when the rule finds none.
+def extract_answer(text: str, rule: str = "strict", gold_type: str | None = None) -> str | None:
+    """Return the final answer of a generated text, unparsed (`$1,000`); None if the rule finds none.
 
-    rule: one of RULES. kind: one of KINDS, the kind of answer that the question asks for, `kind(gold)`; only
-    the flexible rule looks at it, and of the gold it knows nothing else. Without it, a number goes before a
-    yes or no. Raises ValueError for an unknown rule or kind.
+    rule: one of RULES. gold_type: `answer_type(gold)`, one of ANSWER_TYPES; used by the flexible rule only. With None
+    the flexible rule prefers a number to yes/no. Raises ValueError for an unknown rule or type.
     """
-    if rule not in RULES or kind not in (None, *ANSWER_TYPES):
+    if rule not in RULES or gold_type not in (None, *ANSWER_TYPES):
         raise ValueError(
-            f"unknown rule {rule!r} or kind {kind!r}; rules are {RULES}, kinds are {ANSWER_TYPES}"
+            f"unknown rule {rule!r} or type {gold_type!r}; rules are {RULES}, types are {ANSWER_TYPES}"
         )
     stated = _after_delimiter(text)
-    if rule == "strict" or kind == "text":
+    if rule == "strict" or gold_type == "text":
         return stated if stated or rule == "strict" else _last_line(text)
     if stated and (
-        (kind != "yes_no" and parse_number(stated) is not None)
-        or (kind != "number" and parse_yes_no(stated) is not None)
+        (gold_type != "yes_no" and parse_number(stated) is not None)
+        or (gold_type != "number" and parse_yes_no(stated) is not None)
     ):
         return stated
-    if kind == "number":
+    if gold_type == "number":
         return _last_number(text)
-    if kind == "yes_no":
+    if gold_type == "yes_no":
         return _last_yes_no(text)
     return _last_number(text) or _last_yes_no(text) or stated
 
 
 def answers_match(answer: str | None, gold: str) -> bool:
-    """Whether an extracted answer is the gold one. The gold says how to compare: `kind(gold)`. None is never
-    right."""
+    """Return whether an extracted answer equals the gold answer, compared as the gold's type. None never matches."""
     if answer is None:
         return False
     if (gold_number := _bare_number(gold)) is not None:
         return parse_number(answer) == gold_number
     if (gold_yes := _bare_yes_no(gold)) is not None:
         return parse_yes_no(answer) == gold_yes
-    return _without_markup(answer) == _without_markup(gold)
+    return _normalised(answer) == _normalised(gold)
 
 
 def answer_type(gold: str) -> str:
-    """What sort of answer a gold answer is: `number` (no words beside it), `yes_no` or `text`."""
+    """Return the type of a gold answer: `number` (without unit words), `yes_no` or `text`."""
     if _bare_number(gold) is not None:
         return "number"
     return "text" if _bare_yes_no(gold) is None else "yes_no"
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The exact value of an answer that is one number, with currency sign, percent sign or unit words; else
-    None."""
+    """Return the exact value of a number with optional currency sign, percent sign or unit words; else None."""
     parsed = _number_and_unit(text)
     if parsed is None:
         return None
@@ -105,20 +101,19 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def strip_thousands(answer: str) -> str:
-    """A gold answer as it is stored and learned: `1080` for the number `1,080`; anything else as it is."""
+    """Return a number without thousands separators (`1,080` -> `1080`), any other answer unchanged."""
     return answer.replace(",", "") if answer_type(answer) == "number" else answer
 
 
 def parse_yes_no(text: str) -> bool | None:
-    """Whether an answer begins with yes/true or no/false, alone or before punctuation ("No, it sinks."); else
-    None."""
+    """Return True for yes/true and False for no/false, alone or before punctuation ("No, it sinks."); else None."""
     match = _YES_NO.fullmatch(text.lstrip(_EDGES).rstrip())
     return match[1].casefold() in ("yes", "true") if match else None
 
 
-@functools.lru_cache(maxsize=1024)  # an answer is asked for its kind and then for its value
+@functools.lru_cache(maxsize=1024)  # called for an answer's type and then for its value
 def _number_and_unit(text: str) -> tuple[Fraction, str] | None:
-    text = text.strip(_EDGES.replace(".", "")).rstrip(_EDGES)  # a leading period may be a decimal point
+    text = text.strip(_EDGES.replace(".", "")).rstrip(_EDGES)  # keep a leading decimal point
     if len(text) > MAX_NUMBER_CHARACTERS or not (match := _NUMBER.fullmatch(text)):
         return None
     sign, inner_sign, digits, denominator, unit = match.groups()
@@ -155,7 +150,7 @@ def _last_number(text: str) -> str | None:
         return None
     last = numbers[-1].rstrip(",")
     for candidate in (last, last.rpartition(",")[2], re.findall("[0-9]+", last)[-1]):
-        if parse_number(candidate) is not None:  # "3,4,5" is a list, its last number is 5
+        if parse_number(candidate) is not None:  # the last number of the list "3,4,5" is 5
             return candidate
     return None
 
@@ -165,5 +160,5 @@ def _last_yes_no(text: str) -> str | None:
     return words[-1] if words else None
 
 
-def _without_markup(text: str) -> str:
+def _normalised(text: str) -> str:
     return one_line(unicodedata.normalize("NFKC", text)).strip(_EDGES).casefold()

@@ -1,15 +1,13 @@
-"""The calculator that writes the results of `<<48/2=24>>` annotations (Cobbe et al. 2021, arXiv:2110.14168).
+"""Calculator for the results of `<<48/2=24>>` annotations (Cobbe et al. 2021, arXiv:2110.14168).
 
-Exact and safe: its own tokenizer and recursive descent over fractions, no eval, no floats, bounded in length
-and depth and so in time. Accepted: numbers (`12`, `1,000`, `.5`, `18.`), `+ - * /` (also × ÷ −),
-parentheses, a leading sign. Not accepted, and answered with None: percent signs (calculators disagree about
-`100+20%`), currency, powers, `//`, words, division by zero.
+A recursive-descent parser over fractions, without eval and floats, of bounded length, depth and time. Accepted: numbers
+(`12`, `1,000`, `.5`, `18.`), `+ - * /` (also × ÷ −), parentheses and signs. Not accepted (None): percent signs
+(calculators disagree about `100+20%`), currency, powers, `//`, words, division by zero.
 
-A result is written as an integer or a decimal without trailing zeros, `0.5` rather than `.5`, with at most 6
-decimals (half away from zero). Measured over the 23 716 annotations of GSM8K's training set: 23 714 results
-agree in value (the other two use `//`), 23 047 (97.18 %) character by character. The difference is trailing
-zeros (`144.00`, 589 times) and `.5` for 0.5 (78 times); writing `.5` would have won these 78 and lost 32.
-None of its results needs more than 3 decimals.
+A result is an integer or a decimal without trailing zeros, `0.5` rather than `.5`, with at most 6 decimals (half away
+from zero). Measured on the 23 716 annotations of GSM8K's training set: 23 714 results agree in value (the other two use
+`//`), 23 047 (97.18 %) character by character. The rest are trailing zeros (`144.00`, 589 times) and `.5` for 0.5 (78
+times); `.5` would match these 78 and lose 32. No result needs more than 3 decimals.
 """
 
 import functools
@@ -18,28 +16,27 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 
-MAX_CHARACTERS = 200  # GSM8K's longest is 30; also bounds every intermediate number to about 200 digits
+MAX_CHARACTERS = 200  # GSM8K's longest is 30; also limits intermediate numbers to about 200 digits
 MAX_DEPTH = 20
 MAX_DECIMALS = 6
-MAX_MAGNITUDE = 10**15  # no word problem is about more; keeps a forced result from flooding the context
+MAX_MAGNITUDE = 10**15  # limits the tokens of a result that is forced into a generated text
 
 _TOKEN = re.compile(r"\s*([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+\.?[0-9]*|\.[0-9]+|[-+*/()])\s*")
 _SIGNS = str.maketrans("×÷−", "*/-")
 _ANNOTATION = re.compile(rf"<<([^<>=\n]{{1,{MAX_CHARACTERS}}})=([^<>=\n]{{1,{MAX_CHARACTERS}}})>>")
 
-
-_Number = int | Fraction  # whole numbers are quick
+_Number = int | Fraction  # int is faster
 
 
 class _NotArithmetic(Exception):
     pass
 
 
-@functools.lru_cache(maxsize=4096)  # a problem's expressions are asked for more than once
+@functools.lru_cache(maxsize=4096)  # the same expressions are evaluated repeatedly
 def evaluate(expression: str) -> str | None:
-    """The result as canonical decimal text (`12`, `-3`, `0.5`, `0.333333`), or None when it is not accepted.
+    """Return the result as canonical decimal text (`12`, `-3`, `0.5`, `0.333333`); None if it is not accepted.
 
-    None also when the result is 10**15 or more, or when rounding would turn a result that is not zero into 0.
+    Also None for a magnitude of 10**15 or more and for a nonzero result that would be rounded to 0.
     """
     if len(expression) > MAX_CHARACTERS:
         return None
@@ -52,11 +49,11 @@ def evaluate(expression: str) -> str | None:
 
 
 def annotations(text: str) -> Iterator[tuple[str, bool]]:
-    """Split a solution into pieces (text, is_result); joined, the texts are the solution again.
+    """Split a solution into pieces (text, is_result) whose texts concatenate to the solution.
 
-    A result piece is what the calculator would write, `24>>`, and only that: an annotation whose result is
-    not exactly `evaluate` of its expression stays ordinary text. Neighbouring ordinary texts are one piece,
-    so "48/2 = <<48/2=24>>24 clips" gives ("48/2 = <<48/2=", False), ("24>>", True), ("24 clips", False).
+    A result piece, e.g. `24>>`, is written by the calculator during generation; an annotation whose result differs from
+    `evaluate` of its expression stays ordinary text. "48/2 = <<48/2=24>>24 clips" gives ("48/2 = <<48/2=", False),
+    ("24>>", True), ("24 clips", False).
     """
     begin = 0
     for match in _ANNOTATION.finditer(text):
@@ -69,24 +66,22 @@ def annotations(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def expressions(text: str) -> list[str]:
-    """What the annotations of a text calculate, in order, whatever they say the result is: ["48/2"]."""
+    """Return the accepted expressions of a text's annotations in order, e.g. ["48/2"]; their results may be wrong."""
     found = (match[1].strip() for match in _ANNOTATION.finditer(text))
     return [expression for expression in found if evaluate(expression) is not None]
 
 
 def operators(expression: str) -> str:
-    """The operators of an expression that `evaluate` accepts, in order, without signs: "(-3+4)*2" -> "+*"."""
+    """Return the binary operators of an accepted expression in order: "(-3+4)*2" -> "+*"."""
     tokens = _tokens(expression.translate(_SIGNS))
     pairs = itertools.pairwise(tokens)
     return "".join(token for before, token in pairs if token in "+-*/" and before not in "+-*/(")
 
 
 def open_expression(text: str) -> str | None:
-    """The expression of an annotation that is open at the very end of a text, "… <<48/2=" -> "48/2", else
-    None.
+    """Return the expression of an annotation that a text ends with, "… <<48/2=" -> "48/2"; else None.
 
-    Asks the same of a text in the making as `annotations` asks of a finished one. Looks at the last
-    characters only, so it may be called after every generated token.
+    Consistent with `annotations`. Reads only the last characters, so it may be called after every generated token.
     """
     if not text.endswith("="):
         return None
@@ -108,8 +103,7 @@ def _tokens(expression: str) -> tuple[str, ...]:
 
 
 def _sum(tokens: tuple[str, ...], at: int, depth: int) -> tuple[_Number, int]:
-    """sum := product (("+" | "-") product)*; like the two below: the value and the index of the next
-    token."""
+    """sum := product (("+" | "-") product)*. The three parsers return (value, index of the next token)."""
     value, at = _product(tokens, at, depth)
     while at < len(tokens) and tokens[at] in ("+", "-"):
         right, after = _product(tokens, at + 1, depth)

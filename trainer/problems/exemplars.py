@@ -1,4 +1,4 @@
-"""Solved problems that a teacher or a model that was never distilled is shown: a short file in which every line counts."""
+"""Reader of exemplars: solved problems for few-shot prompts of a teacher or a pretrained model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from trainer.problems.sources import read_problems
 
 
 def read_exemplars(path: str) -> list[Problem]:
-    """All problems of a JSONL file (see jsonl.py), in order. Raises UserError naming the line that is none."""
+    """Return all problems of a JSONL file (see jsonl.py) in order. Raises UserError naming the first invalid line."""
     found = []
     for record in read_problems("jsonl", Path(path).stem, path):
         if isinstance(record, RejectedRecord):
             raise UserError(
-                f"{path}, line {record.line}: {record.reason}: {record.detail}; mend the exemplar"
+                f"{path}, line {record.line}: {record.reason}: {record.detail}; correct the exemplar"
             )
         found.append(record)
     return found

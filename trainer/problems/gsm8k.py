@@ -1,14 +1,11 @@
-"""GSM8K (Cobbe et al. 2021, arXiv:2110.14168): grade-school word problems, 7473 for training and 1319 for
-testing.
+"""Reader of GSM8K (Cobbe et al. 2021, arXiv:2110.14168): 7473 training and 1319 test word problems of grade school.
 
-The `answer` of a record is a line a step and a last line `#### 72`. In the plain files a line is a solution,
-in the Socratic ones `sub-question ** solution`. A blank line is no step; in the Socratic files it reads
-`sub-question **` without a solution, and is left out too, so that a problem has the same solutions in both
-files (tested).
+The `answer` of a record has one line per step and a last line `#### 72`. A step's line is a solution in the plain files
+and `sub-question ** solution` in the Socratic ones. Blank lines, and Socratic lines without a solution, are skipped, so
+that a problem has the same solutions in both files (tested).
 
-Splits are `train` and `test`, and `train_socratic`, `test_socratic` for the Socratic text of the same
-problems: ids are the same in both, `gsm8k-test-000012` is row 12 of the test split, counted from 0, as
-lm-evaluation-harness does.
+Splits: `train`, `test`, and `train_socratic`, `test_socratic` with the same problems and ids. `gsm8k-test-000012` is row
+12 of the test split, counted from 0, as in lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ _MARK = " ** "
 
 
 def from_record(record: dict[str, Any], id: str) -> Problem:
-    """One line of `train.jsonl` or `train_socratic.jsonl` -> Problem. Raises RecordError."""
+    """Return the problem of one record of a plain or Socratic file. Raises RecordError."""
     question = required_text(record, "question", "no_question")
     solution, delimiter, answer = required_text(record, "answer", "no_answer").rpartition(DELIMITER)
     if not delimiter:

@@ -1,4 +1,4 @@
-"""Bring your own problems: one JSON object a line (or one JSON array), with these keys.
+"""Reader and writer of the user's own problems: one JSON object per line (or one JSON array) with these keys.
 
 | key | | value |
 | --- | --- | --- |
@@ -7,12 +7,11 @@
 | `steps` | optional | list of `{"question": ..., "solution": ...}`, in order; one of the two may be missing |
 | `facts` | optional | list of texts |
 | `id` | optional | text or integer, unique; by default `<split>-000012`, counted from 0 |
-| `meta` | optional | anything; not read. Where other columns go |
+| `meta` | optional | any value, ignored; for other columns |
 
-A solution may hold calculator annotations, `48/2 = <<48/2=24>>24`. A number as the answer is best given bare,
-`18` and not `18 dollars`, for then it is compared as a number. Line breaks in steps and facts become spaces.
-Any other key rejects its record: a misspelt `step` would otherwise train a student without its steps and
-nobody would know.
+A solution may contain calculator annotations, `48/2 = <<48/2=24>>24`. A numeric answer should have no unit, `18` and not
+`18 dollars`: only then it is compared as a number. Line breaks in steps and facts become spaces. A record with any other
+key is rejected: with a misspelt `step` a model would be trained without the steps.
 
     {"question": "Ann has 3 bags of 4 nuts. How many nuts?", "answer": 12,
      "steps": [{"question": "How many nuts are in 3 bags?", "solution": "3*4 = <<3*4=12>>12 nuts"}]}
@@ -31,7 +30,7 @@ STEP_KEYS = ("question", "solution")
 
 
 def from_record(record: dict[str, Any], id: str) -> Problem:
-    """One record as described above -> Problem, with `id` if it has none of its own. Raises RecordError."""
+    """Return the problem of one record; `id` is used if the record has none. Raises RecordError."""
     _check_keys("the record", record, KEYS)
     own_id = record.get("id")
     if own_id is not None:
@@ -49,7 +48,7 @@ def from_record(record: dict[str, Any], id: str) -> Problem:
 
 
 def to_record(problem: Problem, meta: Any = None) -> dict[str, Any]:
-    """The record that `from_record` turns into the same problem again."""
+    """Return the record of a problem; the inverse of `from_record`."""
     record: dict[str, Any] = {"id": problem.id, "question": problem.question, "answer": problem.answer}
     if problem.steps:
         record["steps"] = [{"question": step.question, "solution": step.solution} for step in problem.steps]
@@ -68,6 +67,6 @@ def _step(number: int, step: Any) -> Step:
     return Step(*map(one_line, values))
 
 
-def _check_keys(what: str, record: dict[str, Any], known: tuple[str, ...]) -> None:
+def _check_keys(name: str, record: dict[str, Any], known: tuple[str, ...]) -> None:
     if unknown := sorted(set(record) - set(known)):
-        raise RecordError("unknown_key", f"{what} has {unknown[0]!r}; known are {', '.join(known)}")
+        raise RecordError("unknown_key", f"{name} has {unknown[0]!r}; known are {', '.join(known)}")

@@ -1,8 +1,7 @@
-"""What every data set is turned into, and what happens to a record that cannot be.
+"""Problem, the common format of all data sets, and RejectedRecord, for records that are not valid problems.
 
-Texts are kept so that an example can be written line by line: a sub-question, a solution and an answer are
-one line each, and the answer delimiter `####` occurs in none of them. Whoever makes a Problem says so with
-`one_line`; nothing is mended in silence here, a text that breaks the rule raises.
+Examples are written line by line: sub-questions, solutions and answers must be one line each and must not contain the
+answer delimiter `####`. Readers normalise texts with `one_line`; a text that breaks the rule raises RecordError.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ MAX_ID_CHARACTERS = 200
 MAX_REJECTED_TEXT = 200
 
 REJECTION_REASONS = {
-    "not_utf8": "the bytes are not UTF-8, or a text holds half of a surrogate pair",
+    "not_utf8": "the bytes are not UTF-8, or a text contains half of a surrogate pair",
     "not_json": "the record is not JSON",
     "not_an_object": "the record is JSON, but not an object",
-    "too_long": "the record is longer than any problem, or its example than max_length tokens",
-    "changed_by_tokenizer": "the tokens of the problem do not give its text back",
-    "nul_character": "a text holds the character NUL",
-    "unknown_key": "the record has a key that the format does not know",
-    "wrong_type": "a value has another type than the format says",
+    "too_long": "the record is longer than 1 MiB, or its example than max_length tokens",
+    "changed_by_tokenizer": "the tokens of the problem do not decode to its text",
+    "nul_character": "a text contains the character NUL",
+    "unknown_key": "the record has an unknown key",
+    "wrong_type": "a value has the wrong type",
     "no_question": "the question is missing or blank",
     "no_answer": "the answer is missing or blank",
     "no_delimiter": "the solution does not end with '#### answer'",
-    "bad_answer": "the answer is of the wrong kind or not one line",
-    "bad_step": "a step is blank, not one line, or holds the answer delimiter",
+    "bad_answer": "the answer is of the wrong type or not one line",
+    "bad_step": "a step is blank, not one line, or contains the answer delimiter",
     "bad_fact": "a fact is blank or not one line",
     "bad_id": "the id is blank, too long, not one line, or not one of the data set's",
     "repeated_id": "an earlier record has the same id",
@@ -35,7 +34,7 @@ REJECTION_REASONS = {
 
 
 class RecordError(ValueError):
-    """One record is not a problem. `reason` is a key of REASONS, `detail` says what was found."""
+    """A record is not a valid problem. `reason` is a key of REJECTION_REASONS, `detail` describes the fault."""
 
     def __init__(self, reason: str, detail: str) -> None:
         assert reason in REJECTION_REASONS, reason
@@ -46,10 +45,9 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the reasoning; either text may be "" when the data has none, but not both.
+    """One reasoning step: a one-line sub-question, and a one-line solution with calculator annotations `<<3*4=12>>`.
 
-    question: the sub-question, one line. solution: one line, calculator annotations `<<3*4=12>>` inside.
-    Raises RecordError (a ValueError) with the reason.
+    One of the two may be "" if the data has none. Raises RecordError for an invalid text.
     """
 
     question: str = ""
@@ -65,17 +63,16 @@ class Step:
                     "bad_step", f"the {name} is not one line of single-spaced text: {text[:80]!r}"
                 )
             if DELIMITER in text:
-                raise RecordError("bad_step", f"the {name} holds the delimiter {DELIMITER}: {text[:80]!r}")
+                raise RecordError("bad_step", f"the {name} contains the delimiter {DELIMITER}: {text[:80]!r}")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, the steps to its answer and the answer.
+    """A question, its answer and the reasoning steps.
 
-    id: unique within a data set. question: may have several lines; no blanks around it. answer: one line; a
-    number is written without thousands separators. steps: in order, () when the data has none. facts:
-    one-line statements that help (StrategyQA), not part of the question. Raises RecordError (a ValueError)
-    with the reason.
+    id: unique within a data set. question: may have several lines, stripped. answer: one line; a number has no thousands
+    separators. steps: in order, () if the data has none. facts: one-line statements (StrategyQA) that are not part of
+    the question. Raises RecordError for an invalid text.
     """
 
     id: str
@@ -106,10 +103,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class RejectedRecord:
-    """A record that was left out, so that nothing is left out in silence.
+    """A record that is not a valid problem, for the report of a data set's preparation.
 
-    source: file or hub name. line: the record's first line in it, from 1 (a hub data set: its row, from 1).
-    reason: a key of REASONS. detail: what was found. text: the raw record, cut off after 200 characters.
+    source: file or hub name. line: the record's first line (Hub: its row), counted from 1. reason: a key of
+    REJECTION_REASONS. detail: the fault. text: the first 200 characters of the raw record.
     """
 
     source: str
@@ -124,19 +121,18 @@ class RejectedRecord:
 
 
 def one_line(text: str) -> str:
-    """The text on one line: every run of white space (line breaks included) becomes one space, none around
-    it."""
+    """Return the text stripped, with every run of white space, including line breaks, replaced by one space."""
     return " ".join(text.split())
 
 
-def _check_characters(what: str, text: str) -> None:
+def _check_characters(name: str, text: str) -> None:
     if not isinstance(text, str):
-        raise RecordError("wrong_type", f"{what} is not text but {type(text).__name__}")
+        raise RecordError("wrong_type", f"{name} is not text but {type(text).__name__}")
     if "\0" in text:
-        raise RecordError("nul_character", f"{what} holds NUL at character {text.index(chr(0))}")
+        raise RecordError("nul_character", f"{name} contains NUL at character {text.index(chr(0))}")
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON may spell half a surrogate pair, "\ud83d"; no file can hold it
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, "\ud83d", UTF-8 cannot
         raise RecordError(
-            "not_utf8", f"{what} holds half a surrogate pair at character {error.start}"
+            "not_utf8", f"{name} contains half a surrogate pair at character {error.start}"
         ) from None

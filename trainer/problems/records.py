@@ -1,8 +1,6 @@
-"""Files of JSON records, read so that one bad record costs one record.
+"""Reader of JSON Lines files and JSON arrays (SVAMP, StrategyQA) in which a bad record does not affect the others.
 
-JSON Lines are read as bytes, line by line; a file that holds one JSON array (SVAMP, StrategyQA) element by
-element. Every record comes with the line it begins on, every bad one as a Reject. Decimal numbers stay exact
-(Decimal).
+Records have line numbers; bad ones are yielded as RejectedRecord. Decimal numbers are read as Decimal.
 """
 
 from __future__ import annotations
@@ -18,18 +16,17 @@ from typing import Any, BinaryIO, NoReturn
 from trainer.errors import UserError
 from trainer.problems.problem import MAX_REJECTED_TEXT, RecordError, RejectedRecord
 
-MAX_RECORD_BYTES = 1 << 20  # the longest record of the known data sets, a StrategyQA question, has 3 kB
-_BUFFER_BYTES = 1 << 20  # every read lets go of Python's lock, and waits for it where threads tokenise
+MAX_RECORD_BYTES = 1 << 20  # the longest record of the supported data sets, in StrategyQA, has 3 kB
+_BUFFER_BYTES = 1 << 20  # large, as every read releases the GIL and waits for it while threads tokenise
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
 
 
 @dataclass(frozen=True)
 class JsonRecord:
-    """line: where the record begins, from 1. position: its number in the file, from 0, bad records counted
-    too.
+    """A parsed record. line: its first line, from 1. position: its index in the file, from 0, including bad records.
 
-    raw: the beginning of its text, for the message if it turns out to be no problem.
+    raw: the first 200 characters of its text, for RejectedRecord.
     """
 
     line: int
@@ -39,9 +36,9 @@ class JsonRecord:
 
 
 def read_records(path: Path) -> Iterator[JsonRecord | RejectedRecord]:
-    """Yield every record of a file in order. Blank lines are not records.
+    """Yield every record of a file in order, skipping blank lines.
 
-    A file named `.jsonl`, or whose first character is not `[`, is JSON Lines. Raises UserError if it cannot
+    A file named `.jsonl`, or whose first character is not `[`, is read as JSON Lines. Raises UserError if the file cannot
     be read.
     """
     try:
@@ -66,8 +63,7 @@ def read_records(path: Path) -> Iterator[JsonRecord | RejectedRecord]:
 
 
 def required_text(record: dict[str, Any], key: str, reason: str) -> str:
-    """The text under `key`, stripped. Raises RecordError: `reason` if it is missing, null or blank, else
-    wrong_type."""
+    """Return the text under `key`, stripped. Raises RecordError(reason) if missing, null or blank, else "wrong_type"."""
     value = record.get(key)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise RecordError(reason, f"no {key!r}" if value is None else f"{key!r} is blank")
@@ -77,12 +73,14 @@ def required_text(record: dict[str, Any], key: str, reason: str) -> str:
 
 
 def answer_text(record: dict[str, Any], key: str) -> str:
-    """The answer under `key` as text: a number without exponent or trailing zeros, true as yes, false as
-    no."""
+    """Return the answer under `key`: numbers without exponent and trailing zeros, true as yes, false as no.
+
+    Raises RecordError.
+    """
     value = record.get(key)
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):  # from the hub; its shortest decimal is what the author wrote
+    if isinstance(value, float):  # from the Hub; repr gives the shortest decimal, as in the original file
         value = Decimal(repr(value))
     if isinstance(value, Decimal):
         if not value.is_finite() or abs(value.adjusted()) > 30:
@@ -93,7 +91,7 @@ def answer_text(record: dict[str, Any], key: str) -> str:
 
 
 def optional_texts(record: dict[str, Any], key: str) -> list[str]:
-    """The list of texts under `key`, [] if it is missing or null. Raises RecordError("wrong_type")."""
+    """Return the list of texts under `key`, [] if missing or null. Raises RecordError("wrong_type")."""
     value = record.get(key)
     if value is None:
         return []
@@ -103,12 +101,12 @@ def optional_texts(record: dict[str, Any], key: str) -> list[str]:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of every line that is not blank, cut off one byte after the allowed length."""
+    """Yield (line number, bytes) of every line that is not blank, truncated to MAX_RECORD_BYTES + 1."""
     number = 0
     while raw := file.readline(MAX_RECORD_BYTES + 1):
         number += 1
         rest = raw
-        while rest and not rest.endswith(b"\n"):  # go to the end of an endless line without keeping it
+        while rest and not rest.endswith(b"\n"):  # skip the rest of a line that is too long
             rest = file.readline(MAX_RECORD_BYTES)
         raw = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
         if raw.strip(b" \t\r\n"):
@@ -116,19 +114,18 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _elements(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of every element of a JSON array.
+    """Yield (line number, bytes) of every element of a JSON array.
 
-    After a broken element it goes on at the next `{` that begins a line and is indented as the first element
-    is; without line breaks, all the rest is one broken element. An array that is not closed ends with an
-    element that does not parse, so that a truncated file is noticed.
+    After an invalid element, continues at the next `{` at the start of a line with the first element's indentation;
+    without line breaks, the rest is one invalid element. A truncated array ends with an element that does not parse.
     """
-    text = content.decode("utf-8", errors="surrogateescape")  # any bytes at all; undone below
+    text = content.decode("utf-8", errors="surrogateescape")  # accepts any bytes; undone below
     at = _BETWEEN_ELEMENTS.match(text, text.index("[") + 1).end()  # type: ignore[union-attr]
     indent = text[text.rfind("\n", 0, at) + 1 : at]
     next_element = re.compile(rf"\n{indent}(?=\{{)" if not indent.strip(" \t") else r"\Z")
-    line, counted = 1, 0
+    line, previous = 1, 0
     while not text.startswith("]", at):
-        line, counted = line + text.count("\n", counted, at), at
+        line, previous = line + text.count("\n", previous, at), at
         try:
             _, end = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError):
@@ -141,11 +138,11 @@ def _elements(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    """One record's object. Raises RecordError."""
+    """Return the JSON object of one record. Raises RecordError."""
     if len(raw) > MAX_RECORD_BYTES:
         raise RecordError("too_long", f"over {MAX_RECORD_BYTES} bytes")
-    if b"\0" in raw:  # a hole in the file, as a crash or a full disk leaves it
-        raise RecordError("nul_character", f"the record holds NUL at byte {raw.index(0)}")
+    if b"\0" in raw:  # a hole in the file, e.g. after a crash or on a full disk
+        raise RecordError("nul_character", f"the record contains NUL at byte {raw.index(0)}")
     try:
         value = _DECODER.decode(raw.decode("utf-8").strip())
     except UnicodeDecodeError as error:
@@ -158,7 +155,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def json_type(value: object) -> str:
-    """What JSON calls a value, for messages."""
+    """Return the JSON name of a value's type, for error messages."""
     if isinstance(value, bool):
         return "true" if value else "false"
     names = {dict: "an object", list: "a list", str: "text", type(None): "null"}

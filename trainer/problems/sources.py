@@ -1,11 +1,7 @@
-"""Where problems come from: a local file, a local folder, the Hugging Face hub, or our own generator.
-
-All of them go through the same `from_record`, so a data set means the same problems wherever it was found.
-"""
+"""Reading problems of a data set from a local file or folder, the Hugging Face Hub, or the stories generator."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import re
@@ -20,6 +16,7 @@ from trainer.problems.hub import read_hub
 from trainer.problems.problem import Problem, RecordError, RejectedRecord
 from trainer.problems.records import JsonRecord, read_records
 from trainer.storage.atomic_dir import file_digest
+from trainer.storage.configuration import did_you_mean
 
 HUB_EXAMPLES = {"gsm8k": "openai/gsm8k", "svamp": "ChilleD/SVAMP", "strategyqa": "ChilleD/StrategyQA"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
@@ -29,11 +26,10 @@ _SPLIT_NAMES = ("train", "validation", "dev", "test")
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """from_record: a record and the id it gets if it has none -> Problem. files: names to look for in a
-    folder.
+    """Format and file names of a data set.
 
-    hub: split -> (configuration, split) of the hub, split None for all of them. options: what may be asked
-    beyond.
+    from_record: (record, default id) -> Problem. files: split -> file names in a folder, in order of preference.
+    hub: split -> (configuration, split) on the Hub, split None for all. options: accepted options of `read_problems`.
     """
 
     from_record: Callable[[dict[str, Any], str], Problem]
@@ -74,21 +70,21 @@ DATA = (*_DATASETS, "stories")
 def read_problems(
     data: str, split: str, path: str | None = None, **options: Any
 ) -> Iterator[Problem | RejectedRecord]:
-    """Yield the problems of one split in the order of the data, and a Reject for every record that is not
-    one.
+    """Yield the problems of one split in the order of the data, with a RejectedRecord for every invalid record.
 
-    data: one of DATA. split: see the data set's module (gsm8k: train, test, train_socratic, test_socratic;
-    svamp: train, test, all; strategyqa: train, dev; jsonl: the name of a file in a folder, for a file the
-    prefix of ids). path: a local file, a local folder with the files as published (jsonl: `<split>.jsonl`),
-    or a hub name; stories need none. A folder with .parquet files is a hub data set that was downloaded.
-    options: svamp takes `seed`, everything from the hub `revision`, stories what `stories.read` takes.
+    data: one of DATA. split: see the data set's module (gsm8k: train, test, train_socratic, test_socratic; svamp: train,
+    test, all; strategyqa: train, dev; jsonl: the name of a file in a folder, or for a file the prefix of default ids).
+    path: a local file, a local folder with the published files (jsonl: `<split>.jsonl`), a folder of .parquet files
+    downloaded from the Hub, or a Hub name; none for stories. options: `seed` for svamp, `revision` for the Hub, those of
+    `stories.read` for stories.
 
-    The second of two records with the same id is rejected. Raises UserError, before the first problem where
-    it can: for an unknown data set, split, option or path, for a hub that cannot be reached, and when there
-    is no problem.
+    A record with the id of an earlier one is rejected. Raises UserError for an unknown data set, split, option or path,
+    for an unreachable Hub, and, after the last record, if there is no valid problem.
     """
     if data not in DATA:
-        raise UserError(f"unknown data set {data!r}; choose one of {', '.join(DATA)}{_nearest(data, DATA)}")
+        raise UserError(
+            f"unknown data set {data!r}; choose one of {', '.join(DATA)}{did_you_mean(data, DATA)}"
+        )
     if data == "stories":
         from trainer.problems import stories
 
@@ -111,9 +107,10 @@ def read_problems(
 
 
 def source_digest(data: str, split: str, path: str | None = None, **options: Any) -> str:
-    """What identifies the source's content: SHA-256 of the local file or of a downloaded folder's parquet
-    files, `hub:<name>@<revision>`, or, for stories, SHA-256 of their first problems (so that a changed generator is
-    another source).
+    """Return a digest of the source's content.
+
+    SHA-256 of a local file or of a downloaded folder's parquet files, `hub:<name>@<revision>` for a Hub name, and SHA-256
+    of the first 64 problems for stories, which depends on the generator's code.
     """
     if data == "stories":
         first = itertools.islice(read_problems(data, split, path, **options), 64)
@@ -167,7 +164,7 @@ def _problems(
 def _open(
     data: str, data_set: DatasetSource, split: str, path: str | None, revision: str | None
 ) -> tuple[str, Iterable[JsonRecord | RejectedRecord]]:
-    """The name of the source, for messages, and its records."""
+    """Return the source's path or Hub name and its records."""
     hub_example = f", or a hub name such as {HUB_EXAMPLES[data]}" if data in HUB_EXAMPLES else ""
     if not path:
         raise UserError(
@@ -180,16 +177,14 @@ def _open(
         return path, read_hub(str(local), *data_set.hub(split), revision)
     if revision:
         raise UserError(
-            f"a revision ({revision!r}) is of the hub, but {path} is a local path; leave one of them out"
+            f"revision ({revision!r}) is for hub data sets, but {path} is a local path; leave one of them out"
         )
     if not local.exists():
         raise UserError(f"{path} does not exist; give an existing file or folder{hub_example}")
     file = _file_in(local, data, data_set, split) if local.is_dir() else local
     named = file.stem.removesuffix(gsm8k.SOCRATIC)
     if named in _SPLIT_NAMES and named != split.removesuffix(gsm8k.SOCRATIC):
-        raise UserError(
-            f"{file} looks like the split {named!r}, but {split!r} was asked for; make them agree"
-        )
+        raise UserError(f"{file} looks like the split {named!r}, but split is {split!r}; make them agree")
     return str(file), read_records(file)
 
 
@@ -200,10 +195,5 @@ def _file_in(folder: Path, data: str, data_set: DatasetSource, split: str) -> Pa
     found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
     raise UserError(
         f"no {data} split {split!r} in {folder}: there is no {' or '.join(data_set.files(split))}; "
-        + (f"found {', '.join(found)}" if found else "found no .json or .jsonl file at all")
+        + (f"found {', '.join(found)}" if found else "found no .json or .jsonl file")
     )
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

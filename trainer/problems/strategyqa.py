@@ -1,10 +1,9 @@
-"""StrategyQA (Geva et al. 2021, arXiv:2101.02235): yes/no questions whose reasoning steps are implicit.
+"""Reader of StrategyQA (Geva et al. 2021, arXiv:2101.02235): yes/no questions with implicit reasoning steps.
 
-The published files are `train.json` (2061) and `dev.json` (229), one JSON array each; the official test set
-has no answers. A decomposition gives sub-questions without solutions; a later one refers to an earlier answer
-as `#1`, `#2`, kept as it is. The facts that annotators wrote down go to `Problem.facts`, in order; `term`,
-`description` and `evidence` are not read. Copies on the hub without `decomposition` give problems without
-steps.
+The published files are `train.json` (2061 problems) and `dev.json` (229), one JSON array each; the official test set has
+no answers. `decomposition` gives sub-questions without solutions, with unresolved references `#1`, `#2` to earlier
+answers. `facts` become `Problem.facts`; `term`, `description` and `evidence` are ignored. Copies on the Hub without
+`decomposition` give problems without steps.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from trainer.problems.records import json_type, optional_texts, required_text
 
 
 def from_record(record: dict[str, Any], id: str) -> Problem:
-    """One element of `train.json` -> Problem; its `qid` if it has one is the id. Raises RecordError."""
+    """Return the problem of one element of `train.json`; `id` is used if it has no `qid`. Raises RecordError."""
     if record.get("qid") is not None:
         id = required_text(record, "qid", "bad_id")
     answer = record.get("answer")

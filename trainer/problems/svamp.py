@@ -1,15 +1,15 @@
-"""SVAMP (Patel et al. 2021, NAACL): 1000 word problems of one or two operations, in one file, `SVAMP.json`.
+"""Reader of SVAMP (Patel et al. 2021, NAACL): 1000 word problems of one or two operations in one file, `SVAMP.json`.
 
-The data set has an equation where others have a solution, so the one step is that equation with a calculator
-annotation: `( 76.0 - 25.0 )` becomes `76 - 25 = <<76-25=51>>51`. The question is `Body` and `Question` joined
-by a space, as in zero-shot CoT (Kojima et al. 2022); 358 bodies lack their full stop and get none here.
+The single step of a problem is its equation with a calculator annotation: `( 76.0 - 25.0 )` becomes
+`76 - 25 = <<76-25=51>>51`. The question is `Body` and `Question` joined by a space, as in zero-shot CoT (Kojima et al.
+2022); 358 bodies have no full stop, and none is added.
 
-There is no official split. `split_of` divides the ids `chal-1` ... `chal-1000` into 700 for training and 300
-for testing by a hash of seed and id, so it depends on these alone: not on the order or completeness of the
-file, nor on whether it came from the hub. Problems for training and testing must be read with the same seed.
+There is no official split. `split_of` divides the ids `chal-1` ... `chal-1000` into 700 for training and 300 for testing
+by a hash of seed and id, independently of the order and completeness of the file or Hub copy. Training and test problems
+must be read with the same seed.
 
-One record contradicts itself: `chal-680` answers 1 where its text and its equation give 5. It is rejected
-rather than silently corrected or counted against every model; with seed 0 it leaves 299 problems for testing.
+The record `chal-680` is rejected: its answer is 1, its text and its equation give 5. With seed 0 this leaves 299 test
+problems.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ NUM_TEST = 300
 
 
 def from_record(record: dict[str, Any], id: str = "") -> Problem:
-    """One element of SVAMP.json (also the hub's copies) -> Problem; the id is its own `ID`. Raises
-    RecordError."""
+    """Return the problem of one element of SVAMP.json or row of a Hub copy. Raises RecordError.
+
+    The argument `id` is ignored, since every record has an `ID`.
+    """
     id = required_text(record, "ID", "bad_id")
-    split_of(id)  # raises if it is not one of the data set's
+    split_of(id)  # raises for an invalid id
     body = required_text(record, "Body", "no_question")
     question = required_text(record, "Question", "no_question")
     answer = _without_zeros(answer_text(record, "Answer"))
@@ -50,15 +52,14 @@ def from_record(record: dict[str, Any], id: str = "") -> Problem:
 
 
 def split_of(id: str, seed: int = 0) -> str:
-    """`train` or `test`. Raises RecordError("bad_id") for an id that is not one of the data set's."""
+    """Return `train` or `test`. Raises RecordError("bad_id") for an id that is not in the data set."""
     if not re.fullmatch(r"chal-[1-9][0-9]{0,3}", id) or int(id[5:]) > NUM_PROBLEMS:
         raise RecordError("bad_id", f"{id[:80]!r} is not one of chal-1 ... chal-{NUM_PROBLEMS}")
     return "test" if id in _test_ids(seed) else "train"
 
 
 def in_split(record: dict[str, Any], split: str, seed: int = 0) -> bool:
-    """Whether a record is of the split. One without a usable id is of every split, so that it gets
-    reported."""
+    """Return whether a record is in the split. Records with an invalid id are in every split, so that they are reported."""
     try:
         return split == "all" or split == split_of(required_text(record, "ID", "bad_id"), seed)
     except RecordError:
@@ -73,15 +74,15 @@ def _test_ids(seed: int) -> frozenset[str]:
 
 
 def _expression(equation: str) -> str:
-    """`( ( 4.0 - 2.0 ) + 3.0 )` -> `(4-2)+3`: no spaces, no outer parentheses, no trailing zeros."""
+    """Return an equation without spaces, outer parentheses and trailing zeros: `( ( 4.0 - 2.0 ) + 3.0 )` -> `(4-2)+3`."""
     expression = re.sub(r"[0-9]+\.[0-9]+", lambda match: _without_zeros(match[0]), "".join(equation.split()))
-    while expression.startswith("(") and _closing(expression) == len(expression) - 1:
+    while expression.startswith("(") and _closing_index(expression) == len(expression) - 1:
         expression = expression[1:-1]
     return expression
 
 
-def _closing(expression: str) -> int:
-    """Where the parenthesis is closed that an expression begins with; -1 if it is not."""
+def _closing_index(expression: str) -> int:
+    """Return the index of the parenthesis that closes the first character; -1 if there is none."""
     depth = 0
     for index, character in enumerate(expression):
         depth += {"(": 1, ")": -1}.get(character, 0)

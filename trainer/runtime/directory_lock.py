@@ -120,7 +120,7 @@ def acquire(path: Path) -> DirectoryLock:
                 f"{path.parent} is in use: {other.process}, since {other.since}; wait for it, end it, or give another "
                 f"output_dir (if it is surely gone, remove {path})"
             )
-        if _set_aside(path, other):
+        if _rename_stale(path, other):
             terminal.warning(f"{path.parent}: took over from {other.process}, since {other.since}: {reason}")
     raise UserError(
         f"{path}: acquired by other processes {_MAX_ATTEMPTS} times in a row; start one job per directory"
@@ -155,7 +155,7 @@ def _read(path: Path) -> LockOwner | None:
         ) from None
 
 
-def _set_aside(path: Path, other: LockOwner) -> bool:
+def _rename_stale(path: Path, other: LockOwner) -> bool:
     """Rename the lock of an owner that is gone; return False if another process did so first."""
     try:
         os.rename(path, path.with_name(f".{path.name}.{other.token}.gone.tmp"))

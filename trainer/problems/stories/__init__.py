@@ -1,11 +1,10 @@
-"""Stories: our own multi-step word problems, written on the fly, so that a study runs without a download.
+"""Generated multi-step word problems, so that a study runs without a download.
 
-`read` is a pure function of its arguments, on every platform and in every version of Python: the generator is seeded
-with a string, and only `Random.random` is asked.
+`read` depends only on its arguments, on every platform and Python version: the generator is seeded with a string and
+uses only `Random.random`.
 
-Which split a story belongs to follows from its text alone: a keyed hash of `canonical(question)`, in which all people
-and their pronouns are made equal. So no story of one split is ever a story of another, nor the same one with other
-people in it, whatever the seeds and options the two were read with.
+A story's split is a keyed hash of `canonical(question)`, in which all names and pronouns are replaced by one mark. No
+story occurs in two splits, not even with other people, whatever the seeds and options.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ _ATTEMPTS = 10_000
 
 
 def canonical(question: str) -> str:
-    """The question with every name and personal pronoun replaced by one mark; decides the split."""
+    """Return the question with every name and personal pronoun replaced by `@`."""
     return _PERSON.sub("@", question)
 
 
 def split_of(question: str) -> str:
-    """`test` and `validation` hold a tenth of all stories each, `train` the rest."""
+    """Return the split: `test` and `validation` have a tenth of all stories each, `train` the rest."""
     return _TENTHS.get(_digest(question) % 10, "train")
 
 
@@ -46,8 +45,8 @@ def read(
 ) -> Iterator[Problem]:
     """Yield `num_problems` different stories of one split; the number of steps is uniform in min_steps..max_steps.
 
-    A larger `num_problems` continues the same sequence. Stories that differ only in their people count as the same
-    one. Raises UserError for impossible arguments, or if there are not so many different stories.
+    A larger `num_problems` continues the same sequence. Stories that differ only in their people are duplicates. Raises
+    UserError for invalid arguments, or if there are not enough different stories.
     """
     _check(split, num_problems, min_steps, max_steps)
     rng = random.Random(f"stories {split} {seed}")
@@ -74,7 +73,7 @@ def read(
 
 
 def _digest(question: str) -> int:
-    """64 bits of the keyed hash of the canonical question."""
+    """Return a 64-bit keyed hash of the canonical question."""
     text = canonical(question).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8, key=_KEY).digest(), "big")
 

@@ -1,12 +1,12 @@
-"""The words of the stories: people, seven small worlds, and what may happen to money and to goods.
+"""Sentence templates of the stories: people, settings, and events with containers, money and goods.
 
-Data only; `plot.py` chooses among these phrases and does the arithmetic. A phrase is a pair: a sentence that tells what
-happened, and a few words ("after the gull's visit") that the sub-question uses to point at that moment. Fields in braces:
+generator.py chooses the phrases and computes the numbers. A phrase is a sentence that describes an event, and a few words
+("after the gull's visit") with which the sub-question refers to its time. Fields in braces:
 
     {Name} {he} {He} {his} {him}   the person who owns the running quantity, and the pronouns
     {Friend}                       a second person
-    {units}                        what is counted at that moment, in the plural
-    {a} {b} {k}                    numbers: the opening amount; a fresh amount; a small factor or divisor
+    {units}                        the counted units, in the plural
+    {a} {b} {k}                    numbers: the opening amount; a new amount; a small factor or divisor
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 Phrase = tuple[str, str]
-"""The sentence that tells it; when that was."""
+"""Sentence; reference to its time."""
 Groups = tuple[str, str, str, str]
-"""The sentence that tells it; the sub-question about all the groups and its answer ({result}); when that was."""
+"""Sentence; sub-question about all groups; its answer with {result}; reference to the sentence's time."""
 
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody in a story."""
+    """A person's name and pronouns."""
 
     name: str
     he: str
@@ -36,23 +36,23 @@ PEOPLE = tuple(
 
 @dataclass(frozen=True)
 class Setting:
-    """One small world: what is collected there, and what may happen to it."""
+    """Phrases about one kind of items."""
 
     units: str
     containers: str
     openings: tuple[str, ...]
     opening_in_groups: Phrase
-    """A first sentence with {k} groups of {b}, and the sub-question it raises."""
+    """A first sentence with {k} groups of {b}, and its sub-question."""
     gains: tuple[Phrase, ...]
     losses: tuple[Phrase, ...]
     growth: Phrase
-    """The quantity becomes {k} times what it was."""
+    """The quantity is multiplied by {k}."""
     groups_in: Groups
     """{k} groups of {b} arrive."""
     groups_out: Groups
     """{b} go to each of {k} receivers."""
     packing: str
-    """All of it goes into containers, {b} to a container."""
+    """All items are put into containers, {b} per container."""
 
 
 SETTINGS = (
@@ -277,7 +277,7 @@ SETTINGS = (
     ),
 )
 
-# What may happen in every world. First to packed containers, to dollars, and to the goods that dollars buy.
+# Phrases for every setting, by kind of quantity.
 GAINS: dict[str, tuple[Phrase, ...]] = {
     "containers": (
         (
