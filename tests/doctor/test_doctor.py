@@ -1,10 +1,12 @@
-"""Something real is broken, and the doctor says so in the right line."""
+"""Checks of the doctor against real faults."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -20,9 +22,9 @@ from trainer.doctor.run_checks import print_report
 from trainer.errors import UserError
 
 
-def one(findings: list[CheckResult], name: str) -> CheckResult:
-    found = [finding for finding in findings if finding.name == name]
-    assert len(found) == 1, findings
+def one(results: list[CheckResult], name: str) -> CheckResult:
+    found = [result for result in results if result.name == name]
+    assert len(found) == 1, results
     return found[0]
 
 
@@ -31,7 +33,7 @@ def test_the_shipped_versions_are_those_of_the_constraints() -> None:
     shipped = (REPOSITORY / "trainer/doctor/known_good.txt").read_text(encoding="utf-8").splitlines()
     named = [line for line in shipped if not line.startswith("#")]
     assert len(named) >= 5 and set(named) <= set(constraints)
-    assert {finding.status for finding in software.versions("")} == {OK}
+    assert {result.status for result in software.versions("")} == {OK}
 
 
 def test_an_older_version_fails_and_a_newer_one_warns(tmp_path: Path) -> None:
@@ -48,7 +50,6 @@ def test_an_older_version_fails_and_a_newer_one_warns(tmp_path: Path) -> None:
 
 
 def test_the_mpiexec_of_another_mpi_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It starts processes that do not find each other: each is a world of one."""
     program = tmp_path / "mpiexec"
     program.write_text('#!/bin/sh\nshift 2\n"$@" && "$@"\n')
     program.chmod(0o755)
@@ -58,10 +59,25 @@ def test_the_mpiexec_of_another_mpi_fails(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"{program} -n 2 gives 2 worlds of 1" in found.detail
 
 
-def test_no_mpiexec_and_no_compiler_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_of_the_mpi_check_writes_its_line_in_one_piece() -> None:
+    """Every write to a datagram socket is one message, also where Python does not buffer its output."""
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with receiver, sender:
+        subprocess.run(
+            [sys.executable, "-c", software._MPI_PROGRAM],
+            stdout=sender,
+            check=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        assert re.fullmatch(rb"world 0 1 [^\n]+\n", receiver.recv(4096))
+
+
+def test_missing_mpiexec_and_compiler_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.symlink_to(sys.executable)
-    monkeypatch.setattr(sys, "executable", str(python))  # the environment's own mpiexec is beside it
+    monkeypatch.setattr(
+        sys, "executable", str(python)
+    )  # the virtual environment's mpiexec is beside the real one
     monkeypatch.setenv("PATH", str(tmp_path))
     assert (software.mpi().status, software.mpi().detail) == (WARN, "there is no mpiexec on the PATH")
     assert software.compiler().detail == "there is no g++ on the PATH"
@@ -77,12 +93,12 @@ def test_contradictory_slurm_environment_fails(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_healthy_disk_is_left_as_it_was(tmp_path: Path) -> None:
     found = machine.disk(str(tmp_path / "runs"), min_free_gb=0)
-    assert [finding.name for finding in found] == ["space", "write", "rename"]
+    assert [result.name for result in found] == ["space", "write", "rename"]
     assert one(found, "rename").status in (OK, WARN)
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_a_disk_that_takes_no_more_bytes_fails(tmp_path: Path) -> None:
+def test_a_full_disk_fails(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
@@ -97,15 +113,16 @@ def test_a_disk_that_takes_no_more_bytes_fails(tmp_path: Path) -> None:
 
 def test_wrong_gradients_of_a_stage_are_found() -> None:
     output = run_well(["-m", "tests.doctor.wrong_gradients", "parity"], 2, timeout=600)
-    line = next(line for line in output.splitlines() if line.startswith(rank_checks.MARK))
-    found = {values["name"]: values for values in json.loads(line.removeprefix(rank_checks.MARK))}
+    line = next(line for line in output.splitlines() if line.startswith(rank_checks.RESULTS_PREFIX))
+    results = json.loads(line.removeprefix(rank_checks.RESULTS_PREFIX))
+    found = {values["name"]: values for values in results}
     statuses = {name: values["status"] for name, values in found.items()}
     assert statuses == {
         "ZeRO 0 fp32": OK,
         "ZeRO 1 fp32": FAIL,
         "ZeRO 2 fp32": FAIL,
         "ZeRO 3 fp32": OK,
-        "ZeRO 0 bf16": OK,  # wrong, as known, and refused by training
+        "ZeRO 0 bf16": OK,  # known to be wrong, refused by training
     }
     assert "gradient off by 1.0e-02" in found["ZeRO 1 fp32"]["detail"]
     assert "training refuses it" in found["ZeRO 0 bf16"]["detail"]
@@ -113,13 +130,13 @@ def test_wrong_gradients_of_a_stage_are_found() -> None:
 
 def test_launched_ranks_check_each_other(tmp_path: Path) -> None:
     skip = ["--skip", "parity", "mpi", "slurm", "versions", "--json"]
-    outcomes = run(
+    ranks = run(
         ["tools/doctor.py", "--output_dir", str(tmp_path), "--min_free_gb", "0", *skip], 2, timeout=600
     )
-    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
-    result = json.loads(outcomes[0].output)
-    assert outcomes[1].output == ""
-    found = {(finding["group"], finding["name"]): finding for finding in result["findings"]}
+    assert [rank.status for rank in ranks] == [0, 0], ranks
+    report = json.loads(ranks[0].output)
+    assert ranks[1].output == ""
+    found = {(result["group"], result["name"]): result for result in report["findings"]}
     assert "between 2 ranks on 1 machine" in found["clock", "skew"]["detail"]
     assert "2 ranks" in found["network", "all-reduce"]["detail"]
     assert ("disk", "write") in found and ("parity", "ZeRO 1 fp32") not in found
@@ -148,23 +165,23 @@ def test_ranks_that_do_not_start_are_a_failure(monkeypatch: pytest.MonkeyPatch) 
     from trainer.doctor import run_checks
 
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    found = run_checks._started(["clock"])
-    assert [finding.status for finding in found] == [FAIL]
+    found = run_checks._start_ranks(["clock"])
+    assert [result.status for result in found] == [FAIL]
     assert "two ranks did not finish" in found[0].detail
 
 
 def test_warnings_do_not_fail(capsys: pytest.CaptureFixture[str]) -> None:
-    findings = [CheckResult("a", "b", OK, "fine"), CheckResult("a", "c", WARN, "look", "there")]
-    assert print_report(findings, 1.0, as_json=False)
+    results = [CheckResult("a", "b", OK, "fine"), CheckResult("a", "c", WARN, "look", "there")]
+    assert print_report(results, 1.0, as_json=False)
     assert "2 checks in 1 s: 0 failed, 1 warning(s)" in capsys.readouterr().out
-    assert not print_report([*findings, CheckResult("a", "d", FAIL, "broken", "mend")], 1.0, as_json=True)
+    assert not print_report([*results, CheckResult("a", "d", FAIL, "broken", "mend")], 1.0, as_json=True)
 
 
 def test_a_killed_build_is_named(tmp_path: Path) -> None:
     lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    assert software.unfinished_builds(tmp_path) == []  # somebody may be building now
+    assert software.unfinished_builds(tmp_path) == []  # a build may be running
     os.utime(lock, (0, 0))
-    (finding,) = software.unfinished_builds(tmp_path)
-    assert finding.status == WARN and str(lock) in finding.detail and "remove it" in finding.remedy
+    (result,) = software.unfinished_builds(tmp_path)
+    assert result.status == WARN and str(lock) in result.detail and "remove it" in result.remedy

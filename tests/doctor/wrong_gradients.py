@@ -1,4 +1,4 @@
-"""The ranks' checks on a DeepSpeed that is broken on purpose: stages 1 and 2 reduce gradients that are 1 % too large."""
+"""Run the rank checks with a patched DeepSpeed: stages 1 and 2 reduce gradients that are 1 % too large."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from trainer.doctor import gradient_parity, rank_checks
 from trainer.runtime import terminal
 
-right = DeepSpeedZeroOptimizer.average_tensor
+average_tensor = DeepSpeedZeroOptimizer.average_tensor
 
 
-def wrong(self: DeepSpeedZeroOptimizer, tensor: torch.Tensor, *rest: object) -> None:
+def average_enlarged_tensor(self: DeepSpeedZeroOptimizer, tensor: torch.Tensor, *rest: object) -> None:
     tensor.mul_(1.01)
-    right(self, tensor, *rest)
+    average_tensor(self, tensor, *rest)
 
 
-DeepSpeedZeroOptimizer.average_tensor = wrong
+DeepSpeedZeroOptimizer.average_tensor = average_enlarged_tensor
 chosen = [case for case in gradient_parity.cases() if case.dtype == torch.float32 and not case.checkpointing]
 chosen += [gradient_parity.ParityCase(0, torch.bfloat16, False)]
 gradient_parity.cases = lambda: chosen

@@ -1,1 +1,1 @@
-"""Can this machine, or this allocation, train and give right numbers? Start reading at examine.py."""
+"""Checks of a machine or a Slurm allocation before training; the entry point is run_checks.py."""

@@ -1,4 +1,4 @@
-"""What a check found: one line."""
+"""Result of one check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 
 @dataclass(frozen=True)
 class CheckResult:
-    """`status`: ok, warn (works, but look at it) or fail. `remedy`: what to do, empty if ok."""
+    """Result of one check. `status`: ok, warn or fail. `remedy`: what to do, empty if ok."""
 
     group: str
     name: str

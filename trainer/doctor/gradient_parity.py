@@ -1,8 +1,8 @@
-"""Does the installed DeepSpeed give the gradients of plain PyTorch? A tiny tied-weight model, every ZeRO stage.
+"""Compare gradients of the installed DeepSpeed with plain PyTorch, at every ZeRO stage, on a tiny tied-weight model.
 
-Gradient parity between stages was silently broken in several DeepSpeed releases. Each rank computes two micro-batches
-in a DeepSpeed engine; each rank also computes everybody's micro-batches without DeepSpeed, in fp32 master weights with
-torch's AdamW. Gradients, and the loss after one step, must agree.
+Several DeepSpeed releases had wrong gradients at some stages without an error. Each rank computes two micro-batches in
+a DeepSpeed engine, and the micro-batches of all ranks without DeepSpeed, with fp32 master weights and torch's AdamW.
+Gradients, and the loss after one step, must agree.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MICRO_BATCHES = 2
 _TOKENS = 24
 _VOCABULARY = 61
 _LEARNING_RATE = 3e-3
-# Largest distance of two gradients (norm of the difference over norm), and of the two losses after the step (part).
+# Largest relative difference of the gradients (by norm), and of the losses after the step.
 _TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (3e-2, 3e-3)}
 # bf16 at stage 0 is known to be wrong in DeepSpeed 0.19.8; training refuses it (training/ds_config.py).
 _KNOWN_WRONG = {(0, torch.bfloat16)}
@@ -41,73 +41,69 @@ class ParityCase:
 
 
 def cases() -> list[ParityCase]:
-    """fp32 in stages 0 to 3, bf16 in 1 to 3 (and 0, which is known to be wrong), both with and without recomputation."""
-    every = [
+    """Return all stages in fp32 and bf16, with and without recomputation; the known wrong case only without."""
+    return [
         ParityCase(stage, dtype, checkpointing)
         for dtype in (torch.float32, torch.bfloat16)
         for stage in range(4)
         for checkpointing in (False, True)
-    ]
-    return [
-        case
-        for case in every
-        if not (case.stage == 0 and case.dtype == torch.bfloat16 and case.checkpointing)
+        if not (checkpointing and (stage, dtype) in _KNOWN_WRONG)
     ]
 
 
 def check_gradients() -> list[CheckResult]:
-    """Collective, after `distributed.initialize`; the same findings on every rank."""
+    """Return one result per case, equal on all ranks. Collective, after `distributed.initialize`."""
     return [_check(case) for case in cases()]
 
 
 def _check(case: ParityCase) -> CheckResult:
-    known = (case.stage, case.dtype) in _KNOWN_WRONG
+    is_known_wrong = (case.stage, case.dtype) in _KNOWN_WRONG
     remedy = "do not train with this DeepSpeed: pip install the version of constraints.txt"
     try:
         gradient, loss = _compare(case)
         error = None
-    except Exception as failure:  # a broken installation fails in every way there is; say which
+    except Exception as failure:  # a broken installation may raise anything
         gradient = loss = math.inf
         error = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
-    told = [text for text in distributed.gather_objects(error) if text]
-    if told:
-        return CheckResult("parity", case.name, WARN if known else FAIL, told[0], remedy)
+    errors = [text for text in distributed.gather_objects(error) if text]
+    if errors:
+        return CheckResult("parity", case.name, WARN if is_known_wrong else FAIL, errors[0], remedy)
     worst = max(distributed.gather_objects((gradient, loss)))
-    most_gradient, most_loss = _TOLERANCE[case.dtype]
+    max_gradient, max_loss = _TOLERANCE[case.dtype]
     detail = f"gradient off by {worst[0]:.1e}, loss after a step by {worst[1]:.1e}"
-    if worst[0] <= most_gradient and worst[1] <= most_loss:
+    if worst[0] <= max_gradient and worst[1] <= max_loss:
         return CheckResult("parity", case.name, OK, detail)
-    if known:
+    if is_known_wrong:
         return CheckResult(
             "parity", case.name, OK, f"{detail}: known in DeepSpeed 0.19.8, training refuses it"
         )
     return CheckResult(
-        "parity", case.name, FAIL, f"{detail}; allowed: {most_gradient:.0e} and {most_loss:.0e}", remedy
+        "parity", case.name, FAIL, f"{detail}; allowed: {max_gradient:.0e} and {max_loss:.0e}", remedy
     )
 
 
 def _compare(case: ParityCase) -> tuple[float, float]:
-    """(distance of the gradients, of the losses after the step), both in parts."""
-    world = distributed.environment()
+    """Return the relative differences of the gradients and of the losses after the step."""
+    environment = distributed.environment()
     device = (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
-    first = _model()
+    first = _make_model()
     batches = [
         [_tokens(rank, micro).to(device) for micro in range(_MICRO_BATCHES)]
-        for rank in range(world.world_size)
+        for rank in range(environment.world_size)
     ]
-    wanted, wanted_loss = _plain(copy.deepcopy(first).to(device), batches, case.dtype)
-    engine = _engine(copy.deepcopy(first), case, world.world_size)
-    found, found_loss = _with_engine(engine, batches, world.rank)
+    wanted, wanted_loss = _run_torch(copy.deepcopy(first).to(device), batches, case.dtype)
+    engine = _make_engine(copy.deepcopy(first), case, environment.world_size)
+    found, found_loss = _run_deepspeed(engine, batches, environment.rank)
     difference = math.sqrt(sum(float((found[name] - wanted[name]).double().pow(2).sum()) for name in wanted))
     norm = math.sqrt(sum(float(value.double().pow(2).sum()) for value in wanted.values()))
     return difference / norm, abs(found_loss - wanted_loss) / wanted_loss
 
 
-def _model() -> torch.nn.Module:
+def _make_model() -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -119,27 +115,27 @@ def _model() -> torch.nn.Module:
 
 
 def _tokens(rank: int, micro: int) -> torch.Tensor:
-    """[1, tokens] int64; ranks have different numbers of tokens, as in training."""
+    """Return [1, tokens] int64; ranks have different numbers of tokens, as in training."""
     random = torch.Generator().manual_seed(rank * _MICRO_BATCHES + micro)
     return torch.randint(_VOCABULARY, (1, _TOKENS - 3 * ((rank + micro) % 4)), generator=random)
 
 
 def _loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Sum of the token losses."""
+    """Return the sum of the token losses."""
     logits = model(input_ids=tokens).logits[0, :-1].float()
     return cross_entropy(logits, tokens[0, 1:], reduction="sum")
 
 
-def _plain(
+def _run_torch(
     model: torch.nn.Module, batches: list[list[torch.Tensor]], dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients by name (fp32) and the loss after one step, without DeepSpeed."""
+    """Return gradients by name (fp32) and the loss after one step, without DeepSpeed."""
     masters = {name: parameter.detach().clone().float() for name, parameter in model.named_parameters()}
     model.to(dtype)
-    everything = [tokens for rank in batches for tokens in rank]
-    total = sum(tokens.shape[1] - 1 for tokens in everything)
+    all_tokens = [tokens for rank in batches for tokens in rank]
+    total = sum(tokens.shape[1] - 1 for tokens in all_tokens)
     gradients = {name: torch.zeros_like(master) for name, master in masters.items()}
-    for tokens in everything:
+    for tokens in all_tokens:
         model.zero_grad()
         (_loss(model, tokens) / total).backward()
         for name, parameter in model.named_parameters():
@@ -151,14 +147,14 @@ def _plain(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(masters[name])
-        after = sum(float(_loss(model, tokens)) for tokens in everything) / total
+        after = sum(float(_loss(model, tokens)) for tokens in all_tokens) / total
     return gradients, after
 
 
-def _engine(model: Any, case: ParityCase, world_size: int) -> Any:
+def _make_engine(model: Any, case: ParityCase, world_size: int) -> Any:
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled here
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled here
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -187,13 +183,13 @@ def _engine(model: Any, case: ParityCase, world_size: int) -> Any:
     return engine
 
 
-def _with_engine(
+def _run_deepspeed(
     engine: Any, batches: list[list[torch.Tensor]], rank: int
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """The same numbers as `_plain`, with the loss of a step as training computes it."""
+    """Return the same as `_run_torch` from DeepSpeed, with the loss of a step as training computes it."""
     from deepspeed.utils import safe_get_full_grad
 
-    total = sum(tokens.shape[1] - 1 for each in batches for tokens in each)
+    total = sum(tokens.shape[1] - 1 for rank_batches in batches for tokens in rank_batches)
     gradients: dict[str, torch.Tensor] = {}
     for micro, tokens in enumerate(batches[rank]):
         engine.backward(_loss(engine, tokens) * (len(batches) / total), scale_wrt_gas=False)

@@ -1,4 +1,4 @@
-"""Disk, shared memory, processor, GPUs of one machine."""
+"""Checks of one machine: disk, shared memory, CPU cores, GPUs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import time
 from pathlib import Path
 
 from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult
+from trainer.runtime import terminal
 
 _GB, _MB = 10**9, 10**6
 _TEST_BYTES = 64 * _MB
 _SMALL_WRITES = 5
-_SLOW_WRITE = 50 * _MB  # bytes/s: a checkpoint of 1 GB would take more than 20 s
-_SLOW_COMMIT = 1.0  # seconds
-_SMALL_SHARED_MEMORY = 1 * _GB
+_MIN_WRITE_SPEED = 50 * _MB  # bytes/s: below it a checkpoint of 1 GB takes more than 20 s
+_MAX_RENAME_SECONDS = 1.0
+_MIN_SHARED_MEMORY_BYTES = 1 * _GB
 
 
 def disk(output_dir: str, min_free_gb: float) -> list[CheckResult]:
-    """Space, and what a checkpoint does: write, flush to the disk, rename. Leaves nothing behind."""
+    """Check free space, and write, fsync and rename as a checkpoint does; temporary files are deleted."""
     path = Path(output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -30,9 +31,11 @@ def disk(output_dir: str, min_free_gb: float) -> list[CheckResult]:
             if status == OK
             else f"free some, or write elsewhere (wanted: {min_free_gb:g} GB, --min_free_gb)"
         )
-        found = [CheckResult("disk", "space", status, f"{free / _GB:.1f} GB are free at {path}", remedy)]
+        found = [
+            CheckResult("disk", "space", status, f"{terminal.size_text(free)} are free at {path}", remedy)
+        ]
         with tempfile.TemporaryDirectory(prefix=".doctor-", suffix=".tmp", dir=path) as folder:
-            found += [_write_speed(Path(folder), min(_TEST_BYTES, free // 2)), _commit_speed(Path(folder))]
+            found += [_write_speed(Path(folder), min(_TEST_BYTES, free // 2)), _rename_speed(Path(folder))]
     except OSError as error:
         reason = error.strerror or str(error)
         remedy = "give an --output_dir on a file system you may write to, with space"
@@ -50,7 +53,7 @@ def _write_speed(folder: Path, num_bytes: int) -> CheckResult:
         os.fsync(file.fileno())
         written = file.tell()
     speed = written / (time.perf_counter() - start)
-    status = OK if speed >= _SLOW_WRITE else WARN
+    status = OK if speed >= _MIN_WRITE_SPEED else WARN
     remedy = (
         ""
         if status == OK
@@ -59,8 +62,8 @@ def _write_speed(folder: Path, num_bytes: int) -> CheckResult:
     return CheckResult("disk", "write", status, f"{speed / _MB:,.0f} MB/s, flushed", remedy)
 
 
-def _commit_speed(folder: Path) -> CheckResult:
-    """Small files: written, flushed, renamed over another; the new content must be there at once."""
+def _rename_speed(folder: Path) -> CheckResult:
+    """Write, fsync and rename small files over another; reading must give the new content immediately."""
     target = folder / "committed"
     start = time.perf_counter()
     for number in range(_SMALL_WRITES):
@@ -75,9 +78,9 @@ def _commit_speed(folder: Path) -> CheckResult:
                 "disk", "rename", FAIL, f"a renamed file at {folder} kept its old content", "do not use it"
             )
     seconds = (time.perf_counter() - start) / _SMALL_WRITES
-    status = OK if seconds < _SLOW_COMMIT else WARN
+    status = OK if seconds < _MAX_RENAME_SECONDS else WARN
     remedy = (
-        "" if status == OK else "every commit of a file takes this long here: a busy network file system?"
+        "" if status == OK else "publishing a file takes this long here: is it a busy network file system?"
     )
     return CheckResult(
         "disk", "rename", status, f"{seconds * 1000:.1f} ms to write, flush and rename a file", remedy
@@ -85,17 +88,17 @@ def _commit_speed(folder: Path) -> CheckResult:
 
 
 def shared_memory() -> CheckResult:
-    """NCCL and data loaders use /dev/shm; a container has 64 MB of it by default."""
+    """Check the size of /dev/shm, which NCCL and data loaders use; a container has 64 MB by default."""
     path = "/dev/shm"
     if not os.path.isdir(path):
         return CheckResult(
             "memory", "shared", WARN, f"there is no {path}", "NCCL between the GPUs of a machine needs it"
         )
     size = shutil.disk_usage(path).total
-    if size < _SMALL_SHARED_MEMORY:
+    if size < _MIN_SHARED_MEMORY_BYTES:
         remedy = "start the container with --shm-size=8g (or --ipc=host)"
-        return CheckResult("memory", "shared", WARN, f"{path} has {size / _MB:,.0f} MB", remedy)
-    return CheckResult("memory", "shared", OK, f"{path} has {size / _GB:.1f} GB")
+        return CheckResult("memory", "shared", WARN, f"{path} has {terminal.size_text(size)}", remedy)
+    return CheckResult("memory", "shared", OK, f"{path} has {terminal.size_text(size)}")
 
 
 def processor() -> CheckResult:
@@ -112,7 +115,7 @@ def processor() -> CheckResult:
 
 
 def accelerators() -> CheckResult:
-    """Every visible GPU must take a matrix product; an NVIDIA driver without CUDA in torch is the wrong torch."""
+    """Check a matrix product on every visible GPU; fail if there is an NVIDIA driver but torch has no CUDA."""
     import torch
 
     if not torch.cuda.is_available():
@@ -122,24 +125,26 @@ def accelerators() -> CheckResult:
                 "gpu",
                 "cuda",
                 FAIL,
-                f"an NVIDIA driver is here but torch {torch.__version__} has no CUDA",
+                f"an NVIDIA driver is installed but torch {torch.__version__} has no CUDA",
                 remedy,
             )
         return CheckResult("gpu", "cuda", OK, "no GPU: training runs on the CPU")
-    told = []
+    descriptions = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         try:
             ones = torch.ones(256, 256, device=f"cuda:{index}")
-            right = float((ones @ ones).sum()) == 256.0**3
+            is_correct = float((ones @ ones).sum()) == 256.0**3
         except RuntimeError as error:
             return CheckResult(
                 "gpu", "cuda", FAIL, f"GPU {index}: {str(error).splitlines()[0]}", "is it in use, or broken?"
             )
-        if not right:
+        if not is_correct:
             return CheckResult(
                 "gpu", "cuda", FAIL, f"GPU {index} computes 256^3 wrongly", "take it out of service"
             )
-        told.append(f"{properties.name} {properties.total_memory / _GB:.0f} GB")
+        descriptions.append(f"{properties.name} {properties.total_memory / _GB:.0f} GB")
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
-    return CheckResult("gpu", "cuda", OK, f"{', '.join(told)}; CUDA {torch.version.cuda}, NCCL {nccl}")
+    return CheckResult(
+        "gpu", "cuda", OK, f"{', '.join(descriptions)}; CUDA {torch.version.cuda}, NCCL {nccl}"
+    )

@@ -1,4 +1,4 @@
-"""Run every check, on this machine or on every machine of a launched job, and tell what was found."""
+"""Run the checks on this machine, or on every machine of a launched job, and print a report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import IO
 
 from trainer.doctor import machine, rank_checks, software
 from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult
@@ -19,9 +20,9 @@ from trainer.runtime import distributed, process_group, terminal
 from trainer.settings import DoctorSettings
 from trainer.storage.configuration import did_you_mean
 
-_RANKS = 2
+_NUM_RANKS = 2
 _RANKS_TIMEOUT_SECONDS = 600
-_LOCAL: dict[str, Callable[[DoctorSettings], list[CheckResult]]] = {
+_MACHINE_CHECKS: dict[str, Callable[[DoctorSettings], list[CheckResult]]] = {
     "versions": lambda settings: software.versions(settings.known_good),
     "compiler": lambda settings: [software.compiler(), *software.unfinished_builds()],
     "mpi": lambda settings: [software.mpi()],
@@ -31,13 +32,13 @@ _LOCAL: dict[str, Callable[[DoctorSettings], list[CheckResult]]] = {
     "cpu": lambda settings: [machine.processor()],
     "gpu": lambda settings: [machine.accelerators()],
 }
-GROUPS = (*_LOCAL, *rank_checks.GROUPS)
+GROUPS = (*_MACHINE_CHECKS, *rank_checks.GROUPS)
 
 
 def run_checks(settings: DoctorSettings) -> list[CheckResult]:
-    """All findings. Under a launcher the ranks that are there check each other and each machine itself; else two are started.
+    """Return all results. Without a launcher, two ranks are started here for the checks that need several.
 
-    Collective under a launcher: every rank returns the same. Raises UserError for an unknown group.
+    Collective under a launcher, with equal results on all ranks. Raises UserError for an unknown group.
     """
     for group in settings.skip:
         if group not in GROUPS:
@@ -45,76 +46,76 @@ def run_checks(settings: DoctorSettings) -> list[CheckResult]:
                 f"skip: there is no group {group!r}; known: {', '.join(GROUPS)}{did_you_mean(group, GROUPS)}"
             )
     wanted = [group for group in rank_checks.GROUPS if group not in settings.skip]
-    world = distributed.environment_from_launcher(os.environ)
-    if world.world_size == 1:
-        return [*_local(settings), *_started(wanted)]
+    environment = distributed.environment_from_launcher(os.environ)
+    if environment.world_size == 1:
+        return [*_check_machine(settings), *_start_ranks(wanted)]
     distributed.initialize(timeout_seconds=_RANKS_TIMEOUT_SECONDS)
-    own = _local(settings) if world.local_rank == 0 else []
+    own = _check_machine(settings) if environment.local_rank == 0 else []
     host = socket.gethostname()
-    everybody = distributed.gather_objects([replace(finding, host=host) for finding in own])
-    found = [finding for findings in everybody for finding in findings]
-    num_machines = sum(1 for findings in everybody if findings)
+    by_rank = distributed.gather_objects([replace(result, host=host) for result in own])
+    found = [result for results in by_rank for result in results]
+    num_machines = sum(bool(results) for results in by_rank)
     if num_machines > 1:
         found = _merge(found, num_machines)
     return [*found, *rank_checks.check_ranks(wanted)]
 
 
-def print_report(findings: list[CheckResult], seconds: float, as_json: bool) -> bool:
-    """Print one line a finding (rank 0); returns whether nothing failed."""
-    failed = sum(finding.status == FAIL for finding in findings)
-    warned = sum(finding.status == WARN for finding in findings)
+def print_report(results: list[CheckResult], seconds: float, as_json: bool) -> bool:
+    """Print one line per result (rank 0); return whether no check failed."""
+    failed = sum(result.status == FAIL for result in results)
+    warned = sum(result.status == WARN for result in results)
     if as_json:
-        result = {
+        report = {
             "ok": not failed,
             "seconds": seconds,
-            "findings": [finding.as_dict() for finding in findings],
+            "findings": [result.as_dict() for result in results],
         }
-        terminal.info(json.dumps(result, indent=1))
+        terminal.info(json.dumps(report, indent=1))
         return not failed
-    for finding in findings:
-        where = f" [{finding.host}]" if finding.host else ""
-        terminal.info(f"{finding.status:<4}  {finding.group}: {finding.name}{where}: {finding.detail}")
-        if finding.remedy:
-            terminal.info(f"      -> {finding.remedy}")
-    terminal.info(f"{len(findings)} checks in {seconds:.0f} s: {failed} failed, {warned} warning(s)")
+    for result in results:
+        where = f" [{result.host}]" if result.host else ""
+        terminal.info(f"{result.status:<4}  {result.group}: {result.name}{where}: {result.detail}")
+        if result.remedy:
+            terminal.info(f"      -> {result.remedy}")
+    terminal.info(f"{len(results)} checks in {seconds:.0f} s: {failed} failed, {warned} warning(s)")
     return not failed
 
 
-def _local(settings: DoctorSettings) -> list[CheckResult]:
+def _check_machine(settings: DoctorSettings) -> list[CheckResult]:
     found: list[CheckResult] = []
-    for group, check in _LOCAL.items():
+    for group, check in _MACHINE_CHECKS.items():
         if group not in settings.skip:
             found += check(settings)
     return found
 
 
-def _merge(findings: list[CheckResult], num_machines: int) -> list[CheckResult]:
-    """What is ok is told once, and with its machines only if it is not ok on all; what is not, with its machines."""
+def _merge(results: list[CheckResult], num_machines: int) -> list[CheckResult]:
+    """Join equal results of several machines; `host` lists the machines, and is empty if all are ok."""
     merged: dict[tuple[str, str, str], CheckResult] = {}
     hosts: dict[tuple[str, str, str], list[str]] = {}
-    for finding in findings:
-        text = finding.status if finding.status == OK else finding.detail
-        key = (finding.group, finding.name, text)
-        merged.setdefault(key, finding)
-        hosts.setdefault(key, []).append(finding.host)
+    for result in results:
+        text = result.status if result.status == OK else result.detail
+        key = (result.group, result.name, text)
+        merged.setdefault(key, result)
+        hosts.setdefault(key, []).append(result.host)
 
-    def named(key: tuple[str, str, str]) -> str:
-        everywhere = len(hosts[key]) == num_machines and merged[key].status == OK
-        return "" if everywhere else ", ".join(dict.fromkeys(hosts[key]))
+    def host_text(key: tuple[str, str, str]) -> str:
+        is_ok_everywhere = len(hosts[key]) == num_machines and merged[key].status == OK
+        return "" if is_ok_everywhere else ", ".join(dict.fromkeys(hosts[key]))
 
-    return [replace(finding, host=named(key)) for key, finding in merged.items()]
+    return [replace(result, host=host_text(key)) for key, result in merged.items()]
 
 
-def _started(groups: list[str]) -> list[CheckResult]:
-    """Start two ranks here for what needs several."""
+def _start_ranks(groups: list[str]) -> list[CheckResult]:
+    """Run the checks of `groups` in two ranks started on this machine."""
     if not groups:
         return []
     port = str(process_group.free_port())
     processes = []
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        for rank in range(_RANKS):
-            ours = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(_RANKS)}
-            ours |= {"LOCAL_WORLD_SIZE": str(_RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for rank in range(_NUM_RANKS):
+            ours = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(_NUM_RANKS)}
+            ours |= {"LOCAL_WORLD_SIZE": str(_NUM_RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "trainer.doctor.rank_checks", *groups],
@@ -124,10 +125,12 @@ def _started(groups: list[str]) -> list[CheckResult]:
                     text=True,
                 )
             )
-        return _collect(processes, log, groups)
+        return _collect_results(processes, log, groups)
 
 
-def _collect(processes: list[subprocess.Popen[str]], log: object, groups: list[str]) -> list[CheckResult]:
+def _collect_results(
+    processes: list[subprocess.Popen[str]], log: IO[str], groups: list[str]
+) -> list[CheckResult]:
     deadline = time.monotonic() + _RANKS_TIMEOUT_SECONDS
     try:
         output, _ = processes[0].communicate(timeout=_RANKS_TIMEOUT_SECONDS)
@@ -141,10 +144,11 @@ def _collect(processes: list[subprocess.Popen[str]], log: object, groups: list[s
                 process.kill()
                 process.wait()
     for line in output.splitlines():
-        if line.startswith(rank_checks.MARK):
-            return [CheckResult(**values) for values in json.loads(line.removeprefix(rank_checks.MARK))]
-    log.seek(0)  # type: ignore[attr-defined]
-    lines = [line for line in log.read().splitlines() if line.strip()]  # type: ignore[attr-defined]
+        if line.startswith(rank_checks.RESULTS_PREFIX):
+            results = json.loads(line.removeprefix(rank_checks.RESULTS_PREFIX))
+            return [CheckResult(**values) for values in results]
+    log.seek(0)
+    lines = [line for line in log.read().splitlines() if line.strip()]
     detail = f"two ranks did not finish: {lines[-1] if lines else 'they printed nothing'}"
     return [
         CheckResult(

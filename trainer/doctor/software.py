@@ -1,4 +1,4 @@
-"""Versions, compiler, MPI, Slurm: what is installed, and whether the parts fit each other."""
+"""Checks of installed software: package versions, compiler, MPI, Slurm."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from trainer.errors import UserError
 from trainer.runtime import distributed
 
 _TIMEOUT_SECONDS = 60
-_LONGEST_BUILD_SECONDS = 1800
+_MAX_BUILD_SECONDS = 1800
+# One write for the whole line: under PYTHONUNBUFFERED `print` writes word by word, and the lines of two ranks mix.
 _MPI_PROGRAM = (
-    "from mpi4py import MPI; w = MPI.COMM_WORLD; "
-    "print('world', w.Get_rank(), w.Get_size(), MPI.Get_library_version().split(',')[0].split(chr(10))[0])"
+    "import os; from mpi4py import MPI; world = MPI.COMM_WORLD; "
+    "library = MPI.Get_library_version().split(',')[0].split(chr(10))[0]; "
+    "os.write(1, f'world {world.Get_rank()} {world.Get_size()} {library}\\n'.encode())"
 )
 
 
 def versions(known_good: str) -> list[CheckResult]:
-    """Installed packages against the known-good ones: older is a failure, newer was not measured (a warning).
+    """Compare installed packages with the known-good versions: older is a failure, newer (not measured) a warning.
 
     Raises UserError if the file cannot be read.
     """
@@ -45,22 +47,22 @@ def versions(known_good: str) -> list[CheckResult]:
             continue
         name, _, wanted = line.partition("==")
         try:
-            found.append(_version(name.strip(), Version(wanted.strip())))
+            found.append(_check_version(name.strip(), Version(wanted.strip())))
         except InvalidVersion:
             raise UserError(
                 f"known_good: {known_good}, line {number}: expected name==version, found {line!r}"
             ) from None
-    ours = Version(platform.python_version())
-    status = OK if ours >= Version("3.10") else FAIL
+    python = Version(platform.python_version())
+    status = OK if python >= Version("3.10") else FAIL
     found.append(
         CheckResult(
-            "versions", "python", status, str(ours), "" if status == OK else "use Python 3.10 or newer"
+            "versions", "python", status, str(python), "" if status == OK else "use Python 3.10 or newer"
         )
     )
     return found
 
 
-def _version(name: str, wanted: Version) -> CheckResult:
+def _check_version(name: str, wanted: Version) -> CheckResult:
     pip = f"pip install '{name}=={wanted}'"
     try:
         installed = Version(version(name))
@@ -76,30 +78,30 @@ def _version(name: str, wanted: Version) -> CheckResult:
 
 
 def compiler() -> CheckResult:
-    """DeepSpeed compiles its CPU AdamW for the offload configurations; nothing else needs a compiler."""
+    """Check for g++ and ninja: DeepSpeed compiles its CPU AdamW for the offload configurations."""
     remedy = "install g++ (and ninja) before you use an offload ds_config; the others need no compiler"
     path = shutil.which(os.environ.get("CXX", "g++"))
     if path is None:
         return CheckResult("compiler", "c++", WARN, "there is no g++ on the PATH", remedy)
-    answer = _run([path, "-dumpfullversion", "-dumpversion"])
-    if answer.returncode:
-        return CheckResult("compiler", "c++", WARN, f"{path} does not run: {_last_line(answer)}", remedy)
+    done = _run([path, "-dumpfullversion", "-dumpversion"])
+    if done.returncode:
+        return CheckResult("compiler", "c++", WARN, f"{path} does not run: {_last_line(done)}", remedy)
     if shutil.which("ninja") is None and not (Path(sys.executable).parent / "ninja").exists():
         return CheckResult(
-            "compiler", "c++", WARN, f"{path} {answer.stdout.strip()}, but no ninja", "pip install ninja"
+            "compiler", "c++", WARN, f"{path} {done.stdout.strip()}, but no ninja", "pip install ninja"
         )
-    return CheckResult("compiler", "c++", OK, f"{path} {answer.stdout.strip()}")
+    return CheckResult("compiler", "c++", OK, f"{path} {done.stdout.strip()}")
 
 
 def unfinished_builds(root: Path | None = None) -> list[CheckResult]:
-    """Builds of DeepSpeed's C++ parts that were killed: every later start would wait for their lock without an end.
+    """Warn of locks left by killed builds of DeepSpeed's C++ extensions: every later start waits for them forever.
 
-    `root`: torch's cache of extensions, by default where torch.utils.cpp_extension keeps it.
+    `root`: torch's cache of extensions, by default the one of torch.utils.cpp_extension.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
     locks = [path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)]
-    old = [str(path) for path in locks if time.time() - path.stat().st_mtime > _LONGEST_BUILD_SECONDS]
+    old = [str(path) for path in locks if time.time() - path.stat().st_mtime > _MAX_BUILD_SECONDS]
     if not old:
         return []
     remedy = "remove it, unless something is being compiled right now"
@@ -107,22 +109,22 @@ def unfinished_builds(root: Path | None = None) -> list[CheckResult]:
 
 
 def mpi() -> CheckResult:
-    """Two processes under mpiexec must see a world of two. With another MPI's mpiexec each believes to be alone."""
-    none = (
+    """Check that two processes under mpiexec form one world; under another MPI's mpiexec each is a world of one."""
+    remedy = (
         "training needs no MPI; to evaluate under mpiexec: pip install mpich mpi4py, or your cluster's module"
     )
     try:
         version("mpi4py")
     except PackageNotFoundError:
-        return CheckResult("mpi", "mpiexec", WARN, "mpi4py is not installed", none)
+        return CheckResult("mpi", "mpiexec", WARN, "mpi4py is not installed", remedy)
     beside = Path(sys.executable).parent / "mpiexec"
     path = shutil.which("mpiexec") or (str(beside) if beside.exists() else None)
     if path is None:
-        return CheckResult("mpi", "mpiexec", WARN, "there is no mpiexec on the PATH", none)
-    answer = _run([path, "-n", "2", sys.executable, "-c", _MPI_PROGRAM])
-    worlds = [line.split(maxsplit=3) for line in answer.stdout.splitlines() if line.startswith("world ")]
-    if answer.returncode or not worlds:
-        detail = f"{path} -n 2 failed (status {answer.returncode}): {_last_line(answer)}"
+        return CheckResult("mpi", "mpiexec", WARN, "there is no mpiexec on the PATH", remedy)
+    done = _run([path, "-n", "2", sys.executable, "-c", _MPI_PROGRAM])
+    worlds = [line.split(maxsplit=3) for line in done.stdout.splitlines() if line.startswith("world ")]
+    if done.returncode or not worlds:
+        detail = f"{path} -n 2 failed (status {done.returncode}): {_last_line(done)}"
         return CheckResult(
             "mpi", "mpiexec", FAIL, detail, "use the mpiexec of the MPI that mpi4py was built with"
         )
@@ -135,12 +137,12 @@ def mpi() -> CheckResult:
 
 
 def slurm() -> list[CheckResult]:
-    """Is there a Slurm, does its controller answer, and does this job's environment make sense?"""
+    """Check that Slurm's controller answers and that this job's variables are consistent."""
     found = []
     try:
-        world = distributed.environment()
+        environment = distributed.environment()
         if "SLURM_JOB_ID" in os.environ:
-            detail = f"job {os.environ['SLURM_JOB_ID']}, {world.world_size} rank(s) by {world.launcher}"
+            detail = f"job {os.environ['SLURM_JOB_ID']}, {environment.world_size} rank(s) by {environment.launcher}"
             found.append(CheckResult("slurm", "environment", OK, detail))
     except UserError as error:
         found.append(
@@ -150,19 +152,19 @@ def slurm() -> list[CheckResult]:
         )
     if shutil.which("sinfo") is None:
         return [*found, CheckResult("slurm", "controller", OK, "no Slurm here (none is needed)")]
-    answer = _run(["sinfo", "--noheader", "--format=%P %D %t"])
-    if answer.returncode:
+    done = _run(["sinfo", "--noheader", "--format=%P %D %t"])
+    if done.returncode:
         remedy = "is slurmctld running, and slurm.conf readable?"
         return [
             *found,
-            CheckResult("slurm", "controller", WARN, f"sinfo failed: {_last_line(answer)}", remedy),
+            CheckResult("slurm", "controller", WARN, f"sinfo failed: {_last_line(done)}", remedy),
         ]
-    partitions = "; ".join(" ".join(line.split()) for line in answer.stdout.splitlines())
+    partitions = "; ".join(" ".join(line.split()) for line in done.stdout.splitlines())
     return [*found, CheckResult("slurm", "controller", OK, partitions)]
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run without what a launcher left in the environment; a program that hangs or is missing is a failed one."""
+    """Run `command` without launcher variables; a timeout or a missing program is a non-zero status."""
     environment = distributed.without_launcher_variables(os.environ)
     if "SLURM_CONF" in os.environ:
         environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
@@ -176,6 +178,6 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 127, "", str(error))
 
 
-def _last_line(answer: subprocess.CompletedProcess[str]) -> str:
-    lines = [line for line in (answer.stderr + "\n" + answer.stdout).splitlines() if line.strip()]
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line for line in (done.stderr + "\n" + done.stdout).splitlines() if line.strip()]
     return lines[-1].strip() if lines else "it printed nothing"
