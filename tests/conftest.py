@@ -10,14 +10,14 @@ import pytest
 
 from tests.slurm_cluster import cluster  # noqa: F401 (a fixture)
 
-# A shell that starts us in the background has us ignore SIGINT, and our children would inherit that.
+# A shell starts background jobs with SIGINT ignored, which subprocesses of the tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 # Modules whose use makes a test file one that starts processes of its own.
-_PROCESS_MODULES = {"subprocess", "multiprocessing", "tests.distributed", "tests.faults.lives"}
+_PROCESS_MODULES = {"subprocess", "multiprocessing", "tests.distributed", "tests.faults.forked_ranks"}
 _PROCESS_MODULES |= {"tests.report.chromium", "tests.study.test_study_run"}
 # Files of one process that take longest, by measurement: the others together fit into 3 minutes on two cores.
 _COMPUTE_FILES = {
@@ -56,13 +56,13 @@ def _kind(item: pytest.Item) -> str:
 
 
 def pytest_collection_finish() -> None:
-    """What the test files imported (torch, transformers, ...) stays: no later collection looks through it again."""
+    """Exclude the imported modules (torch, transformers, ...) from later garbage collections."""
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with the published data sets (gsm8k/, svamp/, strategyqa/, gpt2-tokenizer/); see tests/README.md."""
+    """Return the folder with the published data sets (gsm8k/, svamp/, strategyqa/, gpt2-tokenizer/); see tests/README.md."""
     folder = Path(os.environ.get("SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set SHARED_DATA to a folder with gsm8k/, svamp/, ...")

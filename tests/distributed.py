@@ -1,4 +1,4 @@
-"""Real processes for tests: N ranks of a command, joined by the environment that torchrun and deepspeed would give."""
+"""Run a command as N ranks in real processes, with the environment that torchrun and deepspeed set."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Outcome:
-    """How one rank ended: its exit status (negative: the signal that killed it) and what it printed."""
+    """Exit status of one rank (negative: the signal that killed it) and its output."""
 
     status: int
     output: str
 
 
 def place(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What a launcher tells one of `num_ranks` ranks on this machine in its environment."""
+    """Return the environment variables that a launcher sets for one of `num_ranks` ranks on this machine."""
     ours = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     return ours | {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 class Ranks:
-    """N running processes of one command (after `python`); use as a context manager, leaves nobody behind."""
+    """N running processes of one command (the arguments of `python`); context manager that kills them on exit."""
 
     def __init__(self, arguments: list[str], num_ranks: int, environment: dict[str, str] | None = None):
         port = free_port()
@@ -62,7 +62,7 @@ class Ranks:
                 os.killpg(process.pid, number)
 
     def wait(self, timeout: float = 180.0) -> list[Outcome]:
-        """Wait for all ranks; on a time-out kill them and fail with what they printed."""
+        """Wait for all ranks; on a timeout kill them and fail with the output of one that was still running."""
         deadline = time.monotonic() + timeout
         outcomes = []
         for process in self.processes:
@@ -79,13 +79,13 @@ class Ranks:
 def run(
     arguments: list[str], num_ranks: int = 1, timeout: float = 180.0, **environment: str
 ) -> list[Outcome]:
-    """Run a command on N ranks to its end."""
+    """Run a command on N ranks and return their outcomes."""
     with Ranks(arguments, num_ranks, environment) as ranks:
         return ranks.wait(timeout)
 
 
 def run_well(arguments: list[str], num_ranks: int = 1, timeout: float = 180.0, **environment: str) -> str:
-    """As `run`, and every rank must exit with 0; returns what rank 0 printed."""
+    """Run a command on N ranks, each of which must exit with 0, and return the output of rank 0."""
     outcomes = run(arguments, num_ranks, timeout, **environment)
     failed = [outcome.output[-3000:] for outcome in outcomes if outcome.status != 0]
     assert not failed, "\n".join(failed)

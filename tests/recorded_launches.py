@@ -1,7 +1,7 @@
-"""What a CUDA graph is, for a CPU: operations recorded with the very tensors they read and write, and done again.
+"""Stand-in for CUDA graphs on a CPU: operations are recorded with the tensors they read and write, and replayed.
 
-Whatever a forward pass takes from Python while it is recorded (a length, a position) is the same in all that follow, and
-a pass that asks the device for a number cannot be recorded: as on a GPU.
+As on a GPU, Python values (a length, a position) are frozen at recording, and a pass that copies a number to the host
+cannot be recorded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.evaluation.backends import slots
 from trainer.models import cuda_graphs
 
 
-class Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
@@ -38,31 +38,31 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
-def recording() -> Callable[[Callable[[], object]], Callable[[], object]]:
-    """Instead of `decode_graphs.capturer`."""
+def _make_capture() -> Callable[[cuda_graphs.Launch], cuda_graphs.Launch]:
+    """Replace `cuda_graphs.make_capture`."""
 
-    def capture(work: Callable[[], object]) -> Callable[[], object]:
-        with Recorder() as recorder:
-            work()
+    def capture(function: cuda_graphs.Launch) -> cuda_graphs.Launch:
+        with _Recorder() as recorder:
+            function()
         return recorder.replay
 
     return capture
 
 
 def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> list[cuda_graphs.GraphShape]:
-    """From now on engines on the CPU decode as on a GPU, in small shapes; returns the shapes that will be replayed."""
+    """Make backends on the CPU decode as on a GPU, in small shapes; return the list that collects the replayed shapes."""
     monkeypatch.setattr(slots, "uses_cuda_graphs", lambda device: True)
     monkeypatch.setattr(slots, "MAX_GRAPH_PENDING", few_tokens)
     monkeypatch.setattr(slots, "PREFILL_WAITING_RATIO", 3)
-    monkeypatch.setattr(cuda_graphs, "make_capture", recording)
+    monkeypatch.setattr(cuda_graphs, "make_capture", _make_capture)
     monkeypatch.setattr(cuda_graphs, "_cannot_capture", set())
     monkeypatch.setattr(cuda_graphs, "_LENGTH_MULTIPLE", 24)
     monkeypatch.setattr(cuda_graphs, "_SMALLEST_BLOCK", 2)
-    monkeypatch.setattr(cuda_graphs, "_USES_WITH_A_LARGER", 6)
+    monkeypatch.setattr(cuda_graphs, "_MIN_USES_WITH_LARGER_GRAPH", 6)
     replayed: list[cuda_graphs.GraphShape] = []
-    choose = cuda_graphs.CudaGraphRunner._smallest_that_holds
+    choose = cuda_graphs.CudaGraphRunner._smallest_that_covers
 
-    def noted(
+    def recorded(
         self: cuda_graphs.CudaGraphRunner, shape: cuda_graphs.GraphShape
     ) -> cuda_graphs.GraphShape | None:
         used = choose(self, shape)
@@ -70,5 +70,5 @@ def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> li
             replayed.append(used)
         return used
 
-    monkeypatch.setattr(cuda_graphs.CudaGraphRunner, "_smallest_that_holds", noted)
+    monkeypatch.setattr(cuda_graphs.CudaGraphRunner, "_smallest_that_covers", recorded)
     return replayed

@@ -1,4 +1,4 @@
-"""Small tokenizers of the SentencePiece kind, with the steps that Llama 2's tokenizer.json has."""
+"""Small tokenizers of the SentencePiece kind, with the steps of Llama 2's tokenizer.json."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ KINDS = ("legacy", "always", "first")
 _SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
-def make(kind: str, texts: Iterable[str], folder: Path, tokenizer_class: str = "LlamaTokenizer") -> Path:
-    """Save a tokenizer trained on `texts` in `folder`: BPE with byte fallback, a space before every text, BOS.
+def save_tokenizer(
+    kind: str, texts: Iterable[str], folder: Path, tokenizer_class: str = "LlamaTokenizer"
+) -> Path:
+    """Save a tokenizer trained on `texts` in `folder` and return it: BPE with byte fallback, a space before every text, BOS.
 
     `kind`: "legacy" (a normalizer puts `▁` before the text), or the prepend scheme of a Metaspace pre-tokenizer.
     """

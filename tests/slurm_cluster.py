@@ -1,4 +1,4 @@
-"""A real two-node Slurm for tests, made by slurm/dev_cluster.sh; `cluster` is a fixture, shared by the whole session."""
+"""Fixture `cluster`: a real two-node Slurm cluster from slurm/dev_cluster.sh, shared by the whole session."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from trainer.runtime import distributed
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEV_CLUSTER = REPOSITORY / "slurm" / "dev_cluster.sh"
 MISSING_PACKAGES = 3  # exit status of dev_cluster.sh
-PATIENCE_SECONDS = 300.0  # with a loaded machine
+PATIENCE_SECONDS = 300.0  # for a loaded machine
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Runs Slurm's commands and ours on the cluster of `folder`."""
+    """Slurm cluster in `folder`, with methods that run commands on it."""
 
     folder: Path
 
@@ -38,9 +38,9 @@ class Cluster:
         return {**ours, **conf, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
     def run(self, *command: str | Path, cwd: Path = REPOSITORY, **environment: str) -> tuple[int, str]:
-        """Exit status and output of a command."""
+        """Run a command and return its exit status and output."""
         done = subprocess.run(
-            [str(part) for part in command],
+            [str(word) for word in command],
             cwd=cwd,
             env={**self.environment, **environment},
             stdout=subprocess.PIPE,
@@ -56,17 +56,17 @@ class Cluster:
         return output
 
     def sbatch(self, *arguments: str | Path, cwd: Path = REPOSITORY) -> str:
-        """Submit; returns the job's number."""
+        """Submit a job and return its number."""
         return self.run_well("sbatch", "--parsable", *arguments, cwd=cwd).strip()
 
     def fact(self, job: str, name: str) -> str:
-        """A field of `scontrol show job`, e.g. JobState; "" if Slurm has forgotten the job."""
+        """Return a field of `scontrol show job`, e.g. JobState; "" if Slurm has no record of the job."""
         _, output = self.run("scontrol", "--oneliner", "show", "job", job)
         words = (word.partition("=") for word in output.split())
         return next((value for key, _, value in words if key == name), "")
 
     def wait(self, until: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS) -> None:
-        """Poll until it is true; a failure tells `what` and what the cluster is doing."""
+        """Poll until `until()` is true. Raises AssertionError with `what` and the queue after `seconds`."""
         deadline = time.monotonic() + seconds
         while not until():
             if time.monotonic() > deadline:
@@ -76,18 +76,19 @@ class Cluster:
             time.sleep(0.2)
 
     def wait_for_state(self, job: str, state: str) -> None:
-        """A job that ended otherwise is a failure at once."""
-        seen = [""]
+        """Wait until the job has this state; fail immediately if it ends in another one."""
+        current = ""
 
-        def look() -> bool:
-            seen[0] = self.fact(job, "JobState")
-            return seen[0] == state or seen[0] in ENDED
+        def has_state_or_ended() -> bool:
+            nonlocal current
+            current = self.fact(job, "JobState")
+            return current == state or current in ENDED
 
-        self.wait(look, f"job {job} {state}")
-        assert seen[0] == state, self.run("scontrol", "show", "job", job)[1]
+        self.wait(has_state_or_ended, f"job {job} {state}")
+        assert current == state, self.run("scontrol", "show", "job", job)[1]
 
     def start_now(self, job: str) -> None:
-        """Slurm makes a requeued job wait for two minutes; some seconds it does need.
+        """Start a requeued job without Slurm's delay of two minutes, after the few seconds that are needed.
 
         A slurmd that ended a job refuses to launch it again in the same second ("already killed").
         """
@@ -96,7 +97,7 @@ class Cluster:
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def lose_node(self, node: str) -> None:
-        """Kill a node's slurmd and everything it started, as if its power were cut."""
+        """Kill a node's slurmd and all its processes, as if its power were cut."""
         doomed = [psutil.Process(int((self.folder / node / "slurmd.pid").read_text()))]
         log = str(self.folder / "logs" / f"slurmd-{node}.log")
         for process in psutil.process_iter():
@@ -114,7 +115,7 @@ class Cluster:
         self.wait(lambda: self.node_state(node) in ("idle", "mixed", "allocated"), f"{node} is back")
 
     def node_state(self, node: str) -> str:
-        """idle, mixed, allocated, down, ...; with `*` if it does not answer."""
+        """Return idle, mixed, allocated, down, ...; with `*` if the node does not respond."""
         return self.run_well(
             "sinfo", "--noheader", f"--nodes={node}", "--partition=low", "--format=%T"
         ).strip()
@@ -123,17 +124,17 @@ class Cluster:
         psutil.Process(int((self.folder / "state" / "slurmctld.pid").read_text())).kill()
 
     def start_controller(self) -> None:
-        """It reads what it had saved."""
+        """Start slurmctld, which restores its saved state, and wait until it answers."""
         self.run_well(
             "/usr/sbin/slurmctld", "-f", self.folder / "slurm.conf", DEV_CLUSTER_OF=str(self.folder)
         )
         self.wait(lambda: "is UP" in self.run("scontrol", "ping")[1], "slurmctld answers")
 
     def ranks(self, tool: str) -> list[psutil.Process]:
-        """Processes of `python tools/<tool>.py` in this cluster's jobs, by rank."""
+        """Return the processes of `python tools/<tool>.py` in this cluster's jobs, by rank."""
         found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):  # it may end while it is looked at
+            with contextlib.suppress(psutil.Error):  # a process may end during the inspection
                 words, environment = process.cmdline(), process.environ()
                 is_rank = len(words) > 1 and "python" in words[0] and words[1].endswith(f"tools/{tool}.py")
                 if is_rank and environment.get("SLURM_CONF") == str(self.folder / "slurm.conf"):
@@ -141,18 +142,18 @@ class Cluster:
         return [process for _, _, process in sorted(found)]
 
     def processes(self) -> list[str]:
-        """Everything that belongs to this cluster, whether daemon, job or task."""
+        """Return all processes of this cluster: daemons, jobs and tasks."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                places = " ".join([process.cwd(), *process.environ().values()])
-                if process.status() != psutil.STATUS_ZOMBIE and str(self.folder) in places:
+                text = " ".join([process.cwd(), *process.environ().values()])
+                if process.status() != psutil.STATUS_ZOMBIE and str(self.folder) in text:
                     found.append(f"{process.pid} {process.cmdline()}")
         return found
 
 
 def make(folder: Path, **environment: str) -> Cluster:
-    """Start a cluster in `folder`. Skips the test if Slurm is not installed, saying what to install."""
+    """Start a cluster in `folder`; skip the test, naming the missing packages, if Slurm is not installed."""
     cluster = Cluster(folder)
     status, output = cluster.run(DEV_CLUSTER, "up", **environment)
     if status == MISSING_PACKAGES:
@@ -163,14 +164,14 @@ def make(folder: Path, **environment: str) -> Cluster:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    # Not below pytest's folders: a socket's path has at most 107 characters.
+    # Not in pytest's folders: the path of a socket has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     short = {"DEV_CLUSTER_GRACE": "120", "DEV_CLUSTER_KILL_WAIT": "10", "DEV_CLUSTER_NODE_LOST": "10"}
-    made = None
+    started = None
     try:
-        made = make(folder, **short)
-        yield made
+        started = make(folder, **short)
+        yield started
     finally:
-        if made:
-            made.run_well(DEV_CLUSTER, "down")
+        if started:
+            started.run_well(DEV_CLUSTER, "down")
         shutil.rmtree(folder, ignore_errors=True)

@@ -102,5 +102,5 @@ def test_logits_in_slots_are_those_of_the_plain_model(name: str) -> None:
 
 def test_layers_that_make_a_mask_of_their_own_are_an_error() -> None:
     query = torch.zeros(1, 2, 8, 4)
-    with pytest.raises(UnsupportedAttention, match="do not hand the attention mask on"):
+    with pytest.raises(UnsupportedAttention, match="do not pass the attention mask on"):
         packed_attention.attend(torch.nn.Module(), query, query, query, torch.zeros(1, 1, 8, 8))

@@ -134,7 +134,7 @@ def test_unexpected_weights_are_named_in_one_line(tmp_path: Path, capsys: pytest
         _tiny(tmp_path / "m"), lambda weights: weights.update({"value_head.weight": torch.zeros(3)})
     )
     load.load_model(folder, "fp32")
-    assert "holds 1 weight the model has no use for (value_head.weight)" in capsys.readouterr().out
+    assert "holds 1 weight the model does not use (value_head.weight)" in capsys.readouterr().out
 
 
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_under_zero_3_unexpected_weights_are_named_and_ties_are_understood(tmp_p
     folder = _tiny(tmp_path / "m", tie_word_embeddings=True)
     _edit(folder, lambda weights: weights.update({"value_head.weight": torch.zeros(3)}))
     output = run_well(["-c", UNDER_ZERO_3, str(folder)], 2)
-    assert "1 weight the model has no use for (value_head.weight)" in output
+    assert "1 weight the model does not use (value_head.weight)" in output
     assert "loaded LlamaForCausalLM" in output
 
 

@@ -114,7 +114,7 @@ def test_a_graph_is_for_all_slots_or_a_half_or_a_quarter_of_them() -> None:
     assert [shape_for(1, 1, longest, 600) for longest in (1, 128, 129, 513, 600)] == [
         (1, 128), (1, 128), (1, 256), (1, 600), (1, 600)
     ]  # fmt: skip
-    assert GraphShape(16, 256).holds(GraphShape(16, 256)) and GraphShape(16, 256).holds(GraphShape(8, 128))
-    assert not GraphShape(16, 128).holds(GraphShape(8, 256)) and not GraphShape(8, 256).holds(
+    assert GraphShape(16, 256).covers(GraphShape(16, 256)) and GraphShape(16, 256).covers(GraphShape(8, 128))
+    assert not GraphShape(16, 128).covers(GraphShape(8, 256)) and not GraphShape(8, 256).covers(
         GraphShape(16, 128)
     )

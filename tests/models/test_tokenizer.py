@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.sentencepiece import make
+from tests.sentencepiece import save_tokenizer
 from trainer.errors import UserError
 from trainer.models import load
 from trainer.models.tokenizer import (
@@ -65,7 +65,7 @@ def test_a_step_that_transformers_drops_is_kept(
     assert tokenizer(TEXT)["input_ids"] == written
     printed = capsys.readouterr().out
     assert (
-        "used as its tokenizer.json is written; transformers' GPT2Tokenizer would change its pre-tokenizer"
+        "tokenizer.json is used unchanged; transformers' GPT2Tokenizer would change its pre-tokenizer"
         in printed
     )
     tokenizer.save_pretrained(tmp_path / "again")
@@ -85,7 +85,7 @@ def test_a_tokenizer_beside_a_qwen2_config_is_read_from_its_file(shared_data: Pa
 def test_steps_that_are_written_otherwise_but_do_the_same_change_nothing(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = make(kind, ["Some apples and 12 pears", "more of 3 apples"], tmp_path)
+    folder = save_tokenizer(kind, ["Some apples and 12 pears", "more of 3 apples"], tmp_path)
     tokenizer = load_tokenizer(folder)
     assert type(tokenizer).__name__ == "LlamaTokenizer"
     assert "as its tokenizer.json" not in capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_steps_that_are_written_otherwise_but_do_the_same_change_nothing(
 
 def test_llama_2_puts_a_space_before_a_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its file says so, as SentencePiece does; the class of transformers leaves it out."""
-    folder = make("legacy", ["Some apples and 12 pears", "more of 3 apples"], tmp_path)
+    folder = save_tokenizer("legacy", ["Some apples and 12 pears", "more of 3 apples"], tmp_path)
     written = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(" and 12").ids
     assert AutoTokenizer.from_pretrained(folder)(" and 12")["input_ids"] != written  # the trap is there
     assert load_tokenizer(folder)(" and 12")["input_ids"] == written

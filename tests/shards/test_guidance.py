@@ -1,4 +1,4 @@
-"""Plans for the decomposer: guided methods and planners see them where they belong, every other method never does."""
+"""Plans for the decomposer: in the views of guided methods and planners after the problem, in no other view."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BAGS = {
 PLAIN = {"question": "How many are 2 and 3?", "answer": "5", "steps": [{"question": "So?", "solution": "5"}]}
 
 
-def shards_of(tokenizer: Path | str, folder: Path, *records: dict[str, Any], **changes: Any) -> Shards:
+def prepare_records(tokenizer: Path | str, folder: Path, *records: dict[str, Any], **changes: Any) -> Shards:
     source = folder / "mine.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
     values = {"data": "jsonl", "data_path": str(source), "tokenizer_name": str(tokenizer)}
@@ -58,29 +58,29 @@ def gsm8k(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards
 
 
 def expected_view(tokenizer: Any, problem: Any, name: str) -> tuple[list[int], list[bool]]:
-    """A view made from the problem's text, without the shards: its pieces one by one, masks by hand."""
-    asks = name in ("socratic", "decomposer", "decomposer_interleaved")
-    solves = name in ("cot", "socratic", "solver")
-    pieces: list[tuple[str, bool]] = [(problem.question + "\n", False)]
+    """Return tokens and target mask of a view, computed from the problem's text without shards."""
+    learns_questions = name in ("socratic", "decomposer", "decomposer_interleaved")
+    learns_solutions = name in ("cot", "socratic", "solver")
+    segments: list[tuple[str, bool]] = [(problem.question + "\n", False)]
     for step in problem.steps:
         if name not in ("answer_only", "cot"):
-            pieces.append((step.question + "\n", asks))
+            segments.append((step.question + "\n", learns_questions))
         if name not in ("answer_only", "decomposer"):
             for text, is_result in calculator.annotations(step.solution + "\n"):
-                pieces.append((text, solves and not is_result))
-    pieces.append(("####", name != "solver"))
+                segments.append((text, learns_solutions and not is_result))
+    segments.append(("####", name != "solver"))
     if not name.startswith("decomposer"):
-        pieces.append((f" {problem.answer}<|endoftext|>", True))
+        segments.append((f" {problem.answer}<|endoftext|>", True))
     tokens, learned = [], []
-    for text, is_learned in pieces:
+    for text, is_target in segments:
         encoded = tokenizer.encode(text, add_special_tokens=False)
         tokens += encoded
-        learned += [is_learned] * len(encoded)
+        learned += [is_target] * len(encoded)
     return tokens, learned
 
 
 @pytest.mark.parametrize("name", UNGUIDED)
-def test_methods_without_guidance_see_none_of_it(gsm8k: Shards, shared_data: Path, name: str) -> None:
+def test_unguided_views_contain_no_plan(gsm8k: Shards, shared_data: Path, name: str) -> None:
     tokenizer = load_tokenizer(shared_data / "gpt2-tokenizer")
     for index in range(0, len(gsm8k), 10):
         tokens, learned = gsm8k.example(index, view_of(name))
@@ -88,7 +88,7 @@ def test_methods_without_guidance_see_none_of_it(gsm8k: Shards, shared_data: Pat
 
 
 def test_a_guided_view_is_the_plain_one_with_the_plan_after_the_problem(gsm8k: Shards) -> None:
-    seen = 0
+    num_checked = 0
     for name, (plain, role) in GUIDED.items():
         view = view_of(name)
         usable = np.flatnonzero(gsm8k.lengths(view))
@@ -100,9 +100,9 @@ def test_a_guided_view_is_the_plain_one_with_the_plan_after_the_problem(gsm8k: S
             end = start + len(plan)
             assert np.delete(tokens, slice(start, end)).tolist() == plain_tokens.tolist()
             assert np.delete(learned, slice(start, end)).tolist() == plain_learned.tolist()
-            assert not learned[:end].any(), "a decomposer is given its plan"
-            seen += 1
-    assert seen > 100
+            assert not learned[:end].any(), "the plan is no target of a decomposer"
+            num_checked += 1
+    assert num_checked > 100
 
 
 def test_a_planner_reads_the_problem_and_learns_the_plan(gsm8k: Shards) -> None:
@@ -115,15 +115,15 @@ def test_a_planner_reads_the_problem_and_learns_the_plan(gsm8k: Shards) -> None:
                 assert tokens[learned].tolist() == plan.tolist()
 
 
-def test_the_plan_in_words(shared_data: Path, tmp_path: Path) -> None:
+def test_text_of_a_plan(shared_data: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(shared_data / "gpt2-tokenizer")
-    shards = shards_of(shared_data / "gpt2-tokenizer", tmp_path, BAGS, PLAIN)
+    shards = prepare_records(shared_data / "gpt2-tokenizer", tmp_path, BAGS, PLAIN)
     assert [role for role, _ in shards.segments(0)[:3]] == [Role.PROBLEM, Role.OPERATORS, Role.EQUATIONS]
     text = {role: tokenizer.decode(shards.segment_tokens(0, role).tolist()) for role in methods.GUIDANCE}
     assert text == {Role.OPERATORS: "operators: * +*\n", Role.EQUATIONS: "equations: 3*4; ( 12+5)*2\n"}
     assert tokenizer.decode(shards.prompt(0).tolist()) == BAGS["question"] + "\n"
 
-    # Without a calculation there is no plan, and so no example for whoever needs one; the others do not notice.
+    # Without a calculation there is no plan, and so no example for methods that need one.
     assert {role for role, _ in shards.segments(1)}.isdisjoint(methods.GUIDANCE)
     for name in NAMES:
         guided = methods.guidance_of(name) is not None
@@ -131,22 +131,22 @@ def test_the_plan_in_words(shared_data: Path, tmp_path: Path) -> None:
         assert shards.facts["problems_per_method"][name] == (1 if guided else 2)
 
 
-def test_guidance_takes_no_problem_from_anybody(shared_data: Path, tmp_path: Path) -> None:
-    """max_length is of what the methods without guidance may see."""
+def test_guidance_excludes_no_problem(shared_data: Path, tmp_path: Path) -> None:
+    """max_length limits the length without guidance."""
     gpt2 = shared_data / "gpt2-tokenizer"
-    shards = shards_of(gpt2, tmp_path, BAGS)
+    shards = prepare_records(gpt2, tmp_path, BAGS)
     without = int(shards.lengths(view_of("socratic"))[0])
     assert int(shards.lengths(view_of("decomposer_interleaved_equations"))[0]) > without - 10
     assert sum(len(tokens) for _, tokens in shards.segments(0)) > without
     assert shards.facts["longest_example"] == without
-    exact = shards_of(gpt2, tmp_path, BAGS, max_length=without, output_dir=str(tmp_path / "exact"))
+    exact = prepare_records(gpt2, tmp_path, BAGS, max_length=without, output_dir=str(tmp_path / "exact"))
     assert len(exact) == 1
     with pytest.raises(UserError, match="too_long"):
-        shards_of(gpt2, tmp_path, BAGS, max_length=without - 1, output_dir=str(tmp_path / "short"))
+        prepare_records(gpt2, tmp_path, BAGS, max_length=without - 1, output_dir=str(tmp_path / "short"))
 
 
-def test_what_a_method_is() -> None:
-    assert set(NAMES) == set(VIEWS), "the settings offer what the shards know"
+def test_kinds_of_methods() -> None:
+    assert set(NAMES) == set(VIEWS), "the settings offer every view"
     assert [name for name in VIEWS if methods.is_decomposer(name)] == [
         *("decomposer", "decomposer_interleaved"),
         *GUIDED,
@@ -158,21 +158,21 @@ def test_what_a_method_is() -> None:
     assert guidance == PLANNERS | {name: role for name, (_, role) in GUIDED.items()}
 
 
-def test_inspect_shows_the_plan_to_those_who_see_it(
+def test_inspect_shows_the_plan_only_in_views_that_contain_it(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shards_of(shared_data / "gpt2-tokenizer", tmp_path, BAGS)
+    prepare_records(shared_data / "gpt2-tokenizer", tmp_path, BAGS)
 
-    def shown(name: str) -> str:
+    def printed(name: str) -> str:
         capsys.readouterr()
         print_examples(str(tmp_path / "shards"), name, 1)
         return capsys.readouterr().out
 
-    equations = shown("decomposer_interleaved_equations")
+    equations = printed("decomposer_interleaved_equations")
     assert "equations: 3*4; ( 12+5)*2" in equations and "operators:" not in equations
-    planner = shown("planner_operators")
+    planner = printed("planner_operators")
     assert "operators: * +*" in planner and "in the bags" not in planner
-    assert "operators:" not in shown("socratic")
+    assert "operators:" not in printed("socratic")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tokenizers that put a space before every text: a segment has the tokens it has inside the text, and the text comes back."""
+"""Tokenizers that put a space before every text: segments have the tokens of the whole text and decode to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.sentencepiece import KINDS, make
+from tests.sentencepiece import KINDS, save_tokenizer
 from trainer.errors import UserError
 from trainer.evaluation.few_shot import after_exemplars, exemplar_tokens
 from trainer.evaluation.stop_tokens import StopTokens
@@ -29,14 +29,14 @@ _COUNT = 60
 
 @pytest.fixture(scope="module")
 def built(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Shards]]:
-    """Shards of GSM8K's first test problems, by a tokenizer of every kind."""
+    """Return tokenizer folder and shards of GSM8K's first test problems for every kind of tokenizer."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     problems = list(read_problems("gsm8k", "test_socratic", str(shared_data / "gsm8k")))[:300]
     corpus = [text for problem in problems for _, text in segment_texts(problem)]  # type: ignore[arg-type]
     return {
         kind: (
-            made := make(kind, corpus, folder / kind),
-            _prepare(shared_data, made, folder / f"{kind}-shards"),
+            saved := save_tokenizer(kind, corpus, folder / kind),
+            _prepare(shared_data, saved, folder / f"{kind}-shards"),
         )
         for kind in KINDS
     }
@@ -72,7 +72,7 @@ def test_every_example_decodes_to_its_text(kind: str, built: dict[str, tuple[Pat
 def test_segments_have_the_tokens_they_have_inside_the_text(
     kind: str, built: dict[str, tuple[Path, Shards]]
 ) -> None:
-    """A newline is a byte of its own here, so a text cut at line ends has the tokens of the whole text, BOS included."""
+    """A newline is a token of its own here, so segments that end at newlines have the tokens of the whole text."""
     folder, shards = built[kind]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     view = view_of("decomposer")
@@ -82,33 +82,35 @@ def test_segments_have_the_tokens_they_have_inside_the_text(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_calculator_writes_the_tokens_of_the_shards(
+def test_calculator_results_have_the_tokens_of_the_shards(
     kind: str, built: dict[str, tuple[Path, Shards]]
 ) -> None:
     folder, shards = built[kind]
-    language = StopTokens(load_tokenizer(folder))
+    stop_tokens = StopTokens(load_tokenizer(folder))
     results = 0
     for index in range(_COUNT):
         segments = shards.segments(index)
         expected = [text for role, text in segment_texts(shards.problem(index)) if role == Role.CALCULATOR]
         found = [tokens.tolist() for role, tokens in segments if role == Role.CALCULATOR]
-        assert [list(language.tokens(text)) for text in expected] == found
-        assert [language.text(tokens) for tokens in found] == expected
+        assert [list(stop_tokens.tokens(text)) for text in expected] == found
+        assert [stop_tokens.text(tokens) for tokens in found] == expected
         results += len(found)
         delimiter = next(tokens.tolist() for role, tokens in segments if role == Role.DELIMITER)
         answer = next(tokens.tolist() for role, tokens in segments if role == Role.ANSWER)
-        assert list(language.tokens("####")) == delimiter
-        assert language.text(answer[:-1]) == f" {shards.problem(index).answer}"
+        assert list(stop_tokens.tokens("####")) == delimiter
+        assert stop_tokens.text(answer[:-1]) == f" {shards.problem(index).answer}"
     assert results > 50
 
 
 def test_an_annotation_is_continued_with_the_tokens_of_the_shards(
     built: dict[str, tuple[Path, Shards]],
 ) -> None:
-    language = StopTokens(load_tokenizer(built["legacy"][0]))
-    written = language.tokens("She has 48/2 = <<48/2=")
-    assert language.calculator_result(written) == language.tokens("24>>")
-    assert language.text([*written, *language.calculator_result(written)]) == "She has 48/2 = <<48/2=24>>"
+    stop_tokens = StopTokens(load_tokenizer(built["legacy"][0]))
+    written = stop_tokens.tokens("She has 48/2 = <<48/2=")
+    assert stop_tokens.calculator_result(written) == stop_tokens.tokens("24>>")
+    assert (
+        stop_tokens.text([*written, *stop_tokens.calculator_result(written)]) == "She has 48/2 = <<48/2=24>>"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,7 +130,7 @@ def test_a_problem_after_exemplars_continues_their_text(
     assert prompt[-len(line) + 2 :] == line[2:]
 
 
-def test_byte_level_prompts_after_exemplars_stay_as_they_were(shared_data: Path, tmp_path: Path) -> None:
+def test_byte_level_prompts_are_unchanged_after_exemplars(shared_data: Path, tmp_path: Path) -> None:
     shards = _prepare(shared_data, shared_data / "gpt2-tokenizer", tmp_path / "s", max_problems=2)
     tokenizer = load_tokenizer(shared_data / "gpt2-tokenizer")
     exemplars = exemplar_tokens([shards.problem(1)], tokenizer)
@@ -138,7 +140,7 @@ def test_byte_level_prompts_after_exemplars_stay_as_they_were(shared_data: Path,
 
 
 def _characters(kind: str, folder: Path) -> Path:
-    """A tokenizer of characters, as people make for models from scratch; it knows ASCII only."""
+    """Save a tokenizer of ASCII characters in `folder` and return it."""
     unknown = "<unk>" if kind == "unknown" else None
     vocabulary = {c: i for i, c in enumerate(["<s>", "</s>", "<unk>", *sorted(set(string.printable))])}
     made = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
@@ -186,8 +188,8 @@ def test_a_tokenizer_that_changes_most_problems_is_refused(shared_data: Path, tm
     assert not (tmp_path / "s").exists()
 
 
-def test_every_token_before_a_text_is_kept_and_none_behind(tmp_path: Path, shared_data: Path) -> None:
-    """GLM puts `[gMASK]<sop>` before a text; T5 puts its EOS behind."""
+def test_bos_tokens_are_those_before_a_text_not_after_it(tmp_path: Path, shared_data: Path) -> None:
+    """GLM puts `[gMASK]<sop>` before a text; T5 puts its EOS after it."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "gpt2-tokenizer")

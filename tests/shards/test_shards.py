@@ -1,4 +1,4 @@
-"""Problems -> tokens and back; the bytes do not depend on who builds; what cannot be used is set aside and counted."""
+"""Shards: round trip of problems, views, equal bytes from any number of builders, rejected records, corrupt files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gsm8k(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards
     return prepare(_gsm8k(shared_data, tmp_path_factory.mktemp("shards") / "gsm8k"))
 
 
-def test_every_problem_comes_back_as_it_was(gsm8k: Shards, shared_data: Path) -> None:
+def test_problems_survive_the_round_trip(gsm8k: Shards, shared_data: Path) -> None:
     source = list(read_problems("gsm8k", "test_socratic", str(shared_data / "gsm8k")))
     assert [gsm8k.problem(index) for index in range(len(gsm8k))] == source
     assert len(gsm8k) == 1319
@@ -57,7 +57,7 @@ def test_bulk_lengths_are_those_of_the_examples(gsm8k: Shards) -> None:
         for with_results in (False, True):
             view = view_of(name, with_results)
             lengths, learned_lengths = gsm8k.lengths(view), gsm8k.target_lengths(view)
-            usable = np.flatnonzero(lengths)  # a problem without a calculation has no plan to see
+            usable = np.flatnonzero(lengths)  # a problem without a calculation has no plan
             assert len(usable) > 1000
             for index in usable[::50].tolist():
                 tokens, learned = gsm8k.example(index, view)
@@ -66,7 +66,7 @@ def test_bulk_lengths_are_those_of_the_examples(gsm8k: Shards) -> None:
                 assert not learned[: len(gsm8k.prompt(index))].any()
 
 
-def test_totals_are_of_all_segments(gsm8k: Shards) -> None:
+def test_total_lengths_count_all_segments(gsm8k: Shards) -> None:
     totals = gsm8k.total_lengths()
     assert len(totals) == len(gsm8k) and totals.sum() == len(gsm8k.tokens)
     for index in range(0, len(gsm8k), 50):
@@ -78,13 +78,13 @@ def test_decomposer_and_solver_share_what_socratic_learns(gsm8k: Shards) -> None
         tokens, socratic = gsm8k.example(index, view_of("socratic"))
         solver_tokens, solver = gsm8k.example(index, view_of("solver"))
         assert np.array_equal(tokens, solver_tokens)
-        asks = socratic & ~solver
-        questions = len(gsm8k.segment_tokens(index, Role.SUBQUESTION))
-        assert asks.sum() == questions + len(gsm8k.segment_tokens(index, Role.DELIMITER))
+        decomposer = socratic & ~solver
+        num_question_tokens = len(gsm8k.segment_tokens(index, Role.SUBQUESTION))
+        assert decomposer.sum() == num_question_tokens + len(gsm8k.segment_tokens(index, Role.DELIMITER))
         assert not (solver & ~socratic).any()
 
 
-def test_bytes_do_not_depend_on_processes(shared_data: Path, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_the_number_of_threads(shared_data: Path, tmp_path: Path) -> None:
     one = prepare(_gsm8k(shared_data, tmp_path / "one", split="train", num_processes=1, max_problems=4200))
     two = prepare(_gsm8k(shared_data, tmp_path / "two", split="train", num_processes=2, max_problems=4200))
     assert len(one) == 4200
@@ -108,7 +108,7 @@ def test_builders_that_race_leave_one_finished_directory(shared_data: Path, tmp_
     assert len(Shards.open(tmp_path / "shards", verify=True)) == 300
 
 
-def test_same_recipe_is_kept_another_is_refused(
+def test_shards_of_equal_settings_are_kept_and_of_others_refused(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     settings = _gsm8k(shared_data, tmp_path / "shards", max_problems=20)
@@ -165,7 +165,7 @@ def test_bad_records_are_set_aside_with_line_and_reason(shared_data: Path, tmp_p
     assert sum(shards.facts["rejects"].values()) == len(rejects) == 6
     reasons = {reject["line"]: reject["reason"] for reject in rejects if reject["reason"] != "too_long"}
     assert reasons == {2: "not_json", 3: "not_utf8", 4: "no_answer", 5: "repeated_id", 7: "nul_character"}
-    # A text that spells the end-of-sequence token does not become one.
+    # The end-of-sequence token in a text is plain text.
     eos = load_tokenizer(shared_data / "gpt2-tokenizer").eos_token_id
     tokens, _ = shards.example(1, view_of("cot"))
     assert (tokens == eos).sum() == 1
@@ -190,7 +190,9 @@ def test_a_method_without_its_steps_has_no_examples(shared_data: Path, tmp_path:
     assert facts and all(fact in text for fact in facts)
 
 
-def test_fingerprint_survives_saving_and_tells_tokenizers_apart(shared_data: Path, tmp_path: Path) -> None:
+def test_fingerprint_is_equal_after_saving_and_differs_between_tokenizers(
+    shared_data: Path, tmp_path: Path
+) -> None:
     gpt2, stories = load_tokenizer(shared_data / "gpt2-tokenizer"), load_tokenizer("stories")
     gpt2.save_pretrained(tmp_path)
     assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(gpt2) != fingerprint(stories)

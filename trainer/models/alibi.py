@@ -1,8 +1,8 @@
-"""Attention layers of BLOOM, MPT and Falcon, whose own classes compute attention without transformers' interface.
+"""Forward passes for the attention layers of BLOOM, MPT and Falcon, which do not use transformers' attention interface.
 
-The forward passes here make the same projections, and hand query, key and value to a given attention function, with the
-bias of ALiBi (Press et al., ICLR 2022) as `key_bias` [heads, positions]: what is added to the score of a key depends
-on its position in the sequence alone, since softmax ignores what all keys of a query have in common.
+They make the same projections and pass query, key and value to a given attention function, with the ALiBi bias
+(Press et al., ICLR 2022) as `key_bias` [heads, positions]. The bias depends on the key's position alone, since softmax
+ignores a constant added to all keys of a query.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.nn.functional import dropout
 
+from trainer.runtime import library_internals
+
 _Attention = Callable[..., tuple[torch.Tensor, None]]
 
 
@@ -24,18 +26,18 @@ def replaceable_layers(model: torch.nn.Module) -> list[Any]:
 
 
 def has_replacements(model_class: type) -> bool:
-    """Return whether models of this class have such layers."""
+    """Return whether models of this class have layers with a forward pass here."""
     return any(hasattr(_module_of(model_class), name) for name in _FORWARDS)
 
 
 def replace_layers(model: torch.nn.Module, attention: _Attention) -> None:
-    """Let the layers call `attention` (the signature of transformers' attention functions) until `restore_layers`."""
+    """Make the layers call `attention`, with the signature of transformers' attention functions, until `restore_layers`."""
     for layer in replaceable_layers(model):
         layer.forward = functools.partial(_FORWARDS[type(layer).__name__], layer, attention)
 
 
 def restore_layers(model: torch.nn.Module) -> None:
-    """Give the layers their own forward pass back."""
+    """Restore the layers' own forward pass."""
     for layer in replaceable_layers(model):
         vars(layer).pop("forward", None)
 
@@ -49,13 +51,13 @@ def _bloom(
     attention_mask: Any = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    query, key, value = layer._reshape(layer.query_key_value(hidden))
+    query, key, value = library_internals.split_bloom_heads(layer, layer.query_key_value(hidden))
     context, _weights = attention(
         layer,
         *(query, key, value, attention_mask),
         scaling=layer.inv_norm_factor,
         dropout=layer.attention_dropout.p if layer.training else 0.0,
-        key_bias=layer.beta * _own_bias(layer, attention_mask.longest, hidden),
+        key_bias=layer.beta * _own_bias(layer, attention_mask.max_seqlen, hidden),
     )
     output = dropout(layer.dense(context.flatten(2)), p=layer.hidden_dropout, training=layer.training)
     return residual + output, None
@@ -70,13 +72,16 @@ def _falcon(
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    query, key, value = (heads.transpose(1, 2) for heads in layer._split_heads(layer.query_key_value(hidden)))
+    query, key, value = (
+        heads.transpose(1, 2)
+        for heads in library_internals.split_falcon_heads(layer, layer.query_key_value(hidden))
+    )
     bias, probability = None, 0.0
     if alibi is None:
         assert position_embeddings is not None
         query, key = _module_of(layer).apply_rotary_pos_emb(query, key, *position_embeddings)
     else:
-        bias = layer.inv_norm_factor * _own_bias(layer, attention_mask.longest, hidden)
+        bias = layer.inv_norm_factor * _own_bias(layer, attention_mask.max_seqlen, hidden)
         probability = layer.attention_dropout.p if layer.training else 0.0
     context, _weights = attention(
         layer,
@@ -101,10 +106,10 @@ def _mpt(
     if layer.clip_qkv:
         mixed = mixed.clamp(min=-layer.clip_qkv, max=layer.clip_qkv)
     query, key, value = (
-        part.unflatten(2, (layer.n_heads, layer.head_dim)).transpose(1, 2) for part in mixed.chunk(3, dim=2)
+        heads.unflatten(2, (layer.n_heads, layer.head_dim)).transpose(1, 2) for heads in mixed.chunk(3, dim=2)
     )
     slopes = position_bias[:, 0, -1] - position_bias[:, 0, -2]
-    positions = torch.arange(attention_mask.longest, device=hidden.device)
+    positions = torch.arange(attention_mask.max_seqlen, device=hidden.device)
     context, _weights = attention(
         layer,
         *(query, key, value, attention_mask),
@@ -115,15 +120,15 @@ def _mpt(
     return layer.out_proj(context.flatten(2)), None
 
 
-def _own_bias(layer: Any, longest: int, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the family's own bias of a sequence of `longest` tokens, with its own rounding: [heads, longest]."""
-    whole = torch.ones(1, longest, dtype=torch.int64, device=hidden.device)
-    bias: torch.Tensor = _module_of(layer).build_alibi_tensor(whole, layer.num_heads, dtype=hidden.dtype)
+def _own_bias(layer: Any, max_seqlen: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the bias [heads, max_seqlen] from the family's own function, hence with the family's rounding."""
+    mask = torch.ones(1, max_seqlen, dtype=torch.int64, device=hidden.device)
+    bias: torch.Tensor = _module_of(layer).build_alibi_tensor(mask, layer.num_heads, dtype=hidden.dtype)
     return bias.squeeze(1)
 
 
 def _module_of(layer: Any) -> Any:
-    """Return the modeling file of a layer or a class."""
+    """Return the modeling module of a layer or a class."""
     return sys.modules[(layer if isinstance(layer, type) else type(layer)).__module__]
 
 

@@ -1,9 +1,9 @@
-"""What a Hugging Face folder of a model must hold, asked of the model class itself.
+"""Names, shapes and dtypes of the tensors that `save_pretrained` writes for a config.json.
 
-The model is built on the meta device (no memory, no random numbers) from a config.json. Its state dict, after
-transformers' own removal of tied aliases and reversal of weight conversions, is what `save_pretrained` would write.
-Training, which has transformers loaded anyway, records the answer beside the config, so that an export need not import
-transformers: on a small machine that takes longer than converting a model of 355M parameters.
+The model is built on the meta device (no memory, no random numbers). Its state dict, after transformers' own removal of
+tied aliases and reversal of weight conversions, is what `save_pretrained` would write. Training records the result in
+architecture.json beside the config, so that an export need not import transformers: on a small machine the import
+takes longer than converting a model of 355M parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 from trainer.models import load
+from trainer.models.load import DTYPES
+from trainer.runtime import library_internals
 from trainer.storage import atomic_dir
 
 if TYPE_CHECKING:
@@ -26,31 +28,30 @@ if TYPE_CHECKING:
     from trainer.models.saved_layout import StridedView
 
 FILE = "architecture.json"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
 class Architecture:
+    """Description of a model's weight files; architecture.json holds the fields under the same names."""
+
     class_name: str  # e.g. GPT2LMHeadModel
     shapes: dict[str, tuple[int, ...]]  # of the model's tensors without tied aliases, in model order
     tied: tuple[str, ...]  # aliases that are not written
     num_parameters: int  # tied ones counted once
-    generation_config: str  # JSON, what the class makes by default
-    moved: dict[
-        str, StridedView
-    ]  # tensors of the files that are not the model's tensor of that name, as it is
+    generation_config: str  # JSON, the class's default
+    moved: dict[str, StridedView]  # tensors of the files that differ from the model's tensor of that name
     kept: dict[str, dict[str, str]]  # "bf16" -> a model's tensor -> its dtype if not bfloat16, e.g. "float32"
-    own_config: str = ""  # JSON of the config to write, if the class is that of a part of the config
-    text_part_of: str = ""  # model type of the multimodal model whose text part this is
+    own_config: str = ""  # JSON of the config to write if the model is the text part of a wrapper, else ""
+    text_part_of: str = ""  # model type of the multimodal wrapper whose text part this is, else ""
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Return the architecture of the config.json in `folder`: as recorded, if it was of this very config, or else built."""
+    """Return the architecture of the config.json in `folder`: recorded if architecture.json matches the config, else built."""
     return _recorded(folder) or build_architecture(folder)
 
 
 def is_recorded(folder: Path) -> bool:
-    """Return whether `read` can do without transformers."""
+    """Return whether `read_architecture` needs no transformers."""
     return _recorded(folder) is not None
 
 
@@ -67,7 +68,10 @@ def record_architecture(folder: Path, text_part_of: str = "") -> None:
 
 
 def build_architecture(folder: Path) -> Architecture:
-    """Ask the model class. Raises UserError if transformers cannot build the model, or cannot revert its weights' names."""
+    """Return the architecture of the model that transformers builds on the meta device from `folder`/config.json.
+
+    Raises UserError if transformers cannot build the model or cannot revert its weights' names.
+    """
     from transformers import AutoConfig
 
     from trainer.models import saved_layout
@@ -75,11 +79,10 @@ def build_architecture(folder: Path) -> Architecture:
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            config.dtype = (
-                "float16"  # what the class makes in another dtype shows, since no class asks for this one
-            )
+            # No class requests float16, so a tensor of another dtype is one whose dtype the class fixes.
+            config.dtype = "float16"
             model: Any = load.build_on_meta(config)
-    except Exception as error:  # a config that does not fit the class ends in errors of any type
+    except Exception as error:  # of many types
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{folder / 'config.json'}: transformers cannot build this model: {reason}") from None
     written = saved_layout.without_aliases(model)
@@ -108,12 +111,12 @@ def build_architecture(folder: Path) -> Architecture:
 
 
 def _kept(model: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, str]:
-    """Return the floating-point tensors that `from_pretrained` does not load as `dtype`, and what it loads them as."""
+    """Return the dtype that `from_pretrained` gives each floating-point tensor that it does not load as `dtype`."""
     import torch
     from transformers.core_model_loading import build_glob_alternation
 
     wanted = getattr(torch, DTYPES[dtype])
-    plan = model._get_dtype_plan(wanted)
+    plan = library_internals.dtype_plan(model, wanted)
     pattern, names, _ = build_glob_alternation(list(plan))
     kept = {}
     for name, tensor in tensors.items():
@@ -128,7 +131,7 @@ def _kept(model: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: str) 
 
 
 def _recorded(folder: Path) -> Architecture | None:
-    """Return what `record` wrote; None if there is nothing, of another config, or of an earlier version of this program."""
+    """Return the content of architecture.json; None if missing, of another config.json, or of an incompatible version."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         recorded = json.loads((folder / FILE).read_text(encoding="utf-8"))
         if recorded.pop("config_sha256") == atomic_dir.file_digest(folder / "config.json"):
@@ -142,7 +145,7 @@ def _recorded(folder: Path) -> Architecture | None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Context manager without bars and advice from transformers; errors are still raised."""
+    """Context manager that silences transformers' progress bars and warnings."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,6 +1,6 @@
 """Files of a pretrained model besides its weights: tokenizer, licence, Python files, generation settings.
 
-A run copies them beside its config, so that its checkpoints and exports have them too. Nothing of it is executed.
+A run copies them beside its config, from where checkpoints and exports take them. No copied code is executed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _OTHER_TOKENIZER_FILES = (
 _LICENCE = ("license*", "licence*", "notice*", "use_policy*", "copying*", "copyright*")
 _GENERATION_CONFIG = "generation_config.json"
 _CODE = ("*.py",)
-_SPELLINGS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # as on the Hub, where patterns match case
+_UPPER_CASE_LICENCE = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # patterns of the Hub are case-sensitive
 _NOT_COPIED = ("_from_model_config", "transformers_version")
 
 
 def base_folder(name: str) -> Path | None:
-    """Return the folder with the small files of a pretrained model; None if they cannot be had.
+    """Return the folder with the small files of a pretrained model; None, with a warning, if they cannot be downloaded.
 
-    `name`: a local folder, or a Hub name, whose files are downloaded into the cache of the Hub unless they are there.
+    `name`: a local folder, or a Hub name, whose files are downloaded into the Hub's cache.
     """
     path = Path(name)
     if path.is_dir():
@@ -46,21 +46,19 @@ def base_folder(name: str) -> Path | None:
         return None
     from huggingface_hub import snapshot_download
 
-    wanted = [*_WRITTEN_BY_TOKENIZER, *_OTHER_TOKENIZER_FILES, *_LICENCE, *_SPELLINGS, *_CODE]
+    wanted = [*_WRITTEN_BY_TOKENIZER, *_OTHER_TOKENIZER_FILES, *_LICENCE, *_UPPER_CASE_LICENCE, *_CODE]
     try:
         return Path(snapshot_download(name, allow_patterns=[*wanted, "config.json", _GENERATION_CONFIG]))
     except Exception as error:  # of many types: no network, no such name, a gated repository
-        terminal.warning(
-            f"{name}: its licence and generation settings do not come along ({first_line(error)})"
-        )
+        terminal.warning(f"{name}: licence and generation settings are not copied ({first_line(error)})")
         return None
 
 
 def copy_tokenizer(base: Path | None, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Put the tokenizer of the shards into `target`, which holds the config: in the files of `base` as they are if they give it.
+    """Write the shards' tokenizer into `target`, which holds the config.
 
-    What counts is how transformers loads them beside this config. Otherwise the tokenizer is saved anew; then of a base with
-    the same tokens the other files (`tokenizer.model`) come along.
+    The files of `base` are copied unchanged if transformers loads this tokenizer from them beside this config. Otherwise
+    the tokenizer is saved; if the tokenizer of `base` has the same tokens, its other files (`tokenizer.model`) are kept.
     """
     from transformers import AutoTokenizer
 
@@ -72,7 +70,7 @@ def copy_tokenizer(base: Path | None, tokenizer: PreTrainedTokenizerBase, target
             if fingerprint(found) == ours:
                 return
             kept = _OTHER_TOKENIZER_FILES if fingerprint(load_tokenizer(base)) == ours else ()
-        except Exception:  # of many types: the base has no tokenizer, or one that transformers cannot load
+        except Exception:  # of many types: no tokenizer in the base, or one that transformers cannot load
             kept = ()
         for name in copied:
             if not _matches(name, kept):
@@ -81,7 +79,7 @@ def copy_tokenizer(base: Path | None, tokenizer: PreTrainedTokenizerBase, target
 
 
 def copy_licence_and_code(base: Path | None, target: Path) -> None:
-    """Copy the licence into `target`, and the Python files if a config of `base` names some (`auto_map`)."""
+    """Copy the licence of `base` into `target`, and its Python files if a config names some (`auto_map`)."""
     if base is None:
         return
     _copy(base, target, _LICENCE)
@@ -90,9 +88,9 @@ def copy_licence_and_code(base: Path | None, target: Path) -> None:
 
 
 def generation_config(base: Path | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return generation_config.json: the sampling settings and special tokens of `base`, and the tokenizer's where it has none.
+    """Return the content of generation_config.json: sampling settings of `base`; special tokens of `base`, else the tokenizer's.
 
-    The end tokens are those of `base` (a list stays a list) and the tokenizer's, with which the shards' examples end.
+    The end tokens are those of `base` (a list stays a list) plus the tokenizer's, with which the shards' examples end.
     """
     import transformers
 
@@ -116,21 +114,21 @@ def generation_config(base: Path | None, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def published_settings(base: Path | None) -> dict[str, Any]:
-    """Return the config.json of `base` as it is written, of a multimodal model that of its text part; {} without a base."""
+    """Return config.json of `base`, its `text_config` if there is one, without transformers' defaults; {} without a base."""
     config = {} if base is None else _json_of(base / "config.json")
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
 
 
 def wrapper_type(base: Path | None, model_type: str) -> str:
-    """Return the model type of `base` if it is a multimodal model whose text part (of `model_type`) is used, else ""."""
+    """Return the model type of `base` if it is a multimodal wrapper whose text part (of `model_type`) is used, else ""."""
     config = {} if base is None else _json_of(base / "config.json")
     is_wrapper = "text_config" in config and config.get("model_type") != model_type
     return str(config.get("model_type", "")) if is_wrapper else ""
 
 
 def _copy(base: Path, target: Path, patterns: tuple[str, ...]) -> list[str]:
-    """Copy the files of `base` whose relative names match; returns the names."""
+    """Copy the files of `base` whose relative names match and return the names."""
     copied = []
     for path in sorted([*base.iterdir(), *base.glob("additional_chat_templates/*")]):
         name = path.relative_to(base).as_posix()

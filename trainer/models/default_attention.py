@@ -1,12 +1,12 @@
 """Attention of one sequence, as transformers' default implementation of a model family computes it.
 
-Attention over packs and attention over generation slots both cut a flat row of tokens into sequences and call `attend`
-for each. Two things are taken from transformers instead of being written again:
+Packed attention and slot attention split a flat row of tokens into sequences and call `attend` for each. Mask and
+arithmetic come from transformers:
 
-- The mask. Transformers calls a registered mask function with its own rule of which key a query sees (causal, sliding
+- Transformers calls a registered mask function with the family's rule of the keys that a query sees (causal, sliding
   window, chunk). `MaskPattern` keeps that rule and evaluates it for the positions of one sequence.
-- The arithmetic. Families that support sdpa get torch's kernel, as transformers gives them. All others (soft caps,
-  attention sinks) get the `eager_attention_forward` of their own modeling file.
+- Families that support sdpa get torch's kernel, as in transformers. All others (soft caps, attention sinks) get the
+  `eager_attention_forward` of their own modeling file.
 """
 
 from __future__ import annotations
@@ -22,42 +22,44 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.models import alibi
 from trainer.models.attention_kernels import disable_cudnn_sdpa
+from trainer.runtime import library_internals
 
 _MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]  # batch, head, query, key
-
 
 _registered: dict[str, Callable[..., Any]] = {}
 
 
 class UnsupportedAttention(RuntimeError):
-    """The model's attention cannot be computed sequence by sequence; the message says why."""
+    """Raised for a model whose attention cannot be computed sequence by sequence; the message is the reason."""
 
 
 class MaskPattern:
-    """The rule of the keys that a query sees, as a function of both positions within one sequence."""
+    """Rule of the keys that a query sees, as a function of both positions within one sequence.
 
-    def __init__(self, function: _MaskFunction, longest_causal: float) -> None:
-        """`function`: transformers' mask function. `longest_causal`: up to this length it is plain causal attention."""
+    `function`: transformers' mask function. `max_causal_length`: sequences up to this length are plainly causal.
+    """
+
+    def __init__(self, function: _MaskFunction, max_causal_length: float) -> None:
         self._function = function
-        self._longest_causal = longest_causal
+        self._max_causal_length = max_causal_length
 
     def is_causal(self, length: int) -> bool:
         """Return whether the pattern is plain causal attention for sequences of up to `length` tokens."""
-        return length <= self._longest_causal
+        return length <= self._max_causal_length
 
     def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Return a boolean mask; positions `queries` and `keys` (int64) broadcast against each other."""
+        """Return a boolean mask of the broadcast shape of the positions `queries` and `keys` (int64)."""
         first = torch.zeros((), dtype=torch.int64, device=queries.device)
         return self._function(first, first, queries, keys)
 
     def square(self, length: int, device: torch.device) -> torch.Tensor:
-        """Return the boolean mask [length, length] of a whole sequence; shorter sequences have its upper left corner."""
+        """Return the boolean mask [length, length] of a whole sequence; its upper left corners are those of shorter ones."""
         positions = torch.arange(length, device=device)
         return self.visible(positions[:, None], positions[None, :])
 
 
 def register(name: str, attention: Callable[..., Any], make_mask: Callable[[MaskPattern], LayerMask]) -> None:
-    """Make an attention implementation known to transformers; layers get what `make_mask` returns as `attention_mask`."""
+    """Register an attention implementation with transformers; its layers get `make_mask(...)` as `attention_mask`."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
@@ -72,8 +74,8 @@ def register(name: str, attention: Callable[..., Any], make_mask: Callable[[Mask
         if use_vmap or not getattr(config, "is_causal", True):
             raise UnsupportedAttention("its attention mask is not a causal function of positions")
         # A window or a chunk hides nothing from sequences that fit into it.
-        longest_causal = math.inf if mask_function is causal_mask_function else local_size or 0
-        return make_mask(MaskPattern(mask_function, longest_causal))
+        max_causal_length = math.inf if mask_function is causal_mask_function else local_size or 0
+        return make_mask(MaskPattern(mask_function, max_causal_length))
 
     disable_cudnn_sdpa()
     _registered[name] = attention
@@ -82,7 +84,7 @@ def register(name: str, attention: Callable[..., Any], make_mask: Callable[[Mask
 
 
 def uses_sdpa(model: Any) -> bool:
-    """Return whether transformers would choose sdpa for this model (or the engine around it), else eager."""
+    """Return whether transformers would choose sdpa, not eager, for this model (or the engine around it)."""
     return bool(getattr(getattr(model, "module", model), "_supports_sdpa", False))
 
 
@@ -94,18 +96,17 @@ def attend(
     visible: torch.Tensor | None,
     scaling: float | None,
     dropout: float,
-    sdpa: bool,
-    others: dict[str, Any],
+    use_sdpa: bool,
+    kwargs: dict[str, Any],
     key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the attention of `batch` sequences [batch, queries, heads, value head size].
+    """Return the attention of `batch` sequences [batch, queries, heads, value head_dim].
 
-    query [batch, heads, queries, head size], key and value [batch, key-value heads, keys, ...]. visible: boolean mask
+    query [batch, heads, queries, head_dim], key and value [batch, key-value heads, keys, ...]. visible: boolean mask
     that broadcasts to [batch, heads, queries, keys]; None: causal, as many keys as queries. key_bias [heads, at least
-    keys]: added to the scores of the keys (alibi.py). others: what the layer hands its attention function besides; the
-    family's own eager function takes it.
+    keys]: added to the scores of the keys (alibi.py). kwargs: the layer's other arguments, for the family's eager function.
     """
-    if sdpa and key_bias is None:
+    if use_sdpa and key_bias is None:
         mask = visible
     else:
         if visible is None:
@@ -114,7 +115,7 @@ def attend(
         mask = visible.view((1,) * (4 - visible.dim()) + visible.shape)
         if key_bias is not None:
             mask = torch.where(mask, key_bias[:, None, : key.shape[2]].to(query.dtype), float("-inf"))
-    if sdpa or key_bias is not None:
+    if use_sdpa or key_bias is not None:
         return scaled_dot_product_attention(
             query,
             key,
@@ -130,25 +131,25 @@ def attend(
     additive.masked_fill_(~mask, torch.finfo(query.dtype).min)
     eager = _eager_function(type(module))  # type: ignore[arg-type]
     output: torch.Tensor = eager(
-        module, query, key, value, additive, scaling=scaling, dropout=dropout, **others
+        module, query, key, value, additive, scaling=scaling, dropout=dropout, **kwargs
     )[0]
     return output
 
 
 class _MaskIsNoTensor(UnsupportedAttention, AttributeError):
-    """Raised where a layer treats a `LayerMask` as a tensor; an AttributeError, so that `hasattr` returns False."""
+    """Raised where a layer uses a `LayerMask` as a tensor; an AttributeError, so that `hasattr` returns False."""
 
     def __init__(self) -> None:
         super().__init__("its layers compute with the attention mask themselves")
 
 
 class LayerMask:
-    """The `attention_mask` that layers receive. It is no tensor; families that look at its shape find none."""
+    """Object that layers receive as `attention_mask`; any use as a tensor raises UnsupportedAttention."""
 
     ndim = 0  # Falcon adds its own bias to masks of 4 dimensions
 
     def to(self, *_: Any) -> LayerMask:
-        """Return the mask itself: MPT asks for a boolean one."""
+        """Return the mask itself: MPT converts its mask to bool."""
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -163,41 +164,41 @@ class LayerMask:
 
 
 def set_attention(model: Any, name: str) -> None:
-    """Set the attention implementation of a transformers model, and of those of its parts that let it be set.
+    """Set the attention implementation of a transformers model and of the submodels that support it.
 
-    Raises UnsupportedAttention if the layers of its text part compute attention in a way of their own; then nothing is
-    changed.
+    Raises UnsupportedAttention, with nothing changed, if the layers of the text model do not support it.
     """
     if name in _registered:
         disable_cudnn_sdpa()
     before = attention_of_submodules(model)
     text = model.config.get_text_config(decoder=True)
-    if text._attn_implementation == name:
+    if library_internals.get_attention(text) == name:
         return
     if alibi.replaceable_layers(model):
         _use_layers_for(model, name)
-        model.config._attn_implementation = name
+        library_internals.set_attention(model.config, name)
     else:
         model.set_attn_implementation(name)
-    if text._attn_implementation != name:
+    if library_internals.get_attention(text) != name:
         restore_attention(model, before)
         raise UnsupportedAttention("its attention layers in transformers cannot be replaced")
 
 
 def attention_of_submodules(model: Any) -> list[tuple[Any, str]]:
-    """Return the config of each part of a model with its attention implementation, wholes before their parts."""
+    """Return (config, attention implementation) of `model` and of each submodel, outer models first."""
     from transformers import PreTrainedModel
 
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    return [(config, config._attn_implementation) for config in configs.values()]
+    submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = {id(submodel.config): submodel.config for submodel in submodels}
+    return [(config, library_internals.get_attention(config)) for config in configs.values()]
 
 
 def restore_attention(model: Any, before: list[tuple[Any, str]]) -> None:
-    """Give every part the implementation that `attention_of_parts` returned for it."""
+    """Restore the attention implementations `before` that `attention_of_submodules` returned."""
     _use_layers_for(model, before[0][1])
-    for config, name in before:  # setting that of a whole sets those of its parts
-        if config._attn_implementation != name:
-            config._attn_implementation = name
+    for config, name in before:  # outer first: transformers passes the setting on to submodels
+        if library_internals.get_attention(config) != name:
+            library_internals.set_attention(config, name)
 
 
 def _use_layers_for(model: Any, name: str) -> None:
@@ -208,20 +209,20 @@ def _use_layers_for(model: Any, name: str) -> None:
 
 def can_set_attention(model_class: Any) -> bool:
     """Return whether `set_attention` works for models of this class."""
-    return bool(model_class._can_set_attn_implementation()) or alibi.has_replacements(model_class)
+    return library_internals.can_set_attention(model_class) or alibi.has_replacements(model_class)
 
 
-def check_keywords(others: dict[str, Any]) -> None:
-    """Raise UnsupportedAttention for an argument that transformers' sdpa honours and that cannot be cut into sequences."""
-    if others.get("position_bias") is not None:
+def check_keywords(kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedAttention for an argument of transformers' sdpa that cannot be split into sequences."""
+    if kwargs.get("position_bias") is not None:
         raise UnsupportedAttention("its attention adds a bias of its own to every pair of tokens")
-    if others.get("is_causal") is False:
-        raise UnsupportedAttention("its attention also looks ahead")
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedAttention("its attention is not causal")
 
 
 @functools.cache
 def _eager_function(layer: type) -> Callable[..., Any]:
-    """Return `eager_attention_forward` of the file in which the attention layer, or the class it derives from, is defined."""
+    """Return `eager_attention_forward` of the module that defines the attention layer or one of its base classes."""
     for ancestor in layer.__mro__:
         function = getattr(sys.modules.get(ancestor.__module__), "eager_attention_forward", None)
         if function is not None:

@@ -1,8 +1,8 @@
-"""Generation slots: a key-value cache in which every slot holds one sequence, and the plan of a forward pass over it.
+"""KV cache of generation slots, one sequence each, and the inputs of a forward pass over it.
 
-A forward pass takes one flat row of tokens, shape [1, tokens], from any number of sequences, so the linear layers
-never see padding and a prompt can be read in the same pass in which other slots write their next token
-(continuous batching: Yu et al., "Orca", OSDI 2022). How a token sees its own slot is in slot_attention.py.
+A forward pass takes one flat row of tokens, shape [1, tokens], from any number of sequences: no padding, and one pass
+can prefill a prompt while other slots decode (continuous batching: Yu et al., "Orca", OSDI 2022). slot_attention.py
+computes the attention of each token over its own slot.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-_LENGTH_MULTIPLE = 8  # CUDA's memory-efficient kernel wants rows of the mask aligned to 8 elements
+_LENGTH_MULTIPLE = 8  # CUDA's memory-efficient kernel needs mask rows aligned to 8 elements
 
 
 class KVCache:
-    """Keys and values of every attention call of a forward pass, each [slots, key-value heads, capacity, head size].
+    """Keys and values of every attention call of a forward pass, each [slots, key-value heads, capacity, head_dim].
 
-    They are numbered in the order of the calls, since a layer may call attention twice and a looped model runs its
+    The index is the number of the attention call, since a layer may call attention twice and a looped model runs its
     layers several times. Allocated on first use.
     """
 
@@ -34,10 +34,10 @@ class KVCache:
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cached keys and values of attention call `index`.
 
-        `key`, `value` [1, key-value heads, tokens, head size] give shapes (which may differ), dtype and device.
+        `key`, `value` [1, key-value heads, tokens, head_dim] give shapes (which may differ), dtype and device.
         """
         if index not in self._layers:
-            # Zeros, not empty: what lies behind a sequence's end is masked by adding -inf, and NaN would survive that.
+            # Zeros, not empty: positions after a sequence's end are masked by adding -inf, which NaN would survive.
             keys, values = (
                 like.new_zeros(self.num_slots, like.shape[1], self.capacity, like.shape[3])
                 for like in (key, value)
@@ -54,7 +54,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens `start:stop` of the flat row: they continue the sequence in `slot`, which holds `past` tokens already."""
+    """Tokens `start:stop` of the flat row, which continue the sequence of `num_cached` tokens in `slot`."""
 
     start: int
     stop: int
@@ -63,54 +63,53 @@ class PrefillChunk:
 
     @property
     def end(self) -> int:
-        """Length of the sequence with the piece."""
+        """Return the length of the sequence with the chunk."""
         return self.num_cached + self.stop - self.start
 
 
 @dataclass(frozen=True)
 class VarlenBatch:
-    """All pieces of a pass as one kernel takes them: their queries side by side, and so their keys, from position 0 on."""
+    """Arguments of variable-length attention over all chunks of a pass; the keys of a chunk start at position 0."""
 
-    cu_seqlens: torch.Tensor  # [pieces + 1] int32, where the queries of each begin, and the total
-    cu_seqlens_k: torch.Tensor  # [pieces + 1] int32, the same of its keys
-    key_slots: torch.Tensor  # [keys] int64, where they are in the cache
+    cu_seqlens: torch.Tensor  # [chunks + 1] int32, cumulated numbers of queries
+    cu_seqlens_k: torch.Tensor  # [chunks + 1] int32, cumulated numbers of keys
+    key_slots: torch.Tensor  # [keys] int64, slot of each key in the cache
     key_positions: torch.Tensor  # [keys] int64
-    max_seqlen: int  # queries of a piece
-    max_seqlen_k: int  # keys of a piece
+    max_seqlen: int  # queries of a chunk
+    max_seqlen_k: int  # keys of a chunk
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """What one forward pass adds to which slot.
+    """Inputs of one forward pass.
 
-    The flat row ends with exactly one token for each slot that takes part, in slot order: the newest token of its
-    sequence, whose attention runs as one batch over the slots. Before them come the `pieces`: whatever else is new in
-    a slot (a prompt, or forced tokens) without its newest token.
+    The flat row ends with one token for each active slot, in slot order: the last token of its sequence, whose attention
+    runs as one batch over the slots. Before them come the `chunks`: the other new tokens of a slot (a prompt, or forced
+    tokens).
 
-    A slot that does not take part (a parked one) has no token in the row. If it lies among the others, it is in the
-    batch of the attention alone, with an empty query whose result is dropped: copying keys and values to have the
-    others side by side would cost more. (In a decode step, `plan_decode`, all of a block take part.)
+    A parked slot has no token in the row. If its index is below an active one's, it is in the batch of the attention
+    with a zero query whose result is dropped: gathering the keys and values of the active slots would cost more. In a
+    pass from `prepare_decode` all slots of the block are active.
     """
 
     cache: KVCache
     input_ids: torch.Tensor  # [1, tokens] int64
-    positions: torch.Tensor  # [1, tokens] int64, the place of a token in its own sequence
+    positions: torch.Tensor  # [1, tokens] int64, position of each token in its own sequence
     slots: torch.Tensor  # [tokens] int64
-    num_decode: int  # slots that take part
-    block: int  # slots 0..block-1 hold them
-    rows: torch.Tensor | None  # [num_newest] int64, which of the block take part; None: all of them
-    longest: int  # length of the longest of their sequences after this step, rounded up
-    last_positions: torch.Tensor  # [block] int64, of each slot's newest token; 0 for a parked slot
-    mask: torch.Tensor  # [block, 1, 1, longest], 0 inside a sequence and -inf behind its end
+    num_decode: int  # active slots
+    block: int  # 1 + the last active slot
+    active_slots: torch.Tensor | None  # [num_decode] int64; None: all slots of the block
+    max_seqlen: int  # tokens of the longest active sequence after this pass, rounded up
+    last_positions: torch.Tensor  # [block] int64, position of each slot's last token; 0 for a parked slot
+    mask: torch.Tensor  # [block, 1, 1, max_seqlen], 0 inside a sequence and -inf after its end
     chunks: tuple[PrefillChunk, ...]
-    _stored: list[tuple[Any, Any]] = field(
-        default_factory=list
-    )  # weak references to keys and values, by call
+    # Weak references to the keys and values of each attention call.
+    _stored: list[tuple[Any, Any]] = field(default_factory=list)
 
     def store(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the row's keys and values into their slots; return all cached ones of this attention call.
 
-        A layer that shares the keys and values of an earlier one (Gemma 4) shares its part of the cache, too.
+        A layer that reuses the keys and values of an earlier one (Gemma 4) uses the earlier layer's cache.
         """
         for index, (earlier_key, earlier_value) in enumerate(self._stored):
             if earlier_key() is key and earlier_value() is value:
@@ -124,22 +123,22 @@ class ForwardBatch:
 
     @functools.cached_property
     def varlen_batch(self) -> VarlenBatch:
-        """The pieces, at least one, for all layers: made when the first one asks."""
+        """Return the arguments of variable-length attention over the chunks, of which there must be at least one."""
         device = self.input_ids.device
-        keys = [piece.end for piece in self.chunks]
-        bounds = [0, *(piece.stop for piece in self.chunks)]
-        starts = list(accumulate(keys, initial=0))
-        slots = [piece.slot for piece in self.chunks]
-        numbers = torch.tensor([slots, starts[:-1], keys]).to(device)
-        # output_size: the number of keys is known, the device need not be asked for it.
-        slot_and_start = numbers[:2].repeat_interleave(numbers[2], dim=1, output_size=starts[-1])
-        both_bounds = torch.tensor([bounds, starts], dtype=torch.int32).to(device)
+        keys = [chunk.end for chunk in self.chunks]
+        cu_seqlens = [0, *(chunk.stop for chunk in self.chunks)]
+        cu_seqlens_k = list(accumulate(keys, initial=0))
+        slots = [chunk.slot for chunk in self.chunks]
+        numbers = torch.tensor([slots, cu_seqlens_k[:-1], keys]).to(device)
+        # output_size avoids a synchronisation with the device.
+        slot_and_start = numbers[:2].repeat_interleave(numbers[2], dim=1, output_size=cu_seqlens_k[-1])
+        cumulated = torch.tensor([cu_seqlens, cu_seqlens_k], dtype=torch.int32).to(device)
         return VarlenBatch(
-            cu_seqlens=both_bounds[0],
-            cu_seqlens_k=both_bounds[1],
+            cu_seqlens=cumulated[0],
+            cu_seqlens_k=cumulated[1],
             key_slots=slot_and_start[0],
-            key_positions=torch.arange(starts[-1], device=device) - slot_and_start[1],
-            max_seqlen=max(piece.stop - piece.start for piece in self.chunks),
+            key_positions=torch.arange(cu_seqlens_k[-1], device=device) - slot_and_start[1],
+            max_seqlen=max(chunk.stop - chunk.start for chunk in self.chunks),
             max_seqlen_k=max(keys),
         )
 
@@ -152,55 +151,59 @@ def prepare_prefill(
     dtype: torch.dtype,
     device: torch.device,
 ) -> ForwardBatch:
-    """Plan a forward pass: slot `active[i]` holds `lengths[i]` tokens already and gets `new_tokens[i]`, at least one.
+    """Return a batch that appends `new_tokens[i]`, at least one, to the `lengths[i]` cached tokens of slot `active[i]`.
 
-    `active` ascends; it has at least one slot.
+    `active` must be ascending and not empty.
     """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    pieces: list[PrefillChunk] = []
+    chunks: list[PrefillChunk] = []
     for slot, length, new in zip(active, lengths, new_tokens, strict=True):
         if len(new) > 1:
             start = len(tokens)
             tokens += new[:-1]
             positions += range(length, length + len(new) - 1)
             slots += [slot] * (len(new) - 1)
-            pieces.append(PrefillChunk(start, len(tokens), slot, length))
-    num_newest, block = len(active), active[-1] + 1
+            chunks.append(PrefillChunk(start, len(tokens), slot, length))
+    num_decode, block = len(active), active[-1] + 1
     ends = [length + len(new) for length, new in zip(lengths, new_tokens, strict=True)]
-    longest = max(ends)
-    assert longest <= cache.capacity and block <= cache.num_slots
+    max_seqlen = max(ends)
+    assert max_seqlen <= cache.capacity and block <= cache.num_slots
     tokens += [new[-1] for new in new_tokens]
     positions += [end - 1 for end in ends]
     slots += active
-    # One transfer to the device for the three rows of numbers.
+    # One transfer to the device for all three.
     numbers = torch.tensor([tokens, positions, slots], dtype=torch.int64).to(device)
-    rows = numbers[2, len(tokens) - num_newest :] if num_newest < block else None
-    last_positions = numbers[1, len(tokens) - num_newest :]
-    if rows is not None:  # a parked slot sees its first position, so that its dropped row has no NaN
-        last_positions = last_positions.new_zeros(block).index_copy_(0, rows, last_positions)
-    longest = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, cache.capacity)
+    active_slots = numbers[2, len(tokens) - num_decode :] if num_decode < block else None
+    last_positions = numbers[1, len(tokens) - num_decode :]
+    if (
+        active_slots is not None
+    ):  # a parked slot attends to its first position, so that its dropped result has no NaN
+        last_positions = last_positions.new_zeros(block).index_copy_(0, active_slots, last_positions)
+    max_seqlen = min(-(-max_seqlen // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, cache.capacity)
     return ForwardBatch(
         cache=cache,
         input_ids=numbers[:1],
         positions=numbers[1:2],
         slots=numbers[2],
-        num_decode=num_newest,
+        num_decode=num_decode,
         block=block,
-        rows=rows,
-        longest=longest,
+        active_slots=active_slots,
+        max_seqlen=max_seqlen,
         last_positions=last_positions,
-        mask=_mask(last_positions, longest, dtype),
-        chunks=tuple(pieces),
+        mask=_mask(last_positions, max_seqlen, dtype),
+        chunks=tuple(chunks),
     )
 
 
-def prepare_decode(cache: KVCache, numbers: torch.Tensor, longest: int, dtype: torch.dtype) -> ForwardBatch:
-    """Plan a pass in which each of the slots 0..block-1 gets one token, in operations of the device alone.
+def prepare_decode(
+    cache: KVCache, numbers: torch.Tensor, max_seqlen: int, dtype: torch.dtype
+) -> ForwardBatch:
+    """Return a batch that appends one token to each of the slots 0..block-1, with device operations only.
 
-    numbers: [2, block] int64 on the device, each slot's token and its position, which is all that may change from one
-    such pass to the next (decode_graphs.py). A slot sees at most `longest` positions.
+    numbers: [2, block] int64 on the device, token and position of each slot: all that changes between replays of a CUDA
+    graph (cuda_graphs.py). A slot attends to at most `max_seqlen` positions.
     """
     block = numbers.shape[1]
     return ForwardBatch(
@@ -210,17 +213,17 @@ def prepare_decode(cache: KVCache, numbers: torch.Tensor, longest: int, dtype: t
         slots=torch.arange(block, device=numbers.device),
         num_decode=block,
         block=block,
-        rows=None,
-        longest=longest,
+        active_slots=None,
+        max_seqlen=max_seqlen,
         last_positions=numbers[1],
-        mask=_mask(numbers[1], longest, dtype),
+        mask=_mask(numbers[1], max_seqlen, dtype),
         chunks=(),
     )
 
 
-def _mask(last_positions: torch.Tensor, longest: int, dtype: torch.dtype) -> torch.Tensor:
-    """last_positions [block] -> [block, 1, 1, longest]: 0 up to the last position of a sequence, -inf behind it."""
+def _mask(last_positions: torch.Tensor, max_seqlen: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return a mask [block, 1, 1, max_seqlen] for last_positions [block]: 0 up to the last position, -inf after it."""
     device = last_positions.device
-    behind = torch.arange(longest, device=device) > last_positions[:, None]
-    mask = torch.zeros(behind.shape, dtype=dtype, device=device).masked_fill_(behind, float("-inf"))
+    is_hidden = torch.arange(max_seqlen, device=device) > last_positions[:, None]
+    mask = torch.zeros(is_hidden.shape, dtype=dtype, device=device).masked_fill_(is_hidden, float("-inf"))
     return mask[:, None, None, :]

@@ -1,4 +1,4 @@
-"""Load a causal LM, or make one with random weights, so that every rank and every ZeRO stage has the same numbers."""
+"""Load a causal LM, or make one with random weights, with the same numbers on every rank and in every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ from trainer.models.text_part import (
     model_class,
     text_config,
 )
-from trainer.runtime import distributed
+from trainer.runtime import distributed, library_internals
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names of this program -> torch's
 
 
 def load_config(name_or_path: str, overrides: str = "", vocabulary_size: int = 0) -> PreTrainedConfig:
-    """Return the config of a causal LM, from a size name (`trainer.models.sizes`), a local folder or file, or the Hub.
+    """Return the config of a causal LM: a preset (`trainer.models.presets`), a local folder or file, or a Hub name.
 
-    Of a multimodal wrapper it is the config of the text part (see `trainer.models.text_part`), which is what
-    `load_model` loads. `overrides`: "n_layer=6,n_embd=384"; a value takes the type of what it replaces.
-    Raises UserError for what holds no causal LM.
+    For a multimodal wrapper it is the config of the text part (`trainer.models.text_part`), which `load_model` loads.
+    `overrides`: see `apply_overrides`. `vocabulary_size`: of a preset. Raises UserError if it is no causal LM.
     """
     if name_or_path in presets.student_names():
         config = presets.student_config(name_or_path, vocabulary_size)
@@ -44,7 +43,7 @@ def load_config(name_or_path: str, overrides: str = "", vocabulary_size: int = 0
 
 
 def _read_config(name_or_path: str) -> PreTrainedConfig:
-    """Return the config as it is written, a wrapper's whole. Raises UserError."""
+    """Return the config of a local folder or file or a Hub name, for a wrapper the whole. Raises UserError."""
     from transformers import AutoConfig
 
     check_source(name_or_path)
@@ -60,7 +59,10 @@ def _read_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def apply_overrides(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
-    """Change a config in place: "n_layer=6,n_embd=384". Raises UserError."""
+    """Set `overrides`, e.g. "n_layer=6,n_embd=384", in `config` and return it; a value is parsed as the type it replaces.
+
+    Raises UserError for an unknown setting or another type.
+    """
     for item in filter(None, overrides.split(",")):
         key, separator, text = item.partition("=")
         if not separator or not hasattr(config, key.strip()):
@@ -72,10 +74,10 @@ def apply_overrides(config: PreTrainedConfig, overrides: str) -> PreTrainedConfi
 
 
 def check_vocabulary(config: PreTrainedConfig, max_token_id: int, name: str) -> None:
-    """Refuse a model that has no embedding for a token that occurs.
+    """Raise UserError if the model has no embedding for token `max_token_id`.
 
-    `max_token_id`: the largest that occurs in the shards, or that a text can have (`tokenizer.max_text_token_id`): a
-    tokenizer may well have more tokens than its model has embeddings (Gemma 3). Raises UserError.
+    `max_token_id`: the largest in the shards, or in any text (`tokenizer.max_text_token_id`), not in the tokenizer, which
+    may have more tokens than its model has embeddings (Gemma 3).
     """
     size = text_config(config).vocab_size
     if size <= max_token_id:
@@ -86,18 +88,22 @@ def check_vocabulary(config: PreTrainedConfig, max_token_id: int, name: str) -> 
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Return the longest sequence the positions of the model reach, or 0 if it has no limit."""
+    """Return the longest sequence, in tokens, that the positions of the model reach; 0 if there is no limit."""
     return getattr(text_config(config), "max_position_embeddings", 0) or 0
 
 
 def default_attention(config: PreTrainedConfig) -> str:
-    """Return the attention implementation transformers chooses for `config`: "sdpa" if the class has it, else "eager"."""
+    """Return the attention implementation that transformers chooses for `config`: "sdpa" or "eager"."""
     inner = text_config(config)
-    return "sdpa" if model_class(inner if has_causal_lm(inner) else config)._supports_sdpa else "eager"
+    return (
+        "sdpa"
+        if library_internals.supports_sdpa(model_class(inner if has_causal_lm(inner) else config))
+        else "eager"
+    )
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model's modules without any memory, to count and name its parameters."""
+    """Return the model on the meta device, without memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -106,22 +112,22 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks a transformers model repeats: what it recomputes as one under gradient checkpointing."""
+    """Return the modules of a transformers model that gradient checkpointing recomputes as one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def num_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of the model, tied ones once."""
+    """Return the number of parameters of the model, tied ones counted once."""
     return sum(parameter.numel() for parameter in build_on_meta(config).parameters())
 
 
 def write_random_weights(config: PreTrainedConfig, seed: int, folder: Path) -> None:
-    """Initialise in fp32 on the CPU from `seed` and save.
+    """Initialise a model in fp32 on the CPU from `seed` and save it into `folder`.
 
-    One process writes, all load: `deepspeed.zero.Init` around a constructor runs transformers' initialisation on
-    empty shards and gives other, wrong numbers (a first loss of 85 instead of 9 for GPT-2).
+    One process must write and all load: `deepspeed.zero.Init` around a constructor runs transformers' initialisation on
+    empty shards, with wrong numbers (a first loss of 85 instead of 9 for GPT-2).
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -138,12 +144,12 @@ def load_model(
     config: PreTrainedConfig | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Return the causal LM of a folder or Hub name, its weights as `dtype` ("fp32" | "bf16").
+    """Return the causal LM of a local folder or Hub name with weights in `dtype` ("fp32" | "bf16").
 
-    Under ZeRO-3 (a live HfDeepSpeedConfig) the weights are loaded into shards, and the call is collective.
-    Of a multimodal wrapper the text part alone is loaded. `attention`: an attention implementation; None chooses
-    transformers' default (see `default_attention`). `config`: from `load_config`; None reads it. The dtype is always
-    given: transformers 5 otherwise keeps the file's. Raises UserError if anything is missing or of another shape.
+    Of a multimodal wrapper only the text part is loaded. `attention`: an attention implementation; None: transformers'
+    default (see `default_attention`). `config`: from `load_config`; None reads it. Under ZeRO-3 (a live
+    HfDeepSpeedConfig) the weights are loaded into shards, and the call is collective. Raises UserError if a weight is
+    missing or has another shape.
     """
     import torch
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -153,33 +159,34 @@ def load_model(
     info: dict[str, Any]
     written = _read_config(name)
     config = config or causal_lm_config(written, name)
-    model_type: Any = model_class(config)
+    class_: Any = model_class(config)
     if is_wrapper(written):
-        kwargs["key_mapping"] = key_mapping(model_type)
+        kwargs["key_mapping"] = key_mapping(class_)
     try:
-        with _loaded_rows_kept():
-            model, info = model_type.from_pretrained(
+        with _keep_loaded_rows():
+            model, info = class_.from_pretrained(
                 name,
                 config=config,
-                dtype=getattr(torch, TORCH_DTYPES[dtype]),
+                dtype=getattr(torch, DTYPES[dtype]),  # without it transformers 5 keeps the file's
                 attn_implementation=attention or default_attention(config),
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # check_weights reports them
                 output_loading_info=True,
                 **kwargs,
             )
         check_weights(model, info, name, written)
         if is_wrapper(written):
-            # Otherwise save_pretrained would write the wrapper's names beside the text config.
+            # Without this save_pretrained would write the wrapper's names beside the text config.
             model.__dict__.pop("_weight_conversions", None)
     except UserError as error:
         problem = str(error)
     except Exception as error:  # transformers raises errors of many types for files it cannot read
         if isinstance(error, torch.OutOfMemoryError) or distributed.is_communication_failure(error):
             raise
-        traceback.print_exc()  # into the log
+        traceback.print_exc()
         problem = f"no model at {name} (a local folder or a hub name): {error_reason(error)}"
+        # After any other error ranks may be waiting in a collective of from_pretrained, so no further one is possible.
         if not str(error).startswith("Error(s) in loading state_dict"):
-            raise UserError(problem) from None  # under ZeRO-3 the other ranks may wait in a collective
+            raise UserError(problem) from None
     if is_deepspeed_zero3_enabled():
         distributed.raise_on_all_ranks(problem)  # only rank 0 reads the weights
     elif problem is not None:
@@ -189,16 +196,16 @@ def load_model(
 
 
 @contextlib.contextmanager
-def _loaded_rows_kept() -> Iterator[None]:
-    """Context manager in which transformers does not set a part of a tensor to zero.
+def _keep_loaded_rows() -> Iterator[None]:
+    """Context manager in which transformers' initialisation does not zero views of tensors.
 
-    transformers 5 marks what it has read from a file as initialised, but a row of it (`weight[padding_idx]`) has no mark:
-    families that set the padding row to zero (Youtu, RecurrentGemma) would lose the row that the file holds.
+    transformers 5 marks loaded tensors as initialised, but not their views: families that zero the padding row
+    (`weight[padding_idx]`: Youtu, RecurrentGemma) would lose the row of the file.
     """
     from transformers import initialization
 
     original = initialization.zeros_
-    initialization.zeros_ = lambda tensor: tensor if tensor._base is not None else original(tensor)
+    initialization.zeros_ = lambda tensor: tensor if library_internals.is_view(tensor) else original(tensor)
     try:
         yield
     finally:
@@ -206,9 +213,9 @@ def _loaded_rows_kept() -> Iterator[None]:
 
 
 def empty_model(config: PreTrainedConfig, dtype: str, attention: str | None = None) -> PreTrainedModel:
-    """The model with whatever lies in memory for weights, to read a checkpoint into; its buffers are made as always.
+    """Return a model with uninitialised weights, to load a checkpoint into; its buffers are initialised.
 
-    Neither a seed nor a pretrained model's files are asked for: a run that goes on does not wait for them.
+    A resumed run needs neither a seed nor the pretrained model's files.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -217,7 +224,7 @@ def empty_model(config: PreTrainedConfig, dtype: str, attention: str | None = No
     with no_init_weights(), _empty_shards():
         model = AutoModelForCausalLM.from_config(
             config,
-            dtype=getattr(torch, TORCH_DTYPES[dtype]),
+            dtype=getattr(torch, DTYPES[dtype]),
             attn_implementation=attention,
             trust_remote_code=False,
         )
@@ -227,9 +234,10 @@ def empty_model(config: PreTrainedConfig, dtype: str, attention: str | None = No
 
 @contextlib.contextmanager
 def _empty_shards() -> Iterator[None]:
-    """Under ZeRO-3 (a live HfDeepSpeedConfig): what transformers does to make a model in shards, but for what follows.
+    """Context manager that creates a model in ZeRO-3 shards if there is a live HfDeepSpeedConfig, without initialisation.
 
-    It would gather all parameters from all ranks to initialise them, half the time of building the engine.
+    transformers' own path also gathers all parameters from all ranks to initialise them: half the time of building the
+    engine.
     """
     from transformers.integrations.deepspeed import (
         deepspeed_config,
@@ -249,7 +257,7 @@ def _empty_shards() -> Iterator[None]:
 
 
 def device() -> torch.device:
-    """The accelerator of this rank (`distributed.initialize` has chosen it), else the CPU."""
+    """Return the accelerator that `distributed.initialize` selected for this rank, else the CPU."""
     import torch
 
     return (

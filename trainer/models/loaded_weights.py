@@ -1,4 +1,4 @@
-"""Compare what a model's files held with what the model needs: no weight may be made up, and none is dropped unmentioned."""
+"""Check that a model's files hold the weights that the model needs, and report those it does not use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 from trainer.models.text_part import is_wrapper
-from trainer.runtime import terminal
+from trainer.runtime import library_internals, terminal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,10 +18,10 @@ _NUM_NAMED = 3
 
 
 def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str, written: PreTrainedConfig) -> None:
-    """Refuse missing weights and weights of another shape; report unexpected ones in one line on rank 0.
+    """Raise UserError for missing weights and weights of another shape; report unexpected ones in one line on rank 0.
 
     `info`: the loading info of `from_pretrained`, from which transformers has removed tied weights and those that a
-    family makes itself. `written`: the config as it is in the folder. Raises UserError.
+    family computes. `written`: the config of the folder, for a wrapper the whole.
     """
     problems = []
     if missing := sorted(info["missing_keys"]):
@@ -30,7 +30,8 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str, writt
         )
     if mismatched := sorted(info["mismatched_keys"]):
         shapes = [
-            f"{key}: {list(there)} in the file, {list(ours)} in the model" for key, there, ours in mismatched
+            f"{key}: {list(in_file)} in the file, {list(in_model)} in the model"
+            for key, in_file, in_model in mismatched
         ]
         problems.append(
             f"{_count(shapes)} {_have(shapes)} another shape than the config says ({_some(shapes)})"
@@ -40,7 +41,7 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str, writt
         held = f"; its files hold {_some(unexpected)} instead" if unexpected and missing else ""
         raise UserError(
             f"{name}: {' and '.join(problems)}{held}. transformers would fill them with random numbers: "
-            "give a complete model whose config.json belongs to its weights"
+            "give a complete model whose config.json matches its weights"
         )
     if is_wrapper(written):
         terminal.info(
@@ -49,19 +50,19 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], name: str, writt
         )
     elif unexpected:
         terminal.warning(
-            f"{name} holds {_count(unexpected)} the model has no use for ({_some(unexpected)}): left out"
+            f"{name} holds {_count(unexpected)} the model does not use ({_some(unexpected)}): left out"
         )
 
 
 def _unexpected_under_zero3(model: PreTrainedModel, name: str) -> set[str]:
-    """Return the names in a local folder's files that the model lacks; under ZeRO-3 transformers does not report them."""
+    """Return the weights in a local folder's files that the model lacks, which transformers does not report under ZeRO-3."""
     from transformers.core_model_loading import WeightConverter, rename_source_key
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from transformers.utils.loading_report import LoadStateDictInfo
 
     if not is_deepspeed_zero3_enabled():
         return set()
-    changes = getattr(model, "_weight_conversions", None) or []
+    changes = library_internals.weight_conversions(model)
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     renamings = [change for change in changes if not isinstance(change, WeightConverter)]
     ours = model.state_dict()
@@ -70,12 +71,12 @@ def _unexpected_under_zero3(model: PreTrainedModel, name: str) -> set[str]:
         for key in _names_in_files(Path(name))
     )
     found = LoadStateDictInfo(set(), {key for key in renamed if key not in ours}, set(), [], {}, set())
-    model._adjust_missing_and_unexpected_keys(found)
+    library_internals.leave_out_expected_extras(model, found)
     return found.unexpected_keys
 
 
 def _names_in_files(folder: Path) -> set[str]:
-    """Return the names of the weights in a folder's safetensors files, as transformers chooses them; no tensor is read."""
+    """Return the names of the weights in the safetensors files that transformers loads from `folder`."""
     from safetensors import safe_open
 
     index = folder / "model.safetensors.index.json"

@@ -1,8 +1,8 @@
-"""Settings of a config under the names that transformers 4 and others read, beside those of transformers 5.
+"""Add to a config.json the settings under their transformers 4 names, beside those of transformers 5.
 
 transformers 5 moves the settings of rotary positions (`rope_theta`, `rope_scaling`, `rotary_pct`, ...) into
-`rope_parameters`, and Qwen3-MoE's `num_experts` into `num_local_experts`. A reader that does not know the new name takes its
-default, for positions silently.
+`rope_parameters`, and Qwen3-MoE's `num_experts` into `num_local_experts`. Software that reads only the old names would
+use its defaults, for positions silently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _ROPE = "rope_parameters"
-# Not settings of the model, or written anew.
+# Not settings of the model, or written by this program.
 _NOT_KEPT = {
     "architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype", "transformers_version",
     "use_cache", "_name_or_path",
@@ -25,10 +25,10 @@ _NOT_KEPT = {
 
 
 def add_old_settings(path: Path, published: dict[str, Any]) -> None:
-    """Add to the config.json at `path` what `published`, the config.json of the base model, says and it does not.
+    """Add to the config.json at `path` the settings of `published`, the base model's config.json, that it lacks.
 
-    Settings of rotary positions and numbers of experts that `published` does not have are derived. All are added only if
-    transformers reads the same config with them, and also without `rope_parameters`.
+    Settings of rotary positions and numbers of experts that `published` lacks are derived. Settings are added only if
+    transformers reads the same config from the result, with and without `rope_parameters`.
     """
     from transformers import AutoConfig
 
@@ -40,8 +40,8 @@ def add_old_settings(path: Path, published: dict[str, Any]) -> None:
         old: ours[new] for old, new in config.attribute_map.items() if "experts" in old and new in ours
     }
     kept = {old: value for old, value in renamed.items() if old not in ours} | kept
-    for names, others in itertools.product(_candidates(ours.get(_ROPE)), (kept, {})):
-        added = {**names, **others}
+    for rope_settings, other_settings in itertools.product(_candidates(ours.get(_ROPE)), (kept, {})):
+        added = {**rope_settings, **other_settings}
         without_new = {key: value for key, value in ours.items() if key != _ROPE}
         if all(_reads_same(kind, content | added, expected, added) for content in (ours, without_new)):
             path.write_text(json.dumps(ours | added, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -49,7 +49,7 @@ def add_old_settings(path: Path, published: dict[str, Any]) -> None:
 
 
 def _candidates(rope: Any) -> Iterator[dict[str, Any]]:
-    """Yield ways in which configs of transformers 4 say what `rope_parameters` says; at last no way."""
+    """Yield forms in which configs of transformers 4 spell `rope_parameters`, last the empty one."""
     if isinstance(rope, dict):
         whole, local = rope, None
         if isinstance(rope.get("full_attention"), dict):
@@ -71,9 +71,9 @@ def _candidates(rope: Any) -> Iterator[dict[str, Any]]:
 def _reads_same(
     kind: type[PreTrainedConfig], content: dict[str, Any], expected: dict[str, Any], added: dict[str, Any]
 ) -> bool:
-    """Return whether transformers reads `expected` from `content`, not counting the names in `added`."""
+    """Return whether transformers reads `expected` from `content`; the names in `added` are not compared."""
     try:
         found = kind.from_dict(json.loads(json.dumps(content))).to_dict()
-    except Exception:  # of many types: this family does not know such a setting
+    except Exception:  # of many types: the family has no such setting
         return False
     return all(found.get(name) == value for name, value in expected.items() if name not in added)

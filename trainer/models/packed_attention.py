@@ -1,9 +1,9 @@
 """Causal attention over packs: every example of a pack attends to itself alone.
 
-Registered with transformers as the attention "packed". Inside `use_pack` its mask function returns a `PackMask`, an
-object that every family hands down to its layers as `attention_mask`, so that the boundaries of the examples reach the
-attention also where layers drop the caller's keyword arguments. A family that does anything else with its mask fails
-there, and training/layout_check.py compares what comes out with the model's own forward pass.
+Registered with transformers as the attention "packed". Inside `use_pack` its mask function returns a `PackMask`, which
+every family passes to its layers as `attention_mask`, so that the boundaries of the examples reach the attention even
+where layers drop the caller's keyword arguments. Any other use of the mask raises an error, and
+training/layout_check.py compares the result with the model's own forward pass.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NAME = "packed"
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """The examples of a flat row: `lengths` in tokens; `bounds` int32 [examples + 1], where they start, and the total."""
+    """Examples of a flat row: `lengths` in tokens; `cu_seqlens` int32 [examples + 1], their cumulated lengths."""
 
     lengths: Sequence[int]
     cu_seqlens: torch.Tensor
-    sdpa: bool  # else the family's eager attention
+    use_sdpa: bool  # else the family's eager attention
 
     @functools.cached_property
     def max_seqlen(self) -> int:
@@ -38,7 +38,7 @@ class PackedSequence:
 
 
 class PackMask(LayerMask):
-    """The mask of a pack: every example has the upper left corner of its longest one's."""
+    """Mask of a pack: that of every example is the upper left corner of the longest example's."""
 
     def __init__(self, pack: PackedSequence, pattern: MaskPattern) -> None:
         self.pack = pack
@@ -47,8 +47,7 @@ class PackMask(LayerMask):
         self._square: torch.Tensor | None = None
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest example."""
+    def max_seqlen(self) -> int:
         return self.pack.max_seqlen
 
     def of_example(self, length: int) -> torch.Tensor | None:
@@ -60,25 +59,26 @@ class PackMask(LayerMask):
         return self._square[:length, :length]
 
 
-def causal_mask(lengths: Sequence[int], bounds: torch.Tensor) -> PackMask:
-    """Return the mask of a pack (see `Pack`) in plain causal attention, to call `attend` without a model."""
+def causal_mask(lengths: Sequence[int], cu_seqlens: torch.Tensor) -> PackMask:
+    """Return the mask of a pack (see `PackedSequence`) in plain causal attention, to call `attend` without a model."""
     from transformers.masking_utils import causal_mask_function
 
-    return PackMask(PackedSequence(lengths, bounds, sdpa=True), MaskPattern(causal_mask_function, math.inf))  # type: ignore[arg-type]
+    pattern = MaskPattern(causal_mask_function, math.inf)  # type: ignore[arg-type]
+    return PackMask(PackedSequence(lengths, cu_seqlens, use_sdpa=True), pattern)
 
 
 _current: PackedSequence | None = None
 
 
 @contextlib.contextmanager
-def use_pack(model: Any, lengths: Sequence[int], bounds: torch.Tensor) -> Iterator[None]:
+def use_pack(model: Any, lengths: Sequence[int], cu_seqlens: torch.Tensor) -> Iterator[None]:
     """Context manager for the forward pass of a pack by `model` (or its engine), whose attention is "packed".
 
     The backward pass, which may recompute layers, does not need it.
     """
     global _current
     before = _current
-    _current = PackedSequence(lengths, bounds, default_attention.uses_sdpa(model))
+    _current = PackedSequence(lengths, cu_seqlens, default_attention.uses_sdpa(model))
     try:
         yield
     finally:
@@ -86,7 +86,7 @@ def use_pack(model: Any, lengths: Sequence[int], bounds: torch.Tensor) -> Iterat
 
 
 def register() -> str:
-    """Make the attention known to transformers; returns the name for `attn_implementation`."""
+    """Register the attention with transformers and return its name for `attn_implementation`."""
     default_attention.register(NAME, attend, _make_mask)
     return NAME
 
@@ -106,26 +106,26 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     key_bias: torch.Tensor | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, ...] -> [1, tokens, heads, value head_dim].
+    """Return the attention output [1, tokens, heads, value head_dim] of a pack; transformers' attention function.
 
-    key_bias [heads, at least the longest example]: see default_attention.attend. Raises UnsupportedAttention if the layer
-    does not hand down the mask.
+    query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, ...], key_bias [heads, at least max_seqlen]
+    (see default_attention.attend). Raises UnsupportedAttention if `attention_mask` is not a `PackMask`.
     """
     if not isinstance(attention_mask, PackMask) or query.shape[0] != 1:
-        raise UnsupportedAttention("its layers do not hand the attention mask on")
+        raise UnsupportedAttention("its layers do not pass the attention mask on")
     mask, pack = attention_mask, attention_mask.pack
-    default_attention.check_keywords(others)
-    plain = pack.sdpa and mask.is_causal and key_bias is None and dropout == 0.0
+    default_attention.check_keywords(kwargs)
+    plain = pack.use_sdpa and mask.is_causal and key_bias is None and dropout == 0.0
     if plain and has_kernel(query, value):
         return varlen_attention(query, key, value, scaling, pack.cu_seqlens, pack.max_seqlen), None
-    # One call per example: work grows with the sum of squared lengths, not with the square of the pack's.
+    # One call per example: the cost is the sum of squared lengths, not the square of the pack's.
     lengths = list(pack.lengths)
     cut = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), lengths, strict=True)
     outputs = [
         default_attention.attend(
-            module, q, k, v, mask.of_example(length), scaling, dropout, pack.sdpa, others, key_bias
+            module, q, k, v, mask.of_example(length), scaling, dropout, pack.use_sdpa, kwargs, key_bias
         )
         for q, k, v, length in cut
     ]
@@ -133,7 +133,7 @@ def attend(
 
 
 def has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Flash attention in torch: Ampere or newer, 16 bits, heads of one size up to 256 in multiples of 8."""
+    """Return whether `varlen_attention` supports the tensors: Ampere or newer, 16 bits, one head_dim, <= 256, multiple of 8."""
     head_dim = query.shape[3]
     return (
         query.is_cuda
@@ -150,34 +150,44 @@ def varlen_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float | None,
-    bounds: torch.Tensor,
-    longest: int,
-    key_bounds: torch.Tensor | None = None,
-    longest_key: int | None = None,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> torch.Tensor:
-    """One kernel for all examples (flash attention inside torch, no extra package); it has no dropout.
+    """Return the causal attention of all examples from one kernel (torch's flash attention), without dropout.
 
-    An example that has more keys (`key_bounds`, int32 like `bounds`) than queries: its last query sees its last key.
+    Shapes as in `attend`. `cu_seqlens_k`, int32 like `cu_seqlens`, if an example has more keys than queries; then its
+    last query is aligned with its last key.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    # Not [0], whose gradient is a tensor of zeros to copy into, in an order of axes that has to be copied once more.
+    # squeeze, not [0]: the gradient of an index is a copy into zeros, in an axis order that is copied once more.
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     grouped: dict[str, Any] = {}
     if query.shape[1] != key.shape[1] and _takes_enable_gqa():
         grouped = {"enable_gqa": True}
-    key_bounds = bounds if key_bounds is None else key_bounds
-    longest_key = longest if longest_key is None else longest_key
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    max_seqlen_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
     out = varlen_attn(
-        q, k, v, bounds, key_bounds, longest, longest_key, scale=scaling, window_size=(-1, 0), **grouped
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens_k,
+        max_seqlen,
+        max_seqlen_k,
+        scale=scaling,
+        window_size=(-1, 0),
+        **grouped,
     )
-    assert isinstance(out, torch.Tensor)  # return_aux was not asked for
+    assert isinstance(out, torch.Tensor)  # without return_aux
     return out.unsqueeze(0)
 
 
 @functools.cache
 def _takes_enable_gqa() -> bool:
-    """Return whether `varlen_attn` takes `enable_gqa` (torch >= 2.12); older ones accept fewer key-value heads as they are."""
+    """Return whether `varlen_attn` takes `enable_gqa` (torch >= 2.12); torch 2.11 accepts fewer key-value heads without it."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

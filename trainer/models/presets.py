@@ -1,8 +1,8 @@
 """Model shapes by name: small students with random weights, and published models for planning without a network.
 
-The student shapes are Llama's (rotary positions, gated MLP, tied embeddings). Rotary positions learn to copy a number
-much sooner than learned positions, heads of 16 sooner than heads of 32, and a rotary base of 500 fits short texts. From
-10m on, heads have 32 and then 64 dimensions: on a GPU heads of 16 are slow.
+The student shapes are Llama's (rotary positions, gated MLP, tied embeddings). Models learn to copy a number much sooner
+with rotary than with learned positions, and with heads of 16 than of 32; a rotary base of 500 fits short texts. From
+10m on, heads have 32 and then 64 dimensions, since heads of 16 are slow on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def student_names() -> list[str]:
 
 
 def student_config(name: str, vocabulary_size: int) -> Any:
-    """Return the Transformers config of a student shape for a vocabulary of `vocabulary_size` tokens."""
+    """Return the transformers config of a student shape for a vocabulary of `vocabulary_size` tokens."""
     from transformers import LlamaConfig
 
     layers, width, heads, mlp_width = _STUDENTS[name]
@@ -71,13 +71,13 @@ def _neox(layers: int, width: int, heads: int, vocabulary: int = 50304) -> dict[
 
 
 def _llama(
-    layers: int, width: int, heads: int, groups: int, mlp: int, vocabulary: int, tied: bool = False
+    layers: int, width: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, tied: bool = False
 ) -> dict[str, Any]:
     return {
         "num_hidden_layers": layers,
         "hidden_size": width,
         "num_attention_heads": heads,
-        "num_key_value_heads": groups,
+        "num_key_value_heads": kv_heads,
         "intermediate_size": mlp,
         "vocab_size": vocabulary,
         "max_position_embeddings": 8192,
@@ -85,7 +85,7 @@ def _llama(
     }
 
 
-# name -> (transformers' model type, its settings)
+# name -> (transformers' model type, settings)
 _PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: ("gpt2", shape) for name, shape in _GPT2.items()},
     "pythia-160m": ("gpt_neox", _neox(12, 768, 12)),
@@ -114,8 +114,8 @@ def published_names() -> list[str]:
 
 
 def published_config(name: str) -> Any:
-    """Return the Transformers config of a published model. Values not listed here are the class's defaults."""
+    """Return the transformers config of a published model; settings not listed here have the class's defaults."""
     from transformers import AutoConfig
 
-    kind, shape = _PUBLISHED[name]
-    return AutoConfig.for_model(kind, **shape)
+    model_type, settings = _PUBLISHED[name]
+    return AutoConfig.for_model(model_type, **settings)

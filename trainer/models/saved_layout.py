@@ -1,9 +1,9 @@
-"""Where the elements of every tensor that `save_pretrained` writes lie in the tensors of the model.
+"""Map the tensors that `save_pretrained` writes to strided views of the model's tensors.
 
 transformers 5 renames and fuses weights when it loads them (`experts.0.gate_proj.weight`, ... -> `experts.gate_up_proj`)
-and reverts that in `save_pretrained`. The reversal is asked of transformers itself: it runs once on tensors without
-memory (device meta), and a dispatch mode notes which element of which tensor ends where. The operations that occur
-(split, stack, concatenate, transpose, permute) only move elements; any other operation is refused.
+and reverts that in `save_pretrained`. Here transformers' own reversal runs once on the meta device, and a dispatch mode
+records where each element comes from. The operations that occur (split, stack, concatenate, transpose, permute) only
+move elements; any other operation raises NotAMoveError.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.runtime import library_internals
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class NotAMoveError(Exception):
-    """A tensor is computed from others, or takes its elements from none."""
+    """Raised for a saved tensor that is computed, not merely rearranged, from the model's tensors."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class StridedView:
-    """Elements of `of`, read as `torch.as_strided` does: of a tensor of the model (its name), or of joined views."""
+    """View, as of `torch.as_strided`, of `of`: a tensor of the model (its name) or joined views."""
 
     of: str | Joined
     shape: tuple[int, ...]
@@ -46,16 +48,16 @@ class StridedView:
 
     @property
     def names(self) -> set[str]:
-        """Return the names of all tensors of the model that are read."""
+        """Return the names of all tensors of the model that the view reads."""
         if isinstance(self.of, str):
             return {self.of}
         return set().union(*(view.names for view in self.of.views))
 
 
 def saved_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the tensors that `save_pretrained` would write, by name; tied weights are there once.
+    """Return the tensors that `save_pretrained` would write, by name, tied weights once.
 
-    Names are those of the files that `from_pretrained` read, or those of the Hub if `_weight_conversions` is None or not set.
+    Names are those of the files that `from_pretrained` read; without `_weight_conversions` in the model those of the Hub.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -63,20 +65,20 @@ def saved_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def without_aliases(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the state dict of `model` without what `save_pretrained` leaves out, under the names of the class."""
+    """Return the state dict of `model` without tied aliases and other tensors that `save_pretrained` leaves out."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    everything = dict(model.state_dict())
-    for name in model._keys_to_ignore_on_save or ():
-        everything.pop(name, None)
-    return remove_tied_weights_from_state_dict(everything, model)
+    state = dict(model.state_dict())
+    for name in library_internals.keys_not_saved(model):
+        state.pop(name, None)
+    return remove_tied_weights_from_state_dict(state, model)
 
 
 def trace(model: PreTrainedModel) -> dict[str, StridedView]:
-    """Return how each tensor of the files is made from the tensors of `model`, by its name in the files.
+    """Return, by its name in the files, how each saved tensor is made from the tensors of `model`.
 
-    A tensor that is written as it is, under its own name, is left out. Raises NotAMoveError naming the tensor if
-    transformers does more than move elements.
+    Tensors that are written unchanged under their own names are left out. Raises NotAMoveError if transformers does more
+    than move elements.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -96,27 +98,27 @@ def trace(model: PreTrainedModel) -> dict[str, StridedView]:
 
 
 def to_json(views: dict[str, StridedView]) -> dict[str, Any]:
-    """Return `views` in plain lists, for a JSON file."""
+    """Return `views` as lists, for a JSON file."""
     return {name: _view_to_json(view) for name, view in views.items()}
 
 
 def from_json(content: dict[str, Any]) -> dict[str, StridedView]:
-    """Return what `to_json` was given. Raises KeyError, TypeError or ValueError for anything else."""
+    """Return the views from the result of `to_json`. Raises KeyError, TypeError or ValueError for other content."""
     return {name: _view_from_json(view) for name, view in content.items()}
 
 
 def _view_to_json(view: StridedView) -> list[Any]:
     of: Any = view.of
     if isinstance(view.of, Joined):
-        of = [view.of.dim, [_view_to_json(part) for part in view.of.views]]
+        of = [view.of.dim, [_view_to_json(inner) for inner in view.of.views]]
     return [of, list(view.shape), list(view.strides), view.offset]
 
 
 def _view_from_json(content: list[Any]) -> StridedView:
     of, shape, strides, offset = content
     if not isinstance(of, str):
-        dim, parts = of
-        of = Joined(tuple(_view_from_json(part) for part in parts), dim)
+        dim, views = of
+        of = Joined(tuple(_view_from_json(view) for view in views), dim)
     return StridedView(of, tuple(shape), tuple(strides), offset)
 
 
@@ -134,43 +136,42 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes for every storage that appears which elements it holds. Views share the storage of what they view."""
+    """Dispatch mode that records the content of every storage; a view shares the storage of its base."""
 
     def __init__(self) -> None:
         super().__init__()
         self._contents: dict[int, str | Joined] = {}
-        self._kept: list[Any] = []  # or a freed storage's address would be given to another
+        self._kept: list[Any] = []  # keeps storages alive: the address of a freed one could be reused
 
     def stand_in(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a contiguous tensor on meta that stands for the tensor `name` of the model."""
+        """Return a contiguous meta tensor recorded as the tensor `name` of the model."""
         made = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        self._note(made, name)
+        self._record(made, name)
         return made
 
     def view(self, tensor: torch.Tensor) -> StridedView:
-        """Return where the elements of `tensor` come from. Raises NotAMoveError."""
-        found = self._contents.get(tensor.untyped_storage()._cdata)
+        """Return `tensor` as a view of the model's tensors. Raises NotAMoveError."""
+        found = self._contents.get(library_internals.storage_id(tensor))
         if found is None:
-            raise NotAMoveError("transformers writes a tensor that is not made of the model's own")
+            raise NotAMoveError("transformers writes a tensor that is not made from the model's tensors")
         view = StridedView(found, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
         return _normal(view)
 
-    def _note(self, tensor: torch.Tensor, content: str | Joined) -> None:
-        storage = tensor.untyped_storage()
-        self._kept.append(storage)
-        self._contents[storage._cdata] = content
+    def _record(self, tensor: torch.Tensor, content: str | Joined) -> None:
+        self._kept.append(tensor.untyped_storage())
+        self._contents[library_internals.storage_id(tensor)] = content
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = result if isinstance(result, (list, tuple)) else [result]
         for tensor in made:
-            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage()._cdata in self._contents:
+            if not isinstance(tensor, torch.Tensor) or library_internals.storage_id(tensor) in self._contents:
                 continue
-            self._note(tensor, self._copied(func, tensor, args))
+            self._record(tensor, self._copied(func, tensor, args))
         return result
 
     def _copied(self, func: Any, made: torch.Tensor, args: Any) -> Joined:
-        """Return what a new tensor holds. Raises NotAMoveError if `func` does not merely copy."""
+        """Return the content of a new tensor. Raises NotAMoveError if `func` does not merely copy."""
         name = func.overloadpacket.__name__
         if not made.is_contiguous():
             raise NotAMoveError(f"transformers applies {name}")
@@ -178,14 +179,14 @@ class _Recorder(TorchDispatchMode):
             return Joined((self.view(args[0]),), 0)
         if name in ("cat", "stack"):
             dim = args[1] if len(args) > 1 else 0
-            parts = [part.unsqueeze(dim) for part in args[0]] if name == "stack" else list(args[0])
-            if all(part.dtype == made.dtype for part in parts):
-                return Joined(tuple(self.view(part) for part in parts), dim % made.dim())
+            tensors = [tensor.unsqueeze(dim) for tensor in args[0]] if name == "stack" else list(args[0])
+            if all(tensor.dtype == made.dtype for tensor in tensors):
+                return Joined(tuple(self.view(tensor) for tensor in tensors), dim % made.dim())
         raise NotAMoveError(f"transformers applies {name}")
 
 
 def _normal(view: StridedView) -> StridedView:
-    """Return an equal view that reads a tensor of the model directly where one view can say it."""
+    """Return an equal view in normal form: of a tensor of the model itself where possible, with standard strides for size 1."""
     if isinstance(view.of, Joined) and len(view.of.views) == 1:
         (copied,) = view.of.views
         direct = _view_of_copied(copied, view)
@@ -201,7 +202,7 @@ def _normal(view: StridedView) -> StridedView:
 
 
 def _view_of_copied(copied: StridedView, view: StridedView) -> StridedView | None:
-    """Return `view`, which reads a contiguous copy of `copied`, as a view of what `copied` reads; None if it is not one."""
+    """Return `view`, of a contiguous copy of `copied`, as a view of `copied.of`; None if there is no such view."""
     shape, strides = merged(copied.shape, copied.strides)
     steps = contiguous_strides(shape)  # of the copy
     last, offset, rest = [], copied.offset, view.offset
@@ -226,7 +227,7 @@ def _view_of_copied(copied: StridedView, view: StridedView) -> StridedView | Non
 
 
 def merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return shape and strides with neighbouring dimensions merged where one stride steps through both."""
+    """Return shape and strides with adjacent dimensions merged where one stride covers both."""
     sizes: list[int] = []
     steps: list[int] = []
     for size, stride in zip(shape, strides, strict=True):

@@ -1,8 +1,8 @@
-"""Tokenise a text segment by segment: every segment has the tokens it has inside the text.
+"""Tokenise and decode a text segment by segment, with the tokens that each segment has inside the text.
 
-SentencePiece tokenizers (Llama 2, TinyLlama, Mistral 7B, Phi-3) put a space before every text they are given. The first
-segment of a text keeps it, as the base model has learned; a segment that continues a text is tokenised without it.
-Decoding is the reverse: such a tokenizer drops the first space of what it decodes, which inside a text belongs to the text.
+SentencePiece tokenizers (Llama 2, TinyLlama, Mistral 7B, Phi-3) put a space before every text. The first segment of a
+text keeps it, as the base model was trained; a segment that continues a text is tokenised without it. In decoding, such
+a tokenizer drops a leading space, which must be kept inside a text.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ _BYTE_LEVEL_STEPS = ("ByteLevel", "Digits", "Split")  # of a pre-tokenizer that 
 
 
 class SegmentTokenizer:
-    """Encodes and decodes the segments of texts with one tokenizer; made by `segment_tokenizer`.
+    """Encoder and decoder of text segments for one tokenizer; created by `segment_tokenizer`.
 
-    Special tokens are neither added nor recognised: a text that spells "<|endoftext|>" is text. Encoding may be
-    called by several threads.
+    Special tokens are neither added nor recognised: "<|endoftext|>" in a text is plain text. Encoding is thread-safe.
+
+    is_lossless: every text can be decoded exactly from its tokens, by construction of the tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -37,7 +38,7 @@ class SegmentTokenizer:
             self.is_lossless = _keeps_every_byte(rules)
             self._next = _without_prefix_space(rules) or self._first
         letter = self.encode_first([_LETTER])[0]
-        # What decoding puts before a whole text: a space for GPT-2 with add_prefix_space, nothing for Llama.
+        # Prefix that decoding adds to a whole text: a space for GPT-2 with add_prefix_space, nothing for Llama.
         self._lead = self._decode(letter).removesuffix(_LETTER)
         keeps_space = self._decode(self.encode_next([f" {_LETTER}"])[0]) == f" {_LETTER}"
         self._context = [] if keeps_space else letter
@@ -52,7 +53,7 @@ class SegmentTokenizer:
         return self._encode(self._next, texts)
 
     def decode_next(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens that continue a text, a leading space included."""
+        """Return the text of tokens that continue a text, with its leading space."""
         text = self._decode([*self._context, *tokens])
         return text.removeprefix(self._context_text)
 
@@ -66,12 +67,11 @@ class SegmentTokenizer:
 
     @property
     def continues_differently(self) -> bool:
-        """Whether a text has other tokens, or other text when decoded, where it continues a text."""
+        """True if a text that continues another has other tokens, or decodes otherwise, than one that starts an example."""
         return self._next is not self._first or bool(self._context)
 
     def _encode(self, backend: Tokenizer | None, texts: Sequence[str]) -> list[list[int]]:
-        """Ask the compiled tokenizer itself: transformers' `__call__` makes offsets, masks and dictionaries of every text,
-        which takes as long again."""
+        # Not transformers' `__call__`, whose offsets, masks and dictionaries double the time.
         if backend is None:
             encode = self._tokenizer.encode
             return [encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
@@ -87,12 +87,12 @@ class SegmentTokenizer:
 
 @lru_cache(maxsize=8)
 def segment_tokenizer(tokenizer: PreTrainedTokenizerBase) -> SegmentTokenizer:
-    """Return the segment tokenizer of a tokenizer, made once."""
+    """Return the segment tokenizer of `tokenizer`, cached."""
     return SegmentTokenizer(tokenizer)
 
 
 def _set_plain(backend: Tokenizer) -> None:
-    """No truncation, no padding, no special tokens in texts. A thread must not set what is set: another may be encoding."""
+    """Turn off truncation, padding and special tokens in texts, once: other threads may be encoding."""
     if backend.truncation or backend.padding or not backend.encode_special_tokens:
         backend.no_truncation()
         backend.no_padding()
@@ -100,7 +100,7 @@ def _set_plain(backend: Tokenizer) -> None:
 
 
 def _without_prefix_space(rules: dict[str, Any]) -> Tokenizer | None:
-    """Return the tokenizer without the steps that put something before a text; None if there are none."""
+    """Return the tokenizer without the steps that add a prefix to a text; None if it has no such step."""
     from tokenizers import Tokenizer
 
     changed = {
@@ -125,7 +125,7 @@ def _plain_step(step: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _keeps_every_byte(rules: dict[str, Any]) -> bool:
-    """Return whether every text comes back from its tokens by construction: byte-level, nothing normalised or removed."""
+    """Return whether decoding is exact by construction: byte-level BPE, nothing normalised or removed."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     steps = _steps(rules["pre_tokenizer"])

@@ -1,9 +1,9 @@
-"""Attention over generation slots (slots.py), for any model of transformers whose attention can be replaced.
+"""Attention over generation slots (kv_cache.py), for any transformers model whose attention can be replaced.
 
-Registered with transformers as the attention "slots". Its mask function returns a `SlotMask`, which every family hands
-down to its layers as `attention_mask`, so the slots reach the attention also where layers drop the caller's keyword
-arguments. Recurrent and convolutional layers do not call attention: evaluation/backend_check.py compares what comes
-out with the model's own forward pass.
+Registered with transformers as the attention "slots". Its mask function returns a `SlotMask`, which every family passes
+to its layers as `attention_mask`, so that the slots reach the attention even where layers drop the caller's keyword
+arguments. Recurrent and convolutional layers do not call attention: evaluation/backend_check.py compares the result
+with the model's own forward pass.
 """
 
 from __future__ import annotations
@@ -22,70 +22,69 @@ from trainer.models.default_attention import LayerMask, MaskPattern, Unsupported
 from trainer.models.kv_cache import ForwardBatch, PrefillChunk
 from trainer.models.packed_attention import has_kernel, varlen_attention
 
-IMPLEMENTATION = "slots"
+NAME = "slots"
 
 
 class SlotMask(LayerMask):
-    """The mask of a forward pass over slots, for all layers of one pattern."""
+    """Mask of a forward pass over slots, shared by all layers of one pattern."""
 
-    def __init__(self, step: ForwardBatch, pattern: MaskPattern, sdpa: bool) -> None:
-        self.step = step
-        self.sdpa = sdpa
-        self.is_causal = pattern.is_causal(step.longest)
+    def __init__(self, batch: ForwardBatch, pattern: MaskPattern, use_sdpa: bool) -> None:
+        self.batch = batch
+        self.use_sdpa = use_sdpa
+        self.is_causal = pattern.is_causal(batch.max_seqlen)
         self._pattern = pattern
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, rounded up."""
-        return self.step.longest
+    def max_seqlen(self) -> int:
+        return self.batch.max_seqlen
 
     @functools.cached_property
     def decode(self) -> torch.Tensor:
-        """Mask [block, 1, 1, longest] of the newest tokens: 0 or -inf for a causal pattern, else boolean."""
-        if self.is_causal:
-            return self.step.mask
-        return self.decode_visible
+        """Return the mask [block, 1, 1, max_seqlen] of the last tokens: 0 or -inf for a causal pattern, else boolean."""
+        return self.batch.mask if self.is_causal else self.decode_visible
 
     @functools.cached_property
     def decode_visible(self) -> torch.Tensor:
-        """The same, always boolean."""
-        keys = torch.arange(self.step.longest, device=self.step.slots.device)
-        return self._pattern.visible(self.step.last_positions[:, None, None, None], keys)
+        """Return the boolean mask [block, 1, 1, max_seqlen] of the last tokens."""
+        keys = torch.arange(self.batch.max_seqlen, device=self.batch.slots.device)
+        return self._pattern.visible(self.batch.last_positions[:, None, None, None], keys)
 
-    def of_chunk(self, piece: PrefillChunk) -> torch.Tensor | None:
-        """Boolean mask [tokens of the piece, tokens of the sequence]; None for a causal one of a sequence's start."""
-        if piece.num_cached == 0 and self._pattern.is_causal(piece.end):
+    def of_chunk(self, chunk: PrefillChunk) -> torch.Tensor | None:
+        """Return the boolean mask [tokens of the chunk, tokens of the sequence]; None for a causal first chunk."""
+        if chunk.num_cached == 0 and self._pattern.is_causal(chunk.end):
             return None
-        positions = torch.arange(piece.end, device=self.step.slots.device)
-        return self._pattern.visible(positions[piece.num_cached :, None], positions)
+        positions = torch.arange(chunk.end, device=self.batch.slots.device)
+        return self._pattern.visible(positions[chunk.num_cached :, None], positions)
 
 
-_current: tuple[ForwardBatch, bool] | None = None  # of the forward pass under way, and whether it uses sdpa
+_current: tuple[ForwardBatch, bool] | None = (
+    None  # during a forward pass: its batch, and whether it uses sdpa
+)
 
 
-def last_token_logits(model: PreTrainedModel, step: ForwardBatch) -> torch.Tensor:
-    """One forward pass: logits [slots that take part, vocabulary] of their newest tokens."""
+def last_token_logits(model: PreTrainedModel, batch: ForwardBatch) -> torch.Tensor:
+    """Run one forward pass and return the logits [active slots, vocabulary] of their last tokens."""
     global _current
-    num_tokens = step.input_ids.shape[1]
-    # As a tensor: with a number Gemma 4's layers that share keys and values read the last tokens only.
-    newest = torch.arange(num_tokens - step.num_decode, num_tokens, device=step.input_ids.device)
-    _current = step, default_attention.uses_sdpa(model)
+    num_tokens = batch.input_ids.shape[1]
+    # A tensor: given a number, Gemma 4's layers that share keys and values would process the last tokens only.
+    last = torch.arange(num_tokens - batch.num_decode, num_tokens, device=batch.input_ids.device)
+    _current = batch, default_attention.uses_sdpa(model)
     try:
         logits: torch.Tensor = model(
-            input_ids=step.input_ids,
-            position_ids=step.positions,
-            attention_mask=torch.ones_like(step.input_ids),
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            attention_mask=torch.ones_like(batch.input_ids),
             use_cache=False,
-            logits_to_keep=newest,
+            logits_to_keep=last,
         ).logits[0]
     finally:
         _current = None
-    return logits[-step.num_decode :]
+    return logits[-batch.num_decode :]
 
 
 def _make_mask(pattern: MaskPattern) -> SlotMask:
     if _current is None:
-        raise UnsupportedAttention("attention over slots was called outside newest_logits")
+        raise UnsupportedAttention("attention over slots was called outside last_token_logits")
     return SlotMask(_current[0], pattern, _current[1])
 
 
@@ -98,59 +97,59 @@ def slot_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     key_bias: torch.Tensor | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of each token over its own slot. query [1, heads, tokens, head size] -> [1, tokens, heads, value head size].
+    """Return the attention of each token over its own slot [1, tokens, heads, value head_dim]; transformers' attention function.
 
-    Raises UnsupportedAttention if the layer does not hand down the mask.
+    query [1, heads, tokens, head_dim]. Raises UnsupportedAttention if `attention_mask` is not a `SlotMask`.
     """
     if not isinstance(attention_mask, SlotMask) or query.shape[0] != 1:
-        raise UnsupportedAttention("its layers do not hand the attention mask on")
-    mask, step = attention_mask, attention_mask.step
-    default_attention.check_keywords(others)
-    keys, values = step.store(key, value)
+        raise UnsupportedAttention("its layers do not pass the attention mask on")
+    mask, batch = attention_mask, attention_mask.batch
+    default_attention.check_keywords(kwargs)
+    keys, values = batch.store(key, value)
 
     num_tokens = query.shape[2]
-    plain = mask.sdpa and mask.is_causal and key_bias is None
-    if step.chunks and plain and has_kernel(query, value):
-        outputs = [_varlen_attention(step, query, keys, values, scaling)]
+    plain = mask.use_sdpa and mask.is_causal and key_bias is None
+    if batch.chunks and plain and has_kernel(query, value):
+        outputs = [_varlen_attention(batch, query, keys, values, scaling)]
     else:
         outputs = [
-            _chunk_attention(module, piece, mask, query, key, value, keys, values, scaling, others, key_bias)
-            for piece in step.chunks
+            _chunk_attention(module, chunk, mask, query, key, value, keys, values, scaling, kwargs, key_bias)
+            for chunk in batch.chunks
         ]
-    newest = query[0, :, num_tokens - step.num_decode :].transpose(0, 1)
-    if step.rows is not None:
-        newest = newest.new_zeros(step.block, *newest.shape[1:]).index_copy_(0, step.rows, newest)
-    cached = keys[: step.block, :, : step.longest], values[: step.block, :, : step.longest]
+    last = query[0, :, num_tokens - batch.num_decode :].transpose(0, 1)
+    if batch.active_slots is not None:
+        last = last.new_zeros(batch.block, *last.shape[1:]).index_copy_(0, batch.active_slots, last)
+    cached = keys[: batch.block, :, : batch.max_seqlen], values[: batch.block, :, : batch.max_seqlen]
     if key_bias is not None:
-        attended = _decode_attention(newest, *cached, _biased(mask.decode, key_bias, keys.shape[1]), scaling)
-    elif mask.sdpa:
-        attended = _decode_attention(newest, *cached, mask.decode, scaling)
+        attended = _decode_attention(last, *cached, _biased(mask.decode, key_bias, keys.shape[1]), scaling)
+    elif mask.use_sdpa:
+        attended = _decode_attention(last, *cached, mask.decode, scaling)
     else:
         attended = default_attention.attend(
-            module, newest.unsqueeze(2), *cached, mask.decode_visible, scaling, 0.0, False, others
+            module, last.unsqueeze(2), *cached, mask.decode_visible, scaling, 0.0, False, kwargs
         ).squeeze(1)
-    outputs.append(attended if step.rows is None else attended[step.rows])
+    outputs.append(attended if batch.active_slots is None else attended[batch.active_slots])
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined[None], None
 
 
 def _decode_attention(
-    newest: torch.Tensor,
+    last: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attention of one token a slot: newest [block, heads, head size] -> [block, heads, value head size].
+    """Return the attention [block, heads, value head_dim] of one token per slot: last [block, heads, head_dim].
 
     Grouped queries become rows of one query matrix: no repetition of keys and values, and one mask for all heads.
     """
-    block, num_heads, head_size = newest.shape
+    block, num_heads, head_dim = last.shape
     num_groups = keys.shape[1]
     return scaled_dot_product_attention(
-        newest.reshape(block, num_groups, num_heads // num_groups, head_size),
+        last.reshape(block, num_groups, num_heads // num_groups, head_dim),
         keys,
         values,
         attn_mask=mask,
@@ -159,7 +158,7 @@ def _decode_attention(
 
 
 def _biased(mask: torch.Tensor, key_bias: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Add key_bias [heads, positions] to mask [block, 1, 1, longest] -> [block, key-value heads, heads of each, longest]."""
+    """Return key_bias [heads, positions] + mask [block, 1, 1, max_seqlen]: [block, groups, heads of a group, max_seqlen]."""
     bias = key_bias[:, : mask.shape[3]].unflatten(0, (num_groups, -1))
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, float("-inf"))
@@ -167,26 +166,25 @@ def _biased(mask: torch.Tensor, key_bias: torch.Tensor, num_groups: int) -> torc
 
 
 def _varlen_attention(
-    step: ForwardBatch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
+    batch: ForwardBatch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """Attention of all pieces: [tokens of the pieces, heads, head size].
+    """Return the attention of all chunks [tokens of the chunks, heads, head_dim].
 
-    One call and two copies out of the cache a layer. A call for each piece is what reading many prompts would wait for:
+    One call and two copies out of the cache per layer. One call per chunk would dominate the prefill of many prompts:
     about 400 ms for 256 of them in 10 layers on an H200.
     """
-    pack = step.varlen_batch
+    varlen = batch.varlen_batch
     key, value = (
-        cached[pack.key_slots, :, pack.key_positions].transpose(0, 1)[None] for cached in (keys, values)
+        cached[varlen.key_slots, :, varlen.key_positions].transpose(0, 1)[None] for cached in (keys, values)
     )
-    of_pieces = query[:, :, : step.chunks[-1].stop]
-    return varlen_attention(
-        of_pieces, key, value, scaling, pack.cu_seqlens, pack.max_seqlen, pack.cu_seqlens_k, pack.max_seqlen_k
-    )[0]
+    query = query[:, :, : batch.chunks[-1].stop]
+    lengths = varlen.cu_seqlens, varlen.max_seqlen, varlen.cu_seqlens_k, varlen.max_seqlen_k
+    return varlen_attention(query, key, value, scaling, *lengths)[0]
 
 
 def _chunk_attention(
     module: torch.nn.Module,
-    piece: PrefillChunk,
+    chunk: PrefillChunk,
     mask: SlotMask,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -194,30 +192,30 @@ def _chunk_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     scaling: float | None,
-    others: dict[str, Any],
+    kwargs: dict[str, Any],
     key_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of several new tokens of one slot: [tokens of the piece, heads, value head size]."""
-    new = slice(piece.start, piece.stop)
-    if piece.num_cached == 0:
+    """Return the attention of the new tokens of one slot [tokens of the chunk, heads, value head_dim]."""
+    new = slice(chunk.start, chunk.stop)
+    if chunk.num_cached == 0:
         seen = key[:, :, new], value[:, :, new]
     else:
-        seen = keys[piece.slot, None, :, : piece.end], values[piece.slot, None, :, : piece.end]
-    visible = mask.of_chunk(piece)
+        seen = keys[chunk.slot, None, :, : chunk.end], values[chunk.slot, None, :, : chunk.end]
+    visible = mask.of_chunk(chunk)
     return default_attention.attend(
-        module, query[:, :, new], *seen, visible, scaling, 0.0, mask.sdpa, others, key_bias
+        module, query[:, :, new], *seen, visible, scaling, 0.0, mask.use_sdpa, kwargs, key_bias
     )[0]
 
 
 @contextlib.contextmanager
 def use_slot_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Switch `model` to attention over slots and to evaluation mode; on exit both are as they were.
+    """Context manager with `model` in slot attention and evaluation mode; both are restored on exit.
 
-    Raises UnsupportedAttention if its layers do not let their attention be replaced.
+    Raises UnsupportedAttention if the attention of its layers cannot be replaced.
     """
     before = default_attention.attention_of_submodules(model)
     training = model.training
-    default_attention.set_attention(model, IMPLEMENTATION)
+    default_attention.set_attention(model, NAME)
     model.eval()
     try:
         yield
@@ -226,4 +224,4 @@ def use_slot_attention(model: PreTrainedModel) -> Iterator[None]:
         default_attention.restore_attention(model, before)
 
 
-default_attention.register(IMPLEMENTATION, slot_attention, _make_mask)
+default_attention.register(NAME, slot_attention, _make_mask)

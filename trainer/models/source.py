@@ -1,4 +1,4 @@
-"""Folders and Hub names that hold no plain causal LM: what they hold instead, and what a user can do about it."""
+"""Error messages, with a remedy, for folders and Hub names that hold no plain causal LM."""
 
 from __future__ import annotations
 
@@ -17,21 +17,18 @@ _QUANTISATION_PACKAGES = ("gptq", "awq", "bitsandbytes", "optimum", "quant", "co
 
 
 def check_source(name: str) -> None:
-    """Refuse what is recognised by its files: adapters and GGUF. Raises UserError.
-
-    `name`: a local folder or file, or a Hub name (whose cached or remote adapter config is looked up).
-    """
+    """Raise UserError if `name`, a local folder or file or a Hub name, holds an adapter or a GGUF model."""
     check_gguf(name)
     if _has_adapter(name):
         raise UserError(
-            f"{name} holds an adapter ({_ADAPTER}), not only a model: merge it first (peft: merge_and_unload, then "
+            f"{name} holds an adapter ({_ADAPTER}), not a plain model: merge it first (peft: merge_and_unload, then "
             f"save_pretrained with the tokenizer) and give the merged folder, or remove {_ADAPTER} to use the model beside it "
             "without the adapter"
         )
 
 
 def check_gguf(name: str) -> None:
-    """Refuse a GGUF file, and a folder that holds no other weights. Raises UserError."""
+    """Raise UserError for a GGUF file and for a folder with no other weights."""
     path = Path(name)
     if path.suffix == ".gguf" or (path.is_dir() and _holds_only_gguf(path)):
         raise UserError(
@@ -41,7 +38,7 @@ def check_gguf(name: str) -> None:
 
 
 def check_trainable(config: PreTrainedConfig, name: str) -> None:
-    """Refuse a checkpoint with quantised weights: gradients need plain ones. Raises UserError."""
+    """Raise UserError if the config names quantised weights, which have no gradients."""
     method = quantisation(config)
     if method:
         raise UserError(
@@ -61,13 +58,13 @@ def quantisation(config: PreTrainedConfig) -> str:
 
 
 def error_reason(error: Exception) -> str:
-    """Return the cause of a failed load in one line, with a remedy where it is known."""
+    """Return the cause of a failed load in one line, with a remedy if one is known."""
     text = " ".join(str(error).split())
     lower = text.lower()
     if "custom code" in lower or "trust_remote_code" in lower:
         return (
             "it needs Python code of its own (trust_remote_code), which this program never runs; "
-            "choose a model type that transformers knows"
+            "choose a model type of transformers"
         )
     if isinstance(error, ImportError) or any(f"`{package}`" in lower for package in _QUANTISATION_PACKAGES):
         quantised = any(package in lower for package in _QUANTISATION_PACKAGES)
@@ -102,11 +99,11 @@ def _has_adapter(name: str) -> bool:
     try:
         return find_file(name, _ADAPTER) is not None
     except (OSError, ValueError):
-        return False  # not a Hub name either: loading its config says so
+        return False  # not a Hub name either: loading its config raises the error
 
 
 def find_file(name: str, file: str) -> str | None:
-    """Return the path of a file of a local folder or Hub name (downloaded if need be), None if it has none."""
+    """Return the local path of `file` in a folder or Hub repository (downloaded if needed); None if it has no such file."""
     from transformers.utils import cached_file
 
     quiet: dict[str, Any] = {

@@ -1,8 +1,7 @@
-"""A small tokenizer for the stories, trained on the spot: byte-level BPE in which every digit is a token of its own.
+"""Small tokenizer for the stories data set: byte-level BPE in which every digit is a token of its own.
 
-The space before a number is a token too, so "12" is the same two tokens after a space, after `<<` and after `+`: a
-student copies numbers by looking for the same tokens again, and need not learn that " 1" and "1" are one digit.
-Byte-level means that any text survives the round trip, also text that is no story.
+The space before a number is a token too, so "12" is the same two tokens after a space, after `<<` and after `+`, and a
+student need not learn that " 1" and "1" are the same digit. Byte-level: any text survives the round trip.
 """
 
 from __future__ import annotations
@@ -17,16 +16,15 @@ from trainer.problems import stories
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 1024
-NUM_STORIES = 4_000
-LONGEST_EXAMPLE = 2048
-"""Tokens. Ten steps take about 700."""
+_NUM_STORIES = 4_000
+_MAX_TOKENS = 2048  # of an example; ten steps take about 700
 
 
 def train_tokenizer(directory: Path, seed: int = 0) -> None:
     """Train on training stories of `seed` and save into `directory`, for `AutoTokenizer.from_pretrained`.
 
-    The same seed gives the same bytes. At most VOCAB_SIZE tokens; `<|endoftext|>` is token 0, and is BOS, EOS and
-    padding. No special token is added by encoding.
+    The same seed gives the same bytes. At most VOCAB_SIZE tokens; `<|endoftext|>` is token 0 and BOS, EOS and padding.
+    Encoding adds no special token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -45,14 +43,14 @@ def train_tokenizer(directory: Path, seed: int = 0) -> None:
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        model_max_length=LONGEST_EXAMPLE,
+        model_max_length=_MAX_TOKENS,
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(str(directory))
 
 
 def _texts(seed: int) -> Iterator[str]:
-    for problem in stories.read("train", seed=seed, num_problems=NUM_STORIES, min_steps=2, max_steps=8):
+    for problem in stories.read("train", seed=seed, num_problems=_NUM_STORIES, min_steps=2, max_steps=8):
         yield problem.question + "\n"
         for step in problem.steps:
             yield step.question + "\n"

@@ -1,7 +1,7 @@
-"""The text model inside a multimodal wrapper (Qwen3.5, Gemma 3 and 4, Mistral 3): it alone is loaded, trained and exported.
+"""Config and class of the text model inside a multimodal wrapper (Qwen3.5, Gemma 3 and 4, Mistral 3).
 
-The text part has a causal LM class and a model type of its own (`gemma3_text`), computes the same logits for text, and
-spares the memory, the files and the optimizer state of towers that no text reaches.
+Only the text part is loaded, trained and exported. It has its own causal LM class and model type (`gemma3_text`), gives
+the same logits for text, and saves the memory, files and optimizer state of the other towers.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
+from trainer.runtime import library_internals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Of the wrapper's config, where the text config has none of its own.
+# Taken from the wrapper's config if the text config has no value.
 _INHERITED = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "dtype")
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of the text model: of a multimodal wrapper its text part, else `config` itself."""
+    """Return the config of the text part of a multimodal wrapper, else `config` itself."""
     return config.get_text_config(decoder=True) if is_wrapper(config) else config
 
 
 def is_wrapper(config: PreTrainedConfig) -> bool:
-    """Return whether `config` is of a multimodal model with a text model inside."""
+    """Return whether `config` is that of a multimodal wrapper around a text model."""
     return "text_config" in getattr(config, "sub_configs", {}) and hasattr(config, "text_config")
 
 
 def causal_lm_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    """Return the config of the causal LM that is built for `config`: a copy of a wrapper's text config, made complete.
+    """Return the config of the causal LM for `config`: for a wrapper a completed copy of its text config.
 
-    Raises UserError if transformers has no causal LM class for it, and for encoders, which see later tokens.
+    Raises UserError for encoders and if transformers has no causal LM class for it.
     """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -54,12 +55,10 @@ def causal_lm_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
         if getattr(found, key, None) is None and getattr(config, key, None) is not None:
             setattr(found, key, getattr(config, key))
     if hasattr(config, "tie_word_embeddings"):
-        found.tie_word_embeddings = (
-            config.tie_word_embeddings
-        )  # the wrapper's class asks the wrapper's config
+        # The wrapper's class reads the wrapper's setting.
+        found.tie_word_embeddings = config.tie_word_embeddings
     found.architectures = [model_class(found).__name__]
-    found._name_or_path = config._name_or_path
-    found._commit_hash = getattr(config, "_commit_hash", None)
+    library_internals.copy_origin(found, config)
     return found
 
 
@@ -71,10 +70,7 @@ def has_causal_lm(config: PreTrainedConfig) -> bool:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class transformers builds as the causal LM of `config`.
-
-    Raises UserError if transformers has none for this model type.
-    """
+    """Return transformers' causal LM class for `config`. Raises UserError if there is none for its model type."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if not has_causal_lm(config):
@@ -89,13 +85,13 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def key_mapping(model: type[PreTrainedModel]) -> dict[str, str]:
-    """Return the renaming of a wrapper's weights to those of its text model, as `from_pretrained` takes it.
+    """Return the `key_mapping` argument of `from_pretrained` that maps a wrapper's weight names to its text model's.
 
     Wrappers are saved as `language_model.model.*` (transformers 4), `model.language_model.*` or, Llama 4,
     `language_model.*` (transformers 5).
     """
-    # The name of the body inside the causal LM. Llama 4's base_model_prefix is the wrapper's name for it.
-    tied = getattr(model, "_tied_weights_keys", None)
+    # Name of the body inside the causal LM; Llama 4's base_model_prefix is the name inside the wrapper.
+    tied = library_internals.tied_weight_keys(model)
     body = (
         next(iter(tied.values())).split(".")[0]
         if isinstance(tied, dict) and tied

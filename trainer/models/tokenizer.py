@@ -1,4 +1,4 @@
-"""Load a tokenizer as its authors wrote it, and tell whether two are the same."""
+"""Load a tokenizer exactly as its tokenizer.json defines it, and compare tokenizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 STORIES = "stories"
 _FILE = "tokenizer.json"
-_NUM_PROBES = 500  # texts made of the vocabulary, beside these
+_NUM_VOCABULARY_PROBES = 500  # texts made of the vocabulary, in addition to _PROBES
 _PROBES = (
     "2023 = 15", "1 + 2 = 3\n", "12,345.67%", "  two  spaces ", "tab\tand\r\n\n\nlines", "don't we'll I'M",
     "CamelCase snake_case", "naïve café", "nai\u0308ve", "½ ² ﬁ Ａ", "日本語 中文 한국어", "مرحبا", "🙂👩‍👧", "x=<<3*4=12>>12",
@@ -28,10 +28,10 @@ _PROBES = (
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a local folder or the hub; `stories` is the small embedded one, made on the spot.
+    """Return the tokenizer of a local folder or Hub name; `stories` is the small embedded one, trained by this call.
 
-    A tokenizer.json that transformers' class of the tokenizer would change is loaded as it is written, with a line on
-    rank 0. Raises UserError if there is none.
+    If transformers' tokenizer class would change a tokenizer.json, the file is used unchanged, with a line on rank 0.
+    Raises UserError if there is no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -53,14 +53,14 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers raises errors of many types for files it cannot read
         expected = "" if Path(name).exists() else " (a local folder or a hub name is expected)"
         raise UserError(f"no tokenizer at {name}{expected}: {error_reason(error)}") from None
-    # Trap: a tokenizer made without its vocabulary file loads without an error and returns nothing.
+    # A tokenizer without its vocabulary file loads without an error and returns no tokens.
     if not tokenizer("1 + 2", add_special_tokens=False)["input_ids"]:
-        raise UserError(f"the tokenizer at {name} turns text into nothing: its vocabulary is missing")
+        raise UserError(f"the tokenizer at {name} returns no tokens: its vocabulary is missing")
     return tokenizer
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a SHA-256 of everything that decides which tokens a text gets; equal before and after saving and loading."""
+    """Return a SHA-256 of all that determines the tokens of a text; equal before and after saving and loading."""
     state: dict[str, object] = {"vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -72,9 +72,9 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def max_text_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the largest token id that a text, BOS or EOS can have; special tokens of other uses are left out.
+    """Return the largest token id of texts, BOS and EOS; other special tokens are not counted.
 
-    Gemma 3's tokenizer has one token for images that its text model has no embedding for.
+    Gemma 3's tokenizer has an image token for which its text model has no embedding.
     """
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ours = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
@@ -82,10 +82,9 @@ def max_text_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_saved_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that transformers changes when it is saved beside this config, as in an export.
+    """Raise UserError if transformers changes the tokenizer when it is loaded from beside this config, as in an export.
 
-    transformers chooses the class of some tokenizers by the config's model type (qwen2), whatever the files say.
-    Raises UserError.
+    For some model types (qwen2) transformers chooses the tokenizer's class by the config, regardless of the files.
     """
     from transformers import AutoTokenizer
     from transformers.models.auto import tokenization_auto
@@ -100,19 +99,18 @@ def check_saved_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokeniz
     if fingerprint(found) != fingerprint(tokenizer) and not _same_tokens(found, tokenizer):
         raise UserError(
             f"transformers loads every tokenizer beside a {config.model_type} config as {type(found).__name__}, which gives "
-            f"other tokens than {tokenizer.name_or_path}: exports would be read with foreign tokens. "
+            f"other tokens than {tokenizer.name_or_path}: exports would be loaded with another tokenizer. "
             f"Prepare the shards with the tokenizer of a {config.model_type} model, or choose another model type"
         )
 
 
 def _as_written(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of tokenizer.json itself where transformers' class has made another of it."""
+    """Return the tokenizer that tokenizer.json defines; `tokenizer` itself unless transformers' class has changed it."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    if (
-        not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast
-    ):  # the latter loads the file as it is
+    # PreTrainedTokenizerFast loads the file unchanged.
+    if not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast:
         return tokenizer
     path = find_file(name, _FILE)
     if path is None or _is_written_in(Path(path), tokenizer.backend_tokenizer):
@@ -124,11 +122,11 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToke
     loaded = PreTrainedTokenizerFast.from_pretrained(name)
     if not _same_tokens(loaded, written):
         raise UserError(
-            f"the tokenizer at {name}: transformers does not load {_FILE} as it is written "
+            f"the tokenizer at {name}: transformers changes {_FILE} when it loads it "
             f"({', '.join(_differences(loaded.backend_tokenizer, written))}); save it again with a newer transformers"
         )
     _warn_once(
-        f"tokenizer {name}: used as its {_FILE} is written; transformers' {type(tokenizer).__name__} would change its "
+        f"tokenizer {name}: {_FILE} is used unchanged; transformers' {type(tokenizer).__name__} would change its "
         f"{' and '.join(changed)}, and so its tokens"
     )
     return loaded
@@ -140,7 +138,7 @@ def _warn_once(text: str) -> None:
 
 
 def _is_written_in(path: Path, backend: Tokenizer) -> bool:
-    """Return whether a compiled tokenizer is the one of a tokenizer.json; quicker than compiling that as well."""
+    """Return whether a compiled tokenizer equals a tokenizer.json; faster than compiling the file too."""
     written, ours = json.loads(path.read_text(encoding="utf-8")), json.loads(backend.to_str())
     steps = ("normalizer", "pre_tokenizer", "decoder")
     return all(written.get(step) == ours[step] for step in steps) and all(
@@ -150,33 +148,31 @@ def _is_written_in(path: Path, backend: Tokenizer) -> bool:
 
 
 def _plain_merges(value: Any) -> Any:
-    """Older files write a merge as one string, "a b"."""
-    return (
-        [" ".join(merge) for merge in value]
-        if isinstance(value, list) and value and isinstance(value[0], list)
-        else value
-    )
+    """Return merges in the older form, one string "a b" for each; other values unchanged."""
+    is_list_of_lists = isinstance(value, list) and value and isinstance(value[0], list)
+    return [" ".join(merge) for merge in value] if is_list_of_lists else value
 
 
 def _differences(one: Tokenizer, other: Tokenizer) -> list[str]:
-    """Return which parts of two compiled tokenizers differ."""
-    parts = ("normalizer", "pre_tokenizer", "decoder", "model")
-    return [part.replace("_", "-") for part in parts if _state(one, part) != _state(other, part)]
+    """Return the names of the steps in which two compiled tokenizers differ."""
+    steps = ("normalizer", "pre_tokenizer", "decoder", "model")
+    return [step.replace("_", "-") for step in steps if _state(one, step) != _state(other, step)]
 
 
-def _state(tokenizer: Tokenizer, part: str) -> bytes | None:
-    step = getattr(tokenizer, part)
+def _state(tokenizer: Tokenizer, name: str) -> bytes | None:
+    step = getattr(tokenizer, name)
     return None if step is None else step.__getstate__()
 
 
 def _same_tokens(one: Any, other: Any) -> bool:
-    """Return whether two tokenizers, compiled or of transformers, have one vocabulary and give many texts equal tokens."""
+    """Return whether two tokenizers, compiled or of transformers, agree on the vocabulary and on the tokens of many texts."""
     compiled = [getattr(tokenizer, "backend_tokenizer", tokenizer) for tokenizer in (one, other)]
     vocabularies = [tokenizer.get_vocab(with_added_tokens=False) for tokenizer in compiled]
     if vocabularies[0] != vocabularies[1]:
         return False
     words = [word.replace("Ġ", " ").replace("▁", " ") for word in sorted(vocabularies[0])]
-    texts = [*_PROBES, *("".join(words[start::_NUM_PROBES][:200]) for start in range(_NUM_PROBES))]
+    mixed = ["".join(words[start::_NUM_VOCABULARY_PROBES][:200]) for start in range(_NUM_VOCABULARY_PROBES)]
+    texts = [*_PROBES, *mixed]
     tokens = [
         [tokenizer.encode(text, add_special_tokens=False).ids for text in texts] for tokenizer in compiled
     ]

@@ -1,9 +1,9 @@
-"""A model's own formulas, computed by the faster of two kernels. Values agree to the rounding of their precision.
+"""Faster kernels for GELU, RMS norm and the language model head; values agree to rounding, config and weights are unchanged.
 
-Neither the config nor the weights know of it. Measured on a core of an EPYC with AVX-512: GPT-2's head at 600 positions
-runs at 56 GFLOP/s in MKL, which `torch.nn.Linear` calls, and at 90 in oneDNN; the spelled-out GELU is eight passes over
-memory instead of one. On an H200 the products with GPT-2's 50257 tokens, whose rows begin at odd addresses, took kernels of an
-older generation and a third of a step of 124M; the spelled-out RMS norm is six kernels instead of one.
+On one core of an EPYC with AVX-512 GPT-2's head at 600 positions runs at 56 GFLOP/s in MKL, which `torch.nn.Linear`
+calls, and at 90 in oneDNN; transformers' GELU is eight passes over memory instead of one. On an H200 the products with
+GPT-2's vocabulary of 50257, whose rows are not aligned, ran in kernels of an older generation and took a third of a
+training step of 124M; transformers' RMS norm is six kernels instead of one.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, pad, rms_norm
 
-_ALIGNED = 64  # rows of a head on an accelerator: a multiple of this
-# Of transformers, all of one formula: weight * (x / sqrt(mean(x^2) + epsilon)).
+from trainer.runtime import library_internals
+
+_VOCABULARY_MULTIPLE = 64  # on an accelerator the head's rows are padded to a multiple of this
+# transformers' classes with the formula weight * (x / sqrt(mean(x^2) + epsilon)).
 _RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 @dataclass(frozen=True)
 class _Replacement:
-    """An attribute of a module, as it was (None: the class's own method) and as it is."""
+    """Attribute `name` of `owner`, before patching (None: the class's own method) and after."""
 
     owner: torch.nn.Module
     name: str
@@ -33,11 +35,11 @@ class _Replacement:
 
 
 def patch_kernels(model: Any, on_accelerator: bool) -> None:
-    """Give a transformers model, whole or in ZeRO-3's shards, the kernels that are faster where it will be."""
+    """Replace kernels of a transformers model, whole or in ZeRO-3 shards, by the faster ones for its device."""
     from transformers.activations import NewGELUActivation
 
     replacements = []
-    if on_accelerator:  # on a CPU torch spells the formula out too
+    if on_accelerator:  # on a CPU torch has no fused RMS norm
         for norm in rms_norms(model):
             replacements.append(_Replacement(norm, "forward", None, functools.partial(_normalise, norm)))
     for module in model.modules():
@@ -54,7 +56,7 @@ def patch_kernels(model: Any, on_accelerator: bool) -> None:
 
 @contextlib.contextmanager
 def unpatched(model: Any) -> Iterator[None]:
-    """Context manager inside which `model` computes with transformers' own kernels, whether or not `use` was called."""
+    """Context manager in which `model` uses transformers' own kernels, whether or not it was patched."""
     replacements = getattr(model, "_kernel_replacements", [])
     for replacement in replacements:
         if replacement.before is None:
@@ -73,10 +75,10 @@ def _replace(replacements: list[_Replacement]) -> None:
 
 
 def _projection(head: Any, on_accelerator: bool) -> type[torch.autograd.Function] | None:
-    """Return the faster product for a language model head, None if torch's own is as good."""
+    """Return the faster product for a language model head; None if torch's own is as fast."""
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return None
-    if on_accelerator and head.out_features % _ALIGNED:
+    if on_accelerator and head.out_features % _VOCABULARY_MULTIPLE:
         return _AlignedProjection
     if not on_accelerator and torch.backends.mkldnn.is_available():
         return _Projection
@@ -84,30 +86,29 @@ def _projection(head: Any, on_accelerator: bool) -> type[torch.autograd.Function
 
 
 def rms_norms(model: torch.nn.Module) -> list[Any]:
-    """The modules that compute an RMS norm with a weight [width] and a `variance_epsilon`."""
+    """Return the modules that compute an RMS norm with a weight [width] and a `variance_epsilon`."""
     return [module for module in model.modules() if type(module).__name__ in _RMS_NORMS]
 
 
 def _normalise(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """hidden [..., width]."""
     return rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _project(head: torch.nn.Linear, function: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """hidden [..., width] -> logits [..., vocabulary]."""
+    """Return logits [..., vocabulary] for hidden [..., width]."""
     if function is _Projection and hidden.dtype != torch.float32:
-        return linear(hidden, head.weight)  # in bf16 torch takes oneDNN by itself
+        return linear(hidden, head.weight)  # in bf16 torch uses oneDNN itself
     logits: torch.Tensor = function.apply(hidden.flatten(0, -2), head.weight)
     return logits.unflatten(0, hidden.shape[:-1])
 
 
 class _Projection(torch.autograd.Function):
-    """hidden @ weight^T. The two products of the backward pass are as fast in MKL."""
+    """hidden @ weight^T in oneDNN. The two products of the backward pass are as fast in MKL."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
-        logits: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
+        logits: torch.Tensor = library_internals.linear_by_onednn(hidden, weight, None)
         return logits
 
     @staticmethod
@@ -117,17 +118,17 @@ class _Projection(torch.autograd.Function):
 
 
 class _AlignedProjection(torch.autograd.Function):
-    """hidden [L, width] @ weight^T [width, vocabulary], as if the vocabulary had some more tokens that nobody sees.
+    """hidden [tokens, width] @ weight^T [width, vocabulary] with the vocabulary padded to an aligned size.
 
-    The logits lie in rows of an aligned length; a gradient that is written over them (cross_entropy.py) does so too.
-    The weight is copied for it, which is little beside a product with many rows.
+    The logits are a view of the padded product; so is a gradient that is written over them (cross_entropy.py). Each call
+    copies the weight, which costs little beside a product with many rows.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
         wide = hidden @ _aligned(weight).t()
-        # Not a view for autograd, which would forbid to write over it.
+        # Not a view for autograd, which would forbid writing over it.
         return wide.new_empty(0).set_(
             wide.untyped_storage(), 0, (len(hidden), weight.shape[0]), wide.stride()
         )
@@ -148,5 +149,5 @@ class _AlignedProjection(torch.autograd.Function):
 
 
 def _aligned(weight: torch.Tensor) -> torch.Tensor:
-    """[vocabulary, width] with rows of zeros behind, up to a multiple of 64."""
-    return pad(weight, (0, 0, 0, -weight.shape[0] % _ALIGNED))
+    """Return the weight [vocabulary, width] padded with rows of zeros to a multiple of _VOCABULARY_MULTIPLE."""
+    return pad(weight, (0, 0, 0, -weight.shape[0] % _VOCABULARY_MULTIPLE))

@@ -1,1 +1,1 @@
-"""Problems -> tokens, stored once, memory-mapped; a training method is a view of them."""
+"""Tokenised problems on disk, memory-mapped; a training method is a view of them."""

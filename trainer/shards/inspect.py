@@ -1,8 +1,6 @@
-"""Show examples as a method sees them: what is read, what is learned, what the calculator writes."""
+"""Print examples in a method's view: inputs, targets and calculator results in different colours."""
 
 from __future__ import annotations
-
-import itertools
 
 from rich.console import Console
 from rich.text import Text
@@ -17,7 +15,10 @@ _STYLES = {"read": "dim", "learned": "bold green", "calculator": "magenta"}
 
 
 def print_examples(directory: str, method_name: str, count: int) -> None:
-    """Print `count` examples in colour, decoded from the tokens on disk (not from the text they came from)."""
+    """Print `count` examples in colour, decoded from the tokens on disk.
+
+    Raises UserError if no problem has an example for the method.
+    """
     shards = Shards.open(directory, verify=True)
     codec = segment_tokenizer(load_tokenizer(shards.tokenizer_path))
     view = view_of(method_name)
@@ -25,7 +26,7 @@ def print_examples(directory: str, method_name: str, count: int) -> None:
     usable = [index for index in range(len(shards)) if lengths[index]]
     if not usable:
         raise UserError(
-            f"{directory} has no example for method {method_name}: its problems lack the steps it needs"
+            f"{directory} has no example for method {method_name}: its problems lack the steps that the method needs"
         )
     console = Console()
     legend = Text("method ").append(method_name, "bold").append(": ")
@@ -34,18 +35,17 @@ def print_examples(directory: str, method_name: str, count: int) -> None:
     console.print(legend)
     for index in usable[:count]:
         shown = Text()
-        parts = [(role, tokens) for role, tokens in shards.segments(index) if role in view.inputs]
-        for learned, group in itertools.groupby(parts, key=lambda part: _kind(part[0], view.targets)):
-            for _, tokens in group:
-                shown.append(codec.decode_next(tokens.tolist()), _STYLES[learned])
-        learned_tokens = int(shards.target_lengths(view)[index])
+        for role, tokens in shards.segments(index):
+            if role in view.inputs:
+                shown.append(codec.decode_next(tokens.tolist()), _STYLES[_style_name(role, view.targets)])
+        num_targets = int(shards.target_lengths(view)[index])
         console.rule(
-            f"{shards.problem(index).id}: {lengths[index]} tokens, {learned_tokens} learned", align="left"
+            f"{shards.problem(index).id}: {lengths[index]} tokens, {num_targets} learned", align="left"
         )
         console.print(shown)
 
 
-def _kind(role: Role, learns: frozenset[Role]) -> str:
-    if role in learns:
+def _style_name(role: Role, targets: frozenset[Role]) -> str:
+    if role in targets:
         return "learned"
     return "calculator" if role == Role.CALCULATOR else "read"

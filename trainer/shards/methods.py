@@ -1,13 +1,13 @@
-"""A problem is stored once; a method is a view of it: which roles it reads and which of these it learns.
+"""Training methods as views of stored problems: the roles in the sequence, and those that carry loss.
 
-`decomposer` and `solver` are complementary masks over one sequence: training the solver on a problem of n steps
-costs one forward pass, not n, with the gradient of n separate examples (attention is causal, so the loss of step i
-sees exactly the prefix a separate example would have had). The idea of the two models is Shridhar, Stolfo and
-Sachan, "Distilling Reasoning Capabilities into Smaller Language Models", Findings of ACL 2023.
+`decomposer_interleaved` and `solver` are complementary masks over one sequence: training the solver on a problem of n
+steps costs one forward pass, not n, with the gradient of n separate examples (attention is causal, so the loss of step i
+depends on the prefix that a separate example would have). The two models are from Shridhar, Stolfo and Sachan,
+"Distilling Reasoning Capabilities into Smaller Language Models", Findings of ACL 2023.
 
-A guided decomposer also reads a plan of the solution, its operators or its equations, and a planner learns to write
-that plan: Shridhar, Macina, El-Assady, Sinha, Kapur and Sachan, "Automatic Generation of Socratic Subquestions for
-Teaching Math Word Problems", EMNLP 2022. Methods without guidance never see it.
+A guided decomposer also reads a plan of the solution, its operators or its equations, which a planner learns to write:
+Shridhar, Macina, El-Assady, Sinha, Kapur and Sachan, "Automatic Generation of Socratic Subquestions for Teaching Math
+Word Problems", EMNLP 2022. The plan is not in the views of the other methods.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from trainer.errors import UserError
 
 
 class Role(IntEnum):
-    """What a segment of an example is. Stored as one byte."""
+    """Role of a segment of an example, stored as one byte."""
 
     PROBLEM = 0
     SUBQUESTION = 1
     SOLUTION = 2
     CALCULATOR = 3  # the result inside <<expression=result>>, which the calculator writes at inference
-    DELIMITER = 4  # "####": the reasoning is over
+    DELIMITER = 4  # "####", the end of the reasoning
     ANSWER = 5  # the final answer and the end-of-sequence token
     OPERATORS = 6  # guidance: the operators of the solution's calculator annotations
     EQUATIONS = 7  # guidance: the expressions of the solution's calculator annotations, without their results
@@ -33,11 +33,11 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class View:
-    """`reads`: roles in the sequence. `learns`: roles whose tokens carry loss. `needs`: roles a problem must have."""
+    """Roles that a training method uses of a problem."""
 
-    inputs: frozenset[Role]
-    targets: frozenset[Role]
-    required: frozenset[Role]
+    inputs: frozenset[Role]  # in the sequence, targets included
+    targets: frozenset[Role]  # with loss
+    required: frozenset[Role]  # a problem without them has no example
 
 
 GUIDANCE = (Role.OPERATORS, Role.EQUATIONS)
@@ -45,8 +45,8 @@ GUIDANCE = (Role.OPERATORS, Role.EQUATIONS)
 _P, _Q, _S, _C, _D, _A, _O, _E = Role
 
 
-def _view(reads: set[Role], learns: set[Role], needs: set[Role]) -> View:
-    return View(frozenset(reads), frozenset(learns), frozenset(needs))
+def _view(inputs: set[Role], targets: set[Role], required: set[Role]) -> View:
+    return View(frozenset(inputs), frozenset(targets), frozenset(required))
 
 
 VIEWS = {
@@ -66,9 +66,9 @@ VIEWS = {
 
 
 def view_of(name: str, train_on_calculator_results: bool = False) -> View:
-    """The view of that name. With `train_on_calculator_results` whoever learns solutions learns the results too.
+    """Return the view of method `name`. Raises UserError for an unknown name.
 
-    Raises UserError for an unknown name.
+    `train_on_calculator_results`: calculator results are targets too, if solutions are.
     """
     if name not in VIEWS:
         raise UserError(f"unknown method {name!r}; choose one of {', '.join(VIEWS)}")
@@ -79,20 +79,20 @@ def view_of(name: str, train_on_calculator_results: bool = False) -> View:
 
 
 def guidance_of(name: str) -> Role | None:
-    """The plan that a method of that name reads or, a planner, writes; None for methods without one."""
+    """Return the role of the plan that method `name` reads or, for a planner, writes; None for methods without a plan."""
     return next((role for role in GUIDANCE if role in VIEWS[name].inputs), None)
 
 
 def is_planner(name: str) -> bool:
-    """Whether it writes a plan for a guided decomposer."""
+    """Return whether method `name` writes a plan for a guided decomposer."""
     return bool(VIEWS[name].targets & set(GUIDANCE))
 
 
 def is_decomposer(name: str) -> bool:
-    """Whether it asks sub-questions and leaves their solutions to a solver."""
+    """Return whether method `name` writes sub-questions but not their solutions."""
     return Role.SUBQUESTION in VIEWS[name].targets and Role.SOLUTION not in VIEWS[name].targets
 
 
 def is_interleaved(name: str) -> bool:
-    """Whether it is a decomposer that reads the solutions so far before it asks the next sub-question."""
+    """Return whether method `name` is a decomposer that reads the solution of each sub-question before the next one."""
     return is_decomposer(name) and Role.SOLUTION in VIEWS[name].inputs

@@ -1,4 +1,4 @@
-"""Before a model is built: are the shards' tokens the model's own?"""
+"""Check, before a model is built, that it fits the shards' tokens."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ def check_model_fits_shards(
     tokenizer: PreTrainedTokenizerBase,
     pretrained: bool,
 ) -> None:
-    """Refuse a model that cannot be trained on these shards, before it is built.
+    """Raise UserError for a model that cannot be trained on these shards.
 
-    `tokenizer`: the shards'. `pretrained`: the model's weights are loaded, so its tokens must be the shards'. Raises
-    UserError for quantised weights, tokens without an embedding, another tokenizer than the pretrained model's, and a
-    tokenizer that transformers would change beside this config.
+    That is one with quantised weights, without an embedding for each token, pretrained with another tokenizer, or with a
+    config beside which transformers would change the tokenizer. `tokenizer`: the shards'. `pretrained`: weights are loaded.
     """
     if pretrained:
         check_trainable(config, name)
@@ -40,9 +39,9 @@ def check_model_fits_shards(
 
 
 def check_same_tokens(name: str, shards: Shards, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse shards whose tokens are not those that the pretrained model's own tokenizer gives their problems.
+    """Raise UserError if the pretrained model's own tokenizer gives the shards' problems other tokens.
 
-    A folder without a tokenizer, and one whose tokenizer ends texts with another token, is reported in one line.
+    A folder without a tokenizer and a tokenizer with another EOS token are reported in one line.
     """
     try:
         own = load_tokenizer(name)
@@ -56,14 +55,14 @@ def check_same_tokens(name: str, shards: Shards, tokenizer: PreTrainedTokenizerB
         own.eos_token = tokenizer.eos_token
     with_facts = bool(shards.facts["recipe"].get("with_facts"))
     for index, segments in enumerate(tokenise(problems, own, bos_tokens(own), with_facts)):
-        theirs = [token for segment in segments for token in segment.tokens][:-1]
-        ours = [token for _, tokens in shards.segments(index) for token in tokens.tolist()][:-1]
-        if theirs != ours:
-            at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
+        expected = [token for segment in segments for token in segment.tokens][:-1]
+        stored = [token for _, tokens in shards.segments(index) for token in tokens.tolist()][:-1]
+        if expected != stored:
+            at = next((i for i, (a, b) in enumerate(zip(expected, stored, strict=False)) if a != b), 0)
             raise UserError(
                 f"{shards.path} was not made with the tokenizer of {name}: {problems[index].id} has tokens "
-                f"{_shown(tokenizer, ours[at : at + 4])} there, {_shown(own, theirs[at : at + 4])} by the model's own; prepare the "
-                f"shards with --tokenizer_name {name}"
+                f"{_shown(tokenizer, stored[at : at + 4])} there, {_shown(own, expected[at : at + 4])} with the model's own; "
+                f"prepare the shards with --tokenizer_name {name}"
             )
     if own.eos_token_id != tokenizer.eos_token_id:
         terminal.warning(

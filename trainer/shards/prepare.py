@@ -1,7 +1,7 @@
-"""Build a shard directory: several threads tokenise, one writes in source order, a rename commits.
+"""Build a shard directory: several threads tokenise, one writes in source order, a rename publishes.
 
-The bytes do not depend on the number of threads. Several builders of the same directory may race: each writes
-under its own temporary name, the first rename wins and the others find its result.
+The bytes do not depend on the number of threads. Several builders of the same directory may race: each writes into its
+own staging directory, the first rename wins and the others use its result.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from trainer.shards.workers import tokenise_all
 from trainer.shards.write import ShardWriter
 from trainer.storage import atomic_dir
 
-# Counts the ways a problem was cut into segments so far. 2: with guidance. 3: every segment as inside the text, checked by
-# decoding, behind all tokens that the tokenizer puts before a text; the same bytes as 2 for most byte-level tokenizers.
-_SEGMENTS, _UNCHANGED_SEGMENTS = 3, 2
-_MAX_CHANGED = 0.5  # of all problems; more: the tokenizer is unfit
+# Version of the segmentation. 2: with guidance. 3: every segment has the tokens it has inside the text, checked by
+# decoding, after all tokens that the tokenizer puts before a text; the same bytes as 2 for most byte-level tokenizers.
+_SEGMENTATION, _EARLIER_SEGMENTATION = 3, 2
+_MAX_CHANGED_RATIO = 0.5  # of problems whose text the tokenizer changes
 
 
 def prepare(settings: PrepareSettings) -> Shards:
-    """Read problems, tokenise them, write `settings.output_dir`; a finished directory of the same making is kept.
+    """Tokenise problems into `settings.output_dir` and return the shards; complete shards of the same settings are kept.
 
-    Raises UserError if the directory holds shards of another making, or if no problem is left.
+    Raises UserError if the directory holds shards of other settings, or if no problem is usable.
     """
     final = Path(settings.output_dir)
     tokenizer = load_tokenizer(settings.tokenizer_name)
@@ -63,7 +63,7 @@ def prepare(settings: PrepareSettings) -> Shards:
             _build(settings, tokenizer, staging, facts)
     except atomic_dir.ArtifactExistsError:
         if not _has_fingerprint(final, recipe):
-            raise UserError(_difference(final, recipe) + "; another builder was first") from None
+            raise UserError(_difference(final, recipe) + "; another process built them first") from None
     if building != final:
         atomic_dir.replace_directory(final, building)
     shards = Shards.open(final)
@@ -72,7 +72,7 @@ def prepare(settings: PrepareSettings) -> Shards:
 
 
 def summary_line(shards: Shards) -> str:
-    """One line: how much there is, and what was set aside and why."""
+    """Return one line with the numbers of problems and tokens, and of the records set aside by reason."""
     facts = shards.facts
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(facts["rejects"].items()))
     return f"{len(shards)} problems, {facts['num_tokens']} tokens" + (
@@ -81,7 +81,7 @@ def summary_line(shards: Shards) -> str:
 
 
 def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict[str, Any]) -> None:
-    """Write all files of the directory and fill `facts` with what they hold."""
+    """Write all files of the directory and add the counts for the manifest to `facts`."""
     source = settings.data_path or settings.data
     rejects: list[RejectedRecord] = []
     problems = _accepted(_records(settings), rejects)
@@ -91,14 +91,14 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
         raise UserError(f"{source} split {settings.split!r}: no usable problem ({reasons})")
     token_dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
     writer = ShardWriter(staging, token_dtype)
-    wanted = itertools.islice(itertools.chain([first], problems), settings.max_problems or None)
-    tokenised = tokenise_all(wanted, tokenizer, settings.with_facts, settings.num_processes)
-    changed = 0
+    selected = itertools.islice(itertools.chain([first], problems), settings.max_problems or None)
+    tokenised = tokenise_all(selected, tokenizer, settings.with_facts, settings.num_processes)
+    num_changed = 0
     with terminal.progress("tokenise", settings.max_problems or _expected(settings)) as bar:
         for problem, segments, change in tokenised:
             length = example_length(segments)
             if change:
-                changed += 1
+                num_changed += 1
                 rejects.append(
                     RejectedRecord(
                         source, 0, "changed_by_tokenizer", f"{problem.id}: {change}", problem.question
@@ -110,11 +110,12 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
             else:
                 writer.add(problem, segments, length)
             bar.update(writer.num_problems)
-    if changed > _MAX_CHANGED * (changed + writer.num_problems):
+    num_tokenised = num_changed + writer.num_problems
+    if num_changed > _MAX_CHANGED_RATIO * num_tokenised:
         detail = next(reject.detail for reject in rejects if reject.reason == "changed_by_tokenizer")
         raise UserError(
-            f"tokenizer {tokenizer.name_or_path} changes the text of {changed} of {changed + writer.num_problems} problems "
-            f"({detail}): choose a tokenizer that gives texts back as they are"
+            f"tokenizer {tokenizer.name_or_path} changes the text of {num_changed} of {num_tokenised} problems "
+            f"({detail}): choose a tokenizer that decodes texts unchanged"
         )
     with open(staging / REJECTS, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
@@ -129,7 +130,7 @@ def _records(settings: PrepareSettings) -> Iterator[Problem | RejectedRecord]:
 
 
 def _options(settings: PrepareSettings) -> dict[str, Any]:
-    """What a data set takes beyond split and path."""
+    """Return the arguments that a data set takes beyond split and path."""
     names = {"stories": ("seed", "num_problems", "min_steps", "max_steps"), "svamp": ("seed",)}
     return {name: getattr(settings, name) for name in names.get(settings.data, ())}
 
@@ -149,12 +150,12 @@ def _expected(settings: PrepareSettings) -> int:
 
 
 def _fingerprint(settings: PrepareSettings, tokenizer: Any) -> dict[str, Any]:
-    """What decides the bytes of the shards: equal recipes give equal shards."""
+    """Return all that determines the bytes of the shards; it is stored in the manifest as "recipe"."""
     names = ("data", "split", "max_length", "max_problems", "with_facts")
     recipe = {
         **{name: getattr(settings, name) for name in names},
         **_options(settings),
-        "segments": _UNCHANGED_SEGMENTS if _as_before(tokenizer) else _SEGMENTS,
+        "segments": _EARLIER_SEGMENTATION if _has_earlier_segments(tokenizer) else _SEGMENTATION,
     }
     recipe["source"] = source_digest(
         settings.data, settings.split, settings.data_path or None, **_options(settings)
@@ -162,8 +163,8 @@ def _fingerprint(settings: PrepareSettings, tokenizer: Any) -> dict[str, Any]:
     return {**recipe, "tokenizer": fingerprint(tokenizer)}
 
 
-def _as_before(tokenizer: Any) -> bool:
-    """Return whether shards have the same bytes as when segments were tokenised as if each were a whole text."""
+def _has_earlier_segments(tokenizer: Any) -> bool:
+    """Return whether both versions of the segmentation give the same tokens; version 2 tokenised each segment as a text."""
     codec, bos = segment_tokenizer(tokenizer), tokenizer.bos_token_id
     prefix = [token for token in tokenizer("")["input_ids"] if token == bos]
     return codec.is_lossless and not codec.continues_differently and prefix == bos_tokens(tokenizer)
