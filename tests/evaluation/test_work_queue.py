@@ -44,7 +44,7 @@ def test_queue_over_an_mpi_window(tmp_path: Path, num_ranks: int, environment: d
     pytest.importorskip("mpi4py")
     status, output = mpiexec([*COMMAND, str(tmp_path)], num_ranks, **environment)
     assert status == 0, output
-    check(tmp_path, "WindowCounter", num_ranks)
+    check(tmp_path, "MPICounter", num_ranks)
 
 
 def test_queue_of_one_process() -> None:
