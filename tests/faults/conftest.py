@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811  (fixtures of another folder are imported)
-"""Runs that are disturbed, and the same runs undisturbed."""
+"""Fixtures: runs in which faults are injected, and the same runs undisturbed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.distributed import Outcome
-from tests.faults import lives, oracle
+from tests.faults import forked_ranks, oracle
 from tests.training.conftest import gpt2_config, settings, stories
 from trainer.shards.read import Shards
 from trainer.storage.run_directory import RunDirectory
@@ -30,11 +30,11 @@ def printed(outcomes: list[Outcome]) -> str:
 
 @dataclass
 class Case:
-    """One run, by the command a user would repeat until it is done."""
+    """One run, started by the same command until it is finished."""
 
     values: dict[str, Any]
     reference: oracle.Reference | None
-    num_lives: int = field(default=0, init=False)
+    num_starts: int = field(default=0, init=False)
 
     @property
     def run(self) -> RunDirectory:
@@ -46,41 +46,46 @@ class Case:
 
     @property
     def marker(self) -> Path:
-        """There once the fault of this life has happened."""
-        return self.run.path.with_name(f"{self.run.name}.fault-{self.num_lives}")
+        """File that exists once the fault of the current start has happened."""
+        return self.run.path.with_name(f"{self.run.name}.fault-{self.num_starts}")
 
     def start(
-        self, last_ranks_own: tuple[str, ...] = (), environment: dict[str, str] | None = None, **injected: Any
-    ) -> lives.Life:
-        """Begin the next life on two ranks; `injected`: see injection.py."""
-        self.num_lives += 1
+        self,
+        last_rank_flags: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        **injected: Any,
+    ) -> forked_ranks.ForkedRanks:
+        """Start the run on two ranks; `injected`: see injection.py."""
+        self.num_starts += 1
         self.run.path.parent.mkdir(parents=True, exist_ok=True)
         file = self.run.path.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(self.values), encoding="utf-8")
         for fault in ("kill", "poison"):
             if fault in injected:
                 injected[fault] = {**injected[fault], "marker": str(self.marker)}
-        wanted = json.dumps({"record": str(self.records), "life": self.num_lives, **injected})
+        faults = json.dumps({"record": str(self.records), "start": self.num_starts, **injected})
         logs = self.run.path.with_suffix(".logs")
-        return lives.start(["--config", str(file)], 2, logs, wanted, last_ranks_own, **(environment or {}))
+        return forked_ranks.start(
+            ["--config", str(file)], 2, logs, faults, last_rank_flags, **(environment or {})
+        )
 
     def finish(self, seconds: float = 300.0, **injected: Any) -> str:
-        """A life that nobody ends; returns what rank 0 printed."""
-        with self.start(**injected) as life:
-            outcomes = life.wait(seconds)
+        """Start the run, wait until it is finished, and return the output of rank 0."""
+        with self.start(**injected) as ranks:
+            outcomes = ranks.wait(seconds)
         assert [outcome.status for outcome in outcomes] == [0, 0], printed(outcomes)
         return outcomes[0].output
 
-    def refused(self, message: str, **injected: Any) -> None:
-        """Every rank ends with the status of a user's error, and rank 0 or the one concerned says what is wrong."""
-        with self.start(**injected) as life:
-            outcomes = life.wait()
+    def assert_refused(self, message: str, **injected: Any) -> None:
+        """Start the run and check that every rank exits with the status of a UserError, and one prints `message`."""
+        with self.start(**injected) as ranks:
+            outcomes = ranks.wait()
         assert [outcome.status for outcome in outcomes] == [2, 2], printed(outcomes)
         assert re.search(message, printed(outcomes)), printed(outcomes)
 
-    def same(self) -> None:
+    def assert_same(self) -> None:
         assert self.reference is not None
-        oracle.same(self.run, self.reference, self.records)
+        oracle.assert_same(self.run, self.reference, self.records)
 
 
 def values_of(stories: Shards, config: Path, output: Path, stage: int, **changes: Any) -> dict[str, Any]:
@@ -100,28 +105,28 @@ def references(
     stories: Shards,
     gpt2_config: Path,
 ) -> Callable[[int], oracle.Reference]:
-    """Stage -> the run on two ranks that nobody disturbed; made when it is first asked for."""
+    """Stage -> the undisturbed run on two ranks, made on first use."""
     folder = tmp_path_factory.mktemp("undisturbed")
 
     @functools.cache
     def make(stage: int) -> oracle.Reference:
         case = Case(values_of(stories, gpt2_config, folder / f"zero{stage}", stage), None)
         case.finish()
-        reference = oracle.Reference.of(case.values)
-        oracle.same(case.run, reference, case.records)
+        reference = oracle.Reference.from_run(case.values)
+        oracle.assert_same(case.run, reference, case.records)
         return reference
 
     return make
 
 
 @pytest.fixture
-def case(
+def make_case(
     tmp_path: Path,
     stories: Shards,
     gpt2_config: Path,
     references: Callable[[int], oracle.Reference],
 ) -> Callable[..., Case]:
-    """(stage, name, changes) -> a run to disturb, with its reference. The changes must not change its numbers."""
+    """(stage, name, changes) -> a run with its reference. The changes must not affect its numbers."""
 
     def make(stage: int, name: str = "run", **changes: Any) -> Case:
         return Case(values_of(stories, gpt2_config, tmp_path / name, stage, **changes), references(stage))

@@ -1,7 +1,4 @@
-"""What happens to jobs on a cluster, done to a real Slurm: each function disturbs once and returns what it did.
-
-They do what others do to a job, and nothing in the job's processes: a kill, a stop, a lost node, another job.
-"""
+"""Disturbances of jobs on a real Slurm: each function causes one from outside and returns its description."""
 
 from __future__ import annotations
 
@@ -40,9 +37,9 @@ def stop_rank(cluster: Cluster, choice: random.Random) -> str:
 
 
 def kill_launcher(cluster: Cluster, choice: random.Random) -> str:
-    """srun, in the batch script, dies and leaves its tasks to Slurm."""
-    parents = [ancestor for rank in _ranks(cluster) for ancestor in _other_processes_of_job(rank)]
-    launchers = [process for process in parents if process.name() == "srun"]
+    """Kill srun in the batch script; Slurm ends its tasks."""
+    processes = [process for rank in _ranks(cluster) for process in _processes_of_job(rank)]
+    launchers = [process for process in processes if process.name() == "srun"]
     if not launchers:
         raise LookupError("no srun")
     choice.choice(sorted(launchers, key=lambda process: process.pid)).kill()
@@ -50,7 +47,7 @@ def kill_launcher(cluster: Cluster, choice: random.Random) -> str:
 
 
 def lose_node(cluster: Cluster, choice: random.Random) -> str:
-    """Its slurmd and all its processes are gone, and come back after Slurm has noticed."""
+    """Kill a node's slurmd and all its processes, and start slurmd again after Slurm has noticed."""
     node = choice.choice(["n1", "n2"])
     cluster.lose_node(node)
     time.sleep(_NODE_AWAY_SECONDS)
@@ -65,21 +62,21 @@ def restart_controller(cluster: Cluster, choice: random.Random) -> str:
     return f"slurmctld killed, and back after {_CONTROLLER_AWAY_SECONDS:.0f} s"
 
 
-def ask_to_stop(cluster: Cluster, choice: random.Random) -> str:
-    """By hand, as before a maintenance."""
+def send_stop_signal(cluster: Cluster, choice: random.Random) -> str:
+    """Send the signal that operators use before a maintenance."""
     name = choice.choice(["USR1", "TERM"])
     cluster.run("scancel", f"--signal={name}", "--partition=low", "--state=RUNNING")
     return f"scancel --signal={name}"
 
 
 def cancel(cluster: Cluster, choice: random.Random) -> str:
-    """Somebody cancels what runs; it stays cancelled until it is submitted again."""
+    """Cancel the running jobs, which stay cancelled until they are submitted again."""
     cluster.run("scancel", "--partition=low", "--state=RUNNING")
     return "cancelled"
 
 
 def fill_disk(disk: Path) -> Disturbance:
-    """Fills the file system of `disk` until a running job has ended, or for half a minute; then makes room again."""
+    """Return a disturbance that fills the file system of `disk` until the ranks have ended, at most 30 s."""
 
     def fill(cluster: Cluster, choice: random.Random) -> str:
         ballast = disk / "ballast"
@@ -104,13 +101,13 @@ DISTURBANCES: tuple[Disturbance, ...] = (
     kill_launcher,
     lose_node,
     restart_controller,
-    ask_to_stop,
+    send_stop_signal,
     cancel,
 )
 
 
 def mount(folder: Path, num_bytes: int) -> bool:
-    """A small file system in memory at `folder`; False where we may not mount."""
+    """Mount a small file system in memory at `folder`; return False without permission."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
     return subprocess.run(command, capture_output=True).returncode == 0
@@ -121,7 +118,7 @@ def unmount(folder: Path) -> None:
 
 
 def _ranks(cluster: Cluster) -> list[psutil.Process]:
-    """Those that train or evaluate. Raises LookupError if nobody does at the moment."""
+    """Return the ranks of trainings and evaluations. Raises LookupError without any."""
     found = [process for tool in _RANKED for process in cluster.ranks(tool)]
     if not found:
         raise LookupError("no ranks")
@@ -129,17 +126,17 @@ def _ranks(cluster: Cluster) -> list[psutil.Process]:
 
 
 def _signal_rank(cluster: Cluster, choice: random.Random, number: signal.Signals) -> int:
-    """Raises LookupError if the rank has ended meanwhile."""
-    rank = choice.choice(_ranks(cluster))
+    """Send a signal to a random rank and return its number. Raises LookupError if it has ended meanwhile."""
+    process = choice.choice(_ranks(cluster))
     try:
-        place = int(rank.environ().get("SLURM_PROCID", 0))
-        rank.send_signal(number)
+        rank = int(process.environ().get("SLURM_PROCID", 0))
+        process.send_signal(number)
     except psutil.Error:
         raise LookupError("it has ended") from None
-    return place
+    return rank
 
 
-def _other_processes_of_job(rank: psutil.Process) -> list[psutil.Process]:
+def _processes_of_job(rank: psutil.Process) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
         job = rank.environ().get("SLURM_JOB_ID")
         found = []

@@ -1,7 +1,7 @@
 # ruff: noqa: F401, B018
-"""What a training imports and works out on its way to the first step; done once, in the server that forks ranks (lives.py).
+"""Imports of a training before its first step, done once in the server that forks ranks (forked_ranks.py).
 
-Left out, a life takes twelve seconds instead of two or three. No thread may be started here, and no random number drawn.
+Without them a start takes twelve seconds instead of two or three. Must not start threads or draw random numbers.
 """
 
 from __future__ import annotations
@@ -29,5 +29,5 @@ import trainer.runtime.restarts
 import trainer.training.loop
 import trainer.training.validation
 
-deepspeed.ops.__compatible_ops__  # (looks for compilers and libraries)
+deepspeed.ops.__compatible_ops__  # searches compilers and libraries
 get_checkpoint_conversion_mapping("gpt2")

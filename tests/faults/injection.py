@@ -1,13 +1,13 @@
-"""What goes wrong inside a rank, put there from outside: the product knows nothing of it.
+"""Fault injection inside a rank, by patching functions from outside.
 
-`arm` is called in a rank's process before the command's first line, with a JSON object:
+`arm` is called in a rank's process before the first line of the command, with a JSON object:
 
-    record   folder: every pack that enters a training step is written down there, by life and rank
-    life     number of this start
-    kill     {"instant", "rank", "step", "marker"}: SIGKILL to ourselves at the instant (instants.py), once (the marker says so)
-    clock    by so many hours the wall clock is wrong, the next number after every step
-    late     {"rank", "seconds"}: begins to work so much later than the others
-    poison   {"what": "loss" or "gradient", "rank", "step", "marker"}: not a number, on one rank, once
+    record   folder: every pack that enters a training step is recorded there, by start and rank
+    start    number of this start of the run
+    kill     {"instant", "rank", "step", "marker"}: SIGKILL at the instant (instants.py), once (then `marker` exists)
+    clock    list of hours by which the wall clock is wrong, the next one after every step
+    late     {"rank", "seconds"}: the rank begins training that much later than the others
+    poison   {"what": "loss" or "gradient", "rank", "step", "marker"}: NaN or Inf on one rank, once
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from typing import Any
 
 from tests.faults.instants import INSTANTS, wrap
 
-_step = 0  # the optimizer step we are in, counted from 1; 0 outside
+_step = 0  # the current optimizer step, counted from 1; 0 between steps
 
 
 def arm(text: str) -> None:
-    """Put into this process what `text` asks for."""
+    """Patch this process with the faults in `text`."""
     from trainer.runtime.stop_request import StopRequest
     from trainer.training import loop
 
-    wanted, rank = json.loads(text), int(os.environ["RANK"])
+    faults, rank = json.loads(text), int(os.environ["RANK"])
     _count_steps(loop)
-    if "record" in wanted:
-        _record(Path(wanted["record"]), wanted["life"], rank)
-    for name, arming in (("kill", _arm_kill), ("poison", _arm_poison)):
-        fault = wanted.get(name)
+    if "record" in faults:
+        _record_packs(Path(faults["record"]), faults["start"], rank)
+    for name, arm_fault in (("kill", _arm_kill), ("poison", _arm_poison)):
+        fault = faults.get(name)
         if fault and fault["rank"] == rank and not Path(fault["marker"]).exists():
-            arming(fault)
-    if wanted.get("late", {}).get("rank") == rank:
-        wrap(StopRequest, "defer_signals", before=lambda *_: time.sleep(wanted["late"]["seconds"]))
-    if "clock" in wanted:
-        _jump(loop, wanted["clock"], rank)
+            arm_fault(fault)
+    if faults.get("late", {}).get("rank") == rank:
+        wrap(StopRequest, "defer_signals", before=lambda *_: time.sleep(faults["late"]["seconds"]))
+    if "clock" in faults:
+        _arm_clock(loop, faults["clock"], rank)
 
 
 def _count_steps(loop: Any) -> None:
     original = loop.optimizer_step
 
-    def optimizer_step(student: Any, step: int, stop: Any) -> Any:
+    def optimizer_step(state: Any, step: int, stop: Any) -> Any:
         global _step
         _step = step + 1
         try:
-            return original(student, step, stop)
+            return original(state, step, stop)
         finally:
             _step = 0
 
     loop.optimizer_step = optimizer_step
 
 
-def _record(folder: Path, life: int, rank: int) -> None:
+def _record_packs(folder: Path, start: int, rank: int) -> None:
     from trainer.training.batches import PackedDataset
 
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / f"{life:05d}-{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(folder / f"{start:05d}-{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     original = PackedDataset.micro_batch
 
     def micro_batch(self: Any, packs: range, end: int) -> Any:
@@ -80,7 +80,7 @@ def _arm_kill(fault: dict[str, Any]) -> None:
     def die() -> None:
         marker.touch(exist_ok=False)
         os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)  # never reached: SIGKILL is not waited for
+        time.sleep(60)  # SIGKILL may arrive a moment later
 
     INSTANTS[fault["instant"]](die, lambda: _step == step, step)
 
@@ -90,7 +90,7 @@ def _arm_poison(fault: dict[str, Any]) -> None:
 
     original, marker = loop.summed_token_loss, Path(fault["marker"])
 
-    def token_losses(engine: Any, *arguments: Any) -> Any:
+    def summed_token_loss(engine: Any, *arguments: Any) -> Any:
         losses = original(engine, *arguments)
         if _step != fault["step"]:
             return losses
@@ -100,15 +100,15 @@ def _arm_poison(fault: dict[str, Any]) -> None:
         losses.register_hook(lambda gradient: gradient * float("inf"))
         return losses
 
-    loop.summed_token_loss = token_losses
+    loop.summed_token_loss = summed_token_loss
 
 
-def _jump(loop: Any, hours: list[float], rank: int) -> None:
-    """time.time, and with it all of Python's wall clock, is off by other hours after every step, and on every rank."""
+def _arm_clock(loop: Any, hours: list[float], rank: int) -> None:
+    """Offset `time.time` by other hours on every rank and after every step."""
     real, offset = time.time, 3600 * hours[rank]
     time.time = lambda: real() + offset
 
-    def jump(student: Any, step: int, stop: Any) -> None:
+    def jump(state: Any, step: int, stop: Any) -> None:
         nonlocal offset
         offset = 3600 * hours[(step + rank) % len(hours)]
 

@@ -1,7 +1,7 @@
-"""The named instants at which a rank may die; injection.py says who dies when.
+"""Named instants of a rank at which injection.py can kill it.
 
-Each is a function that puts `die` into the product's own functions, from outside. `now` tells whether the optimizer step of
-the fault is being taken; `step` is its number, counted from 1.
+Each is a function that patches the trainer so that it calls `die` at the instant. `now` returns whether the optimizer
+step of the fault is running; `step` is its number, counted from 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def wrap(
     before: Callable[..., None] | None = None,
     after: Callable[..., None] | None = None,
 ) -> None:
-    """Have `before(*arguments)` called before, `after(*arguments)` after every call of `holder.name`."""
+    """Call `before(*arguments)` before and `after(*arguments)` after every call of `holder.name`."""
     original = getattr(holder, name)
 
     def wrapped(*arguments: Any, **named: Any) -> Any:
@@ -44,18 +44,18 @@ def _after_forward(die: Die, now: Now, step: int) -> None:
 
 
 def _in_backward(die: Die, now: Now, step: int) -> None:
-    """Where the gradient of the first layer's first norm is ready: all but the embeddings are."""
+    """When the gradient of the first layer's first norm is ready: all but those of the embeddings are."""
     from trainer.training import loop
 
     original = loop.summed_token_loss
 
-    def token_losses(engine: Any, *arguments: Any) -> Any:
+    def summed_token_loss(engine: Any, *arguments: Any) -> Any:
         if now():
             parameter = next(p for name, p in engine.module.named_parameters() if ".0." in name)
             parameter.register_hook(lambda gradient: die())
         return original(engine, *arguments)
 
-    loop.summed_token_loss = token_losses
+    loop.summed_token_loss = summed_token_loss
 
 
 _COLLECTIVES = (
@@ -69,9 +69,9 @@ _COLLECTIVES = (
 
 
 def _in_a_collective_of(method: str) -> Callable[[Die, Now, int], None]:
-    """Our part of a collective of the engine's `backward` or `step` is on its way, the others wait for the rest."""
+    """After this rank has started a collective of the engine's `backward` or `step` asynchronously."""
 
-    def arm_it(die: Die, now: Now, step: int) -> None:
+    def arm(die: Die, now: Now, step: int) -> None:
         import deepspeed
         import torch.distributed as dist
 
@@ -93,7 +93,7 @@ def _in_a_collective_of(method: str) -> Callable[[Die, Now, int], None]:
 
             setattr(dist, name, begin)
 
-    return arm_it
+    return arm
 
 
 def _before_the_update(die: Die, now: Now, step: int) -> None:
@@ -122,7 +122,7 @@ def _half_a_line(die: Die, now: Now, step: int) -> None:
 
 
 def _half_an_evaluation(die: Die, now: Now, step: int) -> None:
-    """The line lacks its last brace alone."""
+    """The last brace of the line is missing."""
     from trainer.training.metrics_log import MetricsLog
 
     def write(self: Any, line: dict[str, Any]) -> None:
@@ -149,9 +149,9 @@ def _half_a_file(die: Die, now: Now, step: int) -> None:
 
 
 def _saving(name: str, when: str) -> Callable[[Die, Now, int], None]:
-    """Before or after a function of a save, at the checkpoint of `step`."""
+    """Before or after a function called by the save of `step`."""
 
-    def arm_it(die: Die, now: Now, step: int) -> None:
+    def arm(die: Die, now: Now, step: int) -> None:
         from trainer.storage import atomic_dir
         from trainer.training import checkpoint
 
@@ -166,7 +166,7 @@ def _saving(name: str, when: str) -> Callable[[Die, Now, int], None]:
         holder = atomic_dir if module == "atomic_dir" else checkpoint
         wrap(holder, function, **{when: lambda *_: die() if saving else None})
 
-    return arm_it
+    return arm
 
 
 def _half_a_manifest(die: Die, now: Now, step: int) -> None:
@@ -181,23 +181,23 @@ def _half_a_manifest(die: Die, now: Now, step: int) -> None:
 
 
 def _rename(when: str, suffix: str = "") -> Callable[[Die, Now, int], None]:
-    """Before or after the rename whose target is the checkpoint of `step`, or some checkpoint's name with `suffix`."""
+    """Before or after the rename to the checkpoint of `step`, or to any name with `suffix`."""
 
-    def arm_it(die: Die, now: Now, step: int) -> None:
-        def look(source: Any, target: Any) -> None:
+    def arm(die: Die, now: Now, step: int) -> None:
+        def check(source: Any, target: Any) -> None:
             name = Path(target).name
             if name == f"step-{step:06d}" or (suffix and name.endswith(suffix)):
                 die()
 
         for holder, function in ((os, "rename"), (Path, "rename")):
             if not suffix or holder is Path:
-                wrap(holder, function, **{when: look})
+                wrap(holder, function, **{when: check})
 
-    return arm_it
+    return arm
 
 
 def _half_removed(die: Die, now: Now, step: int) -> None:
-    """An old checkpoint, out of sight already, has lost one file."""
+    """After one file of an old checkpoint, which is already renamed, is removed."""
 
     def remove(path: Any, *_: Any) -> None:
         if str(path).endswith(".removed.tmp") and os.path.isdir(path):
@@ -208,12 +208,12 @@ def _half_removed(die: Die, now: Now, step: int) -> None:
 
 
 def _building(when: str) -> Callable[[Die, Now, int], None]:
-    """Where some directory, of whatever kind, is made visible."""
+    """Before or after the rename that publishes a directory of any kind."""
 
-    def arm_it(die: Die, now: Now, step: int) -> None:
+    def arm(die: Die, now: Now, step: int) -> None:
         wrap(os, "rename", **{when: lambda *_: die()})
 
-    return arm_it
+    return arm
 
 
 def _half_tokenised(die: Die, now: Now, step: int) -> None:
@@ -251,7 +251,7 @@ def _in_the_first_weights(die: Die, now: Now, step: int) -> None:
 
 
 def _half_resumed(die: Die, now: Now, step: int) -> None:
-    """Some of a partition is the checkpoint's, the rest the first weights."""
+    """One range of a partition is loaded, the rest still has its initial weights."""
     from trainer.training import reshard
 
     wrap(reshard, "_copy", after=lambda *_: die())

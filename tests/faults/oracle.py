@@ -1,7 +1,7 @@
-"""One oracle for all faults: what a run has become must be, bit for bit, what it would have been.
+"""The oracle of all fault tests: a disturbed run must end bit for bit like the undisturbed one.
 
-Losses, gradient norms, evaluations, weights and moments equal to the undisturbed run's; every example learned from
-exactly once an epoch; nothing half-made visible and nothing left over.
+Losses, gradient norms, evaluations, weights and moments are equal; every example is trained on exactly once an epoch; no
+partial directory is visible and no temporary file is left.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from trainer.training.batches import PackedDataset
 from trainer.zero.checksum_reader import ChecksumReader
 from trainer.zero.optimizer_state import read_optimizer_state
 
-_TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes"}
+_MEASURED = {"seconds", "tokens_per_second", "mfu", "memory_bytes"}
 
 
 def trajectory(run: RunDirectory) -> tuple[dict[int, dict], dict[int, dict]]:
-    """(steps, evaluations) by step, without times; of what is there twice the last counts, and half a line does not."""
+    """Return (steps, evaluations) by step, without measured values; the last line of a step is valid."""
     steps: dict[int, dict] = {}
     evaluations: dict[int, dict] = {}
     if not run.metrics.exists():
@@ -43,25 +43,23 @@ def trajectory(run: RunDirectory) -> tuple[dict[int, dict], dict[int, dict]]:
         if "evaluation" in line:
             evaluations[line["step"]] = line["evaluation"]
         else:
-            steps[line["step"]] = {key: value for key, value in line.items() if key not in _TIMES}
+            steps[line["step"]] = {key: value for key, value in line.items() if key not in _MEASURED}
     return steps, evaluations
 
 
 def state_digest(checkpoint: Path) -> str:
-    """SHA-256 over every weight and moment of a checkpoint, by name, after its files were found whole."""
+    """Verify a checkpoint's digests and return the SHA-256 of all its weights and moments."""
     atomic_dir.verify_digests(checkpoint)
     facts = atomic_dir.read_manifest(checkpoint)["facts"]
     state = read_optimizer_state(checkpoint, facts["zero_stage"], facts["world_size"], facts["dtype"])
     digest = hashlib.sha256(f"{state.step}".encode())
     tensors = {("weight", name): tensor for name, tensor in state.weights.tensors.items()}
-    tensors |= {
-        (which, name): tensor for which, named in state.moments.items() for name, tensor in named.items()
-    }
+    tensors |= {(key, name): tensor for key, named in state.moments.items() for name, tensor in named.items()}
     with ChecksumReader() as reader:
         for key in sorted(tensors):
             digest.update(f"{key}{tensors[key].shape}".encode())
-            for piece in tensors[key].ranges:
-                digest.update(reader.tensor(piece, 0, piece.num_elements).numpy().tobytes())
+            for byte_range in tensors[key].ranges:
+                digest.update(reader.tensor(byte_range, 0, byte_range.num_elements).numpy().tobytes())
         reader.finish()
     assert len(tensors) > 20
     return digest.hexdigest()
@@ -69,7 +67,7 @@ def state_digest(checkpoint: Path) -> str:
 
 @dataclass(frozen=True)
 class Reference:
-    """A run nobody disturbed."""
+    """A finished run without faults."""
 
     run: RunDirectory
     settings: TrainSettings
@@ -78,16 +76,16 @@ class Reference:
     digest: str
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Reference:
-        """Of the finished run with these settings."""
+    def from_run(cls, values: dict[str, Any]) -> Reference:
+        """Return the reference of the finished run with these settings."""
         settings = from_dict(TrainSettings, values, "the test")
         run = RunDirectory(Path(settings.output_dir))
         steps, evaluations = trajectory(run)
         return cls(run, settings, steps, evaluations, state_digest(run.checkpoint(max(steps))))
 
 
-def same(run: RunDirectory, reference: Reference, records: Path | None = None) -> None:
-    """The finished run is the reference, to the last bit. `records`: what injection.py wrote down of the packs."""
+def assert_same(run: RunDirectory, reference: Reference, records: Path | None = None) -> None:
+    """Check that a finished run equals the reference bit for bit. `records`: the packs recorded by injection.py."""
     steps, evaluations = trajectory(run)
     assert steps == reference.steps
     assert evaluations == reference.evaluations
@@ -97,11 +95,11 @@ def same(run: RunDirectory, reference: Reference, records: Path | None = None) -
     assert run.checkpoint_steps() == reference.run.checkpoint_steps()
     assert leftovers(run) == []
     if records is not None:
-        each_example_once(records, reference)
+        assert_each_example_once(records, reference)
 
 
-def so_far(run: RunDirectory, reference: Reference) -> None:
-    """Of a run that was just disturbed: every step told is the reference's, and whatever is visible is whole."""
+def assert_same_so_far(run: RunDirectory, reference: Reference) -> None:
+    """Check that all logged steps of an unfinished run equal the reference, and all visible checkpoints are valid."""
     steps, evaluations = trajectory(run)
     for step, values in steps.items():
         assert values == reference.steps[step], f"step {step}"
@@ -110,11 +108,8 @@ def so_far(run: RunDirectory, reference: Reference) -> None:
         atomic_dir.verify_digests(run.checkpoint(step))
 
 
-def each_example_once(records: Path, reference: Reference) -> None:
-    """Every example entered exactly one micro-batch an epoch, of those that count.
-
-    A life goes on from a checkpoint, so of a step that was taken in several lives the last one's counts, on all ranks.
-    """
+def assert_each_example_once(records: Path, reference: Reference) -> None:
+    """Check that every example entered exactly one micro-batch an epoch; of a repeated step the last start counts."""
     settings = reference.settings
     data = PackedDataset(
         Shards.open(settings.train_shards),
@@ -125,10 +120,10 @@ def each_example_once(records: Path, reference: Reference) -> None:
     )
     taken: dict[int, tuple[int, list[dict]]] = {}
     for file in sorted(records.glob("*.jsonl")):
-        life = int(file.name.split("-")[0])
+        start = int(file.name.split("-")[0])
         for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            if taken.get(line["step"], (0, []))[0] < life:
-                taken[line["step"]] = (life, [])
+            if taken.get(line["step"], (0, []))[0] < start:
+                taken[line["step"]] = (start, [])
             taken[line["step"]][1].append(line)
     assert sorted(taken) == sorted(reference.steps)
     packs = [line for _, lines in taken.values() for line in lines]
@@ -136,12 +131,12 @@ def each_example_once(records: Path, reference: Reference) -> None:
         (line["pack"] // data.packs_per_epoch, problem) for line in packs for problem in line["problems"]
     )
     epochs = round(settings.num_train_epochs)
-    assert len(seen) == epochs * data.num_examples, "an example was never learned from"
-    assert set(seen.values()) == {1}, "an example was learned from twice"
+    assert len(seen) == epochs * data.num_examples, "an example was never trained on"
+    assert set(seen.values()) == {1}, "an example was trained on twice"
 
 
 def leftovers(run: RunDirectory) -> list[str]:
-    """Temporary files and directories in a run, but for the last few locks, which are kept on purpose."""
+    """Return temporary files, lock and heartbeats of a run; its last few stale locks are kept on purpose."""
     found = [
         path.relative_to(run.path).as_posix()
         for path in run.path.rglob(".*")
@@ -153,8 +148,8 @@ def leftovers(run: RunDirectory) -> list[str]:
     return sorted(found + live)
 
 
-def processes_with(name: str, value: str) -> list[psutil.Process]:
-    """Living processes that inherited an environment variable: whoever belongs to a command, whatever started it."""
+def find_processes(name: str, value: str) -> list[psutil.Process]:
+    """Return running processes with this environment variable, which all descendants of a command inherit."""
     found = []
     for process in psutil.process_iter():
         try:

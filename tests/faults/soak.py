@@ -1,11 +1,11 @@
-"""A study on a two-node Slurm, disturbed at random for some minutes: python -m tests.faults.soak --minutes 20
+"""Soak test of a study on a two-node Slurm, disturbed at random for some minutes: python -m tests.faults.soak --minutes 20
 
-The study is submitted as a user submits one, twice: once nobody disturbs it, then everybody does. What must be the same
-is: every loss and gradient norm, the exported weights, every prediction. Where the disturbance ends a job for good (it
-was cancelled, its disk is full), the same is done that a user does: `tools/study.py resubmit --failed`.
+The study is submitted twice with tools/study.py, first undisturbed, then disturbed. Every loss and gradient norm, the
+exported weights and every prediction must be the same. After a disturbance that ends a job (cancelled, disk full) the
+test runs `tools/study.py resubmit --failed`.
 
-*Goodput* is the time of the steps that count (of a step that was done twice, the last one) over the time from the
-submission to the end of the training: what is left after restarts, waiting in the queue and repeated steps.
+*Goodput* is the time of the steps (of a repeated step, the last one) divided by the time from the submission to the end
+of the training. Restarts, waiting in the queue and repeated steps lower it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trainer.storage.run_directory import RunDirectory
 RUN = "stories.cot.0.2m.s0"
 TEST = "stories-test-cot"
 PILOT_STEPS = 40
-SHARE = 0.5  # of the minutes an undisturbed training would take: disturbed, it shall take all of them
+UNDISTURBED_SHARE = 0.5  # of the minutes, for the undisturbed training; the disturbed one takes longer
 SHORT_WAITS = {
     "DEV_CLUSTER_GRACE": "60",
     "DEV_CLUSTER_KILL_WAIT": "10",
@@ -44,16 +44,16 @@ SHORT_WAITS = {
     "DEV_CLUSTER_REQUEUE_WAIT": "15",
 }
 DISK_BYTES = 300 << 20
-MOST_STEPS_BETWEEN = 120  # two disturbances
-RESTART_SECONDS = 75.0  # within which a disturbed job begins again, or was not disturbed
-PATIENCE_SECONDS = 1800.0  # for a study to end once it is left in peace
+MAX_STEPS_BETWEEN = 120  # two disturbances
+RESTART_SECONDS = 75.0  # for a disturbed job to start again; not every disturbance ends it
+STUDY_TIMEOUT_SECONDS = 1800.0  # for a study to end without further disturbances
 
 
 @dataclass
 class Outcome:
-    """What happened. `events`: seconds since the submission, the step that was done last, and what was done to it.
+    """Result of a soak test. `events`: (seconds since the submission, last finished step, disturbance).
 
-    `seconds`: from the submission to the end of the training; `lost`: what is not as in the undisturbed study.
+    `seconds`: from the submission to the end of the training; `lost`: differences from the undisturbed study.
     """
 
     events: list[tuple[float, int, str]] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class SoakedStudy:
-    """A study of one training over both nodes, in `folder`; its runs are below `runs`."""
+    """A study of one training on both nodes; its file is in `folder`, its runs are below `runs`."""
 
     cluster: Cluster
     folder: Path
@@ -120,7 +120,7 @@ class SoakedStudy:
         return RunDirectory(self.runs / "soak" / RUN)
 
     def logged(self) -> list[dict[str, Any]]:
-        """Every step as often as it was done; a line that was being written when its writer died is none."""
+        """Return all logged steps, repeated ones too, without corrupt lines."""
         found = []
         for line in self.run.metrics.read_text().splitlines() if self.run.metrics.exists() else []:
             try:
@@ -140,12 +140,12 @@ class SoakedStudy:
         return lines[-1]["step"] if lines else 0
 
     def starts(self) -> int:
-        """How often the training's job began."""
+        """Return the number of starts of the training's job."""
         log = self.run.log("train")
         return log.read_text(errors="replace").count("\n=== ") + 1 if log.exists() else 0
 
     def has_jobs(self) -> bool:
-        """Also while slurmctld does not answer."""
+        """Return whether jobs are left; True while slurmctld does not answer."""
         status, output = self.cluster.run("squeue", "--noheader", "--partition=low")
         return status != 0 or bool(output.strip())
 
@@ -153,7 +153,7 @@ class SoakedStudy:
         return self.run.evaluation(TEST).results.exists() and not self.has_jobs()
 
     def result(self) -> dict[str, Any]:
-        """What must not depend on any disturbance."""
+        """Return all that must not depend on disturbances."""
         run = self.run
         return {
             "losses or gradient norms": oracle.trajectory(run),
@@ -164,10 +164,10 @@ class SoakedStudy:
 
 
 class Soak:
-    """One study that is disturbed until `minutes` are over or its training is done, and then left in peace."""
+    """Disturbs a study until `minutes` are over or its training is finished, then waits for its end."""
 
-    def __init__(self, study: SoakedStudy, minutes: float, seed: int, say: Callable[[str], None]):
-        self.study, self.end, self.say = study, 60 * minutes, say
+    def __init__(self, study: SoakedStudy, minutes: float, seed: int, log: Callable[[str], None]):
+        self.study, self.end, self.log = study, 60 * minutes, log
         self.choice = random.Random(seed)
         self.outcome = Outcome()
         self.start = time.monotonic()
@@ -175,61 +175,60 @@ class Soak:
     def __call__(self) -> Outcome:
         self.study.submit()
         waiting: list[Disturbance] = []
-        while self._goes_on(self.choice.randint(1, MOST_STEPS_BETWEEN)):
-            if not waiting:  # everything in turn, in another order each time
+        while self._wait_for_steps(self.choice.randint(1, MAX_STEPS_BETWEEN)):
+            if not waiting:  # all in turn, in another order each time
                 waiting = self.choice.sample(self._disturbances(), len(self._disturbances()))
             self._disturb(waiting.pop())
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + STUDY_TIMEOUT_SECONDS
         while not self.study.done():
             assert time.monotonic() < deadline, f"not done: {self.study.command('status')[1]}"
-            self._look()
+            self._poll()
         return self.outcome
 
     def _disturbances(self) -> list[Disturbance]:
         disk = [disturbances.fill_disk(self.study.runs)] if self.study.runs.is_mount() else []
         return [*disturbances.DISTURBANCES, *disk]
 
-    def _disturb(self, how: Disturbance) -> None:
+    def _disturb(self, disturbance: Disturbance) -> None:
         starts, event = self.study.starts(), (self._now(), self.study.step())
         try:
-            what = how(self.study.cluster, self.choice)
+            description = disturbance(self.study.cluster, self.choice)
         except LookupError:
-            return  # nobody is there just now
-        self.outcome.events.append((*event, what))
-        self.say(f"{event[0]:6.0f} s  step {event[1]:<6} {what}")
-        # Most of it ends the job, but not always, and not at once.
+            return  # no rank is running
+        self.outcome.events.append((*event, description))
+        self.log(f"{event[0]:6.0f} s  step {event[1]:<6} {description}")
+        # Most disturbances end the job, some of them after a while.
         deadline = time.monotonic() + RESTART_SECONDS
         while self.study.starts() == starts and time.monotonic() < deadline:
-            self._look()
+            self._poll()
 
-    def _goes_on(self, steps: int) -> bool:
-        """Wait for so many steps; False if the training, or the time for disturbances, is over."""
+    def _wait_for_steps(self, num_steps: int) -> bool:
+        """Wait for steps; return False if the training, or the time for disturbances, is over."""
         before = len(self.study.logged())
-        while len(self.study.logged()) < before + steps:
+        while len(self.study.logged()) < before + num_steps:
             if self.outcome.seconds or self._now() > self.end:
                 return False
-            self._look()
+            self._poll()
         return True
 
-    def _look(self) -> None:
-        """As somebody who looks after the study now and then."""
+    def _poll(self) -> None:
+        """Record the end of the training, and resubmit ended jobs."""
         time.sleep(0.5)
         if not self.outcome.seconds and self.study.trained():
             self.outcome.seconds = self._now()
-        if (
-            not self.study.has_jobs() and not self.study.done()
-        ):  # in this order: a job may end between the two looks
+        # In this order: a job may end between the two queries.
+        if not self.study.has_jobs() and not self.study.done():
             status, output = self.study.command("resubmit", "--failed")
             assert status == 0, output
             self.outcome.resubmitted += 1
-            self.say(f"{self._now():6.0f} s  step {self.study.step():<6} -> resubmit --failed")
+            self.log(f"{self._now():6.0f} s  step {self.study.step():<6} -> resubmit --failed")
 
     def _now(self) -> float:
         return time.monotonic() - self.start
 
 
 def count(study: SoakedStudy, outcome: Outcome, expected: dict[str, Any]) -> None:
-    """Fill in what the run directory tells."""
+    """Fill in the outcome from the run directory."""
     lines = study.logged()
     last = {line["step"]: line for line in lines}
     outcome.steps, outcome.repeated_steps = len(last), len(lines) - len(last)
@@ -241,23 +240,23 @@ def count(study: SoakedStudy, outcome: Outcome, expected: dict[str, Any]) -> Non
     outcome.lost += [f"left behind: {path}" for path in (run.lock, run.heartbeats) if path.exists()]
 
 
-def soak(folder: Path, minutes: float, seed: int, say: Callable[[str], None] = print) -> Outcome:
-    """Start a cluster in `folder` (its path is short), run the study undisturbed and disturbed, end the cluster."""
+def soak(folder: Path, minutes: float, seed: int, log: Callable[[str], None] = print) -> Outcome:
+    """Run the study undisturbed and disturbed on a cluster in `folder`, whose path must be short."""
     cluster = make(folder / "c", **SHORT_WAITS)
     try:
-        steps = pilot(SoakedStudy(cluster, folder, folder / "pilot"), minutes, say)
-        calm = SoakedStudy(cluster, folder, folder / "calm")
-        calm.write(steps)
+        steps = pilot(SoakedStudy(cluster, folder, folder / "pilot"), minutes, log)
+        undisturbed = SoakedStudy(cluster, folder, folder / "undisturbed")
+        undisturbed.write(steps)
         start = time.monotonic()
-        calm.submit()
-        cluster.wait(calm.done, "the undisturbed study is over", PATIENCE_SECONDS)
-        say(f"undisturbed: {steps} steps, the whole study in {time.monotonic() - start:.0f} s")
+        undisturbed.submit()
+        cluster.wait(undisturbed.done, "the undisturbed study is over", STUDY_TIMEOUT_SECONDS)
+        log(f"undisturbed: {steps} steps, the whole study in {time.monotonic() - start:.0f} s")
         disturbed = SoakedStudy(cluster, folder, folder / "disturbed")
         if not disturbances.mount(disturbed.runs, DISK_BYTES):
-            say("no file system of its own (mount is not allowed): its disk is not filled")
+            log("no separate file system (mount is not allowed): the disk is not filled")
         try:
-            outcome = Soak(disturbed, minutes, seed, say)()
-            count(disturbed, outcome, calm.result())
+            outcome = Soak(disturbed, minutes, seed, log)()
+            count(disturbed, outcome, undisturbed.result())
         finally:
             disturbances.unmount(disturbed.runs)
     finally:
@@ -266,31 +265,31 @@ def soak(folder: Path, minutes: float, seed: int, say: Callable[[str], None] = p
     return outcome
 
 
-def pilot(study: SoakedStudy, minutes: float, say: Callable[[str], None]) -> int:
-    """How many steps take `SHARE` of the minutes here."""
+def pilot(study: SoakedStudy, minutes: float, log: Callable[[str], None]) -> int:
+    """Return the number of steps that take `UNDISTURBED_SHARE` of the minutes on this machine."""
     study.write(PILOT_STEPS)
     study.submit()
     study.cluster.wait(study.trained, "the pilot has trained")
     study.command("cancel")
     study.cluster.wait(lambda: not study.has_jobs(), "the pilot is over")
     seconds = statistics.median(line["seconds"] for line in study.logged())
-    say(f"pilot: {seconds * 1000:.0f} ms a step")
-    return max(PILOT_STEPS, int(SHARE * 60 * minutes / seconds))
+    log(f"pilot: {seconds * 1000:.0f} ms a step")
+    return max(PILOT_STEPS, int(UNDISTURBED_SHARE * 60 * minutes / seconds))
 
 
-def in_words(outcome: Outcome) -> str:
-    kinds = Counter(re.sub(r"\b(rank|node) \w+", r"a \1", what) for _, _, what in outcome.events)
-    rows = [f"{count:5}  {what}" for what, count in sorted(kinds.items())]
+def summary(outcome: Outcome) -> str:
+    kinds = Counter(re.sub(r"\b(rank|node) \w+", r"a \1", text) for _, _, text in outcome.events)
+    rows = [f"{count:5}  {kind}" for kind, count in sorted(kinds.items())]
     return "\n".join(
         [
-            "times  what was done to it",
+            "times  disturbance",
             *rows,
             f"{len(outcome.events):5}  in all",
-            f"{outcome.starts:5}  starts of the training, {outcome.resubmitted} submissions by hand after a cancellation or failure",
-            f"{outcome.steps:5}  steps, {outcome.repeated_steps} done again",
-            f"goodput {outcome.useful_seconds / outcome.seconds:.0%}: {outcome.useful_seconds:.0f} s of steps that count "
+            f"{outcome.starts:5}  starts of the training, {outcome.resubmitted} submissions after a cancellation or failure",
+            f"{outcome.steps:5}  steps, {outcome.repeated_steps} repeated",
+            f"goodput {outcome.useful_seconds / outcome.seconds:.0%}: {outcome.useful_seconds:.0f} s of steps "
             f"in {outcome.seconds:.0f} s from submission to the last step",
-            f"lost: {len(outcome.lost)}" + "".join(f"\n  {what}" for what in outcome.lost),
+            f"lost: {len(outcome.lost)}" + "".join(f"\n  {loss}" for loss in outcome.lost),
         ]
     )
 
@@ -299,12 +298,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=20.0, help="disturb for so long [20]")
-    parser.add_argument("--seed", type=int, default=0, help="of the disturbances [0]")
+    parser.add_argument("--minutes", type=float, default=20.0, help="duration of the disturbances [20]")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the disturbances [0]")
     flags = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))  # a socket's path has at most 107 characters
     outcome = soak(folder, flags.minutes, flags.seed)
-    print(in_words(outcome))
+    print(summary(outcome))
     if outcome.lost:
         sys.exit(f"kept: {folder}")
     shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""A run is killed, and then its files are damaged: it goes on from what is whole, exactly, or says what is not."""
+"""The files of a killed run are damaged: it resumes from a valid checkpoint bit for bit, or names the damaged file."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def killed(
     gpt2_config: Path,
     references: Callable[[int], Reference],
 ) -> Case:
-    """Killed at step 20: two checkpoints, and metrics beyond them."""
+    """A run killed at step 20, with two checkpoints and metrics of later steps."""
     folder = tmp_path_factory.mktemp("killed")
     case = Case(values_of(stories, gpt2_config, folder / "run", 1), references(1))
-    with case.start(kill={"instant": "after the update", "rank": 0, "step": 20}) as life:
-        life.wait()
+    with case.start(kill={"instant": "after the update", "rank": 0, "step": 20}) as ranks:
+        ranks.wait()
     assert case.marker.exists() and case.run.checkpoint_steps() == [OLDER, NEWEST]
     return case
 
 
 @pytest.fixture
 def copy(killed: Case, tmp_path: Path) -> Case:
-    """The same, to be damaged."""
+    """A copy of `killed` to be damaged."""
     copied = Case({**killed.values, "output_dir": str(tmp_path / "run")}, killed.reference)
     shutil.copytree(killed.run.path, copied.run.path)
     shutil.copytree(killed.records, copied.records)
-    copied.num_lives = killed.num_lives
+    copied.num_starts = killed.num_starts
     return copied
 
 
@@ -80,20 +80,20 @@ PASSED_OVER: dict[str, Callable[[RunDirectory], Any]] = {
 @pytest.mark.parametrize("damage", PASSED_OVER)
 def test_a_damaged_checkpoint_is_passed_over(copy: Case, damage: str) -> None:
     PASSED_OVER[damage](copy.run)
-    said = copy.finish()
-    assert f"checkpoint passed over: {copy.run.checkpoint(NEWEST)}" in said
-    assert f"resumed from {copy.run.checkpoint(OLDER)}" in said
-    copy.same()
+    output = copy.finish()
+    assert f"checkpoint passed over: {copy.run.checkpoint(NEWEST)}" in output
+    assert f"resumed from {copy.run.checkpoint(OLDER)}" in output
+    copy.assert_same()
 
 
-def test_no_hint_is_believed_and_no_scrap_is_stumbled_over(copy: Case) -> None:
-    """What others leave in a run directory, or what they make of our small files, changes nothing."""
+def test_hint_files_and_leftovers_are_ignored(copy: Case) -> None:
+    """Foreign files in a run directory and damaged small files do not matter."""
     run = copy.run
     (run.checkpoints / "latest").write_text(f"step-{OLDER:06d}")  # DeepSpeed's hint, stale
     (run.checkpoints / "latest_universal").touch()
     (run.checkpoints / f"step-{NEWEST + 1:06d}").write_text("a file")
-    half = run.checkpoints / f".step-{NEWEST + 2:06d}.another-host-77-0123abcd.tmp"
-    shutil.copytree(run.checkpoint(NEWEST), half)
+    staging = run.checkpoints / f".step-{NEWEST + 2:06d}.another-host-77-0123abcd.tmp"
+    shutil.copytree(run.checkpoint(NEWEST), staging)
     (run.path / ".initial-abcd.tmp").mkdir()
     with open(run.metrics, "ab") as file:
         file.write(b'{"step": 21, "loss": 1.0, "evaluation": {"loss": 1.0}\n\xff\xfe{"step"')
@@ -102,31 +102,31 @@ def test_no_hint_is_believed_and_no_scrap_is_stumbled_over(copy: Case) -> None:
     shutil.rmtree(run.model)
     run.heartbeats.mkdir(exist_ok=True)
     (run.heartbeats / "rank-00000.json").write_text("{")
-    said = copy.finish()
-    assert f"resumed from {run.checkpoint(NEWEST)}" in said
+    output = copy.finish()
+    assert f"resumed from {run.checkpoint(NEWEST)}" in output
     (run.checkpoints / f"step-{NEWEST + 1:06d}").unlink()
-    copy.same()
+    copy.assert_same()
 
 
 def test_an_unfinished_directory_with_a_checkpoints_name_is_passed_over(copy: Case) -> None:
-    """It has no manifest; nothing of ours makes such a thing, and nothing of ours removes it."""
-    scrap = copy.run.checkpoint(999)
-    scrap.mkdir()
-    assert f"checkpoint passed over: {scrap} is not finished" in copy.finish()
-    scrap.rmdir()
-    copy.same()
+    """A directory without a manifest, which the trainer never creates, is not removed either."""
+    foreign = copy.run.checkpoint(999)
+    foreign.mkdir()
+    assert f"checkpoint passed over: {foreign} is not finished" in copy.finish()
+    foreign.rmdir()
+    copy.assert_same()
 
 
 def test_without_a_valid_checkpoint_nothing_starts_from_zero(copy: Case) -> None:
     for step in (OLDER, NEWEST):
         flip_optimizer(copy.run.checkpoint(step))
-    copy.refused("holds 2 checkpoint.s. but none is valid; .*--overwrite_output_dir")
+    copy.assert_refused("holds 2 checkpoint.s. but none is valid; .*--overwrite_output_dir")
     assert copy.run.checkpoint_steps() == [OLDER, NEWEST]
 
 
 def test_settings_that_cannot_be_read_are_named(copy: Case) -> None:
     copy.run.settings.write_bytes(b"seed: [1")
-    copy.refused(r"settings\.yaml cannot be read")
+    copy.assert_refused(r"settings\.yaml cannot be read")
     assert copy.run.checkpoint_steps() == [OLDER, NEWEST]
 
 
@@ -137,7 +137,7 @@ def test_flipped_tokens_are_not_trained_on(copy: Case, tmp_path: Path) -> None:
     tokens[len(tokens) // 2] ^= 1
     (shards / "tokens.bin").write_bytes(tokens)
     copy.values["train_shards"] = str(shards)
-    copy.refused(r"tokens\.bin is corrupt: its digest is not the manifest's")
+    copy.assert_refused(r"tokens\.bin is corrupt: its digest is not the manifest's")
 
 
 class _Planted:
@@ -149,19 +149,19 @@ class _Planted:
 
 
 def test_a_planted_pickle_is_not_run_by_resuming(copy: Case, tmp_path: Path) -> None:
-    """Nor with a manifest that a forger made to fit. Without it the run goes on from the checkpoint before."""
+    """Even with a forged manifest that matches. Without it the run resumes from the previous checkpoint."""
     marker, checkpoint = tmp_path / "was-run", copy.run.checkpoint(NEWEST)
     file = _optimizer_file(copy.run, 1)
-    content = torch.load(file, weights_only=False)  # our own file
+    content = torch.load(file, weights_only=False)
     torch.save({**content, "hyperparameters": _Planted(f"touch {marker}")}, file)
     facts = atomic_dir.read_manifest(checkpoint)["facts"]
     (checkpoint / atomic_dir.MANIFEST).unlink()
     staging = checkpoint.rename(tmp_path / "staging")
     atomic_dir.publish(staging, checkpoint, "checkpoint", facts, atomic_dir.digest_files(staging))
-    copy.refused(rf"{file.name} is refused: it asks for (posix|nt)\.system")
+    copy.assert_refused(rf"{file.name} is refused: it asks for (posix|nt)\.system")
     assert not marker.exists()
-    torch.load(file, weights_only=False)  # the weapon does work
+    torch.load(file, weights_only=False)  # the planted pickle does work
     assert marker.exists()
     shutil.rmtree(checkpoint)
     copy.finish()
-    copy.same()
+    copy.assert_same()

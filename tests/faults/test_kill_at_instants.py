@@ -1,4 +1,4 @@
-"""SIGKILL of one rank at every instant that matters: of the start, a step, a save, the end. One run dies at them all."""
+"""SIGKILL of one rank at every instant of the start, a step, a save and the end, all in one run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from tests.faults import oracle
-from tests.faults.conftest import Case
+from tests.faults.conftest import Case, printed
 
 pytestmark = pytest.mark.faults
 
-# instant, rank, step. They follow the run: what lies between is done in good order, a checkpoint every third step.
+# (instant, rank, step) in the order of the run, which saves a checkpoint every third step.
 DEATHS = [
     ("in the run's files", 0, 0),
     ("in the first weights", 0, 0),
@@ -39,7 +39,7 @@ DEATHS = [
     ("in save: before the rename", 0, 38),
     ("at the end", 0, 38),
 ]
-# Without ZeRO every rank has all of it: rank 0 alone writes, and an update needs nobody else.
+# In stage 0 rank 0 alone writes, and an update has no collective.
 DEATHS_OF_REPLICAS = [
     (instant, 0 if instant == "in save: half a file" else rank, step)
     for instant, rank, step in DEATHS
@@ -49,18 +49,18 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=SLOW) for stage in (0, 2, 3))])
-def test_killed_at_every_instant(case: Callable[..., Case], stage: int) -> None:
-    killed = case(stage)
+def test_killed_at_every_instant(make_case: Callable[..., Case], stage: int) -> None:
+    case = make_case(stage)
     for instant, rank, step in DEATHS if stage else DEATHS_OF_REPLICAS:
-        with killed.start(kill={"instant": instant, "rank": rank, "step": step}) as life:
-            outcomes = life.wait()
-        told = f"{instant}, rank {rank}, step {step}:\n" + "\n".join(one.output[-2000:] for one in outcomes)
-        assert killed.marker.exists() and outcomes[rank].status == -signal.SIGKILL, told
-        # The other one ends by itself, with an error; in good order only if all was done.
-        assert outcomes[1 - rank].status > 0 or instant == "at the end", told
-        oracle.so_far(killed.run, killed.reference)
-    with killed.start() as life:
-        outcomes = life.wait()
+        with case.start(kill={"instant": instant, "rank": rank, "step": step}) as ranks:
+            outcomes = ranks.wait()
+        message = f"{instant}, rank {rank}, step {step}:\n{printed(outcomes)}"
+        assert case.marker.exists() and outcomes[rank].status == -signal.SIGKILL, message
+        # The other rank ends by itself with an error, or regularly if the run is finished.
+        assert outcomes[1 - rank].status > 0 or instant == "at the end", message
+        oracle.assert_same_so_far(case.run, case.reference)
+    with case.start() as ranks:
+        outcomes = ranks.wait()
     assert "already finished" in outcomes[0].output
     assert [outcome.status for outcome in outcomes] == [0, 0]
-    killed.same()
+    case.assert_same()

@@ -1,6 +1,6 @@
-"""One training on two Slurm nodes that is cancelled, loses a node, and whose slurmctld dies: as if nothing had happened.
+"""A training on two Slurm nodes is cancelled, loses a node and its slurmctld: its results equal the undisturbed run's.
 
-Preemption, the job's own time limit and a node lost where another is free: tests/cluster/test_training_on_slurm.py.
+Preemption, a job's time limit and a lost node with a free one: tests/cluster/test_training_on_slurm.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ STEPS, SAVE_STEPS = 600, 10
 
 
 @dataclass
-class Story:
-    """`logs`: what each job printed; `states`: how Slurm says it ended; `restarts`: of the last job."""
+class DisturbedTraining:
+    """`logs`: output of each job; `states`: Slurm's final state of each; `restarts`: of the last job."""
 
     undisturbed: RunDirectory
     disturbed: RunDirectory
@@ -34,8 +34,8 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    folder = tmp_path_factory.mktemp("story")
+def training(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> DisturbedTraining:
+    folder = tmp_path_factory.mktemp("training")
     undisturbed, disturbed = RunDirectory(folder / "undisturbed"), RunDirectory(folder / "disturbed")
     prepare = ["--tokenizer_name=stories", "--num_problems=60", "--num_processes=1"]
     prepared = cluster.sbatch(
@@ -71,40 +71,43 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Story:
         cluster.wait_for_state(job, "COMPLETED")
     states = [cluster.fact(job, "JobState") for job in (first, second)]
     restarts = cluster.fact(second, "Restarts")
-    return Story(
+    return DisturbedTraining(
         undisturbed, disturbed, [folder / "disturbed.out", log], states, restarts, steps_when_cancelled
     )
 
 
-def test_losses_and_weights_are_those_of_the_undisturbed_run(story: Story) -> None:
-    assert len(losses(story.undisturbed)) == STEPS
-    assert oracle.trajectory(story.disturbed) == oracle.trajectory(story.undisturbed)
-    digests = [oracle.state_digest(run.checkpoint(STEPS)) for run in (story.undisturbed, story.disturbed)]
+def test_losses_and_weights_are_those_of_the_undisturbed_run(training: DisturbedTraining) -> None:
+    assert len(losses(training.undisturbed)) == STEPS
+    assert oracle.trajectory(training.disturbed) == oracle.trajectory(training.undisturbed)
+    digests = [
+        oracle.state_digest(run.checkpoint(STEPS)) for run in (training.undisturbed, training.disturbed)
+    ]
     assert digests[0] == digests[1]
 
 
-def test_only_the_lost_node_cost_steps(story: Story) -> None:
-    """Those since the last checkpoint; the cancelled job had saved, and of slurmctld the ranks know nothing."""
-    assert story.states == ["CANCELLED", "COMPLETED"] and story.restarts == "1"
+def test_only_the_lost_node_cost_steps(training: DisturbedTraining) -> None:
+    """Steps since the last checkpoint are repeated; the cancelled job had saved, and slurmctld does not affect ranks."""
+    assert training.states == ["CANCELLED", "COMPLETED"] and training.restarts == "1"
     done = Counter(
         json.loads(line)["step"]
-        for line in story.disturbed.metrics.read_text().splitlines()
+        for line in training.disturbed.metrics.read_text().splitlines()
         if "loss" in line
     )
     repeated = [step for step, times in done.items() if times > 1]
     assert len(repeated) <= SAVE_STEPS and all(done[step] == 2 for step in repeated)
-    assert all(step > story.steps_when_cancelled for step in repeated)
-    said = story.logs[0].read_text()
-    assert f"stopped as asked (SIGTERM) at step {story.steps_when_cancelled}/" in said
-    assert "is requeued" not in said
+    assert all(step > training.steps_when_cancelled for step in repeated)
+    output = training.logs[0].read_text()
+    assert f"stopped as asked (SIGTERM) at step {training.steps_when_cancelled}/" in output
+    assert "is requeued" not in output
     assert (
-        f"resumed from {story.disturbed.checkpoint(story.steps_when_cancelled)}" in story.logs[1].read_text()
+        f"resumed from {training.disturbed.checkpoint(training.steps_when_cancelled)}"
+        in training.logs[1].read_text()
     )
 
 
-def test_nothing_is_left_behind(cluster: Cluster, story: Story) -> None:
+def test_nothing_is_left_behind(cluster: Cluster, training: DisturbedTraining) -> None:
     assert cluster.ranks("train") == []
-    assert not story.disturbed.lock.exists() and not story.disturbed.heartbeats.exists()
-    assert [path.name for path in story.disturbed.checkpoints.iterdir() if not path.name.startswith(".")] == [
-        f"step-{step:06d}" for step in (STEPS - SAVE_STEPS, STEPS)
-    ]
+    assert not training.disturbed.lock.exists() and not training.disturbed.heartbeats.exists()
+    assert [
+        path.name for path in training.disturbed.checkpoints.iterdir() if not path.name.startswith(".")
+    ] == [f"step-{step:06d}" for step in (STEPS - SAVE_STEPS, STEPS)]

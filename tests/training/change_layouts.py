@@ -1,8 +1,8 @@
-"""One rank that saves checkpoints in some layouts and loads all of them in others: change_layouts.py FOLDER CASES_JSON.
+"""One rank that saves checkpoints in some ZeRO settings and loads them in others: change_layouts.py FOLDER CASES_JSON.
 
-For each of `save` it trains two steps from the same weights and commits `FOLDER/<name>-<ranks>`; for each of `load` it
-builds a fresh engine with other weights for each of its `sources` and loads that checkpoint into it. After both it writes down,
-as `<...>.json`, a digest of every parameter, master, moment and buffer as DeepSpeed itself gathers them.
+Each `save` trains two steps from the same weights and saves `FOLDER/<name>-<ranks>`, with a digest of every parameter,
+master, moment and buffer as DeepSpeed itself gathers them. Each `load` loads every checkpoint of its `sources` into a new
+engine with other weights, and appends the comparison of the digests to `FOLDER/loaded.jsonl`.
 """
 
 from __future__ import annotations
@@ -49,19 +49,17 @@ def step(engine: Any) -> None:
 
 
 def digests(engine: Any, round_robin: bool) -> dict[str, str]:
-    """What every parameter is, in full, by DeepSpeed's own gathering; nothing of ours is used. Collective."""
+    """Return the digest of every tensor, gathered by DeepSpeed's functions alone. Collective."""
     optimizer, found = engine.optimizer, {}
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        optimizer._hp_optimizer_states_linked = (
-            False  # DeepSpeed links after the first of several groups has moved
-        )
+        # DeepSpeed links the states after the step of the first of several groups.
+        optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             found[name] = digest(parameter)
-        if (
-            not parameter.requires_grad or round_robin
-        ):  # with round_robin_gradients DeepSpeed's gathering is wrong
+        # With round_robin_gradients DeepSpeed gathers masters and moments wrongly.
+        if not parameter.requires_grad or round_robin:
             continue
         if engine.zero_optimization():
             found[f"master of {name}"] = digest(safe_get_full_fp32_param(parameter))
@@ -114,7 +112,7 @@ def load(case: dict[str, Any], folder: Path, rank: int, world_size: int) -> None
         checkpoint.load(engine, path)
         expected, found = facts["digests"], digests(engine, "robin" in case["name"])
         wrong = {key for key in set(expected) & set(found) if expected[key] != found[key]}
-        step(engine)  # and it trains on
+        step(engine)
         line: dict[str, Any] = {
             "from": path.parents[1].name, "to": f"{case['name']}-{world_size}", "compared": len(set(expected) & set(found)),
             "wrong": sorted(wrong), "global_steps": engine.global_steps, "steps": adam_steps(engine.optimizer),
@@ -128,12 +126,12 @@ def load(case: dict[str, Any], folder: Path, rank: int, world_size: int) -> None
 def main() -> None:
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    world = distributed.initialize(120)
+    environment = distributed.initialize(120)
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
     for case in cases:
         act = save if case["act"] == "save" else load
         try:
-            act(case, folder, world.rank, world.world_size)
+            act(case, folder, environment.rank, environment.world_size)
         except UserError as error:
             raise RuntimeError(f"{case}: {error}") from error
 

@@ -25,7 +25,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 @pytest.fixture(scope="session")
 def gpt2_config(tmp_path_factory: pytest.TempPathFactory, stories: Shards) -> Path:
-    """Tied embeddings, learned positions, dropout as GPT-2 has it; small."""
+    """A small GPT-2: tied embeddings, learned positions, dropout."""
     from transformers import GPT2Config
 
     folder = tmp_path_factory.mktemp("gpt2")
@@ -35,7 +35,7 @@ def gpt2_config(tmp_path_factory: pytest.TempPathFactory, stories: Shards) -> Pa
 
 
 def settings(shards: Shards, output_dir: Path, **changes: Any) -> dict[str, Any]:
-    """A run of a few steps with every number a test may want to change."""
+    """Return the settings of a run of a few steps."""
     values = {
         "train_shards": str(shards.path),
         "output_dir": str(output_dir),
@@ -55,7 +55,7 @@ def settings(shards: Shards, output_dir: Path, **changes: Any) -> dict[str, Any]
 def train_many(
     folder: Path, runs: list[dict[str, Any]], num_ranks: int, *flags: str, **environment: str
 ) -> str:
-    """Train runs one after another in the same processes; returns what rank 0 printed."""
+    """Train runs one after another in the same processes and return the output of rank 0."""
     file = folder / f"runs-{num_ranks}.json"
     file.write_text(json.dumps(runs), encoding="utf-8")
     command = ["-m", "tests.training.train_many", str(file), *flags]
@@ -63,7 +63,7 @@ def train_many(
 
 
 def trajectory(output_dir: Path) -> list[dict[str, Any]]:
-    """The steps of a run; of a step that was repeated after a restart the last line counts."""
+    """Return the steps of a run; of a repeated step the last line is valid."""
     lines = RunDirectory(output_dir).metrics.read_text(encoding="utf-8").splitlines()
     steps = {line["step"]: line for line in map(json.loads, lines) if "loss" in line}
     return [steps[step] for step in sorted(steps)]

@@ -1,4 +1,4 @@
-"""Each mistake ends with one clear message and a non-zero exit on all ranks within seconds."""
+"""Each mistake in the input ends with one message and a non-zero exit status on all ranks within seconds."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def test_what_cannot_be_trained_is_named(tmp_path: Path, stories: Shards) -> Non
         assert re.search(rf"run {number}: .*{message}", printed), f"{name}\n{printed}"
 
 
-def test_the_life_of_a_run_directory(tmp_path: Path, stories: Shards) -> None:
-    """Finished stays finished, another run in the same place is refused, starting over must be asked for; W&B offline."""
+def test_a_used_run_directory(tmp_path: Path, stories: Shards) -> None:
+    """A finished run is not repeated, another run is refused, --overwrite_output_dir starts from zero; W&B offline."""
     values = settings(stories, tmp_path / "run", max_steps=2, report_to="wandb")
     other = {**values, "learning_rate": 1.0}
-    over = {**values, "learning_rate": 1e-4, "overwrite_output_dir": True}
-    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    printed = train_many(tmp_path, [values, values, other, over], 1, "--collect", **quiet)
+    overwriting = {**values, "learning_rate": 1e-4, "overwrite_output_dir": True}
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    printed = train_many(tmp_path, [values, values, other, overwriting], 1, "--collect", **offline)
     assert printed.count("already finished") == 1
     assert re.search(r"run 2: .*learning_rate: 0.003 there, 1.0 now", printed)
     assert trajectory(tmp_path / "run")[0]["learning_rate"] == 1e-4

@@ -26,7 +26,7 @@ def test_every_example_exactly_once_an_epoch_and_packs_fit(stories: Shards) -> N
 
 def test_order_follows_from_seed_and_epoch_alone(stories: Shards) -> None:
     first, again, other = _data(stories, 7), _data(stories, 7), _data(stories, 8)
-    ahead = first.packs_per_epoch * 3 + 2  # asked for out of order: no state
+    ahead = first.packs_per_epoch * 3 + 2  # read out of order: there is no state
     expected = [first.pack(index).tolist() for index in range(ahead + 1)]
     assert again.pack(ahead).tolist() == expected[ahead]
     assert again.pack(1).tolist() == expected[1]
@@ -48,15 +48,17 @@ def test_number_of_bins_does_not_depend_on_the_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "accumulation", "world"), [(1, 1, 1), (1, 2, 2), (2, 2, 1), (4, 1, 1), (1, 1, 4)]
+    ("size", "accumulation", "world_size"), [(1, 1, 1), (1, 2, 2), (2, 2, 1), (4, 1, 1), (1, 1, 4)]
 )
-def test_ranks_and_micro_batches_share_the_packs_of_a_step(size: int, accumulation: int, world: int) -> None:
-    plan = BatchPlan.make(size, accumulation, world, packs_per_epoch=10, epochs=1, max_steps=0)
+def test_ranks_and_micro_batches_share_the_packs_of_a_step(
+    size: int, accumulation: int, world_size: int
+) -> None:
+    plan = BatchPlan.make(size, accumulation, world_size, packs_per_epoch=10, epochs=1, max_steps=0)
     seen = []
     for step in range(plan.total_steps):
         taken = [
             p
-            for rank in range(world)
+            for rank in range(world_size)
             for packs in plan.micro_batches(step, rank)
             for p in packs
             if p < plan.total_packs

@@ -1,4 +1,4 @@
-"""The newest valid checkpoint is found by looking, damaged ones are named, and a pickle is never run."""
+"""The newest valid checkpoint is found without a hint file, damaged ones are named, and a pickle is never run."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Malicious:
 
 
 def test_a_malicious_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a forger has given it a manifest that fits: nothing in a checkpoint can run code."""
+    """Also with a forged manifest that matches."""
     monkeypatch.chdir(tmp_path)
     for number, plant in enumerate((pickle.dumps(_Malicious()), None)):
         folder = tmp_path / str(number)
@@ -87,11 +87,11 @@ def test_a_malicious_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_failed_write_is_kept_not_raised(tmp_path: Path) -> None:
-    """The other ranks wait in a collective of DeepSpeed's; raising here would leave them there."""
+    """The other ranks wait in a collective of DeepSpeed; an exception would leave them there."""
     writer = checkpoint.SafeCheckpointEngine()
     writer.save({"weights": torch.zeros(1000)}, str(tmp_path / "no such folder" / "weights.pt"))
     assert writer.error is not None and "weights.pt" in writer.error
-    writer.save({}, str(tmp_path / "other.pt"))  # after a failure nothing more is written
+    writer.save({}, str(tmp_path / "other.pt"))  # not written after a failure
     assert not (tmp_path / "other.pt").exists()
     torch.save({"weights": torch.zeros(1000)}, tmp_path / "weights.pt")
     torch.save({}, tmp_path / "empty.pt")

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from trainer.training.cross_entropy import summed_cross_entropy
 
-VOCABULARY = 200_001  # two rows at a time: the last part is shorter
+VOCABULARY = 200_001  # two rows at a time: the last block is shorter
 
 
 def _hidden_weight_labels(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -24,12 +24,12 @@ def test_value_and_gradient_are_torchs(dtype: torch.dtype, tolerance: float) -> 
     hidden, weight, labels = _hidden_weight_labels(dtype)
     expected = cross_entropy((hidden @ weight.t()).float(), labels, reduction="sum")
     (3 * expected).backward()
-    wanted = hidden.grad, weight.grad
+    expected_gradients = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
     found = summed_cross_entropy(hidden @ weight.t(), labels)
     (3 * found).backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-    for gradient, reference in zip((hidden.grad, weight.grad), wanted, strict=True):
+    for gradient, reference in zip((hidden.grad, weight.grad), expected_gradients, strict=True):
         assert reference is not None and gradient is not None
         assert torch.linalg.norm(gradient - reference) <= tolerance * torch.linalg.norm(reference)
 
@@ -45,6 +45,6 @@ def test_without_gradient_the_logits_stay() -> None:
 
 def test_using_the_logits_again_is_an_error() -> None:
     hidden, weight, labels = _hidden_weight_labels(torch.float32)
-    logits = torch.tanh(hidden @ weight.t())  # tanh needs its own values for its gradient
+    logits = torch.tanh(hidden @ weight.t())  # tanh needs its output for its gradient
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         summed_cross_entropy(logits, labels).backward()

@@ -1,4 +1,4 @@
-"""Every "auto" becomes a number, a contradiction is named, and what DeepSpeed runs with is pinned by golden files."""
+"""Every "auto" becomes a number, a contradiction is named, and golden files pin the resolved configurations."""
 
 from __future__ import annotations
 

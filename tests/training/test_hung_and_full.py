@@ -1,4 +1,4 @@
-"""A rank that hangs is named and the run ended everywhere; a full disk keeps what was saved; ranks must be alike."""
+"""A hung rank is named and all ranks end; a full disk keeps the previous checkpoint; ranks must have the same code."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _wait_for_step(run: RunDirectory, step: int, ranks: Ranks, rank: int) -> Non
 
 
 @pytest.mark.parametrize("hung", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_hung_rank_is_named_and_nobody_is_left(tmp_path: Path, stories: Shards, hung: int) -> None:
+def test_a_hung_rank_is_named_and_all_ranks_end(tmp_path: Path, stories: Shards, hung: int) -> None:
     values = settings(stories, tmp_path / "run", max_steps=100000, heartbeat_timeout_seconds=5)
     run = RunDirectory(tmp_path / "run")
     with Ranks(["tools/train.py", "--config", _file(tmp_path, values)], 2) as ranks:
@@ -56,20 +56,20 @@ def test_a_hung_rank_is_named_and_nobody_is_left(tmp_path: Path, stories: Shards
         pid = ranks.processes[hung].pid
     assert outcomes[hung].status == -signal.SIGKILL
     assert outcomes[1 - hung].status == EXIT_REQUEUE
-    said = re.search(
+    message = re.search(
         rf"rank {hung} \(host \S+, pid {pid}\) has not moved since step (\d+), (\d+) s ago",
         outcomes[1 - hung].output,
     )
-    assert said, outcomes[1 - hung].output
-    assert int(said[1]) >= 2 and int(said[2]) >= 5
-    directory_lock.acquire(run.lock).release()  # and the next job may begin at once
+    assert message, outcomes[1 - hung].output
+    assert int(message[1]) >= 2 and int(message[2]) >= 5
+    directory_lock.acquire(run.lock).release()  # the lock is free
 
 
 @pytest.mark.slow
 def test_without_the_watchdog_the_time_limit_of_a_collective_ends_the_others(
     tmp_path: Path, stories: Shards
 ) -> None:
-    """Also in the groups that DeepSpeed makes, which would wait for 30 minutes."""
+    """Also in the groups that DeepSpeed creates, whose default is 30 minutes."""
     values = settings(
         stories, tmp_path / "run", max_steps=100000, heartbeat_timeout_seconds=0, timeout_seconds=15
     )
@@ -93,14 +93,14 @@ left = sorted(path.name for path in (disk / "run" / "checkpoints").iterdir())
 subprocess.run(["mount", "-o", f"remount,size={3 * room}", str(disk)], check=True)
 again = run(["tools/train.py", "--config", config], 2, timeout=300)
 print(json.dumps({
-    "status": [one.status for one in first], "said": first[0].output, "left": left,
-    "again": [one.status for one in again], "then": again[0].output,
+    "status": [one.status for one in first], "output": first[0].output, "left": left,
+    "status_again": [one.status for one in again], "output_again": again[0].output,
 }))
 """
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, stories: Shards) -> None:
-    """On a small disk of its own, mounted where only the processes of this test see it."""
+    """On a small file system in a mount namespace of this test."""
     namespace = ["unshare", "--map-root-user", "--mount"]
     if (
         shutil.which("unshare") is None
@@ -114,20 +114,21 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, stories: Shards
         stories, disk / "run", max_steps=2, save_steps=1, deepspeed="ds_configs/zero2.json", config_overrides=sizes
     )  # fmt: skip
     config = load.load_config("stories-0.2m", sizes, stories.facts["vocabulary_size"])
-    one = 16 * load.num_parameters(config)  # a copy of the weights, masters, and two moments
-    assert one > 8e6
-    command = [sys.executable, "-c", FULL, str(disk), _file(tmp_path, values), str(8 * one // 5)]
+    checkpoint_bytes = 16 * load.num_parameters(config)  # weights, masters and two moments
+    assert checkpoint_bytes > 8e6
+    command = [sys.executable, "-c", FULL, str(disk), _file(tmp_path, values), str(8 * checkpoint_bytes // 5)]
     ended = subprocess.run([*namespace, *command], cwd=REPOSITORY, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
-    assert found["status"] == [2, 2], found["said"]
-    said = re.search(
-        r"(\d+) more bytes are needed and (\d+) are free there: (\d+) bytes are missing", found["said"]
+    assert found["status"] == [2, 2], found["output"]
+    message = re.search(
+        r"(\d+) more bytes are needed and (\d+) are free there: (\d+) bytes are missing", found["output"]
     )
-    assert said and int(said[3]) == int(said[1]) - int(said[2]) > 0, found["said"]
-    assert int(said[3]) < one
-    assert found["left"] == ["step-000001"]  # nothing half-written beside it
-    assert found["again"] == [0, 0] and "resumed from" in found["then"], found["then"]
+    assert message and int(message[3]) == int(message[1]) - int(message[2]) > 0, found["output"]
+    assert int(message[3]) < checkpoint_bytes
+    assert found["left"] == ["step-000001"]  # and no staging directory
+    assert found["status_again"] == [0, 0], found["output_again"]
+    assert "resumed from" in found["output_again"]
 
 
 OTHER_CODE = "import os, runpy, sys; sys.path.insert(0, sys.argv[1 + int(os.environ['RANK'])]); " \

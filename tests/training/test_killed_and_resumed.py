@@ -1,4 +1,4 @@
-"""Killed with SIGKILL and resumed = never killed, dropout on, in every ZeRO stage: bit for bit."""
+"""A run killed with SIGKILL and resumed equals an undisturbed one bit for bit, with dropout, in every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def _settings(stories: Shards, config: Path, folder: Path, stage: int) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, stories: Shards, gpt2_config: Path) -> Path:
-    """undisturbed/<stage> ran through; killed/<stage> was killed after step 4, when step 3 had been saved, and resumed."""
+    """undisturbed/<stage>, and killed/<stage>, which was killed after step 4 and resumed from the checkpoint of step 3."""
     folder = tmp_path_factory.mktemp("killed")
     train_many(
         folder, [_settings(stories, gpt2_config, folder / "undisturbed" / str(s), s) for s in STAGES], 2
     )
-    again = []
+    resumed = []
     for stage in STAGES:
         values = _settings(stories, gpt2_config, folder / "killed" / str(stage), stage)
         file = folder / f"killed-{stage}.yaml"
@@ -48,8 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, stories: Shards, gpt2_confi
         with Ranks(["tools/train.py", "--config", str(file)], 2) as ranks:
             _wait_for_step(Path(values["output_dir"]), 4, ranks)
             ranks.kill()
-        again.append(values)
-    train_many(folder, again, 2)
+        resumed.append(values)
+    train_many(folder, resumed, 2)
     return folder
 
 
@@ -73,7 +73,7 @@ def test_losses_are_those_of_the_undisturbed_run(folder: Path, stage: int) -> No
     assert [step["loss"] for step in killed] == [step["loss"] for step in undisturbed]
     assert [step["grad_norm"] for step in killed] == [step["grad_norm"] for step in undisturbed]
     lines = RunDirectory(folder / "killed" / str(stage)).metrics.read_text().splitlines()
-    assert len(lines) > STEPS  # it really was killed and repeated steps
+    assert len(lines) > STEPS  # steps were repeated
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,4 +1,4 @@
-"""The check before the first step refuses layouts that give other numbers than the model, and no right ones."""
+"""The check before the first step rejects layouts that give other numbers than the model, and accepts right ones."""
 
 from __future__ import annotations
 
@@ -83,22 +83,22 @@ def test_the_layout_gives_the_models_own_loss_and_gradient(name: str) -> None:
     assert choice.layout.rows == EXPECTED[name]
     assert bool(choice.reason) == (choice.layout.rows != PACKED)
     set_attention(model, choice.layout.attention)
-    wanted = torch.zeros(())
-    for tokens, learned in examples:
+    expected = torch.zeros(())
+    for tokens, loss_mask in examples:
         row = torch.from_numpy(tokens)
-        labels = torch.where(torch.from_numpy(learned), row, -100)[1:]
+        labels = torch.where(torch.from_numpy(loss_mask), row, -100)[1:]
         logits = plain(input_ids=row[None]).logits[0, :-1]
-        wanted = wanted + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    wanted.backward()
+        expected = expected + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    expected.backward()
     passes = forward_passes(MicroBatch(0, [], examples), choice.layout, CPU, num_passes=7)
     assert len(passes) == (1 if choice.layout.rows in (PACKED, PADDED) else 4) + (
         6 if choice.layout.rows in (PACKED, PADDED) else 3
     )
     loss = torch.stack([summed_token_loss(model, rows) for rows in passes]).sum()
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
-    ours, theirs = (_gradient(m) for m in (model, plain))
-    assert torch.linalg.norm(ours - theirs) < 1e-5 * torch.linalg.norm(theirs)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    gradient, reference = (_gradient(m) for m in (model, plain))
+    assert torch.linalg.norm(gradient - reference) < 1e-5 * torch.linalg.norm(reference)
 
 
 def _gradient(model: Any) -> torch.Tensor:
@@ -108,7 +108,7 @@ def _gradient(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_rounding_in_a_mixture_of_experts_is_no_difference(seed: int) -> None:
-    """A neighbour that is routed otherwise changes the shapes of the experts' products, and so their rounding."""
+    """Other examples in the batch change the shapes of the experts' products, and so their rounding."""
     config = MixtralConfig(
         vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=16,
@@ -126,7 +126,7 @@ def test_the_check_leaves_the_model_as_it_was() -> None:
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert "forward" in vars(model.lm_head)  # the faster kernel is back
+    assert "forward" in vars(model.lm_head)  # the faster kernel is restored
 
 
 # --- planted faults ---------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_a_leak_between_examples_is_caught_in_a_mixture_of_experts(monkeypatch: 
 
 
 def test_a_layer_that_reads_the_tokens_before_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A convolution of two tokens: right in padded rows, and in a pack it reads the example before."""
+    """A convolution of two tokens is right in padded rows; in a pack it reads the previous example."""
 
     def shifted(hidden: torch.Tensor) -> torch.Tensor:
         return hidden + 0.01 * torch.nn.functional.pad(hidden[:, :-1], (0, 0, 1, 0))
@@ -206,7 +206,7 @@ def test_swallowed_sinks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_padding_that_is_read_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that looks at the whole row sees the padding, and in a pack the neighbours; rows of equal length are right."""
+    """A layer that reads the whole row reads the padding, and in a pack other examples; rows of equal length are right."""
     _patch_mlp(monkeypatch, lambda hidden: hidden + 0.01 * hidden.mean(1, keepdim=True))
     choice = _choose(_llama())
     assert choice.layout == Layout(EQUAL, "sdpa")
@@ -231,7 +231,7 @@ def test_memory_between_forward_passes_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_layer_that_follows_the_batch_in_training_is_refused() -> None:
-    """In evaluation mode a batch norm gives every example its own numbers."""
+    """In evaluation mode a batch norm does not mix examples."""
     model = _llama()
     model.model.norm = torch.nn.Sequential(model.model.norm, _NormOverBatch(64))
     with pytest.raises(NoLayout, match="follow the batch in training"):
@@ -253,7 +253,7 @@ def test_weights_that_are_not_numbers_are_named() -> None:
 def test_a_window_that_only_the_longest_example_exceeds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.models.default_attention import MaskPattern
 
-    monkeypatch.setattr(MaskPattern, "is_causal", lambda self, length: True)  # as if there were no window
+    monkeypatch.setattr(MaskPattern, "is_causal", lambda self, length: True)  # ignores the window
     model = family_of("mistral-window").build()
     short = _examples((9, 14, 9))
     assert _choose(model, examples=short).layout.rows == PACKED
@@ -319,14 +319,14 @@ def test_masked_logits_do_not_hide_a_difference() -> None:
     plain[:, 40:] = torch.finfo(torch.float32).min
     found = plain.clone()
     found[1, 7] += 0.1
-    apart = distances(found, plain)
-    assert apart[0] == apart[2] == 0
-    assert float(apart[1]) == pytest.approx(0.1 / 50**0.5 / float(plain[:, :40].std()), rel=1e-5)
+    difference = distances(found, plain)
+    assert difference[0] == difference[2] == 0
+    assert float(difference[1]) == pytest.approx(0.1 / 50**0.5 / float(plain[:, :40].std()), rel=1e-5)
     found[1, 7] = torch.nan
     assert not float(distances(found, plain).max()) <= 1
 
 
-def test_random_first_weights_show_every_path() -> None:
+def test_amplified_initial_weights() -> None:
     gate = _amplify(torch.zeros(8), is_embedding=False)
     assert float(gate.std()) > 0.01
     small = 0.02 * torch.randn(64, 64)
@@ -357,8 +357,8 @@ def test_default_attention_is_tried_before_eager() -> None:
 
 
 @pytest.mark.parametrize(("packing", "rows"), [("true", PACKED), ("false", PADDED)])
-def test_a_checkpoint_of_before_keeps_its_layout(packing: str, rows: str, tmp_path: Path) -> None:
-    """Its facts hold no layout; `packing` in its settings.yaml was true or false."""
+def test_an_old_checkpoint_keeps_its_layout(packing: str, rows: str, tmp_path: Path) -> None:
+    """Its facts have no layout; `packing` in its settings.yaml is true or false."""
     run = RunDirectory(tmp_path)
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     checkpoint.parent.mkdir()
@@ -366,9 +366,9 @@ def test_a_checkpoint_of_before_keeps_its_layout(packing: str, rows: str, tmp_pa
     atomic_dir.publish(staging, checkpoint, "checkpoint", {"step": 1}, {})
     assert layout_of_checkpoint(checkpoint, run) is None
     run.settings.write_text(f"packing: {packing}\n", encoding="utf-8")
-    kept = layout_of_checkpoint(checkpoint, run)
-    assert kept is not None and kept.rows == rows
-    check_same_layout(kept, "auto", checkpoint)
-    check_same_layout(kept, packing, checkpoint)
+    layout = layout_of_checkpoint(checkpoint, run)
+    assert layout is not None and layout.rows == rows
+    check_same_layout(layout, "auto", checkpoint)
+    check_same_layout(layout, packing, checkpoint)
     with pytest.raises(UserError, match="belongs to another run"):
-        check_same_layout(kept, "false" if packing == "true" else "true", checkpoint)
+        check_same_layout(layout, "false" if packing == "true" else "true", checkpoint)

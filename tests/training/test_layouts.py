@@ -1,4 +1,4 @@
-"""Real runs in every layout, on one and two ranks, in ZeRO 1 to 3: the first step is that of the model itself."""
+"""Real runs in every layout, on one and two ranks, in ZeRO 1 to 3: the first step equals that of the plain model."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ FAMILIES = {
     "doge": EQUAL,
 }
 STAGES = (1, 2, 3)
-ALONE = "llama"  # for the fault that only one example a forward pass survives
+FAULTY = "llama"  # for planted faults
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, stories: Shards) -> Path:
-    """A pretrained folder for each family, with the tokenizer of the shards and as many embeddings as the shards have tokens."""
+    """A pretrained folder for each family, with the tokenizer and the vocabulary size of the shards."""
     folder = tmp_path_factory.mktemp("weights")
     tokenizer = load_tokenizer(stories.tokenizer_path)
-    for name in (*FAMILIES, ALONE):
+    for name in (*FAMILIES, FAULTY):
         family = family_of(name)
         wider = {**family.settings, "vocab_size": stories.facts["vocabulary_size"]}
         dataclasses.replace(family, settings=wider).save(folder / name)
@@ -53,7 +53,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, stories: Shards) -> Path:
 
 
 def _run(shards: Shards, weights: Path, output_dir: Path, stage: int, ranks: int, **changes: Any) -> dict:
-    """One step of `PACKS` packs that hardly moves the weights, and a held-out loss after it."""
+    """One step of `PACKS` packs that hardly changes the weights, and a held-out loss after it."""
     return settings(
         shards,
         output_dir,
@@ -88,20 +88,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory, stories: Shards, weights: Pat
 
 
 def _stages(name: str) -> tuple[int, ...]:
-    """The ZeRO stages in which two ranks train a family: those of a layout with several passes differ most."""
+    """Return the ZeRO stages in which two ranks train a family: all for a layout with several passes."""
     return STAGES if FAMILIES[name] == EQUAL else (3,)
 
 
 @dataclasses.dataclass
-class Plain:
-    """Results of transformers, one example at a time: mean loss and gradient norm of a step, the held-out loss."""
+class PlainResults:
+    """Results of transformers, one example at a time: mean loss and gradient norm of a step, held-out loss."""
 
     loss: float
     gradient_norm: float
     held_out: float
 
 
-def _plain(weights: Path, shards: Shards) -> Plain:
+def _plain(weights: Path, shards: Shards) -> PlainResults:
     model = load.load_model(weights, "fp32").eval()
     data = PackedDataset(shards, "socratic", view_of("socratic"), 512, SEED)
     examples = data.micro_batch(range(PACKS), PACKS).examples
@@ -112,17 +112,17 @@ def _plain(weights: Path, shards: Shards) -> Plain:
     num_packs = max(1, round(20 / held_out.num_examples * held_out.packs_per_epoch))
     with torch.no_grad():
         evaluated = _mean_loss(model, held_out.micro_batch(range(num_packs), num_packs).examples)
-    return Plain(float(loss.detach()), float(norm), float(evaluated))
+    return PlainResults(float(loss.detach()), float(norm), float(evaluated))
 
 
 def _mean_loss(model: Any, examples: list) -> torch.Tensor:
-    """Mean over all learned tokens, as the trainer defines it."""
+    """Return the mean over all target tokens, as the trainer defines it."""
     losses = []
-    for tokens, learned in examples:
+    for tokens, loss_mask in examples:
         row = torch.from_numpy(tokens)
-        labels = torch.where(torch.from_numpy(learned), row, -100)[1:]
+        labels = torch.where(torch.from_numpy(loss_mask), row, -100)[1:]
         losses.append(cross_entropy(model(input_ids=row[None]).logits[0, :-1], labels, reduction="sum"))
-    return torch.stack(losses).sum() / sum(int(learned.sum()) for _, learned in examples)
+    return torch.stack(losses).sum() / sum(int(loss_mask.sum()) for _, loss_mask in examples)
 
 
 def _layout(run: Path) -> dict[str, Any]:
@@ -137,13 +137,13 @@ def _held_out(run: Path) -> float:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_first_step_is_the_models_own(name: str, runs: Path, weights: Path, stories: Shards) -> None:
-    wanted = _plain(weights / name, stories)
+    expected = _plain(weights / name, stories)
     for case in (*_stages(name), "alone"):
         run = runs / f"{name}-{case}"
         (step,) = trajectory(run)
-        assert step["loss"] == pytest.approx(wanted.loss, rel=2e-6), case
-        assert step["grad_norm"] == pytest.approx(wanted.gradient_norm, rel=1e-5), case
-        assert _held_out(run) == pytest.approx(wanted.held_out, rel=2e-6), case
+        assert step["loss"] == pytest.approx(expected.loss, rel=2e-6), case
+        assert step["grad_norm"] == pytest.approx(expected.gradient_norm, rel=1e-5), case
+        assert _held_out(run) == pytest.approx(expected.held_out, rel=2e-6), case
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -169,34 +169,34 @@ def _train_with_fault(fault: str, folder: Path, runs: list[dict], num_ranks: int
     )
 
 
-def test_attention_that_ignores_boundaries_is_said_and_not_used(
+def test_attention_that_ignores_boundaries_is_reported_and_not_used(
     tmp_path: Path, weights: Path, stories: Shards
 ) -> None:
     runs = [
-        _run(stories, weights / ALONE, tmp_path / "auto", 3, 2),
-        _run(stories, weights / ALONE, tmp_path / "asked", 3, 2, packing="true"),
+        _run(stories, weights / FAULTY, tmp_path / "auto", 3, 2),
+        _run(stories, weights / FAULTY, tmp_path / "asked", 3, 2, packing="true"),
     ]
     seen = _train_with_fault("ignore_boundaries", tmp_path, runs, 2, "--collect")
     assert _layout(tmp_path / "auto")["rows"] == PADDED
     (step,) = trajectory(tmp_path / "auto")
-    assert step["loss"] == pytest.approx(_plain(weights / ALONE, stories).loss, rel=2e-6)
+    assert step["loss"] == pytest.approx(_plain(weights / FAULTY, stories).loss, rel=2e-6)
     assert seen.count("not packed: its logits differ from those of the model alone") == 1
     assert "run 1: " in seen and "cannot be trained packed: its logits differ" in seen
 
 
 def test_one_example_a_forward_pass(tmp_path: Path, weights: Path, stories: Shards) -> None:
-    """Ranks have different numbers of examples, and under ZeRO-3 all must make as many forward passes."""
-    runs = [_run(stories, weights / ALONE, tmp_path / str(stage), stage, 2) for stage in STAGES]
-    runs.append(_run(stories, weights / ALONE, tmp_path / "recomputed", 3, 2, gradient_checkpointing=True))
+    """Ranks have different numbers of examples, but under ZeRO-3 all must make the same number of forward passes."""
+    runs = [_run(stories, weights / FAULTY, tmp_path / str(stage), stage, 2) for stage in STAGES]
+    runs.append(_run(stories, weights / FAULTY, tmp_path / "recomputed", 3, 2, gradient_checkpointing=True))
     _train_with_fault("see_other_rows", tmp_path, runs, 2)
     first, *others = (tmp_path / name for name in (*map(str, STAGES), "recomputed"))
-    (wanted,) = trajectory(first)
+    (expected,) = trajectory(first)
     assert _layout(first)["rows"] == SINGLE
     for run in others:
         assert _layout(run)["rows"] == SINGLE
         (step,) = trajectory(run)
-        assert step["loss"] == pytest.approx(wanted["loss"], rel=2e-6)
-        assert step["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+        assert step["loss"] == pytest.approx(expected["loss"], rel=2e-6)
+        assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert _held_out(run) == pytest.approx(_held_out(first), rel=2e-6)
 
 
@@ -209,14 +209,14 @@ def test_without_memory_for_a_copy_the_engine_itself_is_compared(
     _train_with_fault("no_memory", tmp_path, runs, 2)
     assert _layout(tmp_path / "bf16")["compared_in"] == "bf16"
     for name, stage in cases:
-        wanted = _plain(weights / name, stories)
+        expected = _plain(weights / name, stories)
         assert _layout(tmp_path / f"{name}-{stage}")["rows"] == FAMILIES[name]
         (step,) = trajectory(tmp_path / f"{name}-{stage}")
-        assert step["loss"] == pytest.approx(wanted.loss, rel=2e-6)
-        assert step["grad_norm"] == pytest.approx(wanted.gradient_norm, rel=1e-5)
+        assert step["loss"] == pytest.approx(expected.loss, rel=2e-6)
+        assert step["grad_norm"] == pytest.approx(expected.gradient_norm, rel=1e-5)
 
 
-# --- a run that goes on ---------------------------------------------------------------------------------------------------
+# --- a resumed run ---------------------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_keeps_its_layout(tmp_path: Path, weights: Path, stories: Shards) -> None:

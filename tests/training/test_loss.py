@@ -1,4 +1,4 @@
-"""Packed and padded give the same loss and gradient in every architecture; the solver's one pass is n examples."""
+"""Packed and padded rows give the same loss and gradient; one pass of the solver equals n separate examples."""
 
 from __future__ import annotations
 
@@ -75,25 +75,25 @@ def test_an_empty_batch_has_no_loss_and_no_gradient(stories: Shards) -> None:
 
 
 def _separate_solver_examples(shards: Shards, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """One example a step, as a trainer without masks would write them: everything before is read, one part learned."""
-    learns = view_of("solver").targets
-    parts = [(role, tokens) for role, tokens in shards.segments(index) if role not in GUIDANCE]
-    # The pieces of one solution (text, calculator, text) belong to one step; the answer is the last example.
+    """Return one example a step, as for a trainer without masks: earlier segments are input, those of the step targets."""
+    targets = view_of("solver").targets
+    segments = [(role, tokens) for role, tokens in shards.segments(index) if role not in GUIDANCE]
+    # The segments of one solution (text, calculator, text) belong to one step; the answer is the last example.
     examples, before, current = [], [], []
 
     def close() -> None:
         if current:
             tokens = np.concatenate([t for t, _ in before + current])
-            learned = np.concatenate(
+            loss_mask = np.concatenate(
                 [np.zeros(len(t), bool) for t, _ in before] + [np.full(len(t), m) for t, m in current]
             )
-            examples.append((tokens.astype(np.int64), learned))
+            examples.append((tokens.astype(np.int64), loss_mask))
             before.extend(current)
             current.clear()
 
-    for role, tokens in parts:
-        if role in learns or role == Role.CALCULATOR:
-            current.append((tokens, role in learns))
+    for role, tokens in segments:
+        if role in targets or role == Role.CALCULATOR:
+            current.append((tokens, role in targets))
         else:
             close()
             before.append((tokens, False))
@@ -108,6 +108,6 @@ def test_solver_in_one_pass_is_n_separate_examples(stories: Shards) -> None:
         assert len(separate) == len(stories.problem(index).steps) + 1
         together = MicroBatch(0, [index], [stories.example(index, view_of("solver"))])
         loss, gradient = _gradient(model, together, packing=True)
-        apart_loss, apart_gradient = _gradient(model, MicroBatch(0, [], separate), packing=True)
-        assert loss == pytest.approx(apart_loss, rel=1e-6)
-        assert torch.linalg.norm(gradient - apart_gradient) < 1e-5 * torch.linalg.norm(gradient)
+        separate_loss, separate_gradient = _gradient(model, MicroBatch(0, [], separate), packing=True)
+        assert loss == pytest.approx(separate_loss, rel=1e-6)
+        assert torch.linalg.norm(gradient - separate_gradient) < 1e-5 * torch.linalg.norm(gradient)

@@ -1,4 +1,4 @@
-"""Configurations that must give one trajectory: ZeRO 0 = 1 = 2 = 3, one rank = two, regrouped, packed = unpacked."""
+"""Settings that must give the same trajectory: ZeRO 0 to 3, one or two ranks, micro-batch sizes, packed or padded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.storage.run_directory import RunDirectory
 
 STORED = Path(__file__).parent.parent / "trajectories" / "stories_llama.json"
 
-# name: ranks, settings; every one takes 4 packs a step
+# name -> settings; each takes 4 packs a step
 ONE_RANK = {
     "reference": {"gradient_accumulation_steps": 4, "deepspeed": "ds_configs/zero0.json"},
     "micro-batch of 4": {"per_device_train_batch_size": 4},
@@ -81,7 +81,7 @@ def test_bf16_stays_near_fp32_and_stages_agree(runs: Path, name: str) -> None:
 
 
 def test_trajectory_is_the_stored_one(runs: Path) -> None:
-    """A change of the numbers is seen, wherever it comes from. To accept one, delete the file and run the test."""
+    """To accept a change of the numbers, delete the file and run the test."""
     found = [[step["loss"], step["grad_norm"]] for step in trajectory(runs / "reference")]
     if not STORED.exists():
         STORED.parent.mkdir(exist_ok=True)

@@ -1,8 +1,8 @@
-"""The cluster changes under a run: other ranks, another ZeRO stage, other micro-batches, offload. Nothing else does.
+"""Runs resumed with another number of ranks, ZeRO stage, micro-batch size or offload.
 
-Two oracles. Right after a load every fp32 master, moment, frozen parameter and buffer is, bit for bit, what DeepSpeed
-gathered when the checkpoint was saved. And the losses and gradient norms of the run that goes on are those of the run
-nobody touched: within the rounding of another order of summation, and exactly where the layout is the same.
+After loading, every fp32 master, moment, frozen parameter and buffer equals bit for bit what DeepSpeed gathered when the
+checkpoint was saved. The losses and gradient norms of the resumed run equal the undisturbed run's: up to the rounding of
+another order of summation, and exactly with the same ranks and stage.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ LAYOUTS = {
     )
 }
 FP32_BY_3 = [f"fp32-{stage}-3" for stage in range(4)]
-# ranks, what they load into which layout, and then what they save; "fp32-1-3" was saved by 3 ranks in layout fp32-1
+# (ranks, layout -> checkpoints to load into it, layouts to save afterwards); "fp32-1-3": 3 ranks, layout fp32-1
 LAUNCHES: list[tuple[int, dict[str, list[str]], list[str]]] = [
     (1, {}, ["fp32-0", "fp32-1", "fp32-2", "fp32-3", "bf16-3"]),
     (
@@ -97,22 +97,22 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_masters_and_moments_are_bit_equal(loaded: list[dict[str, Any]]) -> None:
-    asked = {
+    expected = {
         (source, f"{name}-{num_ranks}")
         for num_ranks, targets, _ in LAUNCHES
         for name, sources in targets.items()
         for source in sources
     }
-    assert {(one["from"], one["to"]) for one in loaded} == asked
+    assert {(one["from"], one["to"]) for one in loaded} == expected
     assert not {f"{one['from']} -> {one['to']}": one["wrong"] for one in loaded if one["wrong"]}
     assert all(one["compared"] > 25 for one in loaded)
-    assert all(set(one["steps"]) == {3} for one in loaded)  # AdamW goes on counting where it was
+    assert all(set(one["steps"]) == {3} for one in loaded)
 
 
-# --- the run goes on --------------------------------------------------------------------------------------------------
+# --- resumed runs --------------------------------------------------------------------------------------------------
 
 STEPS, FIRST, SECOND = 6, 2, 4
-# name: (ZeRO stage or configuration on 2 ranks, then on 1 rank, then on 2 ranks), bf16
+# name -> (ds_config on 2 ranks, then on 1 rank, then on 2 ranks), bf16
 RUNS: dict[str, tuple[tuple[str, str, str], bool]] = {
     "0-1-2": (("zero0", "zero1", "zero2"), False),
     "1-2-3": (("zero1", "zero2", "zero3"), False),
@@ -138,30 +138,28 @@ def _from(folder: Path, name: str, step: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, stories: Shards, gpt2_config: Path) -> Path:
-    """undisturbed/<name> ran on 2 ranks; one/<name> went on from step 2 on one; two/<name> from its step 4 on 2 again."""
+    """undisturbed/<name> on 2 ranks; one/<name>, resumed from its step 2 on 1; two/<name>, resumed from that step 4 on 2."""
     folder = tmp_path_factory.mktemp("changed")
 
-    def make(part: str, position: int, **changes: Any) -> list[dict[str, Any]]:
+    def make(phase: str, position: int, **changes: Any) -> list[dict[str, Any]]:
         return [
             _run(
                 stories,
                 gpt2_config,
-                folder / part / name,
+                folder / phase / name,
                 stages[position],
                 bf16,
-                **changes | _origin(part, name),
+                **changes | resumed_from(phase, name),
             )
             for name, (stages, bf16) in RUNS.items()
         ]
 
-    def _origin(part: str, name: str) -> dict[str, Any]:
-        if part == "undisturbed":
+    def resumed_from(phase: str, name: str) -> dict[str, Any]:
+        if phase == "undisturbed":
             return {}
-        return (
-            _from(folder / "undisturbed", name, FIRST)
-            if part == "one"
-            else _from(folder / "one", name, SECOND)
-        )
+        if phase == "one":
+            return _from(folder / "undisturbed", name, FIRST)
+        return _from(folder / "one", name, SECOND)
 
     train_many(folder, make("undisturbed", 0, gradient_accumulation_steps=2), 2)
     regrouped = _run(
@@ -175,7 +173,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, stories: Shards, gpt2_confi
         )
         for changes in ({"gradient_accumulation_steps": 3}, {"per_device_train_batch_size": 8})
     ]  # fmt: skip
-    # And one goes on in its own directory, with a damaged newest checkpoint: exactly, since the layout is the same.
+    # Resumed in its own directory, on the same ranks and stage, with a damaged newest checkpoint.
     name = "1-2-3"
     shutil.copytree(folder / "undisturbed" / name, folder / "damaged")
     _damage(RunDirectory(folder / "damaged").checkpoint(STEPS))
@@ -198,10 +196,10 @@ def _damage(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("part", ["one", "two"])
-def test_the_run_goes_on_as_if_nothing_had_changed(folder: Path, name: str, part: str) -> None:
-    first = FIRST if part == "one" else SECOND
-    expected, found = trajectory(folder / "undisturbed" / name)[first:], trajectory(folder / part / name)
+@pytest.mark.parametrize("phase", ["one", "two"])
+def test_resumed_on_other_ranks_and_stages(folder: Path, name: str, phase: str) -> None:
+    first = FIRST if phase == "one" else SECOND
+    expected, found = trajectory(folder / "undisturbed" / name)[first:], trajectory(folder / phase / name)
     assert [step["step"] for step in found] == list(range(first + 1, STEPS + 1))
     bf16 = RUNS[name][1]
     for one, other in zip(expected, found, strict=True):
@@ -212,7 +210,7 @@ def test_the_run_goes_on_as_if_nothing_had_changed(folder: Path, name: str, part
 
 
 def test_other_micro_batches(folder: Path) -> None:
-    """Dropout is drawn once a micro-batch, so the losses differ as another draw would; the data does not."""
+    """Dropout is seeded per micro-batch, so the losses differ; the data does not."""
     expected, found = trajectory(folder / "undisturbed" / "0-1-2")[FIRST:], trajectory(folder / "regrouped")
     for one, other in zip(expected, found, strict=True):
         assert [other[key] for key in ("packs_consumed", "learned_tokens")] == [
@@ -234,7 +232,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_again(folder: Path) -> 
 
 
 def test_other_packs_of_a_step_are_refused(folder: Path) -> None:
-    """The message says how many there were, and what gives as many."""
+    """The message names both numbers and valid settings."""
     printed = (folder / "printed.txt").read_text(encoding="utf-8")
     errors = [line for line in printed.splitlines() if line.startswith("run ")]
     remedy = "give --per_device_train_batch_size 1 --gradient_accumulation_steps 2"

@@ -1,4 +1,4 @@
-"""Told to stop, a training saves, says so by its exit status, and goes on later as if nothing had been."""
+"""On a stop signal a training saves and exits with a status for a requeue; the resumed run equals an undisturbed one."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def configured(folder: Path, stories: Shards, name: str, **changes: Any) -> Path
 
 
 def lines(run: RunDirectory, key: str) -> dict[int, Any]:
-    """step -> value, of the lines that have the key."""
+    """Return step -> value of the lines with this key."""
     records = map(json.loads, run.metrics.read_text().splitlines()) if run.metrics.exists() else iter(())
     return {line["step"]: line[key] for line in records if key in line}
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory, stories: Shards) -> Path:
-    """`whole` ran through on two ranks; `told` was sent SIGUSR1, one rank only, in the middle."""
+    """Runs on two ranks: `whole` finished; `signalled` got SIGUSR1 on one rank in the middle."""
     folder = tmp_path_factory.mktemp("stopped")
     run_well(["tools/train.py", "--config", str(configured(folder, stories, "whole"))], 2, timeout=300)
-    file, directory = configured(folder, stories, "told"), RunDirectory(folder / "told")
+    file, directory = configured(folder, stories, "signalled"), RunDirectory(folder / "signalled")
     with Ranks(["tools/train.py", "--config", str(file)], 2) as ranks:
         deadline = time.monotonic() + 200
         while not lines(directory, "loss") and time.monotonic() < deadline:
@@ -53,8 +53,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, stories: Shards) -> Path:
     return folder
 
 
-def test_it_saved_where_it_was(stopped: Path) -> None:
-    run = RunDirectory(stopped / "told")
+def test_a_stopped_run_saves_its_last_step(stopped: Path) -> None:
+    run = RunDirectory(stopped / "signalled")
     last = max(lines(run, "loss"))
     assert last < STEPS, "it was stopped in the middle"
     assert run.checkpoint_steps() == [last]
@@ -62,16 +62,16 @@ def test_it_saved_where_it_was(stopped: Path) -> None:
     assert (facts["step"], facts["finished"]) == (last, False)
 
 
-def test_it_goes_on_and_no_evaluation_is_missing(stopped: Path) -> None:
-    told, whole = RunDirectory(stopped / "told"), RunDirectory(stopped / "whole")
-    run_well(["tools/train.py", "--config", str(stopped / "told.yaml")], 2, timeout=300)
-    assert [s["loss"] for s in trajectory(told.path)] == [s["loss"] for s in trajectory(whole.path)]
-    assert lines(told, "evaluation") == lines(whole, "evaluation")
-    assert sorted(lines(told, "evaluation")) == list(range(2, STEPS + 1, 2))
+def test_a_stopped_run_resumes_with_all_evaluations(stopped: Path) -> None:
+    signalled, whole = RunDirectory(stopped / "signalled"), RunDirectory(stopped / "whole")
+    run_well(["tools/train.py", "--config", str(stopped / "signalled.yaml")], 2, timeout=300)
+    assert [s["loss"] for s in trajectory(signalled.path)] == [s["loss"] for s in trajectory(whole.path)]
+    assert lines(signalled, "evaluation") == lines(whole, "evaluation")
+    assert sorted(lines(signalled, "evaluation")) == list(range(2, STEPS + 1, 2))
 
 
 def test_a_limit_without_time_for_a_checkpoint_is_refused(stopped: Path, stories: Shards) -> None:
-    """Starting alone takes longer than this limit; so there is no time left when it is compared with a save."""
+    """Starting takes longer than this limit."""
     file = configured(stopped, stories, "short", time_limit_seconds=1)
     outcomes = run(["tools/train.py", "--config", str(file)], 2)
     assert [outcome.status for outcome in outcomes] == [2, 2]
@@ -81,7 +81,7 @@ def test_a_limit_without_time_for_a_checkpoint_is_refused(stopped: Path, stories
 
 
 def test_restarts_without_a_new_checkpoint_end(stopped: Path, stories: Shards) -> None:
-    """As Slurm would start it again and again, and something kills it on its way to the first step."""
+    """As if Slurm requeued a job that is always killed before its first step."""
     file = configured(stopped, stories, "looping", max_restarts=1)
     directory = RunDirectory(stopped / "looping")
     atomic_dir.write_text(

@@ -1,6 +1,6 @@
 """Train several runs one after another in the same processes (imports are slow): python train_many.py RUNS.json
 
-Ends at the first error, or, with --collect, prints "run <n>: <message>" for each error a user would have seen.
+Stops at the first error, or, with --collect, prints "run <n>: <message>" for each UserError.
 """
 
 from __future__ import annotations

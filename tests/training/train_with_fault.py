@@ -1,4 +1,4 @@
-"""As train_many.py, with a fault planted in the code that trains: python train_with_fault.py FAULT RUNS.json [--collect]"""
+"""train_many.py with a fault planted in the training code: python train_with_fault.py FAULT RUNS.json [--collect]"""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from trainer.training import model_copy
 
 
 def ignore_boundaries() -> None:
-    """Packed attention takes a pack for one example."""
+    """Packed attention treats a pack as one example."""
     right = packed_attention.PackedSequence
     replaced: Any = lambda lengths, bounds, sdpa: right([sum(lengths)], bounds[[0, -1]], sdpa)  # noqa: E731
     packed_attention.PackedSequence = replaced  # type: ignore[misc]
 
 
 def see_other_rows() -> None:
-    """Every layer reads the mean of all tokens of a batch: right for an example alone in its forward pass only."""
+    """Every layer reads the mean of all tokens of a batch: right only with one example per forward pass."""
     right = LlamaMLP.forward
 
     def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Ranks that start in a moment: forked from a server that has done the imports, then the real command from its first line.
+"""Ranks forked from a server that has done the imports, which then run the real command from its first line.
 
-Twelve of the thirteen seconds a training takes to start are imports, and they write nothing; without them hundreds of
-kills are affordable. Everything else is what a user's rank does: an environment of its own, `tools/train.py` (or another tool) run
-as `__main__` with its flags, a session of its own, its output in a file.
+Twelve of the thirteen seconds a training takes to start are imports, which write nothing; without them hundreds of kills
+are affordable. Otherwise a forked rank is like a user's: its own environment and session, `tools/train.py` (or another
+tool) run as `__main__` with its flags, its output in a file.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.faults.imports"])
 
 
-def _live(command: list[str], environment: dict[str, str], output: str, injected: str) -> None:
-    """In the forked process: become this rank of the command."""
+def _run_rank(command: list[str], environment: dict[str, str], output: str, injected: str) -> None:
+    """Run the command as one rank, in the forked process."""
     os.setsid()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for number in (1, 2):
@@ -49,13 +49,13 @@ def _live(command: list[str], environment: dict[str, str], output: str, injected
 
 
 @dataclass
-class Life:
-    """All ranks of one start of the command. A context manager: leaves nobody behind."""
+class ForkedRanks:
+    """All ranks of one start of the command; a context manager that kills the remaining ones at its end."""
 
     processes: list[BaseProcess]
     outputs: list[Path]
 
-    def __enter__(self) -> Life:
+    def __enter__(self) -> ForkedRanks:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -64,7 +64,7 @@ class Life:
             process.join()
 
     def kill(self, ranks: Sequence[int] | None = None, number: signal.Signals = signal.SIGKILL) -> None:
-        """Send a signal to some ranks (all by default) that have not ended."""
+        """Send a signal to some ranks (default: all) unless they have ended."""
         for rank, process in enumerate(self.processes):
             if (ranks is None or rank in ranks) and process.exitcode is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -72,11 +72,11 @@ class Life:
 
     @property
     def statuses(self) -> list[int | None]:
-        """Exit status of every rank (negative: the signal that killed it), None while it runs."""
+        """Return the exit status of every rank (negative: the signal that killed it), None while it runs."""
         return [process.exitcode for process in self.processes]
 
     def wait(self, seconds: float = 180.0) -> list[Outcome]:
-        """Wait for all ranks. Fails, with what they printed, if one has not ended by then."""
+        """Wait for all ranks. Raises AssertionError, with their output, if one still runs after `seconds`."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -99,26 +99,26 @@ def start(
     num_ranks: int,
     logs: Path,
     injected: str = "",
-    last_ranks_own: Sequence[str] = (),
+    last_rank_flags: Sequence[str] = (),
     command: str = TRAIN,
     **environment: str,
-) -> Life:
-    """Start the command on so many ranks. `injected`: what injection.py does in them (JSON), if anything.
-
-    `last_ranks_own`: flags that the last rank alone is given.
-    """
+) -> ForkedRanks:
+    """Start the command on `num_ranks` ranks. `injected`: faults for injection.py (JSON) or ""."""
     base = without_launcher_variables(os.environ)
     port, processes, outputs = str(free_port()), [], []
     logs.mkdir(parents=True, exist_ok=True)
     for rank in range(num_ranks):
-        ours = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-        ours |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ours |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+        of_rank |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        of_rank |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         output = logs / f"rank-{rank}-{time.monotonic_ns()}.log"
-        flags = [command, *arguments, *(last_ranks_own if rank == num_ranks - 1 else ())]
-        told = (flags, {**base, **ours, **environment}, str(output), injected)
-        process = _context.Process(target=_live, args=told, daemon=True)
+        words = [command, *arguments, *(last_rank_flags if rank == num_ranks - 1 else ())]
+        process = _context.Process(
+            target=_run_rank,
+            args=(words, {**base, **of_rank, **environment}, str(output), injected),
+            daemon=True,
+        )
         process.start()
         processes.append(process)
         outputs.append(output)
-    return Life(processes, outputs)
+    return ForkedRanks(processes, outputs)
