@@ -14,14 +14,14 @@ NUM_PROBLEMS = 12
 
 @pytest.fixture(scope="session")
 def solved_problems() -> dict[str, Problem]:
-    """Question -> problem with steps: what a perfect teacher knows."""
+    """Problems with steps by question."""
     problems = stories.read("train", seed=7, num_problems=NUM_PROBLEMS, min_steps=1, max_steps=4)
     return {problem.question: problem for problem in problems}
 
 
 @pytest.fixture
 def data_file(tmp_path: Path, solved_problems: dict[str, Problem]) -> Path:
-    """The same problems without steps, as the user's JSONL."""
+    """Return a JSONL file of the same problems without steps."""
     path = tmp_path / "mine.jsonl"
     records = [to_record(problem) for problem in solved_problems.values()]
     for record in records:

@@ -1,6 +1,6 @@
-"""A real HTTP server that answers as an OpenAI-compatible endpoint does, by a script: right chains, or faults.
+"""HTTP server with the API of OpenAI that replies from a script with correct chains or faults.
 
-By hand, for a look at the tool: python tests/teacher/scripted_endpoint.py --data svamp --data_path FOLDER --port 8123
+To try the tool by hand: python tests/teacher/scripted_endpoint.py --data svamp --data_path FOLDER --port 8123
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from trainer.problems.sources import read_problems
 
 @dataclass
 class Reply:
-    """One HTTP response; `body` is sent as it is if it is bytes, else as JSON."""
+    """One HTTP response; a `body` of bytes is sent unchanged, anything else as JSON."""
 
     body: Any
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0  # before it is sent
+    seconds: float = 0.0  # delay
 
 
 def chat(text: str | None, finish_reason: str = "stop", **usage: int) -> Reply:
@@ -106,20 +106,20 @@ def serving(script: Callable[[str, int, str], Reply]) -> Iterator[ScriptedEndpoi
 
 
 def solved(problem: Problem) -> str:
-    """A right Socratic chain for a problem: its own solutions, or one line that knows the answer."""
+    """Return a correct Socratic chain: the problem's own solutions, or one line with the answer."""
     solutions = [step.solution for step in problem.steps if step.solution] or [f"So it is {problem.answer}."]
     lines = [line for solution in solutions for line in ("What comes next?", solution)]
     return "\n".join([*lines, f"#### {problem.answer}"])
 
 
 def main() -> None:
-    """Answer most questions of a data set rightly, and every fifth wrongly, until interrupted."""
+    """Answer most questions of a data set correctly, and every fifth wrongly, until interrupted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="svamp")
     parser.add_argument("--data_path", required=True)
     parser.add_argument("--split", default="train")
     parser.add_argument("--port", type=int, default=8123)
-    parser.add_argument("--seconds", type=float, default=0.05, help="an answer takes so long")
+    parser.add_argument("--seconds", type=float, default=0.05, help="delay of a response")
     flags = parser.parse_args()
     records = read_problems(flags.data, flags.split, flags.data_path)
     problems = {p.question: p for p in records if isinstance(p, Problem)}

@@ -1,4 +1,4 @@
-"""Annotation against a real HTTP server that answers by a script: what is kept, what adds up, what is never repeated."""
+"""Tests of annotation against a scripted HTTP server: kept chains, counts, and requests that must not repeat."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def test_right_chains_become_problems_with_steps(
     assert summary["cost"] == pytest.approx(len(read) * (0.05 + 0.07))
     by_steps = Counter(str(len(problem.steps)) for problem in solved_problems.values())
     assert {number: row["kept"] for number, row in summary["by_steps_written"].items()} == by_steps
-    # The server is gone; everything is known, so nothing is asked, not even whether it lives.
+    # The server is closed; a finished result needs no request.
     annotate(settings(data_file, endpoint.url, style=style))
     assert "already annotated" in capsys.readouterr().out
 
 
 def faulty(solved: Solved, question: str, attempt: int) -> Reply:
-    """A chain that is right or not, as drawn from question and attempt."""
+    """Return a correct or wrong chain, drawn from question and attempt."""
     right = solution_text(solved[question], "socratic")
     draw = hashlib.sha256(f"{question} {attempt}".encode()).digest()[0] % 11
     return [
@@ -150,7 +150,7 @@ def test_every_sample_and_every_problem_is_counted_once(
     assert summary["rejected_by_reason"] == Counter(record["reason"] for record in rejected)
     assert sum(row["samples"] for row in summary["by_steps_written"].values()) == len(samples)
     assert sum(row["kept"] for row in summary["by_steps_written"].values()) == len(kept)
-    # The doubled question was asked once for both; what was asked was judged, and the other way round.
+    # The repeated question is sent once for both problems; every response is used.
     assert len(set(record["id"] for record in kept)) == len(kept)
     responses = lines(AnnotationDirectory(data_file.parent / "out").responses)
     assert sum(asked.values()) == len(responses) == len({r["key"] for r in responses})
@@ -170,7 +170,7 @@ def test_parameters_reach_the_endpoint(data_file: Path) -> None:
     assert body == {"model": "m", **sent}
 
 
-def test_what_the_teacher_was_shown_is_labelled(data_file: Path, solved_problems: Solved) -> None:
+def test_gold_hints_are_labelled(data_file: Path, solved_problems: Solved) -> None:
     def script(question: str, attempt: int, prompt: str) -> Reply:
         assert f"Correct answer: {solved_problems[question].answer}\n" in prompt
         return chat(solution_text(solved_problems[question], "socratic"))
@@ -182,7 +182,7 @@ def test_what_the_teacher_was_shown_is_labelled(data_file: Path, solved_problems
     assert atomic_dir.read_manifest(result_of(data_file))["facts"]["gold_hint"] is True
 
 
-def test_answers_of_another_prompt_are_kept_and_not_used(
+def test_responses_to_another_prompt_are_kept_and_not_used(
     data_file: Path, solved_problems: Solved, capsys: pytest.CaptureFixture
 ) -> None:
     def script(question: str, attempt: int, prompt: str) -> Reply:
@@ -194,13 +194,15 @@ def test_answers_of_another_prompt_are_kept_and_not_used(
         changed = settings(data_file, endpoint.url, exemplars_from_gold=1, max_new_tokens=99)
         with pytest.raises(UserError, match=r"max_new_tokens: 512 there, 99 now.*--overwrite"):
             annotate(changed)
-        assert len(endpoint.prompts) == number, "asked before it refused"
+        assert len(endpoint.prompts) == number, "sent before the error"
         assert "exemplars" not in summary_of(data_file)
         changed.overwrite = True
         annotate(changed)
         assert len(endpoint.prompts) == 2 * number
         assert f"{number} responses of other prompts" in capsys.readouterr().out
-        annotate(settings(data_file, endpoint.url, overwrite=True))  # back again: all answers are known
+        annotate(
+            settings(data_file, endpoint.url, overwrite=True)
+        )  # first settings again: all responses are in the log
         assert len(endpoint.prompts) == 2 * number
     assert summary_of(data_file)["responses"] == {
         "used": number,
@@ -208,7 +210,7 @@ def test_answers_of_another_prompt_are_kept_and_not_used(
     }
 
 
-def test_a_dry_run_asks_nothing_and_writes_nothing(
+def test_a_dry_run_sends_nothing_and_writes_nothing(
     data_file: Path, solved_problems: Solved, capsys: pytest.CaptureFixture
 ) -> None:
     def script(question: str, attempt: int, prompt: str) -> Reply:
@@ -229,12 +231,12 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(
     assert sorted(path.stat().st_mtime_ns for path in (data_file.parent / "out").rglob("*")) == before
 
 
-def test_nothing_kept_is_said(data_file: Path, capsys: pytest.CaptureFixture) -> None:
+def test_no_kept_chain_is_a_warning(data_file: Path, capsys: pytest.CaptureFixture) -> None:
     with serving(lambda *_: chat("Sorry.")) as endpoint:
         annotate(settings(data_file, endpoint.url))
-    assert "not one chain was kept" in capsys.readouterr().out
+    assert "no chain was kept" in capsys.readouterr().out
     again = read_problems("jsonl", "train", str(result_of(data_file) / "unannotated.jsonl"))
-    assert sum(isinstance(problem, Problem) for problem in again) == 12  # ready for another teacher
+    assert sum(isinstance(problem, Problem) for problem in again) == 12
 
 
 def test_a_base_model_completes(data_file: Path, solved_problems: Solved) -> None:
@@ -262,7 +264,7 @@ def test_a_base_model_completes(data_file: Path, solved_problems: Solved) -> Non
         ({"data_path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_asked(
+def test_mistakes_are_reported_before_a_request_is_sent(
     data_file: Path, changes: dict[str, Any], message: str
 ) -> None:
     with serving(lambda *_: chat("")) as endpoint:
@@ -277,7 +279,7 @@ def test_mistakes_are_told_before_anything_is_asked(
     [
         ({"base_url": ""}, "give either base_url"),
         ({"model_name_or_path": "x"}, "give either base_url"),
-        ({"model": ""}, "go together"),
+        ({"model": ""}, "must be given together"),
         ({"num_samples": 2}, "give a temperature"),
         ({"exemplars": "x", "exemplars_from_gold": 2}, "not both"),
         ({"min_steps": 3, "max_steps": 2}, "max_steps is 2"),
@@ -287,6 +289,6 @@ def test_mistakes_are_told_before_anything_is_asked(
         ({"data": "stories"}, "choose one of svamp"),
     ],
 )
-def test_settings_that_make_no_sense(data_file: Path, changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings(data_file: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         settings(data_file, **{"url": "http://x/v1", **changes})

@@ -1,4 +1,4 @@
-"""A test question is found again in whatever dress; what is merely similar is not."""
+"""Tests of matching with test questions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_words() -> None:
         ("Did Aristotle use a laptop", "b"),
         ("Tell me: did Aristotle use a laptop, or a slate?", "b"),
         ("Did Aristotle use a slate?", None),
-        ("Aristotle use", "b"),  # all of it stands in a test question
+        ("Aristotle use", "b"),  # all of it occurs in a test question
         ("?!", None),
     ],
 )
@@ -60,7 +60,7 @@ def test_whole_questions_only() -> None:
 
 
 def test_svamp_varies_its_own_stories(shared_data: Path) -> None:
-    """What the documentation says: no question is in both splits, but a fifth shares 13 words with a test question."""
+    """No question is in both splits, but a fifth shares 13 words with a test question."""
     train, test = (
         [p for p in read_problems("svamp", split, str(shared_data / "svamp")) if isinstance(p, Problem)]
         for split in ("train", "test")

@@ -1,4 +1,4 @@
-"""Whatever an endpoint does, answers are kept, requests are repeated for a while and never for ever, and never twice."""
+"""Tests of endpoint faults: responses are kept, retries are bounded, and no response is requested twice."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TRANSIENT = {
 }
 
 
-def right(solved: Solved, question: str) -> Reply:
+def correct(solved: Solved, question: str) -> Reply:
     return chat(solution_text(solved[question], "socratic"))
 
 
@@ -54,9 +54,9 @@ def responses(data_file: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_what_passes_is_repeated(data_file: Path, solved_problems: Solved, fault: str) -> None:
+def test_transient_faults_are_retried(data_file: Path, solved_problems: Solved, fault: str) -> None:
     def script(question: str, attempt: int, prompt: str) -> Reply:
-        return TRANSIENT[fault] if attempt < 3 else right(solved_problems, question)
+        return TRANSIENT[fault] if attempt < 3 else correct(solved_problems, question)
 
     with serving(script) as endpoint:
         annotate(settings(data_file, endpoint.url, timeout_seconds=1.0, concurrency=12))
@@ -65,11 +65,11 @@ def test_what_passes_is_repeated(data_file: Path, solved_problems: Solved, fault
     assert len(responses(data_file)) == 12
 
 
-def test_retry_after_holds_for_everybody(data_file: Path, solved_problems: Solved) -> None:
+def test_retry_after_delays_all_requests(data_file: Path, solved_problems: Solved) -> None:
     def script(question: str, attempt: int, prompt: str) -> Reply:
         if attempt == 1 and question == next(iter(solved_problems)):
             return Reply({}, status=429, headers={"retry-after": "1.5"})
-        return right(solved_problems, question)
+        return correct(solved_problems, question)
 
     with serving(script) as endpoint:
         annotate(settings(data_file, endpoint.url, concurrency=1))
@@ -81,13 +81,13 @@ def test_retry_after_holds_for_everybody(data_file: Path, solved_problems: Solve
 def test_one_request_that_is_never_answered(
     data_file: Path, solved_problems: Solved, capsys: pytest.CaptureFixture
 ) -> None:
-    """Nothing is committed without being told to; the next run asks for the missing answer only."""
+    """No result is published without the flag; the next run sends the missing request only."""
     broken = [list(solved_problems)[3]]
 
     def script(question: str, attempt: int, prompt: str) -> Reply:
         if question in broken:
             return Reply({"error": {"message": "too long a context"}}, status=400)
-        return right(solved_problems, question)
+        return correct(solved_problems, question)
 
     with serving(script) as endpoint:
         with pytest.raises(UserError, match=r"1 problems.*too long a context.*--allow_unanswered"):
@@ -101,19 +101,19 @@ def test_one_request_that_is_never_answered(
         assert len(lines(result_of(data_file) / "unannotated.jsonl")) == 1
 
         broken.clear()
-        annotate(settings(data_file, endpoint.url))  # a result with a gap is not finished
+        annotate(settings(data_file, endpoint.url))  # a result with a gap is incomplete
         assert len(endpoint.prompts) == 14
     assert summary_of(data_file)["samples"] == {"kept": 12, "rejected": 0}
 
 
-def test_an_endpoint_that_goes_down_is_not_asked_for_ever(data_file: Path, solved_problems: Solved) -> None:
+def test_an_endpoint_that_goes_down_ends_the_run(data_file: Path, solved_problems: Solved) -> None:
     down = [True]
 
     def script(question: str, attempt: int, prompt: str) -> Reply:
-        place = list(solved_problems).index(question)
-        if down and place >= 4:
+        index = list(solved_problems).index(question)
+        if down and index >= 4:
             return Reply({"error": {"message": "out of memory"}}, status=503)
-        return right(solved_problems, question)
+        return correct(solved_problems, question)
 
     with serving(script) as endpoint:
         with pytest.raises(UserError, match=r"none of 5 requests in a row.*out of memory.*4 answers"):
@@ -134,7 +134,7 @@ def test_an_endpoint_that_goes_down_is_not_asked_for_ever(data_file: Path, solve
         (429, "insufficient_quota", "insufficient_quota"),
     ],
 )
-def test_what_is_hopeless_is_not_repeated_and_loses_nothing(
+def test_permanent_errors_are_not_retried_and_lose_nothing(
     data_file: Path,
     solved_problems: Solved,
     monkeypatch: pytest.MonkeyPatch,
@@ -142,14 +142,14 @@ def test_what_is_hopeless_is_not_repeated_and_loses_nothing(
     code: str,
     message: str,
 ) -> None:
-    """The others under way are waited for: they are paid for. The key is in the request and nowhere else."""
+    """Requests in flight are awaited. The key is in the request only."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     refused = list(solved_problems)[3]
 
     def script(question: str, attempt: int, prompt: str) -> Reply:
         if question == refused:
             return Reply({"error": {"message": f"not with {KEY}", "code": code}}, status=status)
-        reply = right(solved_problems, question)
+        reply = correct(solved_problems, question)
         reply.seconds = 1.0
         return reply
 
@@ -165,7 +165,7 @@ def test_what_is_hopeless_is_not_repeated_and_loses_nothing(
 
 
 @pytest.mark.parametrize("key", ["sk-ü", "sk-\nx"])
-def test_a_key_that_is_none_is_not_shown(data_file: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_an_invalid_key_is_not_printed(data_file: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(UserError, match="OPENAI_API_KEY holds characters") as fault:
         annotate(settings(data_file, "http://127.0.0.1:1/v1"))
@@ -173,15 +173,15 @@ def test_a_key_that_is_none_is_not_shown(data_file: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid"])
-def test_nobody_there(data_file: Path, host: str) -> None:
-    with pytest.raises(UserError, match=r"no endpoint at .*start the server, or mend base_url"):
+def test_no_server(data_file: Path, host: str) -> None:
+    with pytest.raises(UserError, match=r"no endpoint at .*start the server, or correct base_url"):
         annotate(settings(data_file, f"http://{host}:{free_port()}/v1"))
     assert not responses(data_file) and not result_of(data_file).exists()
 
 
-def test_killed_and_restarted_no_answer_is_paid_for_twice(data_file: Path, solved_problems: Solved) -> None:
+def test_a_killed_run_requests_no_response_twice(data_file: Path, solved_problems: Solved) -> None:
     def script(question: str, attempt: int, prompt: str) -> Reply:
-        reply = right(solved_problems, question)
+        reply = correct(solved_problems, question)
         reply.seconds = 0.2
         return reply
 
@@ -212,9 +212,9 @@ def test_killed_and_restarted_no_answer_is_paid_for_twice(data_file: Path, solve
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "half written" in done.stdout and "took over" in done.stdout
-        asked_again = {id_of[question_of(prompt)] for prompt in endpoint.prompts[num_before:]}
-        assert len(endpoint.prompts) - num_before == len(asked_again) == 12 - len(before)
-        assert not asked_again & answered
+        sent_again = {id_of[question_of(prompt)] for prompt in endpoint.prompts[num_before:]}
+        assert len(endpoint.prompts) - num_before == len(sent_again) == 12 - len(before)
+        assert not sent_again & answered
     assert summary_of(data_file)["samples"] == {"kept": 12, "rejected": 0}
     files = [path for path in data_file.parent.rglob("*") if path.is_file()]
     assert not any(KEY.encode() in path.read_bytes() for path in files)

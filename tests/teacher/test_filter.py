@@ -1,4 +1,4 @@
-"""A chain is kept only if its answer, its arithmetic and its form are right; gold chains are, perturbed ones are not."""
+"""Tests of the filter, on single chains and on the gold chains of GSM8K."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ SOCRATIC, COT = FilterConfig("socratic"), FilterConfig("cot")
 GOOD = "How many apples?\n3*4 = <<3*4=12>>12\nHow many are left?\n12-2 = <<12-2=10>>10\n#### 10"
 
 
-def test_a_right_chain_is_kept() -> None:
-    verdict = filter_sample(GOOD, "stop", PROBLEM, SOCRATIC)
-    assert verdict.is_kept
-    assert verdict.steps == (
+def test_a_correct_chain_is_kept() -> None:
+    result = filter_sample(GOOD, "stop", PROBLEM, SOCRATIC)
+    assert result.is_kept
+    assert result.steps == (
         Step("How many apples?", "3*4 = <<3*4=12>>12"),
         Step("How many are left?", "12-2 = <<12-2=10>>10"),
     )
 
 
 @pytest.mark.parametrize(
-    ("text", "finish_reason", "rules", "reason"),
+    ("text", "finish_reason", "config", "reason"),
     [
         (GOOD, "length", SOCRATIC, "truncated"),
         ("", "content_filter", SOCRATIC, "filtered"),
@@ -45,9 +45,9 @@ def test_a_right_chain_is_kept() -> None:
         ("I do not know.", "stop", COT, "no_answer"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, finish_reason: str, rules: FilterConfig, reason: str) -> None:
-    verdict = filter_sample(text, finish_reason, PROBLEM, rules)
-    assert (verdict.is_kept, verdict.reason) == (False, reason)
+def test_reasons(text: str, finish_reason: str, config: FilterConfig, reason: str) -> None:
+    result = filter_sample(text, finish_reason, PROBLEM, config)
+    assert (result.is_kept, result.reason) == (False, reason)
     assert reason in FILTER_REASONS
 
 
@@ -58,7 +58,7 @@ def test_yes_and_no(gold: str, answer: str, kept: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("expression", "result", "right"),
+    ("expression", "result", "is_right"),
     [
         ("3*4", "12", True),
         ("3*4", " 12.0 ", True),
@@ -66,7 +66,7 @@ def test_yes_and_no(gold: str, answer: str, kept: bool) -> None:
         ("1-4", "-3", True),
         ("10/3", "3.33", True),
         ("2/3", ".67", True),
-        ("10/3", "3.3", False),  # less than two decimals is no rounding we take on trust
+        ("10/3", "3.3", False),  # rounding needs at least two decimals
         ("10/3", "3.34", False),
         ("10/3", "3", False),
         ("3*4", "6+6", False),
@@ -75,13 +75,12 @@ def test_yes_and_no(gold: str, answer: str, kept: bool) -> None:
         ("3*4", "13", False),
     ],
 )
-def test_recomputing(expression: str, result: str, right: bool) -> None:
-    assert recomputes(expression, result) is right
+def test_recomputing(expression: str, result: str, is_right: bool) -> None:
+    assert recomputes(expression, result) is is_right
 
 
 def test_gold_chains_of_gsm8k_are_kept_and_perturbed_ones_are_not(shared_data: Path) -> None:
-    """Not kept: one that writes `<<3/4=3/4>>`, and 58 whose machine-made sub-questions are no questions ("Define a
-    variable")."""
+    """Rejected: one with `<<3/4=3/4>>`, and 58 whose generated sub-questions are no questions ("Define a variable")."""
     read = read_problems("gsm8k", "test_socratic", str(shared_data / "gsm8k"))
     problems = [problem for problem in read if isinstance(problem, Problem)]
     assert len(problems) == 1319

@@ -1,4 +1,4 @@
-"""Steps are read out of what teachers really write, and what is no chain of steps is refused with its reason."""
+"""Tests of the parser: decorated chains, and reasons of texts that are no chains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAIN = [("How many apples?", "3*4 = <<3*4=12>>12"), ("How many are left?", "12-
         "```\nHow many apples? ** 3*4 = <<3*4=12>>12\nHow many are left? ** 12-2 = <<12-2=10>>10\n```\n#### 10",
     ],
 )
-def test_one_chain_in_many_dresses(text: str) -> None:
+def test_decorations_are_removed(text: str) -> None:
     assert [(step.question, step.solution) for step in parse_steps(text, "socratic")] == PLAIN
 
 
@@ -73,7 +73,7 @@ def test_lines_of_a_chain_of_thought(line: str, solution: str) -> None:
         ("We count.\nQ: What?\nA: 3+4 = 7\n#### 7", "socratic", "unpaired"),
     ],
 )
-def test_what_is_no_chain_has_a_reason(text: str, style: str, reason: str) -> None:
+def test_reasons(text: str, style: str, reason: str) -> None:
     with pytest.raises(ParseError) as refused:
         parse_steps(text, style)
     assert refused.value.reason == reason

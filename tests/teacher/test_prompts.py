@@ -1,4 +1,4 @@
-"""Prompts are files: what they may name, what they show, and what they cannot reach."""
+"""Tests of prompt templates and exemplars."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.problems.problem import Problem, Step
 from trainer.teacher.decontaminate import HeldOutQuestions
 from trainer.teacher.exemplars import choose_exemplars
 from trainer.teacher.filter import FilterConfig, filter_sample
-from trainer.teacher.prompts import OWN, PromptBuilder
+from trainer.teacher.prompts import BUILT_IN_PROMPTS, PromptBuilder
 from trainer.teacher.settings import AnnotateSettings
 
 APPLES = Problem("a", "Ann has 3 bags of 4 apples. How many apples?", "12")
@@ -26,8 +26,10 @@ BASE = {"data_path": "x", "output_dir": "x", "base_url": "http://x/v1", "model":
 @pytest.mark.parametrize("style", ["cot", "socratic"])
 @pytest.mark.parametrize("problem", [APPLES, LAPTOP], ids=["number", "yes_no"])
 @pytest.mark.parametrize("gold_hint", [False, True])
-def test_our_own_prompts(style: str, problem: Problem, gold_hint: bool) -> None:
-    prompt = PromptBuilder(OWN / f"{style}.j2", style, [], gold_hint, with_facts=True).build(problem)
+def test_built_in_prompts(style: str, problem: Problem, gold_hint: bool) -> None:
+    prompt = PromptBuilder(BUILT_IN_PROMPTS / f"{style}.j2", style, [], gold_hint, with_facts=True).build(
+        problem
+    )
     assert prompt.endswith("\nSolution:") and problem.question in prompt
     assert ("sub-question" in prompt) is (style == "socratic")
     assert ("<<expression=result>>" in prompt) is (problem is APPLES)
@@ -39,25 +41,27 @@ def test_our_own_prompts(style: str, problem: Problem, gold_hint: bool) -> None:
 
 def test_the_answer_is_not_shown_without_the_hint() -> None:
     problem = Problem("a", "Ann has some apples. How many apples?", "987654")
-    assert "987654" not in PromptBuilder(OWN / "cot.j2", "cot", [SOLVED], False, True).build(problem)
+    assert "987654" not in PromptBuilder(BUILT_IN_PROMPTS / "cot.j2", "cot", [SOLVED], False, True).build(
+        problem
+    )
 
 
 @pytest.mark.parametrize("style", ["cot", "socratic"])
-def test_exemplars_show_what_would_be_kept(style: str) -> None:
-    prompt = PromptBuilder(OWN / f"{style}.j2", style, [SOLVED], False, False).build(APPLES)
+def test_exemplars_pass_the_filter(style: str) -> None:
+    prompt = PromptBuilder(BUILT_IN_PROMPTS / f"{style}.j2", style, [SOLVED], False, False).build(APPLES)
     shown = prompt.partition(f"Problem: {SOLVED.question}\nSolution:\n")[2].partition("\n\n")[0]
     assert filter_sample(shown, "stop", SOLVED, FilterConfig(style)).is_kept
     assert prompt.index(SOLVED.question) < prompt.index(APPLES.question)
 
 
 def test_no_problem_is_its_own_exemplar() -> None:
-    prompter = PromptBuilder(OWN / "cot.j2", "cot", [SOLVED], False, False)
-    assert "<<2+3=5>>" not in prompter.build(Problem("d", SOLVED.question, "5"))
+    builder = PromptBuilder(BUILT_IN_PROMPTS / "cot.j2", "cot", [SOLVED], False, False)
+    assert "<<2+3=5>>" not in builder.build(Problem("d", SOLVED.question, "5"))
 
 
 def test_exemplars_of_another_kind_are_refused() -> None:
     with pytest.raises(UserError, match="asks for a yes_no but no exemplar"):
-        PromptBuilder(OWN / "cot.j2", "cot", [SOLVED], False, False).build(LAPTOP)
+        PromptBuilder(BUILT_IN_PROMPTS / "cot.j2", "cot", [SOLVED], False, False).build(LAPTOP)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,7 @@ def test_a_prompt_file_with_a_fault(tmp_path: Path, template: str, message: str)
     assert "mine.j2" in str(refused.value)
 
 
-def test_own_prompt_file(tmp_path: Path) -> None:
+def test_user_prompt_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("Rechne: {{ question }}\n\n")
     assert PromptBuilder(file, "cot", [], False, False).build(APPLES) == f"Rechne: {APPLES.question}"

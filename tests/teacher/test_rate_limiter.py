@@ -1,4 +1,4 @@
-"""What an endpoint asks for is read from its headers; without a word from it, waits grow and stay bounded."""
+"""Tests of Retry-After, backoff and the rate limiter."""
 
 from __future__ import annotations
 
@@ -47,25 +47,25 @@ def test_no_header() -> None:
 
 def test_waits_double_with_jitter_up_to_a_bound() -> None:
     for attempt in range(1, 60):
-        most = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (attempt - 1))
+        longest = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (attempt - 1))
         waits = [backoff_seconds(attempt, 0.5) for _ in range(20)]
-        assert all(most / 2 <= wait <= most for wait in waits)
+        assert all(longest / 2 <= wait <= longest for wait in waits)
         assert len(set(waits)) > 1
 
 
 def test_requests_per_minute_and_pauses_hold_for_all() -> None:
-    async def turns(pace: RateLimiter) -> list[float]:
-        async def turn() -> float:
-            await pace.acquire()
+    async def acquire_five(limiter: RateLimiter) -> list[float]:
+        async def acquire() -> float:
+            await limiter.acquire()
             return time.monotonic()
 
-        return sorted(await asyncio.gather(*(turn() for _ in range(5))))
+        return sorted(await asyncio.gather(*(acquire() for _ in range(5))))
 
     begin = time.monotonic()
-    limited = asyncio.run(turns(RateLimiter(600)))  # one every 0.1 s
+    limited = asyncio.run(acquire_five(RateLimiter(600)))  # one every 0.1 s
     assert [instant - begin >= 0.1 * number for number, instant in enumerate(limited)] == [True] * 5
     paused = RateLimiter(0)
     begin = time.monotonic()
     paused.back_off(0.3)
     paused.back_off(0.1)  # does not shorten it
-    assert min(asyncio.run(turns(paused))) - begin >= 0.3
+    assert min(asyncio.run(acquire_five(paused))) - begin >= 0.3

@@ -1,4 +1,4 @@
-"""The log of answers: what is written is there after a crash, what is half written is not, and nothing is mixed."""
+"""Tests of the response log: durability, partial lines, and keys."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def written(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_was_written_is_read(written: Path) -> None:
+def test_written_responses_are_read(written: Path) -> None:
     log = open_log(written)
     assert [log.get(request(str(number)).key) for number in range(4)] == [*ANSWERS, None]
-    assert len(log) == 3 and log.num_others([request("0").key]) == 2
+    assert len(log) == 3 and log.num_unused([request("0").key]) == 2
     log.close()
 
 
-def test_a_key_follows_from_everything_that_decides_an_answer() -> None:
+def test_a_key_depends_on_everything_that_decides_a_response() -> None:
     keys = {
         request("a").key,
         request("b").key,
@@ -70,7 +70,7 @@ def test_a_log_cut_off_anywhere_loses_the_last_answer_at_most(
             assert "half written" in capsys.readouterr().out
 
 
-def test_looking_changes_nothing(written: Path) -> None:
+def test_reading_changes_nothing(written: Path) -> None:
     file = written / "responses.jsonl"
     file.write_bytes(file.read_bytes()[:-3])
     before = file.read_bytes()
@@ -83,7 +83,9 @@ def test_looking_changes_nothing(written: Path) -> None:
 @pytest.mark.parametrize(
     "line", [b"{", b"[]", b'{"key": "x"}', b"\xff\xfe", b'{"key": 1, "text": 2}', b"null"]
 )
-def test_a_damaged_line_costs_one_answer(written: Path, line: bytes, capsys: pytest.CaptureFixture) -> None:
+def test_an_unreadable_line_costs_one_response(
+    written: Path, line: bytes, capsys: pytest.CaptureFixture
+) -> None:
     file = written / "responses.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([lines[0], line + b"\n", *lines[1:]]))
@@ -94,7 +96,7 @@ def test_a_damaged_line_costs_one_answer(written: Path, line: bytes, capsys: pyt
     assert line in file.read_bytes()
 
 
-def test_the_first_answer_is_the_one(written: Path) -> None:
+def test_the_first_response_counts(written: Path) -> None:
     file = written / "responses.jsonl"
     other = json.loads(file.read_text().splitlines()[0]) | {"text": "other"}
     file.write_text(file.read_text() + json.dumps(other) + "\n")
@@ -111,7 +113,7 @@ def test_a_log_that_cannot_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("room", [0, 10])
 def test_a_full_disk(written: Path, room: int, capsys: pytest.CaptureFixture) -> None:
-    """The file may not grow by more than `room` bytes: the answer is not taken for written, and can be asked again."""
+    """The file may grow by `room` bytes only: the response is not in the log and can be requested again."""
     log = open_log(written)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((written / "responses.jsonl").stat().st_size + room, hard))

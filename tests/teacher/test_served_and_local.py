@@ -1,6 +1,6 @@
-"""One model as a teacher: served by `transformers serve` (chat, completions), and through our own generation.
+"""Tests of one teacher, served by `transformers serve` (chat, completions) and run locally.
 
-The model is tiny and has random weights, so its texts are no chains; but greedily it must write the same everywhere.
+The model is tiny and has random weights: its texts are no chains, but greedy texts must be equal everywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_NEW_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama whose text goes on and on, with a chat template."""
+    """Return a small Llama that never ends its text, with a chat template."""
     folder = tmp_path_factory.mktemp("teacher")
     tokenizer = load_tokenizer("stories")
     tokenizer.chat_template = (
@@ -77,7 +77,7 @@ def _answers(url: str) -> bool:
 
 
 def texts(wanted: AnnotateSettings) -> dict[str, str]:
-    """Annotate three problems; problem -> what the teacher wrote."""
+    """Annotate three problems; return the teacher's texts by problem."""
     annotate(wanted)
     directory = AnnotationDirectory(Path(wanted.output_dir))
     summary = json.loads((directory.result / "summary.json").read_text())
@@ -109,7 +109,7 @@ def test_served_and_local_texts_are_the_same(data_file: Path, served: str, teach
         for name, way in ways.items()
     }
     assert found["chat"] == found["local chat"] != found["completions"] == found["local"]
-    assert all(len(set(text)) > 3 for text in found["local"].values())  # no stutter of one token
+    assert all(len(set(text)) > 3 for text in found["local"].values())  # not one repeated token
     assert len(set(found["local"].values())) == 3
 
 
@@ -122,7 +122,7 @@ def test_samples_of_a_local_model_do_not_depend_on_the_batch(data_file: Path, te
             local(data_file, teacher, output_dir=str(folder), batch_size=batch_size, seed=seed, **sampled)
         )
         records = lines(AnnotationDirectory(folder).responses)
-        assert len(records) == 4  # no chain is kept, so the second sample of each was asked for
+        assert len(records) == 4  # no chain is kept, so both samples were requested
         found.append({(record["problem"], record["sample"]): record["text"] for record in records})
     assert found[0] == found[1] != found[2]
     assert len(set(found[0].values())) == 4

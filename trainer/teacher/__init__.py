@@ -1,1 +1,1 @@
-"""Problems without steps, or with too few -> the same problems with steps that a teacher wrote and we checked."""
+"""Annotation of problems with solution steps that a teacher model writes and this package checks."""

@@ -1,7 +1,7 @@
-"""A teacher behind an OpenAI-compatible endpoint: OpenAI's, vLLM's, llama.cpp's, `transformers serve`'s, ...
+"""Client of a teacher behind an OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, `transformers serve`, ...).
 
-The key comes from the environment (OPENAI_API_KEY) and goes into the request's header, nowhere else: what an endpoint
-says in an error is shown with the key blotted out. One request a sample: not every server knows `n`.
+The key of the environment (OPENAI_API_KEY) is sent in the request's header only; in an endpoint's error messages it is
+masked. Each sample is one request, because not every server supports `n`.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from trainer.teacher.settings import AnnotateSettings
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 _PROBE_SECONDS = 10.0
-_NO_KEY = "none"  # the client insists on one; a local server does not look at it
+_NO_KEY = "none"  # the client requires a key; local servers ignore it
 _RETRIED_STATUSES = (408, 409, 425, 429)
 _PERMANENT_STATUSES = {
     401: f"give the right key in {API_KEY_VARIABLE}",
-    403: f"the key in {API_KEY_VARIABLE} may not do this",
+    403: f"the key in {API_KEY_VARIABLE} has no permission for this",
     404: "check base_url (it usually ends in /v1) and model",
 }
 
 
 class RequestFailed(Exception):
-    """One request got no answer, whatever was tried; the message says why."""
+    """A request got no response after all attempts; the message has the reason."""
 
 
 class _MalformedResponse(Exception):
-    """An answer that is none."""
+    """A response without a completion."""
 
 
 class Endpoint:
-    """Asks one request at a time, repeating what failed for a while. Make it and use it in one event loop."""
+    """Client that sends requests and retries failed ones. Must be created and used in one event loop."""
 
     def __init__(self, settings: AnnotateSettings) -> None:
         self._settings = settings
@@ -54,20 +54,20 @@ class Endpoint:
             max_retries=0,
             timeout=settings.timeout_seconds,
         )
-        self._pace = RateLimiter(settings.requests_per_minute)
-        self.stopped = False
+        self._rate_limiter = RateLimiter(settings.requests_per_minute)
+        self.is_stopped = False
 
     def stop(self) -> None:
-        """From now on nothing is repeated: what is under way is the last."""
-        self.stopped = True
+        """Stop retrying; requests in flight are the last."""
+        self.is_stopped = True
 
     async def close(self) -> None:
         await self._client.close()
 
     async def probe(self) -> None:
-        """Fail at once, with one message, where every request would fail: nobody there, or a wrong key.
+        """Raise UserError if every request would fail: no server, or a wrong key.
 
-        Asks for the list of models, which costs nothing; an endpoint need not have one.
+        Requests the list of models, which is free of charge; an endpoint need not have one.
         """
         where = self._settings.base_url
         try:
@@ -79,46 +79,44 @@ class Endpoint:
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
             raise UserError(
-                f"no endpoint at {where}: {self._without_key(str(reason))}; start the server, or mend base_url"
+                f"no endpoint at {where}: {self._without_key(str(reason))}; start the server, or correct base_url"
             ) from None
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
-                raise self._is_permanent(error) from None
+                raise self._permanent_error(error) from None
         except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError):
-            pass  # it has another list of models, or none; requests will show
+            pass  # an endpoint need not have a list of models
 
     async def complete(self, request: Request) -> Response:
-        """The endpoint's answer. Raises Unanswered, and UserError where no other request would be answered either."""
+        """Return the response. Raises RequestFailed, or UserError if every other request would fail too."""
         problem = ""
         for attempt in range(1, self._settings.max_attempts + 1):
-            if self.stopped:
-                raise RequestFailed(problem or "not asked any more")
-            await self._pace.acquire()
+            if self.is_stopped:
+                raise RequestFailed(problem or "not sent, because the run stops")
+            await self._rate_limiter.acquire()
             try:
                 return await self._request_once(request)
             except openai.APIStatusError as error:
                 problem = self._error_text(error)
                 if error.status_code in _PERMANENT_STATUSES or error.code == "insufficient_quota":
-                    raise self._is_permanent(error) from None
+                    raise self._permanent_error(error) from None
                 if error.status_code not in _RETRIED_STATUSES and error.status_code < 500:
                     raise RequestFailed(problem) from None
                 wait = retry_after_seconds(error.response.headers)
                 if wait is not None:
-                    self._pace.back_off(wait)
+                    self._rate_limiter.back_off(wait)
             except openai.APITimeoutError:
                 problem, wait = f"no answer within {self._settings.timeout_seconds:g} s", None
             except openai.APIConnectionError as error:
                 problem, wait = self._without_key(f"no connection: {error.__cause__ or error}"), None
             except (openai.OpenAIError, _MalformedResponse) as error:
-                problem, wait = f"malformed answer: {str(error)[:200]}", None
-            if attempt < self._settings.max_attempts and not self.stopped:
-                await asyncio.sleep(
-                    backoff_seconds(attempt, self._settings.retry_seconds) if wait is None else 0
-                )
+                problem, wait = f"malformed response: {str(error)[:200]}", None
+            if attempt < self._settings.max_attempts and not self.is_stopped and wait is None:
+                await asyncio.sleep(backoff_seconds(attempt, self._settings.retry_seconds))
         raise RequestFailed(f"{problem} (attempt {self._settings.max_attempts})")
 
     async def _request_once(self, request: Request) -> Response:
-        """Raises the client's errors, and _Malformed."""
+        """Send the request once. Raises the client's errors and _MalformedResponse."""
         options: dict[str, Any] = {
             "model": self._settings.model,
             "temperature": self._settings.temperature,
@@ -130,9 +128,9 @@ class Endpoint:
             if self._settings.api == "chat":
                 options[self._settings.token_limit_field] = self._settings.max_new_tokens
                 options["messages"] = [{"role": "user", "content": request.prompt}]
-                return _read(await self._client.chat.completions.create(**options))
+                return _parse_completion(await self._client.chat.completions.create(**options))
             options["max_tokens"] = self._settings.max_new_tokens
-            return _read(await self._client.completions.create(prompt=request.prompt, **options))
+            return _parse_completion(await self._client.completions.create(prompt=request.prompt, **options))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise _MalformedResponse(f"its body is not JSON ({error})") from None
 
@@ -140,19 +138,21 @@ class Endpoint:
         detail = error.body if isinstance(error.body, str) else (error.body or error.message)
         return self._without_key(f"status {error.status_code}: {' '.join(str(detail).split())[:300]}")
 
-    def _is_permanent(self, error: openai.APIStatusError) -> UserError:
-        remedy = _PERMANENT_STATUSES.get(error.status_code, "mend that, then run the same command again")
-        return UserError(f"{self._settings.base_url} refuses, {self._error_text(error)}; {remedy}")
+    def _permanent_error(self, error: openai.APIStatusError) -> UserError:
+        remedy = _PERMANENT_STATUSES.get(error.status_code, "fix that, then run the same command again")
+        return UserError(
+            f"{self._settings.base_url} refused the request, {self._error_text(error)}; {remedy}"
+        )
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._secret, "***") if self._secret else text
 
 
 def check_url(url: str) -> None:
-    """Raises UserError for what is no http(s) address, and for one that carries a password."""
+    """Raise UserError unless `url` is an http(s) address without user name, password and query."""
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises ValueError for a port that is no number
+        parts.port  # noqa: B018 - raises ValueError if the port is no number
     except ValueError as error:
         raise UserError(f"base_url is {url!r}: {error}") from None
     if parts.username or parts.password or parts.query:
@@ -163,8 +163,8 @@ def check_url(url: str) -> None:
         raise UserError(f"base_url is {url!r}; write http://host:port/v1")
 
 
-def _read(answer: Any) -> Response:
-    """Of an answer that says 200 but may be anything: the client checks no types. Raises _Malformed."""
+def _parse_completion(answer: Any) -> Response:
+    """Return the response of an answer with status 200; the client checks no types. Raises _MalformedResponse."""
     choices = None if isinstance(answer, str) else getattr(answer, "choices", None)
     if not isinstance(choices, list) or not choices:
         raise _MalformedResponse("it holds no choices")
@@ -175,7 +175,7 @@ def _read(answer: Any) -> Response:
         raise _MalformedResponse("its first choice holds no text")
     finish_reason = choices[0].finish_reason
     return Response(
-        text or "",  # a refusal, or nothing but reasoning: an answer that was paid for
+        text or "",  # a refusal, or reasoning only: charged as well
         finish_reason if isinstance(finish_reason, str) else "stop",
         _count(answer.usage, "prompt_tokens"),
         _count(answer.usage, "completion_tokens"),

@@ -1,4 +1,4 @@
-"""Ask an endpoint for everything that has no answer yet, several requests at a time; every answer is on the disk at once."""
+"""Send the missing requests to an endpoint concurrently; each response is written to disk as it arrives."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ from trainer.teacher.endpoint import Endpoint, RequestFailed
 from trainer.teacher.responses import Request, Response, ResponseLog
 from trainer.teacher.settings import AnnotateSettings
 
-_GIVE_UP_AFTER = 5  # requests in a row without an answer: the endpoint is down, not the request odd
+_MAX_CONSECUTIVE_FAILURES = 5  # then the endpoint counts as down
 
 IsSatisfied = Callable[[Request, Response], bool]
 
 
 def query_endpoint(
-    settings: AnnotateSettings, queues: Sequence[Sequence[Request]], log: ResponseLog, satisfied: IsSatisfied
+    settings: AnnotateSettings,
+    queues: Sequence[Sequence[Request]],
+    log: ResponseLog,
+    is_satisfied: IsSatisfied,
 ) -> None:
-    """Work through the queues: the next request of a queue is sent if the answer before it did not satisfy.
+    """Process the queues: the next request of a queue is sent unless the previous response satisfies.
 
-    Raises UserError if the endpoint is not there or refuses, if it stops answering, and, without `allow_unanswered`,
-    if it left any request unanswered. What was answered is in the log in any case: requests that are under way when
-    something goes wrong are waited for.
+    Raises UserError if the endpoint is unreachable, refuses or stops answering, and, without `allow_unanswered`, if any
+    request has no response. Requests in flight at an error are awaited, so that the log has every response.
     """
-    asyncio.run(_ask(settings, queues, log, satisfied))
+    asyncio.run(_query(settings, queues, log, is_satisfied))
 
 
-async def _ask(
-    settings: AnnotateSettings, queues: Sequence[Sequence[Request]], log: ResponseLog, satisfied: IsSatisfied
+async def _query(
+    settings: AnnotateSettings,
+    queues: Sequence[Sequence[Request]],
+    log: ResponseLog,
+    is_satisfied: IsSatisfied,
 ) -> None:
     endpoint = Endpoint(settings)
     try:
         await endpoint.probe()
         with terminal.progress("annotate", len(queues)) as bar:
-            workers = _Workers(settings, endpoint, queues, log, satisfied, bar)
+            workers = _Workers(settings, endpoint, queues, log, is_satisfied, bar)
             await asyncio.gather(*(workers.work() for _ in range(settings.concurrency)))
     finally:
         await endpoint.close()
@@ -43,7 +48,7 @@ async def _ask(
 
 
 class _Workers:
-    """What the workers share."""
+    """State shared by the concurrent workers."""
 
     def __init__(
         self,
@@ -51,55 +56,55 @@ class _Workers:
         endpoint: Endpoint,
         queues: Sequence[Sequence[Request]],
         log: ResponseLog,
-        satisfied: IsSatisfied,
+        is_satisfied: IsSatisfied,
         bar: terminal.ProgressBar,
     ) -> None:
         self._settings, self._endpoint, self._log, self._bar = settings, endpoint, log, bar
-        self._waiting, self._satisfied = iter(queues), satisfied
-        self._under_way: dict[str, asyncio.Task[Response | None]] = {}
-        self._num_done = self._num_answered = self._in_a_row = 0
-        self._unanswered: dict[str, str] = {}  # problem id -> why
-        self._fault: UserError | None = None
+        self._queues, self._is_satisfied = iter(queues), is_satisfied
+        self._in_flight: dict[str, asyncio.Task[Response | None]] = {}
+        self._num_done = self._num_answered = self._num_consecutive_failures = 0
+        self._unanswered: dict[str, str] = {}  # problem id -> reason
+        self._error: UserError | None = None
 
     async def work(self) -> None:
-        for queue in self._waiting:
+        for queue in self._queues:
             for request in queue:
-                if self._endpoint.stopped:
+                if self._endpoint.is_stopped:
                     return
-                response = self._log.get(request.key) or await self._answer(request)
-                if response is not None and self._satisfied(request, response):
+                response = self._log.get(request.key) or await self._respond(request)
+                if response is not None and self._is_satisfied(request, response):
                     break
                 if response is None and not self._settings.allow_unanswered:
-                    break  # the next sample is not paid for while this one may still turn out good
+                    break  # this sample may still succeed in the next run
             self._num_done += 1
             self._bar.update(
                 self._num_done, f"{self._num_answered} answers, {len(self._unanswered)} unanswered"
             )
 
     def report(self) -> None:
-        """Raise what went wrong, now that nothing is under way."""
-        if self._fault:
-            raise UserError(f"{self._fault} ({self._num_answered} answers of this run are kept)")
+        """Raise the error of the run, or warn of requests without a response, after all workers have ended."""
+        if self._error:
+            raise UserError(f"{self._error} ({self._num_answered} answers of this run are kept)")
         if not self._unanswered:
             return
-        id, why = next(iter(self._unanswered.items()))
-        what = f"{len(self._unanswered)} problems have requests without an answer, first {id}: {why}"
+        id, reason = next(iter(self._unanswered.items()))
+        message = f"{len(self._unanswered)} problems have requests without an answer, first {id}: {reason}"
         if not self._settings.allow_unanswered:
             raise UserError(
-                f"{what}. {self._num_answered} answers of this run are kept; run the same command again to ask for "
-                "the rest only, or give --allow_unanswered to finish without them"
+                f"{message}. {self._num_answered} answers of this run are kept; run the same command again for the rest "
+                "only, or give --allow_unanswered to finish without them"
             )
-        terminal.warning(what)
+        terminal.warning(message)
 
-    async def _answer(self, request: Request) -> Response | None:
-        """Ask; requests with one key (the same question twice) are asked once. None: no answer, noted."""
-        if request.key not in self._under_way:
-            self._under_way[request.key] = asyncio.ensure_future(self._ask(request))
-        response = await self._under_way[request.key]
-        self._under_way.pop(request.key, None)
+    async def _respond(self, request: Request) -> Response | None:
+        """Return the response, or None after recording the failure; requests with equal keys are sent once."""
+        if request.key not in self._in_flight:
+            self._in_flight[request.key] = asyncio.ensure_future(self._send(request))
+        response = await self._in_flight[request.key]
+        self._in_flight.pop(request.key, None)
         return response
 
-    async def _ask(self, request: Request) -> Response | None:
+    async def _send(self, request: Request) -> Response | None:
         try:
             response = await self._endpoint.complete(request)
             self._log.append(request, self._settings.model, response)
@@ -107,19 +112,17 @@ class _Workers:
             self._stop(error)
             return None
         except RequestFailed as error:
-            if not self._endpoint.stopped:
+            if not self._endpoint.is_stopped:
                 self._unanswered.setdefault(request.problem_id, str(error))
-                self._in_a_row += 1
-                if self._in_a_row >= _GIVE_UP_AFTER:
-                    where = self._settings.base_url
-                    self._stop(
-                        UserError(f"{where} answered none of {self._in_a_row} requests in a row: {error}")
-                    )
+                self._num_consecutive_failures += 1
+                if self._num_consecutive_failures >= _MAX_CONSECUTIVE_FAILURES:
+                    url, count = self._settings.base_url, self._num_consecutive_failures
+                    self._stop(UserError(f"{url} answered none of {count} requests in a row: {error}"))
             return None
-        self._in_a_row = 0
+        self._num_consecutive_failures = 0
         self._num_answered += 1
         return response
 
-    def _stop(self, fault: UserError) -> None:
-        self._fault = self._fault or fault
+    def _stop(self, error: UserError) -> None:
+        self._error = self._error or error
         self._endpoint.stop()

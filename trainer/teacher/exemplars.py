@@ -1,4 +1,4 @@
-"""Solved problems to show to the teacher: the user's own, or drawn from a data set that has steps."""
+"""Few-shot exemplars for the teacher: from the user's file, or drawn from a data set that has steps."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from trainer.teacher.filter import FilterConfig, filter_sample
 from trainer.teacher.prompts import solution_text
 from trainer.teacher.settings import AnnotateSettings
 
-_POOL = 500  # stories to draw from
+_NUM_STORIES = 500  # to draw from
 
 
 def choose_exemplars(settings: AnnotateSettings, held_out: HeldOutQuestions) -> list[Problem]:
-    """The exemplars of a run, [] without any. A function of the settings and of the data.
+    """Return the exemplars of a run; they depend on settings and data only.
 
-    From a file: all of it, in order. From gold: `exemplars_from_gold` problems with complete steps that match no test
-    question, drawn with the seed. Raises UserError for a record that is not a complete solved problem, for an
+    From a file: all of its problems, in order. From gold: `exemplars_from_gold` problems with complete steps that match
+    no test question, drawn with the seed. Raises UserError for a record that is not a complete solved problem, for an
     exemplar that is a test question, and if there are too few.
     """
     if settings.exemplars:
@@ -32,21 +32,21 @@ def choose_exemplars(settings: AnnotateSettings, held_out: HeldOutQuestions) -> 
     data, path, split = parse_source(settings.exemplars_data, "exemplars_data")
     options = dataset_options(data, settings.seed)
     if data == "stories":
-        options["num_problems"] = _POOL
+        options["num_problems"] = _NUM_STORIES
     problems = _problems(read_problems(data, split, path or None, **options))
-    rules = FilterConfig(settings.style)
-    pool = [p for p in problems if not _fault(p, rules) and held_out.match(p.question) is None]
+    config = FilterConfig(settings.style)
+    pool = [p for p in problems if not _defect(p, config) and held_out.match(p.question) is None]
     if len(pool) < settings.exemplars_from_gold:
-        what = "sub-questions and solutions" if settings.style == "socratic" else "solutions"
+        parts = "sub-questions and solutions" if settings.style == "socratic" else "solutions"
         raise UserError(
-            f"exemplars_data {settings.exemplars_data}: {len(pool)} problems have good {what} and are no test question, "
-            f"{settings.exemplars_from_gold} were asked for"
+            f"exemplars_data {settings.exemplars_data}: {len(pool)} problems have good {parts} and are no test question; "
+            f"exemplars_from_gold is {settings.exemplars_from_gold}"
         )
     return random.Random(f"exemplars {settings.seed}").sample(pool, settings.exemplars_from_gold)
 
 
 def parse_source(text: str, name: str) -> tuple[str, str, str]:
-    """`gsm8k:data/gsm8k:test` -> its three parts; the path may hold colons. Raises UserError."""
+    """Split `gsm8k:data/gsm8k:test` into data, path and split; the path may hold colons. Raises UserError."""
     data, colon, rest = text.partition(":")
     path, second_colon, split = rest.rpartition(":")
     if not colon or not second_colon or not split or data not in DATA:
@@ -55,30 +55,30 @@ def parse_source(text: str, name: str) -> tuple[str, str, str]:
 
 
 def dataset_options(data: str, seed: int) -> dict[str, Any]:
-    """What a data set takes of the seed: the same svamp seed for training, test and exemplars."""
+    """Return the options of `read_problems`: svamp's seed must be equal for training, test and exemplars."""
     return {"seed": seed} if data in ("svamp", "stories") else {}
 
 
 def _from_file(settings: AnnotateSettings, held_out: HeldOutQuestions) -> Iterator[Problem]:
     path = settings.exemplars
     for record in read_exemplars(path):
-        if fault := _fault(record, FilterConfig(settings.style)):
-            raise UserError(f"{path}: exemplar {record.id} {fault}; mend it, or take another one")
+        if defect := _defect(record, FilterConfig(settings.style)):
+            raise UserError(f"{path}: exemplar {record.id} {defect}; correct it, or take another one")
         if match := held_out.match(record.question):
             raise UserError(f"{path}: exemplar {record.id} is the test question {match}; take another one")
         yield record
 
 
-def _fault(problem: Problem, rules: FilterConfig) -> str:
-    """Why a problem cannot show how to write a solution, or "": the teacher must not learn what we would reject."""
+def _defect(problem: Problem, config: FilterConfig) -> str:
+    """Return the reason why a problem is no exemplar, or "". An exemplar must pass the filter itself."""
     if not problem.steps:
         return "has no steps"
     if not all(step.solution for step in problem.steps):
         return "has a step without solution"
-    if rules.style == "socratic" and not all(step.question for step in problem.steps):
+    if config.style == "socratic" and not all(step.question for step in problem.steps):
         return "has a step without sub-question"
-    verdict = filter_sample(solution_text(problem, rules.style), "stop", problem, rules)
-    return "" if verdict.is_kept else f"would be rejected itself ({verdict.reason}: {verdict.detail})"
+    result = filter_sample(solution_text(problem, config.style), "stop", problem, config)
+    return "" if result.is_kept else f"would be rejected itself ({result.reason}: {result.detail})"
 
 
 def _problems(records: Iterable[Problem | RejectedRecord]) -> Iterator[Problem]:

@@ -1,10 +1,10 @@
-"""Keep a teacher's chain only if everything about it that can be checked is right.
+"""Filter a teacher's chains by form, arithmetic and final answer.
 
-Pure functions. The checks run in the order of REASONS, and the first that fails gives the reason.
+Pure functions. The checks run in the order of FILTER_REASONS, and the first that fails gives the reason.
 
-An annotation recomputes if its result is the value of its expression, or that value rounded to the decimals written,
-at least two (`<<10/3=3.33>>`). What the calculator does not accept (percent signs, units, powers) does not recompute:
-a student could never be handed its result.
+An annotation recomputes if its result is the value of its expression, or that value rounded to at least two decimals
+(`<<10/3=3.33>>`). Expressions that the calculator does not accept (percent signs, units, powers) do not recompute,
+because the calculator cannot insert their results when a student generates.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from trainer.teacher.parse import ParseError, parse_steps
 
 FILTER_REASONS = {
     "unanswered": "the endpoint gave no answer",
-    "truncated": "the text was cut off at its greatest length",
+    "truncated": "the text was cut off at max_new_tokens",
     "filtered": "the endpoint's content filter ended the text",
     "no_answer": "no line '#### answer'",
-    "no_steps": "nothing stands before the answer",
+    "no_steps": "there is no text before the answer",
     "unpaired": "sub-questions and solutions do not alternate",
     "bad_step": "a step cannot be stored: it holds the answer delimiter or NUL",
     "too_few_steps": "fewer than min_steps steps",
@@ -32,16 +32,16 @@ FILTER_REASONS = {
     "bad_annotation": "a calculator annotation is not of the form <<a*b=c>>",
     "no_annotation": "no calculator annotation, and require_annotations is set",
     "wrong_arithmetic": "a calculator annotation does not recompute",
-    "wrong_answer": "the final answer is not the gold one",
+    "wrong_answer": "the final answer is not the gold answer",
     "duplicate": "an earlier sample of the same problem is the same chain",
 }
 _ANNOTATION = re.compile(r"<<([^<>]*)>>")
-_LEAST_DECIMALS = 2  # of a rounded result
+_MIN_DECIMALS = 2  # of a rounded result
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """What a chain must be, besides right."""
+    """Requirements on a chain besides a correct answer and arithmetic."""
 
     style: str
     min_steps: int = 1
@@ -51,7 +51,7 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class FilterResult:
-    """`steps` of the chain, () where it could not be read; `reason` is "" if it is kept, else a key of REASONS."""
+    """`steps`: () if the text cannot be parsed. `reason`: "" if the chain is kept, else a key of FILTER_REASONS."""
 
     steps: tuple[Step, ...] = ()
     reason: str = ""
@@ -65,24 +65,26 @@ class FilterResult:
         return not self.reason
 
 
-def filter_sample(text: str, finish_reason: str, problem: Problem, rules: FilterConfig) -> FilterResult:
-    """Judge one text of the teacher. `finish_reason`: the endpoint's, "stop", "length" or "content_filter"."""
+def filter_sample(text: str, finish_reason: str, problem: Problem, config: FilterConfig) -> FilterResult:
+    """Filter one text of the teacher. `finish_reason`: the endpoint's "stop", "length" or "content_filter"."""
     if finish_reason == "length":
         return FilterResult(reason="truncated", detail=f"cut off after {len(text)} characters")
     if finish_reason == "content_filter":
         return FilterResult(reason="filtered", detail="")
     try:
-        chain = parse_steps(text, rules.style)
+        chain = parse_steps(text, config.style)
     except ParseError as error:
         return FilterResult(reason=error.reason, detail=error.detail)
-    reason, detail = _first_fault(chain, text, problem, rules)
+    reason, detail = _first_defect(chain, text, problem, config)
     return FilterResult(chain, reason, detail)
 
 
-def _first_fault(chain: Sequence[Step], text: str, problem: Problem, rules: FilterConfig) -> tuple[str, str]:
-    if len(chain) < rules.min_steps:
+def _first_defect(
+    chain: Sequence[Step], text: str, problem: Problem, config: FilterConfig
+) -> tuple[str, str]:
+    if len(chain) < config.min_steps:
         return "too_few_steps", f"{len(chain)} steps"
-    if len(chain) > rules.max_steps:
+    if len(chain) > config.max_steps:
         return "too_many_steps", f"{len(chain)} steps"
     written = " ".join(f"{step.question} {step.solution}" for step in chain)
     annotations = _ANNOTATION.findall(written)
@@ -92,7 +94,7 @@ def _first_fault(chain: Sequence[Step], text: str, problem: Problem, rules: Filt
     for annotation in annotations:
         if annotation.count("=") != 1:
             return "bad_annotation", f"<<{annotation[:80]}>>"
-    if rules.require_annotations and not annotations and answers.answer_type(problem.answer) == "number":
+    if config.require_annotations and not annotations and answers.answer_type(problem.answer) == "number":
         return "no_annotation", ""
     for annotation in annotations:
         expression, _, result = annotation.partition("=")
@@ -105,13 +107,13 @@ def _first_fault(chain: Sequence[Step], text: str, problem: Problem, rules: Filt
 
 
 def recomputes(expression: str, result: str) -> bool:
-    """Whether the calculator gets `result` for `expression`, exactly or rounded to at least two decimals."""
+    """Return whether `result` is the value of `expression`, exactly or rounded to at least two decimals."""
     value = calculator.evaluate(expression)
-    written = calculator.evaluate(result)  # reads 1,080 and -3 as numbers; nothing longer is a result
+    written = calculator.evaluate(result)  # accepts 1,080 and -3; the pattern below excludes expressions
     if value is None or written is None or not re.fullmatch(r"\s*-?[0-9,]*\.?[0-9]*\s*", result):
         return False
     if value == written:
         return True
     decimals = len(result.strip().partition(".")[2])
     difference = abs(Decimal(value) - Decimal(written))
-    return decimals >= _LEAST_DECIMALS and difference <= Decimal(5).scaleb(-decimals - 1)
+    return decimals >= _MIN_DECIMALS and difference <= Decimal(5).scaleb(-decimals - 1)

@@ -1,4 +1,4 @@
-"""What a run of annotation has to do: its problems, its prompts, and everything that decides the result."""
+"""Annotation job: problems, prompts, requests, and the fingerprint of everything that decides the result."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ from trainer.runtime import terminal
 from trainer.teacher import exemplars
 from trainer.teacher.decontaminate import HeldOutQuestions
 from trainer.teacher.filter import FilterConfig, FilterResult, filter_sample
-from trainer.teacher.prompts import OWN, PromptBuilder, stop_texts
+from trainer.teacher.prompts import BUILT_IN_PROMPTS, PromptBuilder, stop_texts
 from trainer.teacher.responses import Request, Response, ResponseLog, make_request
 from trainer.teacher.settings import AnnotateSettings
+
+_FINGERPRINT_SETTINGS = (
+    *("data", "split", "seed", "max_problems", "style", "gold_hint", "with_facts", "num_samples", "keep_all"),
+    *("min_steps", "max_steps", "require_annotations", "decontaminate_ngram"),
+)
 
 
 @dataclass(frozen=True)
 class AnnotationJob:
-    """`problems` are to be annotated; `contaminated` are left out, each with the test problem that it matches."""
+    """Annotation job. `contaminated`: problems left out, each with the test problem that it matches."""
 
     settings: AnnotateSettings
     problems: tuple[Problem, ...]
     contaminated: tuple[tuple[Problem, str], ...]
     bad_records: tuple[RejectedRecord, ...]
-    prompter: PromptBuilder
-    teacher: dict[str, Any]  # the model and all parameters of its requests
-    fingerprint_fields: dict[str, Any]  # decides the result; equal recipes and equal answers give equal files
+    prompt_builder: PromptBuilder
+    teacher: dict[str, Any]  # model and all parameters of its requests
+    fingerprint_fields: dict[str, Any]  # equal fields and equal responses give equal files
 
     @property
     def filter_config(self) -> FilterConfig:
@@ -44,8 +49,8 @@ class AnnotationJob:
 
     @cached_property
     def requests(self) -> dict[str, list[Request]]:
-        """Problem id -> the requests for its samples, in order."""
-        prompts = {problem.id: self.prompter.build(problem) for problem in self.problems}
+        """Problem id -> requests for its samples, in order."""
+        prompts = {problem.id: self.prompt_builder.build(problem) for problem in self.problems}
         return {
             id: [
                 make_request(id, sample, prompt, self.teacher) for sample in range(self.settings.num_samples)
@@ -62,20 +67,27 @@ class AnnotationJob:
         return filter_sample(response.text, response.finish_reason, problem, self.filter_config)
 
     def is_satisfied(self, request: Request, response: Response) -> bool:
-        """Whether this answer makes later samples of the problem needless."""
+        """Return whether no further sample of the problem is needed after this response."""
         return not self.settings.keep_all and self.filter(request, response).is_kept
 
+    @property
+    def num_requests(self) -> int:
+        return sum(map(len, self.requests.values()))
+
+    def num_answered(self, log: ResponseLog) -> int:
+        return sum(log.get(request.key) is not None for queue in self.requests.values() for request in queue)
+
     def queues(self, log: ResponseLog) -> list[list[Request]]:
-        """What is left to ask, in queues: the next request of a queue is needed if the one before was no good."""
+        """Return the requests to send, in queues: the next of a queue is needed if the previous is not satisfied."""
         queues = []
         for requests in self.requests.values():
             if self.settings.keep_all:
                 queues += [[request] for request in requests if log.get(request.key) is None]
                 continue
-            for place, request in enumerate(requests):
+            for index, request in enumerate(requests):
                 response = log.get(request.key)
                 if response is None:
-                    queues.append(requests[place:])  # later ones may have answers; they are looked at in turn
+                    queues.append(requests[index:])  # later ones may be in the log
                     break
                 if self.is_satisfied(request, response):
                     break
@@ -83,7 +95,7 @@ class AnnotationJob:
 
 
 def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> AnnotationJob:
-    """Read all data. `model_digest`: of a local model's files. Raises UserError."""
+    """Read all data and return the job. `model_digest`: of a local model's files. Raises UserError."""
     held_out, test_sets = _held_out(settings)
     problems: list[Problem] = []
     contaminated: list[tuple[Problem, str]] = []
@@ -102,34 +114,33 @@ def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> Annotatio
             contaminated.append((record, match))
     if not problems:
         raise UserError(
-            f"{settings.data_path}: no problem is left to annotate, {len(contaminated)} match test questions"
+            f"{settings.data_path}: there is no problem to annotate, {len(contaminated)} match test questions"
         )
-    file = Path(settings.prompt) if settings.prompt else OWN / f"{settings.style}.j2"
-    shown = exemplars.choose_exemplars(settings, held_out)
-    prompter = PromptBuilder(file, settings.style, shown, settings.gold_hint, settings.with_facts)
+    file = Path(settings.prompt) if settings.prompt else BUILT_IN_PROMPTS / f"{settings.style}.j2"
+    chosen = exemplars.choose_exemplars(settings, held_out)
+    prompt_builder = PromptBuilder(file, settings.style, chosen, settings.gold_hint, settings.with_facts)
     teacher = _teacher(settings, model_digest)
-    names = (
-        "data",
-        "split",
-        "seed",
-        "max_problems",
-        "style",
-        "gold_hint",
-        "with_facts",
-        "num_samples",
-        "keep_all",
-    )
-    rules = ("min_steps", "max_steps", "require_annotations", "decontaminate_ngram")
-    recipe = {name: getattr(settings, name) for name in (*names, *rules)}
-    recipe["source"] = source_digest(settings.data, settings.split, settings.data_path, **options)
-    recipe |= {"prompt": prompter.digest, "exemplars": _digest(shown), "decontaminate": test_sets, **teacher}
+    fingerprint = {name: getattr(settings, name) for name in _FINGERPRINT_SETTINGS}
+    fingerprint |= {
+        "source": source_digest(settings.data, settings.split, settings.data_path, **options),
+        "prompt": prompt_builder.digest,
+        "exemplars": _digest(chosen),
+        "decontaminate": test_sets,
+        **teacher,
+    }
     return AnnotationJob(
-        settings, tuple(problems), tuple(contaminated), tuple(bad_records), prompter, teacher, recipe
+        settings,
+        tuple(problems),
+        tuple(contaminated),
+        tuple(bad_records),
+        prompt_builder,
+        teacher,
+        fingerprint,
     )
 
 
 def _teacher(settings: AnnotateSettings, model_digest: str) -> dict[str, Any]:
-    """Everything besides the prompt that decides an answer. Not the address: a model may move to another port."""
+    """Return everything besides the prompt that decides a response; the address does not."""
     names = ("temperature", "top_p", "max_new_tokens")
     teacher: dict[str, Any] = {name: getattr(settings, name) for name in names}
     teacher["stop"] = stop_texts(settings)
@@ -147,7 +158,7 @@ def _teacher(settings: AnnotateSettings, model_digest: str) -> dict[str, Any]:
 
 
 def _held_out(settings: AnnotateSettings) -> tuple[HeldOutQuestions, list[list[str]]]:
-    """The test questions, and each test set's data, split and digest."""
+    """Return the test questions, and data, split and digest of each test set."""
     questions: list[tuple[str, str]] = []
     digests = []
     for text in settings.decontaminate:

@@ -1,4 +1,4 @@
-"""A teacher on this machine: any causal LM that transformers loads."""
+"""Queries of a local teacher: any causal LM that transformers loads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def digest(name_or_path: str) -> str:
-    """Of the model's files: a model that was trained on is another teacher. Raises UserError if there is none."""
+def content_digest(name_or_path: str) -> str:
+    """Return the digest of the model's files. Raises UserError if there is no such model."""
     return model_reference.content_digest(model_reference.find_model(name_or_path))
 
 
@@ -29,15 +29,15 @@ def query_local_model(
     settings: AnnotateSettings,
     queues: Sequence[Sequence[Request]],
     log: ResponseLog,
-    satisfied: Callable[[Request, Response], bool],
+    is_satisfied: Callable[[Request, Response], bool],
 ) -> None:
-    """Work through the queues in rounds: the next request of a queue is asked if the answer before did not satisfy.
+    """Process the queues in rounds: the next request of a queue is run unless the previous response satisfies.
 
-    A sample depends on seed and request alone, not on the batch. A prompt that fills the model's context is answered
-    with a text that was cut off at once.
+    A sample depends on seed and request only, not on the batch. A prompt that fills the model's context gets an empty
+    response with finish reason "length".
     """
     name = model_reference.find_model(settings.model_name_or_path).name
-    load.load_config(name)  # refuses a folder without a model before its tokenizer is looked for
+    load.load_config(name)  # raises for a folder without a model before the tokenizer is loaded
     tokenizer = load_tokenizer(name)
     model = load.load_model(name, settings.dtype)
     load.check_vocabulary(model.config, max_text_token_id(tokenizer), name)
@@ -48,52 +48,52 @@ def query_local_model(
     with terminal.progress("annotate", sum(map(len, waiting))) as bar:
         num_done = 0
         while waiting:
-            asked: dict[str, Request] = {}
+            by_key: dict[str, Request] = {}  # equal requests run once
             for queue in waiting:
                 if log.get(queue[0].key) is None:
-                    asked.setdefault(queue[0].key, queue[0])
-            requests = list(asked.values())
+                    by_key.setdefault(queue[0].key, queue[0])
+            requests = list(by_key.values())
             prompts = [_tokens(tokenizer, request.prompt) for request in requests]
-            fitting = [place for place, prompt in enumerate(prompts) if not context or len(prompt) < context]
-            for place in set(range(len(requests))) - set(fitting):
-                log.append(requests[place], name, Response("", "length", len(prompts[place]), 0))
-            asked_prompts = [prompts[place] for place in fitting]
+            fitting = [index for index, prompt in enumerate(prompts) if not context or len(prompt) < context]
+            for index in set(range(len(requests))) - set(fitting):
+                log.append(requests[index], name, Response("", "length", len(prompts[index]), 0))
+            fitting_prompts = [prompts[index] for index in fitting]
             if backend is None and fitting:
-                backend = completion_backend(model, asked_prompts, settings.max_new_tokens, name)
+                backend = completion_backend(model, fitting_prompts, settings.max_new_tokens, name)
                 if backend.name == TRANSFORMERS:
                     terminal.info(f"{name}: {backend.text()}")
             texts = completions(
                 model,
                 tokenizer,
-                asked_prompts,
+                fitting_prompts,
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
-                seeds=[sampling_seed(settings.seed, requests[place].key) for place in fitting],
+                seeds=[sampling_seed(settings.seed, requests[index].key) for index in fitting],
                 stop=tuple(stop_texts(settings)),
                 batch_size=settings.batch_size,
                 backend=backend or "auto",
             )
-            for index, text, num_tokens, finished in texts:
-                place = fitting[index]
-                reason = "stop" if finished else "length"
-                log.append(requests[place], name, Response(text, reason, len(prompts[place]), num_tokens))
+            for number, text, num_tokens, is_finished in texts:
+                index = fitting[number]
+                reason = "stop" if is_finished else "length"
+                log.append(requests[index], name, Response(text, reason, len(prompts[index]), num_tokens))
                 num_done += 1
                 bar.update(num_done)
-            waiting = [rest for queue in waiting if (rest := _rest(queue, log, satisfied))]
+            waiting = [rest for queue in waiting if (rest := _remaining(queue, log, is_satisfied))]
 
 
-def _rest(
-    queue: list[Request], log: ResponseLog, satisfied: Callable[[Request, Response], bool]
+def _remaining(
+    queue: list[Request], log: ResponseLog, is_satisfied: Callable[[Request, Response], bool]
 ) -> list[Request]:
-    """What of a queue is still needed after its first request was answered."""
+    """Return the requests of a queue that are needed after the response to its first."""
     response = log.get(queue[0].key)
     assert response is not None
-    return [] if satisfied(queue[0], response) else queue[1:]
+    return [] if is_satisfied(queue[0], response) else queue[1:]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """As a message of the user where the model was tuned for a chat, else as it is."""
+    """Tokenize the prompt, as a user message if the tokenizer has a chat template."""
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
         chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -1,16 +1,16 @@
-"""What the teacher reads: a template file, filled with one problem and with solved exemplars.
+"""Prompts for the teacher: a template file, filled with one problem and solved exemplars.
 
-Templates are Jinja2 in a sandbox; a prompt file cannot reach anything but these names:
+Templates are Jinja2 in a sandbox, with these names:
 
 | name | |
 | --- | --- |
 | `question` | the problem |
-| `kind` | what its answer is: `number`, `yes_no` or `text` |
+| `kind` | type of its answer: `number`, `yes_no` or `text` |
 | `facts` | list of texts; empty without `with_facts` |
 | `exemplars` | list of `question`, `solution` (lines and `#### answer`), `answer` and `facts`; empty without exemplars |
-| `answer` | the gold answer; not defined without `gold_hint`, so that no prompt shows it unlabelled |
+| `answer` | the gold answer; defined only with `gold_hint`, which labels the results |
 
-A name that is not defined is an error, not an empty text.
+An undefined name is an error.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from trainer.problems import answers
 from trainer.problems.problem import DELIMITER, Problem
 from trainer.teacher.settings import AnnotateSettings
 
-OWN = Path(__file__).parent / "prompts"
-_NEXT_PROBLEM = "\nProblem:"  # where our own prompts would go on
+BUILT_IN_PROMPTS = Path(__file__).parent / "prompts"
+_NEXT_PROBLEM = "\nProblem:"  # start of another problem in the built-in prompts
 
 
 class PromptBuilder:
-    """Fills one template. `source` and `digest` are of the template's text."""
+    """Template of prompts. `source` and `digest`: of the template's text."""
 
     def __init__(
         self, file: Path, style: str, exemplars: Sequence[Problem], gold_hint: bool, with_facts: bool
@@ -56,13 +56,13 @@ class PromptBuilder:
             ) from None
 
     def build(self, problem: Problem) -> str:
-        """The prompt for one problem. Raises UserError if the template asks for a name that is not there."""
+        """Return the prompt of one problem. Raises UserError if the template uses an undefined name."""
         kind = answers.answer_type(problem.answer)
         values: dict[str, Any] = {
             "question": problem.question,
             "kind": kind,
             "facts": list(problem.facts) if self._with_facts else [],
-            "exemplars": [self._shown(exemplar) for exemplar in self._exemplars_for(problem, kind)],
+            "exemplars": [self._exemplar_values(exemplar) for exemplar in self._exemplars_for(problem, kind)],
         }
         if self._gold_hint:
             values["answer"] = problem.answer
@@ -77,7 +77,7 @@ class PromptBuilder:
             raise UserError(f"{self._file}: cannot be filled with problem {problem.id}: {error}") from None
 
     def _exemplars_for(self, problem: Problem, kind: str) -> list[Problem]:
-        """Those with the same kind of answer, and never the problem itself."""
+        """Return the exemplars with the same kind of answer, without the problem itself."""
         same_kind = [exemplar for exemplar in self.exemplars if answers.answer_type(exemplar.answer) == kind]
         if self.exemplars and not same_kind:
             raise UserError(
@@ -86,7 +86,7 @@ class PromptBuilder:
             )
         return [exemplar for exemplar in same_kind if exemplar.question != problem.question]
 
-    def _shown(self, exemplar: Problem) -> dict[str, Any]:
+    def _exemplar_values(self, exemplar: Problem) -> dict[str, Any]:
         return {
             "question": exemplar.question,
             "solution": solution_text(exemplar, self._style),
@@ -96,7 +96,7 @@ class PromptBuilder:
 
 
 def solution_text(problem: Problem, style: str) -> str:
-    """A solved problem as the teacher shall write it: lines, then `#### answer`."""
+    """Return a solved problem in the format required of the teacher: lines, then `#### answer`."""
     lines = []
     for step in problem.steps:
         lines += [step.question, step.solution] if style == "socratic" else [step.solution]
@@ -104,9 +104,9 @@ def solution_text(problem: Problem, style: str) -> str:
 
 
 def stop_texts(settings: AnnotateSettings) -> list[str]:
-    """Where an answer ends: as told; else a model that completes is stopped where our own prompt would go on.
+    """Return the stop strings: the setting, or for completions of a built-in prompt the start of another problem.
 
-    Not every chat model takes `stop`, and none needs it.
+    Chat models need none, and not all accept `stop`.
     """
-    completes = bool(settings.model_name_or_path) or settings.api == "completions"
-    return settings.stop or ([_NEXT_PROBLEM] if completes and not settings.prompt else [])
+    is_completion = bool(settings.model_name_or_path) or settings.api == "completions"
+    return settings.stop or ([_NEXT_PROBLEM] if is_completion and not settings.prompt else [])

@@ -1,4 +1,4 @@
-"""When the next request may be sent: a limit per minute, and pauses that the endpoint asks for."""
+"""Rate limit of requests, exponential backoff, and the header Retry-After."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_RETRY_AFTER_SECONDS = 600.0
 
 
 class RateLimiter:
-    """Hands out starting times, evenly spaced over a minute, to all requests of this process."""
+    """Limiter that spaces the requests of this process evenly. 0 requests per minute: no limit."""
 
     def __init__(self, requests_per_minute: float) -> None:
         self._spacing = 60.0 / requests_per_minute if requests_per_minute else 0.0
@@ -29,21 +29,21 @@ class RateLimiter:
             await asyncio.sleep(self._next - now)
 
     def back_off(self, seconds: float) -> None:
-        """Nobody sends anything for so long: the endpoint said that we are too fast."""
+        """Delay all requests by `seconds`, as the endpoint demands."""
         self._next = max(self._next, time.monotonic() + seconds)
 
 
 def backoff_seconds(attempt: int, first_seconds: float) -> float:
-    """Seconds to wait after failed attempt number `attempt` (from 1): doubled each time, with jitter.
+    """Return the wait after failed attempt number `attempt` (from 1): doubled each time, with jitter.
 
-    Between half and all of it, so that requests that failed together do not come back together ("equal jitter",
-    M. Brooker, AWS Architecture Blog, 2015).
+    The jitter of half the wait spreads requests that failed together ("equal jitter", M. Brooker, AWS Architecture
+    Blog, 2015).
     """
     return min(MAX_BACKOFF_SECONDS, first_seconds * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """What the header Retry-After asks for, in seconds: a number or a date (RFC 9110, 10.2.3). None without one."""
+    """Return the seconds of the header Retry-After, a number or a date (RFC 9110, 10.2.3), or None."""
     text = headers.get("retry-after", "").strip()
     if not text:
         return None

@@ -1,7 +1,7 @@
-"""What was asked and what was answered: a file that only grows, so that nothing is paid for twice.
+"""Append-only log of responses, so that no request is paid for twice.
 
-A request's key is a hash of everything that decides its answer: the prompt, the model, the parameters and the number of
-the sample. Another prompt or another model has other keys; their answers stay in the file and are never mixed in.
+A request's key is a hash of everything that decides its response: prompt, model, parameters and number of the sample.
+Responses to other prompts or models have other keys; they stay in the file, unused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.runtime import terminal
 
 @dataclass(frozen=True)
 class Request:
-    """One sample for one problem. Two problems with the same prompt share a key and so an answer."""
+    """One sample of one problem. Problems with equal prompts share keys and responses."""
 
     problem_id: str
     sample: int  # from 0
@@ -30,7 +30,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """What a teacher answered. Token counts are the endpoint's own; None where it tells none."""
+    """Response of a teacher. Token counts are the endpoint's, or None."""
 
     text: str
     finish_reason: str  # "stop", "length" or "content_filter"
@@ -39,19 +39,20 @@ class Response:
 
 
 def make_request(problem_id: str, sample: int, prompt: str, teacher: dict[str, Any]) -> Request:
-    """`teacher`: the model and all parameters of the request, as JSON."""
-    identity = json.dumps({"teacher": teacher, "prompt": prompt, "sample": sample}, sort_keys=True)
-    return Request(problem_id, sample, prompt, hashlib.sha256(identity.encode()).hexdigest())
+    """Return a request. `teacher`: the model and all parameters, JSON-serialisable."""
+    content = json.dumps({"teacher": teacher, "prompt": prompt, "sample": sample}, sort_keys=True)
+    return Request(problem_id, sample, prompt, hashlib.sha256(content.encode()).hexdigest())
 
 
 class ResponseLog:
-    """The file of answers, as a mapping from key to Response. The first answer to a key is the one."""
+    """Log file of responses by key. The first response to a key counts."""
 
-    def __init__(self, path: Path, damaged: Path, read_only: bool = False) -> None:
-        """Read what is there. A half-written last line (a kill, a full disk) is moved to `damaged`; other lines that
-        cannot be read stay and are counted in `num_unreadable`. `read_only`: change nothing, `append` is not allowed.
+    def __init__(self, path: Path, corrupt_lines: Path, read_only: bool = False) -> None:
+        """Read the file.
 
-        Raises UserError if the file cannot be read or written.
+        A partial last line (a kill, a full disk) is moved to the file `corrupt_lines`; other unreadable lines stay and
+        are counted in `num_unreadable`. `read_only`: change no file; `append` is not allowed. Raises UserError if the
+        file cannot be read or written.
         """
         self._path, self._descriptor = path, -1
         self._responses: dict[str, Response] = {}
@@ -64,7 +65,7 @@ class ResponseLog:
             if read_only:
                 return
             if rest:
-                _set_aside(path, damaged, len(complete) + len(newline), rest)
+                _move_partial_line(path, corrupt_lines, len(complete) + len(newline), rest)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
@@ -82,17 +83,16 @@ class ResponseLog:
     def get(self, key: str) -> Response | None:
         return self._responses.get(key)
 
-    def num_others(self, used: Iterable[str]) -> int:
-        """Answers in the file to none of these keys."""
+    def num_unused(self, used: Iterable[str]) -> int:
+        """Return the number of responses whose key is not in `used`."""
         return len(self._responses.keys() - set(used))
 
     def append(self, request: Request, model: str, response: Response) -> None:
-        """Write one answer, on the disk when this returns. Raises UserError when the disk is full."""
-        assert self._descriptor >= 0, "the log was opened for reading"
+        """Write one response and fsync it. Raises UserError if the disk is full."""
+        assert self._descriptor >= 0, "the log is read-only"
         record = {"key": request.key, "problem": request.problem_id, "sample": request.sample, "model": model}
-        line = (
-            json.dumps({**record, **asdict(response)}).encode() + b"\n"
-        )  # ASCII: also half a surrogate pair
+        # ASCII, so that a lone surrogate can be written
+        line = json.dumps({**record, **asdict(response)}).encode() + b"\n"
         try:
             written = os.write(self._descriptor, line)
             if written < len(line):
@@ -128,14 +128,14 @@ class ResponseLog:
             self.num_unreadable += 1
 
 
-def _set_aside(path: Path, damaged: Path, length: int, rest: bytes) -> None:
-    """Cut the file after its last whole line; what follows goes to `damaged` first."""
-    with open(damaged, "ab") as file:
+def _move_partial_line(path: Path, corrupt_lines: Path, length: int, rest: bytes) -> None:
+    """Append `rest` to `corrupt_lines`, then truncate the log to `length`."""
+    with open(corrupt_lines, "ab") as file:
         file.write(rest + b"\n")
         file.flush()
         os.fsync(file.fileno())
     os.truncate(path, length)
     terminal.warning(
-        f"{path}: its last line is half written ({len(rest)} bytes); moved to {damaged.name}, "
+        f"{path}: its last line is half written ({len(rest)} bytes); moved to {corrupt_lines.name}, "
         "and only that request is repeated"
     )

@@ -1,6 +1,6 @@
-"""Answers -> the finished directory: which chains are kept, which are not and why, and what is left without steps.
+"""Result directory of a job: kept chains, rejected samples with reasons, and problems without steps.
 
-The files are a function of the work and of the answers: whoever has these gets the same bytes.
+The files depend on the job and the responses only, byte for byte.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXEMPLARS = "exemplars.jsonl"
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer and what became of it. `response` is None if there is none."""
+    """One request, its response (or None) and the result of the filter."""
 
     request: Request
     response: Response | None
@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """A problem and its samples, in order; without keep_all the samples end with the first that is kept."""
+    """A problem and its samples in order; without keep_all the samples end with the first kept one."""
 
     problem: Problem
     samples: tuple[Sample, ...]
@@ -50,67 +50,69 @@ class ProblemResult:
         return [sample for sample in self.samples if sample.result.is_kept]
 
 
-def problem_results(work: AnnotationJob, log: ResponseLog) -> Iterator[ProblemResult]:
-    """Judge the answers to every problem, in the order of the data."""
-    for problem in work.problems:
+def problem_results(job: AnnotationJob, log: ResponseLog) -> Iterator[ProblemResult]:
+    """Yield the filtered samples of every problem, in the order of the data."""
+    for problem in job.problems:
         samples: list[Sample] = []
-        for request in work.requests[problem.id]:
+        for request in job.requests[problem.id]:
             response = log.get(request.key)
-            verdict = FilterResult(reason="unanswered")
+            result = FilterResult(reason="unanswered")
             if response is not None:
-                verdict = work.filter(request, response)
-            if verdict.is_kept and any(
-                verdict.steps == other.result.steps for other in samples if other.result.is_kept
-            ):
-                verdict = dataclasses.replace(verdict, reason="duplicate")
-            samples.append(Sample(request, response, verdict))
-            if verdict.is_kept and not work.settings.keep_all:
+                result = job.filter(request, response)
+            kept_steps = [other.result.steps for other in samples if other.result.is_kept]
+            if result.is_kept and result.steps in kept_steps:
+                result = dataclasses.replace(result, reason="duplicate")
+            samples.append(Sample(request, response, result))
+            if result.is_kept and not job.settings.keep_all:
                 break
         yield ProblemResult(problem, tuple(samples))
 
 
 def write(
-    folder: Path, work: AnnotationJob, all_outcomes: Sequence[ProblemResult], summary: dict[str, Any]
+    folder: Path, job: AnnotationJob, results: Sequence[ProblemResult], summary: dict[str, Any]
 ) -> None:
-    """Write every file of the directory."""
-    _write_lines(folder / ANNOTATED, (r for outcome in all_outcomes for r in _annotated(work, outcome)))
-    _write_lines(folder / REJECTED, (r for outcome in all_outcomes for r in _rejected(outcome)))
-    without = (outcome for outcome in all_outcomes if not outcome.kept_samples)
+    """Write all files of the result directory into `folder`."""
+    _write_lines(folder / ANNOTATED, (r for result in results for r in _annotated(job, result)))
+    _write_lines(folder / REJECTED, (r for result in results for r in _rejected(result)))
+    unannotated = (result for result in results if not result.kept_samples)
     _write_lines(
         folder / UNANNOTATED,
-        (to_record(o.problem, {"reasons": [sample.result.reason for sample in o.samples]}) for o in without),
+        (
+            to_record(o.problem, {"reasons": [sample.result.reason for sample in o.samples]})
+            for o in unannotated
+        ),
     )
     _write_lines(
         folder / CONTAMINATED,
-        (to_record(problem, {"matches": match}) for problem, match in work.contaminated),
+        (to_record(problem, {"matches": match}) for problem, match in job.contaminated),
     )
-    _write_lines(folder / BAD_RECORDS, map(dataclasses.asdict, work.bad_records))
-    _write_lines(folder / EXEMPLARS, map(to_record, work.prompter.exemplars))
-    (folder / PROMPT).write_text(work.prompter.source, encoding="utf-8")
+    _write_lines(folder / BAD_RECORDS, map(dataclasses.asdict, job.bad_records))
+    _write_lines(folder / EXEMPLARS, map(to_record, job.prompt_builder.exemplars))
+    (folder / PROMPT).write_text(job.prompt_builder.source, encoding="utf-8")
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def _annotated(work: AnnotationJob, outcome: ProblemResult) -> Iterator[dict[str, Any]]:
-    """The problem with the steps of each kept sample; a second one is `<id>#2`."""
-    for number, sample in enumerate(outcome.kept_samples, start=1):
-        id = outcome.problem.id if number == 1 else f"{outcome.problem.id}#{number}"
-        problem = dataclasses.replace(outcome.problem, id=id, steps=sample.result.steps)
+def _annotated(job: AnnotationJob, result: ProblemResult) -> Iterator[dict[str, Any]]:
+    """Yield the problem with the steps of each kept sample; the second is `<id>#2`."""
+    for number, sample in enumerate(result.kept_samples, start=1):
+        id = result.problem.id if number == 1 else f"{result.problem.id}#{number}"
+        problem = dataclasses.replace(result.problem, id=id, steps=sample.result.steps)
         meta = {
-            "teacher": work.teacher["model"],
-            "style": work.settings.style,
-            "gold_hint": work.settings.gold_hint,
+            "teacher": job.teacher["model"],
+            "style": job.settings.style,
+            "gold_hint": job.settings.gold_hint,
             "sample": sample.request.sample,
-            "prompt": work.prompter.digest,
+            "prompt": job.prompt_builder.digest,
             "response": sample.request.key,
         }
         yield to_record(problem, meta)
 
 
-def _rejected(outcome: ProblemResult) -> Iterator[dict[str, Any]]:
-    for sample in outcome.samples:
+def _rejected(result: ProblemResult) -> Iterator[dict[str, Any]]:
+    for sample in result.samples:
         if not sample.result.is_kept:
             yield {
-                "id": outcome.problem.id,
+                "id": result.problem.id,
                 "sample": sample.request.sample,
                 "reason": sample.result.reason,
                 "detail": sample.result.detail,
@@ -120,6 +122,6 @@ def _rejected(outcome: ProblemResult) -> Iterator[dict[str, Any]]:
 
 
 def _write_lines(path: Path, records: Iterable[Any]) -> None:
-    # A teacher may write half a surrogate pair, which no UTF-8 file can hold; JSON spells it as JSON escapes it.
+    # UTF-8 cannot encode a lone surrogate, which a teacher may write; the JSON escape can.
     with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

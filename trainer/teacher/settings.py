@@ -1,4 +1,4 @@
-"""Settings of tools/annotate.py. Nothing is imported here but the standard library, so that `--help` answers at once."""
+"""Settings of annotation. Imports no heavy library, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -17,51 +17,63 @@ TEACHER_APIS = ("chat", "completions")
 
 @dataclass
 class AnnotateSettings:
-    """Problems without steps -> the same problems with a teacher's steps, verified."""
+    """Annotate problems with solution steps that a teacher writes and the filter checks."""
 
     data: str = setting("svamp", "data set", choices=DATASETS)
     data_path: str = setting("", "local file, local folder or hub name")
     split: str = setting("train", "which split to annotate: train, validation, test, ...")
     seed: int = setting(
-        0, "seed of the split (svamp), of the choice of exemplars, of a local model's samples"
+        0, "seed of the split (svamp), of the choice of exemplars and of a local model's samples"
     )
-    max_problems: int = setting(0, "annotate only the first so many problems (0: all)")
+    max_problems: int = setting(0, "annotate at most this many problems (0: all)")
     output_dir: str = setting("", "directory of responses and result, e.g. annotations/svamp-train")
-    style: str = setting("socratic", "what the teacher writes", choices=STYLES)
+    style: str = setting("socratic", "format of the chains", choices=STYLES)
     base_url: str = setting("", "OpenAI-compatible endpoint, e.g. http://localhost:8000/v1")
     model: str = setting("", "the model's name at the endpoint (its key: OPENAI_API_KEY in the environment)")
-    api: str = setting("chat", "'completions' for a model that knows no chat", choices=TEACHER_APIS)
+    api: str = setting("chat", "'completions' for a model without a chat template", choices=TEACHER_APIS)
     model_name_or_path: str = setting("", "instead of an endpoint: local causal LM, local folder or hub name")
-    dtype: str = setting("fp32", "numbers the local model computes in", choices=DTYPES)
-    batch_size: int = setting(16, "sequences the local model decodes at the same time")
-    prompt: str = setting("", "prompt file (jinja2) instead of the style's own in trainer/teacher/prompts")
+    dtype: str = setting("fp32", "dtype of the local model", choices=DTYPES)
+    batch_size: int = setting(16, "sequences that the local model decodes concurrently")
+    prompt: str = setting("", "prompt file (Jinja2) instead of the built-in one in trainer/teacher/prompts")
     exemplars: str = setting("", "JSONL file of solved problems to show (few-shot)")
-    exemplars_from_gold: int = setting(0, "show so many solved problems of exemplars_data")
+    exemplars_from_gold: int = setting(0, "number of solved problems of exemplars_data to show")
     exemplars_data: str = setting("stories::train", "DATA:PATH:SPLIT that has steps; stories are generated")
     gold_hint: bool = setting(False, "show the gold answer to the teacher (labelled in all results)")
     with_facts: bool = setting(False, "show a problem's facts (StrategyQA)")
-    num_samples: int = setting(1, "most answers a problem; the next is asked for where none was kept so far")
-    keep_all: bool = setting(False, "ask for all samples and keep every good one, as <id>, <id>#2, ...")
+    num_samples: int = setting(
+        1, "maximum samples per problem; the next is requested if none was kept so far"
+    )
+    keep_all: bool = setting(False, "request all samples and keep every correct one, as <id>, <id>#2, ...")
     temperature: float = setting(0.0, "0: greedy")
     top_p: float = setting(1.0, "sample from the smallest set of tokens with this probability")
-    max_new_tokens: int = setting(512, "longest answer in tokens")
-    stop: list[str] = setting([], "texts that end an answer (default: none in a chat, else the next problem)")
-    token_limit_field: str = setting("max_tokens", "its name in a chat request", choices=TOKEN_LIMIT_FIELDS)
-    concurrency: int = setting(8, "requests under way at the same time")
-    requests_per_minute: float = setting(0.0, "never send more than this, repetitions included (0: no limit)")
-    timeout_seconds: float = setting(120.0, "longest wait for one answer")
-    max_attempts: int = setting(6, "attempts a request before it counts as unanswered")
-    retry_seconds: float = setting(1.0, "first wait before a repetition, then doubled; Retry-After wins")
-    allow_unanswered: bool = setting(False, "finish although the endpoint left requests unanswered")
-    min_steps: int = setting(1, "a chain of fewer steps is rejected")
-    max_steps: int = setting(12, "a chain of more steps is rejected")
-    require_annotations: bool = setting(False, "reject a chain to a number without any <<a*b=c>>")
+    max_new_tokens: int = setting(512, "maximum tokens of a response")
+    stop: list[str] = setting(
+        [], "strings that end a response (default: none in a chat, else the start of another problem)"
+    )
+    token_limit_field: str = setting(
+        "max_tokens", "name of the token limit in a chat request", choices=TOKEN_LIMIT_FIELDS
+    )
+    concurrency: int = setting(8, "concurrent requests")
+    requests_per_minute: float = setting(0.0, "maximum request rate, retries included (0: no limit)")
+    timeout_seconds: float = setting(120.0, "timeout of one request")
+    max_attempts: int = setting(6, "attempts per request before it counts as unanswered")
+    retry_seconds: float = setting(
+        1.0, "first wait before a retry, then doubled; Retry-After takes precedence"
+    )
+    allow_unanswered: bool = setting(False, "finish although requests have no response")
+    min_steps: int = setting(1, "reject chains with fewer steps")
+    max_steps: int = setting(12, "reject chains with more steps")
+    require_annotations: bool = setting(False, "reject chains to a number without any <<a*b=c>>")
     decontaminate: list[str] = setting([], "test sets DATA:PATH:SPLIT whose questions must not be annotated")
-    decontaminate_ngram: int = setting(13, "so many words in common are a match (0: only the whole question)")
+    decontaminate_ngram: int = setting(
+        13, "a common n-gram of this many words is a match (0: equal questions only)"
+    )
     price_per_million_input: float = setting(0.0, "price of a million prompt tokens, for the cost")
     price_per_million_output: float = setting(0.0, "price of a million completion tokens, for the cost")
-    overwrite: bool = setting(False, "replace a result that was made in another way (responses are kept)")
-    dry_run: bool = setting(False, "only show how many requests there are, their cost and one prompt")
+    overwrite: bool = setting(
+        False, "replace a result that was made with other settings (responses are kept)"
+    )
+    dry_run: bool = setting(False, "only print the number of requests, their cost and one prompt")
 
     def __post_init__(self) -> None:
         check_given("data_path", self.data_path)
@@ -76,7 +88,7 @@ class AnnotateSettings:
                 "give either base_url (an endpoint) or model_name_or_path (local), not both or none"
             )
         if bool(self.base_url) != bool(self.model):
-            raise UserError("base_url (where) and model (which one) go together")
+            raise UserError("base_url and model must be given together")
         if self.exemplars and self.exemplars_from_gold:
             raise UserError("give either exemplars (a file) or exemplars_from_gold (a number), not both")
         for name in (
@@ -98,4 +110,4 @@ class AnnotateSettings:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it is a probability above 0 and at most 1")
         if self.num_samples > 1 and self.temperature == 0:
-            raise UserError("several samples of temperature 0 would all be the same; give a temperature")
+            raise UserError("samples of temperature 0 are all equal; give a temperature")

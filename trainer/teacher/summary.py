@@ -1,4 +1,4 @@
-"""How the annotation went, in numbers: every sample is kept or rejected once, every problem annotated or not."""
+"""Summary of a result in numbers, and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from trainer.teacher.settings import AnnotateSettings
 _WIDTH = 110
 
 
-def summarise(work: AnnotationJob, outcomes: Sequence[ProblemResult], log: ResponseLog) -> dict[str, Any]:
-    """The content of summary.json. Tokens and cost are of all answers this result is made of, whenever asked."""
-    samples = [(outcome, sample) for outcome in outcomes for sample in outcome.samples]
+def summarise(job: AnnotationJob, results: Sequence[ProblemResult], log: ResponseLog) -> dict[str, Any]:
+    """Return the content of summary.json. Tokens and cost include responses of earlier runs that are used."""
+    samples = [(result, sample) for result in results for sample in result.samples]
     kept = sum(sample.result.is_kept for _, sample in samples)
     reasons = Counter(sample.result.reason for _, sample in samples if not sample.result.is_kept)
     used = {sample.request.key: sample.response for _, sample in samples if sample.response is not None}
-    num_annotated = sum(bool(outcome.kept_samples) for outcome in outcomes)
+    num_annotated = sum(bool(result.kept_samples) for result in results)
     summary: dict[str, Any] = {
-        "teacher": work.teacher,
-        "style": work.settings.style,
-        "gold_hint": work.settings.gold_hint,
+        "teacher": job.teacher,
+        "style": job.settings.style,
+        "gold_hint": job.settings.gold_hint,
         "problems": {
             "annotated": num_annotated,
-            "unannotated": len(outcomes) - num_annotated,
-            "contaminated": len(work.contaminated),
-            "bad_records": len(work.bad_records),
+            "unannotated": len(results) - num_annotated,
+            "contaminated": len(job.contaminated),
+            "bad_records": len(job.bad_records),
         },
         "samples": {"kept": kept, "rejected": len(samples) - kept},
         "keep_rate": _rate(kept, len(samples)),
-        "annotated_rate": _rate(num_annotated, len(outcomes)),
+        "annotated_rate": _rate(num_annotated, len(results)),
         "rejected_by_reason": {reason: reasons[reason] for reason in FILTER_REASONS if reasons[reason]},
-        # how many steps the teacher wrote; "unread" where the text is no chain
-        "by_steps_written": _by(samples, lambda _, sample: len(sample.result.steps)),
-        "responses": {"used": len(used), "kept_from_other_prompts_or_models": log.num_others(used)},
+        # "unread": the text could not be parsed
+        "by_steps_written": _by_num_steps(samples, lambda _, sample: len(sample.result.steps)),
+        "responses": {"used": len(used), "kept_from_other_prompts_or_models": log.num_unused(used)},
         "tokens": _tokens(list(used.values())),
     }
-    if any(outcome.problem.steps for outcome in outcomes):
-        summary["by_gold_steps"] = _by(samples, lambda outcome, _: len(outcome.problem.steps))
-    cost = cost_of(summary["tokens"]["prompt"], summary["tokens"]["completion"], work.settings)
+    if any(result.problem.steps for result in results):
+        summary["by_gold_steps"] = _by_num_steps(samples, lambda result, _: len(result.problem.steps))
+    cost = cost_of(summary["tokens"]["prompt"], summary["tokens"]["completion"], job.settings)
     return summary if cost is None else {**summary, "cost": cost}
 
 
 def cost_of(prompt_tokens: float, completion_tokens: float, settings: AnnotateSettings) -> float | None:
-    """In the currency of the prices; None if no price was given."""
+    """Return the cost in the currency of the prices, or None without prices."""
     if not settings.price_per_million_input and not settings.price_per_million_output:
         return None
     return (
@@ -62,7 +62,7 @@ def cost_of(prompt_tokens: float, completion_tokens: float, settings: AnnotateSe
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as text for a terminal."""
+    """Return the summary as text for a terminal."""
     problems, samples, tokens = summary["problems"], summary["samples"], summary["tokens"]
     hint = " (the gold answer was shown to the teacher)" if summary["gold_hint"] else ""
     lines = [
@@ -89,14 +89,14 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _by(
-    samples: Sequence[tuple[ProblemResult, Sample]], count: Callable[[ProblemResult, Sample], int]
+def _by_num_steps(
+    samples: Sequence[tuple[ProblemResult, Sample]], num_steps: Callable[[ProblemResult, Sample], int]
 ) -> dict[str, dict]:
-    """Number of steps -> samples kept and all, and the rate."""
+    """Return kept samples, all samples and the rate by number of steps."""
     kept: Counter[int] = Counter()
     total: Counter[int] = Counter()
-    for outcome, sample in samples:
-        number = count(outcome, sample)
+    for result, sample in samples:
+        number = num_steps(result, sample)
         total[number] += 1
         kept[number] += sample.result.is_kept
     return {
