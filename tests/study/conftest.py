@@ -26,26 +26,25 @@ VALUES: dict[str, Any] = {
 
 @pytest.fixture
 def values() -> dict[str, Any]:
-    """A study file's content: two runs, eight or nine stages."""
+    """Return the content of a study file with two runs and nine stages."""
     return copy.deepcopy(VALUES)
 
 
 @pytest.fixture
 def make_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Study]:
-    """Makes a study in an empty working directory."""
+    """Return a function that loads a study in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     return lambda values: load_study(values, Path("tiny.yaml"))
 
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tools folder: the real study.py, and the stand-in under the names of the others."""
+    """Return a tools folder with the real study.py, and stand_in.py under the names of the other tools."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for name in TOOLS:
         shutil.copy(Path(__file__).with_name("stand_in.py"), folder / f"{name}.py")
-    for name in ("study", "command_line"):
-        shutil.copy(REPOSITORY / "tools" / f"{name}.py", folder / f"{name}.py")
+    shutil.copy(REPOSITORY / "tools" / "study.py", folder / "study.py")
     path = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(part for part in path if part))
     return folder

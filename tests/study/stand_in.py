@@ -1,10 +1,10 @@
-"""Stands for every tool of a study, by the name it is copied to: quick, and failing or sleeping when asked to.
+"""Fast replacement for every tool of a study; the file name selects the tool.
 
-What a training is to do stands in --config_overrides: `exit=3`, `sleep` (saves on SIGTERM), `sleep=3` (saves, and waits
-until so many ranks of all trainings have), `deaf` (sleeps through SIGTERM), `early` (ends well without having finished),
-`meet=2` (waits until so many trainings have started), `until=FILE` (waits for a file), `orphan` (leaves a process behind).
+--config_overrides of a training selects its behaviour: `exit=3`, `sleep` (saves on SIGTERM), `sleep=3` (saves, and waits
+until 3 ranks of all trainings have saved), `deaf` (ignores SIGTERM), `early` (exits with 0 before its last step),
+`meet=2` (waits until 2 trainings have started), `until=FILE` (waits for a file), `orphan` (leaves a process behind).
 
-In a study every stage writes when it starts and ends to events.txt.
+Every stage of a study appends its start and its end to events.txt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.storage.run_directory import (
 from trainer.study import processes
 
 flags = dict(part[2:].split("=", 1) for part in sys.argv[1:] if part.startswith("--") and "=" in part)
-world = distributed.environment_from_launcher(os.environ)
+environment = distributed.environment_from_launcher(os.environ)
 
 
 def annotate() -> None:
@@ -51,35 +51,33 @@ def prepare_shards() -> None:
 
 
 def train() -> None:
-    run, wish = RunDirectory(Path(flags["output_dir"])), flags.get("config_overrides", "")
+    run, behaviour = RunDirectory(Path(flags["output_dir"])), flags.get("config_overrides", "")
     run.path.mkdir(parents=True, exist_ok=True)
-    if wish == "deaf":
+    if behaviour == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if wish.startswith("sleep"):
-        signal.signal(signal.SIGTERM, lambda *_: save(run, int(wish[6:] or 0)))
-    if wish.startswith(("sleep", "deaf")):
-        atomic_dir.write_text(run.path / f"pid-{world.rank}", str(os.getpid()))
+    if behaviour.startswith("sleep"):
+        signal.signal(signal.SIGTERM, lambda *_: save(run, int(behaviour[6:] or 0)))
+    if behaviour.startswith(("sleep", "deaf")):
+        atomic_dir.write_text(run.path / f"pid-{environment.rank}", str(os.getpid()))
         time.sleep(300)
-    os.write(
-        1, b"a line before the end\n"
-    )  # one call: the ranks share the log, and print makes two of a line
-    if wish.startswith("meet="):
-        atomic_dir.write_text(run.path / "here", "")
-        wait_for(lambda: len(list(run.path.parent.glob("*/here"))) >= int(wish[5:]))
-    if wish.startswith("until="):
-        atomic_dir.write_text(run.path / "here", "")
-        wait_for(Path(wish[6:]).exists)
-    if wish == "orphan":
+    os.write(1, b"a line before the end\n")  # one call: the ranks share the log, and print may split a line
+    if behaviour.startswith("meet="):
+        atomic_dir.write_text(run.path / "started", "")
+        wait_for(lambda: len(list(run.path.parent.glob("*/started"))) >= int(behaviour[5:]))
+    if behaviour.startswith("until="):
+        atomic_dir.write_text(run.path / "started", "")
+        wait_for(Path(behaviour[6:]).exists)
+    if behaviour == "orphan":
         child = subprocess.Popen(
             [sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True
         )
         atomic_dir.write_text(run.path / "pid-orphan", str(child.pid))
         sys.exit(1)
-    if wish == "exit=1":
+    if behaviour == "exit=1":
         os.write(2, b"error: the learning rate is cursed\n")
-    if wish.startswith("exit="):
-        sys.exit(int(wish[5:]))
-    if world.rank == 0 and wish != "early":
+    if behaviour.startswith("exit="):
+        sys.exit(int(behaviour[5:]))
+    if environment.rank == 0 and behaviour != "early":
         lines = [json.dumps({"step": step, "loss": 2.0 / step, "epoch": step / 2}) for step in (1, 2)]
         atomic_dir.write_text(run.metrics, "\n".join(lines) + "\n")
         atomic_dir.write_text(run.settings, "method: cot\n")
@@ -89,20 +87,20 @@ def train() -> None:
             pass
 
 
-def save(run: RunDirectory, with_others: int) -> None:
-    atomic_dir.write_text(run.path / f"saved-{world.rank}", "")
-    if with_others:
-        wait_for(lambda: len(list(run.path.parent.glob("*/saved-*"))) >= with_others)
-        atomic_dir.write_text(run.path / f"together-{world.rank}", "")
+def save(run: RunDirectory, num_ranks: int) -> None:
+    atomic_dir.write_text(run.path / f"saved-{environment.rank}", "")
+    if num_ranks:
+        wait_for(lambda: len(list(run.path.parent.glob("*/saved-*"))) >= num_ranks)
+        atomic_dir.write_text(run.path / f"together-{environment.rank}", "")
     sys.exit(0)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Ends the process if it waits in vain."""
+    """Poll for 30 s; exit with an error if the condition stays false."""
     deadline = time.monotonic() + 30
     while not condition():
         if time.monotonic() > deadline:
-            sys.exit("error: waited in vain")
+            sys.exit("error: timed out")
         time.sleep(0.02)
 
 
@@ -112,15 +110,15 @@ def convert_checkpoint() -> None:
 
 
 def evaluate() -> None:
-    students = [
+    models = [
         flags[name] for name in ("model_name_or_path", "decomposer", "solver", "planner") if name in flags
     ]
-    for student in students:
-        if student.endswith("export") and not atomic_dir.is_complete(Path(student)):
-            sys.exit(f"error: there is no {student}")
-    if world.rank == 0:
+    for model in models:
+        if model.endswith("export") and not atomic_dir.is_complete(Path(model)):
+            sys.exit(f"error: there is no {model}")
+    if environment.rank == 0:
         run = RunDirectory(Path(flags["output_dir"]).parent.parent)
-        if not run.settings.is_file():  # nothing was trained here
+        if not run.settings.is_file():  # a run without training
             atomic_dir.write_text(run.settings, json.dumps(flags))
         score = {"correct": 20, "n": 30, "accuracy": 20 / 30, "low": 0.488, "high": 0.808}
         results = EvaluationDirectory(Path(flags["output_dir"])).results
@@ -133,16 +131,16 @@ def plot_scaling() -> None:
     atomic_dir.write_text(report / "index.html", "<h1>report</h1>")
 
 
-def note(event: str) -> None:
-    """In one write, at the end of the file: the order of the lines is that of the events."""
-    if stage := os.environ.get(processes.STAGE_MARK):
+def record(event: str) -> None:
+    """Append the event in one write, so that lines of parallel stages are in order."""
+    if stage := os.environ.get(processes.STAGE_VARIABLE):
         with open("events.txt", "a", buffering=1) as file:
             file.write(f"{event} {stage}\n")
 
 
 if __name__ == "__main__":
-    note("start")
+    record("start")
     try:
         globals()[Path(__file__).stem]()
     finally:
-        note("end")
+        record("end")

@@ -1,4 +1,4 @@
-"""What a study will take, before anything is made and without a network."""
+"""Estimates of problems, examples and parameters without a network."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.study.test_status import commit_directory
+from tests.study.test_status import publish_directory
 from trainer.settings import PrepareSettings, TrainSettings
 from trainer.study import estimates
 from trainer.study.study_file import Study
 
 MakeStudy = Callable[[dict[str, Any]], Study]
 PREPARED = PrepareSettings(tokenizer_name="stories", output_dir="shards/none")
-# Published with the models.
+# Parameter counts published with the models.
 KNOWN = {
     "openai-community/gpt2": 124_439_808,
     "openai-community/gpt2-xl": 1_557_611_200,
@@ -32,7 +32,7 @@ def training(**model: str) -> TrainSettings:
 
 @pytest.fixture(autouse=True)
 def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a network nor a cache of what was downloaded."""
+    """Block the network and use an empty Hub cache."""
     monkeypatch.chdir(tmp_path)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -44,13 +44,13 @@ def test_known_models_are_counted(name: str) -> None:
     assert estimates.num_parameters(training(model_name_or_path=name), PREPARED) == KNOWN[name]
 
 
-def test_parameters_of_a_shape_of_a_folder_and_of_nothing(tmp_path: Path) -> None:
+def test_parameters_of_a_preset_a_folder_and_an_unknown_model(tmp_path: Path) -> None:
     from transformers import GPT2Config
 
-    shape = training(config_name="stories-0.2m")
-    assert estimates.num_parameters(shape, PREPARED) == 160_064
-    unknown = PrepareSettings(tokenizer_name="somebody/tokenizer", output_dir="shards/none")
-    assert estimates.num_parameters(shape, unknown) is None, "its vocabulary is not known"
+    preset = training(config_name="stories-0.2m")
+    assert estimates.num_parameters(preset, PREPARED) == 160_064
+    unknown = PrepareSettings(tokenizer_name="org/tokenizer", output_dir="shards/none")
+    assert estimates.num_parameters(preset, unknown) is None, "its vocabulary is not known"
 
     GPT2Config(vocab_size=100, n_layer=1, n_embd=8, n_head=2, n_positions=16).save_pretrained(
         tmp_path / "mine"
@@ -58,15 +58,13 @@ def test_parameters_of_a_shape_of_a_folder_and_of_nothing(tmp_path: Path) -> Non
     block = 2 * 2 * 8 + (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8)
     folder = training(config_name=str(tmp_path / "mine"))
     assert estimates.num_parameters(folder, PREPARED) == 100 * 8 + 16 * 8 + block + 2 * 8
-    assert estimates.num_parameters(training(model_name_or_path="somebody/unheard-of"), PREPARED) is None
+    assert estimates.num_parameters(training(model_name_or_path="org/unknown"), PREPARED) is None
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text(json.dumps({"model_type": "no such"}))
     assert estimates.num_parameters(training(config_name=str(tmp_path / "broken")), PREPARED) is None
 
 
-def test_counts_are_the_shards_own_or_what_will_be_generated(
-    values: dict[str, Any], make_study: MakeStudy
-) -> None:
+def test_counts_come_from_shards_or_settings(values: dict[str, Any], make_study: MakeStudy) -> None:
     values["methods"] = ["cot", "iterative_ahead"]
     values["evaluate"] = {"max_problems": 20}
     study = make_study(values)
@@ -78,7 +76,7 @@ def test_counts_are_the_shards_own_or_what_will_be_generated(
     assert estimates.num_answers(study.runs[0].evaluations[0], study.shards) == 20
 
     per_method = {"cot": 290, "solver": 280}
-    commit_directory(
+    publish_directory(
         Path(train.output_dir), "shards", num_problems=299, problems_per_method=per_method, recipe={}
     )
     assert estimates.num_problems(train) == 299

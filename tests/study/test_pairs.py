@@ -1,4 +1,4 @@
-"""Methods that ask several students together: what they imply, in which order, and how little of it is done twice."""
+"""Pairs of models: the runs that they add to a study, the order of stages, and which stages are repeated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.study.test_status import commit_directory, write_results
+from tests.study.test_status import publish_directory, write_results
 from tests.study.test_study_run import Command
 from trainer.errors import UserError
 from trainer.settings import METHODS
@@ -23,7 +23,7 @@ RUNS = "runs/tiny"
 
 @pytest.fixture
 def pairs(values: dict[str, Any]) -> dict[str, Any]:
-    """Two models; pairs of either size, a pair of both sizes, and the gold sub-questions."""
+    """Return a study of two models with pairs of one size, of both sizes, and with gold sub-questions."""
     values["models"]["large"] = {"config_name": "stories-3m", "num_ranks": 1}
     values["methods"] = {
         "cot": {"models": ["small"]},
@@ -38,7 +38,7 @@ def runs_of(study: Study) -> dict[str, RunSpec]:
     return {run.name.removeprefix("stories."): run for run in study.runs}
 
 
-def test_a_composite_implies_its_students_once(pairs: dict[str, Any], make_study: MakeStudy) -> None:
+def test_pairs_share_the_runs_of_their_models(pairs: dict[str, Any], make_study: MakeStudy) -> None:
     runs = runs_of(make_study(pairs))
     trained = [name for name, run in runs.items() if run.train]
     assert trained == [
@@ -54,13 +54,13 @@ def test_a_composite_implies_its_students_once(pairs: dict[str, Any], make_study
     assert train and (train.method, train.model_label, train.config_name) == ("solver", "large", "stories-3m")
 
     mixed = runs["iterative_interleaved.small+large.s0"]
-    assert mixed.students == ("stories.decomposer_interleaved.small.s0", "stories.solver.large.s0")
-    (asked,) = mixed.evaluations
-    assert asked.decomposer == f"{RUNS}/stories.decomposer_interleaved.small.s0/export"
-    assert asked.solver == f"{RUNS}/stories.solver.large.s0/export"
-    assert (asked.model_name_or_path, asked.planner, asked.subquestions) == ("", "", "decomposer")
+    assert mixed.trained_runs == ("stories.decomposer_interleaved.small.s0", "stories.solver.large.s0")
+    (settings,) = mixed.evaluations
+    assert settings.decomposer == f"{RUNS}/stories.decomposer_interleaved.small.s0/export"
+    assert settings.solver == f"{RUNS}/stories.solver.large.s0/export"
+    assert (settings.model_name_or_path, settings.planner, settings.subquestions) == ("", "", "decomposer")
     name = "evaluation/stories-test-iterative_interleaved"
-    assert asked.output_dir == f"{RUNS}/stories.iterative_interleaved.small+large.s0/{name}"
+    assert settings.output_dir == f"{RUNS}/stories.iterative_interleaved.small+large.s0/{name}"
     (gold,) = runs["gold_subquestions.large.s0"].evaluations
     assert (gold.decomposer, gold.subquestions, gold.max_new_tokens) == ("", "gold", 99)
     assert [run.num_ranks for run in (mixed, runs["cot.small.s0"])] == [1, 2]
@@ -83,7 +83,7 @@ def test_every_stage_comes_after_what_it_needs(pairs: dict[str, Any], make_study
     assert needs["report tiny"] == evaluations
 
 
-def test_parts_may_have_settings_and_be_trained_for_themselves(
+def test_role_methods_may_have_settings_and_runs_of_their_own(
     pairs: dict[str, Any], make_study: MakeStudy
 ) -> None:
     pairs["methods"] |= {"solver": {"learning_rate": 1e-3}, "decomposer_interleaved": {"max_steps": 7}}
@@ -91,7 +91,7 @@ def test_parts_may_have_settings_and_be_trained_for_themselves(
     rates = {name: run.train.learning_rate for name, run in runs.items() if run.train}
     assert [name for name, rate in rates.items() if rate == 1e-3] == ["solver.small.s0", "solver.large.s0"]
     assert "decomposer_interleaved.large.s0" not in runs, (
-        "only the small one asks, and settings alone train none"
+        "only the small model is a decomposer, and settings alone add no run"
     )
     assert runs["decomposer_interleaved.small.s0"].train.max_steps == 7  # type: ignore[union-attr]
 
@@ -103,20 +103,20 @@ def test_parts_may_have_settings_and_be_trained_for_themselves(
     assert [stage.kind for stage in stages.run_stages(next(iter(runs.values())))] == ["train", "convert"]
 
 
-def test_every_way_to_evaluate_has_its_directory(pairs: dict[str, Any], make_study: MakeStudy) -> None:
+def test_every_evaluation_variant_has_its_directory(pairs: dict[str, Any], make_study: MakeStudy) -> None:
     pairs["methods"]["iterative_ahead_equations"] = {"models": ["small"]}
     pairs["evaluations"] = [{}, {"calculator": False}, {"guidance_from": "gold"}]
     pairs["evaluations"] += [{"temperature": 0.7, "seed": 3}, {"mode": "answer_only"}]
     runs = runs_of(make_study(pairs))
     plain = ["", "-no_calculator", "-t0.7-s3"]
     names = [evaluation_name(settings) for settings in runs["cot.small.s0"].evaluations]
-    assert names == [f"stories-test-cot{way}" for way in plain] + ["stories-test-answer_only"]
+    assert names == [f"stories-test-cot{variant}" for variant in plain] + ["stories-test-answer_only"]
     names = [evaluation_name(settings) for settings in runs["iterative_ahead.small.s0"].evaluations]
-    assert names == [f"stories-test-iterative_ahead{way}" for way in plain]
+    assert names == [f"stories-test-iterative_ahead{variant}" for variant in plain]
     guided = runs["iterative_ahead_equations.small.s0"].evaluations
-    ways = ["", "-no_calculator", "-gold_guidance", "-t0.7-s3"]
+    variants = ["", "-no_calculator", "-gold_guidance", "-t0.7-s3"]
     assert [evaluation_name(e) for e in guided] == [
-        f"stories-test-iterative_ahead_equations{w}" for w in ways
+        f"stories-test-iterative_ahead_equations{variant}" for variant in variants
     ]
     assert [bool(settings.planner) for settings in guided] == [True, True, False, True]
 
@@ -128,21 +128,21 @@ def test_gold_guidance_needs_no_planner(pairs: dict[str, Any], make_study: MakeS
     assert "decomposer_interleaved_operators.small.s0" in runs
 
 
-def test_few_shot_asks_the_model_as_it_is(
+def test_few_shot_evaluates_the_pretrained_model(
     values: dict[str, Any], make_study: MakeStudy, tmp_path: Path
 ) -> None:
     (tmp_path / "shown.jsonl").write_text("{}\n")
     values["seeds"] = [3, 4]
-    values["models"]["base"] = {"model_name_or_path": "somebody/base"}
+    values["models"]["base"] = {"model_name_or_path": "org/base"}
     values["methods"] = {"few_shot": {"exemplars": "shown.jsonl", "max_new_tokens": 300, "models": ["base"]}}
     study = make_study(values)
     (run,) = study.runs
     assert (run.name, run.train, run.convert) == ("stories.few_shot.base.s3", None, None)
-    (asked,) = run.evaluations
-    assert (asked.model_name_or_path, asked.mode, asked.exemplars) == (
-        *("somebody/base", "few_shot", "shown.jsonl"),
+    (settings,) = run.evaluations
+    assert (settings.model_name_or_path, settings.mode, settings.exemplars) == (
+        *("org/base", "few_shot", "shown.jsonl"),
     )
-    assert asked.output_dir.endswith("/evaluation/stories-test-few_shot")
+    assert settings.output_dir.endswith("/evaluation/stories-test-few_shot")
     evaluate = stages.study_stages(study)[-2]
     assert evaluate.needs == ("prepare stories-test",)
     values["methods"]["few_shot"]["exemplars"] = "lost.jsonl"
@@ -152,15 +152,13 @@ def test_few_shot_asks_the_model_as_it_is(
         make_study(values)
 
 
-def test_every_part_of_every_composite_can_be_trained() -> None:
-    for composite in PAIRS.values():
-        assert {composite.decomposer, composite.planner} <= {*ROLE_METHODS, ""}
+def test_every_role_of_every_pair_can_be_trained() -> None:
+    for pair in PAIRS.values():
+        assert {pair.decomposer, pair.planner} <= {*ROLE_METHODS, ""}
     assert set(ROLE_METHODS) < set(METHODS)
 
 
-def test_students_are_needed_until_their_last_evaluation(
-    pairs: dict[str, Any], make_study: MakeStudy
-) -> None:
+def test_models_are_needed_until_their_last_evaluation(pairs: dict[str, Any], make_study: MakeStudy) -> None:
     pairs["methods"] = ["iterative_ahead", "gold_subquestions"]
     pairs["models"] = {"small": pairs["models"]["small"]}
     study = make_study(pairs)
@@ -181,7 +179,9 @@ def test_students_are_needed_until_their_last_evaluation(
     assert open_trainings() == [], "exports may be deleted to make room"
 
 
-def test_a_pair_is_not_mixed_with_other_students(pairs: dict[str, Any], make_study: MakeStudy) -> None:
+def test_changed_settings_of_a_model_of_a_pair_are_refused(
+    pairs: dict[str, Any], make_study: MakeStudy
+) -> None:
     pairs["methods"] = ["gold_subquestions"]
     pairs["models"] = {"small": pairs["models"]["small"]}
     study = make_study(pairs)
@@ -192,10 +192,10 @@ def test_a_pair_is_not_mixed_with_other_students(pairs: dict[str, Any], make_stu
     write_results(study, 1)
     with pytest.raises(UserError) as caught:  # the solver's own directory is gone
         changes.check_unchanged(make_study(pairs))
-    told = str(caught.value)
-    assert f"{gold.directory.path}: {solver.name}: learning_rate was 5e-05, is now 0.001" in told
-    assert told.count("learning_rate") == 1
-    commit_directory(solver.directory.export, "export", finished=True)
+    message = str(caught.value)
+    assert f"{gold.directory.path}: {solver.name}: learning_rate was 5e-05, is now 0.001" in message
+    assert message.count("learning_rate") == 1
+    publish_directory(solver.directory.export, "export", finished=True)
     with pytest.raises(UserError, match=rf"  {solver.directory.path}: learning_rate was"):
         changes.check_unchanged(make_study(pairs))
     pairs["methods"] = {"gold_subquestions": {"max_new_tokens": 7}}
@@ -213,8 +213,8 @@ def command(tmp_path: Path, tools: Path, pairs: dict[str, Any]) -> Command:
     return Command(tmp_path, tools, pairs)
 
 
-def test_a_study_of_pairs_runs_is_done_and_goes_on(command: Command) -> None:
-    """The stand-in evaluation fails if a student it is given is not there."""
+def test_a_study_of_pairs_is_run_and_continued(command: Command) -> None:
+    """stand_in.py fails to evaluate a model that does not exist."""
     status, output = command("run")
     assert status == 0, output
     assert output.splitlines()[0] == "study tiny: 5 runs, 14 stages, 0 done"
@@ -227,16 +227,14 @@ def test_a_study_of_pairs_runs_is_done_and_goes_on(command: Command) -> None:
 
     for run in ("stories.solver.large.s0", "stories.decomposer.small.s0"):
         shutil.rmtree(command.study.run(run).path)
-    assert "14 stages, 14 done" in command("run")[1], "nobody needs the students any more"
+    assert "14 stages, 14 done" in command("run")[1], "the models are not needed after the evaluation"
     shutil.rmtree(command.study.run(pair).path)
     status, output = command("run")
     assert status == 0 and "14 stages, 9 done" in output, output
     assert "cot" not in "".join(output.splitlines()[1:-2])
 
 
-def test_a_student_that_cannot_be_trained_stops_its_pairs_only(
-    command: Command, pairs: dict[str, Any]
-) -> None:
+def test_a_failed_training_stops_only_its_pairs(command: Command, pairs: dict[str, Any]) -> None:
     pairs["models"]["small"]["config_overrides"] = "exit=1"
     command.write(pairs)
     status, output = command("run", "--keep_going")
@@ -244,6 +242,6 @@ def test_a_student_that_cannot_be_trained_stops_its_pairs_only(
     failed = ("train stories.cot.small.s0", "train stories.decomposer.small.s0")
     assert f"error: 2 of 14 stages failed: {'; '.join(failed)}" in output
     assert "evaluate stories.cot.large.s0 on stories-test: 66.7%" in output
-    assert "convert stories.solver.large.s0: 0.0 MB" in output, "it depends on nothing that failed"
+    assert "convert stories.solver.large.s0: 1 kB" in output, "it depends on nothing that failed"
     assert "evaluate stories.iterative_ahead" not in output
     assert "report tiny: done" in output

@@ -1,4 +1,4 @@
-"""Several stages at the same time, with stand-in tools that wait for each other, so that no test depends on speed."""
+"""Parallel stages, with stand-in tools that wait for each other, so that no test depends on speed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import pytest
 
-from tests.study.test_study_run import Command, assert_nobody_lives
+from tests.study.test_study_run import Command, assert_no_process_is_left
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import StudyDirectory
 from trainer.study import processes, stages
@@ -24,47 +24,50 @@ PARALLEL = ("run", "--num_parallel", "2")
 
 @pytest.fixture
 def command(tmp_path: Path, tools: Path, values: dict[str, Any]) -> Iterator[Command]:
-    """One method, one rank: no launcher. `values` is the study's content, to be changed and written again."""
+    """Return the command line of a study with one method and one rank (no launcher)."""
     values |= {"num_ranks": 1, "methods": ["cot"]}
     command = Command(tmp_path, tools, values)
     yield command
     processes.end_processes(command.study, 0.0)
 
 
-def models(**wishes: str) -> dict[str, Any]:
-    return {name: {"config_name": "stories-0.2m", "config_overrides": wish} for name, wish in wishes.items()}
+def models(**behaviours: str) -> dict[str, Any]:
+    return {
+        name: {"config_name": "stories-0.2m", "config_overrides": behaviour}
+        for name, behaviour in behaviours.items()
+    }
 
 
-def lines_until(words: str, output: IO[str] | None) -> list[str]:
-    """What is said up to a line with these words."""
+def lines_until(text: str, output: IO[str] | None) -> list[str]:
+    """Return the lines up to the first that contains `text`."""
     assert output is not None
     lines: list[str] = []
-    while not lines or words not in lines[-1]:
+    while not lines or text not in lines[-1]:
         line = output.readline()
-        assert line, f"no line with {words!r} in {lines}"
+        assert line, f"no line with {text!r} in {lines}"
         lines.append(line)
     return lines
 
 
 def events(command: Command) -> list[tuple[str, str]]:
-    """("start" or "end", label of the stage), in the order they happened."""
+    """Return ("start" or "end", label of the stage) in the order of the events."""
     lines = (command.folder / "events.txt").read_text().splitlines()
     return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in lines]
 
 
-def most_at_a_time(found: list[tuple[str, str]]) -> int:
-    running = most = 0
+def max_at_a_time(found: list[tuple[str, str]]) -> int:
+    running = maximum = 0
     for event, _ in found:
         running += 1 if event == "start" else -1
-        most = max(most, running)
-    return most
+        maximum = max(maximum, running)
+    return maximum
 
 
 @pytest.mark.parametrize("num_parallel", [2, 3])
 def test_independent_stages_overlap_and_dependent_ones_never_do(
     command: Command, values: dict[str, Any], num_parallel: int
 ) -> None:
-    """The trainings end only if so many run at the same time."""
+    """The trainings end only when `num_parallel` of them run at the same time."""
     meet = f"meet={num_parallel}"
     values["models"] = models(a=meet, b=meet, c=meet, d=meet)
     command.write({**values, "num_parallel": num_parallel})
@@ -76,7 +79,7 @@ def test_independent_stages_overlap_and_dependent_ones_never_do(
     assert results[15:] == ["Steps help.", "report: runs/tiny/report/index.html"]
 
     found = events(command)
-    assert most_at_a_time(found) == num_parallel
+    assert max_at_a_time(found) == num_parallel
     todo = stages.study_stages(load_study(values, Path("tiny.yaml")))
     for stage in todo:
         for need in stage.needs:
@@ -84,19 +87,19 @@ def test_independent_stages_overlap_and_dependent_ones_never_do(
     assert found[-2:] == [("start", "report tiny"), ("end", "report tiny")]
 
 
-def test_one_at_a_time_is_what_happens_unasked(command: Command, values: dict[str, Any]) -> None:
+def test_the_default_is_one_stage_at_a_time(command: Command, values: dict[str, Any]) -> None:
     values["models"] = models(a="", b="")
     command.write(values)
     status, output = command("run")
     assert status == 0, output
     assert [line.split("]")[0] for line in output.splitlines()[1:10]] == [f"[{n}/9" for n in range(1, 10)]
-    assert most_at_a_time(events(command)) == 1
+    assert max_at_a_time(events(command)) == 1
 
 
 def test_after_a_failure_the_others_end_and_nothing_new_is_started(
     command: Command, values: dict[str, Any]
 ) -> None:
-    """Only what the broken stage has left is ended: `good` goes on until it is told that it may end."""
+    """Only processes of the failed stage are ended: `good` runs until its file exists."""
     values["models"] = models(good="until=go", bad="orphan", third="")
     command.write(values)
     process = command.start(*PARALLEL)
@@ -107,25 +110,25 @@ def test_after_a_failure_the_others_end_and_nothing_new_is_started(
     (command.folder / "go").touch()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    said, error = output.split("error: ", 1)
-    assert "train stories.cot.good.s0: loss 1.500" in said
+    log, error = output.split("error: ", 1)
+    assert "train stories.cot.good.s0: loss 1.500" in log
     assert error.startswith("train stories.cot.bad.s0 failed with exit code 1; log: runs/tiny/")
     assert not any("third" in label or "convert" in label for _, label in events(command))
     (orphan,) = command.study.path.glob("*/pid-orphan")
-    assert_nobody_lives(command)
+    assert_no_process_is_left(command)
     assert orphan.is_file() and not command.study.lock.exists()
 
 
-def test_all_failures_are_told(command: Command, values: dict[str, Any]) -> None:
+def test_all_failures_are_reported(command: Command, values: dict[str, Any]) -> None:
     values["models"] = models(a="until=go", b="orphan")
     command.write(values)
     process = command.start(*PARALLEL)
     lines_until("waiting for train stories.cot.a.s0", process.stdout)
-    (here,) = command.study.path.glob("*/here")
+    (started,) = command.study.path.glob("*/started")
     for found in processes.processes_of_study(command.study, "train stories.cot.a.s0"):
         found.kill()
     output, _ = process.communicate(timeout=60)
-    assert here.is_file() and process.returncode == 2
+    assert started.is_file() and process.returncode == 2
     error = output.split("error: ", 1)[1]
     assert "train stories.cot.b.s0 failed with exit code 1;" in error
     assert "train stories.cot.a.s0 failed with exit code -9 (SIGKILL: out of memory?);" in error
@@ -147,7 +150,7 @@ def test_keep_going_starts_new_ones_beside_those_that_run(command: Command, valu
 
 
 def test_an_interrupt_lets_all_save_at_the_same_time(command: Command, values: dict[str, Any]) -> None:
-    """Two ranks under the deepspeed launcher and one process without: each ends only when all three have been told."""
+    """Two ranks under the deepspeed launcher and one process: each ends only when all three have received the signal."""
     values["models"] = models(ranks="sleep=3", alone="sleep=3")
     values["models"]["ranks"]["num_ranks"] = 2
     command.write(values)
@@ -158,13 +161,15 @@ def test_an_interrupt_lets_all_save_at_the_same_time(command: Command, values: d
     assert process.returncode == 130
     running = "train stories.cot.ranks.s0, train stories.cot.alone.s0"
     assert f"ending {running}; Ctrl-C once more ends them without saving" in output
-    assert output.splitlines()[-1] == "interrupted; run the same command to go on"
+    assert output.splitlines()[-1] == "interrupted; run the same command to continue"
     assert len(command.rank_files("together", 3)) == 3
-    assert_nobody_lives(command)
+    assert_no_process_is_left(command)
     assert not command.study.lock.exists()
 
 
-def test_a_second_interrupt_ends_all_that_do_not_listen(command: Command, values: dict[str, Any]) -> None:
+def test_a_second_interrupt_kills_stages_that_ignore_the_first(
+    command: Command, values: dict[str, Any]
+) -> None:
     values["models"] = models(a="deaf", b="deaf")
     command.write(values)
     process = command.start(*PARALLEL)
@@ -175,7 +180,7 @@ def test_a_second_interrupt_ends_all_that_do_not_listen(command: Command, values
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
-    assert_nobody_lives(command)
+    assert_no_process_is_left(command)
 
 
 @pytest.mark.parametrize(("visible", "expected"), [("2,5", {"2", "5"}), ("7", {"7"}), ("", {""})])
@@ -238,5 +243,5 @@ def test_one_stage_is_ended_and_then_all(tmp_path: Path) -> None:
 
 def test_help_names_the_flag(command: Command) -> None:
     study = [sys.executable, str(command.tools / "study.py"), "--help"]
-    told = subprocess.run(study, capture_output=True, text=True, check=True).stdout
-    assert "--num_parallel" in told and "stages at the same time" in told
+    text = subprocess.run(study, capture_output=True, text=True, check=True).stdout
+    assert "--num_parallel" in text and "stages at the same time" in text

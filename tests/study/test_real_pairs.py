@@ -1,4 +1,4 @@
-"""A study of pairs with the real tools: trained, converted, asked in turn, reported."""
+"""A study of pairs with the real tools, from training to the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which stage is next, and which devices it gets: no processes."""
+"""The order of stages and their devices, without processes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def todo(values: dict[str, Any], make_study: MakeStudy) -> list[Stage]:
     return stages.study_stages(make_study(values))
 
 
-def startable(schedule: StageQueue) -> list[Stage]:
-    """All that can be started now."""
-    return list(iter(schedule.take_ready, None))
+def startable(queue: StageQueue) -> list[Stage]:
+    """Take all stages that can be started now."""
+    return list(iter(queue.take_ready, None))
 
 
 def labels(found: list[Stage]) -> list[str]:
@@ -32,32 +32,32 @@ def labels(found: list[Stage]) -> list[str]:
 
 
 def test_one_at_a_time_is_the_order_of_the_study(todo: list[Stage]) -> None:
-    schedule = StageQueue(todo, [])
+    queue = StageQueue(todo, [])
     order = []
-    while stage := schedule.take_ready():
+    while stage := queue.take_ready():
         order.append(stage)
-        schedule.mark_ended(stage, well=True)
+        queue.mark_ended(stage, succeeded=True)
     assert order == todo
 
 
 def test_a_stage_waits_for_all_that_it_needs(todo: list[Stage]) -> None:
-    schedule = StageQueue(todo, [])
-    prepare_train, prepare_test = startable(schedule)
+    queue = StageQueue(todo, [])
+    prepare_train, prepare_test = startable(queue)
     assert labels([prepare_train, prepare_test]) == ["prepare stories-train", "prepare stories-test"]
-    assert schedule.take_ready() is None
-    schedule.mark_ended(prepare_train, well=True)
-    first, second = startable(schedule)
+    assert queue.take_ready() is None
+    queue.mark_ended(prepare_train, succeeded=True)
+    first, second = startable(queue)
     assert labels([first, second]) == [f"train {ANSWER_ONLY}", f"train {COT}"]
-    schedule.mark_ended(second, well=True)
-    [convert] = startable(schedule)
+    queue.mark_ended(second, succeeded=True)
+    [convert] = startable(queue)
     assert convert.label == f"convert {COT}"
-    schedule.mark_ended(convert, well=True)
-    assert schedule.take_ready() is None, "the problems that are evaluated on are not there yet"
-    schedule.mark_ended(prepare_test, well=True)
-    assert labels(startable(schedule)) == [f"evaluate {COT} on stories-test"]
+    queue.mark_ended(convert, succeeded=True)
+    assert queue.take_ready() is None, "the problems of the evaluation are not prepared yet"
+    queue.mark_ended(prepare_test, succeeded=True)
+    assert labels(startable(queue)) == [f"evaluate {COT} on stories-test"]
 
 
-def test_what_is_done_is_not_started_even_if_its_needs_are_not(todo: list[Stage]) -> None:
+def test_a_stage_that_is_done_is_not_started_even_if_its_dependencies_are_not(todo: list[Stage]) -> None:
     trained = [stage for stage in todo if stage.kind == "train"]
     assert labels(startable(StageQueue(todo, trained))) == [
         *("prepare stories-train", "prepare stories-test"),
@@ -65,14 +65,14 @@ def test_what_is_done_is_not_started_even_if_its_needs_are_not(todo: list[Stage]
     ]
 
 
-def test_what_needs_a_broken_stage_breaks_and_the_report_waits_for_the_others(todo: list[Stage]) -> None:
-    schedule = StageQueue(todo, todo[:2])
-    answer_only, cot = startable(schedule)
-    schedule.mark_ended(answer_only, well=False)
-    assert startable(schedule) == [], "neither its conversion, nor its evaluation, nor the report"
+def test_dependents_of_a_failed_stage_fail_and_the_report_waits_for_the_others(todo: list[Stage]) -> None:
+    queue = StageQueue(todo, todo[:2])
+    answer_only, cot = startable(queue)
+    queue.mark_ended(answer_only, succeeded=False)
+    assert startable(queue) == [], "neither its conversion, nor its evaluation, nor the report"
     for kind in ("convert", "evaluate", "report"):
-        schedule.mark_ended(cot, well=True)
-        [cot] = startable(schedule)
+        queue.mark_ended(cot, succeeded=True)
+        [cot] = startable(queue)
         assert cot.kind == kind
 
 
@@ -80,11 +80,11 @@ def test_a_report_is_made_anew_when_anything_else_is(
     todo: list[Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate, report = todo[-2:]
-    schedule = StageQueue(todo, [stage for stage in todo if stage is not evaluate])
-    assert schedule.take_ready() is evaluate
-    assert schedule.take_ready() is None
-    schedule.mark_ended(evaluate, well=True)
-    assert schedule.take_ready() is report
+    queue = StageQueue(todo, [stage for stage in todo if stage is not evaluate])
+    assert queue.take_ready() is evaluate
+    assert queue.take_ready() is None
+    queue.mark_ended(evaluate, succeeded=True)
+    assert queue.take_ready() is report
     monkeypatch.setattr(status, "is_done", lambda stage: True)
     assert StageQueue(todo, todo).take_ready() is None
 
@@ -103,10 +103,12 @@ def test_stages_share_devices_only_if_there_are_too_few() -> None:
     assert taken(2, 1, 1, 1, 1) == ["0", "1", "0", "1"]
     assert taken(1, 1, 1) == ["0", "0"]
     assert taken(3, 2, 2) == ["01", "20"]
-    assert taken(2, 3) == ["01"], "the launcher says what is wrong"
+    assert taken(2, 3) == ["01"], "the launcher reports the error"
     assert taken(0, 1) == [""]
     assert taken(2, 1, 0) == ["0", ""]
-    assert devices.least_used_devices(["4", "5"], [("4",), ()], 1) == ("5",), "what has ended counts no more"
+    assert devices.least_used_devices(["4", "5"], [("4",), ()], 1) == ("5",), (
+        "devices of ended stages are free"
+    )
 
 
 def test_devices_are_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +121,6 @@ def test_devices_are_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.
     command.write_text(f"#!/bin/sh\n[ \"$1\" = -L ] && printf '{listing}\\n'\n")
     command.chmod(0o755)
     assert devices.visible_devices({}) == ("0", "1")
-    assert devices.visible_devices({"CUDA_VISIBLE_DEVICES": ""}) == (), "somebody wants the CPU"
+    assert devices.visible_devices({"CUDA_VISIBLE_DEVICES": ""}) == (), "set to the CPU only"
     command.write_text("#!/bin/sh\necho 'GPU access blocked by the operating system'; exit 9\n")
     assert devices.visible_devices({}) == ()

@@ -18,12 +18,12 @@ from trainer.study.study_file import Study
 MakeStudy = Callable[[dict[str, Any]], Study]
 
 
-def commit_directory(path: Path, kind: str, **facts: Any) -> None:
+def publish_directory(path: Path, kind: str, **facts: Any) -> None:
     with atomic_dir.atomic_directory(path, kind, facts):
         pass
 
 
-def todo(study: Study) -> list[str]:
+def kinds_to_do(study: Study) -> list[str]:
     return [stage.kind for stage in stages.study_stages(study) if not status.is_done(stage)]
 
 
@@ -34,57 +34,57 @@ def write_results(study: Study, run: int = 0) -> EvaluationDirectory:
     return directory
 
 
-def test_stages_are_done_when_their_result_is_committed(
+def test_stages_are_done_when_their_result_is_published(
     values: dict[str, Any], make_study: MakeStudy
 ) -> None:
     values["methods"] = ["cot"]
     study = make_study(values)
     run = study.runs[0].directory
-    assert todo(study) == ["prepare", "prepare", "train", "convert", "evaluate", "report"]
+    assert kinds_to_do(study) == ["prepare", "prepare", "train", "convert", "evaluate", "report"]
 
-    commit_directory(Path("shards/stories-train"), "shards", recipe={"num_problems": 300}, num_problems=300)
-    assert todo(study) == ["prepare", "train", "convert", "evaluate", "report"]
+    publish_directory(Path("shards/stories-train"), "shards", recipe={"num_problems": 300}, num_problems=300)
+    assert kinds_to_do(study) == ["prepare", "train", "convert", "evaluate", "report"]
 
-    commit_directory(run.checkpoint(1), "checkpoint", finished=False)
-    assert "train" in todo(study)
+    publish_directory(run.checkpoint(1), "checkpoint", finished=False)
+    assert "train" in kinds_to_do(study)
     run.checkpoint(3).mkdir()  # cut by a kill: there is no manifest
-    assert "train" in todo(study)
-    commit_directory(run.checkpoint(2), "checkpoint", finished=True)
-    assert todo(study) == ["prepare", "convert", "evaluate", "report"]
+    assert "train" in kinds_to_do(study)
+    publish_directory(run.checkpoint(2), "checkpoint", finished=True)
+    assert kinds_to_do(study) == ["prepare", "convert", "evaluate", "report"]
 
-    commit_directory(run.export, "export", finished=True)
-    assert todo(study) == ["prepare", "evaluate", "report"]
+    publish_directory(run.export, "export", finished=True)
+    assert kinds_to_do(study) == ["prepare", "evaluate", "report"]
     write_results(study)
-    assert todo(study) == ["prepare", "report"]
+    assert kinds_to_do(study) == ["prepare", "report"]
     page = study.directory.report / "index.html"
     atomic_dir.write_text(run.settings, "method: cot\n")
     atomic_dir.write_text(page, "")
-    assert todo(study) == ["prepare"]
+    assert kinds_to_do(study) == ["prepare"]
     os.utime(page, (1, 1))
-    assert todo(study) == ["prepare", "report"], "an evaluation is newer than the report"
+    assert kinds_to_do(study) == ["prepare", "report"], "an evaluation is newer than the report"
 
 
-def test_an_export_of_an_unfinished_training_is_not_the_last_word(
+def test_an_export_of_an_unfinished_training_is_repeated(
     values: dict[str, Any], make_study: MakeStudy
 ) -> None:
     study = make_study(values)
-    commit_directory(study.runs[0].directory.export, "export", finished=False)
-    assert todo(study).count("convert") == 2
+    publish_directory(study.runs[0].directory.export, "export", finished=False)
+    assert kinds_to_do(study).count("convert") == 2
 
 
 def test_an_evaluated_run_needs_no_weights(values: dict[str, Any], make_study: MakeStudy) -> None:
     """Checkpoints and exports may be deleted to make room."""
     study = make_study(values)
     write_results(study)
-    assert todo(study) == ["prepare", "prepare", "train", "convert", "evaluate", "report"]
+    assert kinds_to_do(study) == ["prepare", "prepare", "train", "convert", "evaluate", "report"]
 
 
-def test_shards_of_another_making_are_refused(values: dict[str, Any], make_study: MakeStudy) -> None:
+def test_shards_with_other_settings_are_refused(values: dict[str, Any], make_study: MakeStudy) -> None:
     study = make_study(values)
     recipe = {"num_problems": 6000, "tokenizer": "digest of something"}
-    commit_directory(Path("shards/stories-train"), "shards", recipe=recipe)
+    publish_directory(Path("shards/stories-train"), "shards", recipe=recipe)
     with pytest.raises(UserError, match=r"shards/stories-train holds shards with num_problems 6000, .* 300"):
-        todo(study)
+        kinds_to_do(study)
 
 
 def test_training_progress_is_read_from_the_end_of_the_log(
@@ -101,18 +101,18 @@ def test_training_progress_is_read_from_the_end_of_the_log(
     assert status.training_progress(settings) == status.Progress(2000, 2500, "loss 1.500")
 
 
-def test_final_loss_forgets_steps_that_a_resume_undid(values: dict[str, Any], make_study: MakeStudy) -> None:
+def test_final_loss_excludes_steps_undone_by_a_resume(values: dict[str, Any], make_study: MakeStudy) -> None:
     run = make_study(values).runs[0].directory
     assert status.final_loss(run) is None
     run.path.mkdir(parents=True)
-    losses = [(1, 4.0), (2, 90.0), (3, 90.0), (2, 2.0)]  # killed after 3, went on from the checkpoint of 1
+    losses = [(1, 4.0), (2, 90.0), (3, 90.0), (2, 2.0)]  # killed after 3, resumed from the checkpoint of 1
     run.metrics.write_text("".join(json.dumps({"step": s, "loss": loss}) + "\n" for s, loss in losses))
     assert status.final_loss(run) == 3.0
 
 
 def test_evaluation_progress_counts_finished_problems(values: dict[str, Any], make_study: MakeStudy) -> None:
     settings = make_study(values).runs[0].evaluations[0]
-    commit_directory(Path(settings.shards), "shards", num_problems=30)
+    publish_directory(Path(settings.shards), "shards", num_problems=30)
     progress = status.EvaluationProgress(settings)
     assert progress() == status.Progress(0, 30)
     parts = EvaluationDirectory(Path(settings.output_dir)).rank_files
@@ -148,20 +148,20 @@ def test_a_changed_study_is_refused_run_by_run(
     values["train"]["learning_rate"] = 1e-3
     values["num_ranks"] = 4
     changes.check_unchanged(make_study(values))  # nothing has been made yet
-    commit_directory(study.runs[0].directory.checkpoint(1), "checkpoint", finished=False)
+    publish_directory(study.runs[0].directory.checkpoint(1), "checkpoint", finished=False)
     with pytest.raises(UserError) as caught:
         changes.check_unchanged(make_study(values))
-    told = str(caught.value)
+    message = str(caught.value)
     assert (
         "runs/tiny/stories.answer_only.small.s0: learning_rate was 5e-05, is now 0.001; num_ranks was 2"
-        in told
+        in message
     )
-    assert "stories.cot.small" not in told, "this one has nothing to lose"
-    assert "study: tiny-2" in told
+    assert "stories.cot.small" not in message, "it has no finished work"
+    assert "study: tiny-2" in message
 
     del values["train"]["learning_rate"]
     values["num_ranks"] = 2
-    values["train"] |= {"save_steps": 7, "timeout_seconds": 60}  # these do not change what is learned
+    values["train"] |= {"save_steps": 7, "timeout_seconds": 60}  # no effect on the result
     values["models"]["large"] = {"config_name": "stories-3m"}
     changes.check_unchanged(make_study(values))
     config.write_text('{"zero_optimization": {"stage": 1}}')
@@ -174,7 +174,7 @@ def test_a_changed_evaluation_is_refused_once_it_has_results(
 ) -> None:
     study = make_study(values)
     changes.save_snapshot(study)
-    commit_directory(study.runs[0].directory.checkpoint(1), "checkpoint", finished=True)
+    publish_directory(study.runs[0].directory.checkpoint(1), "checkpoint", finished=True)
     values["evaluate"] = {"max_new_tokens": 99}
     changes.check_unchanged(make_study(values))
     write_results(study)
@@ -186,7 +186,9 @@ def test_a_changed_evaluation_is_refused_once_it_has_results(
     changes.check_unchanged(make_study(values))
 
 
-def test_runs_that_left_the_file_are_known(values: dict[str, Any], make_study: MakeStudy) -> None:
+def test_runs_that_are_no_longer_in_the_file_are_listed(
+    values: dict[str, Any], make_study: MakeStudy
+) -> None:
     study = make_study(values)
     changes.save_snapshot(study)
     atomic_dir.write_text(study.runs[1].directory.settings, "method: cot\n")
@@ -196,7 +198,7 @@ def test_runs_that_left_the_file_are_known(values: dict[str, Any], make_study: M
     changes.save_snapshot(smaller)
     values["methods"] = ["cot"]
     values["train"]["max_steps"] = 3
-    commit_directory(study.runs[1].directory.checkpoint(1), "checkpoint", finished=True)
+    publish_directory(study.runs[1].directory.checkpoint(1), "checkpoint", finished=True)
     with pytest.raises(UserError, match="max_steps was 2, is now 3"):  # its record was kept
         changes.check_unchanged(make_study(values))
 

@@ -1,4 +1,4 @@
-"""The studies of this repository: each describes what it says, without a network, and its exemplars are right."""
+"""The study files of this repository load without a network, and their exemplars are correct."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.problems import answers, calculator
 from trainer.problems.problem import Problem
 from trainer.problems.sources import read_problems
 from trainer.study import stages
-from trainer.study.methods import ALONE, FEW_SHOT, PAIRS
+from trainer.study.methods import FEW_SHOT, PAIRS, SINGLE_MODEL_METHODS
 from trainer.study.study_file import KEYS, Study, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ def study(name: str, monkeypatch: pytest.MonkeyPatch) -> Study:
 
 
 def rows(found: Study) -> set[tuple[str, str]]:
-    """(method, model) of everything that is evaluated."""
+    """Return (method, model) of every evaluated run."""
     names = [run.directory.name.split(".", 1)[1].rpartition(".s")[0] for run in found.runs if run.evaluations]
     return {(name.split(".", 1)[0], name.split(".", 1)[1]) for name in names}
 
@@ -63,7 +63,7 @@ def test_data_without_steps_has_a_teacher(monkeypatch: pytest.MonkeyPatch) -> No
         assert prepare.needs == (annotate.label,)
         assert prepare.settings.data == "jsonl"
         assert prepare.settings.data_path == f"annotations/{name}-train/result/annotated.jsonl"
-        assert found.shards[1].data == name, "what is evaluated is as it was published"
+        assert found.shards[1].data == name, "the evaluated set is the published one"
 
 
 def test_larger_models_are_divided_further(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,15 +82,15 @@ def test_larger_models_are_divided_further(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("path", EXEMPLARS, ids=lambda path: path.stem)
 def test_exemplars_are_right(path: Path) -> None:
-    """Every calculation recomputes, and what a number is asked for ends with the answer."""
+    """Every annotated calculation is correct, and the last one of a numeric problem gives its answer."""
     problems = list(read_problems("jsonl", "train", str(path)))
     assert 4 <= len(problems) <= 8
     for problem in problems:
         assert isinstance(problem, Problem), problem
         assert problem.steps and all(step.question.endswith("?") and step.solution for step in problem.steps)
         for step in problem.steps:
-            pieces = list(calculator.annotations(step.solution))
-            assert sum(is_result for _, is_result in pieces) == step.solution.count("<<")
+            spans = list(calculator.annotations(step.solution))
+            assert sum(is_result for _, is_result in spans) == step.solution.count("<<")
         if "strategyqa" in path.stem:
             assert problem.answer in ("yes", "no")
         else:
@@ -104,15 +104,15 @@ def test_yes_and_no_are_balanced_enough() -> None:
     assert found.count("yes") >= 2 and found.count("no") >= 2
 
 
-def test_the_page_names_everything_a_study_file_may_hold() -> None:
+def test_the_documentation_names_every_key_and_method() -> None:
     text = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
-    for name in (*KEYS, *ALONE, *PAIRS, FEW_SHOT, *(path.name for path in STUDIES)):
+    for name in (*KEYS, *SINGLE_MODEL_METHODS, *PAIRS, FEW_SHOT, *(path.name for path in STUDIES)):
         assert f"`{name}`" in text, name
     for example in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
         assert set(yaml.safe_load(example)) <= set(KEYS)
 
 
-def test_the_first_example_of_the_page_is_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_example_of_the_documentation_is_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     text = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
     example = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]

@@ -27,7 +27,7 @@ def test_runs_are_models_by_methods_by_data_by_seeds(values: dict[str, Any], mak
         "stories.answer_only.large.s0",
         "stories.cot.large.s0",
     ]
-    assert names[8] == "stories.answer_only.small.s1", "a whole seed first: it is a whole study"
+    assert names[8] == "stories.answer_only.small.s1", "all runs of a seed come before the next seed"
     run = study.runs[3]
     assert run.directory.path == Path("runs/tiny/stories.cot.large.s0")
     assert (run.train.method, run.train.seed, run.train.model_label) == ("cot", 0, "large")
@@ -128,7 +128,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_what_is_wrong_is_named_with_its_key_path(
+def test_faults_are_reported_with_their_key_path(
     values: dict[str, Any], make_study: MakeStudy, text: str
 ) -> None:
     with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""The study's command line with stand-in tools: real processes, real launchers, real signals."""
+"""The study's command line with stand-in tools, but real processes, launchers and signals."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Command:
         return process.returncode, output
 
     def rank_files(self, name: str, count: int = 2) -> list[Path]:
-        """Wait until so many ranks have written their file."""
+        """Wait until `count` ranks have written their file."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             found = sorted(self.study.path.glob(f"*/{name}-*"))
@@ -76,7 +76,7 @@ def test_a_study_runs_and_is_done(command: Command) -> None:
     assert lines[0] == "study tiny: 2 runs, 9 stages, 0 done"
     assert lines[1].startswith("[1/9] prepare stories-train: 30 problems (")
     assert lines[3].startswith("[3/9] train stories.answer_only.small.s0: loss 1.500 (")
-    assert lines[4].startswith("[4/9] convert stories.answer_only.small.s0: 0.0 MB (")
+    assert lines[4].startswith("[4/9] convert stories.answer_only.small.s0: 1 kB (")
     assert lines[5].startswith(
         "[5/9] evaluate stories.answer_only.small.s0 on stories-test: 66.7% [48.8, 80.8] ("
     )
@@ -165,7 +165,7 @@ def test_a_stage_that_ends_early_is_not_done(command: Command, values: dict[str,
         pytest.param("mpiexec", signal.SIGTERM, marks=without_mpi),
     ],
 )
-def test_an_interrupt_lets_ranks_save_and_leaves_nobody(
+def test_after_an_interrupt_ranks_save_and_no_process_is_left(
     command: Command, values: dict[str, Any], launcher: str, number: signal.Signals
 ) -> None:
     """SIGTERM to the deepspeed command leaves its ranks; mpiexec gives every rank a session of its own."""
@@ -176,18 +176,20 @@ def test_an_interrupt_lets_ranks_save_and_leaves_nobody(
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "interrupted; run the same command to go on" in output
+    assert "interrupted; run the same command to continue" in output
     assert "Traceback" not in output
     assert len(command.rank_files("saved")) == 2
-    assert_nobody_lives(command)
+    assert_no_process_is_left(command)
     assert not command.study.lock.exists()
 
     command.write({**values, "models": {"sleepy": {"config_name": "stories-0.2m"}}})
-    status, output = command("run")  # no checkpoint was committed, so the settings may change
+    status, output = command("run")  # no checkpoint was published, so the settings may change
     assert status == 0, output
 
 
-def test_a_second_interrupt_ends_ranks_that_do_not_listen(command: Command, values: dict[str, Any]) -> None:
+def test_a_second_interrupt_kills_ranks_that_ignore_the_first(
+    command: Command, values: dict[str, Any]
+) -> None:
     command.write({**values, "models": {"deaf": {"config_name": "stories-0.2m", "config_overrides": "deaf"}}})
     process = command.start("run")
     command.rank_files("pid")
@@ -197,7 +199,7 @@ def test_a_second_interrupt_ends_ranks_that_do_not_listen(command: Command, valu
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=5)
     assert process.returncode == 130
-    assert_nobody_lives(command)
+    assert_no_process_is_left(command)
 
 
 def test_ranks_of_a_killed_study_are_ended_by_the_next(command: Command, values: dict[str, Any]) -> None:
@@ -208,18 +210,18 @@ def test_ranks_of_a_killed_study_are_ended_by_the_next(command: Command, values:
     process.communicate()
     orphans = {p.pid for p in processes.processes_of_study(command.study)}
     assert len(orphans) >= 2
-    assert "of an earlier start live; a run ends them first" in command("status")[1]
+    assert "of an earlier start are alive; a run ends them first" in command("status")[1]
 
     command.write({**values, "models": {"sleepy": {"config_name": "stories-0.2m"}}})
     status, output = command("run")
     assert status == 0, output
     assert "left over from an earlier start that was killed" in output
     assert len(command.rank_files("saved")) == 2
-    assert_nobody_lives(command)
+    assert_no_process_is_left(command)
 
 
 @LAUNCHERS
-def test_a_killed_rank_is_a_failure_and_takes_the_others_with_it(
+def test_a_killed_rank_is_a_failure_and_the_others_are_ended(
     command: Command, values: dict[str, Any], launcher: str
 ) -> None:
     command.write({**values, "models": SLEEPERS, "launcher": launcher})
@@ -229,8 +231,8 @@ def test_a_killed_rank_is_a_failure_and_takes_the_others_with_it(
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "train stories.answer_only.sleepy.s0 failed with exit code" in output
-    assert "(SIGKILL: out of memory?)" in output or "Killed (signal 9)" in output  # in mpiexec's own words
-    assert_nobody_lives(command)
+    assert "(SIGKILL: out of memory?)" in output or "Killed (signal 9)" in output  # the message of mpiexec
+    assert_no_process_is_left(command)
 
 
 def test_two_processes_do_not_run_one_study(command: Command, values: dict[str, Any]) -> None:
@@ -246,7 +248,7 @@ def test_two_processes_do_not_run_one_study(command: Command, values: dict[str, 
     process.communicate(timeout=30)
 
 
-def test_a_study_inside_an_allocation_starts_worlds_of_its_own(
+def test_a_study_inside_an_allocation_ignores_its_rank_variables(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"RANK": "3", "WORLD_SIZE": "8", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}.items():
@@ -262,9 +264,9 @@ def test_status_needs_no_torch(command: Command) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=command.folder, env=environment, check=True)
 
 
-def assert_nobody_lives(command: Command) -> None:
-    """Neither by the mark nor by the process numbers that the ranks wrote down."""
+def assert_no_process_is_left(command: Command) -> None:
+    """Check the environment variables of all processes, and the pid files of the ranks."""
     assert processes.processes_of_study(command.study) == []
     for path in command.study.path.glob("*/pid-*"):
-        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie waits for init to take note
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie that init has not reaped yet
             assert psutil.Process(int(path.read_text())).status() == psutil.STATUS_ZOMBIE

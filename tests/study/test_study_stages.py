@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from trainer.commands import command_line
 from trainer.errors import UserError
 from trainer.settings import ConvertSettings, EvaluateSettings, PlotSettings, PrepareSettings, TrainSettings
 from trainer.study import stages
@@ -99,14 +100,14 @@ def test_the_devices_that_are_visible_are_used(
     assert commands(make_study({**values, "launcher": "mpiexec"}))[2][0].endswith("mpiexec")
 
 
-def test_the_devices_of_a_stage_win_over_ours(
+def test_the_devices_of_a_stage_override_the_environment(
     values: dict[str, Any], make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = stages.study_stages(make_study(values))[2]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    given = stages.stage_environment(train, cores=2, devices=["2", "3"])
-    assert given["CUDA_VISIBLE_DEVICES"] == "2,3"
-    command = stages.stage_command(train, Path("tools"), "deepspeed", 23456, {**os.environ, **given})
+    added = stages.stage_environment(train, cores=2, devices=["2", "3"])
+    assert added["CUDA_VISIBLE_DEVICES"] == "2,3"
+    command = stages.stage_command(train, Path("tools"), "deepspeed", 23456, {**os.environ, **added})
     assert "--include=localhost:2,3" in command
 
 
@@ -125,21 +126,15 @@ def test_threads_are_shared_by_the_ranks(
     assert stages.stage_environment(train, cores=8) == {}
 
 
-def test_flags_say_what_the_settings_say(
-    values: dict[str, Any], make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The tools read back exactly the settings that the study checked."""
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    import command_line
-
+def test_tools_parse_flags_to_the_same_settings(values: dict[str, Any], make_study: MakeStudy) -> None:
     values["train"] |= {"learning_rate": 1.7e-5, "packing": False, "config_overrides": "n_layer=2,n_embd=-1"}
     values["evaluate"] = {"calculator": False, "temperature": 0.7, "seed": 3}
     values["convert"] = {"dtype": "bf16"}
     classes = {"prepare": PrepareSettings, "train": TrainSettings, "convert": ConvertSettings}
     classes |= {"evaluate": EvaluateSettings, "report": PlotSettings, "annotate": AnnotateSettings}
     values["annotate"] = {"model_name_or_path": "teacher", "stop": ["\n\n", "-x"]}
-    taught = {"train": {"data": "svamp", "data_path": "a/svamp", "annotate": {}}, "test": {}, "more": {}}
-    values["data"] = {"stories": values["data"]["stories"], "svamp": taught}
+    annotated = {"train": {"data": "svamp", "data_path": "a/svamp", "annotate": {}}, "test": {}, "more": {}}
+    values["data"] = {"stories": values["data"]["stories"], "svamp": annotated}
     values["prepare"] |= {"data_path": "a/svamp"}
     values["data"]["stories"] = {
         name: {**given, "data_path": ""} for name, given in values["data"]["stories"].items()
@@ -153,4 +148,4 @@ def test_flags_say_what_the_settings_say(
 def test_commands_exist() -> None:
     for script in stages.SCRIPTS.values():
         assert (REPOSITORY / "tools" / script).is_file(), script
-    assert os.access(stages.deepspeed(), os.X_OK)
+    assert os.access(stages.deepspeed_command(), os.X_OK)

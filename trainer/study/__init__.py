@@ -1,1 +1,1 @@
-"""Models x methods x data x seeds: which runs a study file describes, what is done, and doing the rest."""
+"""Studies (models x methods x data x seeds): read the study file, find the stages that are not done, run them."""

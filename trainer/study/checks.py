@@ -1,4 +1,4 @@
-"""Reading a study file: every part is checked by itself, so that what is wrong is blamed on the place it stands in."""
+"""Checks of the sections of a study file; their errors name the key path of the fault."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.settings import ConvertSettings, EvaluateSettings, PrepareSettings,
 from trainer.storage.configuration import did_you_mean, from_dict, rename_old_keys
 from trainer.teacher.settings import AnnotateSettings
 
-# The study decides these; in a study file they would be a second opinion. A set says where `eval_shards` are.
+# Settings that the study itself makes, so a study file must not contain them.
 DECIDED: dict[type[Any], set[str]] = {
     AnnotateSettings: {"data", "data_path", "split", "seed", "output_dir", "overwrite", "dry_run"},
     PrepareSettings: {"output_dir", "overwrite", "inspect", "method"},
@@ -27,7 +27,7 @@ DECIDED: dict[type[Any], set[str]] = {
         *("shards", "output_dir", "overwrite", "allow_unfinished", "model_label"),
     },
 }
-# What a part may lack, because another part has it.
+# Values for required settings that another section gives, so that a section can be checked alone.
 _ELSEWHERE: dict[type[Any], dict[str, Any]] = {
     AnnotateSettings: {"data_path": "-", "output_dir": "-"},
     PrepareSettings: {"output_dir": "-", "data_path": "-", "tokenizer_name": "-"},
@@ -40,7 +40,7 @@ _LOCAL_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def check(cls: type[Any], values: dict[str, Any], where: str) -> None:
-    """Raises UserError if `values` are no part of a `cls`, or hold what the study decides.
+    """Raise UserError if `values` are not valid settings of `cls`, or include one that the study makes.
 
     Earlier spellings of settings are replaced in `values`, so that sections can be merged afterwards.
     """
@@ -48,23 +48,23 @@ def check(cls: type[Any], values: dict[str, Any], where: str) -> None:
     for key in values:
         if key in DECIDED[cls]:
             raise UserError(f"{where}: {key} is decided by the study; remove it")
-    elsewhere = dict(_ELSEWHERE[cls])
+    placeholders = dict(_ELSEWHERE[cls])
     if cls is TrainSettings and not {"model_name_or_path", "config_name"} & values.keys():
-        elsewhere["config_name"] = "-"
+        placeholders["config_name"] = "-"
     if cls is AnnotateSettings:
         if not {"base_url", "model", "model_name_or_path"} & values.keys():
-            elsewhere["model_name_or_path"] = "-"
-        elsewhere |= (
+            placeholders["model_name_or_path"] = "-"
+        placeholders |= (
             {"base_url": "-"} if "model" in values else {"model": "-"} if "base_url" in values else {}
         )
-    from_dict(cls, {**elsewhere, **values}, where)
+    from_dict(cls, {**placeholders, **values}, where)
 
 
 def section(cls: type[Any], values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    """The checked mapping under a key of the file; {} if it is not there."""
-    found = mapping(values.get(key) or {}, f"{where}: {key}")
-    check(cls, found, f"{where}: {key}")
-    return found
+    """Return the checked mapping under a key of the file; {} if the key is missing."""
+    settings = mapping(values.get(key) or {}, f"{where}: {key}")
+    check(cls, settings, f"{where}: {key}")
+    return settings
 
 
 def required(values: dict[str, Any], key: str, where: str) -> Any:
@@ -79,8 +79,8 @@ def mapping(value: Any, where: str) -> dict[Any, Any]:
     return value
 
 
-def entries(value: Any, where: str) -> dict[str, dict[str, Any]]:
-    """A mapping from name to settings, or a list of names without any."""
+def named_settings(value: Any, where: str) -> dict[str, dict[str, Any]]:
+    """Return name -> settings of a mapping, or of a list of names without settings."""
     if isinstance(value, list):
         if len({str(key) for key in value}) != len(value):
             raise UserError(f"{where}: {value} names something twice")
@@ -88,12 +88,13 @@ def entries(value: Any, where: str) -> dict[str, dict[str, Any]]:
     if not mapping(value, where):
         raise UserError(f"{where}: there are none")
     return {
-        name(key, where): dict(mapping(settings or {}, f"{where}.{key}")) for key, settings in value.items()
+        checked_name(key, where): dict(mapping(settings or {}, f"{where}.{key}"))
+        for key, settings in value.items()
     }
 
 
-def chosen(value: Any, known: Iterable[str], where: str) -> list[str]:
-    """Some of the names the file defines elsewhere; all of them where `value` is None."""
+def select_names(value: Any, known: Iterable[str], where: str) -> list[str]:
+    """Return a checked list of known names; all of them if `value` is None."""
     known = list(known)
     if value is None:
         return known
@@ -101,38 +102,38 @@ def chosen(value: Any, known: Iterable[str], where: str) -> list[str]:
         raise UserError(f"{where} is {value!r}, expected a list of names, e.g. [{known[0]}]")
     names = [str(item) for item in value]
     for item in names:
-        one_of(item, known, where)
+        check_choice(item, known, where)
     return names
 
 
-def one_of(value: str, known: Iterable[str], where: str) -> None:
+def check_choice(value: str, known: Iterable[str], where: str) -> None:
     known = list(known)
     if value not in known:
         hint = did_you_mean(value, known)
         raise UserError(f"{where}: there is no {value!r}; choose from {', '.join(known)}{hint}")
 
 
-def name(value: Any, where: str) -> str:
-    """Names become parts of directory names."""
+def checked_name(value: Any, where: str) -> str:
+    """Return a name that is safe as a part of a directory name. Raises UserError for any other."""
     if isinstance(value, bool) or not _NAME.fullmatch(str(value)):
         raise UserError(f"{where}: {value!r} is not a name; use letters, digits, '.', '_' and '-'")
     return str(value)
 
 
-def count(value: Any, where: str, of_what: str = "processes") -> int:
+def checked_count(value: Any, where: str, counted: str = "processes") -> int:
     if type(value) is not int or value < 1:
-        raise UserError(f"{where} is {value!r}; it is the number of {of_what}, at least 1")
+        raise UserError(f"{where} is {value!r}; it is the number of {counted}, at least 1")
     return value
 
 
-def refuse_unknown(values: dict[str, Any], known: Iterable[str], where: str) -> None:
+def check_keys(values: dict[str, Any], known: Iterable[str], where: str) -> None:
     for key in values:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
 
 
-def refuse_missing(path: str, where: str) -> None:
-    """Text that can only be a local path must exist; anything else may be a name on the hub."""
+def check_path_exists(path: str, where: str) -> None:
+    """Raise UserError if text that can only be a local path does not exist; any other text may be a Hub name."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     looks_local |= Path(path).suffix in _LOCAL_FILES
     if path and looks_local and not Path(path).exists():

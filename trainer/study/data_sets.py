@@ -1,4 +1,4 @@
-"""The `data` of a study file: data sets, their sets of problems, and how each becomes shards."""
+"""The `data` section of a study file: data sets, their problem sets, and the settings of their shards."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from trainer.storage.run_directory import AnnotationDirectory
 from trainer.study import checks
 from trainer.teacher.settings import AnnotateSettings
 
-TRAIN, VALIDATION = "train", "validation"  # sets with a meaning of their own; every other set is evaluated
+TRAIN, VALIDATION = "train", "validation"  # every other set is evaluated
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """One set of problems. `annotate`: a teacher writes its steps first."""
+    """One problem set. With `annotate`, a teacher writes its solution steps first."""
 
     shards: PrepareSettings
     annotate: AnnotateSettings | None = None
@@ -28,35 +28,36 @@ class ProblemSet:
 def read_data_sets(
     values: dict[str, Any], shards_root: Path, annotations_root: Path, where: str
 ) -> dict[str, dict[str, ProblemSet]]:
-    """data set -> set -> its shards. Raises UserError with the key path of what is wrong."""
+    """Return data set -> set name -> problem set. Raises UserError with the key path of the fault."""
     found: dict[str, dict[str, ProblemSet]] = {}
     for name, sets in checks.mapping(checks.required(values, "data", where), f"{where}: data").items():
         path = f"{where}: data.{name}"
-        if "." in checks.name(name, path):
+        if "." in checks.checked_name(name, path):
             raise UserError(f"{path}: a data set's name has no dot; it is the first part of a run's name")
-        parts = {
-            checks.name(key, path): dict(checks.mapping(given or {}, f"{path}.{key}"))
+        given_sets = {
+            checks.checked_name(key, path): dict(checks.mapping(given or {}, f"{path}.{key}"))
             for key, given in checks.mapping(sets, path).items()
         }
         prepared = {
-            key: _prepare(values, str(name), key, given, shards_root, where) for key, given in parts.items()
+            key: _prepare(values, str(name), key, given, shards_root, where)
+            for key, given in given_sets.items()
         }
         found[str(name)] = {
             key: _problem_set(values, prepared, key, given, annotations_root / f"{name}-{key}", where, path)
-            for key, given in parts.items()
+            for key, given in given_sets.items()
         }
-        if TRAIN not in parts:
+        if TRAIN not in given_sets:
             raise UserError(f"{path}: there is no set named {TRAIN!r} to learn from")
-        if not parts.keys() - {TRAIN, VALIDATION}:
+        if not given_sets.keys() - {TRAIN, VALIDATION}:
             raise UserError(f"{path}: there is no set to evaluate on; add one, e.g. 'test: {{split: test}}'")
-    _refuse_shared_folders(found, where)
+    _check_distinct_folders(found, where)
     return found
 
 
 def _prepare(
     values: dict[str, Any], data: str, name: str, given: dict[str, Any], root: Path, where: str
 ) -> PrepareSettings:
-    """The set as its source has it."""
+    """Return the shard settings of a set, without annotation."""
     path = f"{where}: data.{data}.{name}"
     shared = checks.section(PrepareSettings, values, "prepare", where)
     own = {key: value for key, value in given.items() if key != "annotate"}
@@ -65,11 +66,11 @@ def _prepare(
     if "data" not in {**defaults, **shared, **own}:
         raise UserError(f"{path}: data is missing; choose one of {', '.join(DATA)}")
     output_dir = root / f"{data}-{name}"
-    made = from_dict(PrepareSettings, {**defaults, **shared, **own, "output_dir": str(output_dir)}, path)
-    if not atomic_dir.is_complete(output_dir):  # finished shards no longer need their source
-        checks.refuse_missing(made.data_path, f"{path}: data_path")
-        checks.refuse_missing(made.tokenizer_name, f"{path}: tokenizer_name")
-    return made
+    settings = from_dict(PrepareSettings, {**defaults, **shared, **own, "output_dir": str(output_dir)}, path)
+    if not atomic_dir.is_complete(output_dir):  # finished shards do not need their source
+        checks.check_path_exists(settings.data_path, f"{path}: data_path")
+        checks.check_path_exists(settings.tokenizer_name, f"{path}: tokenizer_name")
+    return settings
 
 
 def _problem_set(
@@ -81,7 +82,7 @@ def _problem_set(
     where: str,
     path: str,
 ) -> ProblemSet:
-    """With `annotate`, the teacher reads the source and the shards are made of what it wrote."""
+    """Return the set; with `annotate`, the teacher reads the source, and the shards are made from its output."""
     shared = checks.section(AnnotateSettings, values, "annotate", where)
     source = prepared[name]
     if "annotate" not in given:
@@ -89,9 +90,9 @@ def _problem_set(
     own_path = f"{path}.{name}.annotate"
     own = checks.mapping(given["annotate"] or {}, own_path)
     checks.check(AnnotateSettings, own, own_path)
-    # What is evaluated must not be learned: the teacher leaves out problems of the sets that have no teacher.
+    # Annotation must leave out training problems that are also in an evaluated set.
     tests = [other for key, other in prepared.items() if key not in (TRAIN, VALIDATION, name)]
-    decided = {
+    fixed = {
         "data": source.data,
         "data_path": source.data_path,
         "split": source.split,
@@ -104,7 +105,7 @@ def _problem_set(
         "decontaminate": [f"{test.data}:{test.data_path}:{test.split}" for test in tests],
         **shared,
         **own,
-        **decided,
+        **fixed,
     }
     annotate = from_dict(AnnotateSettings, settings, own_path)
     annotated = AnnotationDirectory(folder).result / "annotated.jsonl"
@@ -112,8 +113,8 @@ def _problem_set(
     return ProblemSet(PrepareSettings(**{**vars(source), **changes}), annotate)
 
 
-def _refuse_shared_folders(found: dict[str, dict[str, ProblemSet]], where: str) -> None:
-    """`a-b` with a set `c` and `a` with a set `b-c` would meet in one folder."""
+def _check_distinct_folders(found: dict[str, dict[str, ProblemSet]], where: str) -> None:
+    """Raise UserError if two sets share a folder, as set `c` of `a-b` and set `b-c` of `a` do."""
     owners: dict[str, str] = {}
     for data, sets in found.items():
         for name, problems in sets.items():

@@ -1,4 +1,4 @@
-"""Which CUDA devices a stage gets while others run beside it. Asks nvidia-smi, not torch, whose import takes seconds."""
+"""Assignment of CUDA devices to stages that run in parallel. Uses nvidia-smi because importing torch takes seconds."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-_ANSWERS_WITHIN_SECONDS = 60.0
+_TIMEOUT_SECONDS = 60.0
 
 
 def visible_devices(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Those of CUDA_VISIBLE_DEVICES where it is set, else the numbers of all that nvidia-smi lists; () without any."""
+    """Return the devices in CUDA_VISIBLE_DEVICES if it is set, else the indices of all GPUs that nvidia-smi lists."""
     if "CUDA_VISIBLE_DEVICES" in environment:
         given = (device.strip() for device in environment["CUDA_VISIBLE_DEVICES"].split(","))
         return tuple(device for device in given if device)
     command = ["nvidia-smi", "-L"]
     try:
-        told = subprocess.run(
-            command, capture_output=True, text=True, timeout=_ANSWERS_WITHIN_SECONDS, check=True
+        listing = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    num_devices = sum(
-        line.startswith("GPU ") for line in told.splitlines()
-    )  # parts of one (MIG) are indented
+    # Lines of MIG instances are indented.
+    num_devices = sum(line.startswith("GPU ") for line in listing.splitlines())
     return tuple(str(number) for number in range(num_devices))
 
 
 def least_used_devices(devices: Sequence[str], used: Iterable[Sequence[str]], count: int) -> tuple[str, ...]:
-    """The `count` devices (all, if there are fewer) that the fewest have; `used`: what each of the others has."""
-    num_users = Counter(device for theirs in used for device in theirs)
-    return tuple(sorted(devices, key=lambda device: num_users[device])[:count])  # among equals the first ones
+    """Return up to `count` devices with the fewest users; `used`: the devices of each running stage."""
+    num_users = Counter(device for stage_devices in used for device in stage_devices)
+    return tuple(sorted(devices, key=lambda device: num_users[device])[:count])

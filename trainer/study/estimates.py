@@ -1,4 +1,4 @@
-"""What a study will take, as far as it is known without a network and before anything is made."""
+"""Numbers of problems, examples and parameters of a study, estimated without a network before anything is run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.storage import atomic_dir
 
 
 def num_problems(settings: PrepareSettings) -> int | None:
-    """Problems of a set: of its shards, or of what will be generated; None where only the source knows."""
+    """Return the problems in a set, from its shards or its settings; None if they depend on a source not read yet."""
     if facts := _facts(settings.output_dir):
         return int(facts["num_problems"])
     if settings.data == "stories":
@@ -22,27 +22,27 @@ def num_problems(settings: PrepareSettings) -> int | None:
 
 
 def num_examples(training: TrainSettings, shards: Iterable[PrepareSettings]) -> int | None:
-    """Problems a student learns from: those that have the steps its method needs."""
+    """Return the training problems that have the steps the method requires; None if unknown."""
     facts = _facts(training.train_shards)
     if "problems_per_method" in facts:
         return int(facts["problems_per_method"].get(training.method, 0))
-    return _of(training.train_shards, shards)
+    return _num_problems_in(training.train_shards, shards)
 
 
 def num_answers(evaluation: EvaluateSettings, shards: Iterable[PrepareSettings]) -> int | None:
-    """Problems that are answered."""
-    there = _of(evaluation.shards, shards)
-    return there if there is None else min(evaluation.max_problems or there, there)
+    """Return the problems that an evaluation answers; None if unknown."""
+    available = _num_problems_in(evaluation.shards, shards)
+    return available and min(evaluation.max_problems or available, available)
 
 
-def _of(path: str, shards: Iterable[PrepareSettings]) -> int | None:
+def _num_problems_in(path: str, shards: Iterable[PrepareSettings]) -> int | None:
     return next(num_problems(settings) for settings in shards if settings.output_dir == path)
 
 
 def num_parameters(settings: TrainSettings, prepared: PrepareSettings) -> int | None:
-    """Parameters of the model, counted on its config: a named shape, a folder, a model in the hub's local cache.
+    """Return the number of parameters from the config of a preset, a local folder or a model in the Hub's local cache.
 
-    None where that would need the network, or a vocabulary that is not there yet.
+    None if it would require the network or a vocabulary that does not exist yet.
     """
     from trainer.models import load
 
@@ -51,7 +51,7 @@ def num_parameters(settings: TrainSettings, prepared: PrepareSettings) -> int | 
         config = _config(name, settings.config_overrides, _vocabulary_size(prepared))
         return None if config is None else load.num_parameters(config)
     except (UserError, OSError, ValueError):
-        return None  # the training will say what is wrong with it
+        return None  # the training stage reports the error
 
 
 def _config(name: str, overrides: str, vocabulary_size: int) -> Any:
@@ -71,7 +71,7 @@ def _config(name: str, overrides: str, vocabulary_size: int) -> Any:
 
 
 def _vocabulary_size(prepared: PrepareSettings) -> int:
-    """Tokens of the shards' tokenizer; 0 if it is not known yet."""
+    """Return the vocabulary size of the shards' tokenizer; 0 if it is not known yet."""
     if facts := _facts(prepared.output_dir):
         return int(facts["vocabulary_size"])
     if prepared.tokenizer_name == "stories":

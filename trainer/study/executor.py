@@ -1,4 +1,4 @@
-"""Do what is not done yet: every stage a process of its own with a log of its own, one or several at the same time."""
+"""Run the stages of a study that are not done: one or several at a time, each a process with its own log."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from trainer.study.stages import Stage
 from trainer.study.study_file import Study
 
 _GRACE_SECONDS = 60.0  # for a training to save after an interrupt
-_CLEAN_UP_SECONDS = 5.0  # for the other ranks after a failure
+_CLEAN_UP_SECONDS = 5.0  # for the remaining ranks after a failure
 _POLL_SECONDS = 0.05
 
 
 def run_study(study: Study, tools: Path | None, keep_going: bool = False) -> int:
-    """Run the study; returns the exit status, 0 or 130 (interrupted: the same command goes on).
+    """Run the study and return the exit status: 0, or EXIT_INTERRUPTED (the same command continues it).
 
-    `tools` is the folder of the command line tools, None: the installed modules. Raises UserError if a stage failed, after those that ran beside it
-    have ended; with `keep_going` only after everything that does not depend on it.
+    `tools`: folder of the command line tools; None: the installed modules. Raises UserError if a stage failed, after the
+    running stages have ended; with `keep_going`, after all stages that do not depend on it.
     """
     changes.check_unchanged(study)
     todo = stages.study_stages(study)
@@ -36,15 +36,15 @@ def run_study(study: Study, tools: Path | None, keep_going: bool = False) -> int
         changes.save_snapshot(study)
         _end_leftovers(study, interrupts)
         done = [stage for stage in todo if status.is_done(stage)]
-        beside = f", {study.num_parallel} at a time" if study.num_parallel > 1 else ""
+        parallel = f", {study.num_parallel} at a time" if study.num_parallel > 1 else ""
         terminal.info(
-            f"study {study.name}: {len(study.runs)} runs, {len(todo)} stages, {len(done)} done{beside}"
+            f"study {study.name}: {len(study.runs)} runs, {len(todo)} stages, {len(done)} done{parallel}"
         )
-        if strangers := changes.unlisted_runs(study):
-            terminal.info(f"not in {study.file}, but in the report while they exist: {', '.join(strangers)}")
-        failures = _do(todo, done, study, tools, keep_going, interrupts)
+        if unlisted := changes.unlisted_runs(study):
+            terminal.info(f"not in {study.file}, but in the report while they exist: {', '.join(unlisted)}")
+        failures = _run_stages(todo, done, study, tools, keep_going, interrupts)
         if interrupts.count:
-            terminal.info("interrupted; run the same command to go on")
+            terminal.info("interrupted; run the same command to continue")
             return EXIT_INTERRUPTED
         if failures and not keep_going:
             raise UserError("\n".join(failures.values()))
@@ -56,7 +56,7 @@ def run_study(study: Study, tools: Path | None, keep_going: bool = False) -> int
     return 0
 
 
-def _do(
+def _run_stages(
     todo: Sequence[Stage],
     done: Sequence[Stage],
     study: Study,
@@ -64,12 +64,12 @@ def _do(
     keep_going: bool,
     interrupts: processes.Interrupts,
 ) -> dict[str, str]:
-    """Do all that can be done, up to `num_parallel` stages at the same time; returns what went wrong, by label.
+    """Run all stages that can run, up to `num_parallel` at a time; return failure messages by stage label.
 
-    After an interrupt nothing of the study is left alive.
+    After an interrupt no process of the study is left alive.
     """
-    schedule = StageQueue(todo, done)
-    places = {stage.label: f"[{number}/{len(todo)}]" for number, stage in enumerate(todo, 1)}
+    queue = StageQueue(todo, done)
+    positions = {stage.label: f"[{number}/{len(todo)}]" for number, stage in enumerate(todo, 1)}
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = num_cores // study.num_parallel
     visible = devices.visible_devices(os.environ) if study.num_parallel > 1 else ()
@@ -79,25 +79,25 @@ def _do(
         with contextlib.closing(terminal.ProgressBars()) as bars:
             while not interrupts.count:
                 may_start = (keep_going or not failures) and len(running) < study.num_parallel
-                if may_start and (stage := schedule.take_ready()):
+                if may_start and (stage := queue.take_ready()):
                     count = stage.num_ranks if stage.kind in stages.ON_DEVICES else 0
-                    chosen = devices.least_used_devices(visible, [other.devices for other in running], count)
-                    ports = {other.port for other in running}
+                    chosen = devices.least_used_devices(visible, [job.devices for job in running], count)
+                    ports = {job.port for job in running}
                     running.append(
-                        StageJob(stage, places[stage.label], study, tools, bars, cores, chosen, ports)
+                        StageJob(stage, positions[stage.label], study, tools, bars, cores, chosen, ports)
                     )
                 elif not running:
                     break
-                elif ended := next((one for one in running if one.child.poll() is not None), None):
+                elif ended := next((job for job in running if job.child.poll() is not None), None):
                     running.remove(ended)
                     _clean_up(ended, study, interrupts)
                     failure = "" if interrupts.count else _report_ended(ended, running, keep_going)
                     if failure:
                         failures[ended.stage.label] = failure
-                    schedule.mark_ended(ended.stage, well=not failure)
+                    queue.mark_ended(ended.stage, succeeded=not failure)
                 else:
-                    for one in running:
-                        one.update()
+                    for job in running:
+                        job.update()
                     time.sleep(_POLL_SECONDS)
         if running:
             _interrupt(running, study, interrupts)
@@ -108,19 +108,22 @@ def _do(
 
 
 def _report_ended(ended: StageJob, running: Sequence[StageJob], keep_going: bool) -> str:
-    """Say what became of a stage; returns what went wrong, or "". A failure that ends the study at once is the error's to tell."""
+    """Print the result of a stage that ended and return its failure message, or "".
+
+    A failure is not printed if the study stops with it immediately: the UserError then contains it.
+    """
     failure = ended.failure()
     if not failure:
         ended.print_result()
     elif keep_going or running:
-        terminal.info(f"{ended.place} {failure}")
+        terminal.info(f"{ended.position} {failure}")
         if not keep_going:
             terminal.info(f"nothing new is started; waiting for {_labels(running)}")
     return failure
 
 
 def _clean_up(ended: StageJob, study: Study, interrupts: processes.Interrupts) -> None:
-    """After a failure end what is left of the stage, and of no other."""
+    """Close the job; after a failure end the remaining processes of this stage only."""
     ended.close()
     if ended.child.returncode != 0:
         label = ended.stage.label
@@ -130,13 +133,13 @@ def _clean_up(ended: StageJob, study: Study, interrupts: processes.Interrupts) -
 
 
 def _interrupt(running: Sequence[StageJob], study: Study, interrupts: processes.Interrupts) -> None:
-    """Let all stages that run save, and end them."""
-    told = interrupts.count
-    it = "it" if len(running) == 1 else "them"
-    terminal.info(f"ending {_labels(running)}; Ctrl-C once more ends {it} without saving")
-    _warn(processes.end_processes(study.directory, _GRACE_SECONDS, lambda: interrupts.count > told))
-    for one in running:
-        one.child.poll()
+    """End all running stages after they have saved; a further interrupt kills them."""
+    first_count = interrupts.count
+    them = "it" if len(running) == 1 else "them"
+    terminal.info(f"ending {_labels(running)}; Ctrl-C once more ends {them} without saving")
+    _warn(processes.end_processes(study.directory, _GRACE_SECONDS, lambda: interrupts.count > first_count))
+    for job in running:
+        job.child.poll()
 
 
 def _warn(survivors: Sequence[psutil.Process]) -> None:
@@ -145,11 +148,11 @@ def _warn(survivors: Sequence[psutil.Process]) -> None:
 
 
 def _labels(running: Sequence[StageJob]) -> str:
-    return ", ".join(one.stage.label for one in running)
+    return ", ".join(job.stage.label for job in running)
 
 
 def _end_leftovers(study: Study, interrupts: processes.Interrupts) -> None:
-    """Ranks of a study that was killed itself still train; two trainings must not write one directory."""
+    """End ranks that outlived a killed study: two trainings must not write to one directory."""
     leftovers = processes.processes_of_study(study.directory)
     if leftovers:
         numbers = ", ".join(str(process.pid) for process in leftovers)

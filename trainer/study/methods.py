@@ -1,7 +1,7 @@
-"""What stands under `methods` in a study file: students that are trained, and ways to ask several of them together.
+"""The `methods` section of a study file: training methods, and pairs that evaluate several trained models together.
 
-A composite has no training of its own. It evaluates students of other runs of the study, which it implies: each is
-trained once for a data set, model and seed, whoever needs it.
+A pair has no training of its own: it adds the runs of its models to the study. Pairs share these runs: each is trained
+once for a data set, model and seed.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from trainer.settings import METHODS, EvaluateSettings, TrainSettings
 from trainer.storage.configuration import did_you_mean, rename_old_keys
 from trainer.study import checks
 
-ALONE = ("answer_only", "cot", "socratic")  # students that solve a problem by themselves
-ROLE_METHODS = tuple(name for name in METHODS if name not in ALONE)  # halves of a pair, and planners
-FEW_SHOT = "few_shot"  # the pretrained model itself, shown exemplars
+SINGLE_MODEL_METHODS = ("answer_only", "cot", "socratic")
+ROLE_METHODS = tuple(name for name in METHODS if name not in SINGLE_MODEL_METHODS)  # the models of pairs
+FEW_SHOT = "few_shot"  # the pretrained model, prompted with exemplars
 SOLVER = "solver"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Training methods that play the parts beside the solver. Without a decomposer the gold sub-questions guide it."""
+    """Training methods of the models beside the solver. Without a decomposer, gold sub-questions are used."""
 
     decomposer: str = ""
     planner: str = ""
@@ -39,27 +39,27 @@ PAIRS = {
     "iterative_interleaved_operators": Pair("decomposer_interleaved_operators", "planner_operators"),
     "iterative_interleaved_equations": Pair("decomposer_interleaved_equations", "planner_equations"),
 }
-KNOWN = (*ALONE, *PAIRS, FEW_SHOT, *ROLE_METHODS)
+KNOWN_METHODS = (*SINGLE_MODEL_METHODS, *PAIRS, FEW_SHOT, *ROLE_METHODS)
 
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A method with the models and data sets it is for. `settings`: of its training, or of a composite's evaluation."""
+    """A method, its models and data sets. `settings`: of its training; of a pair or few-shot, of its evaluation."""
 
     name: str
     models: tuple[str, ...]
     data: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
-    decomposer_model: str = ""  # which model plays decomposer and planner; "": the solver's own
-    restricted: bool = False  # whether the file names its models
+    decomposer_model: str = ""  # model of the decomposer and planner; "": the solver's
+    names_models: bool = False  # whether the file lists its models
 
     @property
     def pair(self) -> Pair | None:
         return PAIRS.get(self.name)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """Training methods whose students it may ask."""
+    def role_methods(self) -> tuple[str, ...]:
+        """Training methods of the models of a pair; empty for other methods."""
         if not self.pair:
             return ()
         return tuple(filter(None, (self.pair.planner, self.pair.decomposer, SOLVER)))
@@ -68,46 +68,49 @@ class MethodEntry:
 def read_methods(
     values: dict[str, Any], models: Iterable[str], data: Iterable[str], where: str
 ) -> dict[str, MethodEntry]:
-    """Raises UserError with the key path of what is wrong."""
+    """Return the checked entries by name. Raises UserError with the key path of the fault."""
     models, data = list(models), list(data)
     found = {}
-    for name, given in checks.entries(checks.required(values, "methods", where), f"{where}: methods").items():
-        if name not in KNOWN:
+    for name, given in checks.named_settings(
+        checks.required(values, "methods", where), f"{where}: methods"
+    ).items():
+        if name not in KNOWN_METHODS:
             raise UserError(
-                f"{where}: methods: {name!r} is not a method; choose from {', '.join(KNOWN)}{did_you_mean(name, KNOWN)}"
+                f"{where}: methods: {name!r} is not a method; choose from {', '.join(KNOWN_METHODS)}{did_you_mean(name, KNOWN_METHODS)}"
             )
         found[name] = _entry(name, given, models, data, f"{where}: methods.{name}")
     return found
 
 
 def _entry(name: str, given: dict[str, Any], models: list[str], data: list[str], where: str) -> MethodEntry:
-    restricted = "models" in given
-    for_models = checks.chosen(given.pop("models", None), models, f"{where}.models")
-    for_data = checks.chosen(given.pop("data", None), data, f"{where}.data")
+    names_models = "models" in given
+    for_models = checks.select_names(given.pop("models", None), models, f"{where}.models")
+    for_data = checks.select_names(given.pop("data", None), data, f"{where}.data")
     decomposer_model = ""
     if name in PAIRS and PAIRS[name].decomposer and "decomposer_model" in given:
         decomposer_model = str(given.pop("decomposer_model"))
-        checks.one_of(decomposer_model, models, f"{where}.decomposer_model")
+        checks.check_choice(decomposer_model, models, f"{where}.decomposer_model")
     if name in PAIRS or name == FEW_SHOT:
         if "mode" in given:
             raise UserError(f"{where}: mode is decided by the method; remove it")
         rename_old_keys(EvaluateSettings, given, where, terminal.deprecation)
-        shown = {"exemplars": "-", **given, "mode": FEW_SHOT} if name == FEW_SHOT else given
-        checks.check(EvaluateSettings, shown, where)
+        settings = {"exemplars": "-", **given, "mode": FEW_SHOT} if name == FEW_SHOT else given
+        checks.check(EvaluateSettings, settings, where)
     else:
         checks.check(TrainSettings, given, where)
-    return MethodEntry(name, tuple(for_models), tuple(for_data), given, decomposer_model, restricted)
+    return MethodEntry(name, tuple(for_models), tuple(for_data), given, decomposer_model, names_models)
 
 
-def trained_alone(entries: dict[str, MethodEntry]) -> dict[str, MethodEntry]:
-    """Entries that ask for a training wherever they stand.
+def trained_methods(entries: dict[str, MethodEntry]) -> set[str]:
+    """Return the methods that are trained for every model and data set of their entry.
 
-    A part that a composite implies is trained where the composite needs it; its entry only adds settings, unless it
-    names models of its own.
+    A role method that a pair uses is trained where the pair requires it; its entry only adds settings, unless it lists
+    models.
     """
-    implied = {part for entry in entries.values() for part in entry.parts}
+    used_by_pairs = {method for entry in entries.values() for method in entry.role_methods}
     return {
-        name: entry
+        name
         for name, entry in entries.items()
-        if name in ALONE or (name in ROLE_METHODS and (entry.restricted or name not in implied))
+        if name in SINGLE_MODEL_METHODS
+        or (name in ROLE_METHODS and (entry.names_models or name not in used_by_pairs))
     }

@@ -1,9 +1,8 @@
-"""Start a command and be sure to end all of it.
+"""Start the commands of stages, and find and end all their processes.
 
-A launcher's ranks are not to be found by process group: mpiexec gives each a session of its own, and SIGTERM to the
-`deepspeed` command leaves them running without a parent. So every process of a study carries the study's directory in
-its environment, where it is inherited; even the ranks of a study that was killed (kill -9) are found by it later. The
-label of its stage stands beside it: what a stage that failed has left is ended while other stages go on.
+The ranks of a launcher cannot be found by process group: mpiexec starts each in its own session, and SIGTERM to the
+`deepspeed` command leaves them running without a parent. So two environment variables, which children inherit, mark
+every process with the directory of its study and the label of its stage, even after the study was killed.
 """
 
 from __future__ import annotations
@@ -24,43 +23,43 @@ from trainer.errors import UserError
 from trainer.runtime import distributed
 from trainer.storage.run_directory import StudyDirectory
 
-MARK = "SOCRATIC_TRAINER_STUDY"
-STAGE_MARK = "SOCRATIC_TRAINER_STAGE"
+STUDY_VARIABLE = "SOCRATIC_TRAINER_STUDY"
+STAGE_VARIABLE = "SOCRATIC_TRAINER_STAGE"
 _POLL_SECONDS = 0.1
-_KILLING_TAKES_SECONDS = 10.0
+_KILL_TIMEOUT_SECONDS = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
-    """Counts Ctrl-C, SIGTERM and SIGHUP while in use: an interrupt in the middle of a start would leave orphans."""
+    """Context manager that counts SIGINT, SIGTERM and SIGHUP; an exception while a stage starts would leave orphans."""
 
     count = 0
 
     def __enter__(self) -> Interrupts:
-        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
-        for number, handler in self._before.items():
-            if handler is not signal.SIG_IGN:  # nohup
-                signal.signal(number, self._remember)
+        self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number, handler in self._previous.items():
+            if handler is not signal.SIG_IGN:  # ignored under nohup
+                signal.signal(number, self._count_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _count_signal(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
 
 
 def start_process(
     command: Sequence[str], study: StudyDirectory, stage: str, log: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    """Start a stage's command whose output is appended to `log`, out of reach of the terminal's Ctrl-C."""
+    """Start a stage's command in a new session, so that Ctrl-C does not reach it, and append its output to `log`."""
     inherited = distributed.without_launcher_variables(os.environ)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         return subprocess.Popen(
             list(command),
-            env={**inherited, **environment, MARK: _mark(study), STAGE_MARK: stage},
+            env={**inherited, **environment, STUDY_VARIABLE: _study_value(study), STAGE_VARIABLE: stage},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -69,53 +68,53 @@ def start_process(
 
 
 def processes_of_study(study: StudyDirectory, stage: str | None = None) -> list[psutil.Process]:
-    """Every living process of the study on this machine, except the one that runs the study; or those of one stage."""
+    """Return the live processes of the study, or of one stage, on this machine, without the current process."""
     return [process for found in _by_stage(study, stage).values() for process in found]
 
 
 def end_processes(
     study: StudyDirectory,
     grace_seconds: float,
-    impatient: Callable[[], bool] = lambda: False,
+    should_kill: Callable[[], bool] = lambda: False,
     stage: str | None = None,
 ) -> list[psutil.Process]:
-    """End every process of the study, or of one stage; return when none is left.
+    """End every process of the study, or of one stage, and wait until none is left.
 
-    The ranks are told by SIGTERM, so that a training can save; their launchers would kill them meanwhile and are told
-    after them, each stage's after its own ranks. Whoever is left after the grace time, or when `impatient()`, is killed.
-    Returns processes that even survive that (they hang in the kernel, e.g. in a file system that is gone).
+    The ranks get SIGTERM, so that a training can save; a launcher, which would kill its ranks, gets it after they have
+    ended. After the grace time, or when `should_kill()`, the remaining processes are killed. Returns the processes that
+    survive SIGKILL (they hang in the kernel, e.g. in a lost file system).
     """
     deadline = time.monotonic() + grace_seconds
     killed_at: float | None = None
-    told: set[psutil.Process] = set()
+    signalled: set[psutil.Process] = set()
     while by_stage := _by_stage(study, stage):
         alive = [process for found in by_stage.values() for process in found]
         now = time.monotonic()
-        if killed_at is not None and now - killed_at > _KILLING_TAKES_SECONDS:
+        if killed_at is not None and now - killed_at > _KILL_TIMEOUT_SECONDS:
             return alive
-        if now >= deadline or impatient():
+        if now >= deadline or should_kill():
             killed_at = killed_at or now
             for process in alive:
                 _signal(process, signal.SIGKILL)
         else:
-            next_ones = {process for found in by_stage.values() for process in _ranks(found) or found}
-            for process in next_ones - told:
+            receivers = {process for found in by_stage.values() for process in _ranks(found) or found}
+            for process in receivers - signalled:
                 _signal(process, signal.SIGTERM)
-                told.add(process)
+                signalled.add(process)
         time.sleep(_POLL_SECONDS)
     return []
 
 
 def _by_stage(study: StudyDirectory, stage: str | None = None) -> dict[str, list[psutil.Process]]:
-    """The living processes, by the label of their stage."""
-    mark, found = _mark(study), defaultdict(list)
+    """Return the live processes by the label of their stage."""
+    study_value, found = _study_value(study), defaultdict(list)
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):  # another user's, or just ended
+        with contextlib.suppress(psutil.Error, OSError):  # of another user, or just ended
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
             environment = process.environ()
-            label = environment.get(STAGE_MARK, "")
-            if environment.get(MARK) == mark and stage in (None, label):
+            label = environment.get(STAGE_VARIABLE, "")
+            if environment.get(STUDY_VARIABLE) == study_value and stage in (None, label):
                 found[label].append(process)
     return dict(found)
 
@@ -126,7 +125,7 @@ def _signal(process: psutil.Process, number: int) -> None:
 
 
 def _ranks(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Processes that a launcher told their place, without the children they may have."""
+    """Return the processes with the environment of a launcher, without their children."""
     ranks = {}
     for process in processes:
         with contextlib.suppress(psutil.Error, OSError, UserError):
@@ -142,5 +141,5 @@ def _parent(process: psutil.Process) -> int:
         return 0
 
 
-def _mark(study: StudyDirectory) -> str:
+def _study_value(study: StudyDirectory) -> str:
     return str(study.path.resolve())

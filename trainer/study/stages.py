@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.settings import PlotSettings
 from trainer.storage.run_directory import RunDirectory
 from trainer.study.data_sets import ProblemSet
-from trainer.study.expand import evaluation_directory_of, evaluation_name_of
+from trainer.study.expand import evaluation_name_of, evaluation_variant
 from trainer.study.study_file import RunSpec, Study
 
 SCRIPTS = {
@@ -28,25 +28,25 @@ SCRIPTS = {
     "report": "plot_scaling.py",
 }
 RANKED = ("train", "evaluate")  # run on several ranks
-ON_DEVICES = (*RANKED, "annotate")  # a rank on a CUDA device of its own, where there are any
+ON_DEVICES = (*RANKED, "annotate")  # each rank uses one CUDA device, if there are any
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. `subject` is the shard set, the run or the study it works on.
+    """One command. `subject`: the shard set, run or study that it processes.
 
-    `needs`: labels of the stages that must be done before; labels are unique in a study.
+    `needs`: labels of the stages that must be done first; labels are unique in a study.
     """
 
     kind: str  # a key of SCRIPTS
     subject: str
-    settings: Any  # of the tool
+    settings: Any  # a dataclass of the tool's settings
     log: Path
     num_ranks: int = 1
     detail: str = ""
-    run: RunSpec | None = None  # whose stage it is
+    run: RunSpec | None = None
     needs: tuple[str, ...] = ()
-    shards: str = ""  # of an annotation: the shards that are made of it
+    shards: str = ""  # annotate only: the shards made from it
 
     @property
     def label(self) -> str:
@@ -54,8 +54,10 @@ class Stage:
 
 
 def study_stages(study: Study) -> list[Stage]:
-    """All stages; run by run, so that the first finished run can be looked at while the others train."""
-    problems = [stage for found in study.problem_sets for stage in _of_problems(found, study.directory.logs)]
+    """Return all stages, run by run, so that the first run is finished while others still train."""
+    problems = [
+        stage for found in study.problem_sets for stage in _problem_set_stages(found, study.directory.logs)
+    ]
     runs = [stage for run in study.runs for stage in run_stages(run)]
     plot = PlotSettings(runs=[str(study.directory.path)])
     needs = tuple(stage.label for stage in runs if stage.kind == "evaluate")
@@ -63,7 +65,7 @@ def study_stages(study: Study) -> list[Stage]:
     return [*problems, *runs, report]
 
 
-def _of_problems(problems: ProblemSet, logs: Path) -> list[Stage]:
+def _problem_set_stages(problems: ProblemSet, logs: Path) -> list[Stage]:
     name = Path(problems.shards.output_dir).name
     annotate = []
     if problems.annotate:
@@ -74,37 +76,27 @@ def _of_problems(problems: ProblemSet, logs: Path) -> list[Stage]:
 
 
 def run_stages(run: RunSpec) -> list[Stage]:
-    """Training and conversion of a student, and the run's evaluations."""
+    """Return training, conversion and evaluations of a run, as far as it has them."""
     directory: RunDirectory = run.directory
     stages = []
     if run.train:
-        learned = [prepared(path) for path in (run.train.train_shards, run.train.eval_shards) if path]
+        needs = [prepare_label(path) for path in (run.train.train_shards, run.train.eval_shards) if path]
         log = directory.log("train")
-        train = Stage("train", run.name, run.train, log, run.num_ranks, run=run, needs=tuple(learned))
+        train = Stage("train", run.name, run.train, log, run.num_ranks, run=run, needs=tuple(needs))
         log = directory.log("convert")
         convert = Stage("convert", run.name, run.convert, log, run=run, needs=(train.label,))
         stages = [train, convert]
-    exports = [f"convert {name}" for name in ((run.name,) if run.train else run.students)]
+    exports = [f"convert {name}" for name in ((run.name,) if run.train else run.trained_runs)]
     for settings in run.evaluations:
         log = directory.log(f"evaluate-{evaluation_name_of(settings)}")
-        needs = (*exports, prepared(settings.shards))
-        stages.append(
-            Stage(
-                "evaluate",
-                run.name,
-                settings,
-                log,
-                run.num_ranks,
-                evaluation_directory_of(settings),
-                run,
-                needs,
-            )
-        )
+        variant = evaluation_variant(settings)
+        required = (*exports, prepare_label(settings.shards))
+        stages.append(Stage("evaluate", run.name, settings, log, run.num_ranks, variant, run, required))
     return stages
 
 
-def prepared(shards: str) -> str:
-    """Label of the stage that makes a shard directory."""
+def prepare_label(shards: str) -> str:
+    """Return the label of the stage that makes a shard directory."""
     return f"prepare {Path(shards).name}"
 
 
@@ -122,10 +114,10 @@ def stage_command(
     port: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> list[str]:
-    """The command line. Every setting is a flag, so that the line can be copied and run by hand in that environment.
+    """Return the command line of a stage. Every setting is a flag, so that it can be copied and run by hand.
 
     `auto`: several ranks train under the deepspeed launcher, which imports torch and deepspeed twice before the first
-    rank starts (7 s on two cores); evaluation does not need it and starts under mpiexec (0.03 s) where there is one.
+    rank starts (7 s on two cores); evaluation uses mpiexec (0.03 s) if the environment has it.
     """
     script = [*program(stage.kind, tools), *to_flags(stage.settings)]
     if stage.kind not in RANKED or (stage.num_ranks == 1 and launcher == "auto"):
@@ -140,57 +132,57 @@ def stage_command(
     master_port = [f"--master_port={port}"] if port else []
     if tools is None:
         script[0] = "--module"
-    return [deepspeed(), *_devices(stage.num_ranks, environment), *master_port, *script]
+    return [deepspeed_command(), *_device_flags(stage.num_ranks, environment), *master_port, *script]
 
 
 def stage_environment(stage: Stage, cores: int, devices: Sequence[str] = ()) -> dict[str, str]:
-    """What a stage finds besides our own environment: threads, or every rank would use all the cores, and its devices.
+    """Return variables to add to a stage's environment: its devices, and threads per rank (torch's default: all cores).
 
-    `cores` are those for this stage alone. Without `devices` it sees those that we see.
+    `cores`: number of cores for this stage. Without `devices` it inherits CUDA_VISIBLE_DEVICES.
     """
-    found = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
+    variables = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
     if stage.kind in RANKED and "OMP_NUM_THREADS" not in os.environ:
-        found["OMP_NUM_THREADS"] = str(max(1, cores // stage.num_ranks))
-    return found
+        variables["OMP_NUM_THREADS"] = str(max(1, cores // stage.num_ranks))
+    return variables
 
 
 def to_flags(settings: Any) -> list[str]:
-    """Fields that are not at their default, as flags; `--name=value` also holds a value that begins with a dash.
+    """Return fields that differ from their default as flags, one for each item of a list.
 
-    A list is one flag an item.
+    `--name=value` also works for a value that begins with a dash.
     """
-    given, positional = [], []
+    flags, positional = [], []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if field.metadata.get("positional"):
             positional += value if isinstance(value, list) else [value]
         elif isinstance(value, list):
-            given += [f"--{field.name}={item}" for item in value]
+            flags += [f"--{field.name}={item}" for item in value]
         elif value != field.default:
-            given.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
-    return [*positional, *given]
+            flags.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
+    return [*positional, *flags]
 
 
 def _beside_python(name: str) -> str | None:
-    """A command of our own virtual environment, activated or not."""
+    """Return a command of this Python's virtual environment, even if it is not activated."""
     path = Path(sys.executable).parent / name
     return str(path) if os.access(path, os.X_OK) else None
 
 
 def _own_mpiexec() -> str | None:
-    """mpiexec of this virtual environment. Another one may not fit mpi4py: every rank would believe to be alone."""
+    """Return mpiexec of this virtual environment; under another MPI than mpi4py's every world size would be 1."""
     return _beside_python("mpiexec") if importlib.util.find_spec("mpi4py") else None
 
 
-def deepspeed() -> str:
-    found = _beside_python("deepspeed") or shutil.which("deepspeed")
-    if not found:
+def deepspeed_command() -> str:
+    command = _beside_python("deepspeed") or shutil.which("deepspeed")
+    if not command:
         raise UserError(f"there is no deepspeed command beside {sys.executable}; pip install deepspeed")
-    return found
+    return command
 
 
-def _devices(num_ranks: int, environment: Mapping[str, str]) -> list[str]:
-    """Which devices: with --num_gpus the launcher would drop CUDA_VISIBLE_DEVICES and take the first ones."""
+def _device_flags(num_ranks: int, environment: Mapping[str, str]) -> list[str]:
+    """Return the launcher's device flags; with --num_gpus it ignores CUDA_VISIBLE_DEVICES and takes the first ones."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     if not visible:
         return ["--num_gpus", str(num_ranks)]

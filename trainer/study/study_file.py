@@ -1,4 +1,4 @@
-"""A study file -> every run it describes, with all settings made and checked before anything is started."""
+"""Load a study file: make and check the settings of all its runs before anything is started."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Study:
     file: Path
     directory: StudyDirectory
     num_ranks: int
-    num_parallel: int  # stages at the same time on this machine
+    num_parallel: int  # maximum number of stages at the same time on this machine
     launcher: str
     problem_sets: tuple[ProblemSet, ...]
     runs: tuple[RunSpec, ...]
@@ -51,18 +51,18 @@ def load_study(
     num_ranks: int = 0,
     num_parallel: int = 0,
 ) -> Study:
-    """Make the study from a parsed file; the last four, where given, win over it.
+    """Return the study of a parsed file; the last four arguments, if given, override it.
 
-    Raises UserError naming the file and the key path of the first thing that is wrong.
+    Raises UserError with the file and the key path of the first fault.
     """
     where = str(file)
-    checks.refuse_unknown(values, KEYS, where)
-    name = checks.name(checks.required(values, "study", where), f"{where}: study")
+    checks.check_keys(values, KEYS, where)
+    name = checks.checked_name(checks.required(values, "study", where), f"{where}: study")
     launcher = values.get("launcher", "auto")
     if launcher not in LAUNCHERS:
         raise UserError(f"{where}: launcher is {launcher!r}; choose one of {', '.join(LAUNCHERS)}")
-    default_ranks = checks.count(num_ranks or values.get("num_ranks", 1), f"{where}: num_ranks")
-    num_parallel = checks.count(
+    default_ranks = checks.checked_count(num_ranks or values.get("num_ranks", 1), f"{where}: num_ranks")
+    num_parallel = checks.checked_count(
         num_parallel or values.get("num_parallel", 1), f"{where}: num_parallel", "stages at the same time"
     )
     directory = StudyDirectory(Path(output_dir or str(values.get("output_dir", "runs"))) / name)
@@ -83,27 +83,31 @@ def load_study(
         evaluate=_check_evaluation(
             checks.mapping(values.get("evaluate") or {}, f"{where}: evaluate"), f"{where}: evaluate"
         ),
-        evaluations=_variants(values, where),
+        evaluations=_evaluation_variants(values, where),
     )
     problem_sets = tuple(problems for sets in data.values() for problems in sets.values())
-    made = expand.expand(grid)
-    if not made:
+    runs = expand.expand(grid)
+    if not runs:
         raise UserError(f"{where}: there is no run: no method is for any of the models and data sets")
-    return Study(file, directory, default_ranks, num_parallel, launcher, problem_sets, made)
+    return Study(file, directory, default_ranks, num_parallel, launcher, problem_sets, runs)
 
 
 def _models(
     values: dict[str, Any], num_ranks: int, default_ranks: int, where: str
 ) -> dict[str, expand.ModelSpec]:
     found = {}
-    for name, given in checks.entries(checks.required(values, "models", where), f"{where}: models").items():
-        ranks = checks.count(given.pop("num_ranks", default_ranks), f"{where}: models.{name}: num_ranks")
+    for name, given in checks.named_settings(
+        checks.required(values, "models", where), f"{where}: models"
+    ).items():
+        ranks = checks.checked_count(
+            given.pop("num_ranks", default_ranks), f"{where}: models.{name}: num_ranks"
+        )
         checks.check(TrainSettings, given, f"{where}: models.{name}")
         found[name] = expand.ModelSpec(name, given, num_ranks or ranks)
     return found
 
 
-def _variants(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
+def _evaluation_variants(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
     given = values.get("evaluations", [{}])
     if not isinstance(given, list) or not given:
         raise UserError(
@@ -111,9 +115,9 @@ def _variants(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
         )
     variants = []
     for number, variant in enumerate(given):
-        place = f"{where}: evaluations[{number}]"
-        variants.append(checks.mapping(variant or {}, place))
-        _check_evaluation(variants[-1], place)
+        path = f"{where}: evaluations[{number}]"
+        variants.append(checks.mapping(variant or {}, path))
+        _check_evaluation(variants[-1], path)
     return variants
 
 

@@ -1,4 +1,4 @@
-"""A study as tables: what would be run, and how far it is. Reads the disk, starts nothing."""
+"""Tables of the plan and the progress of a study, read from disk."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from trainer.settings import EvaluateSettings
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import EvaluationDirectory
 from trainer.study import changes, estimates, processes, stages, status
-from trainer.study.expand import evaluation_directory_of
+from trainer.study.expand import evaluation_variant
 from trainer.study.study_file import RunSpec, Study
 
-_WIDTH_OF_A_PIPE = 160  # where there is no terminal whose width one could ask for
+_WIDTH_WITHOUT_TERMINAL = 160
 
 
 def show_status(study: Study) -> None:
-    """Print how far every run is, with its loss and its accuracies (strict, 95 % interval)."""
-    table = make_table("run", "train", "loss", "convert", *_evaluation_sets(study))
+    """Print the progress of every run, its loss and its accuracies (strict, 95 % interval)."""
+    table = make_table("run", "train", "loss", "convert", *_evaluation_variants(study))
     for run in study.runs:
-        cells = {evaluation_directory_of(settings): _evaluation(settings) for settings in run.evaluations}
+        cells = {evaluation_variant(settings): _evaluation(settings) for settings in run.evaluations}
         table.add_row(
             run.name,
             *(_training(run) if run.train else ("", "", "")),
-            *(cells.get(name, "") for name in _evaluation_sets(study)),
+            *(cells.get(name, "") for name in _evaluation_variants(study)),
         )
     todo = stages.study_stages(study)
     done = sum(status.is_done(stage) for stage in todo)
@@ -49,14 +49,14 @@ def show_status(study: Study) -> None:
     elif leftovers:
         numbers = ", ".join(str(process.pid) for process in leftovers)
         terminal.info(
-            f"not being run, but processes {numbers} of an earlier start live; a run ends them first"
+            f"not running, but processes {numbers} of an earlier start are alive; a run ends them first"
         )
     if status.is_done(todo[-1]):
         terminal.info(f"report: {study.directory.report / 'index.html'}")
 
 
 def show_plan(study: Study, tools: Path | None) -> None:
-    """Print models, stages, whether they are done, and the commands of the others. Raises UserError as a run would."""
+    """Print models, stages and the commands of stages that are not done. Raises UserError if a run would."""
     changes.check_unchanged(study)
     todo = stages.study_stages(study)
     waiting = [stage for stage in todo if not status.is_done(stage)]
@@ -72,7 +72,7 @@ def show_plan(study: Study, tools: Path | None) -> None:
 
 
 def _models(study: Study) -> Table:
-    """The models with what is known of them; `?` is not known without a network."""
+    """Return a table of the models; `?` marks what is not known without a network."""
     table = make_table("model", "from", "parameters", "ranks", "deepspeed", "dtype")
     prepared = {settings.output_dir: settings for settings in study.shards}
     seen = set()
@@ -92,7 +92,7 @@ def _models(study: Study) -> Table:
 
 
 def _num_problems(stage: stages.Stage, study: Study) -> str:
-    """What a stage reads: examples of the method, or problems that are answered."""
+    """Return the number of problems that a stage prepares, trains on or evaluates; "?" if unknown."""
     if stage.kind == "prepare":
         return _number(estimates.num_problems(stage.settings))
     if stage.kind == "train":
@@ -107,18 +107,18 @@ def _number(value: int | None) -> str:
 
 
 def _training(run: RunSpec) -> tuple[str, str, str]:
-    """How far the training is, its loss, and whether it is converted."""
+    """Return the cells of a training: its progress, its loss, and whether its checkpoint is converted."""
     assert run.train
     loss = status.final_loss(run.directory)
     progress = status.training_progress(run.train)
     exported = status.is_exported(run.directory)
     if exported or status.is_trained(run.directory):
-        how_far = "done"
+        training = "done"
     elif run.directory.metrics.is_file():
-        how_far = f"{progress.done}/{progress.total or '?'}"
+        training = f"{progress.done}/{progress.total or '?'}"
     else:
-        how_far = "-"
-    return how_far, "-" if loss is None else f"{loss:.3f}", "done" if exported else "-"
+        training = "-"
+    return training, "-" if loss is None else f"{loss:.3f}", "done" if exported else "-"
 
 
 def _evaluation(settings: EvaluateSettings) -> str:
@@ -130,9 +130,9 @@ def _evaluation(settings: EvaluateSettings) -> str:
     return f"{progress.done}/{progress.total}"
 
 
-def _evaluation_sets(study: Study) -> list[str]:
-    """On what and how students are evaluated, in the order of the file."""
-    return list(dict.fromkeys(evaluation_directory_of(e) for run in study.runs for e in run.evaluations))
+def _evaluation_variants(study: Study) -> list[str]:
+    """Return the evaluation variants of the study, in the order of the file."""
+    return list(dict.fromkeys(evaluation_variant(e) for run in study.runs for e in run.evaluations))
 
 
 def make_table(*columns: str) -> Table:
@@ -143,8 +143,8 @@ def make_table(*columns: str) -> Table:
 
 
 def table_text(table: Table) -> str:
-    """The table as plain text, as wide as the terminal."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_OF_A_PIPE
+    """Return the table as plain text, as wide as the terminal."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL
     buffer = io.StringIO()
     Console(file=buffer, width=width).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
