@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A real two-node Slurm on one machine, to try a job before it costs an allocation:  slurm/dev_cluster.sh up|status|down
 #
-# One slurmctld, one slurmd for each of the nodes n1 and n2, and a munged, all with their own ports, sockets and files in
-# ${DEV_CLUSTER_DIR:-/tmp/dev_cluster.$USER}; nothing of the system's Slurm is touched. Needs no root: jobs run as you.
+# Starts slurmctld, a slurmd for each of the nodes n1 and n2, and munged, with their own ports, sockets and files in
+# ${DEV_CLUSTER_DIR:-/tmp/dev_cluster.$USER}. It does not affect the system's Slurm and needs no root: jobs run as you.
 set -euo pipefail
 
 DIRECTORY=${DEV_CLUSTER_DIR:-${TMPDIR:-/tmp}/dev_cluster.$(id -un)}
@@ -13,7 +13,7 @@ CPUS_PER_NODE=${DEV_CLUSTER_CPUS:-8}
 GRACE_SECONDS=${DEV_CLUSTER_GRACE:-30}
 KILL_WAIT_SECONDS=${DEV_CLUSTER_KILL_WAIT:-30}
 NODE_LOST_SECONDS=${DEV_CLUSTER_NODE_LOST:-30}
-REQUEUE_WAIT_SECONDS=${DEV_CLUSTER_REQUEUE_WAIT:-120} # Slurm's own: a requeued job waits until its credentials have expired
+REQUEUE_WAIT_SECONDS=${DEV_CLUSTER_REQUEUE_WAIT:-120} # Slurm's default: a requeued job waits until its credentials have expired
 
 main() {
     case ${1:-} in
@@ -28,20 +28,20 @@ main() {
 }
 
 up() {
-    refuse_missing_packages
+    check_packages
     if is_up; then
         echo "already up"
     else
-        down >/dev/null # what an earlier start left behind
-        # Slurm and munge refuse files that others could have written; a socket must be reachable.
+        down >/dev/null # remains of an earlier start
+        # Slurm and munge reject files that other users may write; the socket must be reachable.
         install --directory --mode=755 "$DIRECTORY" "$DIRECTORY/munge"
         install --directory --mode=700 "$DIRECTORY/state" "$DIRECTORY/n1" "$DIRECTORY/n2" "$DIRECTORY/logs" "$DIRECTORY/munge/private"
         start_munged
         write_configuration
-        slurmctld_and_slurmds
+        start_daemons
         wait_until_idle
     fi
-    how_to_use
+    usage
 }
 
 status() {
@@ -51,7 +51,7 @@ status() {
     fi
     SLURM_CONF=$CONF sinfo --format='%P %a %.6D %t %N' | column -t
     SLURM_CONF=$CONF squeue
-    how_to_use
+    usage
 }
 
 down() {
@@ -59,7 +59,7 @@ down() {
         SLURM_CONF=$CONF scancel --quiet --full --state=RUNNING,SUSPENDED,PENDING --user="$(id -un)" 2>/dev/null || true
     fi
     local deadline=$((SECONDS + 90)) signal=TERM pids
-    while pids=$(our_processes) && [[ -n $pids ]]; do
+    while pids=$(cluster_processes) && [[ -n $pids ]]; do
         # shellcheck disable=SC2086
         kill -"$signal" $pids 2>/dev/null || true
         sleep 0.2
@@ -73,7 +73,7 @@ down() {
     echo "down"
 }
 
-refuse_missing_packages() {
+check_packages() {
     local missing="" command
     local -A package=([slurmctld]=slurmctld [slurmd]=slurmd [sbatch]=slurm-client [srun]=slurm-client [munged]=munge)
     for command in slurmctld slurmd sbatch srun munged; do
@@ -119,14 +119,14 @@ write_configuration() {
 	SlurmdSpoolDir=$DIRECTORY/%n
 	SlurmdPidFile=$DIRECTORY/%n/slurmd.pid
 	SlurmdLogFile=$DIRECTORY/logs/slurmd-%n.log
-	# Without cgroups, so that it runs in a container as well: Slurm then trusts jobs with memory and cores.
+	# Without cgroups, to run in a container as well: limits of memory and cores are not enforced.
 	ProctrackType=proctrack/linuxproc
 	TaskPlugin=task/none
 	JobAcctGatherType=jobacct_gather/none
 	SelectType=select/cons_tres
 	SelectTypeParameters=CR_CPU
 	SlurmdParameters=config_overrides
-	# A job of the partition "high" requeues jobs of "low", which have the grace time to save.
+	# A job in the partition "high" preempts jobs in "low"; they have the grace time to save, and are requeued.
 	PreemptType=preempt/partition_prio
 	PreemptMode=REQUEUE
 	SchedulerParameters=bf_interval=2,batch_sched_delay=0,sched_min_interval=0
@@ -147,11 +147,11 @@ write_configuration() {
         port=$((port + 1))
         echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$port CPUs=$CPUS_PER_NODE Gres=gpu:pretended:4" >>"$CONF"
     done
-    # Devices in name only: scripts that ask for accelerators can be tried, and use the CPU.
+    # Simulated devices, so that scripts that request GPUs can be tried; they use the CPU.
     printf "NodeName=n[1-2] Name=gpu Type=pretended File=/dev/%s\n" null zero full random >"$DIRECTORY/gres.conf"
 }
 
-# The first of N neighbouring ports nobody listens on, below those that the system hands out by itself.
+# Print the first of N adjacent unused ports, below the range of ephemeral ports.
 free_ports() {
     local first offset
     for _ in {1..50}; do
@@ -166,7 +166,7 @@ free_ports() {
     exit 1
 }
 
-slurmctld_and_slurmds() {
+start_daemons() {
     local node
     export SLURM_CONF=$CONF
     DEV_CLUSTER_OF=$DIRECTORY slurmctld -f "$CONF" -i
@@ -187,9 +187,9 @@ wait_until_idle() {
     done
 }
 
-# Daemons carry a mark in their environment; jobs know the configuration and their number; slurmstepd, which overwrites
-# its environment, works in our folder.
-our_processes() {
+# Print the pids of this cluster. Daemons have DEV_CLUSTER_OF in their environment, jobs SLURM_CONF and SLURM_JOB_ID;
+# slurmstepd, which overwrites its environment, has a working directory below $DIRECTORY.
+cluster_processes() {
     local process variables name
     for process in /proc/[0-9]*; do
         variables=$'\n'$(tr '\0' '\n' 2>/dev/null <"$process/environ" || true)$'\n'
@@ -202,7 +202,7 @@ our_processes() {
     done
 }
 
-how_to_use() {
+usage() {
     cat <<-END
 	partitions: low (default; preempted by high after $GRACE_SECONDS s of grace, then requeued), high
 	use it:     export SLURM_CONF=$CONF

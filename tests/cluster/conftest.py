@@ -23,12 +23,12 @@ STUDY: dict[str, Any] = {
 
 @pytest.fixture
 def values() -> dict[str, Any]:
-    """A study file's content: two runs, nine stages."""
+    """Return the content of a study file with two runs and nine stages."""
     return copy.deepcopy(STUDY)
 
 
 @pytest.fixture
 def make_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Study]:
-    """Makes a study in an empty working directory."""
+    """Return a function that loads a study in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     return lambda values: load_study(values, Path("tiny.yaml"))

@@ -1,4 +1,4 @@
-"""cluster.env: every key, and every way to get it wrong."""
+"""Parsing of cluster.env and its errors."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ from pathlib import Path
 
 import pytest
 
-from trainer.cluster.config import KEYS, ClusterConfig, parse_cluster_config, read_cluster_config, seconds_of
+from trainer.cluster.config import (
+    KEYS,
+    ClusterConfig,
+    parse_cluster_config,
+    parse_seconds,
+    read_cluster_config,
+)
 from trainer.errors import UserError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "slurm" / "cluster.env.example"
 
 
 def test_values_comments_and_quotes() -> None:
-    site = parse_cluster_config(
-        '# a site\n\nPARTITION=gpu\nMODULES="cuda/12.4 gcc/13"\nGPUS_PER_NODE = 4 # of a node\nACCOUNT=\n',
+    config = parse_cluster_config(
+        '# a comment\n\nPARTITION=gpu\nMODULES="cuda/12.4 gcc/13"\nGPUS_PER_NODE = 4 # of a node\nACCOUNT=\n',
         "x",
     )
-    assert site == ClusterConfig(partition="gpu", modules=("cuda/12.4", "gcc/13"), gpus_per_node=4)
+    assert config == ClusterConfig(partition="gpu", modules=("cuda/12.4", "gcc/13"), gpus_per_node=4)
 
 
 def test_the_example_names_every_key_and_can_be_read() -> None:
-    site = read_cluster_config(EXAMPLE)
+    config = read_cluster_config(EXAMPLE)
     text = EXAMPLE.read_text(encoding="utf-8")
     assert [key for key in KEYS if f"\n{key}=" not in text] == []
-    assert site.partition
+    assert config.partition
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ def test_what_is_wrong_is_named(line: str, message: str) -> None:
         parse_cluster_config(line, "cluster.env")
 
 
-def test_a_missing_file_says_where_to_begin(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_the_example(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not exist; copy slurm/cluster\.env\.example"):
         read_cluster_config(tmp_path / "cluster.env")
 
@@ -63,4 +69,4 @@ def test_a_missing_file_says_where_to_begin(tmp_path: Path) -> None:
     [("00:20:00", 1200), ("04:00:00", 14400), ("1-00:00:00", 86400), ("2-03:04:05", 183845), ("30:00", 1800)],
 )
 def test_times(limit: str, seconds: int) -> None:
-    assert seconds_of(limit) == seconds
+    assert parse_seconds(limit) == seconds

@@ -1,4 +1,4 @@
-"""The text of batch scripts, pinned. After a wanted change: UPDATE_GOLDEN=1 pytest tests/cluster/test_scripts.py"""
+"""Batch scripts against golden files. To update them: UPDATE_GOLDEN=1 pytest tests/cluster/test_scripts.py"""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from trainer.study.study_file import Study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "sbatch"
-PLACE = JobPaths(Path("/home/me/socratic trainer"), Path("tools"), Path("slurm"), Path("runs/tiny/slurm"))
-SITES = {
+PATHS = JobPaths(Path("/home/me/socratic trainer"), Path("tools"), Path("slurm"), Path("runs/tiny/slurm"))
+CONFIGS = {
     "cpu": "PARTITION=low\nTASKS_PER_NODE=1\n",
     "gpu": (
         "PARTITION=gpu\nCPU_PARTITION=cpu\nACCOUNT=abc123\nQOS=long\nCONSTRAINT=nvlink&ib\nGPUS_PER_NODE=4\n"
@@ -32,10 +32,10 @@ SITES = {
 }
 
 
-def written(site: ClusterConfig, study: Study) -> str:
-    """All scripts of a study, one after the other."""
+def all_scripts(config: ClusterConfig, study: Study) -> str:
+    """Return all scripts of a study in one text."""
     planned = jobs.plan_jobs(stages.study_stages(study), set(), {}, study.name)
-    return "\n".join(f"### {batch.kind}\n{scripts.script_text(batch, site, PLACE)}" for batch in planned)
+    return "\n".join(f"### {batch.kind}\n{scripts.script_text(batch, config, PATHS)}" for batch in planned)
 
 
 @pytest.fixture
@@ -44,27 +44,27 @@ def study(values: dict[str, Any], make_study: Callable[[dict[str, Any]], Study])
     return make_study(values)
 
 
-@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_scripts_are_as_before(name: str, study: Study) -> None:
-    text, golden = written(parse_cluster_config(SITES[name], name), study), GOLDEN / f"{name}.txt"
+    text, golden = all_scripts(parse_cluster_config(CONFIGS[name], name), study), GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.parent.mkdir(parents=True, exist_ok=True)
         golden.write_text(text, encoding="utf-8")
     assert text == golden.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", SITES)
-def test_bash_reads_every_script(name: str, study: Study) -> None:
-    for part in written(parse_cluster_config(SITES[name], name), study).split("### ")[1:]:
-        done = subprocess.run(["bash", "-n"], input=f"# {part}", text=True, capture_output=True)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bash_parses_every_script(name: str, study: Study) -> None:
+    for script in all_scripts(parse_cluster_config(CONFIGS[name], name), study).split("### ")[1:]:
+        done = subprocess.run(["bash", "-n"], input=f"# {script}", text=True, capture_output=True)
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_settings_reach_the_tool_as_they_are(study: Study, tmp_path: Path) -> None:
-    """Run the script's own lines up to the end of its arguments: no quote, dollar or star of a setting is expanded."""
+def test_settings_reach_the_tool_unchanged(study: Study, tmp_path: Path) -> None:
+    """Run the lines that set the arguments: the shell must not expand quotes, dollars or stars in settings."""
     planned = jobs.plan_jobs(stages.study_stages(study), set(), {}, study.name)
     train = next(batch for batch in planned if batch.kind == "train")
-    body = scripts.script_text(train, ClusterConfig(), PLACE).partition("case")[2].partition("esac")[0]
+    body = scripts.script_text(train, ClusterConfig(), PATHS).partition("case")[2].partition("esac")[0]
     show = 'printf "%s\\n" "$log" "${arguments[@]}"'
     for index, stage in zip(train.indices, train.stages, strict=True):
         done = subprocess.run(
@@ -79,7 +79,7 @@ def test_settings_reach_the_tool_as_they_are(study: Study, tmp_path: Path) -> No
 
 def test_no_secret_gets_into_a_script(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    text = written(ClusterConfig(), study)
+    text = all_scripts(ClusterConfig(), study)
     assert "0123456789abcdef" not in text and "WANDB_API_KEY" not in text
 
 
@@ -101,6 +101,6 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
 
 def test_a_log_folder_slurm_cannot_write_to_is_refused(study: Study) -> None:
     planned = jobs.plan_jobs(stages.study_stages(study), set(), {}, study.name)
-    place = JobPaths(Path("/home/me"), Path("tools"), Path("slurm"), Path("my runs/tiny/slurm"))
+    paths = JobPaths(Path("/home/me"), Path("tools"), Path("slurm"), Path("my runs/tiny/slurm"))
     with pytest.raises(UserError, match="my runs/tiny/slurm: a batch script cannot write there"):
-        scripts.script_text(planned[0], ClusterConfig(), place)
+        scripts.script_text(planned[0], ClusterConfig(), paths)

@@ -1,4 +1,4 @@
-"""What is read of Slurm's answers and of logs. Real answers come in test_study_on_slurm.py; sacct needs a database."""
+"""Parsing of sacct's output, logs and metrics; squeue's output is tested on a real Slurm in test_study_on_slurm.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from trainer.study.study_file import Study
 
 
 def test_sacct() -> None:
-    """As `sacct --allocations --parsable2 --format=JobID,State,ExitCode,NodeList` prints it."""
-    told = "12_0|COMPLETED|0:0|n[1-2]\n12_1|CANCELLED by 1000|0:15|None assigned\n13|OUT_OF_MEMORY|0:125|n1\n14|NODE_FAIL+|1:0|n2\n"
-    assert parse_sacct(told) == {
+    """The format of `sacct --allocations --parsable2 --format=JobID,State,ExitCode,NodeList`."""
+    output = "12_0|COMPLETED|0:0|n[1-2]\n12_1|CANCELLED by 1000|0:15|None assigned\n13|OUT_OF_MEMORY|0:125|n1\n14|NODE_FAIL+|1:0|n2\n"
+    assert parse_sacct(output) == {
         "12_0": JobState("COMPLETED", "", None, "n[1-2]"),
         "12_1": JobState("CANCELLED", "by 1000", None, "None assigned"),
         "13": JobState("OUT_OF_MEMORY", "exit code 0:125", None, "n1"),
@@ -25,7 +25,7 @@ def test_sacct() -> None:
     }
 
 
-def test_the_error_of_the_last_start_counts(tmp_path: Path) -> None:
+def test_last_error_is_from_the_last_start(tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     assert status.last_error(log) == ""
     header = "=== 2026-01-01T00:00:00+00:00 job 12_0 on n1, restart {}\n"
@@ -38,7 +38,7 @@ def test_the_error_of_the_last_start_counts(tmp_path: Path) -> None:
     assert status.last_error(log) == "error: no such file"
 
 
-def test_a_running_training_tells_step_loss_speed_and_time_left(
+def test_progress_of_a_training_has_step_loss_speed_and_time_left(
     values: dict[str, Any], make_study: Callable[[dict[str, Any]], Study]
 ) -> None:
     values["train"]["max_steps"] = 100

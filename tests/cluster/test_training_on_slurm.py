@@ -1,4 +1,4 @@
-"""Real training on two nodes: preempted, requeued and resumed, it equals the run that nobody disturbed."""
+"""Training on two nodes: a run that is preempted, requeued and resumed equals an undisturbed one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-pe
 
 @dataclass(frozen=True)
 class Trained:
-    """Two runs of the same settings; `job` is the preempted one's."""
+    """Two runs with the same settings; `job` is that of the preempted one."""
 
     folder: Path
     job: str
@@ -30,7 +30,7 @@ class Trained:
 
 
 def losses(run: RunDirectory) -> list[float]:
-    """Of a step that was done twice the last line counts."""
+    """Return the losses by step; the last line of a repeated step counts."""
     lines = run.metrics.read_text().splitlines() if run.metrics.exists() else []
     steps = {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
     return [steps[step] for step in sorted(steps)]
@@ -67,12 +67,10 @@ def trained(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Train
     job = submit_training(cluster, folder, preempted)
     cluster.wait(lambda: len(losses(preempted)) >= 3 or (folder / "failed").exists(), "three steps")
     preempt(cluster)
-    cluster.wait(
-        lambda: "is requeued" in (folder / "preempted.out").read_text(), "the job asks for its requeue"
-    )
+    cluster.wait(lambda: "is requeued" in (folder / "preempted.out").read_text(), "the job is requeued")
     assert len(losses(preempted)) < STEPS, "it was preempted in the middle"
     cluster.start_now(job)
-    # At the same time, so that the ranks of two jobs meet on a node: their ports must not.
+    # Both jobs run on the same nodes at the same time, and their ports must differ.
     other = submit_training(cluster, folder, undisturbed)
     for number in (job, other):
         cluster.wait_for_state(number, "COMPLETED")
@@ -87,7 +85,7 @@ def test_losses_are_those_of_the_undisturbed_run(trained: Trained) -> None:
 def test_it_was_requeued_and_no_step_was_done_twice(cluster: Cluster, trained: Trained) -> None:
     assert cluster.fact(trained.job, "Restarts") == "1"
     lines = trained.preempted.metrics.read_text().splitlines()
-    assert len(lines) == STEPS, "the checkpoint was of the very step at which it was told to stop"
+    assert len(lines) == STEPS, "the checkpoint is of the step at which it was stopped"
     counted = json.loads(trained.preempted.restarts.read_text())
     assert (counted["restarts"], counted["job"]) == (1, trained.job)
     log = (trained.folder / "preempted.out").read_text()
@@ -105,7 +103,7 @@ def test_final_weights_are_those_of_the_undisturbed_run(cluster: Cluster, traine
 
 
 def test_ranks_on_two_nodes_take_problems_from_one_queue(cluster: Cluster, trained: Trained) -> None:
-    """By the batch script, and by hand where Slurm offers PMI to every task: the same predictions."""
+    """With the batch script, and with srun and PMI: the predictions are equal."""
     if not trained.undisturbed.export.exists():
         pytest.skip("the conversion failed")
     flags = [f"--model_name_or_path={trained.undisturbed.export}", f"--shards={trained.folder}/shards"]
@@ -123,7 +121,7 @@ def test_ranks_on_two_nodes_take_problems_from_one_queue(cluster: Cluster, train
 
 @pytest.mark.slow
 def test_a_run_saves_before_its_time_limit_and_goes_on(cluster: Cluster, trained: Trained) -> None:
-    """Without any signal from Slurm: the run knows its limit."""
+    """Without a signal from Slurm: the run reads its time limit."""
     run = RunDirectory(trained.folder / "limited")
     file = trained.folder / "limited.yaml"
     submitted = trained.folder / "limited.out"
@@ -156,7 +154,7 @@ def test_a_job_whose_node_is_lost_goes_on_at_another(cluster: Cluster, trained: 
     cluster.wait(lambda: len(losses(run)) >= 6, "a checkpoint")
     node = cluster.fact(job, "NodeList")
     cluster.lose_node(node)
-    cluster.wait(lambda: cluster.fact(job, "Restarts") == "1", "Slurm notices")
+    cluster.wait(lambda: cluster.fact(job, "Restarts") == "1", "Slurm requeues the job")
     cluster.start_now(job)
     cluster.wait_for_state(job, "COMPLETED")
     assert cluster.fact(job, "NodeList") == {"n1": "n2", "n2": "n1"}[node]

@@ -1,1 +1,1 @@
-"""A study as Slurm jobs: batch scripts, submitting them, and what became of them."""
+"""Run a study as Slurm jobs: batch scripts, submission and status."""

@@ -1,4 +1,4 @@
-"""The subcommands of tools/study.py that know of Slurm."""
+"""The subcommands of tools/study.py that use Slurm."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def run_command(
     run_name: str,
     failed: bool,
 ) -> None:
-    """Do `command`: status, submit, resubmit, logs or cancel. Raises UserError if a flag it needs is missing."""
+    """Run status, submit, resubmit, logs or cancel. Raises UserError if a required flag is missing."""
     if command == "status":
         table.show_status(study)
-        if submitted_jobs.file_of(study.directory).is_file():
+        if submitted_jobs.jobs_file(study.directory).is_file():
             status.print_status(study)
     elif command == "submit":
         if cluster is None:
-            raise UserError("submit where? Give --cluster cluster.env (see slurm/cluster.env.example)")
+            raise UserError("submit requires --cluster cluster.env (see slurm/cluster.env.example)")
         submit.submit(study, tools, cluster, dry_run)
     elif command == "resubmit":
         if not failed:
-            raise UserError("resubmit what? Give --failed; 'submit' submits everything that is not done")
+            raise UserError("resubmit requires --failed; 'submit' submits everything that is not done")
         submit.resubmit(study, tools)
     elif command == "logs":
         if not run_name:
-            raise UserError(f"logs of which run? e.g. {study.runs[0].name}")
+            raise UserError(f"logs requires the name of a run, e.g. {study.runs[0].name}")
         manage.show_logs(study, run_name)
     else:
         manage.cancel(study)

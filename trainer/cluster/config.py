@@ -1,7 +1,7 @@
-"""The facts of a site, in one file `cluster.env`: partition, account, accelerators of a node, modules, scratch, limits.
+"""Read `cluster.env`, the configuration of a cluster: partitions, account, GPUs per node, modules, scratch, limits.
 
-`KEY=value` lines that are read here and never by a shell; every value is checked before it gets into a script.
-slurm/cluster.env.example explains the keys.
+It has `KEY=value` lines, explained in slurm/cluster.env.example. No shell reads it; every value is checked before it is
+written to a script.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONTAINER_RUNTIMES = ("apptainer", "singularity", "pyxis")
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """What a site offers and how it wants to be asked. Empty: not asked for, Slurm's default counts."""
+    """Settings of a cluster. Empty: the option is omitted, so that Slurm's default applies."""
 
     partition: str = ""
     cpu_partition: str = ""
@@ -57,28 +57,28 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.gpu_type and not self.gpus_per_node:
             raise UserError(
-                f"GPU_TYPE is {self.gpu_type!r} but GPUS_PER_NODE is 0: no accelerator is asked for"
+                f"GPU_TYPE is {self.gpu_type!r} but GPUS_PER_NODE is 0: no accelerator is requested"
             )
         for name in ("time_limit", "evaluate_time_limit"):
-            if seconds_of(getattr(self, name)) <= self.signal_seconds:
+            if parse_seconds(getattr(self, name)) <= self.signal_seconds:
                 raise UserError(
                     f"{name.upper()} is {getattr(self, name)}, not longer than SIGNAL_SECONDS ({self.signal_seconds} s "
-                    "before its end a job is told to save): it would be told at once; ask for more time"
+                    "before its end a job gets the signal to save): give it more time"
                 )
 
     @property
-    def ranks_per_node(self) -> int:
-        """Most ranks on one node: one for each accelerator, or on a cluster without them as many as it says."""
+    def max_ranks_per_node(self) -> int:
+        """Maximum number of ranks on a node: one per GPU, or TASKS_PER_NODE without GPUs."""
         return self.gpus_per_node or self.tasks_per_node
 
 
 def read_cluster_config(path: Path) -> ClusterConfig:
-    """Read cluster.env. Raises UserError naming file, line and key of the first thing that is wrong."""
+    """Read cluster.env. Raises UserError with file, line and key of the first fault."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist; copy slurm/cluster.env.example and fill in your site's facts"
+            f"{path} does not exist; copy slurm/cluster.env.example and fill in your cluster's settings"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
@@ -86,31 +86,31 @@ def read_cluster_config(path: Path) -> ClusterConfig:
 
 
 def parse_cluster_config(text: str, where: str) -> ClusterConfig:
-    """`KEY=value` lines, `#` comments, quotes around a value allowed; nothing is expanded and nothing is run."""
+    """Parse `KEY=value` lines with `#` comments and optional quotes; no variable or command is expanded."""
     values: dict[str, Any] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        place, line = f"{where}, line {number}", line.strip()
+        location, line = f"{where}, line {number}", line.strip()
         if not line or line.startswith("#"):
             continue
         key, equals, value = line.partition("=")
         key, value = key.strip(), _without_comment(value.strip())
         if not equals:
-            raise UserError(f"{place}: {line!r} is not KEY=value")
+            raise UserError(f"{location}: {line!r} is not KEY=value")
         if key not in KEYS:
             raise UserError(
-                f"{place}: unknown key {key!r}{did_you_mean(key, KEYS)}; known: {', '.join(sorted(KEYS))}"
+                f"{location}: unknown key {key!r}{did_you_mean(key, KEYS)}; known: {', '.join(sorted(KEYS))}"
             )
         if key.lower() in values:
-            raise UserError(f"{place}: {key} is given twice")
-        values[key.lower()] = KEYS[key](value, f"{place}: {key}")
+            raise UserError(f"{location}: {key} is given twice")
+        values[key.lower()] = KEYS[key](value, f"{location}: {key}")
     try:
         return ClusterConfig(**values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def seconds_of(limit: str) -> int:
-    """Seconds of a Slurm time: MM:SS, HH:MM:SS or D-HH:MM:SS."""
+def parse_seconds(limit: str) -> int:
+    """Return the seconds of a Slurm time: MM:SS, HH:MM:SS or D-HH:MM:SS."""
     match = _TIME.fullmatch(limit)
     assert match is not None, limit
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -141,10 +141,10 @@ def _choice(*choices: str) -> Callable[[str, str], str]:
     return check
 
 
-def _number(least: int) -> Callable[[str, str], int]:
+def _integer(minimum: int) -> Callable[[str, str], int]:
     def check(value: str, where: str) -> int:
-        if not value.isascii() or not value.isdigit() or int(value) < least:
-            raise UserError(f"{where} is {value!r}; it is a number, at least {least}")
+        if not value.isascii() or not value.isdigit() or int(value) < minimum:
+            raise UserError(f"{where} is {value!r}; it is a number, at least {minimum}")
         return int(value)
 
     return check
@@ -171,18 +171,18 @@ _CHECKS: dict[str, Callable[[str, str], Any]] = {
     "qos": _name,
     "constraint": _matching(_EXPRESSION, "a100&nvlink"),
     "reservation": _name,
-    "gpus_per_node": _number(0),
+    "gpus_per_node": _integer(0),
     "gpu_type": _name,
     "gpu_binding": _choice("node", "task"),
-    "tasks_per_node": _number(1),
-    "cpus_per_task": _number(1),
+    "tasks_per_node": _integer(1),
+    "cpus_per_task": _integer(1),
     "memory_per_node": _memory,
     "cpu_memory": _memory,
     "time_limit": _time,
     "evaluate_time_limit": _time,
     "cpu_time_limit": _time,
-    "signal_seconds": _number(1),
-    "max_running": _number(0),
+    "signal_seconds": _integer(1),
+    "max_running": _integer(0),
     "modules": _modules,
     "venv": _path,
     "container": _path,

@@ -1,9 +1,9 @@
-"""Which stages of a study become which batch jobs, and which job waits for which: a pure function.
+"""Group the stages of a study into Slurm jobs with their dependencies.
 
-Stages of the runs that ask for the same are one job array each for training, conversion and evaluation: a study of any
-size is a handful of submissions, MAX_RUNNING bounds how many run at once, and task 3 of an array follows task 3 of
-the one before it (`aftercorr`), so that a run does not wait for the slowest. A stage that needs several runs (two
-students that are asked in turn) is a job of its own. Shards are made by jobs that hold no accelerator.
+Training, conversion and evaluation of runs with the same resources are one job array each, so that a study of any size
+is a few submissions, and MAX_RUNNING limits how many tasks run at a time. Task 3 of an array depends on task 3 of the
+array before it (`aftercorr`), so that no run waits for the slowest. A stage that depends on several runs (a pair of
+models) is a separate job. Shards are prepared by jobs without accelerator.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from trainer.study.stages import SCRIPTS, Stage
 
 _ARRAYS = ("train", "convert", "evaluate")
-_LARGEST_ARRAY = 1000  # Slurm's default MaxArraySize is 1001
+_MAX_ARRAY_SIZE = 1000  # Slurm's default MaxArraySize is 1001
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class JobId:
 
 @dataclass(frozen=True)
 class Dependency:
-    """Start only after `job` (a batch of this submission by its number, or a job of an earlier one): `how` in Slurm's words."""
+    """A dependency on a job, or on the task `index` of an array."""
 
-    how: str  # afterok, aftercorr, afterany
-    job: int | str
+    condition: str  # afterok, aftercorr, afterany
+    job: int | str  # number in this submission (int), or the id of a submitted job
     index: int | None = None
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """One batch script. `indices` are the array's task numbers, one a stage; without any it is a single job."""
+    """One batch script. `indices`: the array's task numbers, one per stage; empty for a single job."""
 
     name: str
     kind: str
@@ -57,8 +57,8 @@ class SlurmJob:
         return self.stages[0].num_ranks
 
     @property
-    def holds_accelerator(self) -> bool:
-        """Ranks do, and a teacher that is a local model; everything else runs on cores alone."""
+    def needs_accelerator(self) -> bool:
+        """Whether it trains, evaluates, or annotates with a local model."""
         local_teacher = self.kind == "annotate" and bool(self.stages[0].settings.model_name_or_path)
         return self.kind in ("train", "evaluate") or local_teacher
 
@@ -66,57 +66,57 @@ class SlurmJob:
 def plan_jobs(
     stages: Sequence[Stage], done: Collection[str], live: Mapping[str, JobId], study_name: str
 ) -> list[SlurmJob]:
-    """The batches for all stages that are neither done nor live (label -> their job), in an order that can be submitted."""
-    batches: list[SlurmJob] = []
-    placed: dict[str, tuple[int | str, int | None]] = {
+    """Return jobs for all stages that are neither done nor `live` (label -> job), in an order for submission."""
+    jobs: list[SlurmJob] = []
+    assigned: dict[str, tuple[int | str, int | None]] = {
         label: (job.job, job.index) for label, job in live.items()
     }
     waiting = [stage for stage in stages if stage.label not in done and stage.label not in live]
-    for kind in SCRIPTS:  # in the order of the data, so that what is needed has its place before
+    for kind in SCRIPTS:  # in the order of dependencies
         groups: dict[object, list[Stage]] = {}
         for stage in (stage for stage in waiting if stage.kind == kind):
-            groups.setdefault(_signature(stage, placed), []).append(stage)
+            groups.setdefault(_signature(stage, assigned), []).append(stage)
         for key, group in groups.items():
-            for start in range(0, len(group), _LARGEST_ARRAY):
-                part = group[start : start + _LARGEST_ARRAY]
-                batch = _batch(f"{study_name}.{kind}", part, placed, is_array=key != part[0].label)
-                for position, stage in enumerate(part):
-                    index = batch.indices[position] if batch.indices else None
-                    placed[stage.label] = (len(batches), index)
-                batches.append(batch)
-    return batches
+            for start in range(0, len(group), _MAX_ARRAY_SIZE):
+                chunk = group[start : start + _MAX_ARRAY_SIZE]
+                job = _slurm_job(f"{study_name}.{kind}", chunk, assigned, is_array=key != chunk[0].label)
+                for position, stage in enumerate(chunk):
+                    assigned[stage.label] = (len(jobs), job.indices[position] if job.indices else None)
+                jobs.append(job)
+    return jobs
 
 
-def _signature(stage: Stage, placed: Mapping[str, tuple[int | str, int | None]]) -> object:
-    """Stages with equal signatures fit one array; the stage's own label: it is a job of its own."""
-    refs = [placed[label] for label in stage.needs if label in placed]
+def _signature(stage: Stage, assigned: Mapping[str, tuple[int | str, int | None]]) -> object:
+    """Return a key that is equal for stages of one array; the stage's label if it must be a single job."""
+    refs = [assigned[label] for label in stage.needs if label in assigned]
     tasks = [ref for ref in refs if ref[1] is not None]
     if stage.kind not in _ARRAYS or len(tasks) > 1:
         return stage.label
     whole = frozenset(ref[0] for ref in refs if ref[1] is None)
-    # Two evaluations of one run follow the same task of the conversion: they cannot be in one array.
+    # Two evaluations of one run depend on the same task of the conversion, so they cannot be in one array.
     return (stage.num_ranks, whole, tasks[0][0] if tasks else None, stage.detail)
 
 
-def _batch(
+def _slurm_job(
     name: str,
     stages: Sequence[Stage],
-    placed: Mapping[str, tuple[int | str, int | None]],
+    assigned: Mapping[str, tuple[int | str, int | None]],
     is_array: bool,
 ) -> SlurmJob:
-    refs = [[placed[label] for label in stage.needs if label in placed] for stage in stages]
-    how = "afterany" if stages[0].kind == "report" else "afterok"  # a report shows what there is
-    needs = {Dependency(how, job) for job, index in refs[0] if index is None}
-    tasks = [[ref for ref in some if ref[1] is not None] for some in refs]
+    refs = [[assigned[label] for label in stage.needs if label in assigned] for stage in stages]
+    # A report is made even after failures.
+    condition = "afterany" if stages[0].kind == "report" else "afterok"
+    dependencies = {Dependency(condition, job) for job, index in refs[0] if index is None}
+    tasks = [[ref for ref in of_stage if ref[1] is not None] for of_stage in refs]
     indices: tuple[int, ...] = ()
     if is_array and len(stages) > 1 and tasks[0]:
-        needs.add(Dependency("aftercorr", tasks[0][0][0]))
-        indices = tuple(index for some in tasks for _, index in some if index is not None)
+        dependencies.add(Dependency("aftercorr", tasks[0][0][0]))
+        indices = tuple(index for of_stage in tasks for _, index in of_stage if index is not None)
     elif is_array and len(stages) > 1:
         indices = tuple(range(len(stages)))
-    elif how == "afterany":
-        needs |= {Dependency(how, job) for some in tasks for job, _ in some}  # all tasks of the arrays
+    elif condition == "afterany":
+        dependencies |= {Dependency(condition, job) for of_stage in tasks for job, _ in of_stage}
     else:
-        needs |= {Dependency(how, job, index) for some in tasks for job, index in some}
-    ordered = sorted(needs, key=lambda need: (need.how, str(need.job), need.index or 0))
+        dependencies |= {Dependency(condition, job, index) for of_stage in tasks for job, index in of_stage}
+    ordered = sorted(dependencies, key=lambda one: (one.condition, str(one.job), one.index or 0))
     return SlurmJob(name, stages[0].kind, tuple(stages), tuple(ordered), indices)

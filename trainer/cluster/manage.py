@@ -1,4 +1,4 @@
-"""Look into the logs of a study's jobs, and cancel them."""
+"""Show the logs of a study's jobs, and cancel the jobs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _TAIL_LINES = 30
 
 
 def cancel(study: Study) -> None:
-    """Cancel every job of the study that waits or runs. A running training is told, and saves."""
+    """Cancel every pending or running job of the study. A running training gets SIGTERM and saves."""
     live = submit.live_jobs(study.directory)
     if live:
         slurm.cancel(sorted({str(job) for job in live.values()}))
-    terminal.info(f"study {study.name}: {len(live)} jobs cancelled; what is done is kept")
+    terminal.info(f"study {study.name}: {len(live)} jobs cancelled; finished stages are kept")
 
 
 def show_logs(study: Study, name: str) -> None:
-    """Print the end of every log of a run or of another stage (`report`, a shard set). Raises UserError for no such name."""
+    """Print the end of every log of a run, a shard set or `report`. Raises UserError if there is no such name."""
     chosen = [
         stage for stage in stages.study_stages(study) if name in (stage.subject, stage.label, stage.kind)
     ]
@@ -41,7 +41,7 @@ def show_logs(study: Study, name: str) -> None:
 
 
 def _show(log: Path, stage: Stage) -> None:
-    """Nothing is shown of a file that is not there or empty."""
+    """Print the end of a log, unless it is missing or empty."""
     if log.is_file() and log.stat().st_size:
         end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
         terminal.info(f"--- {stage.label}: {log}")

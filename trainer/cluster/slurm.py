@@ -1,4 +1,4 @@
-"""Slurm's commands: submit, look, cancel. The only file that runs them."""
+"""Wrappers of Slurm's commands; no other module runs them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.runtime import distributed
 
-# Columns of squeue --Format with their widths; no value holds a space but the reason, which is the last.
+# Columns of squeue --Format with their widths; only the reason, the last one, may contain spaces.
 _COLUMNS = (("JobArrayID", 40), ("State", 20), ("RestartCnt", 12), ("TimeUsed", 20), ("NodeList", 60))
 _REASON_WIDTH = 200
 _TIMEOUT_SECONDS = 120
@@ -31,7 +31,7 @@ ENDED = (
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says of one job or one task of an array. `restarts` is None if it does not say."""
+    """State of a job or array task. `restarts`: None if unknown."""
 
     state: str
     reason: str = ""
@@ -45,7 +45,7 @@ class JobState:
 
 
 def check_installed() -> None:
-    """Raises UserError if Slurm's commands are not here, naming what to install."""
+    """Raise UserError if Slurm's commands are missing; it names the package to install."""
     missing = [
         name for name in ("sbatch", "squeue", "scontrol", "scancel", "sinfo") if not shutil.which(name)
     ]
@@ -57,8 +57,8 @@ def check_installed() -> None:
 
 
 def submit_held(script: Path, dependency: str) -> str:
-    """Hand a script to sbatch; the job waits for `release`. Returns its number; raises UserError with sbatch's words."""
-    # A job whose dependency failed would wait for ever.
+    """Submit a script on hold and return its job id; `release` starts it. Raises UserError with sbatch's message."""
+    # Without --kill-on-invalid-dep a job whose dependency failed stays in the queue.
     after = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
     return _run(["sbatch", "--parsable", "--hold", *after, str(script)]).strip().split(";")[0]
 
@@ -68,13 +68,13 @@ def release(ids: list[str]) -> None:
 
 
 def jobs(ids: Iterable[str] = ()) -> dict[str, JobState]:
-    """Our jobs and tasks of arrays that Slurm still knows, by number; of `ids` it has forgotten what sacct knows."""
+    """Return the user's jobs and array tasks by id from squeue; sacct adds those of `ids` that are no longer listed."""
     widths = [*(width for _, width in _COLUMNS), _REASON_WIDTH]
     names = [f"{name}:{width}" for name, width in _COLUMNS] + [f"Reason:{_REASON_WIDTH}"]
     output = _run(["squeue", "--me", "--array", "--states=all", "--noheader", f"--Format={','.join(names)}"])
     found = parse_squeue(output, widths)
-    forgotten = [job for job in ids if job not in found]
-    return {**(_accounted(forgotten) if forgotten else {}), **found}
+    missing_ids = [job for job in ids if job not in found]
+    return {**(_accounted(missing_ids) if missing_ids else {}), **found}
 
 
 def parse_squeue(output: str, widths: list[int]) -> dict[str, JobState]:
@@ -91,7 +91,7 @@ def parse_squeue(output: str, widths: list[int]) -> dict[str, JobState]:
 
 
 def _accounted(ids: list[str]) -> dict[str, JobState]:
-    """Ended jobs in the accounting database, where a cluster has one."""
+    """Return ended jobs from the accounting database; {} if the cluster has none."""
     if not shutil.which("sacct"):
         return {}
     command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(ids)}"]
@@ -100,18 +100,18 @@ def _accounted(ids: list[str]) -> dict[str, JobState]:
 
 
 def parse_sacct(output: str) -> dict[str, JobState]:
-    """`12_3|CANCELLED by 1000|0:15|n1` -> the state is its first word; the exit code and who it was are the reason."""
+    """Parse lines like `12_3|CANCELLED by 1000|0:15|n1`; the reason is "by 1000", or else the exit code."""
     found = {}
     for line in output.splitlines():
         job, state, code, nodes = line.split("|")
-        word, _, more = state.partition(" ")
-        reason = more or ("" if code in ("0:0", "") else f"exit code {code}")
-        found[job] = JobState(word.rstrip("+"), reason, None, nodes)
+        name, _, details = state.partition(" ")
+        reason = details or ("" if code in ("0:0", "") else f"exit code {code}")
+        found[job] = JobState(name.rstrip("+"), reason, None, nodes)
     return found
 
 
 def exit_code(job: str) -> str:
-    """`1:0` (status:signal) of a job that scontrol still knows, else ""."""
+    """Return `1:0` (status:signal) of a job; "" if scontrol no longer lists it."""
     done = _finish(["scontrol", "--oneliner", "show", "job", job])
     words = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
     return words.get("ExitCode", "") if done.returncode == 0 else ""
@@ -122,12 +122,12 @@ def cancel(ids: list[str]) -> None:
 
 
 def partitions() -> dict[str, dict[str, str]]:
-    """name -> {limit, gres, state} of every partition; a partition with several kinds of nodes has all their gres."""
+    """Return name -> {limit, gres, state} of every partition, with the gres of all its kinds of nodes."""
     found: dict[str, dict[str, str]] = {}
     for line in _run(["sinfo", "--noheader", "--format=%R|%l|%G|%a"]).splitlines():
         name, limit, gres, state = line.split("|")
-        before = found.get(name, {}).get("gres", "")
-        found[name] = {"limit": limit, "gres": f"{before},{gres}".strip(","), "state": state}
+        earlier = found.get(name, {}).get("gres", "")
+        found[name] = {"limit": limit, "gres": f"{earlier},{gres}".strip(","), "state": state}
     return found
 
 
@@ -139,18 +139,18 @@ def default_partition() -> str:
 def _run(command: list[str]) -> str:
     done = _finish(command)
     if done.returncode != 0:
-        words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise UserError(f"{command[0]}: {words.removeprefix(f'{command[0]}: ')}")
+        message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise UserError(f"{command[0]}: {message.removeprefix(f'{command[0]}: ')}")
     return done.stdout
 
 
 def _finish(command: list[str]) -> subprocess.CompletedProcess[str]:
-    # What is left of a shell or a job in our environment would be handed to every job.
-    ours = distributed.without_launcher_variables(os.environ)
+    # sbatch passes its environment to the job, so variables of an enclosing job must not be in it.
+    inherited = distributed.without_launcher_variables(os.environ)
     kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     try:
         return subprocess.run(
-            command, env={**ours, **kept}, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
+            command, env={**inherited, **kept}, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
         )
     except FileNotFoundError:
         raise UserError(f"there is no {command[0]} on the PATH; this is for machines with Slurm") from None

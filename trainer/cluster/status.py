@@ -1,6 +1,6 @@
-"""A study on a cluster as a table: what Slurm says of every job, joined with what is on disk.
+"""Status table of a study's jobs, from Slurm and from the files on disk.
 
-Slurm forgets ended jobs after minutes unless it keeps accounts (sacct); then the run directories alone tell.
+Without accounting (sacct), Slurm drops ended jobs after minutes; then only the run directories show their state.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from trainer.study.stages import Stage
 from trainer.study.study_file import Study
 from trainer.study.table import make_table, table_text
 
-_STEPS_OF_ETA = 20
+_ETA_STEPS = 20
 _TAIL_BYTES = 16 << 10
 _HEADER = re.compile(r"^=== .* job .*\brestart \d+$")
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage: its label, `done`, `running`, `pending`, `failed` or `not submitted`, its job, and how it goes or why not."""
+    """State of a stage and of its job. `note`: progress, or the reason of a failure."""
 
     label: str
-    state: str
-    job: str
+    state: str  # done, pending, failed, not submitted, or the job's state in lower case, e.g. running
+    job: str  # its id, "" without one
     note: str
 
 
 def print_status(study: Study) -> None:
-    """Print every submitted stage that is not done, and how many are."""
+    """Print the number of stages in each state, and every submitted stage that is not done."""
     found = stage_statuses(study)
     table = make_table("stage", "state", "job", "")
     for line in found:
@@ -57,36 +57,41 @@ def print_status(study: Study) -> None:
 
 
 def stage_statuses(study: Study) -> list[StageStatus]:
-    """How far every stage is."""
+    """Return the status of every stage."""
     known = submitted_jobs.read_jobs(study.directory)
     jobs = slurm.jobs([job.job for job in known.values()]) if known else {}
-    return [_line(stage, known.get(stage.label), jobs) for stage in stages.study_stages(study)]
+    return [_stage_status(stage, known.get(stage.label), jobs) for stage in stages.study_stages(study)]
 
 
-def _line(stage: Stage, submitted: SubmittedJob | None, jobs: Mapping[str, JobState]) -> StageStatus:
+def _stage_status(stage: Stage, submitted: SubmittedJob | None, jobs: Mapping[str, JobState]) -> StageStatus:
     job = jobs.get(submitted.job) if submitted else None
     name = submitted.job if submitted else ""
     if submitted is None or job is None or not job.is_live:
         if status.is_done(stage):
-            return StageStatus(stage.label, "done", name, _join(_restarted(stage, job)))
+            return StageStatus(stage.label, "done", name, _join(_requeued_text(stage, job)))
         if submitted is None:
             return StageStatus(stage.label, "not submitted", "", "")
         return StageStatus(
-            stage.label, "failed", name, _join(_why(stage, submitted, job), _restarted(stage, job))
+            stage.label,
+            "failed",
+            name,
+            _join(_failure_text(stage, submitted, job), _requeued_text(stage, job)),
         )
     if job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
-        return StageStatus(stage.label, "pending", name, _join(_words(job.reason), _restarted(stage, job)))
-    note = _join(progress_text(stage), _restarted(stage, job), f"on {job.nodes}" if job.nodes else "")
+        return StageStatus(
+            stage.label, "pending", name, _join(_readable(job.reason), _requeued_text(stage, job))
+        )
+    note = _join(progress_text(stage), _requeued_text(stage, job), f"on {job.nodes}" if job.nodes else "")
     return StageStatus(stage.label, job.state.lower(), name, note)
 
 
 def progress_text(stage: Stage) -> str:
-    """Step, loss, tokens/s and time left of a training; problems solved of an evaluation."""
+    """Return step, loss, tokens/s and time left of a training, or the solved problems of an evaluation."""
     if stage.kind == "train":
         progress = status.training_progress(stage.settings)
         if not progress.done:
             return "starting"
-        last = status.last_steps(RunDirectory(Path(stage.settings.output_dir)).metrics)[-_STEPS_OF_ETA:]
+        last = status.last_steps(RunDirectory(Path(stage.settings.output_dir)).metrics)[-_ETA_STEPS:]
         seconds = [step["seconds"] for step in last if isinstance(step.get("seconds"), (int, float))]
         speed = last[-1].get("tokens_per_second")
         per_second = f"{speed:,.0f} tokens/s" if isinstance(speed, (int, float)) else ""
@@ -101,8 +106,8 @@ def progress_text(stage: Stage) -> str:
     return ""
 
 
-def _restarted(stage: Stage, job: JobState | None) -> str:
-    """How often Slurm started it again, from Slurm or from what the run wrote down."""
+def _requeued_text(stage: Stage, job: JobState | None) -> str:
+    """Return how often the job was requeued, from Slurm or from the run's restart file; "" if never."""
     count = job.restarts if job is not None and job.restarts is not None else 0
     if stage.kind == "train":
         count = max(count, restarts.read(RunDirectory(Path(stage.settings.output_dir)).restarts)["restarts"])
@@ -112,35 +117,35 @@ def _restarted(stage: Stage, job: JobState | None) -> str:
     return f"requeued {count} time{'s' if count > 1 else ''}" if count else ""
 
 
-def _why(stage: Stage, submitted: SubmittedJob, job: JobState | None) -> str:
-    """Slurm's state and exit code, and the last error in the logs."""
-    what = "ended without a result"
+def _failure_text(stage: Stage, submitted: SubmittedJob, job: JobState | None) -> str:
+    """Return Slurm's state and exit code, and the last error in the logs."""
+    state = "ended without a result"
     if job is not None:
         code = slurm.exit_code(submitted.job)
-        of_code = f"exit code {code.partition(':')[0]}" if code not in ("", "0:0") else ""
-        what = _join(_words(job.state), _words(job.reason), of_code)
+        code_text = f"exit code {code.partition(':')[0]}" if code not in ("", "0:0") else ""
+        state = _join(_readable(job.state), _readable(job.reason), code_text)
         if job.state == "CANCELLED" and not Path(submitted.output).exists():
-            return _join(what, "before it started: cancelled, or what it needs has failed")
+            return _join(state, "before it started: cancelled, or a job it depends on has failed")
     error = last_error(stage.log) or last_error(Path(submitted.output))
-    return _join(what, error or f"see {stage.log}")
+    return _join(state, error or f"see {stage.log}")
 
 
 def last_error(log: Path) -> str:
-    """The last `error:` line that the last start wrote, else its last line; "" without a log."""
+    """Return the last `error:` line of the last start, or else its last line; "" without a log."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
-            written = file.read().decode("utf-8", errors="replace").splitlines()
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    starts = [number for number, line in enumerate(written) if _HEADER.match(line)]
-    written = [line.strip() for line in written[starts[-1] + 1 if starts else 0 :] if line.strip()]
-    errors = [line for line in written if line.startswith("error:")]
-    return (errors or written or [""])[-1]
+    starts = [number for number, line in enumerate(lines) if _HEADER.match(line)]
+    lines = [line.strip() for line in lines[starts[-1] + 1 if starts else 0 :] if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or [""])[-1]
 
 
-def _words(text: str) -> str:
-    """NODE_FAIL -> node fail; BeginTime, Dependency and other words of Slurm's stay."""
+def _readable(text: str) -> str:
+    """Return "node fail" for NODE_FAIL; mixed-case reasons like BeginTime are unchanged."""
     return text.lower().replace("_", " ") if text.isupper() or "_" in text else text
 
 

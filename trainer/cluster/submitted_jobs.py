@@ -1,4 +1,4 @@
-"""Which jobs were submitted for a study: jobs.json beside their scripts, the last job of every stage."""
+"""The last submitted job of every stage of a study, stored in jobs.json beside the scripts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """The job of a stage. `output`: what Slurm itself says about it; the stage's own log is in the run directory."""
+    """The job of a stage. `output`: file of Slurm's own messages; the stage's log is in the run directory."""
 
     job: str
     script: str
@@ -30,13 +30,13 @@ class SubmittedJob:
         return JobId.parse(self.job)
 
 
-def file_of(study: StudyDirectory) -> Path:
+def jobs_file(study: StudyDirectory) -> Path:
     return study.slurm / "jobs.json"
 
 
 def read_jobs(study: StudyDirectory) -> dict[str, SubmittedJob]:
-    """label of a stage -> its last job. Raises UserError for a damaged file."""
-    path = file_of(study)
+    """Return stage label -> last job; {} without a file. Raises UserError for a damaged file."""
+    path = jobs_file(study)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {label: SubmittedJob(**job) for label, job in record["jobs"].items()}
@@ -49,7 +49,7 @@ def read_jobs(study: StudyDirectory) -> dict[str, SubmittedJob]:
 
 
 def add_jobs(study: StudyDirectory, jobs: Mapping[str, JobId], script: Path, output: str) -> None:
-    """Written after every submission: if we are killed, at most one job is not in it."""
+    """Add jobs to the file after each submission, so that after a kill at most one job is missing from it."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     submitted = {}
     for label, job in jobs.items():
@@ -59,9 +59,9 @@ def add_jobs(study: StudyDirectory, jobs: Mapping[str, JobId], script: Path, out
 
 
 def write_jobs(study: StudyDirectory, jobs: Mapping[str, SubmittedJob]) -> None:
-    """What is in jobs.json from now on; without any job there is no such file."""
+    """Write jobs.json; without jobs, delete it."""
     if not jobs:
-        file_of(study).unlink(missing_ok=True)
+        jobs_file(study).unlink(missing_ok=True)
         return
     record = {"format": _FORMAT, "jobs": {label: asdict(job) for label, job in jobs.items()}}
-    atomic_dir.write_text(file_of(study), json.dumps(record, indent=1) + "\n")
+    atomic_dir.write_text(jobs_file(study), json.dumps(record, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What a cluster would refuse, told before anything is submitted."""
+"""Check jobs against the partitions of the cluster before they are submitted."""
 
 from __future__ import annotations
 
@@ -6,81 +6,88 @@ import re
 from collections.abc import Sequence
 
 from trainer.cluster import slurm
-from trainer.cluster.config import ClusterConfig, seconds_of
+from trainer.cluster.config import ClusterConfig, parse_seconds
 from trainer.cluster.jobs import SlurmJob
 from trainer.errors import UserError
 from trainer.storage.configuration import did_you_mean
 
 
-def validate(batches: Sequence[SlurmJob], site: ClusterConfig, where: str) -> None:
-    """Compare the site's facts with what sinfo tells; the rest (accounts, constraints) only sbatch knows.
+def validate(batches: Sequence[SlurmJob], config: ClusterConfig, where: str) -> None:
+    """Check the configuration against sinfo; the other settings (accounts, constraints) only sbatch can check.
 
-    Raises UserError naming `where` (the cluster.env) and the key.
+    Raises UserError with `where` (the cluster.env) and the key.
     """
     slurm.check_installed()
-    known = slurm.partitions()
+    partitions = slurm.partitions()
     for batch in batches:
-        ranked = batch.holds_accelerator
-        key = "PARTITION" if ranked or not site.cpu_partition else "CPU_PARTITION"
+        on_accelerator = batch.needs_accelerator
+        key = "PARTITION" if on_accelerator or not config.cpu_partition else "CPU_PARTITION"
         limits = {"train": "TIME_LIMIT", "evaluate": "EVALUATE_TIME_LIMIT"}
-        _validate_partition(key, known, site, limits.get(batch.kind, "CPU_TIME_LIMIT"), ranked, where)
+        _validate_partition(
+            key, partitions, config, limits.get(batch.kind, "CPU_TIME_LIMIT"), on_accelerator, where
+        )
 
 
-def left_to_slurm(site: ClusterConfig) -> list[str]:
-    """KEY=value of what only sbatch can judge."""
+def unchecked_settings(config: ClusterConfig) -> list[str]:
+    """Return KEY=value of the settings that only sbatch can check."""
     keys = ("account", "qos", "constraint", "reservation", "memory_per_node", "cpu_memory")
-    return [f"{key.upper()}={getattr(site, key)}" for key in keys if getattr(site, key)]
+    return [f"{key.upper()}={getattr(config, key)}" for key in keys if getattr(config, key)]
 
 
 def _validate_partition(
-    key: str, known: dict[str, dict[str, str]], site: ClusterConfig, limit_key: str, ranked: bool, where: str
+    key: str,
+    partitions: dict[str, dict[str, str]],
+    config: ClusterConfig,
+    limit_key: str,
+    on_accelerator: bool,
+    where: str,
 ) -> None:
-    wanted = getattr(site, key.lower()) or slurm.default_partition()
-    if not wanted:
+    names = getattr(config, key.lower()) or slurm.default_partition()
+    if not names:
         raise UserError(
-            f"{where}: {key} is missing and this cluster has no default; choose one of {', '.join(known)}"
+            f"{where}: {key} is missing and this cluster has no default; choose one of {', '.join(partitions)}"
         )
-    for name in wanted.split(","):
-        if name not in known:
+    for name in names.split(","):
+        if name not in partitions:
             raise UserError(
-                f"{where}: {key}={name}: there is no such partition{did_you_mean(name, known)}; "
-                f"this cluster has {', '.join(known)}"
+                f"{where}: {key}={name}: there is no such partition{did_you_mean(name, partitions)}; "
+                f"this cluster has {', '.join(partitions)}"
             )
-        facts = known[name]
+        facts = partitions[name]
         if facts["state"] != "up":
             raise UserError(f"{where}: {key}={name}: the partition is {facts['state']}")
-        longest, asked = _longest(facts["limit"]), getattr(site, limit_key.lower())
-        if longest is not None and seconds_of(asked) > longest:
+        max_seconds, requested = _limit_seconds(facts["limit"]), getattr(config, limit_key.lower())
+        if max_seconds is not None and parse_seconds(requested) > max_seconds:
             raise UserError(
-                f"{where}: {limit_key}={asked}: the partition {name} allows at most {facts['limit']}"
+                f"{where}: {limit_key}={requested}: the partition {name} allows at most {facts['limit']}"
             )
-        if ranked and site.gpus_per_node:
-            _validate_gpus(name, facts["gres"], site, where)
+        if on_accelerator and config.gpus_per_node:
+            _validate_gpus(name, facts["gres"], config, where)
 
 
-def _validate_gpus(partition: str, gres: str, site: ClusterConfig, where: str) -> None:
-    """`gpu:a100:4(S:0-1),gpu:h100:8` -> a node must have so many of that type."""
-    found = [(kind or "", int(count)) for kind, count in re.findall(r"gpu:(?:([^:,()]+):)?(\d+)", gres)]
-    if not found:
+def _validate_gpus(partition: str, gres: str, config: ClusterConfig, where: str) -> None:
+    """Raise UserError if no node of `gres`, e.g. "gpu:a100:4(S:0-1),gpu:h100:8", has the GPUs of the configuration."""
+    gpus = [(kind or "", int(count)) for kind, count in re.findall(r"gpu:(?:([^:,()]+):)?(\d+)", gres)]
+    if not gpus:
         raise UserError(
-            f"{where}: GPUS_PER_NODE={site.gpus_per_node}: the partition {partition} has no accelerators"
+            f"{where}: GPUS_PER_NODE={config.gpus_per_node}: the partition {partition} has no accelerators"
         )
-    types = sorted({kind for kind, _ in found if kind})
-    if site.gpu_type and site.gpu_type not in types:
+    types = sorted({kind for kind, _ in gpus if kind})
+    if config.gpu_type and config.gpu_type not in types:
         raise UserError(
-            f"{where}: GPU_TYPE={site.gpu_type}: the partition {partition} has no such type"
-            f"{did_you_mean(site.gpu_type, types)}; it has {', '.join(types) or 'accelerators without a type'}"
+            f"{where}: GPU_TYPE={config.gpu_type}: the partition {partition} has no such type"
+            f"{did_you_mean(config.gpu_type, types)}; it has {', '.join(types) or 'accelerators without a type'}"
         )
-    most = max(count for kind, count in found if not site.gpu_type or kind == site.gpu_type)
-    if site.gpus_per_node > most:
+    max_gpus = max(count for kind, count in gpus if not config.gpu_type or kind == config.gpu_type)
+    if config.gpus_per_node > max_gpus:
         raise UserError(
-            f"{where}: GPUS_PER_NODE={site.gpus_per_node}: a node of {partition} has {most} at most"
+            f"{where}: GPUS_PER_NODE={config.gpus_per_node}: a node of {partition} has {max_gpus} at most"
         )
 
 
-def _longest(limit: str) -> int | None:
-    """Seconds of sinfo's limit; None for one that is not a time (infinite)."""
+def _limit_seconds(limit: str) -> int | None:
+    """Return the seconds of sinfo's limit; None if it is not a time (infinite)."""
     try:
-        return seconds_of(limit)
+        return parse_seconds(limit)
     except AssertionError:
         return None
