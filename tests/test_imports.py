@@ -21,7 +21,7 @@ ALLOWED = {
     "zero": set(),  # DeepSpeed's files: export reads them, and training when it resumes
     "training": {"problems", "models", "shards", "zero"},
     "export": {"models", "zero"},
-    "evaluation": {"problems", "models", "shards", "export", "report.statistics"},
+    "evaluation": {"problems", "models", "shards", "export"},
     "teacher": {"problems", "models", "evaluation"},
     "report": {"problems"},
     "cluster": {"study"},

@@ -105,14 +105,14 @@ class WrongIn16Bits(LlamaForCausalLM):
 
 
 def test_texts_have_refills_forced_tokens_and_the_longest_answer() -> None:
-    made = texts()
-    first, second, refill = made.slots
+    all_texts = texts()
+    first, second, refill = all_texts.slots
     assert len(first.tokens) == CAPACITY and first.prompt[:40] == prompts()[2]
     assert second.prompt == prompts()[0] and refill.prompt == prompts()[1]
-    assert len(second.given) < len(first.given) and max(map(len, refill.given)) > 1
-    *batch, long_text, beside = made.own_cache
+    assert len(second.forced) < len(first.forced) and max(map(len, refill.forced)) > 1
+    *batch, long_text, beside = all_texts.own_cache
     assert len(long_text.prompt) > len(beside.prompt) > len(long_text.prompt) - 5
-    ends = [len(text.given) for text in batch]
+    ends = [len(text.forced) for text in batch]
     assert len(batch) == 4 and ends[0] == min(ends) and len(set(ends)) == 4  # the first row ends first
     prefixed = check_texts([[7, 8, 9, *prompt] for prompt in prompts()], CAPACITY, [7, 8, 9])
     assert all(text.prompt[:3] == [7, 8, 9] for text in (*prefixed.slots, *prefixed.own_cache))
@@ -138,7 +138,7 @@ def test_correct_model_is_decoded_in_slots() -> None:
         (SeesItsNeighbours, True, False),
     ],
 )
-def test_a_planted_fault_is_caught(
+def test_injected_fault_is_detected(
     fault: Callable[..., LlamaForCausalLM], uses_cache: bool, uses_batch: bool
 ) -> None:
     """The slot backend is rejected; the cache is used as far as it is correct."""
@@ -200,7 +200,7 @@ def test_dropped_sinks_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
         if hasattr(module, "sinks"):
             module.sinks.data.fill_(2.0)
     assert chosen(model).name == "slots"
-    monkeypatch.setattr(attention_of_ours, "uses_sdpa", lambda model: True)  # which knows no sinks
+    monkeypatch.setattr(attention_of_ours, "uses_sdpa", lambda model: True)  # plain SDPA ignores sinks
     choice = chosen(model)
     assert choice.name == "transformers" and "in slots" in choice.reason
     with pytest.raises(UserError, match="cannot be decoded in slots"):

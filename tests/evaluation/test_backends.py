@@ -104,7 +104,7 @@ def test_texts_are_those_of_generate(family: str, shards: Shards, tmp_path: Path
             evaluate(settings(path, shards, **given, backend="slots", output_dir=str(tmp_path / "slots")))
 
 
-def test_a_hybrid_with_calculator_in_batches_alone_and_on_two_ranks(
+def test_hybrid_with_calculator_in_batches_alone_and_on_two_ranks(
     export_for: Callable[..., Path], shards: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Calculator results force several tokens into rows of a batch."""
@@ -127,7 +127,7 @@ def test_a_hybrid_with_calculator_in_batches_alone_and_on_two_ranks(
     assert read(EvaluationDirectory(tmp_path / "two")) == read_by_batch[4]
 
 
-def test_a_hybrid_as_solver_and_as_decomposer(
+def test_hybrid_as_solver_and_as_decomposer(
     export_for: Callable[..., Path], shards: Shards, tmp_path: Path
 ) -> None:
     """Requests wait for the other model, so with two models a batch is one request."""
@@ -210,7 +210,7 @@ def test_forced_tokens_and_rows_that_leave(family: str, use: CacheUse) -> None:
             assert text.tokens[at + 1 : at + 1 + number] == list(range(50, 50 + number))
 
 
-def test_a_prefix_is_read_once_and_copied() -> None:
+def test_prefix_is_read_once_and_copied() -> None:
     model = make("lfm2", 500)
     lengths: list[int] = []
     handle = model.register_forward_pre_hook(

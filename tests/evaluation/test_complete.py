@@ -47,7 +47,7 @@ def test_greedy_is_what_transformers_generates(
         assert found[index] == [written, len(output), finished]
 
 
-def test_a_text_ends_before_the_first_stop_string(
+def test_text_ends_before_the_first_stop_string(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     (prompt,) = prompts(1)

@@ -13,7 +13,7 @@ from tests.evaluation.conftest import remade
 from trainer.errors import UserError
 from trainer.evaluation import job, model_reference, rank_files
 from trainer.evaluation.evaluate import evaluate
-from trainer.report.results import load_runs
+from trainer.report.load import load_frames
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
@@ -60,8 +60,8 @@ def test_results_and_predictions(export: Path, shards: Shards, tmp_path: Path) -
     assert (run.evaluations / "stories-test-socratic-no_calculator" / "results.json").is_file()
 
     run.settings.write_text("method: socratic\nseed: 0\n")
-    (loaded,) = load_runs([run.path])  # the report reads them
-    assert {(e.mode, e.calculator, e.model_name) for e in loaded.evaluations} == {
+    found = load_frames([run.path]).evaluations  # the report reads them
+    assert set(found[["mode", "calculator", "model"]].itertuples(index=False, name=None)) == {
         ("socratic", True, "tiny"),
         ("socratic", False, "tiny"),
     }
@@ -168,7 +168,7 @@ def test_incompatible_models_are_rejected(export: Path, shards: Shards, tmp_path
         evaluate(settings(elsewhere, shards))
 
 
-def test_a_plain_model_folder(export: Path, shards: Shards, tmp_path: Path) -> None:
+def test_plain_model_folder(export: Path, shards: Shards, tmp_path: Path) -> None:
     folder = tmp_path / "plain"
     shutil.copytree(export, folder, ignore=shutil.ignore_patterns(atomic_dir.MANIFEST))
     output_dir = str(tmp_path / "out")

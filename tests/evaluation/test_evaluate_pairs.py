@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.evaluation import paths
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.rank_files import read_rank_file
-from trainer.report.results import load_runs
+from trainer.report.load import load_frames
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
@@ -77,10 +77,8 @@ def test_pair_has_a_run_beside_those_of_its_models(pair: dict[str, str], shards:
     settings_file = yaml.safe_load(run.settings.read_text())
     assert settings_file["solver"] == pair["solver"] and EvaluateSettings(**settings_file)
     assert run.path in [found.path for found in study.runs()]
-    (loaded,) = load_runs([run.path])  # the report reads them
-    assert [(e.mode, e.method, e.num_parameters) for e in loaded.evaluations] == [
-        (MODE, MODE, sizes["solver"])
-    ]
+    found = load_frames([run.path]).evaluations  # the report reads them
+    assert found[["mode", "method", "parameters"]].values.tolist() == [[MODE, MODE, sizes["solver"]]]
 
 
 def test_gold_questions_guided_pairs_and_one_model_in_both_roles(
@@ -231,7 +229,10 @@ def test_incompatible_models_are_rejected(
         ({"model_name_or_path": "m", "solver": "s", "decomposer": "d"}, "not both"),
         ({"model_name_or_path": "m", "subquestions": "gold"}, "not both"),
         ({"solver": "s", "subquestions": "gold", "planner": "p"}, "a planner needs a decomposer"),
-        ({"solver": "s", "decomposer": "d", "planner": "p", "guidance_from": "gold"}, "a planner needs a decomposer"),
+        (
+            {"solver": "s", "decomposer": "d", "planner": "p", "guidance_from": "gold"},
+            "a planner needs a decomposer",
+        ),
         ({"solver": "s", "decomposer": "d", "max_steps": 0}, "max_steps is 0"),
         ({"solver": "s", "decomposer": "d", "subquestions": "golden"}, "did you mean 'gold'"),
     ],

@@ -57,7 +57,7 @@ def test_every_gold_solution_is_correct(problems: list[Problem], method: str) ->
     "form",
     ["{:d}.", "${:d}", "{:,d}", "{:d}.00", "**{:d}**", " {:d} dollars", "{:d}\n", "{:d}\nAnd so on: 99999"],
 )
-def test_the_form_of_the_number_does_not_matter(problems: list[Problem], form: str) -> None:
+def test_form_of_the_number_does_not_matter(problems: list[Problem], form: str) -> None:
     everything = {"strict": NUM_PROBLEMS, "flexible": NUM_PROBLEMS}
     assert (
         correct(problems, lambda problem: with_answer(problem, form.format(int(problem.answer))))

@@ -78,7 +78,7 @@ def test_evaluation_is_resumed_after_a_killed_rank(
     assert read(directory) == read(uninterrupted)
 
 
-def test_a_killed_rank_under_mpi(
+def test_killed_rank_under_mpi(
     export: Path, shards: Shards, tmp_path: Path, uninterrupted: EvaluationDirectory
 ) -> None:
     pytest.importorskip("mpi4py")
@@ -89,7 +89,7 @@ def test_a_killed_rank_under_mpi(
     assert read(EvaluationDirectory(tmp_path)) == read(uninterrupted)
 
 
-def test_a_killed_rank_under_the_deepspeed_launcher(
+def test_killed_rank_under_the_deepspeed_launcher(
     export: Path, shards: Shards, tmp_path: Path, uninterrupted: EvaluationDirectory
 ) -> None:
     """The launcher ends the other ranks; the repeated command resumes."""
@@ -117,7 +117,7 @@ def test_a_killed_rank_under_the_deepspeed_launcher(
     assert read(EvaluationDirectory(tmp_path)) == read(uninterrupted)
 
 
-def test_a_killed_rank_of_a_slurm_job(
+def test_killed_rank_of_a_slurm_job(
     cluster: Cluster, export: Path, shards: Shards, tmp_path: Path, uninterrupted: EvaluationDirectory
 ) -> None:
     """The job is requeued automatically."""

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from tests.report.synthetic_answers import answer, possible_mistakes, problems
+from trainer.evaluation.score import wilson_interval
 from trainer.problems import answers
 from trainer.report.methods import PAIRS
-from trainer.report.statistics import wilson_interval
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory, StudyDirectory
 

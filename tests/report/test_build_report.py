@@ -16,9 +16,9 @@ import pytest
 
 from tests.report.synthetic_study import make_run, make_study, write_evaluation
 from trainer.errors import UserError
+from trainer.evaluation.score import wilson_interval
 from trainer.report import format
 from trainer.report.build import build_report
-from trainer.report.statistics import wilson_interval
 from trainer.storage.run_directory import StudyDirectory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -233,6 +233,16 @@ def test_an_old_report_survives_an_error(report: Path, tmp_path: Path) -> None:
 def test_no_torch_is_imported(report: Path) -> None:
     code = "import sys, trainer.report.build; sys.exit('torch' in sys.modules or 'pyplot' in str(list(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_without_its_extra_the_report_says_how_to_get_it() -> None:
+    code = (
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'statsmodels' else find(name, *rest)\n"
+        "import trainer.report"
+    )
+    failed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert "UserError: the report needs statsmodels: pip install 'socratic-trainer[report]'" in failed.stderr
 
 
 def test_the_tool(report: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.report.chromium import browser
 from tests.report.synthetic_study import make_study
 from trainer.report.build import build_report
-from trainer.report.causes import LABELS
+from trainer.report.error_types import LABELS
 
 
 @dataclass

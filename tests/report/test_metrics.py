@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from trainer.errors import UserError
-from trainer.report.drawing import apart, smooth, spread, thin
-from trainer.report.metrics import read_metrics
+from trainer.report.drawing import bin_curve, dodge_labels, order_apart, smooth
+from trainer.report.load import training_columns
+from trainer.report.run_files import read_metrics
 
 
 def _write(path: Path, *lines: dict | str) -> Path:
@@ -40,26 +41,33 @@ def test_the_last_line_of_a_step_counts_and_a_cut_line_is_counted(tmp_path: Path
         _step(3, 2.0),
         '{"step": 4, "loss": 1.',
     ]
-    metrics = read_metrics(_write(tmp_path / "metrics.jsonl", *first, *second))
-    assert metrics.steps.tolist() == [1, 2, 3] and metrics.loss.tolist() == [4.0, 3.5, 2.0]
-    assert metrics.held_out_loss == {2: 3.4}
-    assert (metrics.broken_lines, metrics.undone_steps) == (2, 2)
-    assert metrics.total_learned_tokens == 30 and metrics.total_seconds == 1.5
-    assert metrics.speed_quartiles == (150.0, 200.0, 250.0)
+    metrics, counts = read_metrics(_write(tmp_path / "metrics.jsonl", *first, *second))
+    steps, validation = metrics[~metrics["is_validation"]], metrics[metrics["is_validation"]]
+    assert steps["step"].tolist() == [1, 2, 3] and steps["loss"].tolist() == [4.0, 3.5, 2.0]
+    assert validation[["step", "loss"]].values.tolist() == [[2, 3.4]]
+    assert counts == {"broken_metrics_lines": 2, "undone_steps": 2}
+    totals = training_columns(metrics)
+    assert totals["learned_tokens"] == 30 and totals["training_seconds"] == 1.5
+    speed = [totals[f"tokens_per_second{quartile}"] for quartile in ("_q1", "", "_q3")]
+    assert speed == [150.0, 200.0, 250.0]
 
 
 def test_a_resume_undoes_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
     steps = [_step(step, 5.0 - step) for step in (1, 2, 3, 4)]
-    metrics = read_metrics(_write(tmp_path / "metrics.jsonl", *steps, _step(3, 1.5)))
-    assert metrics.last_step == 3 and metrics.loss.tolist() == [4.0, 3.0, 1.5] and metrics.undone_steps == 2
+    metrics, counts = read_metrics(_write(tmp_path / "metrics.jsonl", *steps, _step(3, 1.5)))
+    assert metrics["loss"].tolist() == [4.0, 3.0, 1.5] and counts["undone_steps"] == 2
+    assert training_columns(metrics)["training_steps"] == 3
 
 
 def test_numbers_that_are_not_there(tmp_path: Path) -> None:
     lines = [_step(1, float("nan")), {"step": 2, "loss": None}, _step(3, 1.0), "", '{"no": "step"}', "[1]"]
-    metrics = read_metrics(_write(tmp_path / "metrics.jsonl", *lines))
-    assert metrics.non_finite_losses == 2 and metrics.final_loss == 1.0 and metrics.broken_lines == 2
-    empty = read_metrics(tmp_path / "missing.jsonl")
-    assert empty.last_step == 0 and empty.final_loss is None and empty.speed_quartiles is None
+    metrics, counts = read_metrics(_write(tmp_path / "metrics.jsonl", *lines))
+    totals = training_columns(metrics)
+    assert totals["non_finite_losses"] == 2 and totals["final_loss"] == 1.0
+    assert counts["broken_metrics_lines"] == 2
+    empty = training_columns(read_metrics(tmp_path / "missing.jsonl")[0])
+    assert empty["training_steps"] == 0
+    assert np.isnan(empty["final_loss"]) and np.isnan(empty["tokens_per_second"])
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
@@ -67,17 +75,17 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
         read_metrics(_write(tmp_path / "metrics.jsonl", "step 1", "step 2", "step 3"))
 
 
-def test_thin_keeps_the_extremes() -> None:
+def test_binning_keeps_the_extremes() -> None:
     x, y = np.arange(10_000.0), np.sin(np.arange(10_000.0))
     y[1234], y[8765] = 9.0, -9.0
-    short_x, short_y = thin(x, y, 100)
+    short_x, short_y = bin_curve(x, y, 100)
     assert (
         len(short_x) <= 200
         and short_y.max() == 9.0
         and short_y.min() == -9.0
         and np.all(np.diff(short_x) > 0)
     )
-    assert thin(x[:150], y[:150], 100)[0] is not None and len(thin(x[:150], y[:150], 100)[0]) == 150
+    assert bin_curve(x[:150], y[:150], 100)[0] is not None and len(bin_curve(x[:150], y[:150], 100)[0]) == 150
 
 
 def test_smooth_is_the_mean_of_its_window() -> None:
@@ -87,8 +95,8 @@ def test_smooth_is_the_mean_of_its_window() -> None:
 
 
 def test_labels_do_not_collide_and_keep_their_order() -> None:
-    placed = spread([0.5, 0.51, 0.9, 0.5], 0.1)
+    placed = dodge_labels([0.5, 0.51, 0.9, 0.5], 0.1)
     assert np.diff(np.sort(placed)).min() >= 0.1 - 1e-12
     assert placed[2] == 0.9 and placed[0] < placed[3] < placed[1]
     assert np.mean([placed[0], placed[1], placed[3]]) == pytest.approx(np.mean([0.5, 0.51, 0.5]))
-    assert apart([0.0, 0.05, 1.0], 0.1) == [1, 2]
+    assert order_apart([0.0, 0.05, 1.0], 0.1) == [1, 2]

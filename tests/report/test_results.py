@@ -10,12 +10,12 @@ import pytest
 
 from tests.report.synthetic_study import make_run, make_study, write_evaluation
 from trainer.errors import UserError
-from trainer.report.analysis import analyse
-from trainer.report.comparisons import Comparison, compare
-from trainer.report.headline import headline
-from trainer.report.results import load_runs
+from trainer.report.columns import records
+from trainer.report.error_types import analyse
+from trainer.report.load import load_frames
+from trainer.report.paired_tests import answers_by_evaluation, compare_methods
 from trainer.report.statistics import mcnemar
-from trainer.report.summary import panels
+from trainer.report.summary import headline, headline_text, summarise
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory, StudyDirectory
 
@@ -26,9 +26,23 @@ def _one(folder: Path, **changes: Any) -> RunDirectory:
     return run
 
 
-def _comparisons(folder: Path) -> list[Comparison]:
-    found = panels(load_runs([folder]))
-    return compare(found, analyse([evaluation for panel in found for evaluation in panel.evaluations]))
+def _comparisons(folder: Path) -> list[dict[str, Any]]:
+    evaluations = load_frames([folder]).evaluations
+    answers = answers_by_evaluation(analyse(evaluations)[0])
+    return records(compare_methods(evaluations, answers))
+
+
+def _runs(*paths: Path) -> dict[str, dict[str, Any]]:
+    """One row of each run, by name."""
+    return {row["run"]: row for row in records(load_frames(list(paths)).runs)}
+
+
+def _panels(*paths: Path) -> list[str]:
+    return list(load_frames(list(paths)).evaluations["panel"].unique())
+
+
+def _headline(path: Path) -> str:
+    return headline_text(headline(summarise(load_frames([path]).evaluations)))
 
 
 def _spoil(run: RunDirectory, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -40,17 +54,19 @@ def _spoil(run: RunDirectory, change: Callable[[dict[str, Any]], None]) -> Path:
 
 
 def test_a_study_is_read_as_it_was_written(study: StudyDirectory) -> None:
-    runs = {run.name: run for run in load_runs([study.path])}
+    runs = _runs(study.path)
     assert len(runs) == 13
     run = runs["stories.socratic.stories-13m.s1"]
-    assert (run.data, run.method, run.model_name, run.seed) == ("stories", "socratic", "stories-13m", 1)
-    assert run.num_parameters == 13_107_200 and run.max_steps == 240 and run.unfinished == ""
-    assert len(run.metrics.steps) == 240 and run.metrics.total_learned_tokens == 240 * 1400
-    results = json.loads(run.evaluations[0].directory.results.read_text())
+    names = [run[name] for name in ("train_data", "method", "run_method", "model", "seed")]
+    assert names == ["stories", "socratic", "socratic", "stories-13m", 1]
+    assert run["parameters"] == 13_107_200 and run["max_steps"] == 240 and run["missing"] == ""
+    assert run["training_steps"] == 240 and run["learned_tokens"] == 240 * 1400
+    results = json.loads(run["results_path"].read_text())
     for rule in ("strict", "flexible"):
-        score, stated = run.evaluations[0].accuracy[rule], results["accuracy"][rule]
-        assert (score.correct, score.n) == (stated["correct"], stated["n"])
-        assert score.interval == pytest.approx((stated["low"], stated["high"]))
+        stated = results["accuracy"][rule]
+        assert (run[f"{rule}_correct"], run["n"]) == (stated["correct"], stated["n"])
+        found = run[f"{rule}_low"], run[f"{rule}_high"]
+        assert found == pytest.approx((stated["low"], stated["high"]))
 
 
 def test_unfinished_runs_are_kept_with_what_is_missing(study: StudyDirectory) -> None:
@@ -66,7 +82,8 @@ def test_unfinished_runs_are_kept_with_what_is_missing(study: StudyDirectory) ->
         name: {"train": {}, "evaluate": {"stories-test-cot": {}}} for name in ("stories.cot.stories-2m.s6",)
     }
     study.settings.write_text(json.dumps({"format": 1, "runs": planned}))  # JSON is YAML
-    missing = {run.name: run.unfinished for run in load_runs([study.path]) if run.unfinished}
+    runs = _runs(study.path)
+    missing = {name: run["missing"] for name, run in runs.items() if run["missing"]}
     assert missing == {
         "stories.cot.stories-13m.s2": "training stopped at step 91 of 240, no checkpoint",
         "stories.cot.stories-2m.s3": "trained, not exported",
@@ -74,14 +91,14 @@ def test_unfinished_runs_are_kept_with_what_is_missing(study: StudyDirectory) ->
         "stories.cot.stories-2m.s5": "evaluation missing: stories-test-cot",
         "stories.cot.stories-2m.s6": "not started",
     }
-    unnamed = next(run for run in load_runs([study.path]) if run.name == "stories.cot.stories-13m.s2")
-    assert unnamed.num_parameters == 13_107_200 and unnamed.metrics.broken_lines == 1
+    unnamed = runs["stories.cot.stories-13m.s2"]
+    assert unnamed["parameters"] == 13_107_200 and unnamed["broken_metrics_lines"] == 1
 
 
 def test_a_run_whose_export_was_deleted_after_its_evaluation_is_finished(tmp_path: Path) -> None:
     run = _one(tmp_path / "study")
     shutil.rmtree(run.export)
-    assert load_runs([run.path])[0].unfinished == ""
+    assert load_frames([run.path]).runs["missing"].tolist() == [""]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +121,7 @@ def test_contradictory_results_are_refused(
 ) -> None:
     path = _spoil(_one(tmp_path / "study"), change)
     with pytest.raises(UserError, match=message) as error:
-        load_runs([tmp_path / "study"])
+        load_frames([tmp_path / "study"])
     assert str(path) in str(error.value)
 
 
@@ -112,31 +129,35 @@ def test_unreadable_results_and_wrong_folders_are_refused(tmp_path: Path) -> Non
     run = _one(tmp_path / "study")
     run.evaluation("stories-test-cot").results.write_text('{"format": 1, "accu')
     with pytest.raises(UserError, match=r"results\.json cannot be read"):
-        load_runs([run.path])
+        load_frames([run.path])
     with pytest.raises(UserError, match="is not a directory"):
-        load_runs([tmp_path / "nowhere"])
+        load_frames([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no runs"):
-        load_runs([tmp_path / "empty"])
+        load_frames([tmp_path / "empty"])
 
 
 def test_evaluations_of_one_run_are_of_one_student(tmp_path: Path) -> None:
     run = _one(tmp_path / "study")
     write_evaluation(run, "cot", "stories-2m", 2_013_952, 0, 0, data="svamp", num_parameters=7)
     with pytest.raises(UserError, match="num_parameters is 7 but"):
-        load_runs([run.path])
+        load_frames([run.path])
 
 
 def test_seeds_do_not_narrow_the_interval(study: StudyDirectory) -> None:
-    (panel,) = panels(load_runs([study.path]))
-    assert panel.title == "stories test" and panel.methods == ["answer_only", "cot", "socratic"]
-    assert [model for _, model in panel.models] == ["stories-2m", "stories-13m"]
-    for cell in panel.cells:
-        estimate, scores = cell.estimate, cell.scores()
-        assert estimate.n == 300 and estimate.num_seeds == 2 and estimate.standard_error is not None
-        assert estimate.mean == pytest.approx((scores[0].accuracy + scores[1].accuracy) / 2)
-        assert min(s.interval[0] for s in scores) <= estimate.low < estimate.mean < estimate.high
-        assert estimate.high <= max(s.interval[1] for s in scores)
+    evaluations = load_frames([study.path]).evaluations
+    cells = summarise(evaluations)
+    assert cells["panel"].unique().tolist() == ["stories test"] and len(cells) == 2 * 3
+    assert cells["method"].tolist() == ["answer_only", "cot", "socratic"] * 2
+    assert cells["model"].unique().tolist() == ["stories-2m", "stories-13m"]
+    for cell in records(cells):
+        seeds = evaluations[
+            (evaluations["model"] == cell["model"]) & (evaluations["method"] == cell["method"])
+        ]
+        assert cell["n"] == 300 and cell["num_seeds"] == 2 and cell["standard_error"] is not None
+        assert cell["mean"] == pytest.approx(seeds["strict_accuracy"].mean())
+        assert seeds["strict_low"].min() <= cell["low"] < cell["mean"] < cell["high"]
+        assert cell["high"] <= seeds["strict_high"].max()
 
 
 def test_what_makes_accuracies_incomparable_makes_panels(tmp_path: Path) -> None:
@@ -148,8 +169,7 @@ def test_what_makes_accuracies_incomparable_makes_panels(tmp_path: Path) -> None
     write_evaluation(run, *student, split="half", step=120, finished=False)
     sampled = write_evaluation(run, *student, data="warm", temperature=0.7, train_data="stories")
     sampled.rename(sampled.with_name("warm-test-cot-t0.7-s0"))
-    titles = [panel.title for panel in panels(load_runs([run.path]))]
-    assert titles == [
+    assert _panels(run.path) == [
         "stories test",
         "stories half · stopped at step 120",
         "stories hard · asked for answer_only",
@@ -164,29 +184,31 @@ def test_the_same_student_asked_twice_is_not_two_seeds(tmp_path: Path) -> None:
     copy = write_evaluation(run, "cot", "stories-2m", 2_013_952, 0, 1, calculator=False)
     record = json.loads((copy / "results.json").read_text())
     (copy / "results.json").write_text(json.dumps(record | {"calculator": True}))
-    found = panels(load_runs([run.path]))
-    assert [panel.title for panel in found] == [
+    assert _panels(run.path) == [
         "stories test · stories-test-cot",
         "stories test · stories-test-cot-no-calculator",
     ]
-    assert all(cell.estimate.num_seeds == 1 for panel in found for cell in panel.cells)
+    assert (summarise(load_frames([run.path]).evaluations)["num_seeds"] == 1).all()
 
 
 def test_studies_are_joined_unless_a_run_is_in_both(tmp_path: Path) -> None:
     make_study(tmp_path / "small", sizes={"a": 1000}, methods=("cot",), seeds=(0,))
     make_study(tmp_path / "large", sizes={"b": 9000}, methods=("cot",), seeds=(0,))
     make_study(tmp_path / "again", sizes={"a": 1000}, methods=("cot",), seeds=(0,))
-    (panel,) = panels(load_runs([tmp_path / "small", tmp_path / "large"]))
-    assert panel.models == [(1000, "a"), (9000, "b")]
-    apart = panels(load_runs([tmp_path / "small", tmp_path / "again"]))
-    assert [panel.title for panel in apart] == ["again · stories test", "small · stories test"]
+    joined = summarise(load_frames([tmp_path / "small", tmp_path / "large"]).evaluations)
+    assert joined[["panel", "parameters", "model"]].values.tolist() == [
+        ["stories test", 1000, "a"],
+        ["stories test", 9000, "b"],
+    ]
+    assert _panels(tmp_path / "small", tmp_path / "again") == ["again · stories test", "small · stories test"]
 
 
 def test_the_headline_is_computed_from_the_largest_model(study: StudyDirectory) -> None:
-    (panel,) = panels(load_runs([study.path]))
-    text = str(headline(panel))
-    best = max(panel.of_model((13_107_200, "stories-13m")), key=lambda cell: cell.estimate.mean).estimate
-    said = f"{100 * best.mean:.0f} % [{100 * best.low:.0f}, {100 * best.high:.0f}]"
+    cells = summarise(load_frames([study.path]).evaluations)
+    text = _headline(study.path)
+    large = cells[cells["model"] == "stories-13m"]
+    best = large.loc[large["mean"].idxmax()]
+    said = f"{100 * best['mean']:.0f} % [{100 * best['low']:.0f}, {100 * best['high']:.0f}]"
     assert text.startswith(f"On stories test, with 13.1M parameters: Socratic {said}, CoT ")
     assert text.endswith(
         "(n = 300, mean of 2 seeds). The 95 % intervals of Socratic and CoT overlap; no others do."
@@ -197,25 +219,23 @@ def test_overlapping_intervals_are_named(tmp_path: Path) -> None:
     for method, level in (("answer_only", 0.0), ("cot", 0.45), ("socratic", 0.0)):
         run = make_run(tmp_path / "study", method, "m", 1000, 0)
         write_evaluation(run, method, "m", 1000, 0, level)
-    (panel,) = panels(load_runs([tmp_path / "study"]))
-    assert str(headline(panel)).endswith("intervals of CoT and Socratic overlap; no others do.")
+    assert _headline(tmp_path / "study").endswith("intervals of CoT and Socratic overlap; no others do.")
 
 
 def test_comparisons_count_problem_by_problem(study: StudyDirectory) -> None:
     found = _comparisons(study.path)
-    assert len(found) == 2 * 2 * 3 and not any(comparison.refusal for comparison in found)
-    one = next(
-        c for c in found if (c.model_name, c.seed, c.first, c.second) == ("stories-13m", 1, "cot", "socratic")
-    )
+    assert len(found) == 2 * 2 * 3 and not any(row["refusal"] for row in found)
+    wanted = {"model": "stories-13m", "seed": 1, "first": "cot", "second": "socratic"}
+    one = next(row for row in found if wanted.items() <= row.items())
     correct = []
     for method in ("cot", "socratic"):
         path = study.run(f"stories.{method}.stories-13m.s1").evaluation(f"stories-test-{method}").predictions
         correct.append([json.loads(line)["correct_strict"] for line in path.read_text().splitlines()])
     pairs = list(zip(*correct, strict=True))
     b, c = pairs.count((True, False)), pairs.count((False, True))
-    assert (one.only_first, one.only_second, one.n) == (b, c, 300)
-    assert (one.both, one.neither) == (pairs.count((True, True)), pairs.count((False, False)))
-    assert one.p == mcnemar(b, c) and one.p_holm is not None and one.p <= one.p_holm <= 1
+    assert (one["only_first"], one["only_second"], one["n"]) == (b, c, 300)
+    assert (one["both"], one["neither"]) == (pairs.count((True, True)), pairs.count((False, False)))
+    assert one["p"] == mcnemar(b, c) and one["p"] <= one["p_holm"] <= 1
 
 
 def test_different_problems_are_not_compared(tmp_path: Path) -> None:
@@ -228,14 +248,14 @@ def test_different_problems_are_not_compared(tmp_path: Path) -> None:
     )
     first, rest = changed.read_text().split("\n", 1)
     changed.write_text(json.dumps(json.loads(first) | {"question": "Who?"}) + "\n" + rest)
-    refusals = [comparison.refusal for comparison in _comparisons(folder)]
+    refusals = [row["refusal"] for row in _comparisons(folder)]
     assert refusals == [
         "different problems: 0 only in the first, 10 only in the second",
         "different problems: 0 only in the first, 10 only in the second",
         "different problems: 1 of the same id differ in question or answer",
     ]
     changed.unlink()
-    assert _comparisons(folder)[2].refusal == "predictions missing"
+    assert _comparisons(folder)[2]["refusal"] == "predictions missing"
 
 
 @pytest.mark.parametrize(

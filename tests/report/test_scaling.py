@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from trainer.report.analysis import analyse
-from trainer.report.results import load_runs
-from trainer.report.scaling import fit_logistic, fit_panels
-from trainer.report.summary import panels
+from trainer.report.columns import records
+from trainer.report.error_types import analyse
+from trainer.report.load import load_frames
+from trainer.report.paired_tests import answers_by_evaluation
+from trainer.report.scaling import fit_curves, fit_logistic
 from trainer.storage.run_directory import StudyDirectory
 
 X = np.log10([124e6, 355e6, 774e6, 1.5e9])
@@ -48,33 +49,35 @@ def test_separable_data_end_in_finite_numbers() -> None:
 
 def test_the_bootstrap_interval_is_the_asymptotic_one(whole_study: StudyDirectory) -> None:
     """One seed: a resampled problem is resampled at every size, so the covariance between sizes counts as well."""
-    found = panels(load_runs([whole_study.path]))
-    analyses = analyse(found[0].evaluations + found[1].evaluations)
-    fits = {(fit.panel, fit.method): fit for fit in fit_panels(found, analyses)}
+    evaluations = load_frames([whole_study.path]).evaluations
+    answers = answers_by_evaluation(analyse(evaluations)[0])
+    fits = {(fit["panel"], fit["method"]): fit for fit in records(fit_curves(evaluations, answers))}
     fit = fits["gsm8k test", "cot"]
-    assert not fit.refusal and fit.n == 60 and fit.slope_low < fit.slope < fit.slope_high
-    cells = found[0].of_method("cot")
-    answers = [analyses[cell.evaluations[0].directory.path].answers for cell in cells]
-    correct = np.array([[a[name].correct for name in answers[0]] for a in answers], dtype=float)  # type: ignore[index]
-    assert fit.accuracies == pytest.approx(correct.mean(axis=1))
-    x = np.log10(fit.sizes)
+    assert not fit["refusal"] and fit["n"] == 60
+    assert fit["slope_low"] < fit["slope"] < fit["slope_high"]
+    cells = evaluations[(evaluations["panel"] == "gsm8k test") & (evaluations["method"] == "cot")]
+    ids = answers[cells.index[0]].index
+    correct = np.array([answers[number]["correct"].reindex(ids) for number in cells.index], dtype=float)
+    assert fit["accuracies"] == pytest.approx(correct.mean(axis=1))
+    x = np.log10(fit["sizes"])
     a, b = fit_logistic(x, correct.sum(axis=1), 60)
-    assert b == pytest.approx(fit.slope)
+    assert b == pytest.approx(fit["slope"])
     # Delta method: slope = sum of its influence over problems.
     p = 1 / (1 + np.exp(-(a + b * x)))
     design = np.stack([np.ones_like(x), x])
     information = 60 * (design * p * (1 - p)) @ design.T
     influence = np.linalg.solve(information, design @ (correct - p[:, None]))[1]
     error = np.sqrt(np.sum((influence - influence.mean()) ** 2))
-    assert fit.slope_high - fit.slope_low == pytest.approx(2 * 1.96 * error, rel=0.25)
+    assert fit["slope_high"] - fit["slope_low"] == pytest.approx(2 * 1.96 * error, rel=0.25)
 
 
 def test_fits_are_refused_below_three_sizes_and_without_the_same_problems(
     whole_study: StudyDirectory,
 ) -> None:
-    found = panels(load_runs([whole_study.run(f"stories.cot.{m}.s0").path for m in ("gpt2", "gpt2-large")]))
-    fits = fit_panels(found, analyse([e for panel in found for e in panel.evaluations]))
-    assert {fit.refusal for fit in fits} == {"2 of at least 3 sizes"} and len(fits) == 2
+    paths = [whole_study.run(f"stories.cot.{m}.s0").path for m in ("gpt2", "gpt2-large")]
+    evaluations = load_frames(paths).evaluations
+    fits = fit_curves(evaluations, answers_by_evaluation(analyse(evaluations)[0]))
+    assert fits["refusal"].tolist() == ["2 of at least 3 sizes"] * 2
 
 
 def test_what_nobody_solves_has_no_curve(whole_report_record: dict) -> None:

@@ -16,22 +16,24 @@ GOLD = [["How many apples does Tom have?", "How many are left?"], ["How much is 
 def test_bleu_and_the_number_of_questions() -> None:
     ours = [["How many apples has Tom?", "How many are left?"], ["How much is it?", "And then?"], ["What?"]]
     quality = score_questions(list(zip(ours, GOLD, strict=True)), Scorer())
-    assert quality is not None and quality.n == 2, "a problem without gold sub-questions does not count"
+    assert quality is not None and quality["n"] == 2, "a problem without gold sub-questions does not count"
     texts = [" ".join(questions) for questions in ours[:2]]
     expected = sacrebleu.corpus_bleu(texts, [[" ".join(questions) for questions in GOLD[:2]]])
-    assert quality.bleu == pytest.approx(expected.score) and 20 < quality.bleu < 90
-    assert (quality.right_number, quality.ours_mean, quality.gold_mean) == (1, 2.0, 1.5)
-    assert "tok:13a" in quality.signature and "version:" in quality.signature
-    assert quality.bertscore is None
+    assert quality["bleu"] == pytest.approx(expected.score) and 20 < quality["bleu"] < 90
+    assert (quality["right_number"], quality["ours_mean"], quality["gold_mean"]) == (1, 2.0, 1.5)
+    assert "tok:13a" in quality["signature"] and "version:" in quality["signature"]
+    assert quality["bertscore"] is None
 
 
 def test_gold_against_itself_and_nothing_to_compare() -> None:
     quality = score_questions([(questions, questions) for questions in GOLD], Scorer())
     assert (
-        quality is not None and quality.bleu == pytest.approx(100) and quality.right_number == quality.n == 2
+        quality is not None
+        and quality["bleu"] == pytest.approx(100)
+        and quality["right_number"] == quality["n"] == 2
     )
     silent = score_questions([([], questions) for questions in GOLD], Scorer())
-    assert silent is not None and (silent.bleu, silent.right_number) == (0, 0)
+    assert silent is not None and (silent["bleu"], silent["right_number"]) == (0, 0)
     assert score_questions([(["What?"], [])], Scorer()) is None
 
 
@@ -74,5 +76,5 @@ def test_bertscore_with_a_model_of_this_machine(tmp_path: Path) -> None:
     transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     scorer = Scorer(str(tmp_path))
     found = [score_questions([([text], GOLD[0][:1])], scorer) for text in (GOLD[0][0], "is it left ?", "")]
-    same, other, silent = (quality.bertscore for quality in found if quality is not None)
+    same, other, silent = (quality["bertscore"] for quality in found if quality is not None)
     assert same == pytest.approx(1, abs=1e-5) and silent == 0 and 0 < other < same

@@ -12,15 +12,14 @@ from scipy import stats
 
 from tests.report.synthetic_study import make_asked_run, make_run, make_study, write_evaluation
 from trainer.errors import UserError
-from trainer.report.analysis import analyse
 from trainer.report.build import build_report
-from trainer.report.causes import CAUSES
-from trainer.report.certainty import certainties, half_width
-from trainer.report.comparisons import compare
-from trainer.report.provenance import own_facts, remarks
-from trainer.report.results import load_runs
+from trainer.report.columns import records
+from trainer.report.error_types import ERROR_TYPES, analyse
+from trainer.report.load import load_frames
+from trainer.report.provenance import facts_by_run, remarks
+from trainer.report.report_data import compute
 from trainer.report.statistics import mcnemar
-from trainer.report.summary import panels
+from trainer.report.summary import significance_text
 from trainer.storage.run_directory import StudyDirectory
 
 
@@ -34,10 +33,10 @@ def _predictions(study: StudyDirectory, run: str, evaluation: str) -> list[dict[
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_causes_add_up_to_the_problems(record: dict[str, Any]) -> None:
+def test_error_types_add_up_to_the_problems(record: dict[str, Any]) -> None:
     assert len(record["causes"]) == 3 * 7 + 3 * 2
     for row in record["causes"]:
-        assert row["right"] + sum(row[cause] for cause in CAUSES) == row["n"] == 60
+        assert row["right"] + sum(row[error_type] for error_type in ERROR_TYPES) == row["n"] == 60
     asked = [row for row in record["causes"] if row["method"] in ("socratic", "iterative_ahead")]
     assert all(row["subquestion"] for row in asked if row["right"] < 40)
     assert not any(
@@ -82,26 +81,17 @@ def test_sub_questions_are_scored_where_the_student_asks(record: dict[str, Any])
         assert row["bertscore"] is None and row["low"] < 1 == row["high"]
 
 
-def test_half_widths_are_those_of_the_published_data_sets() -> None:
-    published = [(0.21, 1319, 2.2), (0.21, 300, 4.6), (0.62, 229, 6.2), (0.2, 300, 4.5)]
-    for accuracy, n, points in published:
-        assert 100 * half_width(accuracy, n) == pytest.approx(points, abs=0.05)
-        interval = stats.binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
-        assert half_width(round(accuracy * n) / n, n) == pytest.approx((interval.high - interval.low) / 2)
-
-
 def test_differences_that_mean_little_are_named(whole_study: StudyDirectory, whole_report: Path) -> None:
-    found = panels(load_runs([whole_study.path]))
-    comparisons = compare(found, analyse([e for panel in found for e in panel.evaluations]))
-    first, second = certainties(found, comparisons)
-    weak = {
-        (c.model_name, c.first, c.second)
-        for c in comparisons
-        if c.panel == "gsm8k test" and c.p_holm is not None and c.p_holm >= 0.05
-    }
-    assert 0 < len(first.untold) == len(weak) < first.num_pairs == 63
-    assert str(first) in (whole_report / "index.html").read_text() and second.panel.endswith("no calculator")
-    assert any(text.startswith("gpt2, CoT and Socratic: ") for text in first.untold)
+    data = compute("whole", load_frames([whole_study.path]))
+    first, second = records(data.significance)
+    weak = data.comparisons[
+        (data.comparisons["panel"] == "gsm8k test") & (data.comparisons["p_holm"] >= 0.05)
+    ]
+    num_weak = len(weak[["model", "first", "second"]].drop_duplicates())
+    assert 0 < len(first["not_significant"]) == num_weak < first["num_pairs"] == 63
+    assert significance_text(first) in (whole_report / "index.html").read_text()
+    assert second["panel"].endswith("no calculator")
+    assert any(text.startswith("gpt2, CoT and Socratic: ") for text in first["not_significant"])
 
 
 def test_predictions_of_an_older_version(tmp_path: Path) -> None:
@@ -134,14 +124,15 @@ def test_runs_that_only_ask_and_runs_that_only_help_are_not_unfinished(tmp_path:
     pair = make_asked_run(
         folder, "iterative_ahead", "m", 1000, 3
     )  # its settings say seed: 0, of the sampling
-    runs = {run.name: run for run in load_runs([folder])}
-    assert runs[pair.name].unfinished == "not evaluated" and runs[pair.name].seed == 3
-    assert {runs[name].unfinished for name in runs if name != pair.name} == {""}
+    runs = {row["run"]: row for row in records(load_frames([folder]).runs)}
+    assert runs[pair.name]["missing"] == "not evaluated" and runs[pair.name]["seed"] == 3
+    assert {runs[name]["missing"] for name in runs if name != pair.name} == {""}
     write_evaluation(pair, "iterative_ahead", "m", 1000, 3, 0, num_problems=20)
-    run = next(run for run in load_runs([folder]) if run.name == pair.name)
-    assert run.unfinished == "" and run.max_steps is None and run.only_asked
-    assert [m.role for m in run.evaluations[0].members] == ["decomposer", "solver"]
-    assert (run.evaluations[0].num_parameters, run.evaluations[0].total_parameters) == (1000, 2000)
+    (run,) = records(load_frames([folder]).evaluations)
+    assert run["run"] == pair.name and run["missing"] == ""
+    assert run["max_steps"] is None and not run["is_trained"]
+    assert [member["role"] for member in run["members"]] == ["decomposer", "solver"]
+    assert (run["parameters"], run["total_parameters"]) == (1000, 2000)
 
 
 def test_provenance_says_how_answers_were_decoded(tmp_path: Path) -> None:
@@ -158,20 +149,14 @@ def test_provenance_says_how_answers_were_decoded(tmp_path: Path) -> None:
     write_evaluation(pair, "iterative_ahead", "m", 1000, 0, 0, num_problems=20, backends=choices)
     other = make_run(tmp_path / "study", "cot", "m", 1000, 1)
     write_evaluation(other, "cot", "m", 1000, 1, 0, num_problems=20)  # of an older version
-    runs = load_runs([pair.path, other.path])
-    facts = {run.name: facts for run, facts in own_facts(runs)}
+    study = load_frames([pair.path, other.path])
+    facts = {run["run"]: facts for run, facts in facts_by_run(study)[1]}
     assert facts[pair.name]["answers decoded by"] == "slots, transformers"
     assert facts[pair.name]["their logits differ from the plain forward pass's by"] == (
         "at most 7e-06 standard deviations"
     )
     assert "answers decoded by" not in facts[other.name]
-    notes = [
-        text
-        for name, text in remarks(
-            runs, analyse([evaluation for run in runs for evaluation in run.evaluations])
-        )
-        if name.startswith(pair.name)
-    ]
+    notes = [text for name, text in remarks(compute("study", study)) if name.startswith(pair.name)]
     assert "the solver was decoded by the backend transformers: in slots it differs" in notes
     assert not any("decomposer was decoded" in text for text in notes)
 
@@ -189,29 +174,29 @@ def test_provenance_says_how_examples_were_laid_out(tmp_path: Path) -> None:
     run, older = (make_run(tmp_path / "study", "cot", "m", 1000, seed) for seed in (0, 1))
     environment = json.loads(run.environment.read_text())
     run.environment.write_text(json.dumps({**environment, "layout": layout}))
-    runs = load_runs([run.path, older.path])
-    facts = {found.name: facts for found, facts in own_facts(runs)}
+    study = load_frames([run.path, older.path])
+    facts = {found["run"]: facts for found, facts in facts_by_run(study)[1]}
     assert facts[run.name]["layout of examples"] == "padded (attention sdpa)"
     assert facts[run.name]["its logits differ from the plain forward pass's by"] == (
         "7e-07 standard deviations (allowed: 2e-06; 4 examples, fp32)"
     )
     assert "layout of examples" not in facts[older.name]
-    assert remarks(runs, analyse([])) == [
+    assert remarks(compute("study", study)) == [
         (run.name, "trained with a slower layout of examples: its logits differ")
     ]
 
 
 def test_guidance_makes_another_method(tmp_path: Path) -> None:
     run = make_asked_run(tmp_path / "study", "iterative_ahead_operators", "m", 1000, 0)
-    assert load_runs([run.path])[0].method == "iterative_ahead+operators"
+    assert load_frames([run.path]).runs["run_method"].tolist() == ["iterative_ahead+operators"]
     path = write_evaluation(run, "iterative_ahead", "m", 1000, 0, 0, num_problems=20)
     path = path.rename(path.with_name("mine-hard-iterative_ahead_operators-gold_guidance"))
     results = json.loads((path / "results.json").read_text())
     results["decomposer"]["method"] = "decomposer_interleaved_operators"
     for guidance_from, method in (("planner", "+operators"), ("gold", "+gold operators")):
         (path / "results.json").write_text(json.dumps(results | {"guidance_from": guidance_from}))
-        (panel,) = panels(load_runs([run.path]))
-        assert panel.methods == [f"iterative_ahead{method}"] and panel.title == "mine-hard"
+        (row,) = records(load_frames([run.path]).evaluations)
+        assert row["method"] == f"iterative_ahead{method}" and row["panel"] == "mine-hard"
 
 
 def test_a_published_model_has_the_name_that_the_study_gives_it(tmp_path: Path) -> None:
@@ -219,8 +204,9 @@ def test_a_published_model_has_the_name_that_the_study_gives_it(tmp_path: Path) 
     results = write_evaluation(run, "few_shot", "gpt2", 1000, 0, 0, num_problems=20) / "results.json"
     unknown = {"method": "", "train_data": ""}  # it does not say how it was made
     results.write_text(json.dumps(json.loads(results.read_text()) | unknown))
-    (panel,) = panels(load_runs([run.path]))
-    assert (panel.title, panel.methods, panel.models) == ("stories test", ["few_shot"], [(1000, "m")])
+    (row,) = records(load_frames([run.path]).evaluations)
+    found = [row[name] for name in ("panel", "method", "parameters", "model")]
+    assert found == ["stories test", "few_shot", 1000, "m"]
 
 
 def test_a_member_that_says_nothing_is_refused(tmp_path: Path) -> None:
@@ -229,17 +215,18 @@ def test_a_member_that_says_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"results\.json: solver is .* expected model_name, method, num_parameters"
     ):
-        load_runs([run.path])
+        load_frames([run.path])
 
 
 def test_examples_are_shared_evenly_and_are_the_same_problems(whole_study: StudyDirectory) -> None:
-    found = panels(load_runs([whole_study.path]))
-    evaluations = [e for panel in found for e in panel.evaluations]
-    analyses = list(analyse(evaluations, max_examples=280).values())
-    assert len(evaluations) == 27 and {len(a.examples) for a in analyses} == {10}
-    ids = [{example.prediction.id for example in a.examples} for a in analyses]
+    evaluations = load_frames([whole_study.path]).evaluations
+    predictions, _ = analyse(evaluations, max_examples=280)
+    shown = predictions[predictions["is_shown"]]
+    ids = [set(rows["id"]) for _, rows in shown.groupby("evaluation")]
+    assert len(evaluations) == len(ids) == 27 and {len(chosen) for chosen in ids} == {10}
     assert all(chosen == ids[0] for chosen in ids)
-    assert not any(a.examples for a in analyse(evaluations, max_examples=5).values())
+    assert predictions["text"].notna().equals(predictions["is_shown"]), "no other text is kept"
+    assert not analyse(evaluations, max_examples=5)[0]["is_shown"].any()
 
 
 @pytest.mark.parametrize("steps", ["none", [1], [["a", "b"]]])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
+from statistics import NormalDist
 from typing import Any
 
 from trainer.problems import answers
 from trainer.problems.problem import Problem
-from trainer.report.statistics import wilson_interval
 
 
 def score_prediction(problem: Problem, text: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -75,3 +76,20 @@ def accuracy_text(accuracy: dict[str, dict[str, Any]]) -> str:
         f"{rule} {100 * s['accuracy']:.1f} % ({s['correct']}/{s['n']}, 95 %: {100 * s['low']:.1f}-{100 * s['high']:.1f})"
         for rule, s in accuracy.items()
     )
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion as two fractions in [0, 1], (0, 1) for n = 0.
+
+    Written out because a compute node has no statsmodels, which the report uses; a test compares the two.
+    """
+    if not 0 <= correct <= n:
+        raise ValueError(f"correct = {correct} is not between 0 and n = {n}")
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.975)
+    proportion, denominator = correct / n, 1 + z * z / n
+    centre = (proportion + z * z / (2 * n)) / denominator
+    half_width = z / denominator * math.sqrt(proportion * (1 - proportion) / n + z * z / (4 * n * n))
+    # Rounding must not leave 1e-17 where the interval touches an end.
+    return (0.0 if correct == 0 else centre - half_width), (1.0 if correct == n else centre + half_width)

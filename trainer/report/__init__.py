@@ -1,1 +1,9 @@
-"""From run directories to figures, tables and one self-contained page. Imports no torch: it works on a laptop."""
+"""From run directories to figures, tables and one self-contained page. Imports no torch; needs the extra "report"."""
+
+from importlib.util import find_spec
+
+from trainer.errors import UserError
+
+_MISSING = [name for name in ("pandas", "scipy", "statsmodels") if find_spec(name) is None]
+if _MISSING:
+    raise UserError(f"the report needs {', '.join(_MISSING)}: pip install 'socratic-trainer[report]'")

@@ -1,21 +1,20 @@
-"""Study directories -> report directory. Everything is made in memory first, then each file is put in place whole."""
+"""Build a report directory from study directories. All files are made in memory first, then put in place one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from trainer.errors import UserError
-from trainer.report import plots, plots_answers, tables
-from trainer.report.comparison_table import comparison_rows
-from trainer.report.content import content_of
+from trainer.report import drawing, tables
+from trainer.report.comparison import comparison_rows, to_latex
 from trainer.report.format import clean
-from trainer.report.html import FigureOnPage, page
-from trainer.report.latex import to_latex
-from trainer.report.render import figure_files, inline_panels
-from trainer.report.results import is_run, load_runs
-from trainer.report.style import cause_styles, method_styles
-from trainer.report.summary import in_order
+from trainer.report.load import is_run, load_frames
+from trainer.report.page import render_page
+from trainer.report.plots import all_figures
+from trainer.report.report_data import compute
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import StudyDirectory
 
@@ -39,41 +38,30 @@ def build_report(
     paths = [Path(path) for path in study_dirs]
     if not paths:
         raise UserError("no study to report on; name a study directory or a run directory")
-    runs = in_order(load_runs(paths))
-    title = clean(title) or ", ".join(dict.fromkeys(run.study for run in runs))
-    content = content_of(title, runs, max_examples, bertscore_model)
-    panels, analyses = content.panels, content.analyses
-    methods = [run.method for run in runs] + [cell.method for panel in panels for cell in panel.cells]
-    styles = method_styles(methods)
-    figures = [
-        plots.accuracy_vs_parameters(panels, styles),
-        plots_answers.scaling_fit(content.fits, styles),
-        plots.accuracy_by_num_steps(panels, styles),
-        plots_answers.what_went_wrong(panels, analyses, styles),
-        plots_answers.calculator(content.calculators, styles),
-        plots.loss_curves(runs, styles),
-        plots.throughput(runs, styles),
-    ]
+    study = load_frames(paths)
+    title = clean(title) or ", ".join(study.runs["study"].unique())
+    data = compute(title, study, max_examples, bertscore_model)
+    styles = drawing.method_styles([*study.runs["run_method"], *data.summary["method"]])
+    all_panels = all_figures(data, styles)
+    figures = {name: panels for name, panels in all_panels.items() if panels}
     files: dict[str, bytes] = {}
-    shown: dict[str, FigureOnPage] = {}
-    for figure in figures:
-        if figure.panels:
-            files |= figure_files(figure)
-            shown[figure.name] = FigureOnPage(inline_panels(figure, styles | cause_styles()), figure.files)
-    optional = {
-        "comparison.csv": tables.to_csv(comparison_rows(content.tables)).encode(),
-        "comparison.tex": to_latex(content.tables).encode() if content.tables else b"",
-    }
-    files |= {name: data for name, data in optional.items() if data}
-    files["results.csv"] = tables.to_csv(tables.run_rows(runs)).encode()
-    files["results.json"] = tables.to_json(content).encode()
-    # Last: whoever sees the new page finds the files it links to.
-    files["index.html"] = page(content, shown, styles).encode()
+    for name, panels in figures.items():
+        files |= drawing.figure_files(name, panels)
+    if data.comparison_tables:
+        rows = pd.DataFrame(comparison_rows(data.comparison_tables), dtype=object)
+        files["comparison.csv"] = tables.to_csv(rows).encode()
+        files["comparison.tex"] = to_latex(data.comparison_tables).encode()
+    files["results.csv"] = tables.to_csv(tables.result_rows(study.runs)).encode()
+    files["results.json"] = tables.to_json(data).encode()
+    # Last, so that the files that the new page links to are there.
+    files["index.html"] = render_page(data, figures, styles).encode()
 
     folder = Path(output_dir) if str(output_dir) else _default_output(paths[0])
-    for name, data in files.items():
-        atomic_dir.write_bytes(folder / name, data)
-    for name in {*optional, *(name for figure in figures for name in figure.files)} - files.keys():
+    for name, content in files.items():
+        atomic_dir.write_bytes(folder / name, content)
+    optional = {"comparison.csv", "comparison.tex"}
+    optional |= {f"{name}.{kind}" for name in all_panels for kind in ("svg", "png")}
+    for name in optional - files.keys():
         (folder / name).unlink(missing_ok=True)  # of an older report, and no longer true
     return folder / "index.html"
 

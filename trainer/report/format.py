@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them; the figures and the page say them in the same way."""
+"""Format numbers and names for figures and the page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def count(value: float | None) -> str:
-    """1234 -> "1.23k", 124439808 -> "124M": three digits at most, no trailing zeros; None -> an en dash."""
+    """Return 1234 as "1.23k", 124439808 as "124M": at most three digits, no trailing zeros; None as an en dash."""
     if value is None or not math.isfinite(value):
         return "–"
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -16,17 +16,17 @@ def count(value: float | None) -> str:
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """0.8134 -> "81.3 %"."""
+    """Return 0.8134 as "81.3 %"."""
     return f"{100 * fraction:.{digits}f} %" if math.isfinite(fraction) else "–"
 
 
 def interval(low: float, high: float, digits: int = 1) -> str:
-    """Two fractions -> "[76.2, 85.1]", in percent."""
+    """Return two fractions as "[76.2, 85.1]", in percent."""
     return f"[{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
 
 
 def p_value(p: float | None) -> str:
-    """0.0312 -> "0.031"; small ones as a bound, "< 0.0001"; never "0"."""
+    """Return 0.0312 as "0.031"; small ones as a bound, "< 0.0001"; never "0"."""
     if p is None:
         return "–"
     if p < 0.0001:
@@ -35,7 +35,7 @@ def p_value(p: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """75 -> "1 min 15 s"."""
+    """Return 75 as "1 min 15 s"."""
     if value is None or not math.isfinite(value):
         return "–"
     if value < 60:
@@ -46,12 +46,12 @@ def seconds(value: float | None) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cut the middle out of a text of more than `limit` characters: its beginning and its end tell names apart."""
+    """Return a text without its middle if it has more than `limit` characters: both ends distinguish names."""
     if len(text) <= limit:
         return text
     return f"{text[: limit // 2]}…{text[-((limit - 1) // 2) :]}"
 
 
 def clean(text: str) -> str:
-    """Replace what cannot stand in a page or an SVG: control characters, line ends, undecodable bytes of a path."""
+    """Return a text with control characters, line ends and undecodable bytes replaced: a page cannot hold them."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)

@@ -1,8 +1,8 @@
-"""What the methods are called on the page, in which order they stand, and what an answer of each is made of."""
+"""Labels, order and kinds of the methods."""
 
 from __future__ import annotations
 
-# From least to most help. Those behind gold_subquestions only train: they answer as a part of another method.
+# From least to most help. Those after gold_subquestions only train: they answer as a part of another method.
 METHOD_ORDER = (
     *("few_shot", "answer_only", "cot", "socratic"),
     *("iterative_ahead", "iterative_interleaved", "gold_subquestions"),
@@ -22,33 +22,33 @@ _LABELS = {
 PAIRS = ("iterative_ahead", "iterative_interleaved")  # a decomposer asks, a solver answers
 ASK = ("socratic", *PAIRS)  # the student writes the sub-questions
 WITH_QUESTIONS = (*ASK, "gold_subquestions")  # sub-questions and solutions alternate in the text
-GUIDED = "+"  # "iterative_ahead+operators": the decomposer was told the operators
+GUIDED = "+"  # "iterative_ahead+operators": the decomposer was given the operators
 
 
 def base(method: str) -> str:
-    """The method without its guidance."""
+    """Return the method without its guidance."""
     return method.partition(GUIDED)[0]
 
 
 def canonical(method: str) -> str:
-    """A method as runs are named after it, as evaluations have it: iterative_ahead_operators, iterative_ahead+operators."""
+    """Return iterative_ahead+operators (as in evaluations) for iterative_ahead_operators (as in run names)."""
     pair = next((pair for pair in PAIRS if method.startswith(f"{pair}_")), "")
     return f"{pair}{GUIDED}{method.removeprefix(pair)[1:]}" if pair else method
 
 
 def label(method: str) -> str:
-    """`iterative_ahead+gold operators` -> `iterative, ahead + gold operators`; an unknown name as it is."""
+    """Return `iterative, ahead + gold operators` for iterative_ahead+gold operators; an unknown name as it is."""
     name, mark, guidance = method.partition(GUIDED)
     known = _LABELS.get(name, name.replace("_", " ") if name in METHOD_ORDER else name)
     return f"{known} + {guidance}" if mark else known
 
 
 def method_rank(method: str) -> tuple[int, str]:
-    """Sort key: the known methods in their order, each before itself with guidance, then others by name."""
+    """Return a sort key: known methods in their order, each before itself with guidance, then others by name."""
     name = base(method)
     return (METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER), method)
 
 
 def is_part(method: str) -> bool:
-    """Whether a run of this method has no answers of its own: it works for a pair."""
+    """Return whether a run of this method has no answers of its own because it is a part of a pair."""
     return method.startswith(("decomposer", "planner_")) or method == "solver"

@@ -1,15 +1,14 @@
-"""How good a decomposer's sub-questions are, by their words: BLEU, the share of right numbers of questions, BERTScore.
+"""Quality of a decomposer's sub-questions by their words: BLEU, share of right numbers of questions, BERTScore.
 
-These three are what Shridhar et al. report for generated sub-questions ("Automatic Generation of Socratic
+Shridhar et al. report these three for generated sub-questions ("Automatic Generation of Socratic
 Subquestions for Teaching Math Word Problems", EMNLP 2022). The sub-questions of a problem are one text, joined by
-spaces. None of the scores knows whether a differently worded sub-question would have done as well.
+spaces. None of the scores measures whether a differently worded sub-question would have done as well.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,8 @@ from sacrebleu.metrics.bleu import BLEU
 from trainer.errors import UserError
 
 
-@dataclass(frozen=True)
-class Quality:
-    """Of all problems that have gold sub-questions, right and wrong answers alike."""
-
-    n: int
-    right_number: int  # problems with as many sub-questions as gold
-    ours_mean: float  # sub-questions a problem
-    gold_mean: float
-    bleu: float  # 0 to 100, over the whole set
-    signature: str  # of sacrebleu: what was counted, and how
-    bertscore: float | None  # mean F1 in [0, 1]; None without a model
-
-
 class Scorer:
-    """BERTScore (Zhang et al. 2020) with a model on this machine; without one, there is no BERTScore."""
+    """BERTScore (Zhang et al. 2020) with a local model; without a model there is no BERTScore."""
 
     def __init__(self, model: str = "") -> None:
         """Load the model of a local folder. Raises UserError if folder or package is missing."""
@@ -47,7 +33,7 @@ class Scorer:
                 f"bertscore_model {model!r} is not a local model folder ({error}); nothing is downloaded here"
             ) from None
         try:
-            # Brings torch along: only who asks for BERTScore pays for it.
+            # Imports torch, so only when BERTScore is asked for.
             from bert_score import BERTScorer
             from bert_score.utils import model2layers
         except ImportError:
@@ -57,12 +43,12 @@ class Scorer:
         # The layer that the authors found best for a model of this name, else the last one.
         self.num_layers = model2layers.get(self.name, config.get("num_hidden_layers"))
         self._scorer = BERTScorer(model_type=model, num_layers=self.num_layers, device="cpu")
-        # A tokenizer that does not say how long a text may be makes bert-score 0.3.13 fail; RoBERTa keeps 2 positions.
+        # bert-score 0.3.13 fails if the tokenizer has no maximum length; RoBERTa reserves 2 positions.
         tokenizer, positions = self._scorer._tokenizer, config.get("max_position_embeddings", 512) - 2
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
     def mean_f1(self, ours: Sequence[str], gold: Sequence[str]) -> float | None:
-        """Mean F1; who asks nothing has 0 (the package cannot score an empty text with transformers 5)."""
+        """Return the mean F1; an empty text has 0 (the package cannot score one with transformers 5)."""
         if self._scorer is None:
             return None
         pairs = [(text, reference) for text, reference in zip(ours, gold, strict=True) if text]
@@ -72,22 +58,26 @@ class Scorer:
         return float(f1.sum()) / len(ours)
 
 
-def score_questions(pairs: Sequence[tuple[list[str], list[str]]], scorer: Scorer) -> Quality | None:
-    """Quality of (our sub-questions, gold sub-questions) of each problem; None if gold has none."""
+def score_questions(pairs: Sequence[tuple[list[str], list[str]]], scorer: Scorer) -> dict[str, Any] | None:
+    """Return the quality of (our sub-questions, gold sub-questions) of each problem, None if gold has none.
+
+    n: problems with gold sub-questions, whether the answer is right or wrong. right_number: of these, with as many
+    sub-questions as gold. ours_mean, gold_mean: sub-questions per problem. bleu: 0 to 100, over the whole set.
+    signature: sacrebleu's. bertscore: mean F1 in [0, 1], None without a model.
+    """
     counted = [(ours, gold) for ours, gold in pairs if gold]
     if not counted:
         return None
     texts = [" ".join(ours) for ours, _ in counted]
     references = [" ".join(gold) for _, gold in counted]
     metric = BLEU()
-    score = metric.corpus_score(texts, [references]).score
     n = len(counted)
-    return Quality(
-        n=n,
-        right_number=sum(len(ours) == len(gold) for ours, gold in counted),
-        ours_mean=sum(len(ours) for ours, _ in counted) / n,
-        gold_mean=sum(len(gold) for _, gold in counted) / n,
-        bleu=float(score),
-        signature=str(metric.get_signature()),
-        bertscore=scorer.mean_f1(texts, references),
-    )
+    return {
+        "n": n,
+        "right_number": sum(len(ours) == len(gold) for ours, gold in counted),
+        "ours_mean": sum(len(ours) for ours, _ in counted) / n,
+        "gold_mean": sum(len(gold) for _, gold in counted) / n,
+        "bleu": float(metric.corpus_score(texts, [references]).score),
+        "signature": str(metric.get_signature()),
+        "bertscore": scorer.mean_f1(texts, references),
+    }

@@ -1,160 +1,134 @@
-"""Group evaluations for tables and figures: a panel is one set of problems, a cell one method at one size in it."""
+"""Accuracies over seeds, and the findings in words: which intervals overlap, and which differences mean little."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import itertools
 from typing import Any
 
-from trainer.report.evaluations import Evaluation, Score
-from trainer.report.format import clean
-from trainer.report.methods import base, method_rank
-from trainer.report.results import Run
-from trainer.report.statistics import mean_and_standard_error, wilson_interval
+import pandas as pd
+
+from trainer.report import format
+from trainer.report.methods import label
+from trainer.report.statistics import estimates, half_width
+
+CELL = ["panel", "model", "parameters", "method"]  # one method with one model on one panel: a row per seed
+LEVEL = 0.05
+_MANY_PROBLEMS = 1000  # from here on a digit after the point means something
+_MAX_NAMED = 3  # pairs of methods
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One method with one model on one panel: an evaluation for each seed."""
+def summarise(evaluations: pd.DataFrame) -> pd.DataFrame:
+    """Return the strict accuracy over seeds of each CELL, ordered by panel, size, model and method.
 
-    method: str
-    model_name: str
-    num_parameters: int
-    evaluations: tuple[Evaluation, ...]
-
-    @property
-    def total_parameters(self) -> int:
-        """Of all models that answer together."""
-        return max(evaluation.total_parameters for evaluation in self.evaluations)
-
-    @property
-    def nums_of_steps(self) -> list[int]:
-        """Numbers of steps of the problems, ascending; problems whose data has no steps count as 0 and are left out."""
-        return sorted({num for evaluation in self.evaluations for num in evaluation.by_num_steps if num > 0})
-
-    def scores(self, rule: str = "strict", num_steps: int | None = None) -> list[Score]:
-        """One score a seed; `num_steps` picks the problems whose gold solution has so many steps."""
-        if num_steps is None:
-            return [evaluation.accuracy[rule] for evaluation in self.evaluations]
-        by_steps = (evaluation.by_num_steps.get(num_steps) for evaluation in self.evaluations)
-        return [scores[rule] for scores in by_steps if scores is not None and scores[rule].n]
-
-    @cached_property
-    def estimate(self) -> Estimate:
-        return estimate(self.scores())
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Accuracy over seeds: the mean, its 95 % interval, and the standard error between seeds (None for one seed)."""
-
-    mean: float
-    low: float
-    high: float
-    standard_error: float | None
-    n: int  # problems, not problems times seeds
-    num_seeds: int
-
-    def overlaps(self, other: Estimate) -> bool:
-        return self.low <= other.high and other.low <= self.high
-
-
-def estimate(scores: Sequence[Score]) -> Estimate:
-    """Mean accuracy over seeds with the Wilson interval of that mean on n problems.
-
-    Seeds answer the same problems, so they are not new problems: n is not multiplied by the number of seeds, and
-    the interval is that of one student of mean accuracy. If n differs between seeds, the smallest counts.
+    Columns: CELL, total_parameters (of all models that answer together), and those of statistics.estimates.
     """
-    n = min(score.n for score in scores)
-    mean, standard_error = mean_and_standard_error([score.accuracy for score in scores])
-    # The mean of fractions can be 1e-17 above 1.
-    low, high = wilson_interval(min(max(mean * n, 0.0), float(n)), n)
-    return Estimate(mean, low, high, standard_error, n, len(scores))
+    found = estimates(evaluations.rename(columns={"strict_correct": "correct"}), CELL)
+    largest = evaluations.groupby(CELL, sort=False)["total_parameters"].max()
+    found.insert(3, "total_parameters", largest.to_numpy())
+    return found
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Evaluations that may be compared: the same problems, asked in the same way."""
-
-    title: str
-    cells: tuple[Cell, ...]  # by size, then method
-    plain: bool = (
-        True  # the data as published: greedy, with the calculator, by finished students trained on it
+def summarise_by_num_steps(evaluations: pd.DataFrame) -> pd.DataFrame:
+    """Return the strict accuracy over seeds by CELL and num_steps, the steps of the gold solution (from 1 on)."""
+    rows = [
+        (*cell, num, correct, n)
+        for *cell, by_num_steps in evaluations[[*CELL, "by_num_steps"]].itertuples(index=False)
+        for num, (correct, n) in by_num_steps.items()
+        if num > 0 and n
+    ]
+    scores = pd.DataFrame(rows, columns=[*CELL, "num_steps", "correct", "n"])
+    order = scores.assign(cell=scores.groupby(CELL, sort=False).ngroup()).sort_values(
+        ["cell", "num_steps"], kind="stable"
     )
-
-    @property
-    def data(self) -> str:
-        return self.cells[0].evaluations[0].data
-
-    @property
-    def evaluations(self) -> list[Evaluation]:
-        return [evaluation for cell in self.cells for evaluation in cell.evaluations]
-
-    @property
-    def methods(self) -> list[str]:
-        return sorted({cell.method for cell in self.cells}, key=method_rank)
-
-    @property
-    def models(self) -> list[tuple[int, str]]:
-        """(num_parameters, model_name), smallest first."""
-        return sorted({(cell.num_parameters, cell.model_name) for cell in self.cells})
-
-    def of_method(self, method: str) -> list[Cell]:
-        return [cell for cell in self.cells if cell.method == method]
-
-    def of_model(self, model: tuple[int, str]) -> list[Cell]:
-        return [cell for cell in self.cells if (cell.num_parameters, cell.model_name) == model]
+    return estimates(scores.loc[order.index], [*CELL, "num_steps"])
 
 
-def panels(runs: Sequence[Run]) -> list[Panel]:
-    """All evaluations of `runs`, grouped. Studies are kept apart only where a run occurs in more than one."""
-    several_studies = max(Counter(run.name for run in runs).values()) > 1
-    evaluations = [evaluation for run in runs for evaluation in run.evaluations]
-    titles = {e.directory.path: (e.study if several_studies else "", *_title_parts(e)) for e in evaluations}
-    # The same student asked twice in ways that the title does not tell apart: then the directory's name does.
-    same = Counter((titles[e.directory.path], e.run, e.seed) for e in evaluations)
-    grouped: dict[tuple[str, ...], dict[tuple[int, str, str], list[Evaluation]]] = defaultdict(
-        lambda: defaultdict(list)
+def headline(panel: pd.DataFrame) -> dict[str, Any]:
+    """Return the result of one panel's summary in words: lead, findings (method, accuracy, interval), tail, verdict.
+
+    It is about the largest model; a model that several methods share goes before a larger one with a single method.
+    """
+    models = panel.groupby(["parameters", "model"])["method"].size()
+    size, model = (models[models > 1] if (models > 1).any() else models).index[-1]
+    cells = panel[(panel["parameters"] == size) & (panel["model"] == model)]
+    cells = cells.sort_values("mean", ascending=False, kind="stable")
+    smallest, largest, seeds = cells["n"].min(), cells["n"].max(), cells["num_seeds"].max()
+    digits = 1 if smallest >= _MANY_PROBLEMS else 0
+    n = f"n = {smallest}" if smallest == largest else f"n = {smallest} to {largest}"
+    return {
+        "lead": f"On {panel['panel'].iat[0]}, with {format.count(size)} parameters:",
+        "findings": [
+            (cell.method, format.percent(cell.mean, digits), format.interval(cell.low, cell.high, digits))
+            for cell in cells.itertuples()
+        ],
+        "tail": f"({n}{f', mean of {seeds} seeds' if seeds > 1 else ''})",
+        "verdict": _verdict(cells),
+    }
+
+
+def headline_text(parts: dict[str, Any]) -> str:
+    """Return a headline as one line."""
+    findings = ", ".join(
+        f"{label(method)} {accuracy} {low_high}" for method, accuracy, low_high in parts["findings"]
     )
-    for evaluation in evaluations:
-        title = titles[evaluation.directory.path]
-        name = (
-            clean(evaluation.directory.path.name) if same[title, evaluation.run, evaluation.seed] > 1 else ""
-        )
-        cell = (evaluation.num_parameters, evaluation.model_name, evaluation.method)
-        grouped[(*title, name)][cell].append(evaluation)
-    result = []
-    # The plain case first: panels with fewer remarks.
-    for key, cells in sorted(grouped.items(), key=lambda item: (sum(map(bool, item[0])), item[0])):
-        ordered = sorted(cells.items(), key=lambda item: (*item[0][:2], method_rank(item[0][2])))
-        members = [
-            Cell(method, model, size, tuple(sorted(found, key=lambda e: (e.train_seed or 0, e.run, e.seed))))
-            for (size, model, method), found in ordered
+    return f"{parts['lead']} {findings} {parts['tail']}. {parts['verdict']}".strip()
+
+
+def _verdict(cells: pd.DataFrame) -> str:
+    pairs = list(itertools.combinations(cells.itertuples(), 2))
+    overlapping = [
+        (label(a.method), label(b.method)) for a, b in pairs if a.low <= b.high and b.low <= a.high
+    ]
+    if not pairs:
+        return ""
+    if len(pairs) == 1:
+        return f"The two 95 % intervals {'overlap' if overlapping else 'do not overlap'}."
+    if not overlapping:
+        return "No two of the 95 % intervals overlap."
+    if len(overlapping) == len(pairs):
+        return "All of the 95 % intervals overlap one another."
+    if len(overlapping) > _MAX_NAMED:
+        return f"{len(overlapping)} of the {len(pairs)} pairs of 95 % intervals overlap."
+    named = ", and of ".join(f"{a} and {b}" for a, b in overlapping)
+    return f"The 95 % intervals of {named} overlap; no others do."
+
+
+def significance(summary: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per panel: how far an accuracy may be off, and the pairs whose difference means little.
+
+    Columns: panel, n, accuracy (the best), half_width and worst_half_width (at 50 %; both fractions, of 95 % Wilson
+    intervals), not_significant (list of text, pairs of methods with p (Holm) of at least LEVEL), num_pairs (tested).
+    """
+    rows = []
+    for title, cells in summary.groupby("panel", sort=False):
+        best = cells.loc[cells["mean"].idxmax()]
+        accuracy, n = min(float(best["mean"]), 1.0), int(best["n"])
+        tested = comparisons[(comparisons["panel"] == title) & comparisons["p_holm"].notna()]
+        pairs = tested.groupby(["parameters", "model", "first", "second"], sort=False)["p_holm"]
+        p_values = pairs.agg(["min", "max"])
+        means = cells.set_index(["parameters", "model", "method"])["mean"]
+        not_significant = [
+            _in_words(means, pair, low, high)
+            for pair, (low, high) in zip(p_values.index, p_values.to_numpy(), strict=True)
+            if high >= LEVEL
         ]
-        plain = not any(key[2:])  # beside the study and the problems
-        result.append(Panel(" · ".join(part for part in key if part), tuple(members), plain))
-    return result
+        widths = half_width(accuracy, n), half_width(0.5, n)
+        rows.append((title, n, accuracy, *widths, not_significant, len(p_values)))
+    names = ["panel", "n", "accuracy", "half_width", "worst_half_width", "not_significant", "num_pairs"]
+    return pd.DataFrame(rows, columns=names)
 
 
-def in_order(runs: Sequence[Run]) -> list[Run]:
-    """By study, size, method and seed: the order of every table."""
-
-    def key(run: Run) -> tuple[Any, ...]:
-        seed = -1 if run.seed is None else run.seed
-        return run.study, run.num_parameters or 0, run.model_name, method_rank(run.method), seed, run.name
-
-    return sorted(runs, key=key)
-
-
-def _title_parts(evaluation: Evaluation) -> tuple[str, ...]:
-    """What makes two accuracies comparable, as words; the usual case of each is not mentioned."""
+def significance_text(row: dict[str, Any]) -> str:
+    """Return the half-widths of one row of significance() as a sentence."""
     return (
-        evaluation.problems,
-        f"trained on {evaluation.trained_elsewhere}" if evaluation.trained_elsewhere else "",
-        f"asked for {evaluation.mode}" if evaluation.mode != base(evaluation.method) else "",
-        "" if evaluation.calculator else "no calculator",
-        f"temperature {evaluation.temperature:g}" if evaluation.temperature else "",
-        "" if evaluation.stopped_at is None else f"stopped at step {evaluation.stopped_at}",
+        f"{row['panel']}: with {row['n']} problems {format.percent(row['accuracy'], 0)} means ± "
+        f"{100 * row['half_width']:.1f} points at 95 % (± {100 * row['worst_half_width']:.1f} at 50 %)."
     )
+
+
+def _in_words(means: pd.Series, pair: tuple[int, str, str, str], low: float, high: float) -> str:
+    size, model, first, second = pair
+    difference = f"{100 * abs(means[size, model, first] - means[size, model, second]):.1f} points"
+    texts = [format.p_value(low), format.p_value(high)]
+    p = texts[0] if texts[0] == texts[1] else " to ".join(texts)
+    return f"{model}, {label(first)} and {label(second)}: {difference}, p (Holm) {p}"

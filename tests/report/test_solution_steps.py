@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from trainer.problems import answers
-from trainer.report.causes import find_cause
-from trainer.report.steps import StepText, parse
+from trainer.report.error_types import find_error
+from trainer.report.solution_steps import StepText, parse
 
 
 def test_a_text_is_cut_as_its_mode_writes_it() -> None:
@@ -78,5 +78,5 @@ def test_gold_solutions_are_right_step_by_step(shared_data: Path) -> None:
         gold = tuple(StepText(question.strip(), solution.strip()) for question, solution in pairs)
         text = "\n".join(f"{step.question}\n{step.solution}" for step in gold) + f"\n{ending}1"
         assert answers.extract_answer(text) == ending.removeprefix("#### ") + "1"
-        finding = find_cause(parse(text, "socratic"), False, True, "socratic", gold)
-        assert (finding.cause, finding.step) == ("other", None), text
+        found = find_error(parse(text, "socratic"), False, True, "socratic", gold)
+        assert found == ("other", None), text

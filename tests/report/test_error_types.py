@@ -4,8 +4,8 @@ import pytest
 
 from tests.report.synthetic_answers import MISTAKES, answer, possible_mistakes, problems
 from trainer.problems import answers
-from trainer.report.causes import find_cause, same_question
-from trainer.report.steps import StepText, parse
+from trainer.report.error_types import find_error, same_question
+from trainer.report.solution_steps import StepText, parse
 
 APPLES, EATEN = "How many apples does Tom have?", "How many apples are left?"
 GOLD = (
@@ -15,10 +15,9 @@ GOLD = (
 MOON = "How many miles is it to the moon?"
 
 
-def _cause(text: str, mode: str = "socratic", gold: tuple[StepText, ...] = GOLD, right: str = "7") -> tuple:
+def _error(text: str, mode: str = "socratic", gold: tuple[StepText, ...] = GOLD, right: str = "7") -> tuple:
     strict = answers.extract_answer(text, "strict")
-    finding = find_cause(parse(text, mode), answers.answers_match(strict, right), bool(strict), mode, gold)
-    return finding.cause, finding.step
+    return find_error(parse(text, mode), answers.answers_match(strict, right), bool(strict), mode, gold)
 
 
 def _socratic(
@@ -49,28 +48,28 @@ def _socratic(
     ],
 )  # fmt: skip
 def test_the_first_thing_that_goes_wrong_in_a_socratic_answer(text: str, expected: tuple) -> None:
-    assert _cause(text) == expected
+    assert _error(text) == expected
 
 
 @pytest.mark.parametrize("mode", ["iterative_ahead", "iterative_interleaved", "iterative_ahead+operators"])
 def test_a_pair_is_judged_as_a_student_that_asks(mode: str) -> None:
     text = _socratic("Tom has <<3+4=7>>7.", GOLD[1].solution, questions=(MOON, EATEN))
     solution = parse(text, "iterative_ahead")
-    assert find_cause(solution, False, True, mode, GOLD).cause == "subquestion"
+    assert find_error(solution, False, True, mode, GOLD)[0] == "subquestion"
 
 
 def test_who_is_given_the_subquestions_asks_nothing_wrong() -> None:
     text = _socratic("Tom has <<3+4=7>>7.", GOLD[1].solution, questions=(MOON, EATEN))
-    assert _cause(text, "gold_subquestions") == ("operation", 0)
-    assert _cause(f"{APPLES}\n{GOLD[0].solution}\n#### 12", "gold_subquestions") == ("operation", 1)
+    assert _error(text, "gold_subquestions") == ("operation", 0)
+    assert _error(f"{APPLES}\n{GOLD[0].solution}\n#### 12", "gold_subquestions") == ("operation", 1)
 
 
 def test_chain_of_thought_has_no_subquestions_and_may_take_steps_together() -> None:
-    assert _cause(f"{GOLD[0].solution}\n<<12-6=6>>6\n#### 6", "cot") == ("operation", 1)
-    assert _cause(f"{GOLD[0].solution}\n#### 12", "cot") == ("operation", 1)  # a step too few
-    assert _cause("He has 3*4-5 = <<3*4-5=7>>7.\n#### 8", "cot") == ("other", None)  # both steps in one
+    assert _error(f"{GOLD[0].solution}\n<<12-6=6>>6\n#### 6", "cot") == ("operation", 1)
+    assert _error(f"{GOLD[0].solution}\n#### 12", "cot") == ("operation", 1)  # a step too few
+    assert _error("He has 3*4-5 = <<3*4-5=7>>7.\n#### 8", "cot") == ("other", None)  # both steps in one
     two = (StepText("", "<<3*4=12>>12 and <<12*2=24>>24"),)
-    assert _cause("<<3*4=12>>12\n<<12*2=20>>20\n#### 20", "cot", two, "24") == (
+    assert _error("<<3*4=12>>12\n<<12*2=20>>20\n#### 20", "cot", two, "24") == (
         "arithmetic",
         1,
     )  # one step in two
@@ -78,20 +77,20 @@ def test_chain_of_thought_has_no_subquestions_and_may_take_steps_together() -> N
 
 def test_data_without_steps_tells_only_whether_there_is_an_answer() -> None:
     assert (
-        _cause("<<3*4=12>>12\n#### 12", "cot", ()) == ("other", None) == _cause("#### 12", "answer_only", ())
+        _error("<<3*4=12>>12\n#### 12", "cot", ()) == ("other", None) == _error("#### 12", "answer_only", ())
     )
-    assert _cause("<<3*4=12>>12", "cot", ())[0] == "no_answer"
+    assert _error("<<3*4=12>>12", "cot", ())[0] == "no_answer"
 
 
 def test_gold_questions_without_solutions_are_compared_by_their_words() -> None:
     gold = (StepText("What is a yeti made of?", ""), StepText("Can that float?", ""))
     text = "What is a yeti made of?\nIt is made of ice.\nWho owns the moon?\nNobody.\n#### no"
-    assert _cause(text, "socratic", gold, "yes") == ("subquestion", 1)
+    assert _error(text, "socratic", gold, "yes") == ("subquestion", 1)
 
 
 def test_results_written_to_fewer_decimals_are_right() -> None:
     gold = (StepText("", "1/3 = <<1/3=0.333333>>0.333333"),)
-    assert _cause("1/3 = <<1/3=0.33>>0.33\n#### 5", "cot", gold, "0.33")[0] == "other"
+    assert _error("1/3 = <<1/3=0.33>>0.33\n#### 5", "cot", gold, "0.33")[0] == "other"
 
 
 @pytest.mark.parametrize(
@@ -117,8 +116,8 @@ def test_planted_mistakes_are_found_where_they_were_planted(mode: str) -> None:
     for index, problem in enumerate(problems(60)):
         gold = tuple(StepText(step.question, step.solution) for step in problem.steps)
         at = index % len(gold)
-        assert _cause(answer(problem, mode), mode, gold, problem.answer) == ("right", None)
+        assert _error(answer(problem, mode), mode, gold, problem.answer) == ("right", None)
         for mistake in possible_mistakes(mode):
-            found = _cause(answer(problem, mode, mistake, at), mode, gold, problem.answer)
+            found = _error(answer(problem, mode, mistake, at), mode, gold, problem.answer)
             where = at if mistake in MISTAKES[:3] else found[1]
             assert found == (mistake, where), problem

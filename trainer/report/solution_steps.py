@@ -1,4 +1,4 @@
-"""A written solution, cut into steps: the sub-question, the calculations and the value of each.
+"""Parse a written solution into steps: the sub-question, the calculations and the value of each.
 
 All modes of evaluation write the format of the training view, a segment a line: sub-question and solution lines in
 turn (or solution lines alone), then `#### answer`.
@@ -24,8 +24,8 @@ _PLAIN = re.compile(rf"(?<![\w.,])(-?{_NUMBER}(?:\s*[-+*/×÷−x]\s*{_NUMBER})+
 
 @dataclass(frozen=True)
 class Equation:
-    """`expression = result` as somebody wrote it. `computed` is what the expression comes to, None if it is no
-    arithmetic; `stated` is the result that was written, None if that is no number."""
+    """`expression = result` as written. `computed` is the value of the expression, None if it is no arithmetic;
+    `stated` is the written result, None if that is no number."""
 
     expression: str
     result: str
@@ -49,7 +49,7 @@ class StepText:
 
     @cached_property
     def equations(self) -> list[Equation]:
-        """The annotations `<<3*4=12>>`; where there is none, the plain calculations `3*4 = 12`."""
+        """Return the annotations `<<3*4=12>>`; where there is none, the plain calculations `3*4 = 12`."""
         annotated = [Equation(*found.groups()) for found in _ANNOTATION.finditer(self.solution)]
         return annotated or [
             Equation(left.replace("$", "").replace("x", "*"), right)
@@ -58,13 +58,13 @@ class StepText:
 
     @property
     def computed(self) -> list[bool]:
-        """For each annotation, whether its result is, to the character, what the calculator writes."""
+        """Return for each annotation whether its result is, to the character, the calculator's."""
         found = _ANNOTATION.findall(self.solution)
         return [calculator.evaluate(expression) == result for expression, result in found]
 
     @cached_property
     def value(self) -> Fraction | None:
-        """What the step comes to: the result of its last equation, else its last number; None without any."""
+        """Return the result of the last equation, else the last number; None without any."""
         if self.equations:
             return self.equations[-1].stated
         found = answers.extract_answer(self.solution, "flexible", "number")
@@ -84,7 +84,7 @@ def parse(text: str, mode: str) -> Solution:
 
     Where `mode` has sub-questions, lines are sub-question and solution in turn unless a line says otherwise: an
     annotation without a question mark is a solution, a question mark at the end without an annotation a
-    sub-question. So a line left out does not turn all later ones around. Few-shot answers follow their exemplars:
+    sub-question. So a missing line does not swap all later ones. Few-shot answers follow their exemplars:
     they have sub-questions if any of their lines is one.
     """
     head, mark, _ = text.partition(DELIMITER)
