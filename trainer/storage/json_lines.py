@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def read_records(path: Path, tail_bytes: int | None = None) -> Iterator[tuple[int, dict[str, Any] | None]]:
+def read_json_lines(path: Path, tail_bytes: int | None = None) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """Yield (line number, record) for every line that is not blank; the record of an unreadable line is None.
 
     Unreadable: not valid JSON, not UTF-8, or not an object. A missing file has no lines. With `tail_bytes` only the lines

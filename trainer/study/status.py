@@ -11,7 +11,7 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.settings import EvaluateSettings, PrepareSettings, TrainSettings
 from trainer.storage import atomic_dir
-from trainer.storage.json_lines import read_records
+from trainer.storage.json_lines import read_json_lines
 from trainer.storage.run_directory import (
     AnnotationDirectory,
     EvaluationDirectory,
@@ -186,7 +186,7 @@ class EvaluationProgress:
 def last_steps(metrics: Path) -> list[dict[str, Any]]:
     """Return the records of the last steps, ascending; after a resume, only the last record of a repeated step."""
     steps: dict[int, dict[str, Any]] = {}
-    for _, record in read_records(metrics, _TAIL_BYTES):
+    for _, record in read_json_lines(metrics, _TAIL_BYTES):
         step = record.get("step") if record else None
         if record and type(step) is int and "evaluation" not in record:
             for undone in [known for known in steps if known >= step]:  # by a resume at an earlier checkpoint
