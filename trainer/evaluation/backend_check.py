@@ -52,16 +52,16 @@ class CheckText:
     """A prompt, and the forced tokens after each choice except the last, which ends the text."""
 
     prompt: list[int]
-    given: list[list[int]]
+    forced: list[list[int]]
 
     @property
     def tokens(self) -> list[int]:
-        return [*self.prompt, *(token for tokens in self.given for token in tokens)]
+        return [*self.prompt, *(token for tokens in self.forced for token in tokens)]
 
     @property
     def choices(self) -> list[int]:
         """Positions of the tokens at whose logits the next token is chosen."""
-        return list(accumulate(map(len, self.given), initial=len(self.prompt) - 1))
+        return list(accumulate(map(len, self.forced), initial=len(self.prompt) - 1))
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ class _CheckRequest:
         self.sequences = [SequenceState(list(text.prompt))]
         self.next_model: int | None = 0
         self.logits: list[torch.Tensor] = []
-        self._given = iter(text.given)
+        self._forced = iter(text.forced)
 
     def on_token(self, token: int) -> None:
         """Append the next forced tokens instead of the chosen one."""
-        tokens = next(self._given, None)
+        tokens = next(self._forced, None)
         self.next_model = None if tokens is None else 0
         self.sequences[0].pending += tokens or ()
 

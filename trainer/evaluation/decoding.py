@@ -16,12 +16,8 @@ UNIFIED = ("answer_only", "cot", "socratic")
 FEW_SHOT = "few_shot"  # an undistilled model that reads exemplars
 SINGLE_MODEL_MODES = (*UNIFIED, FEW_SHOT)
 AHEAD, INTERLEAVED, GOLD = "iterative_ahead", "iterative_interleaved", "gold_subquestions"
-STUDENT, PLANNER, DECOMPOSER, SOLVER = (
-    "student",
-    "planner",
-    "decomposer",
-    "solver",
-)  # roles; a STUDENT answers alone
+# Roles; a STUDENT answers alone.
+STUDENT, PLANNER, DECOMPOSER, SOLVER = "student", "planner", "decomposer", "solver"
 
 
 @dataclass(frozen=True)

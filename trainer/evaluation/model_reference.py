@@ -80,24 +80,24 @@ def content_digest(reference: ModelReference) -> str:
 
 
 def check_same_tokenizer(references: Mapping[str, ModelReference]) -> None:
-    """Raises UserError naming two models whose manifests record different tokenizers."""
+    """Raise UserError naming two models whose manifests record different tokenizers."""
     recorded = [
         (role, reference, reference.facts["tokenizer_fingerprint"])
         for role, reference in references.items()
         if reference.facts.get("tokenizer_fingerprint")
     ]
-    for (role, one, ours), (other_role, other, theirs) in itertools.pairwise(recorded):
-        if ours != theirs:
+    for (role, first, fingerprint_1), (other_role, other, fingerprint_2) in itertools.pairwise(recorded):
+        if fingerprint_1 != fingerprint_2:
             raise UserError(
-                f"the {role} {one.name} and the {other_role} {other.name} have different tokenizers, but each reads the "
+                f"the {role} {first.name} and the {other_role} {other.name} have different tokenizers, but each reads the "
                 "other's tokens; train both on the same shards"
             )
 
 
 def check_model(reference: ModelReference, shards: Shards, allow_unfinished: bool) -> None:
-    """Raises UserError if the model has another tokenizer than the shards, or its training is unfinished."""
-    theirs, ours = reference.facts.get("tokenizer_fingerprint"), shards.facts["tokenizer_fingerprint"]
-    if theirs is not None and theirs != ours:
+    """Raise UserError if the model has another tokenizer than the shards, or its training is unfinished."""
+    recorded = reference.facts.get("tokenizer_fingerprint")
+    if recorded is not None and recorded != shards.facts["tokenizer_fingerprint"]:
         raise UserError(_other_tokenizer(reference, shards))
     if reference.facts.get("finished") is False and not allow_unfinished:
         raise UserError(

@@ -64,7 +64,7 @@ class BackendChoice:
         cache = "and cache" if self.cache_use.cache else "without a cache (slow)"
         batch = "" if self.cache_use.batch else ", one problem at a time"
         if self.compared_with == GENERATE:
-            batch += ", as generate does (the logits of a whole text depend on what follows)"
+            batch += ", as generate does (the logits of a whole text depend on later tokens)"
         why = f": {self.reason}" if self.reason else ""
         return f"decoding by the model's own forward pass {cache}{batch}{why}"
 
@@ -200,9 +200,9 @@ class _BackendChecks:
         decoded_texts = texts.slots if candidate.name == SLOTS else texts.own_cache
         if not _is_16_bit(self._model):
             return self._check_as_loaded(candidate, texts, decoded_texts)
-        if not fits_in_fp32(self._model):
+        if not _fits_in_fp32(self._model):
             return self._check_as_loaded(candidate, texts, decoded_texts, MIN_TOLERANCE_BF16)
-        with in_fp32(self._model):
+        with _in_fp32(self._model):
             checked = self._check_as_loaded(candidate, texts, decoded_texts)
             assert checked.difference is not None and checked.tolerance is not None
             if checked.difference > checked.tolerance:
@@ -249,7 +249,7 @@ def _is_16_bit(model: PreTrainedModel) -> bool:
 
 
 @contextlib.contextmanager
-def in_fp32(model: PreTrainedModel) -> Iterator[None]:
+def _in_fp32(model: PreTrainedModel) -> Iterator[None]:
     """Context manager that replaces the weights and buffers of a model by fp32 copies."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     before = [tensor.data for tensor in tensors]
@@ -262,7 +262,7 @@ def in_fp32(model: PreTrainedModel) -> Iterator[None]:
             tensor.data = data
 
 
-def fits_in_fp32(model: PreTrainedModel) -> bool:
+def _fits_in_fp32(model: PreTrainedModel) -> bool:
     """Return whether the device has memory for fp32 copies of the weights (two on a CPU, with the prepacked one)."""
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     if model.device.type == "cuda":
