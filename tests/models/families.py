@@ -1,7 +1,7 @@
 """Tiny models with random weights of every decoder-only family of the installed transformers, and variants of them.
 
-`families()` finds the families in transformers' registry, so that a new release adds rows by itself; variants.py adds
-what a default configuration does not show. `excluded()` names the others, each with its reason.
+`families()` reads transformers' registry, so that a new release adds rows; variants.py adds variants that a default
+configuration does not cover. `excluded()` returns the other model types, each with a reason.
 
     family = family_of("gemma2-window")
     model = family.build()
@@ -38,7 +38,7 @@ SHORT_WINDOW = 16  # tokens; shorter than every example and text of the tests
 # Decoders whose config has `is_decoder = False`, which their classes do not read.
 _DECODERS = ("gpt_neox", "gpt_neox_japanese")
 
-# What no rule finds out. The three that look ahead are not causal in the form that the registry builds.
+# Exclusions that no rule finds. The three that look ahead are not causal in the form that the registry builds.
 _EXCLUDED = {
     "blt": "reads bytes in patches that a second model chooses; it has no tokenizer of its own",
     "cpmant": "looks ahead inside its prompt",
@@ -50,7 +50,7 @@ _EXCLUDED = {
     "xlnet": "looks ahead: a permutation language model",
 }
 
-# Rows are named as people call the models: the text part has the short name, the wrapper another.
+# Names of rows that differ from the model type: the text part has the short name, the wrapper another.
 _NAMES = {
     "gemma3": "gemma3-4b",
     "gemma3_text": "gemma3",
@@ -64,9 +64,9 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the table: a model family, or a variant of one.
+    """Row of the table: a model family, or a variant of one.
 
-    settings: what differs from the small default configuration.
+    settings: differences from the small default configuration.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Family:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """A new copy of the configuration: building a model changes it."""
+        """Return a copy of the configuration: building a model changes it."""
         return copy.deepcopy(self._config)
 
     @property
@@ -87,9 +87,9 @@ class Family:
         return self.config.get_text_config(decoder=True)
 
     def build(self, seed: int = 0) -> PreTrainedModel:
-        """Return the model in fp32 and evaluation mode, with random weights; of a wrapper all its parts.
+        """Return the model, for a wrapper the whole, in fp32 and evaluation mode with random weights.
 
-        Parameters that a class makes all equal (biases, norms, sinks) differ a little, so that one that is left out shows.
+        Parameters with equal initial values (biases, norms, sinks) get noise, so that an omitted one changes the results.
         """
         torch.manual_seed(seed)
         config = self.config
@@ -103,13 +103,13 @@ class Family:
         return model.eval()
 
     def save(self, folder: Path, seed: int = 0) -> Path:
-        """Write the model's configuration and weights into `folder`; returns it."""
+        """Write the model's configuration and weights into `folder` and return it."""
         self.build(seed).save_pretrained(folder)
         return folder
 
 
 def excluded() -> dict[str, str]:
-    """Return why a model type of transformers' registry of causal LMs is no row, by model type."""
+    """Return the reason for each model type of transformers' registry of causal LMs that is no row."""
     reasons = {}
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if model_type in _EXCLUDED:
@@ -128,9 +128,9 @@ def excluded() -> dict[str, str]:
 def _all() -> dict[str, Family]:
     rows = {}
     with _quiet():
-        others = excluded()
+        left_out = excluded()
         for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            if model_type in others:
+            if model_type in left_out:
                 continue
             name = _NAMES.get(model_type, model_type)
             if name.endswith("_text") and name.removesuffix("_text") in CONFIG_MAPPING:
@@ -159,13 +159,13 @@ def family_of(name: str) -> Family:
 
 
 def _with_short_windows(family: Family) -> Iterator[Family]:
-    """A family with a window or chunk longer than the examples also has a row in which it is shorter."""
+    """Yield a row with a window or chunk shorter than the examples for a family whose default is longer."""
     if family.name in VARIANTS:
         return
     try:
         text = family.text_config
         is_wrapper = type(text) is not type(family.config)
-    except Exception:  # whatever a new family raises: its row says so, not every row
+    except Exception:  # of any type: reported in the family's own row
         return
     if is_wrapper:
         return
@@ -176,7 +176,7 @@ def _with_short_windows(family: Family) -> Iterator[Family]:
 
 
 def _published_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class whose folders are published: of a wrapper the multimodal one, which holds more than the causal LM."""
+    """Return the class of published folders: for a wrapper the multimodal class, not the causal LM."""
     mappings = [MODEL_FOR_CAUSAL_LM_MAPPING]
     if config.get_text_config(decoder=True) is not config:
         mappings = [MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, *mappings]
@@ -189,7 +189,7 @@ def _published_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings about token ids of published defaults."""
+    """Context manager that silences warnings about token ids of published defaults."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

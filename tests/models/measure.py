@@ -1,4 +1,4 @@
-"""Measure one row of docs/models.md: build the family, then go through every stage with the product's own code."""
+"""Measure one row of docs/models.md: build the family, then run every stage of the product."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAME_LOGITS = 1e-5  # of a text part and its wrapper, in standard deviations
 
 
 def measure_row(name: str) -> Row:
-    """Return the row of the family `name`; an exception becomes a cell."""
+    """Return the row of the family `name`; exceptions become cells."""
     family = family_of(name)
     row = Row(family.name, family.model_type)
     start = time.perf_counter()
@@ -46,7 +46,7 @@ def _measure(family: Family, folder: Path, row: Row) -> None:
 
 
 def _plain_model(family: Family, path: str) -> Any:
-    """Return the causal LM as transformers loads it, in evaluation mode; of a wrapper the text part.
+    """Return the causal LM as transformers loads it, for a wrapper the text part, in evaluation mode.
 
     Raises AssertionError if the text part does not give the wrapper's logits.
     """

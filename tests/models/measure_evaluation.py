@@ -1,4 +1,4 @@
-"""Tokens of the backends of evaluation, against the model's own greedy `generate`, one problem at a time."""
+"""Compare the tokens of the evaluation backends with the model's own greedy `generate`, one problem at a time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PROMPT_LENGTHS = (6, 3, 20, 6, 11)
 NEW_TOKENS = 20  # so that texts grow longer than the short windows
 CAPACITY = 64
 _NUM_SLOTS = 2  # fewer than problems: slots are refilled
-_TIE = 1e-4  # two tokens are equally likely if their logits differ less, in standard deviations
+_MAX_TIE_DIFFERENCE = 1e-4  # of the logits of two equally likely tokens, in standard deviations
 
 
 def prompts() -> list[list[int]]:
-    """Return random prompts, two of them equally long."""
+    """Return random prompts, two of equal length."""
     random = torch.Generator().manual_seed(1)
     return [
         torch.randint(1, VOCABULARY - 20, (length,), generator=random).tolist() for length in PROMPT_LENGTHS
@@ -31,9 +31,9 @@ def prompts() -> list[list[int]]:
 
 
 def measure(folder: str, requested: str, plain: Any) -> Cell:
-    """Load the model as evaluation does, let the check choose a backend, and compare the tokens that it decodes.
+    """Load the model as evaluation does, choose a backend, and compare its tokens with those of `plain`.
 
-    `plain`: the same model as transformers loads it, which generates the expected texts.
+    `plain`: the same model, loaded by transformers.
     """
     model: Any = load.load_model(folder, "fp32")
     texts = check_texts(prompts(), CAPACITY)
@@ -58,7 +58,7 @@ def measure(folder: str, requested: str, plain: Any) -> Cell:
 
 
 class _Problem:
-    """A prompt that is continued by `NEW_TOKENS` tokens."""
+    """Prompt to be continued by `NEW_TOKENS` tokens."""
 
     def __init__(self, prompt: list[int]) -> None:
         self.sequences = [SequenceState(list(prompt))]
@@ -89,18 +89,15 @@ def _is_generated(model: Any, prompt: list[int], text: list[int]) -> bool:
             written = model.generate(
                 ids, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=None
             )
-    except Exception:  # of some families it fails where their forward pass does not
+    except Exception:  # `generate` of some families fails where their forward pass does not
         return False
     return bool(written[0, len(prompt) :].tolist() == text)
 
 
 def _is_greedy(model: Any, prompt: list[int], text: list[int]) -> bool:
-    """Return whether every token of `text` is the most likely one by the plain forward pass over all of it.
-
-    Of two tokens that are equally likely either is right.
-    """
+    """Return whether every token of `text` is the most likely one, or tied, in a plain forward pass over the whole text."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1].float()
     chosen = logits.gather(1, torch.tensor(text)[:, None])[:, 0]
     usable = logits[logits.isfinite() & (logits.abs() < 1e30)]
-    return bool((logits.amax(1) - chosen <= _TIE * usable.std()).all())
+    return bool((logits.amax(1) - chosen <= _MAX_TIE_DIFFERENCE * usable.std()).all())

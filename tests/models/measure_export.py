@@ -1,4 +1,4 @@
-"""Convert a checkpoint of a model, and compare the export with what transformers writes."""
+"""Convert a checkpoint of a model and compare the export with the files of `save_pretrained`."""
 
 from __future__ import annotations
 

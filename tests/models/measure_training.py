@@ -1,4 +1,4 @@
-"""Loss and gradients of the layouts of training, against transformers: one example at a time, default attention."""
+"""Compare loss and gradients of the training layouts with transformers: one example at a time, default attention."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from trainer.training.layout_check import Example, NoLayout, choose_layout
 from trainer.training.layouts import PACKED, PADDED, Layout, candidates, forward_passes
 from trainer.training.loss import summed_token_loss
 
-LENGTHS = (40, 57, 23, 23, 9)  # tokens; a pair is equally long
+LENGTHS = (40, 57, 23, 23, 9)  # tokens; two are equal
 _PROMPT = 5  # tokens without loss
 _MAX_LOSS_ERROR = 1e-5  # relative
-_MAX_GRADIENT_ERROR = 1e-4  # relative
-_MULTIPLE = 4  # or this multiple of the error of transformers' own gradients against fp64, up to
-_LARGEST_ERROR = 1e-2
+# Relative; or the multiple of the error of transformers' own gradients against fp64, up to the limit.
+_MAX_GRADIENT_ERROR, _ROUNDING_MULTIPLE, _GRADIENT_ERROR_LIMIT = 1e-4, 4, 1e-2
 CPU = torch.device("cpu")
 
 Gradients = dict[str, torch.Tensor]
@@ -33,14 +32,11 @@ Gradients = dict[str, torch.Tensor]
 
 @dataclass
 class Reference:
-    """Summed loss in nats and the gradient of each parameter. gradient_error: what counts as rounding, relative.
+    """Expected loss and gradients, or the error with which transformers fails; then training must be refused."""
 
-    failure: why transformers itself cannot compute them; then training must be refused.
-    """
-
-    loss: float = 0.0
+    loss: float = 0.0  # summed, in nats
     gradients: Gradients = field(default_factory=dict)
-    gradient_error: float = 0.0
+    max_gradient_error: float = 0.0  # relative
     failure: str = ""
 
 
@@ -55,7 +51,7 @@ def examples(lengths: Sequence[int] = LENGTHS) -> list[Example]:
 
 
 def reference(model: Any, batch: Sequence[Example]) -> Reference:
-    """Compute the loss and gradients of transformers' own forward pass, one example at a time."""
+    """Return loss and gradients of transformers' own forward pass, one example at a time."""
     try:
         loss, gradients = _of(model, lambda: _plain_loss(model, batch))
     except RuntimeError as error:
@@ -67,11 +63,12 @@ def reference(model: Any, batch: Sequence[Example]) -> Reference:
     except RuntimeError:  # some families compute parts in fp32 whatever the weights are
         model.zero_grad()
     model.float()
-    return Reference(loss, gradients, min(max(_MAX_GRADIENT_ERROR, _MULTIPLE * rounding), _LARGEST_ERROR))
+    max_error = min(max(_MAX_GRADIENT_ERROR, _ROUNDING_MULTIPLE * rounding), _GRADIENT_ERROR_LIMIT)
+    return Reference(loss, gradients, max_error)
 
 
 def measure(folder: str, packing: str, batch: list[Example], wanted: Reference) -> Cell:
-    """Load the model as training does, let the check choose a layout, and compare the layout's loss and gradients."""
+    """Load the model as training does, choose a layout, and compare its loss and gradients with `wanted`."""
     config = load.load_config(folder)
     model: Any = load.load_model(folder, "fp32", config=config).eval()
     training_kernels.patch_kernels(model, on_accelerator=False)
@@ -84,7 +81,7 @@ def measure(folder: str, packing: str, batch: list[Example], wanted: Reference) 
     loss, gradients = _in_layout(model, choice.layout, batch)
     loss_error = abs(loss - wanted.loss) / abs(wanted.loss)
     gradient_error = distance(gradients, wanted.gradients)
-    right = loss_error <= _MAX_LOSS_ERROR and gradient_error <= wanted.gradient_error
+    right = loss_error <= _MAX_LOSS_ERROR and gradient_error <= wanted.max_gradient_error
     fastest = PACKED if packing == "auto" else PADDED
     status = (OK if choice.layout.rows == fastest else FALLBACK) if right else WRONG
     detail = choice.layout.rows
@@ -94,7 +91,7 @@ def measure(folder: str, packing: str, batch: list[Example], wanted: Reference) 
 
 
 def distance(found: Gradients, wanted: Gradients) -> float:
-    """Return the norm of the difference of gradients, relative to the norm of the wanted ones."""
+    """Return the norm of the difference of gradients, relative to the norm of `wanted`."""
     difference = total = 0.0
     for name, gradient in wanted.items():
         ours = found.get(name)

@@ -1,4 +1,4 @@
-"""The text of docs/models.md."""
+"""Write and parse docs/models.md."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ error message with the reason. *crash*: a traceback. **WRONG**: other numbers wi
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Return the line that counts the rows."""
+    """Return the line with the counts of rows."""
     wrong, crashed = (sum(row.has(status) for row in rows) for status in (WRONG, CRASH))
     return (
-        f"{len(rows)} rows: {sum(row.trains for row in rows)} right in training, "
-        f"{sum(row.evaluates for row in rows)} right in evaluation, "
-        f"{sum(row.trains and row.evaluates for row in rows)} in both, "
+        f"{len(rows)} rows: {sum(row.is_training_right for row in rows)} right in training, "
+        f"{sum(row.is_evaluation_right for row in rows)} right in evaluation, "
+        f"{sum(row.is_training_right and row.is_evaluation_right for row in rows)} in both, "
         f"{sum(row.is_fast for row in rows)} on both fast paths, {wrong} WRONG, {crashed} crash"
     )
 
 
 def versions() -> str:
-    """Return the versions that the numbers depend on."""
+    """Return the versions of the libraries that determine the numbers."""
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 

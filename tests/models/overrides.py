@@ -1,4 +1,4 @@
-"""Settings of small models that the rules of small_configs.py cannot find out, by model type."""
+"""Settings of small models, by model type, that the rules of small_configs.py cannot derive."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # Soft caps: the published 50 shows only with trained weights.
     "gemma2": {"attn_logit_softcapping": 5.0},
     "vaultgemma": {"attn_logit_softcapping": 5.0},
-    # Experts that are off by default, or that a class wants in a number of its own.
+    # Experts that are off by default, or whose number a class restricts.
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "zaya": {"num_experts_per_tok": 1},

@@ -1,4 +1,4 @@
-"""Measurements of one model family: the cells of its row in docs/models.md."""
+"""Row of docs/models.md: the measurements of one model family."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from trainer.errors import UserError
 
 OK = "ok"  # equal to transformers
-FALLBACK = "fallback"  # equal, by a slower way that the product chooses and says
+FALLBACK = "fallback"  # equal, by a slower path that the product chooses and reports
 REFUSED = "refused"  # a UserError with a reason
 CRASH = "crash"  # any other exception
 WRONG = "WRONG"  # other numbers than transformers', not refused
@@ -22,33 +22,30 @@ STAGES = ("packed", "padded", "slots", "own_cache", "export")
 
 @dataclass
 class Cell:
-    """status: one of the constants above. detail: the way that was taken. reason: why not the fastest one."""
+    """Result of one stage."""
 
-    status: str = MISSING
-    detail: str = ""
-    reason: str = ""
+    status: str = MISSING  # one of the constants above
+    detail: str = ""  # the path that was taken
+    reason: str = ""  # for not taking the fastest path
 
 
 @dataclass
 class Row:
-    """packed: training with `--packing auto`. padded: with `--packing false`. slots: evaluation with `--backend auto`.
-
-    own_cache: with `--backend transformers`. export: converted, reloaded and saved again.
-    """
+    """Results of one model family."""
 
     name: str
     model_type: str
-    packed: Cell = field(default_factory=Cell)
-    padded: Cell = field(default_factory=Cell)
-    slots: Cell = field(default_factory=Cell)
-    own_cache: Cell = field(default_factory=Cell)
-    export: Cell = field(default_factory=Cell)
+    packed: Cell = field(default_factory=Cell)  # training with `--packing auto`
+    padded: Cell = field(default_factory=Cell)  # training with `--packing false`
+    slots: Cell = field(default_factory=Cell)  # evaluation with `--backend auto`
+    own_cache: Cell = field(default_factory=Cell)  # evaluation with `--backend transformers`
+    export: Cell = field(default_factory=Cell)  # converted, reloaded and saved again
     seconds: float = 0.0
     log: str = ""  # traceback of a crash
 
     @contextlib.contextmanager
     def stage(self, *names: str) -> Iterator[None]:
-        """Context manager: an exception becomes the cells `names` that have no result yet."""
+        """Context manager that records an exception in those of the cells `names` without a result."""
         try:
             yield
         except UserError as error:
@@ -78,16 +75,16 @@ class Row:
         return any(getattr(self, name).status == status for name in STAGES)
 
     @property
-    def trains(self) -> bool:
-        """Whether `--packing auto` trains this family on right numbers."""
+    def is_training_right(self) -> bool:
+        """True if the numbers of `--packing auto` are right."""
         return self.packed.status in (OK, FALLBACK)
 
     @property
-    def evaluates(self) -> bool:
-        """Whether `--backend auto` evaluates this family rightly."""
+    def is_evaluation_right(self) -> bool:
+        """True if the tokens of `--backend auto` are right."""
         return self.slots.status in (OK, FALLBACK)
 
     @property
     def is_fast(self) -> bool:
-        """Whether this family is trained packed and evaluated in slots."""
+        """True if this family is trained packed and evaluated in slots."""
         return self.packed.status == OK and self.slots.status == OK

@@ -1,8 +1,7 @@
 """Shrink the configuration of any model family to a model of a few thousand parameters.
 
-The rules go by the names of settings, so that a family of a new release is shrunk without an entry of its own.
-Layers are chosen from the published default so that every kind of layer the family has occurs at least once.
-overrides.py holds what the rules cannot find out.
+The rules depend on names of settings only, so that a family of a new release needs no entry. Layers are chosen from the
+published default so that every kind of layer occurs at least once. overrides.py has the exceptions.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from tests.models.overrides import OVERRIDES
 
 VOCABULARY = 500
 LONG = 512  # positions, windows and chunks of a base row: longer than any example of the tests
-LONGEST_LAYERS = 6
+MAX_LAYERS = 6
 
-# Number of layers, of all spellings.
+# Names of the setting for the number of layers.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 
 _SIZES: dict[str, Any] = {
@@ -70,7 +69,7 @@ _SIZES: dict[str, Any] = {
 # Multi-head latent attention has no groups of heads, and its `head_dim` is that of the rotary part.
 _LATENT = {"num_key_value_heads": 4, "head_dim": 8}
 
-# No token ends a text, so that every text has the length the test asks for; `pad` is never a prompt's token.
+# No token ends a text, so that every text has the requested length; prompts have no `pad` token.
 _TOKENS = {
     "bos_token_id": None,
     "eos_token_id": None,
@@ -82,10 +81,10 @@ _TOKENS = {
 # Random weights of this deviation give logits that differ between tokens, with the residual stream still in range.
 _INITIALISER = {"initializer_range": 0.15, "init_std": 0.15, "embed_init_std": 0.15}
 
-# Settings that are given also where the published default derives them from others.
+# Settings that are given even if the published default derives them from others.
 _DERIVED = ("head_dim", "num_key_value_heads", "qk_head_dim", "v_head_dim")
 
-# Sizes of the parts of a composite that are no text model.
+# Sizes of the submodels of a wrapper that are no text model.
 _ENCODERS: dict[str, Any] = {
     "depth": 2, "num_hidden_layers": 2, "num_layers": 2, "num_blocks": 2, "encoder_layers": 2, "num_global_layers": 1,
     "hidden_size": 32, "d_model": 32, "embed_dim": 32, "intermediate_size": 32, "mlp_dim": 32, "encoder_ffn_dim": 32,
@@ -99,14 +98,14 @@ _ENCODERS: dict[str, Any] = {
 
 
 def small(model_type: str, **changes: Any) -> PreTrainedConfig:
-    """Return a small config of `model_type`; `changes` are settings that win over every rule."""
+    """Return a small config of `model_type`; `changes` are settings that override every rule."""
     return CONFIG_MAPPING[model_type](**settings(CONFIG_MAPPING[model_type], changes))
 
 
 def settings(
     config_class: type[PreTrainedConfig], changes: dict[str, Any], is_text: bool = True
 ) -> dict[str, Any]:
-    """Return the arguments for a small config of `config_class`; `is_text`: of a text model or of a wrapper around one."""
+    """Return the arguments for a small config of `config_class`; `is_text`: it is a text model or a wrapper around one."""
     fields = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
     overrides = OVERRIDES.get(config_class.model_type, {})
     default = config_class()
@@ -125,15 +124,15 @@ def settings(
         chosen |= _layers(published, fields)
     if "kv_lora_rank" in chosen:
         chosen |= {name: value for name, value in _LATENT.items() if name in chosen}
-    parts = {}
+    sub_configs = {}
     for name, declared in config_class.sub_configs.items():
         if name in fields and published.get(name) is not None and name not in overrides:
-            part = declared if dataclasses.is_dataclass(declared) else type(published[name])
-            if part.__name__ != "AutoConfig":
-                parts[name] = settings(part, dict(changes.get(name, {})), name == "text_config")
+            sub_class = declared if dataclasses.is_dataclass(declared) else type(published[name])
+            if sub_class.__name__ != "AutoConfig":
+                sub_configs[name] = settings(sub_class, dict(changes.get(name, {})), name == "text_config")
                 if declared.__name__ == "AutoConfig":
-                    parts[name]["model_type"] = part.model_type
-    return chosen | overrides | changes | parts
+                    sub_configs[name]["model_type"] = sub_class.model_type
+    return chosen | overrides | changes | sub_configs
 
 
 def _is_on(value: Any) -> bool:
@@ -145,7 +144,7 @@ def _token(value: int | None, declared: str) -> int:
 
 
 def _layers(published: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return the number of layers and every list with an entry a layer, cut to layers of every kind."""
+    """Return the number of layers and every list with one entry per layer, reduced to layers of every kind."""
     name = next((name for name in _LAYERS if name in names), None)
     if name is None:
         return {}
@@ -158,7 +157,7 @@ def _layers(published: dict[str, Any], names: Collection[str]) -> dict[str, Any]
     if not lists:
         return {name: 2}
     kinds = [repr(kind) for kind in zip(*lists.values(), strict=True)]
-    layers = sorted(kinds.index(kind) for kind in set(kinds))[:LONGEST_LAYERS]
+    layers = sorted(kinds.index(kind) for kind in set(kinds))[:MAX_LAYERS]
     if len(layers) == 1:
         layers = [layers[0], layers[0]]
     return {name: len(layers), **{key: [value[layer] for layer in layers] for key, value in lists.items()}}

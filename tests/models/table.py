@@ -3,7 +3,7 @@
     python -m tests.models.table                  all rows, then docs/models.md
     python -m tests.models.table gemma2 lfm2 ...  these rows, on the terminal
 
-Rows are measured by worker processes, so that one that dies costs one row. Exit status 1 if any cell is WRONG or a crash.
+Worker processes measure the rows, so that a dead process costs one row. Exit status 1 if any cell is WRONG or a crash.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tests.models.row import CRASH, STAGES, WRONG, Cell, Row
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _NUM_WORKERS = 2
-_SECONDS_A_ROW = 180
+_ROW_TIMEOUT_SECONDS = 180
 
 
 class _Worker:
-    """A process that measures rows: names go in, rows as JSON come out."""
+    """Process that measures rows: reads names from standard input and writes rows as JSON."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -37,7 +37,7 @@ class _Worker:
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
         assert self._process.stdin is not None and self._process.stdout is not None
-        timer = threading.Timer(_SECONDS_A_ROW, self._process.kill)
+        timer = threading.Timer(_ROW_TIMEOUT_SECONDS, self._process.kill)
         timer.start()
         try:
             self._process.stdin.write(name + "\n")
@@ -75,11 +75,11 @@ class _Worker:
 
 
 def measure(names: list[str], num_workers: int = _NUM_WORKERS) -> Iterator[Row]:
-    """Yield the rows in the order of `names` while others are measured."""
+    """Yield the rows in the order of `names`, each when it is complete."""
     local = threading.local()
     workers: list[_Worker] = []
 
-    def one(name: str) -> Row:
+    def measure_one(name: str) -> Row:
         if not hasattr(local, "worker"):
             local.worker = _Worker()
             workers.append(local.worker)
@@ -87,14 +87,14 @@ def measure(names: list[str], num_workers: int = _NUM_WORKERS) -> Iterator[Row]:
 
     try:
         with ThreadPoolExecutor(num_workers) as pool:
-            yield from pool.map(one, names)
+            yield from pool.map(measure_one, names)
     finally:
         for worker in workers:
             worker.close()
 
 
 def _serve() -> None:
-    """Worker: standard output carries rows alone; what libraries print goes to standard error."""
+    """Run a worker: rows go to standard output, the output of libraries to standard error."""
     rows = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import warnings

@@ -1,4 +1,4 @@
-"""Attention over packs and slots against the model's own forward pass, where attention is more than plain causal."""
+"""Packed and slot attention against the model's own forward pass, for attention that is not plainly causal."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(name: str, attention: str | None = None) -> PreTrainedModel:
+def build_model(name: str, attention: str | None = None) -> PreTrainedModel:
     model_type, settings = FEATURES[name]
     config = AutoConfig.for_model(model_type, **{**SMALL, **settings})
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def texts() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_loss_and_gradient_of_a_pack_are_those_of_the_plain_model(name: str) -> None:
-    plain, packed = make(name), make(name)
+    plain, packed = build_model(name), build_model(name)
     set_attention(packed, packed_attention.register())
     total = 0.0
     for text in texts():
@@ -86,21 +86,21 @@ def test_loss_and_gradient_of_a_pack_are_those_of_the_plain_model(name: str) -> 
 @pytest.mark.parametrize("name", FEATURES)
 @torch.no_grad()
 def test_logits_in_slots_are_those_of_the_plain_model(name: str) -> None:
-    model, cache = make(name), KVCache(4, 40)
-    # Slot 1 has no sequence. What is read at a time differs: whole prompts, one token, several tokens behind others.
+    model, cache = build_model(name), KVCache(4, 40)
+    # Slot 1 is parked. A pass reads one token, a whole prompt or several tokens of a slot.
     slots, given = [0, 2, 3], [list(map(int, text)) for text in texts()]
     cuts = [(0, 7, 8, 20, 29), (0, 2, 3, 4, 5), (0, 12, 15, 16, 18)]
     for step in range(4):
         new = [text[cut[step] : cut[step + 1]] for text, cut in zip(given, cuts, strict=True)]
         with use_slot_attention(model):
-            plan = prepare_prefill(cache, slots, [cut[step] for cut in cuts], new, torch.float32, CPU)
-            logits = last_token_logits(model, plan)
+            batch = prepare_prefill(cache, slots, [cut[step] for cut in cuts], new, torch.float32, CPU)
+            logits = last_token_logits(model, batch)
         for row, text, cut in zip(logits, given, cuts, strict=True):
             want = model(input_ids=torch.tensor([text[: cut[step + 1]]]), use_cache=False).logits[0, -1]
             torch.testing.assert_close(row, want, atol=2e-4 * float(want.std()), rtol=0)
 
 
-def test_layers_that_make_a_mask_of_their_own_are_an_error() -> None:
+def test_layers_that_pass_another_mask_raise_an_error() -> None:
     query = torch.zeros(1, 2, 8, 4)
     with pytest.raises(UnsupportedAttention, match="do not pass the attention mask on"):
         packed_attention.attend(torch.nn.Module(), query, query, query, torch.zeros(1, 1, 8, 8))

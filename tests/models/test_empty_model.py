@@ -1,4 +1,4 @@
-"""A model made for a checkpoint to be read into differs from a loaded one in its weights only."""
+"""`empty_model` returns a model that differs from a loaded one in its weights only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_with_a_loaded_models_weights_it_computes_what_that_one_computes(kind: str, tmp_path: Path) -> None:
+def test_with_the_weights_of_a_loaded_model_the_logits_are_equal(kind: str, tmp_path: Path) -> None:
     config = AutoConfig.for_model(kind, **CONFIGS[kind])
     load.write_random_weights(config, 0, tmp_path)
     loaded = load.load_model(tmp_path, "fp32", "sdpa", config=config).eval()
@@ -90,6 +90,6 @@ terminal.run(lambda: print("gathered", sum(gathered)))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_under_zero_3_it_is_made_in_shards_and_nothing_is_gathered(kind: str) -> None:
-    """A run that goes on would wait for every parameter to travel to every rank, to be overwritten."""
+def test_under_zero_3_it_is_created_in_shards_without_gathering(kind: str) -> None:
+    """Gathering would delay a resumed run: the checkpoint overwrites every parameter."""
     assert run_well(["-c", IN_SHARDS, kind], 2).splitlines()[-1] == "gathered 0"

@@ -1,4 +1,4 @@
-"""The riskiest tenth of the table of families (docs/models.md); `make test-models` measures all of it."""
+"""The riskiest tenth of the rows of docs/models.md; `make test-models` measures all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.models import packed_attention
 from trainer.training.layout_check import LayoutChoice
 from trainer.training.layouts import PACKED, Layout
 
-# On both fast paths, each for a reason of its own.
+# On both fast paths; the comments say what each covers.
 FAST = (
     "deepseek_v3",  # latent attention, values smaller than keys
     "diffllama",  # calls attention twice a layer
@@ -32,14 +32,14 @@ FAST = (
     "qwen3_moe",
     "stablelm",  # its layers drop keyword arguments
 )
-# By the slower ways, and why.
+# On the slower paths, with the reason.
 SLOW = (
-    "deepseek_v32",  # chooses keys also among the padding
+    "deepseek_v32",  # sparse attention also selects padding
     "granitemoehybrid",  # state space
     "gptj",  # its attention cannot be replaced
     "lfm2",  # convolutions
     "mamba",  # no attention
-    "phi4-mini-long",  # frequencies follow the longest row of a batch
+    "phi4-mini-long",  # rotary frequencies depend on the longest row of a batch
     "qwen3_5",  # linear attention inside a multimodal wrapper
 )
 
@@ -58,7 +58,7 @@ def test_numbers_are_those_of_transformers(name: str) -> None:
 
 
 def test_a_layout_that_leaks_is_measured_as_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed convolutions see the example before: what the check would refuse, the table would show."""
+    """Packed convolutions read the previous example; here without the check that refuses them."""
     folder, batch = str(family_of("lfm2").save(tmp_path)), measure_training.examples()
     wanted = measure_training.reference(family_of("lfm2").build(), batch)
     assert measure_training.measure(folder, "false", batch, wanted).status == OK
@@ -67,7 +67,9 @@ def test_a_layout_that_leaks_is_measured_as_wrong(tmp_path: Path, monkeypatch: p
     assert measure_training.measure(folder, "auto", batch, wanted).status == WRONG
 
 
-def test_a_backend_that_forgets_is_measured_as_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_without_the_models_state_is_measured_as_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, plain = str(family_of("lfm2").save(tmp_path)), family_of("lfm2").build()
     monkeypatch.setattr(measure_evaluation, "choose_backend", lambda *_: BackendChoice(SLOTS))
     assert measure_evaluation.measure(folder, "auto", plain).status == WRONG
@@ -82,15 +84,15 @@ def test_every_type_of_the_registry_is_a_row_or_excluded_with_a_reason() -> None
 
 
 @functools.cache
-def _kinds(name: str) -> set[str]:
+def _layer_types(name: str) -> set[str]:
     return set(getattr(family_of(name).text_config, "layer_types", None) or ())
 
 
 def test_small_configs_keep_every_kind_of_layer() -> None:
-    assert _kinds("gemma3") == {"sliding_attention", "full_attention"}
-    assert _kinds("qwen3_5") == {"linear_attention", "full_attention"}
-    assert _kinds("llama4") == {"chunked_attention", "full_attention"}
-    assert _kinds("lfm2") == {"conv", "full_attention"}
+    assert _layer_types("gemma3") == {"sliding_attention", "full_attention"}
+    assert _layer_types("qwen3_5") == {"linear_attention", "full_attention"}
+    assert _layer_types("llama4") == {"chunked_attention", "full_attention"}
+    assert _layer_types("lfm2") == {"conv", "full_attention"}
     deepseek = family_of("deepseek_v3").config
     assert deepseek.v_head_dim < deepseek.qk_nope_head_dim + deepseek.qk_rope_head_dim
     assert family_of("gemma2-window").config.sliding_window < min(measure_training.LENGTHS[:4])

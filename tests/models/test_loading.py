@@ -1,4 +1,4 @@
-"""No weight is made up: folders with missing, foreign or quantised weights, adapters, wrappers; and what the user reads."""
+"""Errors for folders with missing, unexpected or quantised weights and adapters; loading of wrappers' text parts."""
 
 from __future__ import annotations
 
@@ -157,8 +157,8 @@ PADDED = {
 
 
 @pytest.mark.parametrize("name", PADDED)
-def test_the_row_of_the_padding_token_is_the_files(name: str, tmp_path: Path) -> None:
-    """transformers sets it to zero after it has read it; a base model, or a student of ours, may have trained it."""
+def test_the_row_of_the_padding_token_is_kept(name: str, tmp_path: Path) -> None:
+    """transformers zeroes it after loading, although training may have changed it."""
     config = AutoConfig.for_model(name, **PADDED[name], pad_token_id=3)
     model = AutoModelForCausalLM.from_config(config)
     torch.nn.init.normal_(model.get_input_embeddings().weight)
@@ -166,7 +166,7 @@ def test_the_row_of_the_padding_token_is_the_files(name: str, tmp_path: Path) ->
     expected = model.get_input_embeddings().weight
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight
     assert expected[3].any()
-    assert plain[3].any() == (name != "youtu")  # the trap is there
+    assert plain[3].any() == (name != "youtu")  # transformers still has the error
     assert torch.equal(load.load_model(tmp_path, "fp32").get_input_embeddings().weight, expected)
 
 
@@ -199,7 +199,7 @@ terminal.run(lambda: print("loaded", type(load.load_model(sys.argv[1], "fp32")).
 def test_under_zero_3_every_rank_refuses(
     tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], problem: str
 ) -> None:
-    """Rank 0 alone reads the weights: a rank that does not hear of the error would wait for it until its timeout."""
+    """Only rank 0 reads the weights: without the error the other rank would wait until its timeout."""
     folder = _edit(_tiny(tmp_path / "m"), change)
     with Ranks(["-c", UNDER_ZERO_3, str(folder)], 2) as ranks:
         outcomes = ranks.wait(120)
@@ -207,7 +207,7 @@ def test_under_zero_3_every_rank_refuses(
     assert problem in outcomes[0].output
 
 
-def test_under_zero_3_unexpected_weights_are_named_and_ties_are_understood(tmp_path: Path) -> None:
+def test_under_zero_3_unexpected_weights_are_named_and_tied_ones_are_not_missing(tmp_path: Path) -> None:
     folder = _tiny(tmp_path / "m", tie_word_embeddings=True)
     _edit(folder, lambda weights: weights.update({"value_head.weight": torch.zeros(3)}))
     output = run_well(["-c", UNDER_ZERO_3, str(folder)], 2)
@@ -284,7 +284,7 @@ def _encoder_decoder(folder: Path) -> Path:
         "bad-config", "bad-type", "bad-value", "bad-pickle", "encoder", "encoder-decoder",
     ],
 )  # fmt: skip
-def test_what_is_no_plain_model_is_refused_in_one_sentence(
+def test_anything_but_a_plain_model_is_refused_in_one_sentence(
     tmp_path: Path, make: Callable[[Path], Path], problem: str
 ) -> None:
     with pytest.raises(UserError, match=problem) as caught:
@@ -318,16 +318,16 @@ def test_default_attention_is_what_transformers_chooses() -> None:
 
 @pytest.fixture(scope="module")
 def wrappers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
-    """Folders of multimodal models with random weights, and their own logits of a text."""
-    made = {}
+    """Return folders of multimodal models with random weights, and the whole models' logits of a text."""
+    saved = {}
     for name, values in WRAPPERS.items():
         torch.manual_seed(1)
         model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **values)).eval()
         folder = tmp_path_factory.mktemp("wrappers") / name
         model.save_pretrained(folder)
         with torch.no_grad():
-            made[name] = folder, model(input_ids=_text()).logits
-    return made
+            saved[name] = folder, model(input_ids=_text()).logits
+    return saved
 
 
 def _text() -> torch.Tensor:
@@ -335,7 +335,7 @@ def _text() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_the_text_part_of_a_wrapper_computes_what_the_wrapper_computes(
+def test_the_text_part_of_a_wrapper_gives_the_wrappers_logits(
     name: str,
     wrappers: dict[str, tuple[Path, torch.Tensor]],
     tmp_path: Path,
@@ -355,7 +355,7 @@ def test_the_text_part_of_a_wrapper_computes_what_the_wrapper_computes(
         assert torch.equal(again(input_ids=_text()).logits, model(input_ids=_text()).logits)
 
 
-def test_a_wrapper_that_has_lost_weights_of_its_text_part_is_refused(
+def test_a_wrapper_without_some_weights_of_its_text_part_is_refused(
     wrappers: dict[str, tuple[Path, torch.Tensor]], tmp_path: Path
 ) -> None:
     weights = load_file(wrappers["gemma3"][0] / "model.safetensors")
@@ -369,8 +369,8 @@ def test_a_wrapper_that_has_lost_weights_of_its_text_part_is_refused(
         load.load_model(tmp_path, "fp32")
 
 
-def test_the_head_of_a_wrapper_is_tied_as_the_wrapper_says(tmp_path: Path) -> None:
-    """The class of the files asks the wrapper's config; a text config that says otherwise would lose the head."""
+def test_the_head_of_a_wrapper_is_tied_as_in_the_wrappers_config(tmp_path: Path) -> None:
+    """The wrapper's class reads the wrapper's config; with the text config's other setting the head would be lost."""
     values = {**WRAPPERS["gemma3"], "tie_word_embeddings": False}
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("gemma3", **values)).eval()
     torch.nn.init.normal_(model.lm_head.weight)

@@ -1,4 +1,4 @@
-"""Configs say rotary positions and numbers of experts under the names of transformers 4 too, without another meaning."""
+"""Configs get the transformers 4 names of rotary settings and numbers of experts, without a change of meaning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LLAMA3 = {
     ],
 )
 def test_settings_are_derived(model_type: str, old: dict[str, Any], tmp_path: Path) -> None:
-    before = AutoConfig.for_model(model_type, **copy.deepcopy(old))  # which changes them
+    before = AutoConfig.for_model(model_type, **copy.deepcopy(old))  # for_model changes its arguments
     before.save_pretrained(tmp_path)
     assert not set(old) <= set(json.loads((tmp_path / "config.json").read_text()))
     add_old_settings(tmp_path / "config.json", {})
@@ -41,7 +41,7 @@ def test_settings_are_derived(model_type: str, old: dict[str, Any], tmp_path: Pa
         assert getattr(read, name, None) == getattr(before, name, None)
 
 
-def test_settings_of_the_base_are_kept_word_for_word(tmp_path: Path) -> None:
+def test_settings_of_the_base_are_kept_unchanged(tmp_path: Path) -> None:
     scaling = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
     published = {
         "rope_theta": 5e4,
@@ -62,7 +62,7 @@ def test_settings_of_the_base_that_were_overridden_are_not_kept(tmp_path: Path) 
     assert written["rope_theta"] == 300.0 and "rope_scaling" not in written
 
 
-def test_other_configs_stay_as_they_are(tmp_path: Path) -> None:
+def test_other_configs_are_unchanged(tmp_path: Path) -> None:
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
     before = json.loads((tmp_path / "config.json").read_text())
     add_old_settings(tmp_path / "config.json", {})

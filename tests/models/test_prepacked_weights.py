@@ -1,4 +1,4 @@
-"""Linear layers with their weights in blocks compute what plain ones compute, and are plain again afterwards."""
+"""Linear layers with prepacked weights give equal results, and are restored afterwards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(TOKENS).logits
 
 
-def num_changed(model: PreTrainedModel) -> int:
+def num_patched(model: PreTrainedModel) -> int:
     return sum("forward" in vars(module) for module in model.modules())
 
 
@@ -41,13 +41,13 @@ def test_same_numbers_inside_and_the_same_model_afterwards(make, linear_layers, 
     model = make().to(dtype)
     before = logits(model)
     with prepacked_weights(model):
-        assert num_changed(model) == linear_layers
+        assert num_patched(model) == linear_layers
         torch.testing.assert_close(logits(model), before, rtol=tolerance, atol=tolerance)
-    assert num_changed(model) == 0
+    assert num_patched(model) == 0
     assert torch.equal(logits(model), before)
 
 
-def test_weights_that_were_trained_in_between_are_the_ones_used() -> None:
+def test_weights_changed_between_two_uses_are_packed_anew() -> None:
     model = gpt2()
     with prepacked_weights(model):
         before = logits(model)
@@ -61,7 +61,7 @@ def test_weights_that_were_trained_in_between_are_the_ones_used() -> None:
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_that_computed_in_another_way_does_so_again() -> None:
+def test_a_patched_forward_is_restored() -> None:
     model = gpt2()
     training_kernels.patch_kernels(model, on_accelerator=False)
     other = model.lm_head.forward
@@ -70,7 +70,7 @@ def test_a_layer_that_computed_in_another_way_does_so_again() -> None:
     assert model.lm_head.forward is other
 
 
-def test_a_layer_that_may_do_more_is_left_alone_and_an_error_leaves_the_model_plain() -> None:
+def test_subclasses_are_not_patched_and_an_error_restores_the_model() -> None:
     class Doubled(torch.nn.Linear):
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(rows)
@@ -81,7 +81,7 @@ def test_a_layer_that_may_do_more_is_left_alone_and_an_error_leaves_the_model_pl
     model.lm_head = head
     expected = logits(model)
     with pytest.raises(KeyboardInterrupt), prepacked_weights(model):
-        assert num_changed(model) == 2 * 4
+        assert num_patched(model) == 2 * 4
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
         raise KeyboardInterrupt
-    assert num_changed(model) == 0
+    assert num_patched(model) == 0

@@ -1,4 +1,4 @@
-"""Planning passes over slots, and the one kernel that reads all pieces of a pass on a GPU."""
+"""Batches over slots, variable-length attention over the chunks of a pass, and shapes of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def as_the_kernel_does(
+def varlen_attention_on_cpu(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -37,7 +37,7 @@ def as_the_kernel_does(
     key_bounds: torch.Tensor,
     longest_key: int,
 ) -> torch.Tensor:
-    """Flash attention over sequences side by side, where the last query sees the last key; torch has none for a CPU."""
+    """Reference for `varlen_attention`, which torch has on GPUs only; the last query is aligned with the last key."""
     outputs = []
     for (start, stop), (first, end) in zip(
         pairwise(bounds.tolist()), pairwise(key_bounds.tolist()), strict=True
@@ -54,45 +54,45 @@ def as_the_kernel_does(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def read(model: LlamaForCausalLM, cache: KVCache) -> list[torch.Tensor]:
-    """Prompts, then pieces that continue some of them beside a prompt and single tokens; a parked slot among them."""
+def run_passes(model: LlamaForCausalLM, cache: KVCache) -> list[torch.Tensor]:
+    """Return the logits of passes with prompts, then chunks that continue them, beside single tokens and a parked slot."""
     passes = [
         ([0, 1, 2], [0, 0, 0], [[5, 6, 7, 8], [9] * 7, [3]]),
         ([0, 2, 3], [4, 1, 0], [[11, 12, 13], [14], [15, 16, 17, 18, 19]]),
         ([0, 1, 2, 3], [7, 7, 2, 5], [[21], [22, 23], [24] * 9, [25]]),
     ]
-    seen = []
+    logits = []
     with torch.no_grad(), use_slot_attention(model):
         for active, lengths, tokens in passes:
-            plan: ForwardBatch = prepare_prefill(
+            batch: ForwardBatch = prepare_prefill(
                 cache, active, lengths, tokens, torch.float32, torch.device("cpu")
             )
-            seen.append(last_token_logits(model, plan))
-    return seen
+            logits.append(last_token_logits(model, batch))
+    return logits
 
 
-def test_all_pieces_in_one_call_are_each_piece_alone(
+def test_one_call_for_all_chunks_equals_one_call_per_chunk(
     llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = read(llama, KVCache(4, 32))
-    bounds = []
+    expected = run_passes(llama, KVCache(4, 32))
+    cu_seqlens = []
 
-    def noted(*arguments: torch.Tensor) -> torch.Tensor:
-        bounds.append(arguments[4])
-        return as_the_kernel_does(*arguments)  # type: ignore[arg-type]
+    def recorded(*arguments: torch.Tensor) -> torch.Tensor:
+        cu_seqlens.append(arguments[4])
+        return varlen_attention_on_cpu(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(slot_attention, "has_kernel", lambda query, value: True)
-    monkeypatch.setattr(slot_attention, "varlen_attention", noted)
-    found = read(llama, KVCache(4, 32))
+    monkeypatch.setattr(slot_attention, "varlen_attention", recorded)
+    found = run_passes(llama, KVCache(4, 32))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert [bound.tolist() for bound in bounds] == [
+    assert [lengths.tolist() for lengths in cu_seqlens] == [
         *[[0, 3, 9]] * LAYERS, *[[0, 2, 6]] * LAYERS, *[[0, 1, 9]] * LAYERS
     ]  # fmt: skip
-    assert len({bound.data_ptr() for bound in bounds[:LAYERS]}) == 1, "made once, not once a layer"
+    assert len({lengths.data_ptr() for lengths in cu_seqlens[:LAYERS]}) == 1, "shared by all layers"
 
 
-def test_the_kernel_takes_more_keys_than_queries() -> None:
-    """Shapes and keyword arguments of the call; torch has no such kernel for a CPU."""
+def test_varlen_attention_takes_more_keys_than_queries() -> None:
+    """Checks shapes and keyword arguments only: torch has no such kernel for a CPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -104,7 +104,7 @@ def test_the_kernel_takes_more_keys_than_queries() -> None:
     assert out.shape == (1, 10, 4, 16)
 
 
-def test_a_graph_is_for_all_slots_or_a_half_or_a_quarter_of_them() -> None:
+def test_graph_shapes_are_of_all_slots_or_a_half_or_a_quarter_of_them() -> None:
     assert [shape_for(occupied, 256, 1, 600).block for occupied in (256, 129, 128, 65, 9, 8, 1)] == [
         256, 256, 128, 128, 16, 8, 8
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A tokenizer is loaded as its file is written, and a pretrained model's is the shards'."""
+"""Tokenizers are loaded as tokenizer.json defines them, and a pretrained model's must match the shards'."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT = "2023 = 15 apples"
 
 
 def _digits(shared_data: Path, folder: Path) -> Path:
-    """GPT-2's tokenizer with digits one by one, under the class name that real folders (SmolLM2) give it."""
+    """Save GPT-2's tokenizer with single digits in `folder`, under the class name of published ones (SmolLM2)."""
     AutoTokenizer.from_pretrained(shared_data / "gpt2-tokenizer").save_pretrained(folder)
     path = folder / "tokenizer.json"
     rules = json.loads(path.read_text())
@@ -60,7 +60,9 @@ def test_a_step_that_transformers_drops_is_kept(
 ) -> None:
     folder = _digits(shared_data, tmp_path / "t")
     written = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
-    assert AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"] != written  # the trap is there
+    assert (
+        AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"] != written
+    )  # transformers still has the error
     tokenizer = load_tokenizer(folder)
     assert tokenizer(TEXT)["input_ids"] == written
     printed = capsys.readouterr().out
@@ -77,12 +79,14 @@ def test_a_tokenizer_beside_a_qwen2_config_is_read_from_its_file(shared_data: Pa
     AutoTokenizer.from_pretrained(shared_data / "gpt2-tokenizer").save_pretrained(tmp_path)
     AutoConfig.for_model("qwen2").save_pretrained(tmp_path)
     written = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(TEXT).ids
-    assert AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"] != written  # the trap is there
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"] != written
+    )  # transformers still has the error
     assert load_tokenizer(tmp_path)(TEXT)["input_ids"] == written
 
 
 @pytest.mark.parametrize("kind", ["always", "first"])
-def test_steps_that_are_written_otherwise_but_do_the_same_change_nothing(
+def test_equivalent_steps_of_another_form_change_nothing(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_tokenizer(kind, ["Some apples and 12 pears", "more of 3 apples"], tmp_path)
@@ -97,18 +101,20 @@ def test_llama_2_puts_a_space_before_a_space(tmp_path: Path, capsys: pytest.Capt
     """Its file says so, as SentencePiece does; the class of transformers leaves it out."""
     folder = save_tokenizer("legacy", ["Some apples and 12 pears", "more of 3 apples"], tmp_path)
     written = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(" and 12").ids
-    assert AutoTokenizer.from_pretrained(folder)(" and 12")["input_ids"] != written  # the trap is there
+    assert (
+        AutoTokenizer.from_pretrained(folder)(" and 12")["input_ids"] != written
+    )  # transformers still has the error
     assert load_tokenizer(folder)(" and 12")["input_ids"] == written
     assert "LlamaTokenizer would change its normalizer" in capsys.readouterr().out
 
 
-def test_gpt2_is_loaded_without_a_word(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpt2_is_loaded_without_output(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert type(load_tokenizer(shared_data / "gpt2-tokenizer")).__name__ == "GPT2Tokenizer"
     assert capsys.readouterr().out == ""
 
 
-def test_a_model_type_with_a_tokenizer_of_its_own_takes_no_other(shared_data: Path) -> None:
-    """An export would hold the shards' tokenizer, and transformers would read another out of it."""
+def test_a_model_type_with_a_fixed_tokenizer_class_refuses_others(shared_data: Path) -> None:
+    """transformers would load another tokenizer from the export than the shards'."""
     tokenizer = load_tokenizer(shared_data / "gpt2-tokenizer")
     with pytest.raises(UserError, match="beside a qwen2 config as Qwen2Tokenizer, which gives other tokens"):
         check_saved_tokenizer(AutoConfig.for_model("qwen2"), tokenizer)
@@ -158,8 +164,8 @@ def test_another_end_token_is_reported(
     assert "ends texts with '!', the shards with '<|endoftext|>'" in capsys.readouterr().out
 
 
-def test_a_vocabulary_is_judged_by_the_tokens_that_occur(shared_data: Path, tmp_path: Path) -> None:
-    """Gemma 3's tokenizer has a token for images without an embedding; texts never have it."""
+def test_vocabulary_check_uses_the_tokens_of_texts(shared_data: Path, tmp_path: Path) -> None:
+    """Gemma 3's tokenizer has an image token without an embedding, which no text contains."""
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "gpt2-tokenizer")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     assert len(tokenizer) == 50258 and max_text_token_id(tokenizer) == 50256
@@ -181,5 +187,5 @@ def test_quantised_weights_are_refused_before_a_model_is_built(gpt2_shards: Shar
         check_model_fits_shards(config, "m", gpt2_shards, tokenizer, pretrained=True)
 
 
-def test_a_tokenizer_of_no_compiled_kind_is_not_needed() -> None:
-    assert PreTrainedTokenizerFast is type(load_tokenizer("stories"))  # saved by us: nothing to compare
+def test_the_stories_tokenizer_is_compiled() -> None:
+    assert type(load_tokenizer("stories")) is PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""The faster kernels give the model's own numbers, and its gradient."""
+"""The faster kernels give the logits and gradients of transformers' own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _logits_and_gradient(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.parametrize("on_accelerator", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_same_numbers(tied: bool, on_accelerator: bool) -> None:
-    """Those of an accelerator are right on a CPU too, only not faster."""
+    """The kernels for an accelerator run on a CPU too."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=101, n_layer=2, n_embd=32, n_head=2, tie_word_embeddings=tied,
@@ -41,8 +41,8 @@ def test_same_numbers(tied: bool, on_accelerator: bool) -> None:
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_head_of_aligned_rows_is_the_head(in_place: bool) -> None:
-    """Values and both gradients, whether the loss writes its gradient over the logits or makes one of its own."""
+def test_the_aligned_head_gives_equal_loss_and_gradients(in_place: bool) -> None:
+    """Also if the loss writes its gradient over the logits."""
     torch.manual_seed(0)
     hidden = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(101, 16, dtype=torch.float64, requires_grad=True)
@@ -62,8 +62,8 @@ def test_a_head_of_aligned_rows_is_the_head(in_place: bool) -> None:
         assert torch.linalg.norm(gradient - reference) < 1e-6 * torch.linalg.norm(reference)
 
 
-def test_rms_norms_of_transformers_are_torchs() -> None:
-    """The formula that is taken on an accelerator, for every class that is replaced there."""
+def test_rms_norm_of_torch_equals_transformers() -> None:
+    """torch's formula, used on an accelerator, equals that of every replaced class."""
     torch.manual_seed(0)
     hidden = torch.randn(3, 5, 32)
     for name in training_kernels._RMS_NORMS:

@@ -1,10 +1,10 @@
-"""Variants of model families that a default configuration does not show: name -> (model type, settings)."""
+"""Variants of model families that a default configuration does not cover: name -> (model type, settings)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Settings that limit how far a query sees, and the suffix of the row in which they are shorter than the examples.
+# Settings that limit the keys of a query, and the suffix of the row in which they are shorter than the examples.
 WINDOWS = {
     "sliding_window": "window",
     "sliding_window_size": "window",
@@ -30,7 +30,7 @@ def _yarn(original: int) -> dict[str, Any]:
 
 
 def _longrope(original: int) -> dict[str, Any]:
-    """Frequencies of Phi-4-mini, for heads of 16 of which three quarters rotate."""
+    """Return Phi-4-mini's rotary settings for heads of 16, of which three quarters rotate."""
     return {
         **_PHI4,
         "original_max_position_embeddings": original,
@@ -84,10 +84,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False}),
     "opt-350m": ("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "stablelm-2": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
-    # Dropout, which a forward pass in evaluation mode must not have.
+    # Dropout, which must be off in evaluation mode.
     "gpt2-dropout": ("gpt2", {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}),
     "llama-dropout": ("llama", {"attention_dropout": 0.2}),
-    # Windows that the default configuration has off.
+    # Windows that are off by default.
     "ministral-window": ("ministral", {"sliding_window": _WINDOW}),
     "mistral-window": ("mistral", {"sliding_window": _WINDOW}),
     "mixtral-window": ("mixtral", {"sliding_window": _WINDOW}),
@@ -115,7 +115,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe-mixed": ("qwen3_moe", {"mlp_only_layers": [0]}),
     "mixtral-one": ("mixtral", {"num_experts_per_tok": 1}),
     "llama4-dense": ("llama4_text", {"moe_layers": []}),
-    # Hybrids in the forms that are published.
+    # Published hybrids.
     "granite-4-micro": ("granitemoehybrid", {"layer_types": ["full_attention"] * 2, "num_local_experts": 0}),
     "granite-4-h-dense": ("granitemoehybrid", {"num_local_experts": 0}),
     "jamba-dense": ("jamba", {"num_experts": 1}),
