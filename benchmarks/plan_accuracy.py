@@ -164,7 +164,7 @@ def measure(
             tiny[key] = run(values, environment)[0] - planned.memory.device_bytes
         values = settings(case, folders[case.model], shards)
         planned = plan.make_plan(
-            PlanSettings(**values, gpu="cpu", gpus_per_node=RANKS), process_bytes=0, keeps_nothing=True
+            PlanSettings(**values, gpu="cpu", gpus_per_node=RANKS), process_bytes=0, ignore_glibc_heap=True
         )
         peak, took = run(values, environment)
         loads.append(os.getloadavg()[0])

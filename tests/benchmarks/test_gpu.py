@@ -220,7 +220,7 @@ def test_of_7b_on_one_h200_stage_3_fits_and_stage_1_does_not() -> None:
 
     every = [*cases.training(False), *cases.memory(False)]
     found = {case.stage: case for case in every if case.shape == "llama-2-7b" and not case.checkpointing}
-    fits, timeline = {}, None
+    fits, traced = {}, None
     for stage, case in found.items():
         settings = PlanSettings(
             config_name=case.shape, config_overrides=f"vocab_size={cases.VOCABULARY}", bf16=True, gpu="h200",
@@ -228,8 +228,8 @@ def test_of_7b_on_one_h200_stage_3_fits_and_stage_1_does_not() -> None:
             per_device_train_batch_size=case.packs, gradient_accumulation_steps=case.accumulation,
         )  # fmt: skip
         work = workload.estimate_workload(settings, 1)
-        timeline = timeline or memory.trace_phases(work, bf16=True, checkpointing=False, cuda=True)
-        planned = plan.plan_on(settings, plan.hardware(settings), work, timeline, process_bytes=0)
+        traced = traced or memory.trace_phases(work, bf16=True, checkpointing=False, cuda=True)
+        planned = plan.plan_with_trace(settings, plan.hardware(settings), work, traced, process_bytes=0)
         fits[stage] = planned.fits
     assert fits == {3: True, 1: False}
 

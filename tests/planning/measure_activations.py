@@ -1,4 +1,4 @@
-"""Peak resident memory of one real forward and backward pass, per architecture, next to what the planner says (JSON)."""
+"""Print the peak resident memory of a real forward and backward pass per architecture, next to the trace (JSON)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def drop(parameter: torch.Tensor) -> None:
 
 
 def peak(config: Any, checkpointing: bool) -> int:
-    """Bytes above what was there before, in the third pass (the first ones fill caches of kernels)."""
+    """Return the peak bytes added by the third pass (the first passes fill caches of kernels)."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=packed_attention.register()).train()
     training_kernels.patch_kernels(model, on_accelerator=False)
     if checkpointing:
@@ -49,7 +49,7 @@ def peak(config: Any, checkpointing: bool) -> int:
         gc.collect()
         before = resident("VmRSS")
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")  # forget the highest resident set so far
+            file.write("5")  # reset VmHWM
         summed_token_loss(model, batch).backward()
         found = resident("VmHWM") - before
     return found

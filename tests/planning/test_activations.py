@@ -1,4 +1,4 @@
-"""Activations traced without data are those of a real pass, for every architecture, and grow as they should."""
+"""Tests of activation traces: against a real pass for every architecture, and growth with the examples."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def peak(
 
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="measures the resident set through Linux's /proc")
-def test_traced_is_what_a_real_pass_takes_in_every_architecture() -> None:
-    # malloc hands freed memory back, or what was freed before would hide what is asked for now
+def test_the_trace_matches_a_real_pass_in_every_architecture() -> None:
+    # malloc must return freed memory, or earlier frees hide new allocations
     output = run_well(
         ["-m", "tests.planning.measure_activations"], timeout=600, MALLOC_MMAP_THRESHOLD_="65536"
     )
@@ -52,9 +52,9 @@ def test_no_quadratic_term_in_a_pack(cuda: bool) -> None:
     assert (four - twice) == pytest.approx(2 * (twice - once), rel=0.02)
 
 
-def test_logits_are_counted_where_something_is_learned() -> None:
+def test_logits_are_counted_at_targets_only() -> None:
     few, many = (peak([64] * 4, learned, vocab_size=50_000) for learned in (100, 200))
-    # fp32 logits become their own gradient: they are there once
+    # the gradient of fp32 logits overwrites them: one copy
     assert many - few == pytest.approx(100 * 50_000 * 4, rel=0.2)
 
 
@@ -64,7 +64,7 @@ def test_recomputation_and_the_gpu_s_dropout_save_memory() -> None:
     assert peak([64] * 8, cuda=True, checkpointing=True) < peak([64] * 8, cuda=True)
 
 
-def test_every_parameter_s_gradient_is_in_the_timeline_once() -> None:
+def test_every_gradient_is_in_the_trace_once() -> None:
     """Tied weights have one gradient."""
     found = trace_activations(config(), [32], 8, torch.float32, False, False)
     from trainer.models.load import num_parameters
@@ -105,6 +105,6 @@ def test_padding_is_counted_where_a_family_is_not_packed() -> None:
     assert uneven > 1.3 * even
 
 
-def test_a_family_that_needs_numbers_is_refused_with_the_reason() -> None:
+def test_a_model_that_needs_values_is_refused_with_the_reason() -> None:
     with pytest.raises(UserError, match="memory of a jetmoe model cannot be planned, because"):
         trace_activations(family_of("jetmoe").config, [40], 20, torch.float32, False, False)

@@ -1,4 +1,4 @@
-"""The table of GPUs: peaks that follow from cores and clocks, names as torch reports them, and a GPU that is not there."""
+"""Tests of the table of GPUs: peaks against cores and clocks, names in torch, and an unknown GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.planning import accelerators, plan, show
+from trainer.planning import accelerators, plan, plan_table
 from trainer.settings import PlanSettings
 from trainer.training import gpu_table
 from trainer.training.throughput import peak_flops
@@ -39,7 +39,7 @@ def gpu(name: str) -> gpu_table.Gpu:
 
 @pytest.mark.parametrize("name", CORES)
 def test_peaks_follow_from_cores_and_clocks(name: str) -> None:
-    """A data sheet that counts sparsity would be off by two; boost clocks differ from it by a few percent."""
+    """A rate with sparsity would be off by a factor of two; boost clocks differ by a few percent."""
     tensor_cores, products, tensor_ghz, lanes, ghz = CORES[name]
     assert gpu(name).fp16_flops == pytest.approx(2 * tensor_cores * products * tensor_ghz * 1e9, rel=0.04)
     assert gpu(name).fp32_flops == pytest.approx(2 * lanes * ghz * 1e9, rel=0.04)
@@ -97,7 +97,7 @@ def test_short_names() -> None:
     ]
 
 
-def on(monkeypatch: pytest.MonkeyPatch, device_name: str, memory_bytes: int = 0) -> None:
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, device_name: str, memory_bytes: int = 0) -> None:
     """Make torch report a GPU."""
     properties = SimpleNamespace(total_memory=memory_bytes)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -110,24 +110,24 @@ def on(monkeypatch: pytest.MonkeyPatch, device_name: str, memory_bytes: int = 0)
     [
         ("NVIDIA H200", 989e12, 67e12),
         ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
-        ("Tesla V100-SXM2-32GB", 15.7e12, 15.7e12),  # bf16 without units for it: computed in fp32
+        ("Tesla V100-SXM2-32GB", 15.7e12, 15.7e12),  # no bf16 units: computed in fp32
         ("NVIDIA Titan of tomorrow", None, None),
     ],
 )
 def test_utilisation_is_of_the_peak_of_the_dtype(
     monkeypatch: pytest.MonkeyPatch, device_name: str, bf16: float | None, fp32: float | None
 ) -> None:
-    on(monkeypatch, device_name)
+    fake_gpu(monkeypatch, device_name)
     assert (peak_flops("bf16"), peak_flops("fp32")) == (bf16, fp32)
     assert gpu("v100").peak_flops("fp16") == 125e12
 
 
 def test_the_planner_reads_the_same_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    v100 = accelerators.find("v100", 1)
+    v100 = accelerators.find_accelerator("v100", 1)
     assert (v100.bf16_flops, v100.fp32_flops, v100.memory_bytes) == (15.7e12, 15.7e12, 32 * 2**30)
-    on(monkeypatch, "NVIDIA H100 NVL")
-    found = accelerators.find("auto", 1)
-    assert found == accelerators.find("h100-nvl", 1)
+    fake_gpu(monkeypatch, "NVIDIA H100 NVL")
+    found = accelerators.find_accelerator("auto", 1)
+    assert found == accelerators.find_accelerator("h100-nvl", 1)
     assert (found.bf16_flops, found.memory_bandwidth, found.link) == (835e12, 3.9e12, 64e9)
 
 
@@ -135,31 +135,31 @@ def test_an_unknown_gpu_is_planned_with_its_memory_and_without_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patched:
-        on(patched, "NVIDIA Titan of tomorrow", 7 * 10**9)
-        found = accelerators.find("auto", 1)
+        fake_gpu(patched, "NVIDIA Titan of tomorrow", 7 * 10**9)
+        found = accelerators.find_accelerator("auto", 1)
     assert (found.name, found.memory_bytes, found.is_speed_known) == (
         "NVIDIA Titan of tomorrow",
         7 * 10**9,
         False,
     )
-    monkeypatch.setattr(accelerators, "_here", lambda per_machine: found)
+    monkeypatch.setattr(accelerators, "_detect", lambda per_machine: found)
     values: dict[str, Any] = {
         "config_name": "gpt2",
         "config_overrides": "n_layer=4",
         "max_steps": 4,
         "bf16": True,
     }
-    made = plan.make(PlanSettings(**values, gpu="auto"))
+    made = plan.make_plan(PlanSettings(**values, gpu="auto"))
     assert made.fits and made.seconds == 0
     assert any("its speed is unknown" in note for note in made.notes)
-    times = show.as_dict(made)["time"]
+    times = plan_table.as_dict(made)["time"]
     assert times["seconds_per_step"] is None and times["accelerator_hours"] is None
-    assert "Infinity" not in json.dumps(show.as_dict(made))
-    show.show(made, None)
+    assert "Infinity" not in json.dumps(plan_table.as_dict(made))
+    plan_table.print_plan(made, None)
     assert (
         "time: rate unknown: NVIDIA Titan of tomorrow is not in the table of GPUs" in capsys.readouterr().out
     )
-    too_large = plan.make(
+    too_large = plan.make_plan(
         PlanSettings(**{**values, "config_overrides": "n_layer=48,n_embd=1536"}, gpu="auto")
     )
     assert any("has 7.0 GB" in refusal for refusal in too_large.refusals)

@@ -1,4 +1,4 @@
-"""Plans: known parameter counts, what refuses and why, what is recommended, disk as ZeRO really writes it."""
+"""Tests of plans: parameter counts, refusals, recommendations, and disk space of real checkpoints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from tests.training.conftest import settings, train_many
 from trainer.errors import UserError
 from trainer.models import load, presets
 from trainer.planning import disk, plan, workload
-from trainer.planning.recommend import command, recommend
+from trainer.planning.recommend import recommend, train_command
 from trainer.planning.run import plan_study
 from trainer.planning.time import communication_volumes
 from trainer.planning.zero_memory import ACTIVATIONS, LOGITS, MASTERS, OPTIMIZER, WEIGHTS, BucketFill, _fills
+from trainer.runtime.terminal import size_text
 from trainer.settings import PlanSettings
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
@@ -26,7 +27,7 @@ from trainer.storage.run_directory import RunDirectory
 from trainer.study.study_file import load_study as load_study
 from trainer.training import ds_config
 
-# As the models' pages on the hub say.
+# From the models' pages on the hub.
 PARAMETERS = {
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
@@ -73,7 +74,7 @@ def test_every_named_shape_has_the_published_number_of_parameters() -> None:
     assert found == PARAMETERS
 
 
-def test_zero_divides_what_it_says_it_divides() -> None:
+def test_zero_stages_divide_weights_masters_and_moments() -> None:
     """Weights, masters and moments of 8 ranks in bf16: 2P, 4P and 8P bytes, divided by stage."""
     parameters = PARAMETERS["gpt2"] - 8 * 7_087_872
     values = {
@@ -88,7 +89,7 @@ def test_zero_divides_what_it_says_it_divides() -> None:
     assert one[WEIGHTS] == 2 * parameters
     assert one[MASTERS] == pytest.approx(4 * parameters / 8, rel=1e-6)
     assert one[OPTIMIZER] == three[OPTIMIZER] == pytest.approx(8 * parameters / 8, rel=1e-6)
-    # vectors and other small parameters are whole on every rank
+    # small parameters are not partitioned
     assert 2 * parameters / 8 < three[WEIGHTS] < 2 * parameters / 8 * 1.2
     offloaded = planned(**values, deepspeed="ds_configs/zero2_offload.json").memory
     assert not offloaded.device[OPTIMIZER]
@@ -106,12 +107,12 @@ def test_buckets_fill_as_gradients_arrive() -> None:
     ]
 
 
-def test_what_cannot_fit_is_refused_with_what_is_missing_and_a_remedy() -> None:
+def test_a_run_that_does_not_fit_is_refused_with_the_missing_bytes_and_a_remedy() -> None:
     values = {"config_name": "pythia-6.9b", "bf16": True, "gpu": "rtx-4090", "pack_length": 2048}
     values["config_overrides"] = "num_hidden_layers=8"  # 2 billion parameters
     made = planned(**values, per_device_train_batch_size=8)
     assert not made.fits
-    missing = plan.size_text(made.memory.device_bytes - 24_564 * 2**20)
+    missing = size_text(made.memory.device_bytes - 24_564 * 2**20)
     assert f"has 25.8 GB, {missing} are missing" in made.refusals[0]
     with pytest.raises(UserError, match="cannot run: memory"):
         plan.check_plan_fits(made)
@@ -136,11 +137,11 @@ def test_the_recommended_configuration_fits_and_takes_the_same_step() -> None:
     assert not asked.fits and found is not None and found.plan.fits
     new = found.plan.settings
     assert new.per_device_train_batch_size * new.gradient_accumulation_steps == 16
-    # scaled from one and two packs, it is what a trace of that very batch gives
+    # a trace of this batch gives what was scaled from one and two packs
     again = plan.make_plan(new).memory
     traced = again.device[ACTIVATIONS] + again.device[LOGITS]
     assert traced == pytest.approx(found.plan.memory.device[ACTIVATIONS], rel=0.02)
-    assert "--gpu" not in command(new, asked.hardware)
+    assert "--gpu" not in train_command(new, asked.hardware)
 
 
 @pytest.fixture(scope="session")
@@ -178,15 +179,15 @@ def test_calibration_takes_a_run_s_measured_speed(trained: list[dict[str, Any]])
 
 
 def test_volumes_moved_in_a_step() -> None:
-    """Field's measurement: with accumulation ZeRO-1 moves three volumes, ZeRO-2 two a micro-batch and one more."""
+    """With accumulation ZeRO-1 moves three volumes, ZeRO-2 two per micro-batch and one more (measured)."""
     assert [communication_volumes(stage, 4) for stage in range(4)] == [2, 3, 9, 12]
     single = planned(gpu="h100", gpus_per_node=8, config_name="gpt2", bf16=True).step
     several = planned(gpu="h100", gpus_per_node=8, nodes=2, config_name="gpt2", bf16=True).step
-    assert several.extrapolated and not single.extrapolated
+    assert several.is_extrapolated and not single.is_extrapolated
     assert several.communication_seconds > 5 * single.communication_seconds
 
 
-def test_shards_say_how_much_is_learned_and_how_many_steps(stories: Shards) -> None:
+def test_shards_decide_targets_and_steps(stories: Shards) -> None:
     known = planned(train_shards=str(stories.path), max_steps=0, num_train_epochs=2, pack_length=512)
     assert known.workload.total_steps > 0 and not known.workload.assumptions
     assert 0 < known.workload.learned_tokens < sum(known.workload.lengths) <= 512
@@ -204,12 +205,12 @@ def test_shards_say_how_much_is_learned_and_how_many_steps(stories: Shards) -> N
         ({"calibrate": "no-such-run"}, "calibrate: no-such-run is not a run directory"),
     ],
 )
-def test_what_is_wrong_in_itself_is_an_error(values: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_errors(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         planned(**values)
 
 
-def test_the_command_line_prints_json_and_ends_with_1_if_it_cannot_run() -> None:
+def test_the_command_line_prints_json_and_exits_with_1_if_the_run_does_not_fit() -> None:
     flags = [
         "--config_name",
         "stories-0.7m",
@@ -234,7 +235,7 @@ def test_the_command_line_prints_json_and_ends_with_1_if_it_cannot_run() -> None
 
 
 def test_a_study_is_planned_run_by_run(capsys: pytest.CaptureFixture[str]) -> None:
-    from tools.command_line import read_yaml
+    from trainer.commands.command_line import read_yaml
 
     file = REPOSITORY / "studies" / "quickstart.yaml"
     study = load_study(read_yaml(file), file)

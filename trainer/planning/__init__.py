@@ -1,1 +1,1 @@
-"""What a run will need before it is submitted: memory, disk, time. Start reading at plan.py."""
+"""Estimates of memory, disk and time of a training run before it starts; the entry point is plan.py."""

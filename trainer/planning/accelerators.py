@@ -1,4 +1,4 @@
-"""The hardware of a plan: a GPU of the table, a GPU of this machine that the table does not have, or this machine's CPU."""
+"""Accelerators of a plan: a GPU of the table, an unknown GPU of this machine, or a share of this machine's CPU."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Memory, FLOP/s and bytes/s. `link`: between accelerators of a machine, in one direction; `network`: of a machine.
+    """One GPU, or one process's share of a CPU. Rates are FLOP/s and bytes/s.
 
-    If the speed is not known, the rates are infinite, so that they add no seconds to a measured rate.
+    `link`: between accelerators of a machine, in one direction; `network`: of a machine. Rates are infinite if the
+    speed is not known, so that they add no seconds to a measured rate.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Accelerator:
     memory_bandwidth: float
     link: float
     network: float
-    note: str  # the source of the numbers
+    note: str  # source of the numbers
     is_cpu: bool = False
     is_speed_known: bool = True
 
@@ -41,26 +42,26 @@ def names() -> list[str]:
     return [*gpu_table.names(), "cpu"]
 
 
-def find(name: str, per_machine: int) -> Accelerator:
-    """Return an accelerator by name, or what this machine has (`auto`). Raises UserError for an unknown name."""
+def find_accelerator(name: str, per_machine: int) -> Accelerator:
+    """Return an accelerator by name, or this machine's for `auto`. Raises UserError for an unknown name."""
     wanted = name.lower().replace("_", "-")
     if wanted == "auto":
-        return _here(per_machine)
+        return _detect(per_machine)
     if wanted == "cpu":
         return _cpu(per_machine)
     gpu = gpu_table.by_name(wanted)
     if gpu is None:
         raise UserError(f"gpu is {name!r}; choose one of {', '.join(names())}{did_you_mean(wanted, names())}")
-    return _of_table(gpu)
+    return _from_table(gpu)
 
 
 def host_memory_bytes() -> int:
-    """Memory of this machine, or of the part of it we may use (control group)."""
+    """Return the memory of this machine, or the limit of the control group if it is lower."""
     limit, _ = malloc.control_group_bytes()
     return int(min(psutil.virtual_memory().total, limit))
 
 
-def _here(per_machine: int) -> Accelerator:
+def _detect(per_machine: int) -> Accelerator:
     import torch
 
     if not torch.cuda.is_available():
@@ -68,23 +69,23 @@ def _here(per_machine: int) -> Accelerator:
     device_name = torch.cuda.get_device_name()
     gpu = gpu_table.by_device_name(device_name)
     if gpu is not None:
-        return _of_table(gpu)
+        return _from_table(gpu)
     memory = torch.cuda.get_device_properties(0).total_memory
     note = "memory as torch reports it; not in the table of GPUs, so its speed is unknown"
     rates = (math.inf,) * 5
     return Accelerator(device_name, memory, *rates, note, is_speed_known=False)
 
 
-def _of_table(gpu: Gpu) -> Accelerator:
+def _from_table(gpu: Gpu) -> Accelerator:
     rates = (gpu.peak_flops("bf16"), gpu.peak_flops("fp32"), gpu.memory_bandwidth)
     links = (gpu.link_bandwidth, gpu.network_bandwidth)
     return Accelerator(gpu.name, gpu.memory_bytes, *rates, *links, f"{gpu.source}; {gpu.link}")
 
 
 def _cpu(processes: int) -> Accelerator:
-    """A share of this machine. Its rates are a guess; `--calibrate` and the measured table replace it."""
+    """Return one process's share of this machine. The rates are a guess, replaced by measured.json or `--calibrate`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1.0, cores / processes)
-    note = "this machine's memory and cores; 50 GFLOP/s a core (fp32, AVX2 at 3 GHz: 96 at the very most)"
+    note = "this machine's memory and cores; 50 GFLOP/s a core (fp32; the peak of AVX2 at 3 GHz is 96)"
     memory = host_memory_bytes() // processes
     return Accelerator("cpu", memory, 50e9 * share, 50e9 * share, 10e9, 2e9, 1e9, note, is_cpu=True)

@@ -1,8 +1,8 @@
-"""Memory of the activations, from the real forward and backward pass run on tensors without data.
+"""Memory of activations, traced by running the real forward and backward pass on tensors without data.
 
-The very model code and the very loss that train are run under torch's FakeTensorMode: shapes and dtypes are real,
-storage is not. What is alive at every moment is counted, so there is no formula per architecture to be wrong, and
-checkpointing, tied heads and the logits at learned positions need no case of their own.
+Model and loss of training run under torch's FakeTensorMode: shapes and dtypes are real, storage is not. Counting the
+live bytes needs no formula per architecture, and no special case for checkpointing, tied heads or logits at target
+positions.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _CUDA_ATTENTION = "planned"
 
 @dataclass(frozen=True)
 class MemorySample:
-    """The time in which `gradient_elements` of the parameters' gradients are done and the next one is not.
+    """Activation memory between the completion of two parameters' gradients.
 
-    bytes: most activations alive in it. bytes_at_start: those alive at its start.
+    gradient_elements: elements of the gradients completed so far. bytes: peak of live activations in the interval.
+    bytes_at_start: live activations at its start.
     """
 
     gradient_elements: int
@@ -45,31 +46,31 @@ class MemorySample:
 
 @dataclass(frozen=True)
 class ActivationTrace:
-    """One forward and backward pass of one micro-batch, without weights and without the parameters' gradients."""
+    """Activation memory of one forward and backward pass, without weights and parameters' gradients."""
 
     samples: tuple[MemorySample, ...]
     saved_bytes: int  # alive between forward and backward
 
     @property
     def peak_bytes(self) -> int:
-        return max(moment.bytes for moment in self.samples)
+        return max(sample.bytes for sample in self.samples)
 
 
 def trace_activations(
     config: Any, lengths: list[int], learned_tokens: int, dtype: torch.dtype, checkpointing: bool, cuda: bool
 ) -> ActivationTrace:
-    """Run one micro-batch: examples of `lengths` tokens in one packed row, of which `learned_tokens` are predicted.
+    """Trace one micro-batch: examples of `lengths` tokens in one packed row, of which `learned_tokens` are targets.
 
-    `cuda`: attention over a pack is one kernel that keeps query, key, value, output and one fp32 number a head and
-    token (flash attention), an RMS norm is one kernel, and dropout keeps one byte an element. Otherwise what torch does
-    on a CPU is counted. Families that cannot be packed are counted in padded rows. Raises UserError for a model that does
-    not run on shapes alone.
+    `cuda`: attention over a pack is one kernel that keeps query, key, value, output and one fp32 number per head and
+    token (flash attention), an RMS norm is one kernel, and dropout keeps one byte per element; otherwise torch's CPU
+    kernels are counted. Families that cannot be packed are traced in padded rows. Raises UserError for a model that
+    does not run on shapes alone.
     """
     reason = ""
-    for packed in (True, False):  # as the training: packed where the family allows it, else padded
+    for packed in (True, False):  # as in training: packed where the family allows it, else padded
         try:
             return _trace(config, lengths, learned_tokens, dtype, checkpointing, cuda, packed)
-        except Exception as error:  # families raise errors of many types for attention they do not know
+        except Exception as error:  # models raise errors of many types for an unknown attention
             reason = first_line(error)
     raise UserError(
         f"the memory of a {config.model_type} model cannot be planned, because its forward pass does not run on shapes alone "
@@ -139,7 +140,7 @@ def batch_of(lengths: list[int], learned_tokens: int) -> PackedBatch:
 
 
 def padded_batch_of(lengths: list[int], learned_tokens: int) -> PaddedBatch:
-    """Return one row for each example; the learned tokens are at the ends of the rows."""
+    """Return one row per example; the targets are at the ends of the rows."""
     rows, longest = len(lengths), max(lengths)
     columns = min(longest, -(-learned_tokens // rows))
     mask = torch.zeros(rows, longest, dtype=torch.int64)
@@ -156,17 +157,17 @@ def padded_batch_of(lengths: list[int], learned_tokens: int) -> PaddedBatch:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators made and nobody has dropped yet; views share their storage.
+    """Dispatch mode that counts the bytes of live storages made by operators; views share their storage.
 
-    `given` was there before: its views are not counted.
+    `given`: tensors that are not counted.
     """
 
     def __init__(self, given: list[Any]) -> None:
         super().__init__()
         self.live = 0
-        self._most = self._at_start = 0
+        self._peak = self._at_start = 0
         self._gradient_elements = 0
-        self._moments: list[MemorySample] = []
+        self._samples: list[MemorySample] = []
         storages = [value.untyped_storage() for value in given if isinstance(value, torch.Tensor)]
         self._known = weakref.WeakSet(storages)
 
@@ -175,21 +176,21 @@ class _LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())
-        self._most = max(self._most, self.live)
+        self._peak = max(self._peak, self.live)
         return out
 
     def gradient_done(self, parameter: torch.Tensor) -> None:
-        """A parameter's gradient is complete: from here it is no activation (what ZeRO does with it: memory.py)."""
-        self._moments.append(self._moment())
+        """End an interval: a complete gradient is no activation any more (zero_memory.py counts it)."""
+        self._samples.append(self._sample())
         self._gradient_elements += parameter.numel()
         parameter.grad = None
-        self._most = self._at_start = self.live
+        self._peak = self._at_start = self.live
 
     def finish(self) -> list[MemorySample]:
-        return [*self._moments, self._moment()]
+        return [*self._samples, self._sample()]
 
-    def _moment(self) -> MemorySample:
-        return MemorySample(self._gradient_elements, self._most, self._at_start)
+    def _sample(self) -> MemorySample:
+        return MemorySample(self._gradient_elements, self._peak, self._at_start)
 
     def _count(self, storage: Any) -> None:
         if storage not in self._known:
@@ -204,9 +205,9 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _dropout(cuda: bool) -> Iterator[None]:
-    """On a GPU dropout keeps a mask of one byte an element; the CPU's keeps noise of the tensor's own dtype.
+    """Context manager that traces a GPU's dropout, which keeps one byte per element; a CPU's keeps noise of the dtype.
 
-    (A TorchFunctionMode would not be there when checkpointing recomputes in the backward pass.)
+    The function is patched, because a TorchFunctionMode is not active when checkpointing recomputes in backward.
     """
     functions: Any = torch.nn.functional
     before = functions.dropout
@@ -224,7 +225,7 @@ def _dropout(cuda: bool) -> Iterator[None]:
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Shapes of one fused attention over all examples of a pack; its numbers are of no interest."""
+    """Shapes, without values, of one fused attention over all examples of a pack."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
@@ -244,7 +245,7 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Shapes of an RMS norm in one kernel, which keeps its input and one fp32 number a token."""
+    """Shapes, without values, of an RMS norm in one kernel, which keeps its input and one fp32 number per token."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any) -> Any:

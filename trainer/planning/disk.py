@@ -1,4 +1,4 @@
-"""Bytes a run leaves on disk."""
+"""Estimate of the bytes a run writes to disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.planning.workload import Workload
 @dataclass(frozen=True)
 class DiskEstimate:
     checkpoint_bytes: int
-    num_checkpoints: int  # at the worst moment: those kept, and the one being written
+    num_checkpoints: int  # those kept, and the one being written
     export_bytes: int
 
     @property
@@ -20,10 +20,10 @@ class DiskEstimate:
 
 
 def estimate_disk(workload: Workload, resolved: dict[str, Any], save_total_limit: int) -> DiskEstimate:
-    """What ZeRO writes, for all ranks together.
+    """Return the bytes of all ranks together, without the kilobytes of names and shapes.
 
-    Stage 0: the weights and AdamW's two moments (fp32). Stages 1 and 2: the weights, and masters and moments divided
-    among ranks. Stage 3: masters and moments; the weights follow from them. Under each, kilobytes of names and shapes.
+    Stage 0 writes weights and AdamW's two fp32 moments; stages 1 and 2 weights, fp32 masters and moments; stage 3
+    masters and moments.
     """
     stage = int(resolved["zero_optimization"].get("stage", 0))
     element_bytes = 2 if resolved["bf16"]["enabled"] else 4

@@ -1,4 +1,4 @@
-"""Memory of one rank in the worst phase of a step, against what there is."""
+"""Estimate of the memory of one rank in the worst phase of a step."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ PROCESS = "process (interpreter, libraries)"
 LOADING = "loading the model"
 MIB = 2**20
 
-# Assumed, not measured here: driver and kernels of torch (about 0.5 GiB), and NCCL's channels (about 0.5 GiB).
+# Assumed: driver and kernels of torch (about 0.5 GiB), and NCCL's channels (about 0.5 GiB).
 _CUDA_CONTEXT_BYTES = 1024 * MIB
-# Assumed: what torch's caching allocator cannot hand out again of what comes and goes within a step.
+# Assumed: the part of a step's transient memory that torch's caching allocator cannot reuse.
 _FRAGMENTATION = 0.05
-_COMES_AND_GOES = (ACTIVATIONS, LOGITS, BUCKETS)
+_TRANSIENT = (ACTIVATIONS, LOGITS, BUCKETS)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The worst phase of a rank, in bytes by component. On a CPU `device` is the memory of the process."""
+    """Bytes by component in the worst phase of a rank. On a CPU `device` is the memory of the process."""
 
     phase: str
     device: Counter[str]
     host: Counter[str]  # of one rank
-    transient_bytes: int  # peak of activations and logits, in whatever phase
+    transient_bytes: int  # peak of activations and logits over all phases
 
     @property
     def device_bytes(self) -> int:
@@ -47,7 +47,7 @@ class MemoryEstimate:
 def trace_phases(
     workload: Workload, bf16: bool, checkpointing: bool, cuda: bool
 ) -> tuple[ActivationTrace, int]:
-    """Activations of the fullest micro-batch, and how much of their peak is there because of the logits."""
+    """Return the trace of the fullest micro-batch, and the bytes of its peak that are due to the logits."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     lengths = list(workload.lengths)
     full = trace_activations(
@@ -62,17 +62,17 @@ def estimate_memory(
     resolved: dict[str, Any],
     accelerator: Accelerator,
     world_size: int,
-    timeline: tuple[ActivationTrace, int],
+    traced: tuple[ActivationTrace, int],
     process_bytes: int,
     kept_by_glibc: float,
 ) -> MemoryEstimate:
-    """The phase that needs most. `process_bytes`: resident set of a rank with next to no model, measured.
+    """Return the phase with the largest device memory.
 
-    `kept_by_glibc`: on a CPU, what malloc keeps in its heap when activations are freed, as a part of them, measured:
-    blocks up to 32 MB are not handed back to the system (mallopt(3), M_MMAP_THRESHOLD).
+    `traced`: of `trace_phases`. `process_bytes`: measured resident set of a rank with a tiny model. `kept_by_glibc`: on
+    a CPU, the measured fraction of freed activations that malloc keeps in its heap; blocks up to 32 MB are not returned
+    to the system (mallopt(3), M_MMAP_THRESHOLD).
     """
-    bf16 = resolved["bf16"]["enabled"]
-    element_bytes = 2 if bf16 else 4
+    element_bytes = 2 if resolved["bf16"]["enabled"] else 4
     layout = ZeroLayout.make(
         resolved,
         list(workload.sizes),
@@ -81,21 +81,21 @@ def estimate_memory(
         on_accelerator=not accelerator.is_cpu,
         largest_layer=workload.largest_layer,
     )
-    worst = max(estimate_phases(layout, *timeline), key=Phase.total)
+    worst = max(estimate_phases(layout, *traced), key=Phase.total)
     device, host = worst.device, worst.host
     if accelerator.is_cpu:
         device.update(host)
-        device[FRAGMENTATION] += int(kept_by_glibc * timeline[0].peak_bytes)
+        device[FRAGMENTATION] += int(kept_by_glibc * traced[0].peak_bytes)
         device[PROCESS] += process_bytes
-        return MemoryEstimate(worst.name, +device, Counter(), timeline[0].peak_bytes)
+        return MemoryEstimate(worst.name, +device, Counter(), traced[0].peak_bytes)
     host[PROCESS] += process_bytes
     host[LOADING] += _loading(layout, workload)
-    device[FRAGMENTATION] += int(_FRAGMENTATION * sum(device[name] for name in _COMES_AND_GOES))
+    device[FRAGMENTATION] += int(_FRAGMENTATION * sum(device[name] for name in _TRANSIENT))
     device[CONTEXT] += _CUDA_CONTEXT_BYTES
-    return MemoryEstimate(worst.name, +device, +host, timeline[0].peak_bytes)
+    return MemoryEstimate(worst.name, +device, +host, traced[0].peak_bytes)
 
 
 def _loading(layout: ZeroLayout, workload: Workload) -> int:
-    """Host memory of the first weights: random ones are made whole by rank 0; pretrained ones go file by file."""
+    """Return the host memory of loading: rank 0 makes random weights whole; pretrained ones are read file by file."""
     whole = layout.element_bytes * layout.num_parameters
     return layout.element_bytes * layout.largest_parameter if layout.stage == 3 else whole

@@ -1,4 +1,4 @@
-"""Settings and hardware -> what the run needs, whether it fits, and if not, what is missing and what would fit."""
+"""Plan of a training run: its memory, disk and time, and the reasons why it does not fit the hardware."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.planning import disk, memory, time, workload
-from trainer.planning.accelerators import GB, Accelerator, find, host_memory_bytes
+from trainer.planning import disk, memory, time
+from trainer.planning.accelerators import GB, Accelerator, find_accelerator, host_memory_bytes
+from trainer.planning.activations import ActivationTrace
 from trainer.planning.disk import DiskEstimate
 from trainer.planning.memory import MemoryEstimate
 from trainer.planning.time import StepTime
-from trainer.planning.workload import Workload
+from trainer.planning.workload import Workload, estimate_workload
 from trainer.planning.zero_memory import ACTIVATIONS, LOGITS
+from trainer.runtime.terminal import size_text
 from trainer.settings import PlanSettings
 from trainer.training import ds_config
 
@@ -39,12 +41,12 @@ class Hardware:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """`refusals`: why it cannot run, each with what is missing and a remedy; empty if it fits."""
+    """Estimates for one run. `refusals`: reasons why it cannot run, with remedies; empty if it fits."""
 
     settings: PlanSettings
     hardware: Hardware
     workload: Workload
-    resolved: dict[str, Any]  # the ds_config
+    resolved: dict[str, Any]  # resolved ds_config
     memory: MemoryEstimate
     disk: DiskEstimate
     step: StepTime
@@ -61,7 +63,7 @@ class RunPlan:
 
     @property
     def memory_fits(self) -> bool:
-        """Whether all that another ds_config could change fits."""
+        """True if there is no refusal that another ds_config could remove."""
         return all(refusal.startswith("disk: ") for refusal in self.refusals)
 
     @property
@@ -70,7 +72,7 @@ class RunPlan:
 
     @property
     def seconds(self) -> float:
-        """Of all steps; 0 if their number or the GPU's speed is not known."""
+        """Seconds of all steps; 0 if their number or the GPU's speed is not known."""
         return self.step.seconds * self.workload.total_steps if self.is_speed_known else 0.0
 
     @property
@@ -79,65 +81,74 @@ class RunPlan:
 
 
 def hardware(settings: PlanSettings) -> Hardware:
-    """Raises UserError for an accelerator that is not in the table."""
-    accelerator = find(settings.gpu, settings.gpus_per_node)
+    """Return the hardware of the settings. Raises UserError for an unknown accelerator."""
+    accelerator = find_accelerator(settings.gpu, settings.gpus_per_node)
     host = int(settings.host_memory_gb * GB)
     if accelerator.is_cpu or (not host and settings.gpu == "auto"):
         host = host or host_memory_bytes()
     if accelerator.is_cpu:
         accelerator = dataclasses.replace(accelerator, memory_bytes=host // settings.gpus_per_node)
     space = int(settings.disk_gb * GB)
-    folder = next((path for path in [Path(settings.output_dir or "-"), *Path(settings.output_dir or "-").parents]
-                   if path.is_dir()), None)  # fmt: skip
-    if not space and settings.output_dir and folder:
-        space = shutil.disk_usage(folder).free
+    if not space and settings.output_dir:
+        output = Path(settings.output_dir)
+        folder = next((path for path in (output, *output.parents) if path.is_dir()), None)
+        space = shutil.disk_usage(folder).free if folder else 0
     return Hardware(accelerator, settings.nodes, settings.gpus_per_node, host, space)
 
 
 def make_plan(
-    settings: PlanSettings, process_bytes: int | None = None, keeps_nothing: bool = False
+    settings: PlanSettings, process_bytes: int | None = None, ignore_glibc_heap: bool = False
 ) -> RunPlan:
-    """`process_bytes`, `keeps_nothing`: instead of what was measured of processes and of glibc's heap.
+    """Plan one training.
 
-    Raises UserError for what is wrong in itself: no such model, file or accelerator, contradictory settings.
+    `process_bytes` replaces the measured memory of a process, and `ignore_glibc_heap` sets the memory that glibc's heap
+    keeps to 0. Raises UserError for an unknown model, file or accelerator and for contradictory settings.
     """
     machine = hardware(settings)
-    work = workload.estimate_workload(settings, machine.world_size)
-    timeline = memory.trace_phases(
-        work, settings.bf16, settings.gradient_checkpointing, cuda=not machine.accelerator.is_cpu
+    workload = estimate_workload(settings, machine.world_size)
+    traced = memory.trace_phases(
+        workload, settings.bf16, settings.gradient_checkpointing, cuda=not machine.accelerator.is_cpu
     )
-    return plan_on(settings, machine, work, timeline, process_bytes, keeps_nothing)
+    return plan_with_trace(settings, machine, workload, traced, process_bytes, ignore_glibc_heap)
 
 
-def plan_on(
+def plan_with_trace(
     settings: PlanSettings,
     machine: Hardware,
-    work: Workload,
-    timeline: Any,
+    workload: Workload,
+    traced: tuple[ActivationTrace, int],
     process_bytes: int | None = None,
-    keeps_nothing: bool = False,
+    ignore_glibc_heap: bool = False,
 ) -> RunPlan:
-    """The plan when the activations' timeline is known already."""
+    """Plan one training whose activations were traced already (`memory.trace_phases`)."""
     accelerator = machine.accelerator
     resolved = ds_config.resolve_ds_config(settings, machine.world_size)
     process = _process_bytes(ds_config.stage(resolved)) if process_bytes is None else process_bytes
     kept = (
         0.0
-        if keeps_nothing or "MALLOC_MMAP_THRESHOLD_" in os.environ
+        if ignore_glibc_heap or "MALLOC_MMAP_THRESHOLD_" in os.environ
         else read_measurements()["kept_by_glibc"]
     )
-    needed = memory.estimate_memory(work, resolved, accelerator, machine.world_size, timeline, process, kept)
-    space = disk.estimate_disk(work, resolved, settings.save_total_limit)
-    if settings.calibrate:
-        rate = time.measured_rate(settings.calibrate, work.mean_length)
-    else:
-        rate = time.default_rate(work.num_parameters, settings.bf16, accelerator, read_measurements())
-    step = time.estimate_step_time(
-        work, resolved, accelerator, machine.nodes, machine.per_node, settings.gradient_checkpointing, rate
+    needed = memory.estimate_memory(
+        workload, resolved, accelerator, machine.world_size, traced, process, kept
     )
-    notes = list(work.assumptions)
-    if step.extrapolated:
-        notes.append("several machines: extrapolated, nothing here was measured on more than one")
+    space = disk.estimate_disk(workload, resolved, settings.save_total_limit)
+    if settings.calibrate:
+        rate = time.measured_rate(settings.calibrate, workload.mean_length)
+    else:
+        rate = time.default_rate(workload.num_parameters, settings.bf16, accelerator, read_measurements())
+    step = time.estimate_step_time(
+        workload,
+        resolved,
+        accelerator,
+        machine.nodes,
+        machine.per_node,
+        settings.gradient_checkpointing,
+        rate,
+    )
+    notes = list(workload.assumptions)
+    if step.is_extrapolated:
+        notes.append("several machines: extrapolated from measurements on one machine")
     if not accelerator.is_cpu:
         notes.append("GPU memory, CUDA context and fragmentation: computed, not measured on a GPU")
     if not accelerator.is_speed_known:
@@ -145,9 +156,9 @@ def plan_on(
             f"{accelerator.name}: {accelerator.note}; --calibrate RUN takes the speed of a finished run"
         )
     if settings.bf16 and accelerator.name.startswith("v100"):
-        notes.append("a V100 has no bf16 units: it works, at the rate of fp32")
+        notes.append("a V100 has no bf16 units: bf16 runs at the rate of fp32")
     refusals = _refusals(machine, needed, space)
-    return RunPlan(settings, machine, work, resolved, needed, space, step, refusals, tuple(notes))
+    return RunPlan(settings, machine, workload, resolved, needed, space, step, refusals, tuple(notes))
 
 
 def _refusals(machine: Hardware, needed: MemoryEstimate, space: DiskEstimate) -> tuple[str, ...]:
@@ -176,7 +187,7 @@ def _refusals(machine: Hardware, needed: MemoryEstimate, space: DiskEstimate) ->
 
 
 def _remedy(needed: MemoryEstimate, missing: int) -> str:
-    """What shrinks the part that is largest."""
+    """Return advice for the largest part of the memory."""
     within_batch = needed.device[ACTIVATIONS] + needed.device[LOGITS]
     if within_batch > missing:
         return (
@@ -191,26 +202,18 @@ def _remedy(needed: MemoryEstimate, missing: int) -> str:
 
 @lru_cache
 def read_measurements() -> dict[str, Any]:
-    """What benchmarks/plan_accuracy.py found: hardware, date, every case with its error, and rates."""
+    """Return measured.json, written by benchmarks/plan_accuracy.py: hardware, date, errors of all cases, rates."""
     text = files("trainer.planning").joinpath("measured.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
 def _process_bytes(stage: int) -> int:
-    """Resident set of a rank with next to no model, as measured; stages import different parts of DeepSpeed."""
+    """Return the measured resident set of a rank with a tiny model; stages import different parts of DeepSpeed."""
     found = read_measurements()["process_bytes"]
     return int(found.get(str(stage), max(found.values())))
 
 
-def size_text(num_bytes: float) -> str:
-    """13_900_000_000 -> "13.9 GB"."""
-    for unit, name in ((10**12, "TB"), (GB, "GB"), (10**6, "MB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.1f} {name}"
-    return f"{num_bytes / 1000:.0f} kB"
-
-
 def check_plan_fits(plan: RunPlan) -> None:
-    """Raises UserError if the plan does not fit."""
+    """Raise UserError if the plan does not fit."""
     if plan.refusals:
         raise UserError("this cannot run: " + "; ".join(plan.refusals))

@@ -1,4 +1,4 @@
-"""A plan as a table with bars, and as JSON."""
+"""Output of a plan: a table with bars, and JSON."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from rich.table import Table
 
 from trainer.planning import recommend
 from trainer.planning.memory import CONTEXT, FRAGMENTATION, LOADING, PROCESS
-from trainer.planning.plan import RunPlan, read_measurements, size_text
+from trainer.planning.plan import RunPlan, read_measurements
 from trainer.planning.recommend import Recommendation
 from trainer.planning.zero_memory import COMPONENTS
-from trainer.runtime.terminal import duration
+from trainer.runtime.terminal import duration, size_text
 
 _BAR = 30
 _ORDER = (*COMPONENTS, FRAGMENTATION, LOADING, CONTEXT, PROCESS)
 
 
 def print_plan(plan: RunPlan, recommended: Recommendation | None) -> None:
-    """Print everything a user needs to decide, at most a screen."""
+    """Print the plan and the recommendation, about one screen."""
     console = make_console()
-    work, machine, settings = plan.workload, plan.hardware, plan.settings
+    workload, machine, settings = plan.workload, plan.hardware, plan.settings
     console.print(
-        f"[bold]{work.model_name}[/]: {work.num_parameters:,} parameters, {'bf16' if settings.bf16 else 'fp32'}, "
+        f"[bold]{workload.model_name}[/]: {workload.num_parameters:,} parameters, {'bf16' if settings.bf16 else 'fp32'}, "
         f"ZeRO {plan.stage}, {machine.nodes} machine(s) x {machine.per_node} {machine.accelerator.name}"
     )
     console.print(
-        f"micro-batch of {settings.per_device_train_batch_size} pack(s): {sum(work.lengths):,} tokens, "
-        f"{work.learned_tokens:,} learned; {work.tokens_per_step:,.0f} tokens a step"
+        f"micro-batch of {settings.per_device_train_batch_size} pack(s): {sum(workload.lengths):,} tokens, "
+        f"{workload.learned_tokens:,} learned; {workload.tokens_per_step:,.0f} tokens a step"
     )
     unit = "process" if machine.accelerator.is_cpu else "GPU"
     _memory(console, f"memory of a {unit}, worst in {plan.memory.phase}", plan.memory.device,
@@ -57,18 +57,16 @@ def print_plan(plan: RunPlan, recommended: Recommendation | None) -> None:
 
 
 def make_console() -> Console:
-    """As wide as the terminal; a file or a pipe gets lines as long as they are."""
+    """Return a console as wide as the terminal, or of 160 columns for a file or a pipe."""
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    return (
-        console
-        if console.is_terminal
-        else Console(file=sys.stdout, highlight=False, soft_wrap=True, width=160)
-    )
+    if not console.is_terminal:
+        console.width = 160
+    return console
 
 
 def as_dict(plan: RunPlan, recommended: Recommendation | None = None) -> dict[str, Any]:
-    """The same for programs: bytes, seconds, refusals."""
-    step, machine, known = plan.step, plan.hardware, plan.is_speed_known
+    """Return the plan as JSON-compatible values: bytes, seconds, refusals."""
+    step, machine, is_known = plan.step, plan.hardware, plan.is_speed_known
     result: dict[str, Any] = {
         "model": plan.workload.model_name,
         "num_parameters": plan.workload.num_parameters,
@@ -94,15 +92,15 @@ def as_dict(plan: RunPlan, recommended: Recommendation | None = None) -> dict[st
             "free_bytes": machine.disk_bytes,
         },
         "time": {
-            "seconds_per_step": step.seconds if known else None,
-            "compute_seconds": step.compute_seconds if known else None,
-            "communication_seconds": step.communication_seconds if known else None,
-            "update_seconds": step.update_seconds if known else None,
+            "seconds_per_step": step.seconds if is_known else None,
+            "compute_seconds": step.compute_seconds if is_known else None,
+            "communication_seconds": step.communication_seconds if is_known else None,
+            "update_seconds": step.update_seconds if is_known else None,
             "rate": step.rate.source,
-            "extrapolated": step.extrapolated,
+            "extrapolated": step.is_extrapolated,
             "total_steps": plan.workload.total_steps,
-            "seconds": plan.seconds if known else None,
-            "accelerator_hours": plan.accelerator_hours if known else None,
+            "seconds": plan.seconds if is_known else None,
+            "accelerator_hours": plan.accelerator_hours if is_known else None,
         },
         "fits": plan.fits,
         "refusals": list(plan.refusals),
@@ -114,13 +112,13 @@ def as_dict(plan: RunPlan, recommended: Recommendation | None = None) -> dict[st
             "changes": list(recommended.differences),
             "largest_micro_batch": recommended.largest_micro_batch,
             "device_bytes": recommended.plan.memory.device_bytes,
-            "command": recommend.command(recommended.plan.settings, machine),
+            "command": recommend.train_command(recommended.plan.settings, machine),
         }
     return result
 
 
 def measured_errors() -> dict[str, Any]:
-    """Largest and mean error of the planner against real runs, in parts, and where that was measured."""
+    """Return the largest and mean relative error of the planner against real runs, with date and hardware."""
     found = read_measurements()
     result = {name: found[name] for name in ("date", "hardware", "load_average")}
     for kind, error in (("memory", "error"), ("default_malloc", "error_with_allowance"), ("time", "error")):
@@ -131,17 +129,17 @@ def measured_errors() -> dict[str, Any]:
 
 
 def error_lines() -> list[str]:
-    """The same as text. Memory is that of CPU processes, above what a process without a model needs."""
+    """Return `measured_errors` as text. Memory is that of CPU processes, without that of a process without a model."""
     errors = measured_errors()
-    told = (
-        ("memory", "memory, where malloc hands freed memory back (MALLOC_MMAP_THRESHOLD_=65536)"),
-        ("default_malloc", "memory of a CPU process, with malloc as it is"),
+    descriptions = (
+        ("memory", "memory, where malloc returns freed memory (MALLOC_MMAP_THRESHOLD_=65536)"),
+        ("default_malloc", "memory of a CPU process, with default malloc"),
         ("time", f"time, under a load of {errors['load_average']:.0f}"),
     )
     return [
         f"error against measurement, {text}: {errors[kind]['mean']:.0%} in the mean, {errors[kind]['largest']:.0%} "
         f"at most ({errors[kind]['cases']} runs, {errors['hardware']}, {errors['date']})"
-        for kind, text in told
+        for kind, text in descriptions
         if kind in errors
     ]
 
@@ -166,7 +164,7 @@ def _time(console: Console, plan: RunPlan) -> None:
     step = plan.step
     if not plan.is_speed_known:
         return console.print(f"time: rate {step.rate.source}")
-    joined = "overlapping" if step.overlapped else "+"
+    joined = "overlapping" if step.is_overlapped else "+"
     text = (
         f"time: {step.seconds:.3g} s a step ({step.compute_seconds:.3g} s arithmetic {joined} "
         f"{step.communication_seconds:.3g} s communication, {step.update_seconds:.3g} s update)"
@@ -178,7 +176,7 @@ def _time(console: Console, plan: RunPlan) -> None:
         )
     else:
         text += "; how many steps is not known: give train_shards, max_steps or num_problems"
-    console.print(text + (" [yellow](extrapolated)[/]" if step.extrapolated else ""))
+    console.print(text + (" [yellow](extrapolated)[/]" if step.is_extrapolated else ""))
     console.print(f"  rate: {step.rate.source}")
 
 
@@ -193,4 +191,4 @@ def _recommendation(console: Console, plan: RunPlan, recommended: Recommendation
         f"largest micro-batch that fits with it: {recommended.largest_micro_batch} pack(s); "
         f"recommended needs {size_text(needs)}"
     )
-    console.print(recommend.command(recommended.plan.settings, plan.hardware))
+    console.print(recommend.train_command(recommended.plan.settings, plan.hardware))

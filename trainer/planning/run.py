@@ -1,4 +1,4 @@
-"""Plan one training, or every run of a study, and print it."""
+"""Plan one training, or every run of a study, and print the plan."""
 
 from __future__ import annotations
 
@@ -13,73 +13,73 @@ from rich.table import Table
 
 from trainer.errors import UserError
 from trainer.planning import plan, plan_table
-from trainer.planning.plan import RunPlan, size_text
+from trainer.planning.plan import RunPlan
 from trainer.planning.recommend import recommend
 from trainer.runtime import distributed
-from trainer.runtime.terminal import duration
+from trainer.runtime.terminal import duration, size_text
 from trainer.settings import PlanSettings, TrainSettings
 from trainer.storage import atomic_dir
 from trainer.study.study_file import RunSpec, Study
 
 
 def plan_training(settings: PlanSettings) -> bool:
-    """Print the plan; returns whether it fits. Raises UserError."""
-    _quiet()
-    made = plan.make_plan(settings)
-    recommended = recommend(made)
+    """Print the plan of one training; return whether it fits. Raises UserError."""
+    _silence_logging()
+    run_plan = plan.make_plan(settings)
+    recommended = recommend(run_plan)
     if settings.json:
-        print(json.dumps(plan_table.as_dict(made, recommended), indent=1))
+        print(json.dumps(plan_table.as_dict(run_plan, recommended), indent=1))
     else:
-        plan_table.print_plan(made, recommended)
-    return made.fits
+        plan_table.print_plan(run_plan, recommended)
+    return run_plan.fits
 
 
 def dry_run(settings: TrainSettings) -> bool:
-    """What tools/train.py --dry_run prints: the plan for this machine and this number of ranks (rank 0)."""
-    world = distributed.environment()
-    if world.rank != 0:
+    """Print the plan of `train --dry_run` for this machine and its ranks (rank 0); return whether it fits."""
+    environment = distributed.environment()
+    if environment.rank != 0:
         return True
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainSettings)}
-    nodes = max(1, world.world_size // world.local_world_size)
-    return plan_training(PlanSettings(**values, nodes=nodes, gpus_per_node=world.local_world_size))
+    nodes = max(1, environment.world_size // environment.local_world_size)
+    return plan_training(PlanSettings(**values, nodes=nodes, gpus_per_node=environment.local_world_size))
 
 
 def plan_study(settings: PlanSettings, study: Study) -> bool:
-    """A line a run and the totals; returns whether all runs fit. Shards that are not made yet are assumed."""
-    _quiet()
-    made: list[tuple[RunSpec, RunPlan]] = []
+    """Print one line per run and the totals; return whether all runs fit. Missing shards are estimated."""
+    _silence_logging()
+    plans: list[tuple[RunSpec, RunPlan]] = []
     for run in study.runs:
-        if run.train is None:  # it only evaluates
+        if run.train is None:  # evaluation only
             continue
         try:
-            made.append((run, plan.make_plan(_of_run(settings, run.train, study))))
+            plans.append((run, plan.make_plan(_settings_of_run(settings, run.train, study))))
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from None
     if settings.json:
-        print(json.dumps(_study_dict(study, made), indent=1))
+        print(json.dumps(_study_dict(study, plans), indent=1))
     else:
-        _show_study(study, made)
-    return all(one.fits for _, one in made)
+        _print_study(study, plans)
+    return all(run_plan.fits for _, run_plan in plans)
 
 
-def _of_run(settings: PlanSettings, train: TrainSettings, study: Study) -> PlanSettings:
-    """The run's training on the asked hardware."""
+def _settings_of_run(settings: PlanSettings, train: TrainSettings, study: Study) -> PlanSettings:
+    """Return the settings of the run's training on the requested hardware."""
     values = {field.name: getattr(train, field.name) for field in dataclasses.fields(TrainSettings)}
-    own = {name: getattr(settings, name) for name in PlanSettings.__annotations__ if name != "study"}
+    plan_only = {name: getattr(settings, name) for name in PlanSettings.__annotations__ if name != "study"}
     if not atomic_dir.is_complete(Path(train.train_shards)):
-        prepared = next(one for one in study.shards if one.output_dir == train.train_shards)
+        prepare = next(shards for shards in study.shards if shards.output_dir == train.train_shards)
         values["train_shards"] = ""
-        own["num_problems"] = settings.num_problems or (
-            prepared.num_problems if prepared.data == "stories" else prepared.max_problems
+        plan_only["num_problems"] = settings.num_problems or (
+            prepare.num_problems if prepare.data == "stories" else prepare.max_problems
         )
-    return PlanSettings(**{**values, **own})
+    return PlanSettings(**{**values, **plan_only})
 
 
-def _show_study(study: Study, made: Sequence[tuple[RunSpec, RunPlan]]) -> None:
+def _print_study(study: Study, plans: Sequence[tuple[RunSpec, RunPlan]]) -> None:
     console = plan_table.make_console()
-    machine = made[0][1].hardware
+    machine = plans[0][1].hardware
     table = Table(
-        title=f"{study.name}: {len(made)} runs on {machine.nodes} x {machine.per_node} {machine.accelerator.name}",
+        title=f"{study.name}: {len(plans)} runs on {machine.nodes} x {machine.per_node} {machine.accelerator.name}",
         title_justify="left",
     )
     for heading in (
@@ -94,33 +94,33 @@ def _show_study(study: Study, made: Sequence[tuple[RunSpec, RunPlan]]) -> None:
         "accelerator-hours",
     ):
         table.add_column(heading, justify="left" if heading == "run" else "right")
-    for run, one in made:
-        used = one.memory.device_bytes / machine.accelerator.memory_bytes
+    for run, run_plan in plans:
+        used = run_plan.memory.device_bytes / machine.accelerator.memory_bytes
         table.add_row(
             run.name,
-            f"{one.workload.num_parameters:,}",
-            str(one.stage),
-            size_text(one.memory.device_bytes),
-            f"[{'green' if one.fits else 'red'}]{used:.0%}[/]",
-            size_text(one.disk.total_bytes),
-            f"{one.workload.total_steps:,}" if one.workload.total_steps else "?",
-            duration(one.seconds) if one.seconds else "?",
-            f"{one.accelerator_hours:.3g}" if one.seconds else "?",
+            f"{run_plan.workload.num_parameters:,}",
+            str(run_plan.stage),
+            size_text(run_plan.memory.device_bytes),
+            f"[{'green' if run_plan.fits else 'red'}]{used:.0%}[/]",
+            size_text(run_plan.disk.total_bytes),
+            f"{run_plan.workload.total_steps:,}" if run_plan.workload.total_steps else "?",
+            duration(run_plan.seconds) if run_plan.seconds else "?",
+            f"{run_plan.accelerator_hours:.3g}" if run_plan.seconds else "?",
         )
-    totals = _totals(made)
+    totals = _totals(plans)
     table.add_section()
     table.add_row(
         "total, training only", "", "", "", "", size_text(totals["disk_bytes"]), "",
         duration(totals["seconds"]), f"{totals['accelerator_hours']:.3g}",
     )  # fmt: skip
     console.print(table)
-    for note in dict.fromkeys(note for _, one in made for note in one.notes):
+    for note in dict.fromkeys(note for _, run_plan in plans for note in run_plan.notes):
         console.print(f"note: {note}")
-    console.print(f"  rate: {made[0][1].step.rate.source}")
+    console.print(f"  rate: {plans[0][1].step.rate.source}")
     for line in plan_table.error_lines():
         console.print(line)
-    for run, one in made:
-        for refusal in one.refusals:
+    for run, run_plan in plans:
+        for refusal in run_plan.refusals:
             console.print(f"[bold red]cannot run[/] {run.name}: {refusal}")
     if totals["unknown"]:
         console.print(
@@ -128,25 +128,25 @@ def _show_study(study: Study, made: Sequence[tuple[RunSpec, RunPlan]]) -> None:
         )
 
 
-def _totals(made: Sequence[tuple[RunSpec, RunPlan]]) -> dict[str, Any]:
+def _totals(plans: Sequence[tuple[RunSpec, RunPlan]]) -> dict[str, Any]:
     return {
-        "seconds": sum(one.seconds for _, one in made),
-        "accelerator_hours": sum(one.accelerator_hours for _, one in made),
-        "disk_bytes": sum(one.disk.total_bytes for _, one in made),
-        "unknown": sum(not one.seconds for _, one in made),
+        "seconds": sum(run_plan.seconds for _, run_plan in plans),
+        "accelerator_hours": sum(run_plan.accelerator_hours for _, run_plan in plans),
+        "disk_bytes": sum(run_plan.disk.total_bytes for _, run_plan in plans),
+        "unknown": sum(not run_plan.seconds for _, run_plan in plans),
     }
 
 
-def _study_dict(study: Study, made: Sequence[tuple[RunSpec, RunPlan]]) -> dict[str, Any]:
-    runs = {run.name: plan_table.as_dict(one) for run, one in made}
+def _study_dict(study: Study, plans: Sequence[tuple[RunSpec, RunPlan]]) -> dict[str, Any]:
+    runs = {run.name: plan_table.as_dict(run_plan) for run, run_plan in plans}
     return {
         "study": study.name,
         "runs": runs,
-        "totals": _totals(made),
-        "fits": all(one.fits for _, one in made),
+        "totals": _totals(plans),
+        "fits": all(run_plan.fits for _, run_plan in plans),
     }
 
 
-def _quiet() -> None:
-    """Libraries have nothing to say to somebody who only asks."""
+def _silence_logging() -> None:
+    """Silence warnings of libraries: only the plan is printed."""
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Seconds of an optimizer step: arithmetic over an attained rate, and bytes over bandwidths."""
+"""Estimate of the seconds of an optimizer step: FLOPs over an attained rate, bytes over bandwidths."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from trainer.errors import UserError
 from trainer.models import load
 from trainer.planning.accelerators import Accelerator
 from trainer.planning.workload import Workload
+from trainer.storage.json_lines import read_json_lines
 from trainer.storage.run_directory import RunDirectory
 from trainer.training.throughput import flops_per_token
 
-# Part of the peak that is reached: llm-foundry's table for H100s, short sequences, ZeRO-3-like (cited, not measured
-# here), by parameters. Below its smallest model a straight line to 25 % at 100M is assumed.
+# MFU by parameters: llm-foundry's table for H100s, short sequences, ZeRO-3-like (cited, not measured here). Below its
+# smallest model a straight line to 25 % at 100M is assumed.
 _MFU = ((100e6, 0.25), (760e6, 0.404), (1e9, 0.432), (3e9, 0.463), (7e9, 0.464))
-_BANDWIDTH_USED = 0.8  # of a link's nominal rate: assumed
-_PCIE = 25e9  # bytes/s to host memory, for offloading: PCIe 4 x16 in practice, assumed
-_HOST_ADAM = 100e9  # bytes/s of a host's memory under DeepSpeed's CPU AdamW: assumed
-_ADAM_BYTES = 28  # an element: read gradient, master and two moments, write master, moments
+_LINK_EFFICIENCY = 0.8  # of the nominal rate: assumed
+_PCIE_BANDWIDTH = 25e9  # bytes/s to host memory, for offloading: PCIe 4 x16 in practice, assumed
+_HOST_ADAM_BANDWIDTH = 100e9  # bytes/s of a host's memory under DeepSpeed's CPU AdamW: assumed
+_ADAM_BYTES = 28  # per element: read gradient, master and two moments, write master and moments
 
 
 @dataclass(frozen=True)
 class Rate:
-    """FLOP/s of one rank in forward and backward, and where the number is from."""
+    """FLOP/s of one rank in forward and backward, and the source of the number."""
 
     flops: float
     source: str
@@ -38,18 +39,18 @@ class StepTime:
     compute_seconds: float
     communication_seconds: float
     update_seconds: float
-    overlapped: bool
+    is_overlapped: bool
     rate: Rate
-    extrapolated: bool  # more than one machine: nothing here was measured on several
+    is_extrapolated: bool  # more than one machine: measurements are of one
 
     @property
     def seconds(self) -> float:
         both = (self.compute_seconds, self.communication_seconds)
-        return (max(both) if self.overlapped else sum(both)) + self.update_seconds
+        return (max(both) if self.is_overlapped else sum(both)) + self.update_seconds
 
 
 def default_rate(num_parameters: int, bf16: bool, accelerator: Accelerator, measured: dict[str, Any]) -> Rate:
-    """What is reached of the peak if no run of one's own was measured; `measured`: measured.json."""
+    """Return the estimated rate without `--calibrate`. `measured`: the content of measured.json."""
     peak = accelerator.bf16_flops if bf16 else accelerator.fp32_flops
     if accelerator.is_cpu:
         source = (
@@ -67,18 +68,18 @@ def default_rate(num_parameters: int, bf16: bool, accelerator: Accelerator, meas
 
 
 def measured_rate(run_path: str, mean_length: float) -> Rate:
-    """FLOP/s a rank reached in a finished run, communication and update included. Raises UserError."""
+    """Return the FLOP/s per rank of a finished run, communication and update included. Raises UserError."""
     run = RunDirectory(Path(run_path))
     try:
         facts = json.loads(run.environment.read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"calibrate: {run_path} is not a run directory with metrics: {error}") from None
-    steps = [line for line in lines if "tokens_per_second" in line]
+        raise UserError(f"calibrate: {run_path} is not a run directory: {error}") from None
+    records = (record for _, record in read_json_lines(run.metrics) if record)
+    steps = [record for record in records if "tokens_per_second" in record]
     if len(steps) < 2:
         raise UserError(f"calibrate: {run.metrics} has {len(steps)} step(s); at least 2 are needed")
     # The first step allocates and warms up.
-    speed = statistics.median(line["tokens_per_second"] for line in steps[1:])
+    speed = statistics.median(step["tokens_per_second"] for step in steps[1:])
     config = load.load_config(str(run.model))
     flops = flops_per_token(facts["num_parameters"], config, mean_length)
     source = f"measured: {run_path}, {speed:,.0f} tokens/s on {facts['world_size']} rank(s)"
@@ -94,32 +95,35 @@ def estimate_step_time(
     checkpointing: bool,
     rate: Rate,
 ) -> StepTime:
-    """One optimizer step of a rank: 6N + attention FLOPs a token, 4/3 of it with recomputation."""
-    world = nodes * per_node
+    """Return the time of one optimizer step: 6N + attention FLOPs per token, 4/3 of them with recomputation."""
+    world_size = nodes * per_node
     zero = resolved["zero_optimization"]
     stage = int(zero.get("stage", 0))
     element_bytes = 2 if resolved["bf16"]["enabled"] else 4
     flops = flops_per_token(workload.num_parameters, workload.config, workload.mean_length)
     recompute = 4 / 3 if checkpointing else 1.0
-    compute = workload.tokens_per_step / world * flops * recompute / rate.flops
+    compute = workload.tokens_per_step / world_size * flops * recompute / rate.flops
 
     volumes = communication_volumes(stage, int(resolved["gradient_accumulation_steps"]))
     bandwidth = accelerator.link if nodes == 1 else min(accelerator.link, accelerator.network / per_node)
-    moved = volumes * element_bytes * workload.num_parameters * (world - 1) / world
-    communication = moved / (bandwidth * _BANDWIDTH_USED)
+    moved = volumes * element_bytes * workload.num_parameters * (world_size - 1) / world_size
+    communication = moved / (bandwidth * _LINK_EFFICIENCY)
 
-    share = workload.num_parameters / (world if stage else 1)
+    share = workload.num_parameters / (world_size if stage else 1)
     update = _ADAM_BYTES * share / accelerator.memory_bandwidth
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        update = 2 * element_bytes * share / _PCIE + _ADAM_BYTES * share * per_node / _HOST_ADAM
-    overlapped = bool(zero.get("overlap_comm", stage == 3))
-    return StepTime(compute, communication, update, overlapped, rate, nodes > 1)
+        update = (
+            2 * element_bytes * share / _PCIE_BANDWIDTH
+            + _ADAM_BYTES * share * per_node / _HOST_ADAM_BANDWIDTH
+        )
+    is_overlapped = bool(zero.get("overlap_comm", stage == 3))
+    return StepTime(compute, communication, update, is_overlapped, rate, nodes > 1)
 
 
 def communication_volumes(stage: int, accumulation_steps: int) -> int:
-    """How often a step moves a volume of all parameters; an all-reduce counts as two (reduce-scatter, all-gather).
+    """Return how many times a step moves all parameters; an all-reduce counts twice (reduce-scatter, all-gather).
 
-    Measured for stages 1 and 2: ZeRO-2 reduces after every micro-batch, so with accumulation ZeRO-1 moves less.
+    Measured for stages 1 and 2: ZeRO-2 reduces after every micro-batch, so ZeRO-1 moves less with accumulation.
     """
     return {
         0: 2,

@@ -1,4 +1,4 @@
-"""What a training computes, before any of it is computed: model, fullest micro-batch, steps, tokens."""
+"""Workload of a training, estimated before it starts: model, fullest micro-batch, steps, tokens."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from trainer.shards.read import Shards
 from trainer.training.batches import BatchPlan, PackedDataset
 
 _MAX_SAMPLED_PACKS = 20_000
-_STORIES_TOKENS = 1024  # of the embedded tokenizer, for the stories shapes when there are no shards
+_STORIES_VOCABULARY = 1024  # of the embedded tokenizer, for the stories shapes without shards
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`sizes`: elements of every parameter, tied ones once. `lengths`: examples of the fullest micro-batch.
+    """Workload of a training.
 
-    `largest_layer`: elements of a decoder layer.
+    `sizes`: elements of every parameter, tied ones once. `largest_layer`: elements of the largest decoder layer.
+    `lengths`: tokens of each example of the fullest micro-batch.
     """
 
     model_name: str
@@ -30,7 +31,7 @@ class Workload:
     sizes: tuple[int, ...]
     largest_layer: int
     lengths: tuple[int, ...]
-    learned_tokens: int  # of the fullest micro-batch
+    learned_tokens: int  # targets in the fullest micro-batch
     mean_length: float
     tokens_per_step: float
     total_steps: int  # 0: not known
@@ -42,9 +43,9 @@ class Workload:
 
 
 def estimate_workload(settings: TrainSettings, world_size: int) -> Workload:
-    """Read the shards if there are any, else assume full packs all of whose tokens are learned.
+    """Return the workload from the shards, or without shards for full packs in which every token is a target.
 
-    Raises UserError if there is no such model, or nothing says which one.
+    Raises UserError for an unknown or missing model.
     """
     name = settings.model_name_or_path or settings.config_name
     config = model_config(settings)
@@ -61,7 +62,7 @@ def estimate_workload(settings: TrainSettings, world_size: int) -> Workload:
 
 
 def model_config(settings: TrainSettings) -> Any:
-    """The config of the settings' model: a folder, a hub name, or a shape known by name."""
+    """Return the config of the settings' model: a folder, a hub name, or a preset."""
     name = settings.model_name_or_path or settings.config_name
     short = name.rpartition("/")[2].lower()
     if short in presets.published_names() and not Path(name).exists():
@@ -69,7 +70,7 @@ def model_config(settings: TrainSettings) -> Any:
     else:
         facts = Shards.open(settings.train_shards).facts if settings.train_shards else {}
         config = load.load_config(
-            name, settings.config_overrides, facts.get("vocabulary_size", _STORIES_TOKENS)
+            name, settings.config_overrides, facts.get("vocabulary_size", _STORIES_VOCABULARY)
         )
     config.use_cache = False
     return config
@@ -90,7 +91,7 @@ def _from_shards(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     )
     packs = min(plan.total_packs, data.packs_per_epoch, _MAX_SAMPLED_PACKS)
     starts = range(0, packs, micro)
-    fullest = max(starts, key=lambda start: _weight(data, start, micro, packs))
+    fullest = max(starts, key=lambda start: _num_tokens_and_targets(data, start, micro, packs))
     batch = data.micro_batch(range(fullest, fullest + micro), packs)
     return {
         "lengths": tuple(len(tokens) for tokens, _ in batch.examples),
@@ -102,7 +103,7 @@ def _from_shards(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     }
 
 
-def _weight(data: PackedDataset, start: int, micro: int, end: int) -> tuple[int, int]:
+def _num_tokens_and_targets(data: PackedDataset, start: int, micro: int, end: int) -> tuple[int, int]:
     last = min(start + micro, end)
     return data.num_tokens(start, last), data.num_target_tokens(start, last)
 

@@ -1,8 +1,7 @@
-"""What DeepSpeed 0.19.8 keeps in memory, on one rank, in every phase of a step: read from its source, checked by measurement.
+"""Memory of DeepSpeed 0.19.8 on one rank in every phase of a step, read from its source and checked by measurement.
 
-Notation of the comments: P parameters, W ranks, k bytes of a number the model computes with (bf16: 2, fp32: 4).
-Every function returns bytes by component, for the device and for the host. `benchmarks/plan_accuracy.py` compares
-the sums with real runs.
+Notation: P parameters, W ranks, k bytes of an element of the model (bf16: 2, fp32: 4). Functions return bytes by
+component, for the device and for the host. `benchmarks/plan_accuracy.py` compares the sums with real runs.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
 _DEFAULT_LIVE = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance
 _DEFAULT_SUB_GROUP = 1_000_000_000  # sub_group_size
 
-# Names of components, in the order they are shown.
+# Names of components, in display order.
 WEIGHTS = "weights"
 GATHERED = "gathered weights"
 MASTERS = "fp32 master weights"
@@ -34,7 +33,7 @@ COMPONENTS = (WEIGHTS, GATHERED, MASTERS, OPTIMIZER, GRADIENTS, BUCKETS, ACTIVAT
 
 @dataclass(frozen=True)
 class ZeroLayout:
-    """The numbers of a resolved ds_config and a model that decide its memory."""
+    """Numbers of a resolved ds_config and a model that decide its memory."""
 
     stage: int
     world_size: int
@@ -44,12 +43,12 @@ class ZeroLayout:
     reduce_bucket: int  # elements
     overlap: bool
     gathered_limit: int  # elements of gathered weights under ZeRO-3
-    prefetch: int  # elements that ZeRO-3 gathers ahead in one collective
-    sub_group: int  # elements of the largest sub-group of a rank, which ZeRO-3 updates at a time
-    persistent: int  # elements of parameters that ZeRO-3 never divides
+    prefetch: int  # elements that ZeRO-3 prefetches in one collective
+    sub_group: int  # elements of the largest sub-group of a rank; ZeRO-3 updates one at a time
+    persistent: int  # elements of parameters that ZeRO-3 never partitions
     offload_optimizer: bool
     offload_parameters: bool
-    on_accelerator: bool  # a CPU's untouched buffers take no memory
+    on_accelerator: bool  # on a CPU untouched buffers take no memory
 
     @classmethod
     def make(
@@ -61,15 +60,16 @@ class ZeroLayout:
         on_accelerator: bool,
         largest_layer: int = 0,
     ) -> ZeroLayout:
-        """`sizes`: elements of every parameter, tied ones once; `resolved`: what training/ds_config.resolve returns.
+        """Return the layout of `resolved`, a result of `ds_config.resolve_ds_config`.
 
-        `largest_layer`: elements of a decoder layer, which ZeRO-3 gathers at once.
+        `sizes`: elements of every parameter, tied ones once. `largest_layer`: elements of the largest decoder layer,
+        which ZeRO-3 gathers as a whole.
         """
         zero = resolved["zero_optimization"]
         threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
         live = int(zero.get("stage3_max_live_parameters", _DEFAULT_LIVE))
-        # A gathered weight stays until its next use if that is nearer than the reuse distance, counted in elements:
-        # around the turn from forward to backward that holds for half of the distance.
+        # A gathered weight is kept if its next use is nearer than the reuse distance (in elements): between forward and
+        # backward that holds for half of the distance.
         reuse = int(zero.get("stage3_max_reuse_distance", _DEFAULT_LIVE)) // 2
         prefetch = int(zero.get("stage3_prefetch_bucket_size", 50_000_000))
         return cls(
@@ -99,13 +99,13 @@ class ZeroLayout:
 
     @property
     def partition_elements(self) -> int:
-        """Elements of this rank's part (P/W)."""
+        """Elements of this rank's partition (P/W)."""
         return -(-self.num_parameters // self.world_size)
 
 
 @dataclass
 class Phase:
-    """Bytes by component while the phase is at its worst."""
+    """Bytes by component at the peak of a phase."""
 
     name: str
     device: Counter[str] = field(default_factory=Counter)
@@ -115,9 +115,9 @@ class Phase:
         return sum(self.device.values())
 
 
-def estimate_phases(layout: ZeroLayout, timeline: ActivationTrace, logits_bytes: int) -> list[Phase]:
-    """Forward and backward, reduction, optimizer step. `logits_bytes` of the activations are shown as logits."""
-    transients = [("forward and backward", now) for now in _backward(layout, timeline, logits_bytes)]
+def estimate_phases(layout: ZeroLayout, trace: ActivationTrace, logits_bytes: int) -> list[Phase]:
+    """Return the peaks of forward and backward, reduction, and step. `logits_bytes` of the activations are logits."""
+    transients = [("forward and backward", now) for now in _backward(layout, trace, logits_bytes)]
     if layout.stage <= 1:
         transients += [("gradient reduction", now) for now in _reduction(layout)]
     transients.append(("optimizer step", _step(layout)))
@@ -132,28 +132,28 @@ def estimate_phases(layout: ZeroLayout, timeline: ActivationTrace, logits_bytes:
 
 
 def _states(layout: ZeroLayout, phase: Phase) -> None:
-    """What stays from step to step."""
-    k, all_, share = layout.element_bytes, layout.num_parameters, layout.partition_elements
+    """Add the memory that persists from step to step."""
+    k, total, share = layout.element_bytes, layout.num_parameters, layout.partition_elements
     device, host = phase.device, phase.host
     optimizer = host if layout.offload_optimizer else device
     if layout.stage == 3:
         weights = host if layout.offload_parameters else device
         weights[WEIGHTS] += k * share
         device[WEIGHTS] += k * layout.persistent
-        # In fp32 the flat shard is its own master; offloaded it is copied.
+        # In fp32 the flat shard is the master weight; with offload it is copied.
         if k != 4 or layout.offload_optimizer:
             optimizer[MASTERS] += 4 * share
         optimizer[OPTIMIZER] += 8 * share
-        optimizer[GRADIENTS] += k * share  # one flat buffer for the whole run
+        optimizer[GRADIENTS] += k * share  # one flat buffer, kept for the run
         if layout.offload_optimizer:
             host[GRADIENTS] += 4 * share
         device[BUCKETS] += k * _resident(layout, layout.reduce_bucket)
     elif layout.stage == 0:
-        device[WEIGHTS] += k * all_
-        device[OPTIMIZER] += 8 * all_
+        device[WEIGHTS] += k * total
+        device[OPTIMIZER] += 8 * total
     else:
-        device[WEIGHTS] += k * all_
-        optimizer[MASTERS] += 4 * share  # a copy in fp32 too
+        device[WEIGHTS] += k * total
+        optimizer[MASTERS] += 4 * share  # also a copy in fp32
         optimizer[OPTIMIZER] += 8 * share
         if layout.offload_optimizer:
             host[GRADIENTS] += 4 * share
@@ -161,22 +161,22 @@ def _states(layout: ZeroLayout, phase: Phase) -> None:
             device[BUCKETS] += k * layout.largest_parameter
 
 
-def _backward(layout: ZeroLayout, timeline: ActivationTrace, logits_bytes: int) -> Iterator[Counter[str]]:
-    """The last micro-batch, moment by moment: activations shrink while gradients grow, and buckets fill."""
-    k, moments = layout.element_bytes, timeline.samples
-    order = [b.gradient_elements - a.gradient_elements for a, b in itertools.pairwise(moments)]
+def _backward(layout: ZeroLayout, trace: ActivationTrace, logits_bytes: int) -> Iterator[Counter[str]]:
+    """Yield the memory of the last micro-batch: activations shrink while gradients grow and buckets fill."""
+    k, samples = layout.element_bytes, trace.samples
+    order = [b.gradient_elements - a.gradient_elements for a, b in itertools.pairwise(samples)]
     reduces = layout.stage >= 2 or (layout.stage == 1 and layout.overlap)
     fills = _fills(order, layout.reduce_bucket, 2 if layout.overlap and layout.stage < 3 else 1)
     kept, before = _kept(layout), BucketFill(0, 0, 0)
-    # After the last gradient the epilogue reduces what is left in the bucket.
-    for moment, later, size, fill in zip(
-        moments, (*moments[1:], moments[-1]), (*order, 0), fills, strict=True
+    # After the last gradient the epilogue reduces the rest of the bucket.
+    for sample, later, size, fill in zip(
+        samples, (*samples[1:], samples[-1]), (*order, 0), fills, strict=True
     ):
-        logits = min(logits_bytes, moment.bytes) if moment is moments[0] else 0
-        now = kept + (_buckets(layout, before) if reduces else _whole_gradients(layout, moment))
-        yield now + Counter({LOGITS: logits, ACTIVATIONS: moment.bytes - logits})
+        logits = min(logits_bytes, sample.bytes) if sample is samples[0] else 0
+        now = kept + (_buckets(layout, before) if reduces else _whole_gradients(layout, sample))
+        yield now + Counter({LOGITS: logits, ACTIVATIONS: sample.bytes - logits})
         if reduces:
-            # A gradient is done and DeepSpeed's hook runs; if it does not fit, the bucket is copied flat and reduced.
+            # DeepSpeed's hook runs after each gradient; if it does not fit, the bucket is copied flat and reduced.
             now = kept + _buckets(layout, before)
             yield now + Counter(
                 {GRADIENTS: k * size, BUCKETS: k * fill.copied, ACTIVATIONS: later.bytes_at_start}
@@ -185,7 +185,7 @@ def _backward(layout: ZeroLayout, timeline: ActivationTrace, logits_bytes: int) 
 
 
 def _kept(layout: ZeroLayout) -> Counter[str]:
-    """What is there during the whole last backward pass: gradients of earlier micro-batches, gathered weights."""
+    """Return the memory held during the last backward: gradients of earlier micro-batches, gathered weights."""
     k, now = layout.element_bytes, Counter[str]()
     if layout.accumulation_steps > 1 and layout.stage == 2 and not layout.offload_optimizer:
         now[GRADIENTS] = k * layout.partition_elements
@@ -195,17 +195,17 @@ def _kept(layout: ZeroLayout) -> Counter[str]:
         divided = layout.num_parameters - layout.persistent
         now[GATHERED] = k * min(divided, layout.gathered_limit)
         if layout.world_size > 1:
-            # Weights gathered ahead lie in one buffer, out of which each is copied. Peaks that were measured are those
-            # with the buffer still there in the backward pass. The embedding, the largest, is not gathered ahead.
+            # Prefetched weights are copied out of one buffer, which measured peaks include in backward. The embedding,
+            # the largest parameter, is not prefetched.
             now[BUCKETS] += k * max(0, min(layout.prefetch, divided - layout.largest_parameter))
     return now
 
 
-def _whole_gradients(layout: ZeroLayout, moment: MemorySample) -> Counter[str]:
-    """Stages 0 and 1 keep every gradient until the last micro-batch is over."""
+def _whole_gradients(layout: ZeroLayout, sample: MemorySample) -> Counter[str]:
+    """Return the gradients of stages 0 and 1, which keep all until the end of the last micro-batch."""
     k, now = layout.element_bytes, Counter[str]()
     now[GRADIENTS] = k * (
-        layout.num_parameters if layout.accumulation_steps > 1 else moment.gradient_elements
+        layout.num_parameters if layout.accumulation_steps > 1 else sample.gradient_elements
     )
     if layout.stage == 1 and layout.on_accelerator:
         now[BUCKETS] = k * layout.reduce_bucket
@@ -213,12 +213,12 @@ def _whole_gradients(layout: ZeroLayout, moment: MemorySample) -> Counter[str]:
 
 
 def _buckets(layout: ZeroLayout, fill: BucketFill) -> Counter[str]:
-    """The bucket buffers, and this rank's part of what was reduced."""
+    """Return the bucket buffers, and this rank's partition of the reduced gradients."""
     k, now = layout.element_bytes, Counter[str]()
     if layout.stage < 3:
         whole = (2 if layout.overlap else 1) * layout.reduce_bucket
         now[BUCKETS] = k * (whole if layout.on_accelerator else fill.written)
-        # The rank that owns the first gradients keeps them from the start: the worst place to be.
+        # Worst rank: the owner of the first gradients keeps them from the start.
         now[GRADIENTS] = (
             k * min(fill.reduced, layout.partition_elements) if not layout.offload_optimizer else 0
         )
@@ -227,7 +227,7 @@ def _buckets(layout: ZeroLayout, fill: BucketFill) -> Counter[str]:
 
 @dataclass(frozen=True)
 class BucketFill:
-    """Elements written to bucket buffers so far, copied flat for the last reduction, and reduced so far."""
+    """Elements written to bucket buffers, copied flat for the last reduction, and reduced so far."""
 
     written: int
     copied: int
@@ -235,9 +235,9 @@ class BucketFill:
 
 
 def _fills(order: list[int], bucket: int, buffers: int) -> Iterator[BucketFill]:
-    """The buckets as gradients of these sizes arrive, and at last the reduction of what is left.
+    """Yield the fill after each gradient of the sizes in `order`, then after the reduction of the rest.
 
-    A bucket is reduced when the next gradient does not fit; a gradient larger than the bucket goes past the buffer.
+    A bucket is reduced when the next gradient does not fit; a gradient larger than the bucket bypasses the buffer.
     """
     filled = [0] * buffers
     index = inside = reduced = 0
@@ -254,20 +254,20 @@ def _fills(order: list[int], bucket: int, buffers: int) -> Iterator[BucketFill]:
 
 
 def _reduction(layout: ZeroLayout) -> Iterator[Counter[str]]:
-    """Stages 0 and 1 after the last backward pass."""
-    k, everything = layout.element_bytes, layout.num_parameters
+    """Yield the memory of stages 0 and 1 after the last backward."""
+    k, total = layout.element_bytes, layout.num_parameters
     if layout.stage == 0:
-        yield Counter({GRADIENTS: k * everything, BUCKETS: k * min(_FALLBACK_BUCKET, everything)})
+        yield Counter({GRADIENTS: k * total, BUCKETS: k * min(_FALLBACK_BUCKET, total)})
         return
     moved, before = 0, BucketFill(0, 0, 0)
     for size, fill in zip(
         (*layout.sizes, 0), _fills(list(layout.sizes), layout.reduce_bucket, 1), strict=True
     ):
         buffer = layout.reduce_bucket if layout.on_accelerator else before.written
-        # What is in the bucket has left its own memory; our part is copied out of the bucket again.
+        # Gradients in the bucket have freed their own memory; this rank's partition is copied out again.
         yield Counter(
             {
-                GRADIENTS: k * (everything - moved + min(before.reduced, layout.partition_elements)),
+                GRADIENTS: k * (total - moved + min(before.reduced, layout.partition_elements)),
                 BUCKETS: k * (buffer + fill.copied),
             }
         )
@@ -275,9 +275,9 @@ def _reduction(layout: ZeroLayout) -> Iterator[Counter[str]]:
 
 
 def _step(layout: ZeroLayout) -> Counter[str]:
-    """The gradient of our part, flattened once more and turned into fp32.
+    """Return the gradient of this rank's partition, flattened once more and converted to fp32.
 
-    Stage 3 does so for one sub-group after the other.
+    Stage 3 converts one sub-group at a time.
     """
     k, share = layout.element_bytes, layout.partition_elements
     now: Counter[str] = Counter()
@@ -285,13 +285,13 @@ def _step(layout: ZeroLayout) -> Counter[str]:
         now[GRADIENTS] = k * layout.num_parameters
     elif not layout.offload_optimizer:
         kept = 0 if layout.stage == 3 else k * share
-        turned = min(share, layout.sub_group) if layout.stage == 3 else share
-        now[GRADIENTS] = kept + 4 * turned + (k * turned if k != 4 else 0)
+        converted = min(share, layout.sub_group) if layout.stage == 3 else share
+        now[GRADIENTS] = kept + 4 * converted + (k * converted if k != 4 else 0)
     return now
 
 
 def _resident(layout: ZeroLayout, elements: int) -> int:
-    """Of a buffer that is allocated whole, what is really there: on a CPU only pages that were written to."""
+    """Return the resident elements of a buffer: on a CPU only pages that were written to."""
     return elements if layout.on_accelerator else min(elements, layout.num_parameters)
 
 

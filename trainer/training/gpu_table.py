@@ -1,7 +1,8 @@
-"""GPUs by name: memory, and the vendors' peak rates, dense (no structured sparsity).
+"""Table of GPUs by name: memory, and the vendors' dense peak rates (without structured sparsity).
 
-One table for the planner (memory, seconds) and for training's model FLOP/s utilisation. Data sheets of NVIDIA from
-Ampere on print tensor rates with 2:4 sparsity; the dense rate is half of it. Imports no torch.
+Used by the planner (memory, seconds) and for the MFU of training. NVIDIA's documents from Ada and Hopper on print tensor
+rates with 2:4 sparsity; the dense rate is half of it. `source` names the vendor's document; on 2026-11-28 the figures
+were compared with public pages that quote it, not with the document itself. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ class Gpu:
     """One model of GPU.
 
     `device_names`: as `torch.cuda.get_device_name()` reports it; other names are other GPUs (laptops, MIG slices).
-    `memory_bytes`: as `nvidia-smi` or `amd-smi` shows it; torch reports up to 1 % less.
-    `bf16_flops`: matrix products of bf16 with fp32 accumulation; None if the GPU has no bf16 units.
-    `fp16_flops`: the same for fp16. `fp32_flops`: without TF32, which torch does not use unless asked.
-    `memory_bandwidth`, `link_bandwidth`, `network_bandwidth`: bytes/s; the link is between GPUs of a machine, in one
-    direction; the network is of one machine, assumed, since it is not the GPU's.
+    `memory_bytes`: as `nvidia-smi` or `amd-smi` prints it; torch reports up to 1 % less.
+    `bf16_flops`, `fp16_flops`: matrix products with fp32 accumulation; bf16 is None if the GPU has no bf16 units.
+    `fp32_flops`: without TF32, which is off by default in torch.
+    `memory_bandwidth`, `link_bandwidth`, `network_bandwidth`: bytes/s. The link is between the GPUs of a machine, in
+    one direction. The network is that of a typical machine: assumed.
     """
 
     name: str
@@ -57,7 +58,7 @@ def _gpu(
     source: str,
     has_bf16: bool = True,
 ) -> Gpu:
-    """`half`, `fp32`: TFLOP/s, bf16 and fp16 alike; `bandwidth`, `link`, `network`: GB/s."""
+    """Return a Gpu. `half`: TFLOP/s of bf16 and of fp16; `fp32`: TFLOP/s; `bandwidth`, `link`, `network`: GB/s."""
     return Gpu(
         name, device_names, memory_mib * MIB,
         half * TERA if has_bf16 else None, half * TERA, fp32 * TERA,
@@ -65,13 +66,14 @@ def _gpu(
     )  # fmt: skip
 
 
-# Name and GB/s in one direction. Bridges that join only two cards (A6000, H100 PCIe and NVL) are not counted.
+# Name and GB/s in one direction. NVLink bridges between two cards (A6000, H100 PCIe and NVL) are not counted.
 _NVLINK_5, _NVLINK_4, _NVLINK_3 = ("NVLink 5", 900), ("NVLink 4", 450), ("NVLink 3", 300)
 _NVLINK_2, _INFINITY_FABRIC = ("NVLink 2", 150), ("Infinity Fabric, 7 x 64 GB/s", 448)
 _PCIE_5, _PCIE_4, _PCIE_3 = ("PCIe 5 x16", 64), ("PCIe 4 x16", 32), ("PCIe 3 x16", 16)
 
 _NVIDIA = "https://www.nvidia.com/"
 _HGX = _NVIDIA + "en-us/data-center/hgx/"
+_DGX_B200 = _NVIDIA + "en-us/data-center/dgx-b200/"
 _A100 = (
     _NVIDIA
     + "content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"
@@ -85,11 +87,12 @@ _RTX_BLACKWELL = (
 )
 _GA102 = _NVIDIA + "content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
 
-# HGX pages give totals of eight GPUs: 36 PFLOP/s of sparse bf16 are 2250 TFLOP/s of a GPU, 600 of fp32 are 75.
-# No data sheet of the H20 is public: its figures are those that resellers print. An H20 of 141 GB is not in the table.
+# The HGX page has totals of eight GPUs: 36 PFLOP/s of sparse bf16 are 2250 TFLOP/s of a GPU, 600 TFLOP/s of fp32 are 75.
+# Bandwidth of B200 and B300: 64 TB/s of the eight GPUs of a DGX B200; NVIDIA's HGX tables print 7.7 TB/s for each.
+# No data sheet of the H20 is public: its figures are those of resellers. The H20 of 141 GB is not in the table.
 GPUS = (
     _gpu("b300", ("NVIDIA B300 SXM6 AC", "NVIDIA B300"), 275_040, 2250, 75, 8000, _NVLINK_5, 100, _HGX),
-    _gpu("b200", ("NVIDIA B200",), 183_359, 2250, 75, 8000, _NVLINK_5, 50, _HGX),
+    _gpu("b200", ("NVIDIA B200",), 183_359, 2250, 75, 8000, _NVLINK_5, 50, f"{_HGX} and {_DGX_B200}"),
     _gpu("h200", ("NVIDIA H200",), 143_771, 989, 67, 4800, _NVLINK_4, 50, _NVIDIA + "en-us/data-center/h200/"),
     _gpu(
         "h100", ("NVIDIA H100 80GB HBM3", "NVIDIA H100"), 81_559, 989, 67, 3350, _NVLINK_4, 50,
@@ -137,14 +140,14 @@ GPUS = (
     ),
 )  # fmt: skip
 
-_SAME = {
+_ALIASES = {
     "a100": "a100-80gb",
     "h100-80gb": "h100",
     "h100-sxm": "h100",
     "v100-32gb": "v100",
     "rtx-a6000": "a6000",
 }
-_SAME |= {short: f"rtx-{short[-4:]}" for short in ("4090", "rtx4090", "5090", "rtx5090")}
+_ALIASES |= {short: f"rtx-{short[-4:]}" for short in ("4090", "rtx4090", "5090", "rtx5090")}
 
 
 def names() -> list[str]:
@@ -152,12 +155,12 @@ def names() -> list[str]:
 
 
 def by_name(name: str) -> Gpu | None:
-    """Return the GPU of a name in the table, e.g. `h100`, or None. Case and `_` for `-` do not matter."""
+    """Return the GPU called `name`, e.g. `h100`, or None. Case does not matter, and `_` may be written for `-`."""
     wanted = name.lower().replace("_", "-")
-    wanted = _SAME.get(wanted, wanted)
+    wanted = _ALIASES.get(wanted, wanted)
     return next((gpu for gpu in GPUS if gpu.name == wanted), None)
 
 
 def by_device_name(device_name: str) -> Gpu | None:
-    """Return the GPU that torch reports under this name, or None if the table does not have it."""
+    """Return the GPU with this name in torch, or None if the table does not have it."""
     return next((gpu for gpu in GPUS if device_name in gpu.device_names), None)
