@@ -253,7 +253,7 @@ class EvaluateSettings:
             missing = (
                 "a solver as well" if self.decomposer else "model_name_or_path, or decomposer and solver"
             )
-            raise UserError(f"who answers? Give {missing}")
+            raise UserError(f"there is no model to evaluate; give {missing}")
         if self.model_name_or_path and (
             self.solver or self.decomposer or self.planner or self.subquestions == "gold"
         ):

@@ -222,7 +222,7 @@ def test_incompatible_models_are_rejected(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "who answers"),
+        ({}, "no model to evaluate"),
         ({"decomposer": "d"}, "a solver as well"),
         ({"solver": "s"}, "asked either by a decomposer"),
         ({"solver": "s", "decomposer": "d", "subquestions": "gold"}, "asked either by a decomposer"),

@@ -58,7 +58,7 @@ class SlurmJob:
 
     @property
     def needs_accelerator(self) -> bool:
-        """Whether it trains, evaluates, or annotates with a local model."""
+        """True if the job trains, evaluates, or annotates with a local model."""
         local_teacher = self.kind == "annotate" and bool(self.stages[0].settings.model_name_or_path)
         return self.kind in ("train", "evaluate") or local_teacher
 

@@ -13,7 +13,7 @@ from trainer.study.study_file import load_study
 
 DESCRIPTION = """\
 Run a study: prepare shards; train, convert and evaluate every run; report.
-What is done is read from disk, so after a failure, Ctrl-C or a crash the same command goes on.
+Completed work is read from disk: after a failure, Ctrl-C or a crash the same command resumes.
 
   socratic study run|status studies/quickstart.yaml                       (on this machine)
   socratic study submit studies/quickstart.yaml --cluster cluster.env     (as Slurm jobs)
@@ -43,7 +43,7 @@ def _study(tools: Path | None) -> None:
     add("--num_ranks", type=int, default=0, help="processes a training runs on [the file's; 1]")
     add("--num_parallel", type=int, default=0, help="run: stages at the same time [the file's; 1]")
     add("--dry_run", action="store_true", help="run, submit: only show the commands or batch scripts")
-    add("--keep_going", action="store_true", help="run: after a failure go on with other runs")
+    add("--keep_going", action="store_true", help="run: after a failure continue with the other runs")
     add("--cluster", type=Path, help="submit: your site's facts, see slurm/cluster.env.example")
     add("--failed", action="store_true", help="resubmit: what failed, and what waited for it")
     flags = parser.parse_args()

@@ -18,7 +18,7 @@ DESCRIPTION = """Train one student: a model, a method, a shard set, a seed.
   deepspeed --num_gpus 2 --module trainer.commands.train ...    (the same without the repository)
   socratic train ...    mpiexec -n 2 socratic train ...    srun socratic train ...
 
-Run the same command again to go on from the newest valid checkpoint.
+Run the same command again to resume from the latest valid checkpoint.
 On a machine without a GPU --num_gpus is the number of processes."""
 
 
