@@ -5,23 +5,22 @@
 #   benchmarks/gpu.sh run PART ... [--tiny]   on the GPU: parity, decode, train, memory, evaluate, convert, study; or all
 #   benchmarks/gpu.sh table [--tiny]          the table of what is measured so far
 #
-# Carry the checkout with build/gpu to the GPU. A call takes at most about ten minutes (SECONDS_EACH), the study as long again;
-# what is measured is kept, the same command goes on, and exit status 75 says that there is more to do. A peer that does not
-# end in time costs its own figure, not ours. `parity` comes first: numbers before speed. `--tiny` runs small shapes, also on
-# a CPU, to see that everything works.
+# Copy the checkout with build/gpu to the GPU machine. A call takes at most about ten minutes (SECONDS_EACH), the study as
+# long again; measured rows are kept, and after exit status 75 the same command continues. A peer that times out is recorded
+# as failed. `parity` must pass first. `--tiny` runs small shapes, also on a CPU.
 #
-# wheels: PYTHON_VERSION (3.12) and PLATFORM (manylinux_2_28_x86_64) are the GPU machine's; --have names a `pip freeze` of
-#   it; what is there in the same version is not fetched, nor what it names without a version. GSM8K, TOKENIZER: local folders instead of the hub's.
-# run: PYTHON is a Python with torch for CUDA (python3); its packages stay as they are, ours lie in build/gpu/site-packages.
+# wheels: PYTHON_VERSION (3.12) and PLATFORM (manylinux_2_28_x86_64) of the GPU machine; --have: its `pip freeze`, whose
+#   packages are not fetched if the version is equal or not given. GSM8K, TOKENIZER: local folders instead of the hub's.
+# run: PYTHON is a Python with torch for CUDA (python3), which is not changed; ours is installed in build/gpu/site-packages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 GPU=$PWD/build/gpu
 PYTHON=${PYTHON:-python3}
 SECONDS_EACH=${SECONDS_EACH:-540}
 PARTS=(parity decode train memory evaluate convert)
-# A CUDA image's own: torch and what it needs. Never replaced.
+# Packages of a CUDA image: torch and its dependencies. Never replaced.
 IMAGE='^(torch|triton|nvidia-.*|filelock|fsspec|jinja2|markupsafe|mpmath|networkx|numpy|sympy|typing[_-]extensions|setuptools|pip)=='
-# What the trainer and TRL import when they train, evaluate, convert and report.
+# Imports of the trainer and TRL for training, evaluation, conversion and reports.
 NEEDED=(accelerate annotated-types contourpy cycler datasets deepspeed dill einops fonttools hf-xet hjson huggingface_hub
     kiwisolver markdown-it-py matplotlib mdurl msgpack multiprocess ninja packaging pandas pillow psutil py-cpuinfo pyarrow
     pydantic pydantic_core Pygments pyparsing python-dateutil PyYAML regex rich sacrebleu safetensors tabulate colorama
@@ -51,7 +50,7 @@ wheels() {
     target=(--only-binary=:all: --implementation cp --python-version "$version")
     for name in "${PLATFORM:-manylinux_2_28_x86_64}" manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 \
         manylinux_2_12_x86_64 manylinux2010_x86_64 manylinux_2_5_x86_64 manylinux1_x86_64; do target+=(--platform "$name"); done
-    # DeepSpeed is published as source; without a compiler it becomes a wheel for every Python.
+    # DeepSpeed is published as source; without compiled ops its wheel fits every Python.
     grep -v '^deepspeed==' "$GPU/wheels.txt" | xargs "$PYTHON" -m pip download --quiet --no-deps "${target[@]}" -d "$GPU/wheels"
     if grep -q '^deepspeed==' "$GPU/wheels.txt"; then
         DS_BUILD_OPS=0 "$PYTHON" -m pip wheel --quiet --no-deps "$(grep '^deepspeed==' "$GPU/wheels.txt")" -w "$GPU/wheels"
@@ -71,8 +70,8 @@ there() {
     echo nothing
 }
 
-# Our packages before the image's; nothing of the image is changed. By the folder's name dill knows that what lies there is
-# a package, which `datasets` need not pickle.
+# Put our packages before those of the image, which is not changed. dill recognises the name site-packages, so that
+# `datasets` does not pickle its modules.
 environment() {
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
     export PEERS_PYTHON=${PEERS_PYTHON-$(peers)}
@@ -87,7 +86,7 @@ environment() {
     PEERS_PYTHON=$PYTHON
 }
 
-# A Python that has TRL: this one, or `make bench`'s.
+# Print a Python that has TRL: this one, or that of `make bench`.
 peers() {
     if "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("trl"))'; then
         command -v "$PYTHON"

@@ -1,9 +1,8 @@
-"""Contenders side by side: interleaved rounds, processes of their own, an equality gate before any speed.
+"""Comparison of contenders in interleaved rounds and separate processes, with a check of equal results.
 
-A contender is a command that prints one JSON object a round: the figures it measured itself (imports and other one-time
-work left out) and the proof of what it computed. Every round runs every contender once, in an order that rotates, so
-that a machine that slows down slows all of them. A gate looks at the proofs of every round and raises `Unequal`; only
-then are medians and ratios worth printing.
+A contender is a command that prints one JSON object per round: its own measurements (without imports and other one-time
+work) and a proof of its results. Every round runs every contender once, in rotating order, so that a slow phase of the
+machine affects all. A gate compares the proofs of every round and raises `Unequal`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from benchmarks.processes import Failed as Failed
 
 MATERIALS = REPOSITORY / "build" / "benchmarks"  # shards, models and checkpoints made once; safe to delete
 
-LEAST_PATIENCE_SECONDS = 60.0
+MIN_PATIENCE_SECONDS = 60.0
 
 Output = dict[str, Any]
 Gate = Callable[[Mapping[str, Output]], None]
@@ -31,16 +30,15 @@ Key = tuple[str, ...]
 
 
 class Unequal(Exception):
-    """Two contenders did not compute the same; their speeds cannot be compared."""
+    """Two contenders have different results, so their speeds cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`command`: argv, no shell, on `ranks` ranks (None: it knows of none). `peer`: somebody else's way, that the goal is measured against.
+    """One command to compare. `command`: argv without a shell; `ranks`: see `Running`; `peer`: another tool.
 
-    `stays`: the process lives through all rounds and takes its turn in each (`processes.turns`); else every round has a
-    new one. `figure`: the comparison's unless given. Contenders with the same command share its processes, and tell
-    several figures at once.
+    `stays`: one process runs all rounds (`processes.turns`); else every round starts a new one. `figure`: default is the
+    comparison's. Contenders with the same command share processes and read several figures from one output.
     """
 
     name: str
@@ -53,17 +51,17 @@ class Contender:
 
     @property
     def key(self) -> Key:
-        """What its processes are."""
+        """Identity of its processes."""
         return (*self.command, *map(str, sorted(self.environment.items())), str(self.ranks))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`figure`: the key every contender prints, in `unit`. `goal`: how many times better ours should be than the best peer.
+    """One row of the table. `figure`: key of the contenders' output, in `unit`.
 
-    `limit`: what ours should reach by itself, in `unit`. `gate` gets the outputs of one round by contender name.
-    `rounds`: at most so many, where a figure does not vary. `hopeless`: a peer that in the first round is so many times
-    worse than the best one is not run again. `notes`: what a reader must know to judge the row.
+    `goal`: required ratio of ours to the best peer. `limit`: required value of ours, in `unit`. `gate`: called with the
+    outputs of each round by contender name. `rounds`: maximum, for figures that do not vary. `hopeless`: a peer that is
+    this many times worse than the best one in the first round is not run again. `notes`: printed below the table.
     """
 
     work: str
@@ -85,13 +83,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Result:
-    """Medians over rounds. `ratio`: ours over the best peer's, turned so that more is better; None without peers."""
+    """Outputs of all rounds. `ratio`: ours to the best peer, above 1 if ours is better; None without peers."""
 
     comparison: Comparison
     rounds: list[dict[str, Output]]
 
     def values(self, name: str) -> dict[int, float]:
-        """The figure by number of the round; a hopeless peer has but one."""
+        """Return the figure by number of the round; a hopeless peer has one only."""
         contender = next(one for one in self.comparison.contenders if one.name == name)
         return {
             number: self.comparison.figure_of(contender, outputs[name])
@@ -107,7 +105,7 @@ class Result:
         return next(one.name for one in self.comparison.contenders if not one.peer)
 
     def ratio_to(self, peer: str) -> float:
-        """Median over rounds of (ours / peer's) of the same round: what slows a whole round cancels."""
+        """Return the median over rounds of ours / peer's of the same round, so that slow rounds cancel."""
         mine = self.values(self.ours)
         return statistics.median(
             mine[number] / theirs if self.comparison.higher_is_better else theirs / mine[number]
@@ -120,19 +118,19 @@ class Result:
         return min((self.ratio_to(peer) for peer in peers), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is written to disk and shown as a row."""
-        told = self.comparison
+        """Return the row as JSON-compatible values."""
+        comparison = self.comparison
         return {
-            "work": told.work,
-            "figure": told.figure,
-            "unit": told.unit,
-            "higher_is_better": told.higher_is_better,
-            "goal": told.goal,
-            "limit": told.limit,
-            "medians": {one.name: self.median(one.name) for one in told.contenders},
-            "ratios": {one.name: self.ratio_to(one.name) for one in told.contenders if one.peer},
+            "work": comparison.work,
+            "figure": comparison.figure,
+            "unit": comparison.unit,
+            "higher_is_better": comparison.higher_is_better,
+            "goal": comparison.goal,
+            "limit": comparison.limit,
+            "medians": {one.name: self.median(one.name) for one in comparison.contenders},
+            "ratios": {one.name: self.ratio_to(one.name) for one in comparison.contenders if one.peer},
             "ratio_to_best_peer": self.ratio,
-            "notes": told.notes,
+            "notes": comparison.notes,
             "rounds": self.rounds,
         }
 
@@ -147,9 +145,8 @@ def measure(
 ) -> Result:
     """Run all rounds, and the gate on each. Raises Failed, Unequal.
 
-    deadline: of `time.monotonic`, when everybody has to be done. patience: how many times as long as ours, start included, a
-    peer may take (LEAST_PATIENCE_SECONDS in any case). instead: what a peer that fails or is late has told; None: an error, as it is for
-    ours.
+    `deadline`: on the clock of `time.monotonic`. `patience`: maximum time of a peer in multiples of ours, start included
+    (MIN_PATIENCE_SECONDS at least). `instead`: returns the output of a peer that fails or is late; None raises.
     """
     ours = next((one.name for one in comparison.contenders if not one.peer), "")
     outputs: list[dict[str, Output]] = []
@@ -169,7 +166,7 @@ def measure(
                 seconds = min(comparison.timeout_seconds, deadline - time.monotonic())
                 if contender.peer and ours in outputs[-1]:
                     waited = patience * outputs[-1][ours]["wall_seconds"]
-                    seconds = min(seconds, max(LEAST_PATIENCE_SECONDS, waited))
+                    seconds = min(seconds, max(MIN_PATIENCE_SECONDS, waited))
                 try:
                     outputs[-1][contender.name] = _turn(contender, seconds, staying)
                 except Failed as failure:
@@ -187,7 +184,7 @@ def measure(
 
 
 def _turn(contender: Contender, timeout_seconds: float, staying: dict[Key, Running]) -> Output:
-    """One round of one contender. Raises Failed."""
+    """Run one round of one contender. Raises Failed."""
     if contender.key in staying:
         return staying[contender.key].turn(timeout_seconds)
     environment = {**contender.environment, **({TURNS: "1"} if contender.stays else {})}
@@ -206,7 +203,7 @@ def _turn(contender: Contender, timeout_seconds: float, staying: dict[Key, Runni
 def _hopeful(
     comparison: Comparison, contenders: list[Contender], first: dict[str, Output]
 ) -> list[Contender]:
-    """Without the peers that the first round showed to be far from the best of them."""
+    """Return the contenders without the peers that were hopeless in the first round."""
     if comparison.hopeless is None:
         return contenders
     sign = 1 if comparison.higher_is_better else -1
@@ -216,16 +213,16 @@ def _hopeful(
 
 
 def python(*arguments: str | os.PathLike[str]) -> list[str]:
-    """argv for a script in the environment that runs the benchmarks."""
+    """Return argv for a script in the interpreter of the benchmarks."""
     return [sys.executable, *map(str, arguments)]
 
 
 def no_gate(outputs: Mapping[str, Output]) -> None:
-    """For works whose result is a file that the contender itself has compared."""
+    """Gate without a check, for contenders that compare results themselves."""
 
 
 def same(key: str, tolerance: float = 0.0) -> Gate:
-    """All contenders print `key` equal; a number or a list of numbers may differ by `tolerance`, relative."""
+    """Return a gate that requires equal values of `key`; numbers may differ by the relative `tolerance`."""
 
     def gate(outputs: Mapping[str, Output]) -> None:
         reference_name, reference = next(iter(outputs.items()))
@@ -237,7 +234,7 @@ def same(key: str, tolerance: float = 0.0) -> Gate:
 
 
 def close_to(what: str, found: float, expected: float, tolerance: float) -> None:
-    """`tolerance` is relative to what is expected. Raises Unequal, also for what is not a number."""
+    """Raise Unequal unless `found` is within the relative `tolerance` of `expected`; NaN is unequal."""
     if not abs(found - expected) <= tolerance * abs(expected):
         raise Unequal(f"{what}: {found!r}, expected {expected!r}")
 

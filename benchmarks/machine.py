@@ -1,4 +1,4 @@
-"""On what a figure was measured."""
+"""Facts about the machine and the software of a measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "trl
 
 
 def facts() -> dict[str, Any]:
-    """Date, a short machine name for file names, processor, cores, memory, versions, revision, load before."""
+    """Return date, machine name for file names, processor, cores, memory, versions, revision and load average."""
     name = processor()
     short = re.sub(r"\W+", "-", name.split("Processor")[0]).strip("-").lower()
     return {
@@ -32,12 +32,12 @@ def facts() -> dict[str, Any]:
 
 
 def load_average() -> list[float]:
-    """Processes that wanted a core, over 1, 5 and 15 minutes: figures of a busy machine are noise."""
+    """Return the load average over 1, 5 and 15 minutes."""
     return [round(value, 2) for value in os.getloadavg()]
 
 
 def processor() -> str:
-    """The name it gives itself."""
+    """Return the processor's model name."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -52,7 +52,7 @@ def _version(package: str) -> str:
 
 
 def _revision() -> str:
-    told = subprocess.run(
+    done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
-    return told.stdout.strip() or "unknown"
+    return done.stdout.strip() or "unknown"

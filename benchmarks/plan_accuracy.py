@@ -1,12 +1,11 @@
-"""The planner's memory and time against real trainings on two ranks: python benchmarks/plan_accuracy.py [--write]
+"""Compare the planner's memory and time with real trainings on two ranks: python benchmarks/plan_accuracy.py [--write]
 
-Every case runs tools/train.py for three steps and takes the peak resident set that rank 0 logs. What a process needs
-with next to no model is measured by a tiny model at the same ZeRO stage, and is not the planner's merit: errors are
-given for what comes on top of it. glibc keeps freed blocks of up to 32 MB in its heap; MALLOC_MMAP_THRESHOLD_ makes it
-hand them back, so that what is measured is what the program asked for. `default malloc` cases measure the difference.
-Time is calibrated by every other case and predicted for those held out; on a machine that others use it is noise.
+Every case runs tools/train.py for three steps and takes the peak resident set that rank 0 logs. Errors exclude the memory
+of a process with a tiny model at the same ZeRO stage. glibc keeps freed blocks of up to 32 MB in its heap;
+MALLOC_MMAP_THRESHOLD_ makes it return them, and `default malloc` cases measure the difference. Time is calibrated on
+every other case and predicted for the rest; on a busy machine it is noise.
 
---write replaces trainer/planning/measured.json, which tools/plan.py prints its error from.
+--write replaces trainer/planning/measured.json, the source of the errors that tools/plan.py prints.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ def settings(case: Case, config: Path, shards: Path) -> dict[str, Any]:
 
 
 def train(values: dict[str, Any], environment: dict[str, str]) -> tuple[int, float]:
-    """(peak resident set of rank 0 in bytes, seconds of a step) of a real training; its checkpoint is thrown away."""
+    """Train; return the peak resident set of rank 0 in bytes and the seconds of a step. Outputs are deleted."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [f"--{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in values.items()]
         output = Path(folder) / "run"
@@ -124,7 +123,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help=f"replace {MEASURED.relative_to(REPOSITORY)}")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="number of cases to run")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -149,7 +148,7 @@ def measure(
     shards: Path,
     run: Callable[[dict[str, Any], dict[str, str]], tuple[int, float]] = train,
 ) -> dict[str, Any]:
-    """Plan and run every case; what trainer/planning/measured.json holds."""
+    """Plan and run every case; return the content of trainer/planning/measured.json."""
     from trainer.planning import plan
     from trainer.settings import PlanSettings
 
@@ -197,7 +196,7 @@ def measure(
 
 
 def time_errors(timed: list[tuple[Case, Any, float]]) -> tuple[float, list[dict[str, Any]]]:
-    """FLOP/s of a rank, the median over every other case, and with it the seconds of the cases held out."""
+    """Return the FLOP/s of a rank (median over every other case) and the errors of all cases with this rate."""
     from trainer.planning import time
 
     flops = [planned.step.compute_seconds * planned.step.rate.flops / took for _, planned, took in timed]
@@ -214,19 +213,19 @@ def time_errors(timed: list[tuple[Case, Any, float]]) -> tuple[float, list[dict[
 
 
 def kept_by_glibc(rows: list[dict[str, Any]]) -> float:
-    """What malloc keeps of freed activations, as a part of them: one number, the median over the cases.
+    """Return the fraction of freed activations that malloc keeps, the median over the cases.
 
-    Adds to every row its error when the planner allows for that.
+    Adds to every row the error with this allowance.
     """
     if not rows:
         return 0.0
-    part = statistics.median(
+    fraction = statistics.median(
         (r["measured_bytes"] - r["predicted_bytes"]) / r["transient_bytes"] for r in rows
     )
     for row in rows:
-        allowed = row["predicted_bytes"] + part * row["transient_bytes"]
+        allowed = row["predicted_bytes"] + fraction * row["transient_bytes"]
         row["error_with_allowance"] = allowed / row["measured_bytes"] - 1
-    return part
+    return fraction
 
 
 def show(result: dict[str, Any]) -> None:

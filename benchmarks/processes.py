@@ -1,8 +1,8 @@
-"""The processes of a contender: one a rank, each with a line to the harness on its standard input and output.
+"""Processes of a contender, one per rank, connected to the harness by a socket on stdin and stdout.
 
-Loading torch, DeepSpeed, transformers and TRL takes longer than most of what is measured, and no figure counts it. So a script
-is forked from one interpreter that has loaded them (`preload`), instead of started by a new one; it runs as if it had
-been. Another interpreter's commands, and modules that are not ours, are started as they are.
+Loading torch, DeepSpeed, transformers and TRL takes longer than most measurements, and no figure counts it. Scripts of
+this repository are therefore forked from one interpreter that has loaded them (`preload`). Commands of other
+interpreters and other modules are started directly.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from trainer.runtime import process_group
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LINES_KEPT = 60  # of a failed contender's output, which the error shows
-TURNS = "BENCH_TURNS"  # set for a contender that waits for its turn before every round
+TURNS = "BENCH_TURNS"  # set for a contender that runs several rounds, each started by a line on stdin
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-END_SECONDS = 60.0  # to end by itself after the last round
+END_SECONDS = 60.0  # timeout of the exit after the last round
 
 _context = multiprocessing.get_context("forkserver")
 _preloaded = False
 
 
 class Failed(Exception):
-    """A contender ended with an error, took too long, or told nothing."""
+    """A contender ended with an error, took too long, or printed no result."""
 
 
 def preload(*modules: str) -> None:
-    """Once, before the first contender: scripts are forked from a process that has loaded these modules."""
+    """Fork later scripts from a process that has loaded these modules. Call once, before the first contender."""
     global _preloaded
-    places = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join(places))
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join(paths))
     _context.set_forkserver_preload(list(modules))
     _preloaded = True
 
 
 def turns() -> Iterator[None]:
-    """In a contender: one round after another, each when it is its turn. One round without a harness."""
+    """Yield once per round, when the harness starts it; once without a harness. For contenders."""
     if TURNS not in os.environ:
         yield
         return
@@ -61,8 +61,8 @@ def turns() -> Iterator[None]:
         yield
 
 
-def apart(function: Callable[[], Any]) -> Any:
-    """In a contender: what `function` returns (as JSON), from a process forked for it, whose memory is free afterwards."""
+def run_in_fork(function: Callable[[], Any]) -> Any:
+    """Return the JSON result of `function`, run in a forked process, whose memory is freed. For contenders."""
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:
@@ -78,37 +78,37 @@ def apart(function: Callable[[], Any]) -> Any:
             os._exit(status)
     os.close(sending)
     with open(receiving) as channel:
-        told = channel.read()
+        output = channel.read()
     _, status = os.waitpid(child, 0)
     if status:
         raise RuntimeError(f"a forked process ended with status {os.waitstatus_to_exitcode(status)}")
-    return json.loads(told)
+    return json.loads(output)
 
 
 class Running:
-    """A contender that has been started, on `ranks` ranks of one machine; None: one process that is told nothing of ranks."""
+    """A started contender with `ranks` ranks on this machine; None: one process without launcher variables."""
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str], ranks: int | None) -> None:
         self._name = name
         self._output: deque[str] = deque(maxlen=LINES_KEPT)
-        self._told: queue.Queue[tuple[int, str | None]] = queue.Queue()
+        self._results: queue.Queue[tuple[int, str | None]] = queue.Queue()
         self._channels: list[socket.socket] = []
         self._processes: list[Any] = []
-        # Several live at the same time: not even those of one rank may meet at the usual port.
+        # Several contenders run concurrently, so each needs its own port.
         port = process_group.free_port()
         for rank in range(ranks or 1):
-            told = place(rank, ranks, port) if ranks else {}
+            launcher = place(rank, ranks, port) if ranks else {}
             ours, theirs = socket.socketpair()
-            self._processes.append(_start(command, {**environment, **told}, theirs))
+            self._processes.append(_start(command, {**environment, **launcher}, theirs))
             theirs.close()
             self._channels.append(ours)
             threading.Thread(target=self._listen, args=(rank, ours), daemon=True).start()
 
     def turn(self, timeout_seconds: float) -> dict[str, Any]:
-        """One round: the JSON object that rank 0 tells, with `wall_seconds` added. Raises Failed."""
+        """Run one round; return the JSON object of rank 0 with `wall_seconds` added. Raises Failed."""
         start = time.perf_counter()
         for channel in self._channels:
-            with contextlib.suppress(OSError):  # it has ended: told below
+            with contextlib.suppress(OSError):  # an ended rank is reported below
                 channel.sendall(b"\n")
         while True:
             rank, line = self._next(start + timeout_seconds - time.perf_counter(), timeout_seconds)
@@ -116,42 +116,42 @@ class Running:
                 return {**json.loads(line), "wall_seconds": time.perf_counter() - start}
             status = self._status(rank)
             if status or rank == 0:
-                raise Failed(f"{self._name}: exit status {status}\n{self._last_words()}")
+                raise Failed(f"{self._name}: exit status {status}\n{self._last_lines()}")
 
     def end(self) -> None:
-        """No more rounds: every rank ends by itself. Raises Failed if one does not end well."""
+        """Wait for all ranks to exit. Raises Failed if one exits with an error or not at all."""
         for channel in self._channels:
             with contextlib.suppress(OSError):
                 channel.shutdown(socket.SHUT_WR)
         statuses = [self._status(rank) for rank in range(len(self._processes))]
         self.kill()
         if any(statuses):
-            raise Failed(f"{self._name}: exit statuses {statuses}\n{self._last_words()}")
+            raise Failed(f"{self._name}: exit statuses {statuses}\n{self._last_lines()}")
 
     def kill(self) -> None:
-        """All ranks, at once, with what they have started."""
+        """Kill all ranks and their child processes."""
         for process in self._processes:
             running = process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                if running:  # the number of one that has ended may be another's
+                if running:  # the pid of an ended process may be reused
                     os.killpg(process.pid, signal.SIGKILL)
         for channel in self._channels:
             channel.close()
 
     def _next(self, seconds: float, limit: float) -> tuple[int, str | None]:
         try:
-            return self._told.get(timeout=max(0.0, seconds))
+            return self._results.get(timeout=max(0.0, seconds))
         except queue.Empty:
-            raise Failed(f"{self._name}: no end within {limit:.0f} seconds\n{self._last_words()}") from None
+            raise Failed(f"{self._name}: no end within {limit:.0f} seconds\n{self._last_lines()}") from None
 
     def _listen(self, rank: int, channel: socket.socket) -> None:
-        """Until the rank ends: its chatter is kept, what rank 0 tells is passed on."""
+        """Read the output until the rank ends: keep the last lines, and queue the results of rank 0."""
         with contextlib.suppress(OSError), channel.makefile("r", errors="replace") as lines:
             for line in lines:
                 self._output.append(line)
                 if rank == 0 and line.startswith('{"'):
-                    self._told.put((rank, line))
-        self._told.put((rank, None))
+                    self._results.put((rank, line))
+        self._results.put((rank, None))
 
     def _status(self, rank: int) -> int | None:
         process = self._processes[rank]
@@ -163,13 +163,13 @@ class Running:
         status: int | None = process.exitcode
         return status
 
-    def _last_words(self) -> str:
+    def _last_lines(self) -> str:
         return "".join(self._output)
 
 
 def _start(command: list[str], environment: dict[str, str], channel: socket.socket) -> Any:
-    ours = command[1].endswith(".py") or (command[1] == "-m" and command[2].startswith("benchmarks."))
-    if _preloaded and command[0] == sys.executable and ours:
+    is_ours = command[1].endswith(".py") or (command[1] == "-m" and command[2].startswith("benchmarks."))
+    if _preloaded and command[0] == sys.executable and is_ours:
         process = _context.Process(target=_become, args=(command[1:], environment, channel))
         process.start()
         return process
@@ -185,8 +185,8 @@ def _start(command: list[str], environment: dict[str, str], channel: socket.sock
 
 
 def _become(argv: list[str], environment: dict[str, str], channel: socket.socket) -> None:
-    """In the forked process: the script or module, its arguments, its environment, its standard streams."""
-    gc.freeze()  # not its own objects: a collection need not look at all that was loaded for others
+    """Run the script or module in the forked process, with its arguments, environment and standard streams."""
+    gc.freeze()  # exclude the preloaded objects from garbage collection
     os.setsid()
     os.chdir(REPOSITORY)
     for descriptor in (0, 1, 2):
@@ -195,7 +195,7 @@ def _become(argv: list[str], environment: dict[str, str], channel: socket.socket
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ.update(environment)
     torch = sys.modules.get("torch")
-    if torch and torch.cuda._is_in_bad_fork():  # a library has looked at the GPU as it was loaded
+    if torch and torch.cuda._is_in_bad_fork():  # a library initialised CUDA when it was loaded
         os.execv(sys.executable, [sys.executable, *argv])
     if argv[0] == "-m":
         sys.argv = argv[1:]

@@ -1,11 +1,9 @@
-"""All benchmarks against their peers: python benchmarks/run.py [SUITE ...] [--rounds 3] [--readme]   (or: make bench)
+"""Benchmarks against other tools: python benchmarks/run.py [SUITE ...] [--rounds 3] [--readme]   (or: make bench)
 
-Prints a table and writes benchmarks/results/<date>-<machine>.json and .md, a row as soon as it is measured; rows that
-were measured before on the same day stay until they are measured again. `--readme` puts the newest of every row that this
-machine has measured into docs/benchmarks.md.
-A suite is a module with `comparisons() -> Iterator[Comparison]`; what it needs (shards, models, checkpoints) it makes
-once under build/benchmarks. A comparison that fails or whose contenders disagree is printed as such and the rest goes on;
-the exit status is then 1.
+Prints a table and writes each measured row to benchmarks/results/<date>-<machine>.json and .md; other rows of the same
+day are kept. `--readme` puts the newest rows of this machine into docs/benchmarks.md.
+A suite is a module with `comparisons() -> Iterator[Comparison]`; its shards, models and checkpoints are made once under
+build/benchmarks. If a comparison fails or its contenders disagree, the others still run and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -71,12 +69,12 @@ def main() -> int:
 
 
 def _in_order(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """As the suites come, whatever was measured again last."""
+    """Return the rows in the order of the suites."""
     return sorted(rows.values(), key=lambda row: SUITES.index(row["suite"]))
 
 
 def _newest(machine: str) -> list[dict[str, Any]]:
-    """Of all days, with the date of each."""
+    """Return the newest row of every comparison, with its date."""
     rows = {}
     for path in sorted(RESULTS.glob(f"*-{machine}.json")):
         for work, row in _rows(path).items():
@@ -85,14 +83,14 @@ def _newest(machine: str) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path) -> dict[str, dict[str, Any]]:
-    """work -> row, of what was measured before."""
+    """Return the rows measured before, by work."""
     if not path.exists():
         return {}
     return {row["work"]: row for row in json.loads(path.read_text(encoding="utf-8"))["results"]}
 
 
 def _one(suite: str, comparison: Comparison, rounds: int, last: list[Result]) -> Result | None:
-    """`last`: the result before this one, if any; another figure of the same contenders needs no new rounds."""
+    """Measure one comparison. `last`: the previous result; another figure of the same contenders reuses its rounds."""
     print(f"{suite}: {comparison.work}", flush=True)
     if last and last[0].comparison.contenders == comparison.contenders:
         return Result(comparison, last[0].rounds)

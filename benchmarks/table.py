@@ -1,4 +1,4 @@
-"""Results as a Markdown table, and the place for it in the README."""
+"""Results as a Markdown table, and its insertion into a document."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """One line a comparison: ours and every peer with the median of its rounds, the ratio to the best peer, the goal.
+    """Return one line per comparison: medians of ours and of the peers, ratio to the best peer, goal.
 
-    Notes stand below, each once, with a number. A row of another day than `facts` says so.
-
-    rows: `Result.to_dict()` of each.
+    Numbered notes follow. Rows of another day than `facts` have their date. `rows`: from `Result.to_dict()`.
     """
     lines = [
         f"{facts['processor']}, {facts['cores']} cores, {facts['date']}, torch {facts['versions']['torch']}; "
@@ -40,7 +38,7 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
 
 
 def into_readme(readme: Path, text: str) -> None:
-    """Replace what stands between the two marks. Raises ValueError if the README has none."""
+    """Replace the text between the two marks. Raises ValueError if a mark is missing."""
     before, mark, rest = readme.read_text(encoding="utf-8").partition(START)
     _, end_mark, after = rest.partition(END)
     if not mark or not end_mark:
@@ -65,10 +63,10 @@ def _goal(row: dict[str, Any]) -> str:
 
 
 def ours_of(row: dict[str, Any]) -> str:
-    """The contender that is no peer."""
+    """Return the name of the contender that is no peer."""
     return next(name for name in row["medians"] if name not in row["ratios"])
 
 
 def number(value: float) -> str:
-    """Three digits, or whole numbers from 100 on."""
+    """Format with three digits, or as a whole number from 100 on."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""One conversion: convert.py ours|zero_to_fp32 CHECKPOINT OUTPUT. Prints what it took, and a digest of every tensor.
+"""One conversion: convert.py ours|zero_to_fp32 CHECKPOINT OUTPUT. Prints time, memory and a digest of all tensors.
 
 Seconds are of the conversion alone, in a process that has loaded its libraries. Ours checks every byte it reads, digests
 what it writes and waits until it is on the disk; DeepSpeed's does none of these.

@@ -1,4 +1,4 @@
-"""What every contender answers, and the student that does: made once under build/benchmarks/evaluation.
+"""Problems and student of the evaluation suite, made once under build/benchmarks/evaluation.
 
 A speed is only worth something on answers of natural lengths, with calculator annotations and ends, from matrices of
 a real size; and training a model of that size takes longer than the benchmarks may. So a small GPT-2 learns the
@@ -38,7 +38,7 @@ _COPIES = 3  # of every hidden unit and every head
 _SMALL = {"n_layer": 2, "n_embd": 128, "n_head": 2}
 _LARGE = {"n_layer": 6, "n_embd": 128 * _COPIES, "n_head": 2 * _COPIES}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-_ROWS, _MOST_EPOCHS, _WELL_ENOUGH, _NOT_LEARNED = 16, 300, 0.03, -100
+_ROWS, _MAX_EPOCHS, _TARGET_LOSS, _IGNORED = 16, 300, 0.03, -100
 
 
 def shards() -> Shards:
@@ -89,7 +89,7 @@ def _learned_by_heart(found: Shards) -> GPT2LMHeadModel:
         model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 20)
-    for epoch in range(_MOST_EPOCHS):
+    for epoch in range(_MAX_EPOCHS):
         largest = 0.0
         for number in torch.randperm(len(batches)).tolist():
             inputs, labels = batches[number]
@@ -102,9 +102,9 @@ def _learned_by_heart(found: Shards) -> GPT2LMHeadModel:
             optimizer.zero_grad()
             warm_up.step()
         print(f"  by heart, epoch {epoch + 1}: loss {largest:.3f}", file=sys.stderr, flush=True)
-        if largest < _WELL_ENOUGH:
+        if largest < _TARGET_LOSS:
             return model
-    raise RuntimeError(f"after {_MOST_EPOCHS} epochs the loss is still {largest:.3f}")
+    raise RuntimeError(f"after {_MAX_EPOCHS} epochs the loss is still {largest:.3f}")
 
 
 def _batches(found: Shards, vocabulary: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -114,12 +114,12 @@ def _batches(found: Shards, vocabulary: torch.Tensor) -> list[tuple[torch.Tensor
         tokens = torch.from_numpy(found.example(index, VIEWS[METHOD])[0].astype("int64"))
         inputs.append(torch.searchsorted(vocabulary, tokens))
         labels.append(inputs[-1].clone())
-        labels[-1][: len(found.prompt(index))] = _NOT_LEARNED
+        labels[-1][: len(found.prompt(index))] = _IGNORED
     order = sorted(range(len(found)), key=lambda index: len(inputs[index]))
     return [
         (
             pad_sequence([inputs[row] for row in order[start : start + _ROWS]], True, 0),
-            pad_sequence([labels[row] for row in order[start : start + _ROWS]], True, _NOT_LEARNED),
+            pad_sequence([labels[row] for row in order[start : start + _ROWS]], True, _IGNORED),
         )
         for start in range(0, len(order), _ROWS)
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks.evaluation import material
-from benchmarks.evaluation.told import arguments, measured
+from benchmarks.evaluation.contender import arguments, measured
 from trainer.evaluation.decoding import DECOMPOSER, INTERLEAVED, SOLVER, STUDENT, Decoding
 from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
@@ -24,9 +24,9 @@ def main() -> None:
     given = arguments(__doc__)
     shards = material.shards()
     tokenizer = load_tokenizer(shards.tokenizer_path)
-    parts = (DECOMPOSER, SOLVER) if given.pair else (STUDENT,)
-    actors = {
-        part: RoleModel(load_model(material.student(part), "fp32", "sdpa"), material.METHOD) for part in parts
+    roles = (DECOMPOSER, SOLVER) if given.pair else (STUDENT,)
+    models = {
+        role: RoleModel(load_model(material.student(role), "fp32", "sdpa"), material.METHOD) for role in roles
     }
 
     def answer(problems: int, max_new_tokens: int) -> dict[int, tuple[str, int]]:
@@ -36,11 +36,11 @@ def main() -> None:
             max_new_tokens=max_new_tokens,
             batch_size=given.slots,
         )
-        cast = Pipeline(actors, tokenizer, shards, decoding)
+        pipeline = Pipeline(models, tokenizer, shards, decoding)
         numbers = {shards.problem(index).id: index for index in range(problems)}
         return {
             numbers[prediction["id"]]: (prediction["text"], prediction["generated_tokens"])
-            for prediction in predictions(cast, range(problems), ProcessCounter())
+            for prediction in predictions(pipeline, range(problems), ProcessCounter())
         }
 
     measured(answer, given.problems)

@@ -1,4 +1,4 @@
-"""Somebody else's ways to the same answers, with the same weights, prompts and calculator, each tuned (see README.md).
+"""Other tools that generate the same answers from the same weights, prompts and calculator, each tuned.
 
 python benchmarks/evaluation/peers.py {generate,continuous,lm_eval,in_turn} [--slots 16] [--without_calculator]
 """
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel, LogitsProcessorList
 
 from benchmarks.evaluation import material
 from benchmarks.evaluation.calculators import CalculatorOfGenerate
-from benchmarks.evaluation.told import Answer, arguments, measured
+from benchmarks.evaluation.contender import Answer, arguments, measured
 from trainer.evaluation.predict import longest_first
 from trainer.evaluation.stop_tokens import StopTokens
 from trainer.models.tokenizer import load_tokenizer
@@ -64,7 +64,7 @@ class Peers:
                     generation_config=self._greedy(max_new_tokens),
                 )
                 answers |= {
-                    index: self._told(row)
+                    index: self._text_and_count(row)
                     for index, row in zip(batch, output[:, longest:].tolist(), strict=True)
                 }
             return answers
@@ -96,7 +96,7 @@ class Peers:
                 ),
             )
             written = [outputs[name].generated_tokens for name in outputs]
-            return {index: self._told(tokens) for index, tokens in zip(order, written, strict=True)}
+            return {index: self._text_and_count(tokens) for index, tokens in zip(order, written, strict=True)}
 
         return answer
 
@@ -150,7 +150,7 @@ class Peers:
 
         def solve(prompt: list[int], room: int) -> tuple[str, int]:
             context, count = list(prompt), 0
-            told: list[str] = []
+            written: list[str] = []
             while count < room:
                 question, more = line(decomposer, context, room - count, sorted({*lines, *language.hashes}))
                 count += more
@@ -160,14 +160,14 @@ class Peers:
                 solution, more = line(solver, context + question, room - count, lines)
                 count += more
                 context += question + solution
-                told += [asked, said(solution)]
-                if told[-1].lstrip().startswith(DELIMITER):  # the answer, earlier than asked for
-                    return "\n".join(told), count
+                written += [asked, said(solution)]
+                if written[-1].lstrip().startswith(DELIMITER):  # the answer, earlier than asked for
+                    return "\n".join(written), count
             if count < room:
                 last, more = line(solver, context + delimiter, room - count, lines)
                 count += more
-                told.append(DELIMITER + said(last))
-            return "\n".join(told), count
+                written.append(DELIMITER + said(last))
+            return "\n".join(written), count
 
         return lambda problems, max_new_tokens: {
             index: solve(self.prompts[index], max_new_tokens) for index in range(problems)
@@ -184,7 +184,7 @@ class Peers:
             pad_token_id=self.end,
         )
 
-    def _told(self, tokens: list[int]) -> tuple[str, int]:
+    def _text_and_count(self, tokens: list[int]) -> tuple[str, int]:
         """Text and count up to the first end token, which counts."""
         if self.end in tokens:
             tokens = tokens[: tokens.index(self.end) + 1]

@@ -1,4 +1,4 @@
-"""What is measured on the GPU, and its tiny likeness for a machine without one.
+"""Cases measured on the GPU, and tiny versions for a machine without one.
 
 Shapes are published ones with random weights and GPT-2's tokenizer, without dropout: torch's fused attention has none.
 """
@@ -17,7 +17,7 @@ METHOD = "cot"  # every problem of GSM8K has solutions
 VOCABULARY = 50304  # GPT-2's tokenizer, padded to a multiple of 64
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 WARM_UP, TIMED = 2, 5  # steps
-TOO_MUCH = 1e-9  # the speed of a way that does not fit or does not end: never the best, and can be divided by
+FAILED_SPEED = 1e-9  # of a contender that does not fit or times out: never the best, and not zero
 
 # name -> what of the published shape is changed
 SHAPES: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ class Case:
         return 256 if self.tiny else 1024
 
     def flags(self) -> list[str]:
-        """argv that `parse` turns back into the case."""
+        """Return argv from which `parse` restores the case."""
         values = (self.shape, self.stage, self.packs, self.accumulation, int(self.checkpointing))
         return [*map(str, values), *["--tiny"] * self.tiny]
 
@@ -66,7 +66,7 @@ def parse(arguments: list[str]) -> Case:
 
 
 def training(tiny: bool) -> list[Case]:
-    """For speed."""
+    """Return the cases measured for speed."""
     if tiny:
         return [Case("gpt2", 1, 2, tiny=True), Case("llama-2-7b", 3, 2, tiny=True)]
     return [
@@ -79,7 +79,7 @@ def training(tiny: bool) -> list[Case]:
 
 
 def memory(tiny: bool) -> list[Case]:
-    """For the planner, besides those of `training`. ZeRO-1 of 7B does not fit into 141 GB: the plan says so, and its row."""
+    """Return the cases for the planner besides `training`. ZeRO-1 of 7B does not fit into 141 GB: the plan refuses it."""
     if tiny:
         return [Case("gpt2", 1, 2, checkpointing=True, tiny=True)]
     return [
@@ -91,7 +91,7 @@ def memory(tiny: bool) -> list[Case]:
 
 
 def config(shape: str, tiny: bool, **changes: Any) -> Any:
-    """The transformers config of a shape, without a cache."""
+    """Return the transformers config of a shape, without a KV cache."""
     from trainer.models import presets
 
     found = presets.published_config(shape)
@@ -103,12 +103,12 @@ def config(shape: str, tiny: bool, **changes: Any) -> Any:
 
 
 def environment(tiny: bool) -> dict[str, str]:
-    """Of what computes on the host's cores: all of them, unless others work there."""
+    """Return the variables of a contender: on the GPU machine it uses all cores."""
     return {} if tiny else {"OMP_NUM_THREADS": str(os.cpu_count())}
 
 
 def contender(name: str, module: str, *arguments: str, tiny: bool) -> Contender:
-    """benchmarks.gpu.`module`, with its arguments; whatever is not "ours" is a peer."""
+    """Return a contender that runs benchmarks.gpu.`module`; one not called "ours" is a peer."""
     command = python("-m", f"benchmarks.gpu.{module}", *arguments, *["--tiny"] * tiny)
     return Contender(name, command, name != "ours", environment(tiny))
 

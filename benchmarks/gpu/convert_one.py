@@ -25,7 +25,7 @@ _CHECKPOINT = "import sys; from benchmarks.gpu import materials; print(materials
 def main() -> None:
     way, stage, tiny = sys.argv[1], sys.argv[2], "--tiny" in sys.argv
     start = time.perf_counter()
-    # In a process of its own: what a training leaves on the device and in memory is not the converter's.
+    # In a separate process: memory left by the training must not count for the converter.
     made = subprocess.run(
         [sys.executable, "-c", _CHECKPOINT, stage, str(int(tiny))],
         cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True,
@@ -70,7 +70,7 @@ def command(way: str, checkpoint: Path, output: Path) -> list[str]:
 
 
 def weights_digest(files: list[Path]) -> str:
-    """Of every tensor's name, dtype and bytes, in the order of the names; one tensor in memory at a time."""
+    """Return a digest of all names, dtypes and bytes in the order of the names; one tensor is in memory at a time."""
     from safetensors import safe_open
 
     hasher = hashlib.sha256()

@@ -57,13 +57,13 @@ def ours(model: Any, tokenizer: Any, shards: Shards, which: range, limit: int, b
     from trainer.runtime.shared_counter import shared_counter
 
     decoding = Decoding("socratic", calculator=False, max_new_tokens=limit, batch_size=batch)
-    cast = Pipeline({STUDENT: RoleModel(model, "socratic")}, tokenizer, shards, decoding)
+    pipeline = Pipeline({STUDENT: RoleModel(model, "socratic")}, tokenizer, shards, decoding)
     with shared_counter(CELLS) as counter:
-        return {found["id"]: found["text"] for found in predictions(cast, which, counter)}
+        return {found["id"]: found["text"] for found in predictions(pipeline, which, counter)}
 
 
 def static(model: Any, tokenizer: Any, shards: Shards, which: range, limit: int, batch: int) -> Answers:
-    """`generate` on batches padded at the left, sorted by the prompt's length as a careful user would."""
+    """Generate on batches padded on the left, sorted by the prompt's length."""
     found: Answers = {}
     order = sorted(which, key=lambda index: -len(shards.prompt(index)))
     for start in range(0, len(order), batch):
@@ -84,7 +84,7 @@ def static(model: Any, tokenizer: Any, shards: Shards, which: range, limit: int,
 
 
 def continuous(model: Any, tokenizer: Any, shards: Shards, which: range, limit: int, batch: int) -> Answers:
-    """transformers' continuous batching; with a GPU it sizes its cache and uses CUDA graphs as it sees fit."""
+    """Generate with transformers' continuous batching, on a GPU with its own defaults of cache and CUDA graphs."""
     from transformers.generation import ContinuousBatchingConfig
 
     prompts = [shards.prompt(index).tolist() for index in which]
@@ -114,7 +114,7 @@ def _config(tokenizer: Any, limit: int) -> Any:
 
 
 def up_to_answer(text: str) -> str:
-    """What a solution is made of: `ours` stops behind the answer's line, `generate` at the end of the text."""
+    """Return the text up to the answer's line, where `ours` stops; `generate` continues to the end token."""
     reasoning, delimiter, answer = text.partition(DELIMITER)
     return reasoning + delimiter + answer.partition("\n")[0]
 

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks work on, made once under build/benchmarks/gpu with the trainer's own code.
+"""Shards, models and checkpoints of the GPU benchmarks, made once under build/benchmarks/gpu with the trainer's own code.
 
 Data: GSM8K with GPT-2's tokenizer, if `gpu.sh wheels` has brought its shards, else generated stories.
 """
@@ -17,7 +17,7 @@ from trainer.storage import atomic_dir
 
 
 def shards(tiny: bool) -> Shards:
-    """What is trained on for speed and memory."""
+    """Return the shards of the training benchmarks."""
     brought = cases.BROUGHT / "shards" / "gsm8k-train"
     if not tiny and atomic_dir.is_complete(brought):
         return Shards.open(brought)
@@ -37,7 +37,7 @@ def stories(split: str, count: int, tiny: bool) -> Shards:
 
 
 def model(shape: str, tiny: bool) -> Path:
-    """A folder with random bf16 weights, drawn on the device: everybody loads the same file."""
+    """Return a folder with random bf16 weights, which all contenders load."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -58,7 +58,7 @@ def model(shape: str, tiny: bool) -> Path:
 
 
 def student(tiny: bool) -> Path:
-    """The export of a student that has learned to write solutions, of uneven lengths: what an evaluation meets."""
+    """Return the export of a trained student that writes solutions of uneven lengths."""
     from trainer.export.convert import convert
     from trainer.training.loop import train
 
@@ -79,7 +79,7 @@ def student(tiny: bool) -> Path:
 
 
 def checkpoint(stage: int, tiny: bool) -> Path:
-    """A checkpoint of a Llama of the 7B shape, with as many of its layers as the disk holds with room for exports."""
+    """Return a checkpoint of a Llama of the 7B shape, with as many layers as the disk holds beside the exports."""
     from trainer.training.loop import train
 
     run = cases.folder(tiny) / f"checkpoint-zero{stage}"
@@ -90,7 +90,7 @@ def checkpoint(stage: int, tiny: bool) -> Path:
             *cases.folder(tiny).glob("checkpoint-zero*"),
             cases.folder(tiny) / "models" / "llama-2-7b",
         ):
-            shutil.rmtree(other, ignore_errors=True)  # large, and made again when somebody wants it
+            shutil.rmtree(other, ignore_errors=True)  # large, and made again on demand
         config = cases.config("llama-2-7b", tiny, num_hidden_layers=2 if tiny else layers_that_fit())
         config.save_pretrained(run / "config")
         train(
@@ -104,7 +104,7 @@ def checkpoint(stage: int, tiny: bool) -> Path:
 
 
 def layers_that_fit() -> int:
-    """Of a parameter: 14 bytes of checkpoint and 2 exports of 4; the first weights, 4, are gone by then. A fifth is spare."""
+    """Return the number of layers that fit: 14 bytes of checkpoint and 2 x 4 of exports per parameter, a fifth spare."""
     free = shutil.disk_usage(REPOSITORY).free * 0.8
     embeddings, a_layer = 2 * cases.VOCABULARY * 4096, 4 * 4096**2 + 3 * 4096 * 11008
     layers = int((free / 22 - embeddings) / a_layer)

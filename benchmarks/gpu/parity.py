@@ -1,4 +1,4 @@
-"""Numbers before speed: attention, training and generation of this device against plain ways to compute the same."""
+"""Parity checks of attention, training and generation on this device, required before speed is measured."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CHECKS = {
 
 
 def comparisons(tiny: bool) -> Iterator[Comparison]:
-    for name, told in CHECKS.items():
+    for name, description in CHECKS.items():
         yield Comparison(
-            work=f"parity of {name}: {told}",
+            work=f"parity of {name}: {description}",
             figure="checks",
             unit="checks, all passed",
             contenders=[cases.contender("ours", f"parity_{name}", tiny=tiny)],

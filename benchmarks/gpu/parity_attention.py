@@ -1,7 +1,7 @@
-"""Is attention over a pack, on this device, the attention of every example alone? Outputs and gradients.
+"""Compare packed attention on this device with the attention of every example alone: outputs and gradients.
 
-The reference is written out in fp32: scores, mask, softmax. What bf16 itself loses, torch's own attention over one
-example loses too; packed attention may lose twice that and no more. The last line on stdout is JSON.
+The reference is written out in fp32: scores, mask, softmax. In bf16 the error of packed attention may be at most twice
+that of torch's attention over single examples. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def errors(heads: int, groups: int, size: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Distance from the reference, of outputs and gradients: packed, and example by example."""
+    """Return the errors against the reference, of outputs and gradients: packed, and example by example."""
     device, total = load.device(), sum(LENGTHS)
     random = torch.Generator().manual_seed(0)
     shapes = ((1, heads, total, size), (1, groups, total, size), (1, groups, total, size))
@@ -72,18 +72,18 @@ def one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> t
 
 
 def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Softmax over all tokens, with everything masked that is later or of another example."""
+    """Return attention over all tokens, with later tokens and other examples masked."""
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).to(query.device)
-    place = torch.arange(len(owner), device=query.device)
-    visible = (owner[:, None] == owner) & (place[:, None] >= place)
+    example = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).to(query.device)
+    position = torch.arange(len(example), device=query.device)
+    visible = (example[:, None] == example) & (position[:, None] >= position)
     scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
     return (scores.masked_fill(~visible, -math.inf).softmax(-1) @ value).transpose(1, 2)
 
 
 def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    """Norm of the difference over the norm, of what is furthest off."""
+    """Return the largest relative difference in norm."""
     pairs = zip(found, wanted, strict=True)
     return max(float((one.float() - other).norm() / other.norm()) for one, other in pairs)
 

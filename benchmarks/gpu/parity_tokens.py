@@ -1,7 +1,6 @@
-"""Do refilled slots write what transformers' `generate` writes, problem by problem, in fp32? And many slots what one does?
+"""Compare the texts of refilled slots with transformers' `generate` in fp32, and many slots with one.
 
-Two different tokens are forgiven where the model itself finds them equally good: within a rounding of its logits. The
-last line on stdout is JSON.
+Different tokens are allowed if their logits are tied within rounding. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def main() -> None:
 def gap_where_they_part(
     model: Any, tokenizer: Any, shards: Shards, index: int, one: str, other: str
 ) -> float:
-    """Difference of the two next tokens' logits, in standard deviations, behind what both texts share."""
+    """Return the difference of the two next tokens' logits, in standard deviations, after the common prefix."""
     first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (one, other))
     first, second = [*first, tokenizer.eos_token_id], [*second, tokenizer.eos_token_id]
     place = next(i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])

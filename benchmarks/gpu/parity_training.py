@@ -1,6 +1,6 @@
-"""Do packing, ZeRO stages, recomputation, precision and a restart leave the numbers alone on this device?
+"""Compare trainings with and without packing, by ZeRO stage, with recomputation, in bf16, and after a resume.
 
-The real loop trains a small Llama with grouped heads, a handful of steps each time, in one process. The last line on
+The real loop trains a small Llama with grouped heads for a few steps each time, in one process. The last line on
 stdout is JSON.
 """
 
@@ -51,7 +51,7 @@ def main() -> None:
             hidden_size=64,
             vocab_size=len(load_tokenizer(shards.tokenizer_path)),
         )
-        config.initializer_range = 0.1  # or every loss is that of a guess, whatever attention does
+        config.initializer_range = 0.1  # else the loss hardly depends on attention
         config.save_pretrained(folder / "config")
         wanted = train(folder, FIRST, tiny, {})
         for other, (changes, allowed) in OTHERS.items():
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def train(folder: Path, name: str, tiny: bool, changes: dict[str, Any]) -> list[dict[str, Any]]:
-    """metrics.jsonl of a training that ends after STEPS steps."""
+    """Train for STEPS steps; return the records of metrics.jsonl."""
     from trainer.training.loop import train as run_training
 
     stage = changes.pop("stage", 0)
@@ -88,13 +88,13 @@ def train(folder: Path, name: str, tiny: bool, changes: dict[str, Any]) -> list[
 
 
 def resumed(folder: Path, name: str, tiny: bool, stage: int) -> list[dict[str, Any]]:
-    """Trained, its last checkpoint and steps taken away, and trained again to the end."""
+    """Train, delete the last checkpoint and the metrics, and train again to the end; return all records."""
     before = train(folder, name, tiny, {"stage": stage})
     output = folder / name.replace(" ", "-")
     shutil.rmtree(output / "checkpoints" / f"step-{STEPS:06d}")
     (output / "metrics.jsonl").unlink()
     after = train(folder, name, tiny, {"stage": stage})
-    assert [line["step"] for line in after] == [3, 4], "it was to go on, not to start again"
+    assert [line["step"] for line in after] == [3, 4], "the training must resume, not restart"
     return [*before[: STEPS // 2], *after]
 
 

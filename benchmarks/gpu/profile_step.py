@@ -1,6 +1,6 @@
-"""Where the time of a training step goes: python -m benchmarks.gpu.profile_step SHAPE STAGE PACKS ACCUMULATION CHECKPOINTING [--tiny]
+"""Profile a training step: python -m benchmarks.gpu.profile_step SHAPE STAGE PACKS ACCUMULATION CHECKPOINTING [--tiny]
 
-A case of cases.py, e.g. `gpt2-xl 1 16 4 0`. Times and MFU of five steps, then the kernels of one, and what the host did.
+A case of cases.py, e.g. `gpt2-xl 1 16 4 0`. Prints times and MFU of five steps, then the kernels and CPU operations of one.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def main() -> None:
     world, stop = distributed.initialize(600), StopRequest()
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainSettings(**train_ours.settings_of(case), output_dir=folder)
-        student = setup_training(settings, world, RunDirectory(Path(folder)), stop)
+        state = setup_training(settings, world, RunDirectory(Path(folder)), stop)
     metrics, ends = [], []
     for step in range(STEPS + 1):
-        metrics.append(optimizer_step(student, step, stop)[0])
+        metrics.append(optimizer_step(state, step, stop)[0])
         train_ours.finish()
         ends.append(time.perf_counter())
     times = ", ".join(f"{1000 * (end - start):.0f}" for start, end in itertools.pairwise(ends))
@@ -43,7 +43,7 @@ def main() -> None:
     )
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(activities=activities) as profiler:
-        optimizer_step(student, STEPS + 1, stop)
+        optimizer_step(state, STEPS + 1, stop)
         train_ours.finish()
     events = profiler.key_averages()
     for device, attribute in (("CUDA", "self_device_time_total"), ("CPU", "self_cpu_time_total")):

@@ -1,8 +1,7 @@
-"""Parts of the GPU benchmarks: python -m benchmarks.gpu.run PART ... [--tiny] [--seconds 540] [--rounds 2] [--again]
+"""Run parts of the GPU benchmarks: python -m benchmarks.gpu.run PART ... [--tiny] [--seconds 540] [--rounds 2] [--again]
 
-What is measured is kept as a row, at once; the same command goes on with what is missing. A row that would not be done
-in time is not begun: exit status 75 says that there is more to do. Speed is measured only on a device that gives right
-numbers: first `parity`.
+Each measured row is written to disk; the same command continues with the missing rows. A row that would not finish in
+time is not started, and the exit status is 75. Speed is measured only on a device that has passed `parity`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from benchmarks.processes import preload
 
 PARTS = ("parity", "decode", "train", "memory", "evaluate", "convert")
 MORE_TO_DO = 75  # sysexits.h: try again
-PATIENCE = 5.0  # times as long as ours, start and loading included, a peer is waited for
+PATIENCE = 5.0  # maximum time of a peer in multiples of ours, start and loading included
 ONE_ROUND = ("parity", "memory", "convert")  # figures that hardly vary, or that take minutes
 LIBRARIES = [  # loaded once for all contenders; those of TRL where this Python has it
     "torch", "numpy", "datasets", "safetensors.torch", "transformers", "deepspeed", "accelerate",
@@ -45,7 +44,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="rows whose work contains this text")
     parser.add_argument("--again", action="store_true", help="forget the rows of these parts")
     chosen = parser.parse_args()
-    # So that torch asks the driver's library whether there is a GPU: a process that has used one cannot be forked.
+    # torch must query NVML for GPUs: a process with a CUDA context cannot be forked.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     preload(*LIBRARIES)
     end = time.monotonic() + chosen.seconds
@@ -54,14 +53,14 @@ def main() -> int:
         if chosen.again:
             for path in rows_folder(chosen.tiny).glob(f"{part}-*.json"):
                 path.unlink()
-        if part != "parity" and not proved(chosen.tiny):
+        if part != "parity" and not has_passed_parity(chosen.tiny):
             sys.exit("numbers before speed: run the part parity on this device first")
         statuses.append(measure_part(part, chosen, end))
     return max(statuses)
 
 
 def measure_part(part: str, chosen: Any, end: float) -> int:
-    """The rows that are not there yet. Exit status: 1 if one failed, MORE_TO_DO if the time was too short for all."""
+    """Measure the missing rows; return 1 if one failed, MORE_TO_DO if the time was too short, else 0."""
     failures, took = 0, 0.0
     for comparison in comparisons(part, chosen.tiny):
         row = row_path(part, comparison, chosen.tiny)
@@ -78,9 +77,9 @@ def measure_part(part: str, chosen: Any, end: float) -> int:
 
 
 def measured(part: str, comparison: Comparison, chosen: Any, row: Path, left: float) -> bool:
-    """Measure and keep the row, within `left` seconds; False if ours failed or if the contenders disagree.
+    """Measure and write one row within `left` seconds; return False if ours failed or the contenders disagree.
 
-    A peer that fails or is late is a row too, which says so: what was measured of ours is not lost for it.
+    The failure of a peer is recorded in the row.
     """
     print(f"{part}: {comparison.work}", flush=True)
     rounds = 1 if chosen.tiny or part in ONE_ROUND else chosen.rounds
@@ -88,7 +87,7 @@ def measured(part: str, comparison: Comparison, chosen: Any, row: Path, left: fl
 
     def not_in_time(failure: Failed) -> Output:
         print(f"    {failure}".partition("\n")[0], flush=True)
-        figure = cases.TOO_MUCH if comparison.higher_is_better else 1 / cases.TOO_MUCH
+        figure = cases.FAILED_SPEED if comparison.higher_is_better else 1 / cases.FAILED_SPEED
         return {comparison.figure: figure, "failed": str(failure).partition(": ")[2].partition("\n")[0]}
 
     def gate(outputs: Mapping[str, Output]) -> None:
@@ -120,8 +119,8 @@ def comparisons(part: str, tiny: bool) -> Iterator[Comparison]:
     yield from importlib.import_module(f"benchmarks.gpu.{part}").comparisons(tiny)
 
 
-def proved(tiny: bool) -> bool:
-    """Whether every check of parity has passed on this very device."""
+def has_passed_parity(tiny: bool) -> bool:
+    """Return whether all checks of `parity` have passed on this device."""
     paths = [row_path("parity", comparison, tiny) for comparison in comparisons("parity", tiny)]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     return len(found) == len(paths) and all(row["device"] == facts.device() for row in found)

@@ -1,7 +1,7 @@
-"""The scaling study in pieces: python -m benchmarks.gpu.study [--tiny] [--seconds 540]
+"""Run the scaling study in pieces: python -m benchmarks.gpu.study [--tiny] [--seconds 540]
 
-Runs studies/stories_scaling.yaml until it is done or the time is over; then it is told to stop, saves, and the same command
-goes on (exit status 75: more to do). At the end the report's pictures and numbers are copied to studies/.
+Runs studies/stories_scaling.yaml until it is done or the time is over; then stages save and stop, and the same command
+continues (exit status 75). At the end the plots and results of the report are copied to studies/.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.gpu.run import MORE_TO_DO
 from benchmarks.harness import REPOSITORY
 
 STUDY = REPOSITORY / "studies" / "stories_scaling.yaml"
-GRACE_SECONDS = 90  # the largest model is saved meanwhile
+GRACE_SECONDS = 90  # to save the largest model
 PARALLEL = 14  # stages at the same time: they share the GPU, but loading libraries and starting kernels is the host's work
 KEPT = ("accuracy_vs_parameters.png", "accuracy_by_num_steps.png", "results.json")
 
@@ -57,7 +57,7 @@ def keep(report: Path, target: Path) -> None:
 
 
 def tiny_study() -> Path:
-    """The same study with two methods, a small size, few problems and a few steps."""
+    """Write the study with two methods, one small model, few problems and few steps; return its file."""
     content: dict[str, Any] = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
     folder = cases.folder(True)
     content |= {

@@ -1,4 +1,4 @@
-"""All rows so far as one table: python -m benchmarks.gpu.table [--tiny]
+"""Print all measured rows as one table: python -m benchmarks.gpu.table [--tiny]
 
 Writes benchmarks/results/<date>-<machine>-gpu.json and .md (with --tiny only under build/).
 """
@@ -24,32 +24,32 @@ def main() -> None:
     found = rows(tiny)
     if not found:
         sys.exit(f"nothing is measured yet: no rows in {rows_folder(tiny)}")
-    told = facts.facts()
-    text = markdown(found, told)
+    machine = facts.facts()
+    text = markdown(found, machine)
     print(text)
     folder = cases.folder(tiny) if tiny else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{told['date']}-{told['machine']}-gpu"
-    content = {"machine": told, "results": found}
+    name = f"{machine['date']}-{machine['machine']}-gpu"
+    content = {"machine": machine, "results": found}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     print(f"written: {folder.relative_to(REPOSITORY) / name}.json and .md")
 
 
 def rows(tiny: bool) -> list[dict[str, Any]]:
-    """In the order of the parts, and within a part as they were measured."""
+    """Return the rows by part, and within a part by time of measurement."""
     paths: list[Path] = []
     for part in PARTS:
         paths += sorted(rows_folder(tiny).glob(f"{part}-*.json"), key=lambda path: path.stat().st_mtime)
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def markdown(found: list[dict[str, Any]], told: dict[str, Any]) -> str:
-    """MFU counts real tokens, and the head only where something is learned. Memory is what torch allocated at most."""
+def markdown(found: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """Return the table. MFU counts real tokens, and the head only at targets. Memory is torch's peak of allocated bytes."""
     devices = sorted({row["device"] for row in found})
     lines = [
-        f"{'; '.join(devices)}; {told['date']}, torch {told['versions']['torch']}, "
-        f"DeepSpeed {told['versions']['deepspeed']}, transformers {told['versions']['transformers']}.",
+        f"{'; '.join(devices)}; {machine['date']}, torch {machine['versions']['torch']}, "
+        f"DeepSpeed {machine['versions']['deepspeed']}, transformers {machine['versions']['transformers']}.",
         "",
         "| " + " | ".join(HEAD) + " |",
         "|" + " --- |" * len(HEAD),
@@ -65,7 +65,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     if last[ours].get("refused"):
         return [row["work"], f"not tried: {last[ours]['refused']}", "", "", "", ""]
     peers = [
-        f"{name}: {last[name].get('failed') or number(row['medians'][name])} {told(last[name])}".strip()
+        f"{name}: {last[name].get('failed') or number(row['medians'][name])} {attention(last[name])}".strip()
         for name in row["ratios"]
     ]
     ratio = row["ratio_to_best_peer"]
@@ -79,7 +79,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def told(output: dict[str, Any]) -> str:
+def attention(output: dict[str, Any]) -> str:
     return f"({output['attention']})" if "attention" in output else ""
 
 

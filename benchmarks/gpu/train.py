@@ -40,7 +40,7 @@ def comparisons(tiny: bool) -> Iterator[Comparison]:
 
 
 def same_loss(outputs: Mapping[str, Output]) -> None:
-    """Everybody starts from the same weights and has hardly moved; who learns something else has another loss."""
+    """Require equal mean losses: all start from the same weights, so another loss means other targets or data."""
     losses = {name: output["loss"] for name, output in outputs.items() if "loss" in output}
     if losses and max(losses.values()) > min(losses.values()) * (1 + LOSS_TOLERANCE):
         raise Unequal(f"mean losses differ: {losses}")

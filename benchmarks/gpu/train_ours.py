@@ -1,7 +1,7 @@
-"""The trainer: python -m benchmarks.gpu.train_ours SHAPE STAGE PACKS ACCUMULATION CHECKPOINTING [--tiny]
+"""Train with this trainer: python -m benchmarks.gpu.train_ours SHAPE STAGE PACKS ACCUMULATION CHECKPOINTING [--tiny]
 
-First what the planner says. Then some steps to warm up and some that are timed, from the end of one step to the end of
-another. The last line on stdout is JSON; a case that the plan refuses is not tried.
+Plans the case, then runs warm-up steps and timed steps. The last line on stdout is JSON; a case that the plan refuses is
+not run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def settings_of(case: cases.Case) -> dict[str, Any]:
 
 
 def plan(values: dict[str, Any]) -> dict[str, Any]:
-    """What tools/plan.py would say of this machine. What torch cannot count (context, fragmentation) is left out."""
+    """Plan for this machine; leave out context and fragmentation, which torch does not count."""
     from trainer.planning import memory
     from trainer.planning import plan as planning
 
@@ -67,17 +67,17 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(settings: TrainSettings, world: distributed.DistributedEnvironment, tiny: bool) -> dict[str, Any]:
-    """The real loop's steps, without the checkpoint at its end."""
+    """Run the steps of the real loop, without its checkpoint."""
     from trainer.training import throughput
     from trainer.training.loop import optimizer_step
     from trainer.training.setup import setup_training
 
     stop = StopRequest()
-    student = setup_training(settings, world, RunDirectory(Path(settings.output_dir)), stop)
-    assert student is not None
+    state = setup_training(settings, world, RunDirectory(Path(settings.output_dir)), stop)
+    assert state is not None
     metrics, ends = [], []
     for step in range(settings.max_steps):
-        metrics.append(optimizer_step(student, step, stop)[0])
+        metrics.append(optimizer_step(state, step, stop)[0])
         finish()
         ends.append(time.perf_counter())
     timed = metrics[cases.WARM_UP :]
@@ -88,7 +88,7 @@ def train(settings: TrainSettings, world: distributed.DistributedEnvironment, ti
         "tokens_per_second": tokens / seconds,
         "step_seconds": statistics.median(b - a for a, b in itertools.pairwise(ends)),
         "mfu": statistics.median(line["mfu"] for line in timed) if throughput.peak_flops() else None,
-        "flops_per_token": flops_per_token(student, learned / tokens),
+        "flops_per_token": flops_per_token(state, learned / tokens),
         "loss": sum(line["loss"] * line["learned_tokens"] for line in metrics) / everything,
         "tokens": tokens,
         "peak_bytes": throughput.peak_memory_bytes(),
@@ -96,17 +96,15 @@ def train(settings: TrainSettings, world: distributed.DistributedEnvironment, ti
     }
 
 
-def flops_per_token(student: Any, learned_part: float) -> float:
+def flops_per_token(state: Any, learned_part: float) -> float:
     from trainer.training import throughput
 
-    mean_length = student.data.tokens_per_epoch / student.data.num_examples
-    return throughput.flops_per_token(
-        student.facts["num_parameters"], student.config, mean_length, learned_part
-    )
+    mean_length = state.data.tokens_per_epoch / state.data.num_examples
+    return throughput.flops_per_token(state.facts["num_parameters"], state.config, mean_length, learned_part)
 
 
 def finish() -> None:
-    """Wait for the device: a step's time is not that of starting its kernels."""
+    """Wait for the device: kernels run asynchronously."""
     import torch
 
     if torch.cuda.is_available():

@@ -33,14 +33,14 @@ IGNORED = -100
 def main() -> None:
     micro, case = int(sys.argv[1]), cases.parse(sys.argv[2:])
     disable_progress_bars()
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled for a CPU
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled on a CPU
     os.environ.update(
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
     )
     try:
         found = train(case, micro)
     except torch.OutOfMemoryError:
-        found = {"tokens_per_second": cases.TOO_MUCH, "failed": "out of memory"}
+        found = {"tokens_per_second": cases.FAILED_SPEED, "failed": "out of memory"}
     print(json.dumps({**found, "attention": attention()}), flush=True)
 
 
@@ -91,14 +91,14 @@ def train(case: cases.Case, micro: int) -> dict[str, Any]:
 
 
 def ds_config(stage: int) -> dict[str, Any]:
-    """Our file, with the optimizer that our trainer takes: DeepSpeed's own is compiled at the start."""
+    """Return our ds_config with the optimizer of our trainer: DeepSpeed's default is compiled at the start."""
     config = json.loads((REPOSITORY / "ds_configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
     config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     return config
 
 
 def rows(case: cases.Case, found: Any) -> Dataset:
-    """The examples of our first packs, with -100 where nothing is learned."""
+    """Return the examples of our first packs, with label -100 for tokens that are no targets."""
     view = view_of(cases.METHOD)
     data = PackedDataset(found, cases.METHOD, view, case.pack_length, seed=0)
     packs = (cases.WARM_UP + cases.TIMED) * case.packs * case.accumulation
@@ -112,7 +112,7 @@ def rows(case: cases.Case, found: Any) -> Dataset:
 
 
 class Counting(SFTTrainer):
-    """Counts real and learned tokens on the device, where nobody waits for them."""
+    """Trainer that counts real and learned tokens on the device, without a synchronisation."""
 
     counts: Any = None
 
@@ -126,7 +126,7 @@ class Counting(SFTTrainer):
 
 
 class Watch(TrainerCallback):
-    """When each step ended on the device, and what had been trained on by then."""
+    """Callback that records the end of each step on the device and the counts so far."""
 
     def __init__(self, trainer: Counting) -> None:
         self.trainer, self.ends, self.counts = trainer, [], []

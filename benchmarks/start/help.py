@@ -1,4 +1,4 @@
-"""How long `--help` of every tool takes: help.py REPETITIONS. Prints the slowest tool's median, and what it loaded."""
+"""Measure `--help` of every tool: help.py REPETITIONS. Prints the slowest tool's median, and what it loaded."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def seconds(tool: Path) -> float:
 
 def loaded(tool: Path) -> list[str]:
     """Libraries that `--help` imported and that take longer than the whole limit."""
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-X", "importtime", str(tool), "--help"], check=True, capture_output=True, text=True
     )
-    modules = {line.rsplit("|", 1)[-1].strip() for line in told.stderr.splitlines()}
+    modules = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     return sorted(modules & HEAVY)
 
 

@@ -1,4 +1,4 @@
-"""A run that was interrupted after its first step: what both contenders of `resume` go on from."""
+"""A run that was interrupted after its first step, from which both contenders of `resume` continue."""
 
 from __future__ import annotations
 

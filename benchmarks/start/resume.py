@@ -1,4 +1,4 @@
-"""One rank that goes on from a checkpoint: resume.py ours|deepspeed FOLDER STAGE CHECKPOINT OUTPUT_DIR
+"""Resume one rank from a checkpoint: resume.py ours|deepspeed FOLDER STAGE CHECKPOINT OUTPUT_DIR
 
 Ours finds the checkpoint in its run directory, compares every byte with its digest, builds an engine without weights and
 reads the byte ranges it needs. The peer does what a script with DeepSpeed does: it builds the same engine with the
@@ -40,17 +40,17 @@ def main() -> None:
     world = distributed.initialize()
     run = RunDirectory(Path(output))
     stop = StopRequest()
-    student = setup_training(material.settings(Path(folder), run.path, int(stage)), world, run, stop)
-    assert student is not None
+    state = setup_training(material.settings(Path(folder), run.path, int(stage)), world, run, stop)
+    assert state is not None
     if name == "deepspeed":
-        student.engine.checkpoint_engine = TorchCheckpointEngine()
-        found, _ = student.engine.load_checkpoint(str(Path(path).parent), tag=Path(path).name)
+        state.engine.checkpoint_engine = TorchCheckpointEngine()
+        found, _ = state.engine.load_checkpoint(str(Path(path).parent), tag=Path(path).name)
         assert found is not None
     distributed.barrier()
     restored = time.time()
     if name == "ours":
-        log_run_header(student)
-    metrics, _ = optimizer_step(student, 1, stop)
+        log_run_header(state)
+    metrics, _ = optimizer_step(state, 1, stop)
     done = time.time()
     if world.rank == 0:
         figures = {

@@ -1,4 +1,4 @@
-"""How soon something happens: `--help`, and the first new step of a run that goes on."""
+"""Start-up times: `--help`, and the first new step of a resumed run."""
 
 from __future__ import annotations
 

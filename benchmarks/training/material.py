@@ -1,7 +1,7 @@
-"""What every contender trains: GSM8K's training problems as chains of thought, GPT-2's tokenizer, two shapes.
+"""Data and models of the training suite: GSM8K's training problems as chains of thought, GPT-2's tokenizer, two shapes.
 
 Made once under build/benchmarks/training with the trainer's own tools. Peers get the tokens and the labels of the very
-examples that our packs hold, so that nobody tokenises, cuts or masks in another way.
+examples in our packs, so that all train on equal tokens and masks.
 """
 
 from __future__ import annotations

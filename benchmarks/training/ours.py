@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.processes import apart, turns
+from benchmarks.processes import run_in_fork, turns
 from benchmarks.training import material
 from trainer.runtime import distributed
 from trainer.runtime.stop_request import StopRequest
@@ -30,19 +30,19 @@ WARM_UP = 1
 
 def main() -> None:
     shape, steps, bf16 = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "bf16"
-    proof = apart(partial(proved, shape, bf16))
+    proof = run_in_fork(partial(proved, shape, bf16))
     distributed.initialize(600)
     stop = StopRequest()
     with tempfile.TemporaryDirectory() as folder:
         there = Path(distributed.broadcast_object(folder))
         model, pack_length = material.model(shape, dropout=True), material.PACK_LENGTHS[shape]
-        student = enrolled(there, model, material.shards("train"), 1, pack_length, bf16, stop)
+        state = set_up(there, model, material.shards("train"), 1, pack_length, bf16, stop)
         for step in range(WARM_UP):
-            optimizer_step(student, step, stop)
+            optimizer_step(state, step, stop)
         for number, _ in enumerate(turns()):
             distributed.barrier()
             first, start = WARM_UP + number * steps, time.perf_counter()
-            metrics = [optimizer_step(student, step, stop)[0] for step in range(first, first + steps)]
+            metrics = [optimizer_step(state, step, stop)[0] for step in range(first, first + steps)]
             seconds = time.perf_counter() - start
             tokens = sum(line["tokens"] for line in metrics)
             if distributed.is_main_process():
@@ -53,20 +53,20 @@ def main() -> None:
 
 
 def proved(shape: str, bf16: bool) -> dict[str, float]:
-    """Collective. One step on four problems, without dropout."""
+    """Return the figures of one step on four problems, without dropout. Collective."""
     world = distributed.initialize(600)
     few = material.shards("train", material.PROOF_PROBLEMS)
     packs = -(-material.proof_packs(few) // world.world_size)
     with tempfile.TemporaryDirectory() as folder:
         there, stop = Path(distributed.broadcast_object(folder)), StopRequest()
         model = material.model(shape, dropout=False)
-        student = enrolled(there, model, few, packs, material.PROOF_PACK_LENGTH, bf16, stop)
-        metrics, _ = optimizer_step(student, 0, stop)
+        state = set_up(there, model, few, packs, material.PROOF_PACK_LENGTH, bf16, stop)
+        metrics, _ = optimizer_step(state, 0, stop)
         distributed.barrier()
     return {key: metrics[key] for key in material.PROOF}
 
 
-def enrolled(
+def set_up(
     output: Path,
     model: Path,
     shards: Shards,
@@ -75,7 +75,7 @@ def enrolled(
     bf16: bool,
     stop: StopRequest,
 ) -> TrainState:
-    """Collective. What the real loop steps with."""
+    """Return the state of the real training loop. Collective."""
     settings = TrainSettings(
         train_shards=str(shards.path),
         output_dir=str(output),
@@ -88,9 +88,9 @@ def enrolled(
         learning_rate=1e-4,
         bf16=bf16,
     )
-    student = setup_training(settings, distributed.environment(), RunDirectory(output), stop)
-    assert student is not None
-    return student
+    state = setup_training(settings, distributed.environment(), RunDirectory(output), stop)
+    assert state is not None
+    return state
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What part of a training step is not forward, backward or optimizer: launched with SHAPE STEPS.
+"""Measure the share of a training step outside forward, backward and optimizer: launched with SHAPE STEPS.
 
-Runs the real `train`; the three parts are timed where the loop calls them, everything else from the end of one step to
-the end of the next is outside: taking the batch, laying it out, agreeing on the loss, the checks, the log, the watchdog.
-The first step is left out. The last line on stdout is JSON.
+Runs the real `train` and times the three calls; the rest of a step is collating, reducing the loss, checks, log and
+watchdog. The first step is left out. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ seconds: dict[str, float] = {}
 
 
 def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, adding what it takes to seconds[name]."""
+    """Wrap `function` to add its time to seconds[name]."""
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         start = time.perf_counter()
@@ -45,11 +44,11 @@ def main() -> None:
     ends: list[float] = []
     optimizer_step = loop.optimizer_step
 
-    def watched(student: Any, step: int, stop: Any) -> Any:
+    def watched(state: Any, step: int, stop: Any) -> Any:
         if step == 0:
-            student.engine.backward = timed("backward", student.engine.backward)
-            student.engine.step = timed("optimizer", student.engine.step)
-        result = optimizer_step(student, step, stop)
+            state.engine.backward = timed("backward", state.engine.backward)
+            state.engine.step = timed("optimizer", state.engine.step)
+        result = optimizer_step(state, step, stop)
         if step == 0:
             seconds.clear()
         ends.append(time.perf_counter())

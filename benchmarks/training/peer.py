@@ -30,13 +30,13 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.processes import apart, turns
+from benchmarks.processes import run_in_fork, turns
 from benchmarks.training import material
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-WARM_UP, MOST_ROUNDS = 1, 5  # problems for so many rounds; then they begin anew
+WARM_UP, MAX_ROUNDS = 1, 5  # of distinct problems; then they repeat
 MEGABATCH = 50  # batches that LengthGroupedSampler sorts together
 Rows = list[dict[str, Any]]
 
@@ -44,10 +44,9 @@ Rows = list[dict[str, Any]]
 def main() -> None:
     way, shape, steps, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     disable_progress_bars()
-    # As in the trainer: DeepSpeed would compile a collective of inference that no training uses, and wait for ever if
-    # an earlier compilation was killed.
+    # DeepSpeed would compile an inference collective, and hang if an earlier compilation was killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    proof = apart(partial(proved, way, shape, dtype))
+    proof = run_in_fork(partial(proved, way, shape, dtype))
     shards, pack_length = material.shards("train"), material.PACK_LENGTHS[shape]
     order, batch = choose(way, shards, pack_length, steps)
     rows, model = material.rows(shards, order), material.model(shape, dropout=True)
@@ -59,7 +58,7 @@ def main() -> None:
 
 
 def proved(way: str, shape: str, dtype: str) -> dict[str, float]:
-    """Collective. One step on four problems, without dropout."""
+    """Return the figures of one step on four problems, without dropout. Collective."""
     few = material.shards("train", material.PROOF_PROBLEMS)
     rows = material.rows(few, list(range(len(few))))
     batch = -(-(material.proof_packs(few) if way == "packed" else len(rows)) // RANKS)
@@ -73,7 +72,7 @@ def proved(way: str, shape: str, dtype: str) -> dict[str, float]:
 
 
 class Rounds(TrainerCallback):
-    """Times `steps` steps whenever it is our turn; ends the training when there is none."""
+    """Callback that times `steps` steps per round and ends the training after the last round."""
 
     def __init__(self, trainer: Any, steps: int, proof: dict[str, Any]) -> None:
         self.trainer, self.steps, self.proof, self.turns = trainer, steps, proof, turns()
@@ -148,7 +147,7 @@ def choose(way: str, shards: Shards, pack_length: int, steps: int) -> tuple[list
 
     On average a rank's step has a pack's tokens, however it is laid out.
     """
-    all_steps = WARM_UP + MOST_ROUNDS * steps
+    all_steps = WARM_UP + MAX_ROUNDS * steps
     if way == "packed":
         return material.problems(shards, all_steps * RANKS, pack_length), 1
     usable = material.usable(shards, pack_length)
@@ -171,7 +170,7 @@ def grouped(lengths: list[int], size: int, steps: int, random: torch.Generator) 
     """
     order = list(LengthGroupedSampler(size, lengths=lengths, generator=random))
     starts = [MEGABATCH // 2 // RANKS * RANKS] * WARM_UP
-    for number in range(MOST_ROUNDS):
+    for number in range(MAX_ROUNDS):
         within = [int((step + 0.5) / steps * (MEGABATCH // RANKS)) * RANKS for step in range(steps)]
         starts += [number * MEGABATCH + start for start in within]
     return [order[index] for start in starts for index in range(start * size, (start + RANKS) * size)]

@@ -1,4 +1,4 @@
-"""The GPU benchmarks as far as a CPU can tell: their checks find faults, their rows are kept, their lists are complete."""
+"""Tests of the GPU benchmarks on a CPU: checks find faults, rows are kept, lists are complete."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_attention_of_changing_lengths_is_not_cudnns(user: str) -> None:
 
 
 def row(tmp_path: Path, gate: Any) -> tuple[bool, Path]:
-    """Measure a contender that only tells a number."""
+    """Measure a contender that prints one number."""
     command = python("-c", "print('{\"speed\": 2.0}')")
     comparison = Comparison("work", "speed", "a second", [Contender("ours", command, peer=False)], gate)
     path = tmp_path / "rows" / "train-1.json"
@@ -147,7 +147,7 @@ def test_a_peer_is_not_waited_for_as_long_as_there_is_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A minute, or five times what ours took."""
-    monkeypatch.setattr(harness, "LEAST_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(harness, "MIN_PATIENCE_SECONDS", 1.0)
     contenders = [
         Contender("ours", python("-c", "print('{\"speed\": 2.0}')"), peer=False),
         Contender("peer", python("-c", "import time; time.sleep(600)")),
@@ -175,7 +175,7 @@ def test_no_speed_without_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         path = run.row_path("parity", comparison, True)
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(json.dumps({"device": "another GPU"}))
-    assert not run.proved(True), "what another device has proved is no proof here"
+    assert not run.has_passed_parity(True), "parity of another device does not count"
 
 
 def test_the_table_has_every_kind_of_row() -> None:
@@ -234,7 +234,7 @@ def test_of_7b_on_one_h200_stage_3_fits_and_stage_1_does_not() -> None:
     assert fits == {3: True, 1: False}
 
 
-def test_nothing_that_is_imported_is_left_behind() -> None:
+def test_the_list_of_packages_is_complete() -> None:
     """gpu.sh brings pinned packages and all that they need, except what a CUDA image of torch has."""
     text = SCRIPT.read_text(encoding="utf-8")
     needed = {canonical(name) for name in re.search(r"NEEDED=\((.*?)\)", text, re.DOTALL)[1].split()}  # type: ignore[index]
@@ -257,10 +257,10 @@ def lines(path: Path) -> list[str]:
 
 
 def test_the_script_explains_itself() -> None:
-    told = subprocess.run([SCRIPT], capture_output=True, text=True)
-    assert told.returncode == 2
+    done = subprocess.run([SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 2
     for word in ("wheels", "--tiny", "75", *run.PARTS, "study"):
-        assert word in told.stdout
+        assert word in done.stdout
 
 
 def test_the_scaling_study_spans_the_sizes_and_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:

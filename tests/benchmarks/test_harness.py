@@ -1,4 +1,4 @@
-"""Rounds of real processes; what is unequal is never timed; ratios are better the larger, whatever the figure."""
+"""Tests of the harness: rounds of real processes, gates, ratios and the table."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_contenders_alternate_and_the_order_rotates(tmp_path: Path) -> None:
     assert [line.split(": ")[1] for line in told] == ["us", "them", "them", "us", "us", "them"]
 
 
-def test_what_is_unequal_is_never_timed() -> None:
+def test_unequal_results_are_not_timed() -> None:
     us, them = (
         contender("us", "print('{\"sum\": 1.0}')", False),
         contender("them", "print('{\"sum\": 1.001}')"),
@@ -77,7 +77,7 @@ def test_tokens_are_compared_one_by_one() -> None:
         ("import sys; print('{\"rate\": 1}', flush=True); sys.exit(4)", r"exit statuses \[4\]"),
     ],
 )
-def test_a_contender_that_fails_is_named_with_its_last_words(code: str, message: str) -> None:
+def test_the_error_of_a_contender_has_its_last_lines(code: str, message: str) -> None:
     with pytest.raises(Failed, match=message):
         measure(comparison(contender("them", code), timeout_seconds=1.0), 1, lambda line: None)
 
@@ -101,7 +101,7 @@ def staying(tmp_path: Path, name: str, peer: bool = True, **changes: Any) -> Con
     return Contender(name, command, peer, stays=True, **changes)
 
 
-def test_who_stays_is_started_once_takes_its_turns_and_ends_by_itself(tmp_path: Path) -> None:
+def test_a_staying_contender_is_started_once_runs_all_rounds_and_exits(tmp_path: Path) -> None:
     us, them = staying(tmp_path, "us", False, ranks=2), staying(tmp_path, "them")
     found = measure(comparison(us, them), 3, lambda line: None)
     assert [outputs["us"]["rate"] for outputs in found.rounds] == [1, 2, 3]
@@ -151,13 +151,13 @@ def test_a_script_is_forked_from_loaded_libraries_and_runs_as_if_it_were_not(tmp
     assert ended.stdout.splitlines()[-1] == "1 a b __main__ '\\n'"
 
 
-def test_what_is_done_apart_leaves_nothing_but_its_result() -> None:
+def test_a_forked_function_leaves_only_its_result() -> None:
     """In an interpreter of its own: pytest has threads, which a fork does not take along."""
     program = (
-        "import sys; from benchmarks.processes import apart\n"
+        "import sys; from benchmarks.processes import run_in_fork\n"
         "kept = []\n"
-        "print(apart(lambda: kept.append(1) or {'found': len(kept)}), kept)\n"
-        "try: apart(lambda: 1 / 0)\n"
+        "print(run_in_fork(lambda: kept.append(1) or {'found': len(kept)}), kept)\n"
+        "try: run_in_fork(lambda: 1 / 0)\n"
         "except RuntimeError as error: print(error)\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)

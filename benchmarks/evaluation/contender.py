@@ -1,4 +1,4 @@
-"""What every contender of this suite is told and tells."""
+"""Flags and output of the contenders of this suite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Answer = Callable[[int, int], dict[int, tuple[str, int | None]]]
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """Flags of a contender; it computes on one core."""
+    """Parse the flags of a contender, and limit torch to one thread."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,16 +30,18 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 
 def measured(answer: Answer, problems: int) -> None:
-    """Print speed and proof of `answer(number of problems, max_new_tokens)` every round: texts and counts of generated
-    tokens, the end token and the calculator's included (None: not known), by number of the problem. A short evaluation
-    before warms everything up."""
+    """Print speed and answers of `answer(number of problems, max_new_tokens)` every round, after a short warm-up.
+
+    `answer` returns by problem number the text and the number of generated tokens, end token and calculator's tokens
+    included, or None if unknown.
+    """
     answer(2, 4)
     for _ in turns():
         start, processor = time.perf_counter(), time.process_time()
         answers = answer(problems, material.MAX_NEW_TOKENS)
         seconds, processor = time.perf_counter() - start, time.process_time() - processor
         tokens = sum(count or 0 for _, count in answers.values())
-        told = {
+        result = {
             "problems_per_second": problems / seconds,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
@@ -47,4 +49,4 @@ def measured(answer: Answer, problems: int) -> None:
             "tokens": tokens,
             "answers": [answers[index] for index in range(problems)],
         }
-        print(json.dumps(told), flush=True)
+        print(json.dumps(result), flush=True)
