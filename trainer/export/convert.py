@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.errors import UserError
 from trainer.export import model_card
 from trainer.export.source import CheckpointSource, find_checkpoint, is_already_exported, output_directory
-from trainer.models import architecture
+from trainer.models import architecture, load
 from trainer.runtime import startup, terminal
 from trainer.settings import ConvertSettings
 from trainer.storage import atomic_dir
@@ -91,7 +91,7 @@ def _stream(
         check_against_config, stored, source.path, source.model_folder, facts["export_dtype"]
     )
     startup.freeze_gc()
-    dtype_name = architecture.DTYPES[facts["export_dtype"]]
+    dtype_name = load.DTYPES[facts["export_dtype"]]
 
     def plan(export: ExportLayout | None) -> list[OutputShard]:
         tensors: Any = stored.tensors if export is None else export.tensors
@@ -224,7 +224,7 @@ def _verify(export: Path, source: CheckpointSource, dtype: str) -> None:
     from trainer.export.verify import verify
 
     atomic_dir.verify_digests(source.path)
-    result = verify(export, source.path, source.facts, getattr(torch, architecture.DTYPES[dtype]))
+    result = verify(export, source.path, source.facts, getattr(torch, load.DTYPES[dtype]))
     terminal.info(
         f"verified: {result.num_tensors} tensors equal the checkpoint bit for bit"
         f"{'' if dtype == 'fp32' else ' after rounding'}; largest logit difference {result.max_logit_difference:.3g}"

@@ -171,7 +171,7 @@ def _has_earlier_segments(tokenizer: Any) -> bool:
 
 
 def _has_fingerprint(final: Path, recipe: dict[str, Any]) -> bool:
-    return atomic_dir.read_manifest(final, KIND)["facts"]["recipe"] == recipe
+    return bool(atomic_dir.read_manifest(final, KIND)["facts"]["recipe"] == recipe)
 
 
 def _difference(final: Path, recipe: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ class Shards:
         return cls(path, manifest, atomic_dir.manifest_digest(path))
 
     def __len__(self) -> int:
-        return self.facts["num_problems"]
+        return int(self.facts["num_problems"])
 
     @property
     def tokenizer_path(self) -> Path:
@@ -169,7 +169,7 @@ class Shards:
 
 def _ranges(starts: np.ndarray, counts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Return the concatenated ranges starts[i]..starts[i] + counts[i] - 1 (int64); ends: counts.cumsum()."""
-    numbers = (starts - ends + counts).repeat(counts)
+    numbers: np.ndarray = (starts - ends + counts).repeat(counts)
     numbers += np.arange(len(numbers))
     return numbers
 

@@ -120,7 +120,7 @@ def _exchange_names(one: Path, other: Path) -> bool:
     except (AttributeError, OSError):
         return False
     names = (os.fsencode(os.path.abspath(one)), os.fsencode(os.path.abspath(other)))
-    return rename(at_working_directory, names[0], at_working_directory, names[1], exchange) == 0
+    return bool(rename(at_working_directory, names[0], at_working_directory, names[1], exchange) == 0)
 
 
 def is_complete(path: Path) -> bool:
@@ -131,7 +131,7 @@ def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
     """Return the manifest of a published directory. Raises UserError if it is missing, invalid or of another kind."""
     file = Path(path) / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         state = "is not finished (it has no manifest)" if Path(path).is_dir() else "does not exist"
         raise UserError(f"{path} {state}; expected a directory with {MANIFEST}") from None

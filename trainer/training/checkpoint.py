@@ -29,7 +29,7 @@ KIND = "checkpoint"
 MODEL = "model"  # folder of config and tokenizer, so that a copied checkpoint can be converted
 
 
-class SafeCheckpointEngine(CheckpointEngine):
+class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     """DeepSpeed's file access for saving: lists the written files in `written`, and cannot load.
 
     The first error is stored in `error` instead of raised, because the other ranks wait in a collective. After it

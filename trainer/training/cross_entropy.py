@@ -21,7 +21,7 @@ _ACCELERATOR_BLOCK_BYTES = 256 << 20  # enough rows to keep an accelerator busy
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the sum of the losses in nats (fp32, differentiable); overwrites logits [L, vocabulary]. labels: [L] int64."""
-    loss: torch.Tensor = _SummedCrossEntropy.apply(logits, labels)
+    loss: torch.Tensor = _SummedCrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
     return loss
 
 

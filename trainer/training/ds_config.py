@@ -96,7 +96,7 @@ def stage(config: dict[str, Any]) -> int:
 
 def offloads(config: dict[str, Any]) -> bool:
     """Return whether the optimizer states are offloaded."""
-    return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    return bool(config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none")
 
 
 def _resolve_optimizer(config: dict[str, Any], settings: TrainSettings, name: str) -> None:

@@ -135,7 +135,8 @@ def distances(found: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
     if not deviation < _MASKED_LOGIT:
         usable = plain.abs() < _MASKED_LOGIT
         difference, deviation = torch.where(usable, difference, 0.0), plain[usable].std()
-    return torch.linalg.vector_norm(difference, dim=1) / plain.shape[1] ** 0.5 / deviation
+    distance: torch.Tensor = torch.linalg.vector_norm(difference, dim=1) / plain.shape[1] ** 0.5 / deviation
+    return distance
 
 
 def logits_of(model: Any, examples: Sequence[Example], layout: Layout, device: torch.device) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 
 from trainer.models import load, packed_attention
 from trainer.models.default_attention import can_set_attention
+from trainer.models.text_part import model_class
 from trainer.training.batches import BatchPlan, MicroBatch, PackedDataset
 from trainer.training.loss import PackedBatch, PaddedBatch, collate
 
@@ -56,7 +57,7 @@ def candidates(config: Any, packing: str) -> list[Layout]:
     found = [] if packing == "false" else [Layout(PACKED, packed_attention.register())]
     if packing != "true":
         found.append(Layout(PADDED, default))
-        if default != "eager" and can_set_attention(load.model_class(config)):
+        if default != "eager" and can_set_attention(model_class(config)):
             found.append(Layout(PADDED, "eager"))
         found += [Layout(EQUAL, default), Layout(SINGLE, default)]
     return found

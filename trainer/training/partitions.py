@@ -61,7 +61,7 @@ def optimizer_state(engine: Any, master: torch.Tensor) -> dict[str, Any]:
     """Return AdamW's state of one partition, initialised as in the first step: zero moments, step 0."""
     optimizer = engine.optimizer
     plain = getattr(optimizer, "optimizer", optimizer)  # inside DeepSpeed's wrapper
-    state = plain.state[master]
+    state: dict[str, Any] = plain.state[master]
     if not state:
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment] = torch.zeros_like(master, requires_grad=False)

@@ -21,8 +21,9 @@ def flops_per_token(
     2020, appendix; Chowdhery et al. 2022, appendix B, halved for the causal mask.) `target_fraction`: share of the
     tokens that are targets; the head is computed for these alone.
     """
-    width, layers = config.hidden_size, config.num_hidden_layers
-    head = config.vocab_size * width
+    width: int = config.hidden_size
+    layers: int = config.num_hidden_layers
+    head: int = config.vocab_size * width
     tied = getattr(config, "tie_word_embeddings", False)
     inside = num_parameters - (head if tied else 2 * head)
     return 6.0 * (inside + target_fraction * head) + 6.0 * layers * width * mean_length

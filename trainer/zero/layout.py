@@ -113,7 +113,8 @@ def _check_world_size(file: TorchFile, found: Any, world_size: int) -> None:
 
 def optimizer_states(file: TorchFile) -> dict[str, Any]:
     """Return the optimizer states in a rank's file of stage 1 to 3."""
-    return require(file, file.content, "optimizer_state_dict")
+    states: dict[str, Any] = require(file, file.content, "optimizer_state_dict")
+    return states
 
 
 def require(file: TorchFile, content: dict[str, Any], key: str) -> Any:
