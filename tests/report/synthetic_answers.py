@@ -16,7 +16,7 @@ _LAST_ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>(?!.*<<)")
 @functools.cache
 def problems(num: int) -> list[Problem]:
     """Stories of 2 to 5 steps."""
-    return list(stories.read("test", seed=7, num_problems=num, min_steps=2, max_steps=5))
+    return list(stories.generate_problems("test", seed=7, num_problems=num, min_steps=2, max_steps=5))
 
 
 def possible_mistakes(mode: str) -> tuple[str, ...]:

@@ -13,12 +13,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.report.synthetic_study import make_run, make_study, write_evaluation
 from trainer.errors import UserError
 from trainer.evaluation.score import wilson_interval
 from trainer.report import format
 from trainer.report.build import build_report
+from trainer.report.drawing import method_styles
+from trainer.report.load import load_frames
+from trainer.report.plots import plot_num_steps
+from trainer.report.summary import summarise, summarise_by_num_steps
 from trainer.storage.run_directory import StudyDirectory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -200,6 +205,25 @@ def test_a_single_run_without_steps_and_a_run_directory(tmp_path: Path) -> None:
     text = _Page(page.read_text()).text
     assert "On stories test, with 2.01M parameters: Socratic" in text
     assert "Accuracy by number of steps" not in text and "McNemar" not in text and "Unfinished" not in text
+
+
+def test_methods_without_numbers_of_steps_keep_their_position(tmp_path: Path) -> None:
+    """Lines are shifted by the rank of their method among all methods of the model, not among those drawn."""
+    study = make_study(
+        tmp_path / "study", {"m": 1000}, ("answer_only", "cot", "socratic"), (0,), num_problems=40
+    )
+    path = study.run("stories.answer_only.m.s0").evaluation("stories-test-answer_only").results
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"by_num_steps": {}}))
+    evaluations = load_frames([study.path]).evaluations
+    (panel,) = plot_num_steps(
+        summarise(evaluations),
+        summarise_by_num_steps(evaluations),
+        method_styles(["answer_only", "cot", "socratic"]),
+    )
+    axes = Figure().add_subplot()
+    panel.draw(axes)
+    first = [line.get_xdata()[0] for line in axes.get_lines()]
+    assert first == pytest.approx([2.0, 2.08])  # answer_only would be at 1.92
 
 
 def test_no_evaluation_yet_and_old_figures_go(tmp_path: Path) -> None:

@@ -264,6 +264,7 @@ def test_different_problems_are_not_compared(tmp_path: Path) -> None:
         (lambda lines: lines[:-1], "of 299 strict correct, but .*results.json says"),
         (lambda lines: [*lines[:-1], lines[0]], "line 300: id 'stories-[0-9a-f]+' occurs twice"),
         (lambda lines: [*lines[:-1], lines[-1][:40]], "line 300: not JSON"),
+        (lambda lines: [*lines[:-1], "[1]"], "line 300: not JSON of one object"),
         (lambda lines: [*lines[:-1], '{"id": 7}'], "line 300: not a prediction"),
     ],
 )

@@ -17,7 +17,7 @@ from trainer.report.columns import records
 from trainer.report.error_types import ERROR_TYPES, analyse
 from trainer.report.load import load_frames
 from trainer.report.provenance import facts_by_run, remarks
-from trainer.report.report_data import compute
+from trainer.report.report_data import ReportData
 from trainer.report.statistics import mcnemar
 from trainer.report.summary import significance_text
 from trainer.storage.run_directory import StudyDirectory
@@ -82,7 +82,7 @@ def test_sub_questions_are_scored_where_the_student_asks(record: dict[str, Any])
 
 
 def test_differences_that_mean_little_are_named(whole_study: StudyDirectory, whole_report: Path) -> None:
-    data = compute("whole", load_frames([whole_study.path]))
+    data = ReportData("whole", load_frames([whole_study.path]))
     first, second = records(data.significance)
     weak = data.comparisons[
         (data.comparisons["panel"] == "gsm8k test") & (data.comparisons["p_holm"] >= 0.05)
@@ -156,7 +156,7 @@ def test_provenance_says_how_answers_were_decoded(tmp_path: Path) -> None:
         "at most 7e-06 standard deviations"
     )
     assert "answers decoded by" not in facts[other.name]
-    notes = [text for name, text in remarks(compute("study", study)) if name.startswith(pair.name)]
+    notes = [text for name, text in remarks(ReportData("study", study)) if name.startswith(pair.name)]
     assert "the solver was decoded by the backend transformers: in slots it differs" in notes
     assert not any("decomposer was decoded" in text for text in notes)
 
@@ -181,7 +181,7 @@ def test_provenance_says_how_examples_were_laid_out(tmp_path: Path) -> None:
         "7e-07 standard deviations (allowed: 2e-06; 4 examples, fp32)"
     )
     assert "layout of examples" not in facts[older.name]
-    assert remarks(compute("study", study)) == [
+    assert remarks(ReportData("study", study)) == [
         (run.name, "trained with a slower layout of examples: its logits differ")
     ]
 

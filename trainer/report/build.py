@@ -14,7 +14,7 @@ from trainer.report.format import clean
 from trainer.report.load import is_run, load_frames
 from trainer.report.page import render_page
 from trainer.report.plots import all_figures
-from trainer.report.report_data import compute
+from trainer.report.report_data import ReportData
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import StudyDirectory
 
@@ -40,7 +40,7 @@ def build_report(
         raise UserError("no study to report on; name a study directory or a run directory")
     study = load_frames(paths)
     title = clean(title) or ", ".join(study.runs["study"].unique())
-    data = compute(title, study, max_examples, bertscore_model)
+    data = ReportData(title, study, max_examples, bertscore_model)
     styles = drawing.method_styles([*study.runs["run_method"], *data.summary["method"]])
     all_panels = all_figures(data, styles)
     figures = {name: panels for name, panels in all_panels.items() if panels}

@@ -1,7 +1,7 @@
 """Columns of the report's frames, with dtypes and units.
 
-Text columns have dtype object and None where a value is missing: predictions may hold lone surrogates, which Arrow
-strings cannot.
+Text columns have dtype object, with None for missing values: Arrow strings cannot store the lone surrogates that
+predictions may contain.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ RUNS = {
     "parameters": "Int64",  # of a pair, the solver's
     "seed": "Int64",  # of training
     "max_steps": "Int64",
-    "is_trained": "bool",  # False: evaluates other runs' students or a base model
+    "is_trained": "bool",  # False: the run only evaluates models of other runs or a base model
     "settings": "object",  # dict of settings.yaml
     "environment": "object",  # dict of environment.json
     "settings_digest": "object",  # SHA-256, "" without a file
-    "missing": "object",  # "" or the first stage that is not done, in words
+    "missing": "object",  # the first stage that is not done, in words, else ""
     "training_steps": "int64",
     "learned_tokens": "int64",
     "final_loss": "float64",  # nats per learned token, mean of the last steps
@@ -33,7 +33,7 @@ RUNS = {
     "tokens_per_second_q1": "float64",
     "tokens_per_second_q3": "float64",
     "training_seconds": "float64",
-    "broken_metrics_lines": "int64",  # cut by a kill while they were written
+    "broken_metrics_lines": "int64",  # incomplete because the process was killed
     "undone_steps": "int64",  # after the checkpoint from which a killed run resumed
     "non_finite_losses": "int64",
     # Of the evaluation; its number in Study.evaluations is called `evaluation` in other frames:
@@ -42,18 +42,18 @@ RUNS = {
     "predictions_path": "object",  # Path
     "panel": "object",  # title of the evaluations that are comparable with this one
     "panel_rank": "Int64",
-    "is_plain": "object",  # bool: data as published, greedy, with the calculator, by finished students trained on it
+    "is_plain": "object",  # bool: finished model trained on this data, data as published, greedy, with calculator
     "problems": "object",
     "data": "object",
     "split": "object",
-    "mode": "object",  # how the student was asked to answer
+    "mode": "object",  # prompt format of the evaluation
     "calculator": "object",  # bool
     "temperature": "float64",
     "sampling_seed": "Int64",
-    "method": "object",  # how the student was trained; of a pair, the mode and what guided its decomposer
-    "train_seed": "Int64",  # as the student states it; missing for a model that was not trained
+    "method": "object",  # of training; of a pair, the mode and the guidance of its decomposer
+    "train_seed": "Int64",  # of the evaluated model; missing for a base model
     "total_parameters": "Int64",  # of all models that answer together
-    "stopped_at": "Int64",  # step, if the student's training was not finished
+    "stopped_at": "Int64",  # step, if training was not finished
     "n": "Int64",  # problems
     "strict_correct": "Int64",
     "flexible_correct": "Int64",
@@ -90,14 +90,14 @@ PREDICTIONS = {
     "gold": "object",
     "gold_steps": "object",  # tuple of StepText; None in files of older versions
     "text": "object",
-    "strict": "object",  # the answer the strict rule extracted, None without one
+    "has_answer": "bool",  # the strict rule extracted one
     "correct": "bool",  # strict
     "generated_tokens": "int64",
     "finished": "bool",
-    "stopped": "object",  # why a pair was cut, "" if it was not
+    "stopped": "object",  # reason for which a pair was cut, else ""
 }
 
-# What error_types.py adds to PREDICTIONS. Of predictions that the page does not show, no text is kept.
+# Added to PREDICTIONS by error_types.py, which drops the texts of predictions that the page does not show.
 ANALYSED = {
     "evaluation": "int64",  # number of the row in Study.evaluations
     "problem": "object",  # bytes, digest of question and gold answer
@@ -109,7 +109,7 @@ ANALYSED = {
 
 
 def frame(rows: list[dict[str, Any]], columns: dict[str, str]) -> pd.DataFrame:
-    """Return a frame with exactly these columns and dtypes; what a row lacks is missing."""
+    """Return a frame with exactly these columns and dtypes; values that a row lacks are missing."""
     return pd.DataFrame(rows, columns=list(columns), dtype=object).astype(columns)
 
 

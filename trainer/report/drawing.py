@@ -1,8 +1,8 @@
-"""The look of every figure, marks that several figures share, and rendering to SVG and PNG.
+"""Colours, marks that several figures share, and rendering to SVG and PNG.
 
-The colours of the methods that are compared most are Okabe and Ito's (2008), which colour-blind readers can separate,
-with a grey for the baseline; markers differ as well. Figures are drawn in the light colours; on the page each becomes
-a CSS variable. The same data give the same bytes.
+The colours of the most compared methods are Okabe and Ito's (2008), which colour-blind readers can separate, with a
+grey for the baseline; markers differ as well. Figures are drawn in the light colours; on the page each becomes a CSS
+variable. The same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import matplotlib
@@ -23,12 +24,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from trainer.report.format import count, shorten
-from trainer.report.methods import method_rank
+from trainer.report.methods import METHODS, method_rank
 from trainer.report.statistics import Floats
 
 # name of the CSS variable -> (light, dark)
@@ -40,18 +41,6 @@ NEUTRALS = {
 }
 GOOD = ("#1f7a55", "#6cc79c")  # a right answer, on the page
 INK, MUTED, GRID, PAPER = (light for light, _ in NEUTRALS.values())
-_METHODS = {
-    "few_shot": ("#3b3178", "#a9a0ee", "X"),
-    "answer_only": ("#767b82", "#a2a7ae", "o"),
-    "cot": ("#0072b2", "#5bb4ea", "s"),
-    "socratic": ("#d55e00", "#f28a3c", "D"),
-    "iterative_ahead": ("#009e73", "#3cc69d", "^"),
-    "iterative_interleaved": ("#b8568f", "#e191bf", "v"),
-    "gold_subquestions": ("#8a6d00", "#d9b93a", "P"),
-    "solver": ("#44aa99", "#74d0c1", "p"),
-    "decomposer": ("#882255", "#d97ba6", ">"),
-    "decomposer_interleaved": ("#117733", "#5fbf7c", "<"),
-}
 _SPARE = (
     ("#6699cc", "#94bce6", "h"),
     ("#999933", "#cfcf72", "d"),
@@ -67,45 +56,15 @@ _ERROR_TYPES = {
     "no_answer": ("#3f4954", "#c5ccd4"),
     "other": ("#a9b8c6", "#6d7d8d"),
 }
-_RC: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    # The first one comes with matplotlib: the layout is the same on every machine.
-    "font.sans-serif": ["DejaVu Sans", "Helvetica Neue", "Arial", "sans-serif"],
-    "font.size": 8.0,
-    "text.color": INK,
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 7.5,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.facecolor": "none",
-    "axes.unicode_minus": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "xtick.major.size": 3.0,
-    "xtick.major.width": 0.7,
-    "ytick.major.size": 0.0,
-    "lines.solid_capstyle": "round",
-    "svg.fonttype": "none",  # text stays text: searchable, and in the page's own typeface
-    "svg.hashsalt": "socratic-trainer",  # without it every build has other ids
-    "path.simplify": True,
-}
+_COLORS = {"text.color": INK, "grid.color": GRID}
+_COLORS |= dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), MUTED)
 _MAX_COLUMNS = 3
 _MAX_WIDTH = 12.0  # inches of a whole figure
 _DPI = 200
 _TITLE_LENGTH = 46  # characters that fit above a panel
-_NAME_LENGTH = 22  # characters beside one
+_NAME_LENGTH = 22  # characters beside a panel
 _LABEL_GAP = 0.075  # of the axes' height, between two lines of text
+_LOG_RATIO = 8  # values that span more than this get a log axis
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 ElementTree.register_namespace("", _SVG)
 ElementTree.register_namespace("xlink", _XLINK)
@@ -136,34 +95,32 @@ class Panel:
 
 def method_styles(methods: Iterable[str]) -> Styles:
     """Return a style per method, the same in every figure; unknown methods get spare colours in name order."""
+    looks = {name: method[2:] for name, method in METHODS.items() if method.color}
     ordered = sorted(set(methods), key=method_rank)
-    unknown = [method for method in ordered if method not in _METHODS]
-    looks = [_METHODS.get(m) or _SPARE[unknown.index(m) % len(_SPARE)] for m in ordered]
-    return {
-        m: Style(*look, f"method-{index}") for index, (m, look) in enumerate(zip(ordered, looks, strict=True))
-    }
+    unknown = [name for name in ordered if name not in looks]
+    looks |= {name: _SPARE[index % len(_SPARE)] for index, name in enumerate(unknown)}
+    return {name: Style(*looks[name], f"method-{index}") for index, name in enumerate(ordered)}
 
 
 def error_type_styles() -> Styles:
-    """Return a style for right answers and for every error type; bars have no markers."""
+    """Return a style for right answers and for every error type, without markers."""
     return {name: Style(light, dark, "", f"cause-{name}") for name, (light, dark) in _ERROR_TYPES.items()}
 
 
 def figure_files(name: str, panels: Sequence[Panel]) -> dict[str, bytes]:
     """Return {file name: content}: all panels in one grid, as SVG and PNG."""
     fitting = int(_MAX_WIDTH / max(panel.size[0] for panel in panels))
-    columns = max(1, min(_MAX_COLUMNS, len(panels), fitting))
     with _matplotlib(PAPER):
-        canvas = _draw(panels, columns)
+        figure = _draw(panels, max(1, min(_MAX_COLUMNS, len(panels), fitting)))
         png = io.BytesIO()
-        svg = _svg(canvas)
-        canvas.set_dpi(_DPI)
-        FigureCanvasAgg(canvas).print_png(png, metadata={"Software": None})
+        svg = _svg(figure)
+        figure.set_dpi(_DPI)
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     return {f"{name}.svg": svg, f"{name}.png": png.getvalue()}
 
 
 def inline_panels(name: str, panels: Sequence[Panel], styles: Styles) -> list[str]:
-    """Return each panel as an SVG element for the page: its colours are CSS variables, its ids are its own."""
+    """Return each panel as an SVG element for the page, with CSS variables as colours and ids of its own."""
     with _matplotlib("none"):
         return [
             _for_page(_svg(_draw([panel], 1)), f"{name}-{index}", panel.description, styles)
@@ -171,29 +128,32 @@ def inline_panels(name: str, panels: Sequence[Panel], styles: Styles) -> list[st
         ]
 
 
-def _svg(canvas: Canvas) -> bytes:
+def _svg(figure: Figure) -> bytes:
     svg = io.BytesIO()
-    # No date and no version: two builds of the same study are the same bytes.
-    FigureCanvasSVG(canvas).print_svg(svg, metadata={"Date": None, "Creator": None})
+    # Without date and version, two builds of the same study are the same bytes.
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
     return svg.getvalue()
 
 
-def _draw(panels: Sequence[Panel], columns: int) -> Canvas:
-    rows = math.ceil(len(panels) / columns)
-    width = max(panel.size[0] for panel in panels)
-    heights = [max(p.size[1] for p in panels[row * columns : (row + 1) * columns]) for row in range(rows)]
+def _draw(panels: Sequence[Panel], columns: int) -> Figure:
+    rows = [panels[first : first + columns] for first in range(0, len(panels), columns)]
+    heights = [max(panel.size[1] for panel in row) for row in rows]
+    width = max(panel.size[0] for panel in panels) * columns
     layout = ConstrainedLayoutEngine(wspace=0.06, hspace=0.06)
-    canvas = Canvas(figsize=(width * columns, sum(heights)), layout=layout)
-    grid = canvas.add_gridspec(rows, columns, height_ratios=heights)
+    figure = Figure(figsize=(width, sum(heights)), layout=layout)
+    grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
     for index, panel in enumerate(panels):
-        panel.draw(canvas.add_subplot(grid[divmod(index, columns)]))
-    return canvas
+        panel.draw(figure.add_subplot(grid[divmod(index, columns)]))
+    return figure
 
 
 @contextlib.contextmanager
 def _matplotlib(background: str) -> Iterator[None]:
     """Context manager with our settings, and without warnings about glyphs that the font lacks and the page has."""
-    settings = {**_RC, "figure.facecolor": background, "savefig.facecolor": background}
+    style = matplotlib.rc_params_from_file(
+        str(resources.files("trainer.report") / "templates" / "figures.mplstyle"), use_default_template=False
+    )
+    settings: Any = {**style, **_COLORS, "figure.facecolor": background, "savefig.facecolor": background}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
@@ -240,10 +200,10 @@ def draw_dots(axes: Axes, x: Any, y: Any, style: Style, **look: Any) -> None:
 
 
 def headings(axes: Axes, title: str, quantity: str) -> None:
-    """Write the panel's title and, below it instead of turned at the side, the quantity of the vertical axis."""
+    """Write the panel's title and, below it, the quantity of the vertical axis."""
     at: dict[str, Any] = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
     at["annotation_clip"] = False
-    # The layout keeps the title's height free; by its width, a long one would squeeze the axes to nothing.
+    # The blank reserves the title's height; reserving its width would squeeze the axes below a long title.
     axes.annotate(" ", xytext=(0, 19), fontsize=9, **at)
     title = shorten(title, _TITLE_LENGTH)
     axes.annotate(title, xytext=(0, 19), fontsize=9, fontweight="bold", color=INK, **at).set_in_layout(False)
@@ -267,9 +227,21 @@ def parameters_axis(axes: Axes, sizes: Sequence[int], gap: float, **look: Any) -
     axes.set_xlabel("parameters", loc="right", **look)
 
 
-def log_axis(axis: Any, ratio: float) -> None:
-    """Set the ticks of a log axis whose highest value is `ratio` times the lowest."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 300 else (1,)))
+def value_axis(
+    axes: Axes, name: str, low: float, high: float, linear: tuple[float, float], log_margin: float, bins: int
+) -> None:
+    """Set limits and ticks of axis `name` ("x" or "y") for values from `low` to `high`.
+
+    The axis is linear with limits `linear`, or logarithmic if the values are positive and span a factor of _LOG_RATIO.
+    """
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    if low > 0 and high / low > _LOG_RATIO:
+        axes.set(**{f"{name}scale": "log", f"{name}lim": (low / log_margin, high * log_margin)})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axes.set(**{f"{name}lim": linear})
+        axis.set_major_locator(MaxNLocator(nbins=bins))
 
 
 def label_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -279,14 +251,10 @@ def label_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """
     to_axes = axes.transScale + axes.transLimits
     wanted = [float(to_axes.transform((1.0, value))[1]) for value, _, _ in ends]
-    look: dict[str, Any] = {
-        "xycoords": "axes fraction",
-        "textcoords": "offset points",
-        "annotation_clip": False,
-    }
-    look |= {"fontsize": 8, "fontweight": "bold", "va": "center"}
+    look: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "xytext": (5, 0)}
+    look |= {"annotation_clip": False, "fontsize": 8, "fontweight": "bold", "va": "center"}
     for height, (_, text, color) in zip(dodge_labels(wanted, _LABEL_GAP), ends, strict=True):
-        axes.annotate(shorten(text, _NAME_LENGTH), xy=(1, height), xytext=(5, 0), color=color, **look)
+        axes.annotate(shorten(text, _NAME_LENGTH), xy=(1, height), color=color, **look)
 
 
 def dodge_labels(heights: Sequence[float], gap: float) -> list[float]:

@@ -83,9 +83,9 @@ def analyse(
         golds = list(predictions["gold_steps"])
         errors: list[tuple[str | None, int | None]] = [(None, None)] * len(predictions)
         if has_steps:
-            given = zip(solutions, predictions["correct"], predictions["strict"], golds, strict=True)
+            given = zip(solutions, predictions["correct"], predictions["has_answer"], golds, strict=True)
             errors = [
-                find_error(s, right, bool(strict), row["method"], gold) for s, right, strict, gold in given
+                find_error(s, right, answered, row["method"], gold) for s, right, answered, gold in given
             ]
         if has_steps and base(row["method"]) in ASK:
             questions = [

@@ -1,28 +1,50 @@
-"""Labels, order and kinds of the methods."""
+"""Labels, order, colours and kinds of the methods."""
 
 from __future__ import annotations
 
-# From least to most help. Those after gold_subquestions only train: they answer as a part of another method.
-METHOD_ORDER = (
-    *("few_shot", "answer_only", "cot", "socratic"),
-    *("iterative_ahead", "iterative_interleaved", "gold_subquestions"),
-    *("solver", "decomposer", "decomposer_operators", "decomposer_equations"),
-    *("decomposer_interleaved", "decomposer_interleaved_operators", "decomposer_interleaved_equations"),
-    *("planner_operators", "planner_equations"),
-)
-_LABELS = {
-    "few_shot": "few-shot",
-    "answer_only": "answer only",
-    "cot": "CoT",
-    "socratic": "Socratic",
-    "iterative_ahead": "iterative, ahead",
-    "iterative_interleaved": "iterative, interleaved",
-    "gold_subquestions": "gold sub-questions",
-}
-PAIRS = ("iterative_ahead", "iterative_interleaved")  # a decomposer asks, a solver answers
-ASK = ("socratic", *PAIRS)  # the student writes the sub-questions
+from typing import NamedTuple
+
+PAIRS = (
+    "iterative_ahead",
+    "iterative_interleaved",
+)  # a decomposer writes the sub-questions, a solver answers
+ASK = ("socratic", *PAIRS)  # the evaluated models write the sub-questions
 WITH_QUESTIONS = (*ASK, "gold_subquestions")  # sub-questions and solutions alternate in the text
 GUIDED = "+"  # "iterative_ahead+operators": the decomposer was given the operators
+
+
+class Method(NamedTuple):
+    """`header` is the column of the comparison with the paper, "" without one; "" as a colour: a spare one is taken."""
+
+    label: str
+    header: str = ""
+    color: str = ""
+    dark: str = ""
+    marker: str = ""
+
+
+# From least to most help. Those after gold_subquestions are only trained: they answer as a role of a pair.
+METHODS = {
+    "few_shot": Method("few-shot", "few-shot", "#3b3178", "#a9a0ee", "X"),
+    "answer_only": Method("answer only", "answer only", "#767b82", "#a2a7ae", "o"),
+    "cot": Method("CoT", "CoT", "#0072b2", "#5bb4ea", "s"),
+    "socratic": Method("Socratic", "Socratic unified", "#d55e00", "#f28a3c", "D"),
+    "iterative_ahead": Method("iterative, ahead", "Socratic iterative, ahead", "#009e73", "#3cc69d", "^"),
+    "iterative_interleaved": Method(
+        "iterative, interleaved", "Socratic iterative, interleaved", "#b8568f", "#e191bf", "v"
+    ),
+    "gold_subquestions": Method("gold sub-questions", "with gold sub-questions", "#8a6d00", "#d9b93a", "P"),
+    "solver": Method("solver", "", "#44aa99", "#74d0c1", "p"),
+    "decomposer": Method("decomposer", "", "#882255", "#d97ba6", ">"),
+    "decomposer_operators": Method("decomposer operators"),
+    "decomposer_equations": Method("decomposer equations"),
+    "decomposer_interleaved": Method("decomposer interleaved", "", "#117733", "#5fbf7c", "<"),
+    "decomposer_interleaved_operators": Method("decomposer interleaved operators"),
+    "decomposer_interleaved_equations": Method("decomposer interleaved equations"),
+    "planner_operators": Method("planner operators"),
+    "planner_equations": Method("planner equations"),
+}
+_ORDER = list(METHODS)
 
 
 def base(method: str) -> str:
@@ -37,18 +59,18 @@ def canonical(method: str) -> str:
 
 
 def label(method: str) -> str:
-    """Return `iterative, ahead + gold operators` for iterative_ahead+gold operators; an unknown name as it is."""
+    """Return `iterative, ahead + gold operators` for iterative_ahead+gold operators; an unknown name unchanged."""
     name, mark, guidance = method.partition(GUIDED)
-    known = _LABELS.get(name, name.replace("_", " ") if name in METHOD_ORDER else name)
+    known = METHODS[name].label if name in METHODS else name
     return f"{known} + {guidance}" if mark else known
 
 
 def method_rank(method: str) -> tuple[int, str]:
-    """Return a sort key: known methods in their order, each before itself with guidance, then others by name."""
+    """Return a sort key: known methods in their order, each before its guided variants, then others by name."""
     name = base(method)
-    return (METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER), method)
+    return (_ORDER.index(name) if name in METHODS else len(METHODS), method)
 
 
-def is_part(method: str) -> bool:
-    """Return whether a run of this method has no answers of its own because it is a part of a pair."""
+def is_role_of_pair(method: str) -> bool:
+    """Return whether models of this method answer only as a role of a pair, so their runs are not evaluated."""
     return method.startswith(("decomposer", "planner_")) or method == "solver"

@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from trainer.report import columns
 from trainer.report.format import clean
 from trainer.report.methods import GUIDED, base
 from trainer.report.solution_steps import StepText
+from trainer.storage.json_lines import read_json_lines
 from trainer.storage.run_directory import EvaluationDirectory, parse_run_name
 
 RULES = ("strict", "flexible")
@@ -29,16 +29,17 @@ _ACCURACY_TOLERANCE = 1e-3  # results.json may round a fraction to three digits
 _TEXTS = ("data", "split", "mode", "model_name", "train_data", "method")
 _INTEGERS = ("seed", "num_parameters", "unfinished", "generated_tokens", "num_problems")
 _TYPES: dict[str, type] = {
-    **{name: str for name in _TEXTS},
-    **{name: int for name in _INTEGERS},
+    **dict.fromkeys(_TEXTS, str),
+    **dict.fromkeys(_INTEGERS, int),
     **{"calculator": bool, "temperature": float, "seconds": float, "accuracy": dict, "by_num_steps": dict},
 }
+_ROLE_TYPES = {"model_name": str, "method": str, "num_parameters": int}
 
 
 def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
-    """Return the evaluation columns of columns.RUNS for one results.json of the run of this name.
+    """Return the evaluation columns of columns.RUNS for one results.json of the run with this name.
 
-    Raises UserError naming the file and the value that is wrong.
+    Raises UserError with the path of the file and the wrong value.
     """
     path = directory.results
     record = read_json(path)
@@ -46,21 +47,24 @@ def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: format is {record.get('format')!r}, expected 1; it was made by another version"
         )
-    for name, kind in _TYPES.items():
+    types = _TYPES | ({"train_seed": int} if record.get("train_seed") is not None else {})
+    for name, kind in types.items():
         if kind is float and type(record.get(name)) is int:
             record[name] = float(record[name])
-        _check_type(path, record, name, kind)
-    if record.get("train_seed") is not None:
-        _check_type(path, record, "train_seed", int)
-    correct, by_num_steps = _counts(path, record)
+        if type(record.get(name)) is not kind:
+            raise UserError(
+                f"{path}: {name} is {record.get(name)!r}, expected {kind.__name__}; evaluate again"
+            )
+    counts = _counts(path, record)
     record |= {name: clean(record[name]) for name in _TEXTS}
     run_data, run_method, run_model, _ = parse_run_name(run)
     if record["mode"] == "few_shot" and not record["train_data"]:
-        # A published model does not know its name in the study; it stands in the row of its students.
+        # Results of a published model lack its name in the study; the run's name puts it beside its trained models.
         record["model_name"] = clean(run_model) or record["model_name"]
     members = [_member(role, record[role], path) for role in _ROLES if record.get(role)]
     method = (record["method"] or record["mode"]) + _guidance(members, record)
-    problems = _problems(clean(directory.path.name), run_method, record)
+    name = clean(directory.path.name)
+    problems = _problems(name, run_method, record)
     train_data = run_data or record["train_data"]
     same_data = record["data"] in (train_data, record["train_data"]) or problems.startswith(f"{train_data}-")
     stopped_at = first_integer(record.get("step"), 0) if record.get("finished") is False else None
@@ -73,12 +77,15 @@ def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
     )
     warnings = record.get("warnings")
     return {
-        "evaluation_name": clean(directory.path.name),
+        **{
+            name: record[name]
+            for name in ("data", "split", "mode", "calculator", "temperature", "generated_tokens")
+        },
+        "evaluation_name": name,
         "results_path": path,
         "predictions_path": directory.predictions,
         "problems": problems,
         "remarks": remarks,
-        **{name: record[name] for name in ("data", "split", "mode", "calculator", "temperature")},
         "method": method,
         "sampling_seed": record["seed"],
         "train_seed": record.get("train_seed"),
@@ -88,10 +95,11 @@ def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
         "evaluated_parameters": record["num_parameters"],
         "total_parameters": first_integer(record.get("total_parameters"), record["num_parameters"]),
         "n": record["num_problems"],
-        **{f"{rule}_correct": correct[rule] for rule in RULES},
-        "by_num_steps": by_num_steps,
+        **{f"{rule}_correct": counts[None, rule][0] for rule in RULES},
+        "by_num_steps": {
+            num: count for (num, rule), count in counts.items() if num is not None and rule == "strict"
+        },
         "unfinished_generations": record["unfinished"],
-        "generated_tokens": record["generated_tokens"],
         "calculator_results_given": first_integer(record.get("calculator_results_given")),
         "evaluation_seconds": record["seconds"],
         "members": members,
@@ -100,57 +108,46 @@ def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
     }
 
 
-def _check_type(path: Path, record: dict[str, Any], name: str, kind: type) -> None:
-    if type(record.get(name)) is not kind:
-        raise UserError(f"{path}: {name} is {record.get(name)!r}, expected {kind.__name__}; evaluate again")
-
-
-def _counts(path: Path, record: dict[str, Any]) -> tuple[dict[str, int], dict[int, tuple[int, int]]]:
-    """Return correct answers by rule, and (strict correct, n) by number of steps, after checking that they add up."""
-    whole = _scores(record["accuracy"], path, "accuracy")
-    parts: dict[int, dict[str, tuple[int, int]]] = {}
+def _counts(path: Path, record: dict[str, Any]) -> dict[tuple[int | None, str], tuple[int, int]]:
+    """Return (correct, n) by (number of steps, rule), None for all problems together, after checking that they add up."""
+    counts = {(None, rule): _count(path, record["accuracy"], "accuracy", rule) for rule in RULES}
+    groups: dict[tuple[int | None, str], tuple[int, int]] = {}
     for key, scores in record["by_num_steps"].items():
         if not key.isdecimal():
             raise UserError(
                 f"{path}: by_num_steps has the key {key!r}, expected a number of steps; evaluate again"
             )
-        parts[int(key)] = _scores(scores, path, f"by_num_steps {key}")
-    for rule, (correct, n) in whole.items():
+        groups |= {(int(key), rule): _count(path, scores, f"by_num_steps {key}", rule) for rule in RULES}
+    for (_, rule), (correct, n) in counts.items():
         if n != record["num_problems"]:
             raise UserError(
                 f"{path}: {rule} n is {n} but num_problems is {record['num_problems']}; evaluate again"
             )
-        total = tuple(map(sum, zip(*(scores[rule] for scores in parts.values()), strict=True)))
-        if parts and total != (correct, n):
+        of_rule = [count for (_, other), count in groups.items() if other == rule]
+        if of_rule and tuple(map(sum, zip(*of_rule, strict=True))) != (correct, n):
             raise UserError(f"{path}: by_num_steps does not add up to {rule} {correct}/{n}; evaluate again")
     if not record["num_problems"]:
-        raise UserError(f"{path}: no problem was evaluated; evaluate again on shards that hold some")
-    correct_by_rule = {rule: correct for rule, (correct, _) in whole.items()}
-    return correct_by_rule, {num: parts[num]["strict"] for num in sorted(parts)}
+        raise UserError(f"{path}: no problem was evaluated; evaluate again on shards that contain some")
+    return counts | dict(sorted(groups.items()))
 
 
-def _scores(record: Any, path: Path, where: str) -> dict[str, tuple[int, int]]:
-    """Return (correct, n) by rule."""
-    scores = {}
-    for rule in RULES:
-        entry = record.get(rule) if isinstance(record, dict) else None
-        counts: dict[str, Any] = entry if isinstance(entry, dict) else {}
-        correct, n, stated = (counts.get(name) for name in ("correct", "n", "accuracy"))
-        if type(correct) is not int or type(n) is not int or not 0 <= correct <= n:
-            raise UserError(f"{path}: {where} {rule} is {entry!r}, expected correct <= n; evaluate again")
-        if n and isinstance(stated, (int, float)) and not abs(stated - correct / n) <= _ACCURACY_TOLERANCE:
-            raise UserError(
-                f"{path}: {where} {rule} says {stated} but {correct}/{n} = {correct / n:.4f}; evaluate again"
-            )
-        scores[rule] = (correct, n)
-    return scores
+def _count(path: Path, scores: Any, where: str, rule: str) -> tuple[int, int]:
+    entry = scores.get(rule) if isinstance(scores, dict) else None
+    correct, n, stated = map((entry if isinstance(entry, dict) else {}).get, ("correct", "n", "accuracy"))
+    if type(correct) is not int or type(n) is not int or not 0 <= correct <= n:
+        raise UserError(f"{path}: {where} {rule} is {entry!r}, expected correct <= n; evaluate again")
+    if n and isinstance(stated, (int, float)) and not abs(stated - correct / n) <= _ACCURACY_TOLERANCE:
+        raise UserError(
+            f"{path}: {where} {rule} says {stated} but {correct}/{n} = {correct / n:.4f}; evaluate again"
+        )
+    return correct, n
 
 
 def _problems(name: str, run_method: str, record: dict[str, Any]) -> str:
-    """Return the name of the set of problems: a study may call a set of its own data by another name.
+    """Return the name of the set of problems, which a study may rename for its own data.
 
     The evaluation is called <data>-<split>-<mode>, where a guided pair has its run's method as the mode, followed by
-    what differs from the usual.
+    the settings that differ from the defaults.
     """
     usual = f"{record['data']}-{record['split']}"
     for mode in filter(None, (run_method, record["mode"])):
@@ -161,14 +158,9 @@ def _problems(name: str, run_method: str, record: dict[str, Any]) -> str:
 
 
 def _member(role: str, record: Any, path: Path) -> dict[str, Any]:
-    """Return role, model_name and method of one of the models that answered together."""
-    kinds = {"model_name": str, "method": str, "num_parameters": int}
-    if not isinstance(record, dict) or any(
-        type(record.get(name)) is not kind for name, kind in kinds.items()
-    ):
-        raise UserError(
-            f"{path}: {role} is {record!r}, expected model_name, method, num_parameters; evaluate again"
-        )
+    """Return role, model_name and method of one model of a pair."""
+    if not isinstance(record, dict) or any(type(record.get(key)) is not t for key, t in _ROLE_TYPES.items()):
+        raise UserError(f"{path}: {role} is {record!r}, expected {', '.join(_ROLE_TYPES)}; evaluate again")
     return {"role": role, "model_name": clean(record["model_name"]), "method": clean(record["method"])}
 
 
@@ -182,7 +174,7 @@ def _backends(record: Any) -> list[dict[str, Any]]:
     for role, choice in record.items() if isinstance(record, dict) else ():
         if isinstance(choice, dict) and choice.get("name"):
             name, difference = clean(str(choice["name"])), choice.get("difference")
-            if choice.get("compared_with") == "generate":  # says nothing about the plain forward pass
+            if choice.get("compared_with") == "generate":  # not with the plain forward pass
                 difference, name = None, f"{name} (as generate decodes)"
             number = float(difference) if isinstance(difference, (int, float)) else None
             reason = clean(str(choice.get("reason") or ""))
@@ -205,11 +197,10 @@ def read_metrics(path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
 
     A missing file is an empty log. A step that is not after the last one is a resume at an earlier checkpoint and
     undoes that step and all later ones. Lines that are not JSON (cut by a kill) are left out and counted. Raises
-    UserError if most lines are unreadable: then the file is something else.
+    UserError if most lines are unreadable, because then it is another kind of file.
     """
-    text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
-    lines = [line for line in text.splitlines() if line.strip()]
-    found = [record for record in map(_metrics_record, lines) if record is not None]
+    lines = [record for _, record in read_json_lines(path)]
+    found = [_metrics_row(record) for record in lines if record and type(record.get("step")) is int]
     broken = len(lines) - len(found)
     if broken > 1 and 2 * broken > len(lines):
         raise UserError(
@@ -224,76 +215,61 @@ def read_metrics(path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     return kept.sort_values("step", kind="stable", ignore_index=True), counts
 
 
-def _metrics_record(line: str) -> dict[str, Any] | None:
-    """Return one line of metrics.jsonl as columns.METRICS, None if it is not JSON with a step."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
-        return None
+def _metrics_row(record: dict[str, Any]) -> dict[str, Any]:
     validation = record.get("evaluation")
-    is_validation = isinstance(validation, dict)
-    values = {"loss": validation.get("loss")} if isinstance(validation, dict) else record
-    numbers = {
-        name: values.get(name) if type(values.get(name)) in (int, float) else np.nan
-        for name in ("loss", "learned_tokens", "tokens_per_second", "seconds")
-    }
-    return {"step": record["step"], "is_validation": is_validation, **numbers}
+    values = validation if isinstance(validation, dict) else record
+    row = {name: values.get(name) for name in columns.METRICS if columns.METRICS[name] == "float64"}
+    numbers = {name: value if type(value) in (int, float) else np.nan for name, value in row.items()}
+    return {"step": record["step"], "is_validation": values is validation, **numbers}
 
 
-def read_predictions(path: Path, expected: dict[str, int]) -> pd.DataFrame | None:
+def read_predictions(path: Path, expected: dict[str, Any]) -> pd.DataFrame | None:
     """Return columns.PREDICTIONS of one evaluation, None if there is no predictions.jsonl.
 
-    `expected`: n, strict_correct and flexible_correct of results.json. Raises UserError if the file is damaged, names
-    an id twice, or has other counts.
+    `expected`: n, strict_correct and flexible_correct of results.json. Raises UserError if the file is damaged,
+    contains an id twice, or has other counts.
     """
     if not path.is_file():
         return None
-    rows: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    correct: Counter[str] = Counter()
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                rows.append(_prediction(record, f"{path}, line {number}"))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error}); evaluate again") from None
-            if record["id"] in seen:
-                raise UserError(f"{path}, line {number}: id {record['id']!r} occurs twice; evaluate again")
-            seen.add(record["id"])
-            correct.update({rule: record[f"correct_{rule}"] for rule in RULES})
+    rows: dict[str, dict[str, Any]] = {}
+    for number, record in read_json_lines(path):
+        row = _prediction(record, f"{path}, line {number}")
+        if row["id"] in rows:
+            raise UserError(f"{path}, line {number}: id {row['id']!r} occurs twice; evaluate again")
+        rows[row["id"]] = row
     for rule in RULES:
+        counted = sum(row[f"correct_{rule}"] for row in rows.values()), len(rows)
         stated = expected[f"{rule}_correct"], expected["n"]
-        if (correct[rule], len(rows)) != stated:
+        if counted != stated:
             raise UserError(
-                f"{path}: {correct[rule]} of {len(rows)} {rule} correct, but "
+                f"{path}: {counted[0]} of {counted[1]} {rule} correct, but "
                 f"{path.with_name('results.json')} says {stated[0]} of {stated[1]}; evaluate again"
             )
-    return columns.frame(rows, columns.PREDICTIONS)
+    return columns.frame(list(rows.values()), columns.PREDICTIONS)
 
 
-def _prediction(record: Any, where: str) -> dict[str, Any]:
-    flags = [record.get(f"correct_{rule}") for rule in RULES] if isinstance(record, dict) else [None]
-    if not all(type(flag) is bool for flag in flags) or type(record.get("id")) is not str:
+def _prediction(record: dict[str, Any] | None, where: str) -> dict[str, Any]:
+    if record is None:
+        raise UserError(f"{where}: not JSON of one object; evaluate again")
+    if type(record.get("id")) is not str or any(type(record.get(f"correct_{r}")) is not bool for r in RULES):
         raise UserError(f"{where}: not a prediction (id, correct_strict, correct_flexible); evaluate again")
-    steps, strict, tokens = (record.get(name) for name in ("gold_steps", "strict", "generated_tokens"))
-    if steps is not None and not (isinstance(steps, list) and all(isinstance(step, dict) for step in steps)):
-        raise UserError(f"{where}: gold_steps is not a list of steps; evaluate again")
+    steps, answer, tokens = (record.get(name) for name in ("gold_steps", "strict", "generated_tokens"))
     if steps is not None:
+        if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+            raise UserError(f"{where}: gold_steps is not a list of steps; evaluate again")
         steps = tuple(_gold_step(_text(step, "question"), _text(step, "solution")) for step in steps)
     return {
         **{name: _text(record, name) for name in ("id", "question", "gold", "text", "stopped")},
-        "gold_steps": steps,
-        "strict": strict if isinstance(strict, str) else None,
+        **{f"correct_{rule}": record[f"correct_{rule}"] for rule in RULES},
         "correct": record["correct_strict"],
+        "gold_steps": steps,
+        "has_answer": isinstance(answer, str) and answer != "",
         "generated_tokens": tokens if type(tokens) is int else 0,
         "finished": record.get("finished") is not False,
     }
 
 
-# Every student of a data set has the same gold steps: their values are computed once.
+# All evaluations on a data set share the gold steps, so their values are computed once.
 _gold_step = functools.lru_cache(maxsize=1 << 15)(StepText)
 
 
@@ -308,7 +284,7 @@ def first_integer(*candidates: Any) -> int | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file. Raises UserError if it cannot be read or holds something else."""
+    """Return the object of a JSON file. Raises UserError if it cannot be read or is not an object."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -8,10 +8,19 @@ from typing import Any
 import pandas as pd
 
 from trainer.report import format
+from trainer.report.error_types import ERROR_TYPES, RIGHT
 from trainer.report.methods import label
-from trainer.report.statistics import estimates, half_width
+from trainer.report.statistics import estimates, half_width, wilson_interval
 
 CELL = ["panel", "model", "parameters", "method"]  # one method with one model on one panel: a row per seed
+EVALUATED = [
+    "panel",
+    "model",
+    "parameters",
+    "total_parameters",
+    "method",
+    "seed",
+]  # `seed` of the evaluated model
 LEVEL = 0.05
 _MANY_PROBLEMS = 1000  # from here on a digit after the point means something
 _MAX_NAMED = 3  # pairs of methods
@@ -41,6 +50,35 @@ def summarise_by_num_steps(evaluations: pd.DataFrame) -> pd.DataFrame:
         ["cell", "num_steps"], kind="stable"
     )
     return estimates(scores.loc[order.index], [*CELL, "num_steps"])
+
+
+def count_error_types(evaluations: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per evaluation with gold steps: EVALUATED, the number of right answers and of each error type, n."""
+    counts = predictions.groupby(["evaluation", "error_type"]).size().unstack(fill_value=0)
+    counts = counts.reindex(columns=[RIGHT, *ERROR_TYPES], fill_value=0)
+    return _evaluated(evaluations)[EVALUATED].join(counts.assign(n=counts.sum(axis=1)), how="inner")
+
+
+def question_quality(evaluations: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per evaluation of models that write sub-questions.
+
+    Columns: EVALUATED, asking_model (that writes them), those of subquestions.score_questions, right_number_share, low,
+    high (its 95 % Wilson interval).
+    """
+    if quality.empty:
+        return quality
+    found = _evaluated(evaluations)[[*EVALUATED, "asking_model"]]
+    found = found.join(quality.set_index("evaluation"), how="inner")
+    low, high = wilson_interval(found["right_number"], found["n"])
+    return found.assign(right_number_share=found["right_number"] / found["n"], low=low, high=high)
+
+
+def _evaluated(evaluations: pd.DataFrame) -> pd.DataFrame:
+    asking = [
+        next((member["model_name"] for member in row.members if member["role"] == "decomposer"), row.model)
+        for row in evaluations.itertuples()
+    ]
+    return evaluations.assign(seed=evaluations["train_seed"], asking_model=pd.Series(asking, dtype=object))
 
 
 def headline(panel: pd.DataFrame) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import pandas as pd
 from trainer.report.columns import records
 from trainer.report.comparison import comparison_rows
 from trainer.report.error_types import ERROR_TYPES, RIGHT
-from trainer.report.report_data import STUDENT, ReportData
+from trainer.report.report_data import ReportData
 from trainer.report.run_files import RULES
-from trainer.report.summary import headline_text
+from trainer.report.summary import EVALUATED, headline_text
 
 FORMAT = 1
 _RESULTS = [
@@ -42,7 +42,7 @@ def to_json(data: ReportData) -> str:
     """Return results.json."""
     named, tested = {"panel": "problems"}, {"model": "model_name", "parameters": "num_parameters"}
     runs = data.study.runs
-    student = [named.get(name, name) for name in STUDENT]
+    evaluated = [named.get(name, name) for name in EVALUATED]
     cell = ["problems", "model", "parameters"]
     summary, by_steps = data.summary.rename(columns=named), data.by_num_steps.rename(columns=named)
     errors, questions = data.error_types.rename(columns=named), data.subquestions.rename(columns=named)
@@ -57,7 +57,7 @@ def to_json(data: ReportData) -> str:
         "by_num_steps": records(by_steps[[*cell, "method", "num_steps", *_ESTIMATE]]),
         "comparisons": records(data.comparisons.rename(columns=tested)),
         "calculator": records(data.calculators.rename(columns=tested)),
-        "causes": records(errors[[*student, RIGHT, *ERROR_TYPES, "n"]]),
+        "causes": records(errors[[*evaluated, RIGHT, *ERROR_TYPES, "n"]]),
         "subquestions": records(questions),
         "certainty": records(data.significance.rename(columns={"not_significant": "untold"})),
         "fits": records(data.fits),
