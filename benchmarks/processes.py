@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import place
+from tests.distributed import rank_environment
 from trainer.runtime import process_group
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -97,7 +97,7 @@ class Running:
         # Several contenders run concurrently, so each needs its own port.
         port = process_group.free_port()
         for rank in range(ranks or 1):
-            launcher = place(rank, ranks, port) if ranks else {}
+            launcher = rank_environment(rank, ranks, port) if ranks else {}
             ours, theirs = socket.socketpair()
             self._processes.append(_start(command, {**environment, **launcher}, theirs))
             theirs.close()

@@ -23,7 +23,7 @@ class Outcome:
     output: str
 
 
-def place(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """Return the environment variables that a launcher sets for one of `num_ranks` ranks on this machine."""
     ours = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     return ours | {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -36,7 +36,7 @@ class Ranks:
         port = free_port()
         self.processes = []
         for rank in range(num_ranks):
-            ours = place(rank, num_ranks, port)
+            ours = rank_environment(rank, num_ranks, port)
             ours |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
             self.processes.append(
                 subprocess.Popen(

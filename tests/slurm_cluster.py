@@ -152,7 +152,7 @@ class Cluster:
         return found
 
 
-def make(folder: Path, **environment: str) -> Cluster:
+def start_cluster(folder: Path, **environment: str) -> Cluster:
     """Start a cluster in `folder`; skip the test, naming the missing packages, if Slurm is not installed."""
     cluster = Cluster(folder)
     status, output = cluster.run(DEV_CLUSTER, "up", **environment)
@@ -169,7 +169,7 @@ def cluster() -> Iterator[Cluster]:
     short = {"DEV_CLUSTER_GRACE": "120", "DEV_CLUSTER_KILL_WAIT": "10", "DEV_CLUSTER_NODE_LOST": "10"}
     started = None
     try:
-        started = make(folder, **short)
+        started = start_cluster(folder, **short)
         yield started
     finally:
         if started:

@@ -22,7 +22,7 @@ from benchmarks.processes import turns
 from trainer.evaluation.decoding import STUDENT, Decoding
 from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
-from trainer.evaluation.work_queue import CELLS
+from trainer.evaluation.work_queue import COUNTER_NAMES
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 from trainer.runtime import distributed
@@ -57,7 +57,7 @@ def main() -> None:
     solve(range(2), ProcessCounter())
     for _ in turns():
         alone, passes_alone, answers = solve(everything if environment.rank == 0 else (), ProcessCounter())
-        with shared_counter(CELLS) as counter:
+        with shared_counter(COUNTER_NAMES) as counter:
             queue, passes_of_queue, answers_of_queue = solve(everything, counter)
         fixed, passes_of_fixed, answers_of_fixed = solve(
             everything[environment.rank :: environment.world_size], ProcessCounter()

@@ -53,12 +53,12 @@ def main() -> None:
 def ours(model: Any, tokenizer: Any, shards: Shards, which: range, limit: int, batch: int) -> Answers:
     from trainer.evaluation.pipeline import Pipeline, RoleModel
     from trainer.evaluation.predict import predictions
-    from trainer.evaluation.work_queue import CELLS
+    from trainer.evaluation.work_queue import COUNTER_NAMES
     from trainer.runtime.shared_counter import shared_counter
 
     decoding = Decoding("socratic", calculator=False, max_new_tokens=limit, batch_size=batch)
     pipeline = Pipeline({STUDENT: RoleModel(model, "socratic")}, tokenizer, shards, decoding)
-    with shared_counter(CELLS) as counter:
+    with shared_counter(COUNTER_NAMES) as counter:
         return {found["id"]: found["text"] for found in predictions(pipeline, which, counter)}
 
 

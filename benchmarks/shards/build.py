@@ -22,7 +22,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.training.material import data_folder  # noqa: E402
 from trainer.models.tokenizer import load_tokenizer  # noqa: E402
-from trainer.problems.gsm8k import from_record  # noqa: E402
+from trainer.problems.gsm8k import problem_from_record  # noqa: E402
 from trainer.shards.segments import segment_texts  # noqa: E402
 
 PROCESSES = 2
@@ -50,7 +50,7 @@ def with_datasets(output: Path) -> tuple[float, np.ndarray]:
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         pieces = []
         for question, answer in zip(batch["question"], batch["answer"], strict=True):
-            problem = from_record({"question": question, "answer": answer}, "x")
+            problem = problem_from_record({"question": question, "answer": answer}, "x")
             pieces.append(segment_texts(problem))
         encoded = iter(
             tokenizer(

@@ -62,4 +62,4 @@ def main() -> None:
         print(json.dumps(figures), flush=True)
 
 
-terminal.run(main)
+terminal.run_main(main)

@@ -282,7 +282,7 @@ def test_the_scaling_study_spans_the_sizes_and_leaves_room(monkeypatch: pytest.M
         "answer_only", "cot", "socratic", "iterative_interleaved",
     }  # fmt: skip
     longest, written = 0, 0
-    for problem in stories.read("test", seed=1, num_problems=150, min_steps=8, max_steps=8):
+    for problem in stories.generate_problems("test", seed=1, num_problems=150, min_steps=8, max_steps=8):
         steps = "".join(f"{step.question}\n{step.solution}\n" for step in problem.steps)
         solution = len(tokenizer(f"{steps}#### {problem.answer}")["input_ids"])
         longest = max(longest, solution + len(tokenizer(problem.question)["input_ids"]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm_cluster import DEV_CLUSTER, MISSING_PACKAGES, REPOSITORY, Cluster, make
+from tests.slurm_cluster import DEV_CLUSTER, MISSING_PACKAGES, REPOSITORY, Cluster, start_cluster
 
 RANKS = REPOSITORY / "slurm" / "ranks.sh"
 # A rank that saves on a signal, or runs for a minute.
@@ -47,7 +47,7 @@ def preempt(cluster: Cluster) -> None:
 
 
 def test_up_status_down_and_nothing_is_left(own_cluster: Cluster) -> None:
-    make(own_cluster.folder)
+    start_cluster(own_cluster.folder)
     assert "already up" in own_cluster.run_well(DEV_CLUSTER, "up")
     assert "low*" in own_cluster.run_well(DEV_CLUSTER, "status")
     job = own_cluster.sbatch("--nodes=2", "--output=/dev/null", "--wrap=srun sleep 1000")
@@ -190,9 +190,9 @@ def test_contradictory_ranks_are_refused_by_every_rank(cluster: Cluster, tmp_pat
 DRAW_BATCHES = """
 from trainer.runtime import distributed
 distributed.initialize()
-from trainer.evaluation.work_queue import CELLS
+from trainer.evaluation.work_queue import COUNTER_NAMES
 from trainer.runtime.shared_counter import shared_counter
-with shared_counter(CELLS) as counter:
+with shared_counter(COUNTER_NAMES) as counter:
     drawn = [counter.add("next_batch", 1) for _ in range(5)]
 all_drawn = distributed.gather_objects(drawn)
 if distributed.is_main_process():

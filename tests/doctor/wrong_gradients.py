@@ -22,4 +22,4 @@ DeepSpeedZeroOptimizer.average_tensor = average_enlarged_tensor
 chosen = [case for case in gradient_parity.cases() if case.dtype == torch.float32 and not case.checkpointing]
 chosen += [gradient_parity.ParityCase(0, torch.bfloat16, False)]
 gradient_parity.cases = lambda: chosen
-terminal.run(lambda: rank_checks.main(sys.argv[1:]))
+terminal.run_main(lambda: rank_checks.main(sys.argv[1:]))

@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    terminal.run(main)
+    terminal.run_main(main)

@@ -22,7 +22,7 @@ from trainer.evaluation.complete import completion_backend, completions
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.generate import generate, make_sampler
 from trainer.models.tokenizer import load_tokenizer
-from trainer.problems.jsonl import to_record
+from trainer.problems.jsonl import record_from_problem
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
 from trainer.storage.run_directory import EvaluationDirectory
@@ -153,7 +153,9 @@ def test_few_shot(family: str, shards: Shards, tmp_path: Path) -> None:
     model = make(family)
     path = folder(model, shards, tmp_path / family)
     exemplars = tmp_path / "exemplars.jsonl"
-    exemplars.write_text("".join(json.dumps(to_record(shards.problem(index))) + "\n" for index in (0, 1)))
+    exemplars.write_text(
+        "".join(json.dumps(record_from_problem(shards.problem(index))) + "\n" for index in (0, 1))
+    )
     out = tmp_path / "out"
     evaluate(
         settings(path, shards, mode="few_shot", exemplars=str(exemplars), max_new_tokens=12, calculator=False,

@@ -21,7 +21,7 @@ from trainer.evaluation.predict import predictions
 from trainer.models.kv_cache import ForwardBatch, prepare_prefill
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.exemplars import read_exemplars
-from trainer.problems.jsonl import to_record
+from trainer.problems.jsonl import record_from_problem
 from trainer.runtime.shared_counter import ProcessCounter
 from trainer.settings import EvaluateSettings
 from trainer.shards.methods import VIEWS
@@ -32,7 +32,9 @@ from trainer.shards.read import Shards
 def exemplars(shards: Shards, tmp_path: Path) -> Path:
     """Two of the stories, solved."""
     path = tmp_path / "exemplars.jsonl"
-    path.write_text("".join(json.dumps(to_record(shards.problem(index))) + "\n" for index in (0, 1)))
+    path.write_text(
+        "".join(json.dumps(record_from_problem(shards.problem(index))) + "\n" for index in (0, 1))
+    )
     return path
 
 

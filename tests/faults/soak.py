@@ -29,7 +29,7 @@ import yaml
 
 from tests.faults import disturbances, oracle
 from tests.faults.disturbances import Disturbance
-from tests.slurm_cluster import DEV_CLUSTER, REPOSITORY, Cluster, make
+from tests.slurm_cluster import DEV_CLUSTER, REPOSITORY, Cluster, start_cluster
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory
 
@@ -242,7 +242,7 @@ def count(study: SoakedStudy, outcome: Outcome, expected: dict[str, Any]) -> Non
 
 def soak(folder: Path, minutes: float, seed: int, log: Callable[[str], None] = print) -> Outcome:
     """Run the study undisturbed and disturbed on a cluster in `folder`, whose path must be short."""
-    cluster = make(folder / "c", **SHORT_WAITS)
+    cluster = start_cluster(folder / "c", **SHORT_WAITS)
     try:
         steps = pilot(SoakedStudy(cluster, folder, folder / "pilot"), minutes, log)
         undisturbed = SoakedStudy(cluster, folder, folder / "undisturbed")

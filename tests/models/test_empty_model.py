@@ -85,7 +85,7 @@ assert shapes == {name: tuple(parameter.ds_shape) for name, parameter in blank.n
 assert all(parameter.numel() == 0 for parameter in blank.parameters())
 with deepspeed.zero.GatheredParameters(list(blank.parameters())):
     assert shapes == {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}
-terminal.run(lambda: print("gathered", sum(gathered)))
+terminal.run_main(lambda: print("gathered", sum(gathered)))
 """
 
 

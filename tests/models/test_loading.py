@@ -181,7 +181,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 distributed.initialize()
 deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
 held = HfDeepSpeedConfig({"train_batch_size": 2, "zero_optimization": {"stage": 3}})
-terminal.run(lambda: print("loaded", type(load.load_model(sys.argv[1], "fp32")).__name__))
+terminal.run_main(lambda: print("loaded", type(load.load_model(sys.argv[1], "fp32")).__name__))
 """
 
 
@@ -305,7 +305,7 @@ def test_plain_weights_are_trained(tmp_path: Path) -> None:
 
 def test_default_attention_is_what_transformers_chooses() -> None:
     names = ["gpt2", "llama", "gemma2", "bloom", "mamba", "gpt_neo", "gpt_oss", "gemma3", "qwen3_5"]
-    found = {name: load.default_attention(AutoConfig.for_model(name)) for name in names}
+    found = {name: load.default_attn_implementation(AutoConfig.for_model(name)) for name in names}
     with torch.device("meta"):
         sizes = {"num_hidden_layers": 2, "n_layer": 2}
         for name in ["gpt2", "llama", "gemma2", "bloom", "mamba"]:

@@ -105,10 +105,10 @@ def test_varlen_attention_takes_more_keys_than_queries() -> None:
 
 
 def test_graph_shapes_are_of_all_slots_or_a_half_or_a_quarter_of_them() -> None:
-    assert [shape_for(occupied, 256, 1, 600).block for occupied in (256, 129, 128, 65, 9, 8, 1)] == [
+    assert [shape_for(occupied, 256, 1, 600).num_slots for occupied in (256, 129, 128, 65, 9, 8, 1)] == [
         256, 256, 128, 128, 16, 8, 8
     ]  # fmt: skip
-    assert [shape_for(occupied, 100, 1, 600).block for occupied in (100, 51, 50, 13, 12, 1)] == [
+    assert [shape_for(occupied, 100, 1, 600).num_slots for occupied in (100, 51, 50, 13, 12, 1)] == [
         100, 100, 50, 25, 12, 12
     ]  # fmt: skip
     assert [shape_for(1, 1, longest, 600) for longest in (1, 128, 129, 513, 600)] == [

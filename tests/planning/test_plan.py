@@ -190,7 +190,7 @@ def test_volumes_moved_in_a_step() -> None:
 def test_shards_decide_targets_and_steps(stories: Shards) -> None:
     known = planned(train_shards=str(stories.path), max_steps=0, num_train_epochs=2, pack_length=512)
     assert known.workload.total_steps > 0 and not known.workload.assumptions
-    assert 0 < known.workload.learned_tokens < sum(known.workload.lengths) <= 512
+    assert 0 < known.workload.num_target_tokens < sum(known.workload.lengths) <= 512
     assumed = planned(max_steps=0)
     assert assumed.workload.total_steps == 0 and "no train_shards" in assumed.notes[0]
 

@@ -151,9 +151,9 @@ def _random_expression(rng: random.Random, depth: int) -> str:
 
 
 def test_annotations_split_off_calculator_results():
-    pieces = list(calculator.annotations("48/2 = <<48/2=24>>24 clips"))
+    pieces = list(calculator.split_annotations("48/2 = <<48/2=24>>24 clips"))
     assert pieces == [("48/2 = <<48/2=", False), ("24>>", True), ("24 clips", False)]
-    assert list(calculator.annotations("a <<1+1=2>><<2+2=4>>")) == [
+    assert list(calculator.split_annotations("a <<1+1=2>><<2+2=4>>")) == [
         ("a <<1+1=", False),
         ("2>>", True),
         ("<<2+2=", False),
@@ -181,11 +181,11 @@ def test_annotations_split_off_calculator_results():
     ],
 )
 def test_an_annotation_with_another_result_stays_text(text):
-    assert list(calculator.annotations(text)) == [(text, False)]
+    assert list(calculator.split_annotations(text)) == [(text, False)]
 
 
 def test_annotations_of_an_empty_text():
-    assert list(calculator.annotations("")) == []
+    assert list(calculator.split_annotations("")) == []
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_open_expression_is_found_at_the_end_only(text, expression):
 def test_time_is_linear_in_the_text():
     start = time.perf_counter()
     for text in ("<<" * 10**5, "<<1" * 10**5, "<" * 10**6 + "=", "<<1=1" * 10**5, "<<1=1>" * 10**5):
-        assert "".join(piece for piece, _ in calculator.annotations(text)) == text
+        assert "".join(piece for piece, _ in calculator.split_annotations(text)) == text
         open_expression(text)
     assert time.perf_counter() - start < 5
 
@@ -231,7 +231,7 @@ def test_agreement_with_gsm8k(shared_data):
                 value = evaluate(expression)
                 num_same_value += value is not None and Fraction(value) == Fraction(result)
             prefix = ""
-            for piece, is_result in calculator.annotations(step.solution):
+            for piece, is_result in calculator.split_annotations(step.solution):
                 num_results += is_result
                 if is_result:
                     expression = open_expression(prefix)

@@ -75,7 +75,9 @@ def test_svamp_problems_are_their_equations(shared_data):
         record = records[problem.id]
         assert float(problem.answer) == record["Answer"] and "." not in problem.answer
         assert problem.question == one_line(record["Body"]) + " " + one_line(record["Question"])
-        ((_, is_text), (result, is_result), (end, _)) = calculator.annotations(problem.steps[0].solution)
+        ((_, is_text), (result, is_result), (end, _)) = calculator.split_annotations(
+            problem.steps[0].solution
+        )
         assert (is_text, is_result, result, end) == (False, True, f"{problem.answer}>>", problem.answer)
         equation = problem.steps[0].solution.partition(" = ")[0]
         assert _tokens(equation) == _tokens(record["Equation"])
@@ -150,6 +152,7 @@ def test_jsonl_round_trip_of_every_published_problem(shared_data, tmp_path, data
     with (tmp_path / "mine.jsonl").open("w", encoding="utf-8") as file:
         for problem in problems:
             file.write(
-                json.dumps(jsonl.to_record(problem, meta={"from": "a test"}), ensure_ascii=False) + "\n"
+                json.dumps(jsonl.record_from_problem(problem, meta={"from": "a test"}), ensure_ascii=False)
+                + "\n"
             )
     assert list(read_problems("jsonl", "mine", str(tmp_path))) == problems

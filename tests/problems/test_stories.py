@@ -19,7 +19,7 @@ ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
 
 
 def read(split: str, num_problems: int, **options: int) -> list[Problem]:
-    return list(stories.read(split, num_problems=num_problems, **options))
+    return list(stories.generate_problems(split, num_problems=num_problems, **options))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_every_operation_is_common(long_stories: list[Problem]) -> None:
 )
 def test_invalid_arguments_are_named(split: str, options: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        next(stories.read(split, **options))
+        next(stories.generate_problems(split, **options))
 
 
 def test_too_few_stories_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:

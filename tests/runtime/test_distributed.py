@@ -114,7 +114,7 @@ def test_a_tool_without_srun_in_a_job_of_several_tasks_is_refused() -> None:
     command = [
         sys.executable,
         "-c",
-        "from trainer.runtime import distributed, terminal; terminal.run(distributed.initialize)",
+        "from trainer.runtime import distributed, terminal; terminal.run_main(distributed.initialize)",
     ]
     environment = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -19,8 +19,8 @@ def test_restarts_with_progress_are_unlimited(tmp_path: Path, monkeypatch: pytes
     file = tmp_path / "restarts.json"
     for restart in range(20):
         start(file, monkeypatch, restart, progress=restart * 10)
-    assert restarts.read(file)["restarts"] == 19
-    assert restarts.read(file)["without_progress"] == 1
+    assert restarts.read_restarts(file)["restarts"] == 19
+    assert restarts.read_restarts(file)["without_progress"] == 1
 
 
 def test_restarts_without_progress_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def test_a_manual_start_resets_the_count(tmp_path: Path, monkeypatch: pytest.Mon
     for _ in range(5):
         start(file, monkeypatch, 0, progress=0)
     start(file, monkeypatch, 1, progress=0)
-    assert restarts.read(file)["without_progress"] == 1
+    assert restarts.read_restarts(file)["without_progress"] == 1
 
 
 def test_starts_without_a_scheduler_are_unlimited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,4 +53,4 @@ def test_an_invalid_file_resets_the_count(tmp_path: Path, monkeypatch: pytest.Mo
     file = tmp_path / "restarts.json"
     file.write_text('{"restarts": "many"')
     start(file, monkeypatch, 1, progress=3)
-    assert restarts.read(file)["restarts"] == 1
+    assert restarts.read_restarts(file)["restarts"] == 1

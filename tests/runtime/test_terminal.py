@@ -22,7 +22,7 @@ def call_store():
 for _ in range(4):
     threading.Thread(target=call_store, daemon=True).start()
 started.wait()
-terminal.run(lambda: print("done"))
+terminal.run_main(lambda: print("done"))
 """
 
 
@@ -44,7 +44,9 @@ def test_a_library_thread_does_not_fail_the_exit() -> None:
     ],
 )
 def test_exit_status_and_output(main: str, status: int, output: str) -> None:
-    [outcome] = run(["-c", f"import atexit, sys; from trainer.runtime import terminal; terminal.run({main})"])
+    [outcome] = run(
+        ["-c", f"import atexit, sys; from trainer.runtime import terminal; terminal.run_main({main})"]
+    )
     assert (outcome.status, outcome.output) == (status, output)
 
 

@@ -66,7 +66,7 @@ def expected_view(tokenizer: Any, problem: Any, name: str) -> tuple[list[int], l
         if name not in ("answer_only", "cot"):
             segments.append((step.question + "\n", learns_questions))
         if name not in ("answer_only", "decomposer"):
-            for text, is_result in calculator.annotations(step.solution + "\n"):
+            for text, is_result in calculator.split_annotations(step.solution + "\n"):
                 segments.append((text, learns_solutions and not is_result))
     segments.append(("####", name != "solver"))
     if not name.startswith("decomposer"):
@@ -186,4 +186,4 @@ def test_operators_of_an_expression(expression: str, operators: str) -> None:
 
 def test_expressions_of_a_text() -> None:
     text = "a <<3*4=12>>12, b <<10/4=2.50>>2.50, c <<7//2=3>>3, d <<5%=1>>, <<=3>> << 1+1 =2>>"
-    assert calculator.expressions(text) == ["3*4", "10/4", "1+1"]
+    assert calculator.annotated_expressions(text) == ["3*4", "10/4", "1+1"]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.sentencepiece import KINDS, save_tokenizer
 from trainer.errors import UserError
-from trainer.evaluation.few_shot import after_exemplars, exemplar_tokens
+from trainer.evaluation.few_shot import exemplar_tokens, insert_exemplars
 from trainer.evaluation.stop_tokens import StopTokens
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.models.tokenizer import load_tokenizer
@@ -121,7 +121,7 @@ def test_a_problem_after_exemplars_continues_their_text(
     tokenizer = load_tokenizer(folder)
     exemplars = [Problem("a", "How many?", "3", (Step("", "1+2 = <<1+2=3>>3"),)), shards.problem(1)]
     shown = "".join(_text(problem, view_of("cot").inputs) + "\n\n" for problem in exemplars)
-    prompt = after_exemplars(shards.prompt(0).tolist(), exemplar_tokens(exemplars, tokenizer), tokenizer)
+    prompt = insert_exemplars(shards.prompt(0).tolist(), exemplar_tokens(exemplars, tokenizer), tokenizer)
     question = shards.problem(0).question + "\n"
     assert tokenizer.decode(prompt) == f"<s> {shown}{question}"
     line = tokenizer(f"\n{question}", add_special_tokens=False)[
@@ -135,7 +135,7 @@ def test_byte_level_prompts_are_unchanged_after_exemplars(shared_data: Path, tmp
     tokenizer = load_tokenizer(shared_data / "gpt2-tokenizer")
     exemplars = exemplar_tokens([shards.problem(1)], tokenizer)
     prompt = shards.prompt(0).tolist()
-    assert after_exemplars(prompt, exemplars, tokenizer) == [*exemplars, *prompt]
+    assert insert_exemplars(prompt, exemplars, tokenizer) == [*exemplars, *prompt]
     assert not segment_tokenizer(tokenizer).continues_differently
 
 

@@ -89,12 +89,12 @@ def test_exemplars_are_right(path: Path) -> None:
         assert isinstance(problem, Problem), problem
         assert problem.steps and all(step.question.endswith("?") and step.solution for step in problem.steps)
         for step in problem.steps:
-            spans = list(calculator.annotations(step.solution))
+            spans = list(calculator.split_annotations(step.solution))
             assert sum(is_result for _, is_result in spans) == step.solution.count("<<")
         if "strategyqa" in path.stem:
             assert problem.answer in ("yes", "no")
         else:
-            (expression,) = calculator.expressions(problem.steps[-1].solution)
+            (expression,) = calculator.annotated_expressions(problem.steps[-1].solution)
             assert answers.answers_match(problem.answer, calculator.evaluate(expression) or "")
 
 

@@ -152,9 +152,9 @@ def test_a_setting_under_both_names_is_an_error(capsys: pytest.CaptureFixture[st
 
 def test_sections_of_a_study_may_use_either_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sections end up under the present name, so that merging them has no duplicate."""
-    monkeypatch.setitem(checks.DECIDED, Renamed, set())
-    monkeypatch.setitem(checks._ELSEWHERE, Renamed, {})
+    monkeypatch.setitem(checks.SET_BY_STUDY, Renamed, set())
+    monkeypatch.setitem(checks._PLACEHOLDERS, Renamed, {})
     train, model = {"heartbeat_seconds": 5}, {"silence": 6}
-    checks.check(Renamed, train, "study.yaml: train")
-    checks.check(Renamed, model, "study.yaml: models.small")
+    checks.check_settings(Renamed, train, "study.yaml: train")
+    checks.check_settings(Renamed, model, "study.yaml: models.small")
     assert from_dict(Renamed, {**train, **model}, "study.yaml") == Renamed(6)

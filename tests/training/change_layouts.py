@@ -136,4 +136,4 @@ def main() -> None:
             raise RuntimeError(f"{case}: {error}") from error
 
 
-terminal.run(main)
+terminal.run_main(main)

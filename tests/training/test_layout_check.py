@@ -353,7 +353,7 @@ def test_default_attention_is_tried_before_eager() -> None:
         "equal lengths (attention sdpa)",
         "one example (attention sdpa)",
     ]
-    assert load.default_attention(config) == "sdpa"
+    assert load.default_attn_implementation(config) == "sdpa"
 
 
 @pytest.mark.parametrize(("packing", "rows"), [("true", PACKED), ("false", PADDED)])

@@ -33,4 +33,4 @@ def main() -> None:
             print(f"run {number}: {error}")
 
 
-terminal.run(main)
+terminal.run_main(main)

@@ -98,7 +98,7 @@ def progress_text(stage: Stage) -> str:
         left = ""
         if seconds and progress.total:
             remaining = (progress.total - progress.done) * sum(seconds) / len(seconds)
-            left = f"{terminal.duration(remaining)} left"
+            left = f"{terminal.duration_text(remaining)} left"
         return _join(f"step {progress.done}/{progress.total or '?'}", progress.note, per_second, left)
     if stage.kind == "evaluate" and atomic_dir.is_complete(Path(stage.settings.shards)):
         solved = status.EvaluationProgress(stage.settings)()
@@ -110,10 +110,12 @@ def _requeued_text(stage: Stage, job: JobState | None) -> str:
     """Return how often the job was requeued, from Slurm or from the run's restart file; "" if never."""
     count = job.restarts if job is not None and job.restarts is not None else 0
     if stage.kind == "train":
-        count = max(count, restarts.read(RunDirectory(Path(stage.settings.output_dir)).restarts)["restarts"])
+        count = max(
+            count, restarts.read_restarts(RunDirectory(Path(stage.settings.output_dir)).restarts)["restarts"]
+        )
     elif stage.kind == "evaluate":
         file = EvaluationDirectory(Path(stage.settings.output_dir)).restarts
-        count = max(count, restarts.read(file)["restarts"])
+        count = max(count, restarts.read_restarts(file)["restarts"])
     return f"requeued {count} time{'s' if count > 1 else ''}" if count else ""
 
 

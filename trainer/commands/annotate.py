@@ -25,7 +25,7 @@ paid for twice. result/ has what was kept, what was rejected and why, and a summ
 
 def main() -> None:
     settings = parse(AnnotateSettings, DESCRIPTION)
-    terminal.run(lambda: _annotate(settings))
+    terminal.run_main(lambda: _annotate(settings))
 
 
 def _annotate(settings: AnnotateSettings) -> None:

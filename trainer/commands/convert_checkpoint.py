@@ -16,7 +16,7 @@ Bytes are streamed: memory does not grow with the model."""
 
 def main() -> None:
     settings = parse(ConvertSettings, DESCRIPTION)
-    terminal.run(lambda: _convert(settings))
+    terminal.run_main(lambda: _convert(settings))
 
 
 def _convert(settings: ConvertSettings) -> None:

@@ -19,7 +19,7 @@ A line a check: ok, warn or fail with its remedy. Exits with status 1 if anythin
 
 def main() -> None:
     settings = parse(DoctorSettings, DESCRIPTION)
-    terminal.run(lambda: _examine(settings))
+    terminal.run_main(lambda: _examine(settings))
 
 
 def _examine(settings: DoctorSettings) -> None:

@@ -33,7 +33,7 @@ interruption: what is solved is kept."""
 
 def main() -> None:
     settings = parse(EvaluateSettings, DESCRIPTION)
-    terminal.run(lambda: _evaluate(settings))
+    terminal.run_main(lambda: _evaluate(settings))
 
 
 def _evaluate(settings: EvaluateSettings) -> None:

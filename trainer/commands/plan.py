@@ -17,7 +17,7 @@ Takes every flag of `socratic train`. Exits with status 1 if it cannot run there
 
 def main() -> None:
     settings = parse(PlanSettings, DESCRIPTION)
-    terminal.run(lambda: _plan(settings))
+    terminal.run_main(lambda: _plan(settings))
 
 
 def _plan(settings: PlanSettings) -> None:

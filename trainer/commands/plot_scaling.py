@@ -21,7 +21,7 @@ BERTScore."""
 
 def main() -> None:
     settings = parse(PlotSettings, DESCRIPTION)
-    terminal.run(lambda: _plot(settings))
+    terminal.run_main(lambda: _plot(settings))
 
 
 def _plot(settings: PlotSettings) -> None:

@@ -17,7 +17,7 @@ Records that cannot be used are set aside in rejects.jsonl with file, line and r
 
 def main() -> None:
     settings = parse(PrepareSettings, DESCRIPTION)
-    terminal.run(lambda: _prepare(settings))
+    terminal.run_main(lambda: _prepare(settings))
 
 
 def _prepare(settings: PrepareSettings) -> None:

@@ -24,7 +24,7 @@ Completed work is read from disk: after a failure, Ctrl-C or a crash the same co
 
 def main(tools: Path | None = None) -> None:
     """Run the command line. `tools`: folder of the scripts that stages run; None: modules of the installed package."""
-    terminal.run(lambda: _study(tools))
+    terminal.run_main(lambda: _study(tools))
 
 
 def _study(tools: Path | None) -> None:

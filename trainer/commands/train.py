@@ -24,7 +24,7 @@ On a machine without a GPU --num_gpus is the number of processes."""
 
 def main() -> None:
     settings = parse(TrainSettings, DESCRIPTION)
-    terminal.run(lambda: _train(settings))
+    terminal.run_main(lambda: _train(settings))
 
 
 def _train(settings: TrainSettings) -> None:

@@ -95,4 +95,4 @@ def main(groups: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    terminal.run(lambda: main(sys.argv[1:]))
+    terminal.run_main(lambda: main(sys.argv[1:]))

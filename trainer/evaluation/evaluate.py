@@ -18,7 +18,7 @@ from trainer.evaluation.job import EvaluationJob, fingerprint, resolve_job
 from trainer.evaluation.pipeline import Pipeline, RoleModel
 from trainer.evaluation.predict import predictions
 from trainer.evaluation.score import accuracy_text, summarise
-from trainer.evaluation.work_queue import CELLS, exhaust_queue
+from trainer.evaluation.work_queue import COUNTER_NAMES, exhaust_queue
 from trainer.runtime import distributed, startup, terminal
 from trainer.runtime.shared_counter import Counter, shared_counter
 from trainer.settings import EvaluateSettings
@@ -78,7 +78,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     results = _on_rank_0(lambda: _write_results(job, files, ids, description))
     terminal.info(
         f"{accuracy_text(results['accuracy'])}; {results['generated_tokens']} tokens in "
-        f"{terminal.duration(results['seconds'])}; {job.directory.results}"
+        f"{terminal.duration_text(results['seconds'])}; {job.directory.results}"
     )
     return results
 
@@ -112,7 +112,7 @@ def _choose_backends(pipeline: Pipeline, indices: Sequence[int], requested: str)
     for role in pipeline.role_models:
         choice = pipeline.backend_of(role)
         if choice.name == TRANSFORMERS:
-            terminal.info(f"{role}: {choice.text()}")
+            terminal.info(f"{role}: {choice.describe()}")
 
 
 def _sizes(job: EvaluationJob, pipeline: Pipeline) -> dict[str, int]:
@@ -127,7 +127,7 @@ def _solve(
 ) -> None:
     """Solve `indices` with all ranks (collective); `on_prediction` receives each prediction of this rank."""
     captured = rank_files.CapturedError()
-    with shared_counter(CELLS) as counter:
+    with shared_counter(COUNTER_NAMES) as counter:
         with captured:
             for prediction in predictions(pipeline, indices, counter):
                 on_prediction(prediction, counter)
@@ -146,7 +146,7 @@ def _solve_to_rank_file(
     """Solve `indices` with all ranks (collective); return this rank's file, which receives each prediction immediately."""
     with rank_files.errors_on_all_ranks():
         file = rank_files.RankFile(job.directory.rank_files, job_fingerprint)
-    with file, terminal.progress("solve", job.num_problems, len(solved)) as bar:
+    with file, terminal.progress_bar("solve", job.num_problems, len(solved)) as bar:
         progress = _SharedProgress(bar, len(solved), sum(solved.values()))
 
         def on_prediction(prediction: dict[str, Any], counter: Counter) -> None:

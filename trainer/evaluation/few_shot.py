@@ -35,7 +35,7 @@ def exemplar_tokens(exemplars: Sequence[Problem], tokenizer: PreTrainedTokenizer
     return [token for tokens in encoded for token in tokens]
 
 
-def after_exemplars(
+def insert_exemplars(
     prompt: Sequence[int], exemplars: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """Return the prompt of a problem (prefix and problem, as in the shards) with the exemplars' tokens inserted.

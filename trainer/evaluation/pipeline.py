@@ -13,7 +13,7 @@ from trainer.evaluation import programs
 from trainer.evaluation.backend_check import check_texts, shortest_middle_longest
 from trainer.evaluation.backends.choice import UNCHECKED, BackendChoice, choose_backend
 from trainer.evaluation.decoding import AHEAD, FEW_SHOT, GOLD, SOLVER, UNIFIED, Decoding
-from trainer.evaluation.few_shot import after_exemplars, exemplar_tokens
+from trainer.evaluation.few_shot import exemplar_tokens, insert_exemplars
 from trainer.evaluation.rollout import ModelSpec, Rollout, RolloutContext
 from trainer.evaluation.sampling import sampling_seed
 from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
@@ -67,7 +67,7 @@ class Pipeline:
     def prompt(self, index: int) -> list[int]:
         """Return the tokens that every model's sequence starts with."""
         prompt: list[int] = self.shards.prompt(index).tolist()
-        return after_exemplars(prompt, self._exemplars, self._tokenizer) if self._exemplars else prompt
+        return insert_exemplars(prompt, self._exemplars, self._tokenizer) if self._exemplars else prompt
 
     def choose_backends(self, indices: Sequence[int], requested: str) -> list[BackendChoice]:
         """Return the backend of each model, checked on prompts of `indices`, which must not be empty.
@@ -92,7 +92,7 @@ class Pipeline:
         """Tokens that all prompts start with; empty without exemplars."""
         if not self._exemplars:
             return []
-        return after_exemplars(bos_tokens(self._tokenizer), self._exemplars, self._tokenizer)
+        return insert_exemplars(bos_tokens(self._tokenizer), self._exemplars, self._tokenizer)
 
     def capacities(self, indices: Sequence[int]) -> list[int]:
         """Return for each model the maximum length in tokens of its sequences."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from trainer.runtime import distributed
 from trainer.runtime.shared_counter import Counter
 
-CELLS = ("next_batch", "solved", "correct")
+COUNTER_NAMES = ("next_batch", "solved", "correct")
 _EXHAUSTED = 1 << 40
 _MAX_BATCH = 8
 

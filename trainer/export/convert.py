@@ -167,7 +167,7 @@ def _write_weights(
 
     files, num_written, is_confirmed = {}, 0, False
     with (
-        terminal.progress("MB written", _weight_bytes(shards) // _MEGABYTE) as bar,
+        terminal.progress_bar("MB written", _weight_bytes(shards) // _MEGABYTE) as bar,
         ChecksumReader() as reader,
     ):
 
@@ -197,7 +197,7 @@ def _write_small_files(
     """Write `texts` by name and copy the other files of the checkpoint's model folder: tokenizer, licence, Python files."""
     for path in sorted(model_folder.rglob("*")):
         name = path.relative_to(model_folder).as_posix()
-        if path.is_file() and name not in weights | {architecture.FILE}:
+        if path.is_file() and name not in weights | {architecture.ARCHITECTURE_FILE}:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, staging / name)
     for name, content in texts.items():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from trainer.models.saved_layout import StridedView
 
-FILE = "architecture.json"
+ARCHITECTURE_FILE = "architecture.json"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def record_architecture(folder: Path, text_part_of: str = "") -> None:
     content["moved"] = saved_layout.to_json(built.moved)
     content["text_part_of"] = text_part_of or built.text_part_of
     digest = atomic_dir.file_digest(folder / "config.json")
-    atomic_dir.write_text(folder / FILE, json.dumps({"config_sha256": digest, **content}) + "\n")
+    atomic_dir.write_text(folder / ARCHITECTURE_FILE, json.dumps({"config_sha256": digest, **content}) + "\n")
 
 
 def build_architecture(folder: Path) -> Architecture:
@@ -133,7 +133,7 @@ def _kept(model: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: str) 
 def _recorded(folder: Path) -> Architecture | None:
     """Return the content of architecture.json; None if missing, of another config.json, or of an incompatible version."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        recorded = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        recorded = json.loads((folder / ARCHITECTURE_FILE).read_text(encoding="utf-8"))
         if recorded.pop("config_sha256") == atomic_dir.file_digest(folder / "config.json"):
             from trainer.models import saved_layout
 

@@ -38,11 +38,11 @@ Launch = Callable[[], object]
 class GraphShape(NamedTuple):
     """Shape of a graph: slots 0..block-1, each of which attends to at most `max_seqlen` positions."""
 
-    block: int
+    num_slots: int
     max_seqlen: int
 
     def covers(self, other: GraphShape) -> bool:
-        return self.block >= other.block and self.max_seqlen >= other.max_seqlen
+        return self.num_slots >= other.num_slots and self.max_seqlen >= other.max_seqlen
 
 
 def shape_for(num_occupied: int, num_slots: int, max_seqlen: int, capacity: int) -> GraphShape:
@@ -95,7 +95,7 @@ class CudaGraphRunner:
             return logits
         assert self._logits is not None
         self._graphs[used]()
-        return self._logits[: used.block]
+        return self._logits[: used.num_slots]
 
     def _smallest_that_covers(self, shape: GraphShape) -> GraphShape | None:
         return min((other for other in self._graphs if other.covers(shape)), default=None)
@@ -119,10 +119,10 @@ class CudaGraphRunner:
 
     def _write_logits(self, shape: GraphShape) -> None:
         assert self._logits is not None
-        self._logits[: shape.block].copy_(self._forward(shape))
+        self._logits[: shape.num_slots].copy_(self._forward(shape))
 
     def _forward(self, shape: GraphShape) -> torch.Tensor:
-        numbers = self._numbers[:, : shape.block]
+        numbers = self._numbers[:, : shape.num_slots]
         return last_token_logits(
             self._model, prepare_decode(self._cache, numbers, shape.max_seqlen, self._model.dtype)
         )

@@ -92,7 +92,7 @@ def context_length(config: PreTrainedConfig) -> int:
     return getattr(text_config(config), "max_position_embeddings", 0) or 0
 
 
-def default_attention(config: PreTrainedConfig) -> str:
+def default_attn_implementation(config: PreTrainedConfig) -> str:
     """Return the attention implementation that transformers chooses for `config`: "sdpa" or "eager"."""
     inner = text_config(config)
     return (
@@ -168,7 +168,7 @@ def load_model(
                 name,
                 config=config,
                 dtype=getattr(torch, DTYPES[dtype]),  # without it transformers 5 keeps the file's
-                attn_implementation=attention or default_attention(config),
+                attn_implementation=attention or default_attn_implementation(config),
                 ignore_mismatched_sizes=True,  # check_weights reports them
                 output_loading_info=True,
                 **kwargs,

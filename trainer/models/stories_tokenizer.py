@@ -50,7 +50,9 @@ def train_tokenizer(directory: Path, seed: int = 0) -> None:
 
 
 def _texts(seed: int) -> Iterator[str]:
-    for problem in stories.read("train", seed=seed, num_problems=_NUM_STORIES, min_steps=2, max_steps=8):
+    for problem in stories.generate_problems(
+        "train", seed=seed, num_problems=_NUM_STORIES, min_steps=2, max_steps=8
+    ):
         yield problem.question + "\n"
         for step in problem.steps:
             yield step.question + "\n"

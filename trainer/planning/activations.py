@@ -111,7 +111,7 @@ def _model(config: Any, packed: bool, dtype: torch.dtype, checkpointing: bool, c
     from transformers import AutoModelForCausalLM
 
     # A copy: a model shares its config, and the attention set below would stay in it.
-    attention = load.default_attention(config)
+    attention = load.default_attn_implementation(config)
     model = AutoModelForCausalLM.from_config(
         copy.deepcopy(config), attn_implementation=attention, dtype=dtype
     )
@@ -150,7 +150,7 @@ def padded_batch_of(lengths: list[int], learned_tokens: int) -> PaddedBatch:
         attention_mask=mask if len(set(lengths)) > 1 else None,
         columns=torch.arange(longest - columns, longest),
         rows=(places // columns).clamp(max=rows - 1),
-        places=places % columns,
+        column_indices=places % columns,
         labels=torch.zeros(learned_tokens, dtype=torch.int64),
         has_targets=True,
     )

@@ -51,7 +51,7 @@ def trace_phases(
     dtype = torch.bfloat16 if bf16 else torch.float32
     lengths = list(workload.lengths)
     full = trace_activations(
-        workload.config, lengths, max(1, workload.learned_tokens), dtype, checkpointing, cuda
+        workload.config, lengths, max(1, workload.num_target_tokens), dtype, checkpointing, cuda
     )
     without = trace_activations(workload.config, lengths, 1, dtype, checkpointing, cuda)
     return full, max(0, full.samples[0].bytes - without.samples[0].bytes)

@@ -14,7 +14,7 @@ from trainer.planning.memory import CONTEXT, FRAGMENTATION, LOADING, PROCESS
 from trainer.planning.plan import RunPlan, read_measurements
 from trainer.planning.recommend import Recommendation
 from trainer.planning.zero_memory import COMPONENTS
-from trainer.runtime.terminal import duration, size_text
+from trainer.runtime.terminal import duration_text, size_text
 
 _BAR = 30
 _ORDER = (*COMPONENTS, FRAGMENTATION, LOADING, CONTEXT, PROCESS)
@@ -30,7 +30,7 @@ def print_plan(plan: RunPlan, recommended: Recommendation | None) -> None:
     )
     console.print(
         f"micro-batch of {settings.per_device_train_batch_size} pack(s): {sum(workload.lengths):,} tokens, "
-        f"{workload.learned_tokens:,} learned; {workload.tokens_per_step:,.0f} tokens a step"
+        f"{workload.num_target_tokens:,} learned; {workload.tokens_per_step:,.0f} tokens a step"
     )
     unit = "process" if machine.accelerator.is_cpu else "GPU"
     _memory(console, f"memory of a {unit}, worst in {plan.memory.phase}", plan.memory.device,
@@ -171,7 +171,7 @@ def _time(console: Console, plan: RunPlan) -> None:
     )
     if plan.workload.total_steps:
         text += (
-            f"; {plan.workload.total_steps:,} steps: {duration(plan.seconds)}, "
+            f"; {plan.workload.total_steps:,} steps: {duration_text(plan.seconds)}, "
             f"{plan.accelerator_hours:.3g} accelerator-hours"
         )
     else:

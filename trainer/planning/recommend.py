@@ -110,7 +110,7 @@ def _plan_micro_batch(settings: PlanSettings, machine: Hardware, single: Workloa
     workload = dataclasses.replace(
         single,
         lengths=single.lengths * micro,
-        learned_tokens=single.learned_tokens * micro,
+        num_target_tokens=single.num_target_tokens * micro,
         tokens_per_step=single.tokens_per_step * micro * settings.gradient_accumulation_steps,
     )
     try:
@@ -148,7 +148,7 @@ def _trace_packs(
     return trace_activations(
         workload.config,
         list(workload.lengths * packs),
-        max(1, workload.learned_tokens * packs),
+        max(1, workload.num_target_tokens * packs),
         dtype,
         checkpointing,
         cuda,

@@ -16,7 +16,7 @@ from trainer.planning import plan, plan_table
 from trainer.planning.plan import RunPlan
 from trainer.planning.recommend import recommend
 from trainer.runtime import distributed
-from trainer.runtime.terminal import duration, size_text
+from trainer.runtime.terminal import duration_text, size_text
 from trainer.settings import PlanSettings, TrainSettings
 from trainer.storage import atomic_dir
 from trainer.study.study_file import RunSpec, Study
@@ -104,14 +104,14 @@ def _print_study(study: Study, plans: Sequence[tuple[RunSpec, RunPlan]]) -> None
             f"[{'green' if run_plan.fits else 'red'}]{used:.0%}[/]",
             size_text(run_plan.disk.total_bytes),
             f"{run_plan.workload.total_steps:,}" if run_plan.workload.total_steps else "?",
-            duration(run_plan.seconds) if run_plan.seconds else "?",
+            duration_text(run_plan.seconds) if run_plan.seconds else "?",
             f"{run_plan.accelerator_hours:.3g}" if run_plan.seconds else "?",
         )
     totals = _totals(plans)
     table.add_section()
     table.add_row(
         "total, training only", "", "", "", "", size_text(totals["disk_bytes"]), "",
-        duration(totals["seconds"]), f"{totals['accelerator_hours']:.3g}",
+        duration_text(totals["seconds"]), f"{totals['accelerator_hours']:.3g}",
     )  # fmt: skip
     console.print(table)
     for note in dict.fromkeys(note for _, run_plan in plans for note in run_plan.notes):

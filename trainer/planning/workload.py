@@ -31,7 +31,7 @@ class Workload:
     sizes: tuple[int, ...]
     largest_layer: int
     lengths: tuple[int, ...]
-    learned_tokens: int  # targets in the fullest micro-batch
+    num_target_tokens: int  # targets in the fullest micro-batch
     mean_length: float
     tokens_per_step: float
     total_steps: int  # 0: not known
@@ -95,7 +95,7 @@ def _from_shards(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     batch = data.micro_batch(range(fullest, fullest + micro), packs)
     return {
         "lengths": tuple(len(tokens) for tokens, _ in batch.examples),
-        "learned_tokens": data.num_target_tokens(fullest, min(fullest + micro, packs)),
+        "num_target_tokens": data.num_target_tokens(fullest, min(fullest + micro, packs)),
         "mean_length": data.tokens_per_epoch / data.num_examples,
         "tokens_per_step": data.tokens_per_epoch / data.packs_per_epoch * plan.packs_per_step,
         "total_steps": plan.total_steps,
@@ -118,7 +118,7 @@ def _assumed(settings: PlanSettings, world_size: int) -> dict[str, Any]:
         steps = math.ceil(settings.num_train_epochs * settings.num_problems * length / per_step)
     return {
         "lengths": (length,) * full + ((rest,) if rest else ()),
-        "learned_tokens": tokens,
+        "num_target_tokens": tokens,
         "mean_length": float(length),
         "tokens_per_step": float(per_step),
         "total_steps": steps,

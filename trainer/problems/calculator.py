@@ -48,7 +48,7 @@ def evaluate(expression: str) -> str | None:
     return _decimal_text(value) if end == len(tokens) else None
 
 
-def annotations(text: str) -> Iterator[tuple[str, bool]]:
+def split_annotations(text: str) -> Iterator[tuple[str, bool]]:
     """Split a solution into pieces (text, is_result) whose texts concatenate to the solution.
 
     A result piece, e.g. `24>>`, is written by the calculator during generation; an annotation whose result differs from
@@ -65,7 +65,7 @@ def annotations(text: str) -> Iterator[tuple[str, bool]]:
         yield text[begin:], False
 
 
-def expressions(text: str) -> list[str]:
+def annotated_expressions(text: str) -> list[str]:
     """Return the accepted expressions of a text's annotations in order, e.g. ["48/2"]; their results may be wrong."""
     found = (match[1].strip() for match in _ANNOTATION.finditer(text))
     return [expression for expression in found if evaluate(expression) is not None]

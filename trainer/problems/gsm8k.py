@@ -20,7 +20,7 @@ SOCRATIC = "_socratic"
 _MARK = " ** "
 
 
-def from_record(record: dict[str, Any], id: str) -> Problem:
+def problem_from_record(record: dict[str, Any], id: str) -> Problem:
     """Return the problem of one record of a plain or Socratic file. Raises RecordError."""
     question = required_text(record, "question", "no_question")
     solution, delimiter, answer = required_text(record, "answer", "no_answer").rpartition(DELIMITER)

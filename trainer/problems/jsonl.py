@@ -29,7 +29,7 @@ KEYS = ("id", "question", "answer", "steps", "facts", "meta")
 STEP_KEYS = ("question", "solution")
 
 
-def from_record(record: dict[str, Any], id: str) -> Problem:
+def problem_from_record(record: dict[str, Any], id: str) -> Problem:
     """Return the problem of one record; `id` is used if the record has none. Raises RecordError."""
     _check_keys("the record", record, KEYS)
     own_id = record.get("id")
@@ -47,8 +47,8 @@ def from_record(record: dict[str, Any], id: str) -> Problem:
     )
 
 
-def to_record(problem: Problem, meta: Any = None) -> dict[str, Any]:
-    """Return the record of a problem; the inverse of `from_record`."""
+def record_from_problem(problem: Problem, meta: Any = None) -> dict[str, Any]:
+    """Return the record of a problem; the inverse of `problem_from_record`."""
     record: dict[str, Any] = {"id": problem.id, "question": problem.question, "answer": problem.answer}
     if problem.steps:
         record["steps"] = [{"question": step.question, "solution": step.solution} for step in problem.steps]

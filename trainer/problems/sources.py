@@ -40,7 +40,7 @@ class DatasetSource:
 
 _DATASETS = {
     "gsm8k": DatasetSource(
-        gsm8k.from_record,
+        gsm8k.problem_from_record,
         files=lambda split: (f"{split}.jsonl",),
         hub=lambda split: (
             "socratic" if split.endswith(gsm8k.SOCRATIC) else "main",
@@ -48,18 +48,18 @@ _DATASETS = {
         ),
     ),
     "svamp": DatasetSource(
-        svamp.from_record,
+        svamp.problem_from_record,
         files=lambda split: ("SVAMP.json",),
         hub=lambda split: (None, None),
         options=("revision", "seed"),
     ),
     "strategyqa": DatasetSource(
-        strategyqa.from_record,
+        strategyqa.problem_from_record,
         files=lambda split: (f"{split}.json", f"{split}.jsonl"),
         hub=lambda split: (None, split),
     ),
     "jsonl": DatasetSource(
-        jsonl.from_record,
+        jsonl.problem_from_record,
         files=lambda split: (f"{split}.jsonl", f"{split}.json"),
         hub=lambda split: (None, split),
     ),
@@ -90,7 +90,7 @@ def read_problems(
 
         if path:
             raise UserError(f"stories are generated, they are not read from {path}; leave the path empty")
-        return stories.read(split, **options)
+        return stories.generate_problems(split, **options)
     data_set = _DATASETS[data]
     for name in options:
         if name not in data_set.options:

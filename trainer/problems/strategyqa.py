@@ -14,7 +14,7 @@ from trainer.problems.problem import Problem, RecordError, Step, one_line
 from trainer.problems.records import json_type, optional_texts, required_text
 
 
-def from_record(record: dict[str, Any], id: str) -> Problem:
+def problem_from_record(record: dict[str, Any], id: str) -> Problem:
     """Return the problem of one element of `train.json`; `id` is used if it has no `qid`. Raises RecordError."""
     if record.get("qid") is not None:
         id = required_text(record, "qid", "bad_id")

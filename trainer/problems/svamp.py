@@ -28,7 +28,7 @@ NUM_PROBLEMS = 1000
 NUM_TEST = 300
 
 
-def from_record(record: dict[str, Any], id: str = "") -> Problem:
+def problem_from_record(record: dict[str, Any], id: str = "") -> Problem:
     """Return the problem of one element of SVAMP.json or row of a Hub copy. Raises RecordError.
 
     The argument `id` is ignored, since every record has an `ID`.

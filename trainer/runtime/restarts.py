@@ -24,7 +24,7 @@ def record_restart(file: Path, progress: int, max_restarts: int) -> None:
     """
     if not distributed.is_main_process():
         return
-    previous = read(file)
+    previous = read_restarts(file)
     is_restart = distributed.num_job_restarts(os.environ) > 0
     is_stuck = is_restart and progress <= previous["progress"]
     without_progress = previous["without_progress"] + 1 if is_stuck else int(is_restart)
@@ -43,7 +43,7 @@ def record_restart(file: Path, progress: int, max_restarts: int) -> None:
         )
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_restarts(file: Path) -> dict[str, Any]:
     """Return the last record of `file`, or zeros if it is missing or invalid.
 
     Keys: restarts (by the scheduler, in total), without_progress (those since `progress` grew), progress, job, time.

@@ -137,7 +137,7 @@ class ProgressBar:
         if num_new <= 0 or not self._total:
             return ""
         seconds = (time.monotonic() - self._start) / num_new * max(0, self._total - self._done)
-        return f", {duration(seconds)} left"
+        return f", {duration_text(seconds)} left"
 
 
 def _rich_progress() -> Any:
@@ -154,13 +154,13 @@ def _rich_progress() -> Any:
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
+def progress_bar(label: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
     """Context manager that yields a single progress bar."""
     with contextlib.closing(ProgressBars().add(label, total, done)) as bar:
         yield bar
 
 
-def duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """Return seconds as text: 90 -> "1m30s"."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
@@ -175,7 +175,7 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes / 1000:.0f} kB"
 
 
-def run(main: Callable[[], object]) -> NoReturn:
+def run_main(main: Callable[[], object]) -> NoReturn:
     """Run a tool's main and exit the process with one of the statuses of exit_codes.py.
 
     A UserError is printed as one message; other exceptions keep their traceback. Exits with os._exit: a failed rank must

@@ -67,7 +67,7 @@ def prepare(settings: PrepareSettings) -> Shards:
     if building != final:
         atomic_dir.replace_directory(final, building)
     shards = Shards.open(final)
-    terminal.info(f"{final}: {summary_line(shards)} in {terminal.duration(time.monotonic() - start)}")
+    terminal.info(f"{final}: {summary_line(shards)} in {terminal.duration_text(time.monotonic() - start)}")
     return shards
 
 
@@ -94,7 +94,7 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
     selected = itertools.islice(itertools.chain([first], problems), settings.max_problems or None)
     tokenised = tokenise_all(selected, tokenizer, settings.with_facts, settings.num_processes)
     num_changed = 0
-    with terminal.progress("tokenise", settings.max_problems or _expected(settings)) as bar:
+    with terminal.progress_bar("tokenise", settings.max_problems or _expected(settings)) as bar:
         for problem, segments, change in tokenised:
             length = example_length(segments)
             if change:

@@ -40,7 +40,7 @@ def segment_texts(problem: Problem, with_facts: bool = False) -> list[tuple[Role
         if step.question:
             segments.append((Role.SUBQUESTION, f"{step.question}\n"))
         if step.solution:
-            for text, is_result in calculator.annotations(f"{step.solution}\n"):
+            for text, is_result in calculator.split_annotations(f"{step.solution}\n"):
                 segments.append((Role.CALCULATOR if is_result else Role.SOLUTION, text))
     segments.append((Role.DELIMITER, DELIMITER))
     segments.append((Role.ANSWER, f" {problem.answer}"))
@@ -50,7 +50,7 @@ def segment_texts(problem: Problem, with_facts: bool = False) -> list[tuple[Role
 def _guidance(problem: Problem) -> list[tuple[Role, str]]:
     """Return segments like `operators: * +` and `equations: 3*4; 12+5`; none if the solutions have no calculation."""
     expressions = [
-        expression for step in problem.steps for expression in calculator.expressions(step.solution)
+        expression for step in problem.steps for expression in calculator.annotated_expressions(step.solution)
     ]
     operators = [found for found in map(calculator.operators, expressions) if found]
     segments = []

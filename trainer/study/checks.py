@@ -14,7 +14,7 @@ from trainer.storage.configuration import did_you_mean, from_dict, rename_old_ke
 from trainer.teacher.settings import AnnotateSettings
 
 # Settings that the study itself makes, so a study file must not contain them.
-DECIDED: dict[type[Any], set[str]] = {
+SET_BY_STUDY: dict[type[Any], set[str]] = {
     AnnotateSettings: {"data", "data_path", "split", "seed", "output_dir", "overwrite", "dry_run"},
     PrepareSettings: {"output_dir", "overwrite", "inspect", "method"},
     TrainSettings: {
@@ -28,7 +28,7 @@ DECIDED: dict[type[Any], set[str]] = {
     },
 }
 # Values for required settings that another section gives, so that a section can be checked alone.
-_ELSEWHERE: dict[type[Any], dict[str, Any]] = {
+_PLACEHOLDERS: dict[type[Any], dict[str, Any]] = {
     AnnotateSettings: {"data_path": "-", "output_dir": "-"},
     PrepareSettings: {"output_dir": "-", "data_path": "-", "tokenizer_name": "-"},
     TrainSettings: {"train_shards": "-", "eval_shards": "-", "output_dir": "-"},
@@ -39,16 +39,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LOCAL_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
-def check(cls: type[Any], values: dict[str, Any], where: str) -> None:
+def check_settings(cls: type[Any], values: dict[str, Any], where: str) -> None:
     """Raise UserError if `values` are not valid settings of `cls`, or include one that the study makes.
 
     Earlier spellings of settings are replaced in `values`, so that sections can be merged afterwards.
     """
     rename_old_keys(cls, values, where, terminal.deprecation)
     for key in values:
-        if key in DECIDED[cls]:
+        if key in SET_BY_STUDY[cls]:
             raise UserError(f"{where}: {key} is decided by the study; remove it")
-    placeholders = dict(_ELSEWHERE[cls])
+    placeholders = dict(_PLACEHOLDERS[cls])
     if cls is TrainSettings and not {"model_name_or_path", "config_name"} & values.keys():
         placeholders["config_name"] = "-"
     if cls is AnnotateSettings:
@@ -63,7 +63,7 @@ def check(cls: type[Any], values: dict[str, Any], where: str) -> None:
 def section(cls: type[Any], values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     """Return the checked mapping under a key of the file; {} if the key is missing."""
     settings = mapping(values.get(key) or {}, f"{where}: {key}")
-    check(cls, settings, f"{where}: {key}")
+    check_settings(cls, settings, f"{where}: {key}")
     return settings
 
 

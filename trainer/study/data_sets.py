@@ -61,7 +61,7 @@ def _prepare(
     path = f"{where}: data.{data}.{name}"
     shared = checks.section(PrepareSettings, values, "prepare", where)
     own = {key: value for key, value in given.items() if key != "annotate"}
-    checks.check(PrepareSettings, own, path)
+    checks.check_settings(PrepareSettings, own, path)
     defaults = {"split": name} | ({"data": data} if data in DATA else {})
     if "data" not in {**defaults, **shared, **own}:
         raise UserError(f"{path}: data is missing; choose one of {', '.join(DATA)}")
@@ -89,7 +89,7 @@ def _problem_set(
         return ProblemSet(source)
     own_path = f"{path}.{name}.annotate"
     own = checks.mapping(given["annotate"] or {}, own_path)
-    checks.check(AnnotateSettings, own, own_path)
+    checks.check_settings(AnnotateSettings, own, own_path)
     # Annotation must leave out training problems that are also in an evaluated set.
     tests = [other for key, other in prepared.items() if key not in (TRAIN, VALIDATION, name)]
     fixed = {

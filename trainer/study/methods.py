@@ -95,9 +95,9 @@ def _entry(name: str, given: dict[str, Any], models: list[str], data: list[str],
             raise UserError(f"{where}: mode is decided by the method; remove it")
         rename_old_keys(EvaluateSettings, given, where, terminal.deprecation)
         settings = {"exemplars": "-", **given, "mode": FEW_SHOT} if name == FEW_SHOT else given
-        checks.check(EvaluateSettings, settings, where)
+        checks.check_settings(EvaluateSettings, settings, where)
     else:
-        checks.check(TrainSettings, given, where)
+        checks.check_settings(TrainSettings, given, where)
     return MethodEntry(name, tuple(for_models), tuple(for_data), given, decomposer_model, names_models)
 
 

@@ -80,7 +80,7 @@ class StageJob:
     def print_result(self) -> None:
         seconds = time.monotonic() - self._start
         terminal.info(
-            f"{self.position} {self.stage.label}: {_result(self.stage)} ({terminal.duration(seconds)})"
+            f"{self.position} {self.stage.label}: {_result(self.stage)} ({terminal.duration_text(seconds)})"
         )
 
     def _tail(self) -> str:

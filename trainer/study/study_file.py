@@ -102,7 +102,7 @@ def _models(
         ranks = checks.checked_count(
             given.pop("num_ranks", default_ranks), f"{where}: models.{name}: num_ranks"
         )
-        checks.check(TrainSettings, given, f"{where}: models.{name}")
+        checks.check_settings(TrainSettings, given, f"{where}: models.{name}")
         found[name] = expand.ModelSpec(name, given, num_ranks or ranks)
     return found
 
@@ -126,7 +126,7 @@ def _check_evaluation(values: dict[str, Any], where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: few_shot is a method of its own; write it, with its exemplars, under methods"
         )
-    checks.check(EvaluateSettings, values, where)
+    checks.check_settings(EvaluateSettings, values, where)
     return values
 
 

@@ -39,7 +39,7 @@ async def _query(
     endpoint = Endpoint(settings)
     try:
         await endpoint.probe()
-        with terminal.progress("annotate", len(queues)) as bar:
+        with terminal.progress_bar("annotate", len(queues)) as bar:
             workers = _Workers(settings, endpoint, queues, log, is_satisfied, bar)
             await asyncio.gather(*(workers.work() for _ in range(settings.concurrency)))
     finally:

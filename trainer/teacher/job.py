@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.problems.jsonl import to_record
+from trainer.problems.jsonl import record_from_problem
 from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import read_problems, source_digest
 from trainer.runtime import terminal
@@ -174,5 +174,5 @@ def _held_out(settings: AnnotateSettings) -> tuple[HeldOutQuestions, list[list[s
 
 
 def _digest(problems: Sequence[Problem]) -> str:
-    text = "\n".join(json.dumps(to_record(problem), sort_keys=True) for problem in problems)
+    text = "\n".join(json.dumps(record_from_problem(problem), sort_keys=True) for problem in problems)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -45,7 +45,7 @@ def query_local_model(
     context = load.context_length(model.config)
     backend: BackendChoice | None = None
     waiting = [list(queue) for queue in queues]
-    with terminal.progress("annotate", sum(map(len, waiting))) as bar:
+    with terminal.progress_bar("annotate", sum(map(len, waiting))) as bar:
         num_done = 0
         while waiting:
             by_key: dict[str, Request] = {}  # equal requests run once
@@ -61,7 +61,7 @@ def query_local_model(
             if backend is None and fitting:
                 backend = completion_backend(model, fitting_prompts, settings.max_new_tokens, name)
                 if backend.name == TRANSFORMERS:
-                    terminal.info(f"{name}: {backend.text()}")
+                    terminal.info(f"{name}: {backend.describe()}")
             texts = completions(
                 model,
                 tokenizer,

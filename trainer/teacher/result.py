@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.problems.jsonl import to_record
+from trainer.problems.jsonl import record_from_problem
 from trainer.problems.problem import Problem
 from trainer.teacher.filter import FilterResult
 from trainer.teacher.job import AnnotationJob
@@ -78,16 +78,16 @@ def write(
     _write_lines(
         folder / UNANNOTATED,
         (
-            to_record(o.problem, {"reasons": [sample.result.reason for sample in o.samples]})
+            record_from_problem(o.problem, {"reasons": [sample.result.reason for sample in o.samples]})
             for o in unannotated
         ),
     )
     _write_lines(
         folder / CONTAMINATED,
-        (to_record(problem, {"matches": match}) for problem, match in job.contaminated),
+        (record_from_problem(problem, {"matches": match}) for problem, match in job.contaminated),
     )
     _write_lines(folder / BAD_RECORDS, map(dataclasses.asdict, job.bad_records))
-    _write_lines(folder / EXEMPLARS, map(to_record, job.prompt_builder.exemplars))
+    _write_lines(folder / EXEMPLARS, map(record_from_problem, job.prompt_builder.exemplars))
     (folder / PROMPT).write_text(job.prompt_builder.source, encoding="utf-8")
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
@@ -105,7 +105,7 @@ def _annotated(job: AnnotationJob, result: ProblemResult) -> Iterator[dict[str, 
             "prompt": job.prompt_builder.digest,
             "response": sample.request.key,
         }
-        yield to_record(problem, meta)
+        yield record_from_problem(problem, meta)
 
 
 def _rejected(result: ProblemResult) -> Iterator[dict[str, Any]]:

@@ -170,7 +170,7 @@ class _Comparison:
         self._examples = examples
         self._device = device
         self._agree = agree
-        self._default = load.default_attention(self._module.config)
+        self._default = load.default_attn_implementation(self._module.config)
         self._dtype = next(p.dtype for p in self._module.parameters() if p.is_floating_point())
         self.dtype_name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self._dtype]
         self._plain: dict[bool, torch.Tensor] = {}  # by whether the embeddings are perturbed

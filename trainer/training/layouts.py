@@ -53,7 +53,7 @@ def candidates(config: Any, packing: str) -> list[Layout]:
 
     `packing`: "auto", "true" (packed or nothing) or "false" (never packed).
     """
-    default = load.default_attention(config)
+    default = load.default_attn_implementation(config)
     found = [] if packing == "false" else [Layout(PACKED, packed_attention.register())]
     if packing != "true":
         found.append(Layout(PADDED, default))

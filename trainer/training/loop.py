@@ -77,7 +77,7 @@ def _train(
     stop.defer_signals()
     distributed.barrier()  # from here on, stopping is a collective decision
     limit_heap = HeapLimit()
-    with terminal.progress("train", plan.total_steps, step) as bar:
+    with terminal.progress_bar("train", plan.total_steps, step) as bar:
         # An interrupted validation of the first step is repeated.
         stopping = not validate_if_due(state, step, evaluate, log, stop)
         while step < plan.total_steps and not stopping:

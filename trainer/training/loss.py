@@ -44,7 +44,7 @@ class PackedBatch:
 class PaddedBatch:
     """One row per example: tokens [B, T], attention_mask [B, T] (None if all rows are full).
 
-    columns [C]: positions at which any row predicts a target token. rows [L], places [L]: row and index into `columns`
+    columns [C]: positions at which any row predicts a target token. rows [L], column_indices [L]: row and index into `columns`
     of each target token. labels [L]: the target tokens. has_targets: as in `PackedBatch`.
     """
 
@@ -52,7 +52,7 @@ class PaddedBatch:
     attention_mask: torch.Tensor | None
     columns: torch.Tensor
     rows: torch.Tensor
-    places: torch.Tensor
+    column_indices: torch.Tensor
     labels: torch.Tensor
     has_targets: bool
 
@@ -89,7 +89,7 @@ def target_logits(model: torch.nn.Module, batch: PackedBatch | PaddedBatch) -> t
     logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask, **arguments).logits
     if logits.shape[1] != len(batch.columns):  # the family computes all
         logits = logits[:, batch.columns]
-    return logits[batch.rows, batch.places]  # type: ignore[no-any-return]
+    return logits[batch.rows, batch.column_indices]  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -187,7 +187,7 @@ def _pad(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.de
         attention_mask=None if mask.all() else _tensor(mask, device),
         columns=_tensor(columns, device),
         rows=_tensor(rows, device),
-        places=_tensor(places.reshape(-1), device),
+        column_indices=_tensor(places.reshape(-1), device),
         labels=_tensor(labels[rows, positions], device),
         has_targets=has_targets,
     )

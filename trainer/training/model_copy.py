@@ -85,7 +85,7 @@ def _empty_model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(
             copy.deepcopy(config),  # `attn_implementation` is written into it
             dtype=torch.float32,
-            attn_implementation=load.default_attention(config),
+            attn_implementation=load.default_attn_implementation(config),
             trust_remote_code=False,
         )
 

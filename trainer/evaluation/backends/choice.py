@@ -57,7 +57,7 @@ class BackendChoice:
     reason: str = ""
     compared_with: str = PLAIN
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """Return the choice as one log line."""
         if self.name == SLOTS:
             return f"decoding in slots equals the model's own forward pass (difference {self.difference:.0e})"

@@ -40,7 +40,7 @@ def split_of(question: str) -> str:
     return _TENTHS.get(_digest(question) % 10, "train")
 
 
-def read(
+def generate_problems(
     split: str, *, seed: int = 0, num_problems: int = 10_000, min_steps: int = 2, max_steps: int = 4
 ) -> Iterator[Problem]:
     """Yield `num_problems` different stories of one split; the number of steps is uniform in min_steps..max_steps.
