@@ -48,6 +48,7 @@ LABELS = {
     "no_answer": "no answer",
     "other": "cannot be told",
 }
+_LARGE = ["question", "gold", "gold_steps", "text", "solution"]  # kept only of predictions that are shown
 _SHARED_WORDS = 0.5
 _DECIMALS = range(2, 6)
 _OPERATOR = re.compile(r"(?<=[\d) ])[-+*/×÷−]")
@@ -78,34 +79,29 @@ def analyse(
         predictions = read_predictions(row["predictions_path"], row)
         if predictions is None:
             continue
-        has_steps = predictions["gold_steps"].notna().all()
-        solutions = [parse(text, row["mode"]) for text in predictions["text"]]
-        golds = list(predictions["gold_steps"])
-        errors: list[tuple[str | None, int | None]] = [(None, None)] * len(predictions)
-        if has_steps:
-            given = zip(solutions, predictions["correct"], predictions["has_answer"], golds, strict=True)
-            errors = [
-                find_error(s, right, answered, row["method"], gold) for s, right, answered, gold in given
-            ]
-        if has_steps and base(row["method"]) in ASK:
-            questions = [
-                (_questions(s.steps), _questions(gold)) for s, gold in zip(solutions, golds, strict=True)
-            ]
-            quality = score_questions(questions, scorer)
-            qualities += [{"evaluation": number, **quality}] if quality else []
         shown = set(sorted(predictions["id"], key=_digest)[:quota])
-        problems = predictions["question"] + "\0" + predictions["gold"]
+        solutions = [parse(text, row["mode"]) for text in predictions["text"]]
         predictions = predictions.assign(
             evaluation=number,
-            problem=problems.map(_digest),
+            problem=(predictions["question"] + "\0" + predictions["gold"]).map(_digest),
             is_shown=predictions["id"].isin(shown),
             solution=pd.Series(solutions, dtype=object),
-            error_type=pd.Series([error for error, _ in errors], dtype=object),
-            wrong_step=pd.array([step for _, step in errors], dtype="Int64"),
+            error_type=None,
+            wrong_step=pd.NA,
         )
-        texts = ["question", "gold", "gold_steps", "text", "solution"]
-        predictions[texts] = predictions[texts].where(predictions["is_shown"], None)
-        frames.append(predictions)
+        if predictions["gold_steps"].notna().all():
+            errors = [
+                find_error(found.solution, found.correct, found.has_answer, row["method"], found.gold_steps)
+                for found in predictions.itertuples()
+            ]
+            predictions["error_type"], predictions["wrong_step"] = zip(*errors, strict=True)
+            if base(row["method"]) in ASK:
+                pairs = zip(solutions, predictions["gold_steps"], strict=True)
+                questions = [(_questions(solution.steps), _questions(gold)) for solution, gold in pairs]
+                quality = score_questions(questions, scorer)
+                qualities += [{"evaluation": number, **quality}] if quality else []
+        predictions[_LARGE] = predictions[_LARGE].where(predictions["is_shown"], None)
+        frames.append(predictions.astype({"error_type": "object", "wrong_step": "Int64"}))
     return pd.concat(frames, ignore_index=True), pd.DataFrame(qualities)
 
 

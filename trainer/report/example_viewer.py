@@ -1,4 +1,4 @@
-"""Data of the page's example viewer: problems, students' answers, and where each leaves the gold solution."""
+"""Data of the page's example viewer: problems, answers, and the first step of each that differs from gold."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from trainer.report.methods import base, label
 from trainer.report.report_data import ReportData
 from trainer.report.solution_steps import StepText
 
+_PROBLEM = ["id", "question", "gold"]
+
 
 def viewer_data(data: ReportData) -> dict[str, Any]:
     """Return the object that example_viewer.js reads.
@@ -22,7 +24,13 @@ def viewer_data(data: ReportData) -> dict[str, Any]:
     causes: {error type: label}. Empty lists if no example is shown.
     """
     shown = data.predictions[data.predictions["is_shown"]]
-    counts = shown.groupby("evaluation").size()
+    counts = shown["evaluation"].value_counts(sort=False)
+    keys = list(zip(shown["id"], shown["problem"], strict=True))
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    shown = shown.assign(
+        problem=[numbers[key] for key in keys],
+        evaluation=shown.groupby("evaluation", sort=False).ngroup(),
+    )
     evaluations = [
         {
             "problems": row["panel"],
@@ -31,51 +39,40 @@ def viewer_data(data: ReportData) -> dict[str, Any]:
             "label": label(row["method"]),
             "seed": row["train_seed"],
             "calculator": row["calculator"],
-            "given": base(row["method"]) == "gold_subquestions",  # the sub-questions are not the student's
+            "given": base(row["method"]) == "gold_subquestions",  # the model did not write the sub-questions
             "shown": int(counts[number]),
             "of": row["n"],
         }
         for number, row in zip(counts.index, records(data.evaluations.loc[counts.index]), strict=True)
     ]
-    positions = {number: position for position, number in enumerate(counts.index)}
-    problems: dict[tuple[str, str, str], dict[str, Any]] = {}
-    numbers: dict[tuple[str, str, str], int] = {}
-    predictions = []
-    for row in records(shown):
-        key = (row["id"], row["question"], row["gold"])
-        steps = row["gold_steps"]
-        problem = dict(zip(("id", "question", "gold"), key, strict=True))
-        problems.setdefault(
-            key, problem | {"steps": None if steps is None else [_step(step) for step in steps]}
-        )
-        predictions.append(
-            [
-                positions[row["evaluation"]],
-                numbers.setdefault(key, len(numbers)),
-                [_step(step) for step in row["solution"].steps],
-                row["solution"].ending,
-                int(row["correct"]),
-                row["error_type"],
-                row["wrong_step"],
-                row["generated_tokens"],
-                row["stopped"] or ("" if row["finished"] else "cut at its limit of tokens"),
-            ]
-        )
-    return {
-        "evaluations": evaluations,
-        "problems": list(problems.values()),
-        "predictions": predictions,
-        "causes": LABELS,
-    }
+    problems = [
+        {**{name: row[name] for name in _PROBLEM}, "steps": row["gold_steps"] and _steps(row["gold_steps"])}
+        for row in records(shown.drop_duplicates("problem"))
+    ]
+    predictions = [
+        [
+            row["evaluation"],
+            row["problem"],
+            _steps(row["solution"].steps),
+            row["solution"].ending,
+            int(row["correct"]),
+            row["error_type"],
+            row["wrong_step"],
+            row["generated_tokens"],
+            row["stopped"] or ("" if row["finished"] else "cut at its limit of tokens"),
+        ]
+        for row in records(shown)
+    ]
+    return {"evaluations": evaluations, "problems": problems, "predictions": predictions, "causes": LABELS}
 
 
 def embedded_json(data: dict[str, Any]) -> str:
-    """Return ASCII JSON that cannot end the script element around it, whatever a student wrote."""
+    """Return ASCII JSON without `<`, `>` and `&`, so that no text of a model can end the script element around it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _step(step: StepText) -> list[Any]:
-    return [step.question, step.solution, [int(is_computed) for is_computed in step.computed]]
+def _steps(steps: tuple[StepText, ...]) -> list[list[Any]]:
+    return [[step.question, step.solution, [int(found) for found in step.computed]] for step in steps]

@@ -1,4 +1,4 @@
-"""Render index.html: templates filled with prepared values. The templates escape everything from a run directory."""
+"""Render index.html from templates, which escape all texts of the run directories."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def render_page(data: ReportData, figures: dict[str, list[Panel]], styles: Style
     variables = {method: style.variable for method, style in styles.items()}
     shared, own = facts_by_run(data.study)
     values = {
-        **{"title": data.title, "num_runs": len(runs), "version": trainer.__version__},
-        "sections": _sections(data, figures, bool(examples["predictions"])),
+        **{name: records(v) if isinstance(v, pd.DataFrame) else v for name, v in vars(data).items()},
+        **{"num_runs": len(runs), "num_predictions": len(data.predictions), "version": trainer.__version__},
         "style_sheet": Markup(_variables(styles) + _read("page.css")),
         "script": Markup(script),
         "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -46,26 +46,11 @@ def render_page(data: ReportData, figures: dict[str, list[Panel]], styles: Style
             name: list(map(Markup, inline_panels(name, panels, styles | error_type_styles())))
             for name, panels in figures.items()
         },
-        "files": {name: (f"{name}.svg", f"{name}.png") for name in figures},
-        "headlines": data.headlines,
-        **{
-            "rows": records(result_rows(data.study.runs)),
-            "num_steps_tables": _num_steps_tables(data.by_num_steps),
-        },
-        "summary": records(data.summary.rename(columns={"panel": "problems"})),
-        "pairs": any(base(method) in PAIRS for method in data.summary["method"]),
-        "quality": records(data.subquestions.rename(columns={"panel": "problems"})),
-        **{"comparison_tables": data.comparison_tables, "paper": paper_values()},
-        **{"comparisons": records(data.comparisons), "calculators": records(data.calculators)},
-        **{"significance": records(data.significance), "fits": records(data.fits)},
-        **{
-            "num_resamples": scaling.NUM_RESAMPLES,
-            "resampling_seed": scaling.SEED,
-            "min_sizes": scaling.MIN_SIZES,
-        },
-        **{"error_labels": LABELS, "num_predictions": len(data.predictions)},
-        "bertscore_model": data.bertscore_model,
-        "several_studies": runs["study"].nunique() > 1,
+        "rows": records(result_rows(data.study.runs)),
+        "num_steps_tables": _num_steps_tables(data.by_num_steps),
+        "has_pairs": any(base(method) in PAIRS for method in data.summary["method"]),
+        **{"paper": paper_values(), "scaling": scaling, "error_labels": LABELS},
+        "has_several_studies": runs["study"].nunique() > 1,
         "unfinished": records(runs[runs["missing"] != ""]),
         **{"remarks": remarks(data), "shared_facts": shared, "own_facts": own},
         "steps_of_final_loss": STEPS_OF_FINAL_LOSS,
@@ -94,28 +79,6 @@ def _read(name: str) -> str:
     return (resources.files("trainer.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _sections(data: ReportData, figures: dict[str, list[Panel]], has_examples: bool) -> dict[str, str]:
-    """Return {anchor and template block: title} of the sections of this page, in order."""
-    is_evaluated = not data.summary.empty
-    sections = {
-        ("comparison", "The comparison"): is_evaluated,
-        ("accuracy", "Accuracy against parameters"): is_evaluated,
-        ("fits", "Accuracy as a function of size"): is_evaluated,
-        ("certainty", "What a difference means"): is_evaluated,
-        ("num_steps", "Accuracy by number of steps"): "accuracy_by_num_steps" in figures,
-        ("errors", "What went wrong"): not data.predictions.empty,
-        ("calculator", "With and without the calculator"): not data.calculators.empty,
-        ("subquestions", "Quality of the sub-questions"): not data.subquestions.empty,
-        ("examples", "Examples"): has_examples,
-        ("loss", "Training loss"): "loss_curves" in figures,
-        ("throughput", "Throughput"): "throughput" in figures,
-        ("runs", "All runs"): True,
-        ("unfinished", "Unfinished runs"): bool((data.study.runs["missing"] != "").any()),
-        ("provenance", "How it was made"): True,
-    }
-    return dict(names for names, is_there in sections.items() if is_there)
-
-
 def _variables(styles: Styles) -> str:
     """Return CSS variables for the colours of drawing.py, light ones and, on dark screens, dark ones."""
     named = [*styles.values(), *error_type_styles().values()]
@@ -132,8 +95,8 @@ def _num_steps_tables(by_num_steps: pd.DataFrame) -> list[dict[str, Any]]:
     tables = []
     for title, cells in by_num_steps.groupby("panel", sort=False):
         rows = [
-            (student, {row["num_steps"]: row for row in records(found)})
-            for student, found in cells.groupby(["model", "method"], sort=False)
+            (key, {row["num_steps"]: row for row in records(found)})
+            for key, found in cells.groupby(["model", "method"], sort=False)
         ]
         tables.append({"title": title, "nums": sorted(cells["num_steps"].unique()), "rows": rows})
     return tables
