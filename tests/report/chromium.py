@@ -1,4 +1,4 @@
-"""A real browser for tests of the page: an installed Chromium, driven by playwright."""
+"""An installed Chromium, driven by playwright, for tests of the page."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _FLAGS = (
 
 
 def find_chromium() -> str:
-    """The path of a Chromium: the one of the variable CHROMIUM, else the first on the PATH; "" if there is none."""
+    """Return the path in the variable CHROMIUM, else of the first Chromium on the PATH; "" without one."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), "")
 
 
 @contextlib.contextmanager
 def browser() -> Iterator:
-    """A running browser (playwright's); skips the test, saying why, where there is none."""
+    """Context manager with a running browser (playwright's); skips the test without Chromium or playwright."""
     path = find_chromium()
     if not path:
         pytest.skip("no Chromium on this machine; install one, or name it in CHROMIUM")

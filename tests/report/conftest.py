@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.synthetic_study import COMPOSITES, METHODS, make_run, make_study, write_evaluation
+from tests.report.synthetic_study import EVALUATED_ONLY, METHODS, make_run, make_study, write_evaluation
 from trainer.report.build import build_report
 from trainer.storage.run_directory import StudyDirectory
 
@@ -24,8 +24,8 @@ def study(tmp_path: Path) -> StudyDirectory:
 
 @pytest.fixture(scope="session")
 def whole_study(tmp_path_factory: pytest.TempPathFactory) -> StudyDirectory:
-    """3 sizes x every way to answer, one seed, on 60 problems that are called GSM8K's; some also without calculator."""
-    methods = (*METHODS, *COMPOSITES)
+    """3 sizes x all evaluated methods, one seed, on 60 problems named gsm8k; some also without calculator."""
+    methods = (*METHODS, *EVALUATED_ONLY)
     about: dict[str, Any] = {"data": "gsm8k", "train_data": "gsm8k", "num_problems": 60}
     study = make_study(tmp_path_factory.mktemp("runs") / "whole", GPT2, methods, seeds=(0,), **about)
     for level, (model, size) in enumerate(GPT2.items()):

@@ -1,4 +1,4 @@
-"""What students of a made-up study write: stories solved rightly, or with one planted mistake of a known kind."""
+"""Answers to stories in a synthetic study: right, or with one planted mistake of a known type."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from trainer.problems import calculator, stories
 from trainer.problems.problem import Problem, Step
-from trainer.report.methods import ASK, WITH_QUESTIONS
+from trainer.report.methods import WITH_QUESTIONS, WRITE_QUESTIONS
 
 MISTAKES = ("subquestion", "operation", "arithmetic", "no_answer", "other")
 _LAST_ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>(?!.*<<)")
@@ -15,19 +15,19 @@ _LAST_ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>(?!.*<<)")
 
 @functools.cache
 def problems(num: int) -> list[Problem]:
-    """Stories of 2 to 5 steps."""
+    """Return stories of 2 to 5 steps."""
     return list(stories.generate_problems("test", seed=7, num_problems=num, min_steps=2, max_steps=5))
 
 
 def possible_mistakes(mode: str) -> tuple[str, ...]:
-    """What can be told apart in an answer of this mode."""
+    """Return the mistakes that can be distinguished in an answer of this mode."""
     if mode == "answer_only":
         return ("no_answer", "other")
-    return tuple(mistake for mistake in MISTAKES if mistake != "subquestion" or mode in ASK)
+    return tuple(mistake for mistake in MISTAKES if mistake != "subquestion" or mode in WRITE_QUESTIONS)
 
 
 def answer(problem: Problem, mode: str, mistake: str = "", at: int = 0) -> str:
-    """The text of one answer; `mistake` is "" or one of MISTAKES, planted in step `at`."""
+    """Return the text of one answer; `mistake` is "" or one of MISTAKES, planted in step `at`."""
     steps = list(problem.steps)
     final = problem.answer
     if mistake == "other":

@@ -1,4 +1,4 @@
-"""Write the files a real study leaves behind, with numbers from a seeded generator, through RunDirectory."""
+"""Write the files of a study through RunDirectory, with numbers from a seeded generator."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from trainer.storage.run_directory import RunDirectory, StudyDirectory
 SIZES = {"stories-2m": 2_013_952, "stories-13m": 13_107_200}
 METHODS = ("answer_only", "cot", "socratic")
 NUM_PROBLEMS = 300
-COMPOSITES = ("iterative_ahead", "iterative_interleaved", "gold_subquestions", "few_shot")
+EVALUATED_ONLY = ("iterative_ahead", "iterative_interleaved", "gold_subquestions", "few_shot")
 _SKILL = {"answer_only": -2.4, "cot": 0.7, "socratic": 1.2}
 _SKILL |= {"iterative_ahead": 0.9, "iterative_interleaved": 1.3, "gold_subquestions": 2.0, "few_shot": -1.2}
 _LAST_LOSS = {"answer_only": 1.9, "cot": 0.42, "socratic": 0.31}
 
 
 def make_study(folder: Path, sizes=SIZES, methods=METHODS, seeds=(0, 1), **evaluation: Any) -> StudyDirectory:
-    """sizes x methods x seeds, every run trained, exported and evaluated once."""
+    """Write sizes x methods x seeds; every run is trained, exported and evaluated once."""
     for size in range(len(sizes)):
         for method in methods:
-            for seed in seeds[:1] if method == "few_shot" else seeds:  # what was not trained has no seed
+            for seed in seeds[:1] if method == "few_shot" else seeds:  # a base model has no training seed
                 model = (list(sizes)[size], list(sizes.values())[size])
-                make = make_asked_run if method in COMPOSITES else make_run
+                make = make_evaluation_run if method in EVALUATED_ONLY else make_run
                 run = make(folder, method, *model, seed)
                 write_evaluation(
                     run, method, list(sizes)[size], list(sizes.values())[size], seed, size, **evaluation
@@ -51,7 +51,7 @@ def make_run(
     stop: int = 0,
     name: str = "",
 ) -> RunDirectory:
-    """Settings, environment, metrics; and an export unless the run stops early."""
+    """Write settings, environment, metrics, and an export unless the run stops early."""
     run = StudyDirectory(study).run(name or f"stories.{method}.{model}.s{seed}")
     run.path.mkdir(parents=True)
     run.settings.write_text(
@@ -80,8 +80,8 @@ def make_run(
     return run
 
 
-def make_asked_run(study: Path, method: str, model: str, size: int, seed: int) -> RunDirectory:
-    """A run that only asks other runs' students: the settings of its evaluation are all it has."""
+def make_evaluation_run(study: Path, method: str, model: str, size: int, seed: int) -> RunDirectory:
+    """Write a run that only evaluates models of other runs: it has the settings of its evaluation alone."""
     run = StudyDirectory(study).run(f"stories.{method}.{model}.s{seed}")
     run.path.mkdir(parents=True)
     run.settings.write_text(
@@ -91,7 +91,7 @@ def make_asked_run(study: Path, method: str, model: str, size: int, seed: int) -
 
 
 def metrics(method: str, size: int, seed: int, num_steps: int) -> list[dict[str, Any]]:
-    """What the training loop logs: a line a step, and a held-out loss every 60 steps."""
+    """Return the lines of the training loop: one per step, and a validation loss every 60 steps."""
     random = np.random.default_rng([seed, size, len(method)])
     records: list[dict[str, Any]] = []
     last = _LAST_LOSS[method] * (2e6 / size) ** 0.15
@@ -133,7 +133,7 @@ def write_evaluation(
     gold_steps: bool = True,
     **changes: Any,
 ) -> Path:
-    """predictions.jsonl and results.json that agree with each other; `changes` then go over results.json.
+    """Write predictions.jsonl and results.json that agree; `changes` then replace values of results.json.
 
     Without `gold_steps` the predictions are those of an older version.
     """
@@ -188,7 +188,7 @@ def write_evaluation(
 def _predictions(method: str, seed: int, level: float, num_problems: int) -> list[dict[str, Any]]:
     difficulty = np.random.default_rng(7).normal(
         0, 1, num_problems
-    )  # of the problems: the same for every student
+    )  # of the problems, the same in all evaluations
     random = np.random.default_rng([seed, len(method), int(10 * level) + 100])
     lines = []
     for index, problem in enumerate(problems(num_problems)):
@@ -220,7 +220,7 @@ def _predictions(method: str, seed: int, level: float, num_problems: int) -> lis
 
 
 def scores(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The accuracy object of results.json."""
+    """Return the accuracy object of results.json."""
     result = {}
     for rule in ("strict", "flexible"):
         correct, n = sum(line[f"correct_{rule}"] for line in lines), len(lines)

@@ -32,7 +32,7 @@ NUMBERS = ["comparison.csv", "comparison.tex", "index.html", "results.csv", "res
 
 
 class _Page(HTMLParser):
-    """The tags, ids and text of a page."""
+    """Tags, ids and text of a page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -69,7 +69,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_report([study.path]).parent
 
 
-def test_everything_is_written_to_the_studys_report_folder(report: Path) -> None:
+def test_default_output_is_the_report_folder_of_the_study(report: Path) -> None:
     figures = [f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")]
     assert sorted(path.name for path in report.iterdir()) == sorted([*figures, *NUMBERS])
     assert report.name == "report" and report.parent.name == "quickstart"
@@ -81,7 +81,7 @@ def test_two_builds_are_the_same_bytes(report: Path, tmp_path: Path) -> None:
     assert _digests(page.parent) == _digests(report)
 
 
-def test_csv_and_json_hold_the_counts_of_the_evaluations(report: Path) -> None:
+def test_csv_and_json_contain_the_counts_of_the_evaluations(report: Path) -> None:
     with open(report / "results.csv", newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert len(rows) == 13
@@ -114,7 +114,7 @@ def test_csv_and_json_hold_the_counts_of_the_evaluations(report: Path) -> None:
     ]
 
 
-def test_the_page_says_what_the_numbers_say(report: Path) -> None:
+def test_page_and_json_have_the_same_numbers(report: Path) -> None:
     record = json.loads((report / "results.json").read_text())
     text = _Page((report / "index.html").read_text()).text.replace(" ,", ",")
     assert record["headlines"][0].split(".")[0] in text
@@ -135,7 +135,7 @@ def test_the_page_says_what_the_numbers_say(report: Path) -> None:
     assert "torch 2.13.0" in text and "learning_rate 0.0005" in text
 
 
-def test_the_page_stands_alone(report: Path) -> None:
+def test_the_page_loads_nothing(report: Path) -> None:
     text = (report / "index.html").read_text()
     page = _Page(text)
     assert not {"link", "img", "iframe", "object"} & set(page.tags)
@@ -184,7 +184,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_names_that_no_page_or_font_can_hold(tmp_path: Path) -> None:
+def test_names_that_cannot_be_encoded_or_drawn(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"study \xff\n")
     run = make_run(folder, "cot", "m", 5, 0, name="a run of 思维链 " + 60 * "x")
     write_evaluation(run, "cot", "\x00\x1b\ud800 m\u202e" + 300 * "y", 5, 0, 0, split="思维链")
@@ -208,7 +208,7 @@ def test_a_single_run_without_steps_and_a_run_directory(tmp_path: Path) -> None:
 
 
 def test_methods_without_numbers_of_steps_keep_their_position(tmp_path: Path) -> None:
-    """Lines are shifted by the rank of their method among all methods of the model, not among those drawn."""
+    """Lines are shifted by the position of their method among all methods of the model, not only the drawn ones."""
     study = make_study(
         tmp_path / "study", {"m": 1000}, ("answer_only", "cot", "socratic"), (0,), num_problems=40
     )
@@ -226,7 +226,7 @@ def test_methods_without_numbers_of_steps_keep_their_position(tmp_path: Path) ->
     assert first == pytest.approx([2.0, 2.08])  # answer_only would be at 1.92
 
 
-def test_no_evaluation_yet_and_old_figures_go(tmp_path: Path) -> None:
+def test_no_evaluation_yet_and_old_figures_are_deleted(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", sizes={"m": 1000}, methods=("cot",))
     build_report([study.path])
     for run in study.runs():
@@ -259,7 +259,7 @@ def test_no_torch_is_imported(report: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
-def test_without_its_extra_the_report_says_how_to_get_it() -> None:
+def test_error_without_the_extra() -> None:
     code = (
         "import importlib.util; find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == 'statsmodels' else find(name, *rest)\n"

@@ -43,7 +43,7 @@ def test_every_value_was_read_or_quoted() -> None:
     assert same_size(354_823_168, {"parameters": 345_000_000}) and not same_size(110, {"parameters": 100})
 
 
-def test_the_papers_values_stand_below_the_model_of_their_size(whole_report: Path) -> None:
+def test_paper_values_are_below_the_model_of_their_size(whole_report: Path) -> None:
     rows = [row for row in _rows(whole_report) if row["problems"] == "gsm8k test"]
     order = list(dict.fromkeys((row["who"], row["model"]) for row in rows))
     assert order == [
@@ -58,7 +58,7 @@ def test_the_papers_values_stand_below_the_model_of_their_size(whole_report: Pat
     )
 
 
-def test_whether_a_value_lies_in_our_interval(whole_report: Path) -> None:
+def test_inside_our_interval(whole_report: Path) -> None:
     rows = _rows(whole_report)
     ours = {(r["model"], r["method"]): r for r in rows if r["who"] == "ours"}
     (row,) = [r for r in rows if r["who"] == "paper" and r["inside_our_interval"]]
@@ -67,7 +67,7 @@ def test_whether_a_value_lies_in_our_interval(whole_report: Path) -> None:
     assert row["method"] == "cot" and row["inside_our_interval"] == str(inside)
 
 
-def test_data_without_values_still_has_the_papers_form(tmp_path: Path) -> None:
+def test_columns_without_paper_values(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", {"a & b_1": 1000}, ("cot",), seeds=(0,), num_problems=30)
     (table,) = _tables(study.path)
     assert [method for method, _ in table["columns"]] == [
@@ -78,7 +78,7 @@ def test_data_without_values_still_has_the_papers_form(tmp_path: Path) -> None:
     assert r"a \& b\_1 & 1k & -- & " in text and text.count(r"\\") == 2
 
 
-def test_no_values_beside_numbers_that_were_made_otherwise(tmp_path: Path) -> None:
+def test_no_paper_values_for_other_settings(tmp_path: Path) -> None:
     about = {"data": "gsm8k", "train_data": "gsm8k", "num_problems": 30}
     study = make_study(
         tmp_path / "study", {"m": 124_000_000}, ("cot",), seeds=(0,), calculator=False, **about
@@ -117,6 +117,6 @@ def test_latex_escapes() -> None:
     )
 
 
-def test_the_table_is_in_the_numbers_as_well(whole_report: Path) -> None:
+def test_results_json_contains_the_table(whole_report: Path) -> None:
     record = json.loads((whole_report / "results.json").read_text())
     assert len(record["comparison_table"]) == len(_rows(whole_report))

@@ -34,7 +34,7 @@ def _socratic(
         (_socratic("Tom has 3+4 = <<3+4=7>>8.", "He has <<8-5=3>>3."), ("operation", 0)),  # before the sum is wrong
         (_socratic(GOLD[0].solution, "He has 12-5 = <<12-5=9>>9."), ("arithmetic", 1)),
         (_socratic("Tom has 3 x 4 = 13 apples.", "He has 13 - 5 = 8."), ("arithmetic", 0)),  # no annotation
-        (_socratic("Tom has 3*4 = <<4*3=12>>12.", "<<3*4-5=8>>8"), ("arithmetic", 1)),  # worded otherwise
+        (_socratic("Tom has 3*4 = <<4*3=12>>12.", "<<3*4-5=8>>8"), ("arithmetic", 1)),  # other words
         (_socratic("Tom has <<3+4=7>>7.", GOLD[1].solution, questions=(MOON, EATEN)), ("subquestion", 0)),
         (_socratic(GOLD[0].solution, GOLD[1].solution, questions=(MOON, EATEN)), ("other", None)),  # harmless
         (f"{APPLES}\n{GOLD[0].solution}\n#### 12", ("subquestion", 1)),  # one too few
@@ -42,23 +42,23 @@ def _socratic(
         (_socratic(GOLD[0].solution, "He has some left."), ("other", 1)),  # no expression
         (_socratic(GOLD[0].solution, GOLD[1].solution), ("other", None)),  # right steps, another answer
         (_socratic(GOLD[0].solution, GOLD[1].solution, ""), ("no_answer", None)),
-        (_socratic(GOLD[0].solution, "<<1+1=2>>2", "####"), ("no_answer", 1)),  # nothing behind it
+        (_socratic(GOLD[0].solution, "<<1+1=2>>2", "####"), ("no_answer", 1)),  # nothing after it
         ("", ("no_answer", None)),
         ("#### 9", ("other", None)),  # an answer without steps
     ],
 )  # fmt: skip
-def test_the_first_thing_that_goes_wrong_in_a_socratic_answer(text: str, expected: tuple) -> None:
+def test_errors_of_socratic_answers(text: str, expected: tuple) -> None:
     assert _error(text) == expected
 
 
 @pytest.mark.parametrize("mode", ["iterative_ahead", "iterative_interleaved", "iterative_ahead+operators"])
-def test_a_pair_is_judged_as_a_student_that_asks(mode: str) -> None:
+def test_errors_of_pairs_include_the_subquestion(mode: str) -> None:
     text = _socratic("Tom has <<3+4=7>>7.", GOLD[1].solution, questions=(MOON, EATEN))
     solution = parse(text, "iterative_ahead")
     assert find_error(solution, False, True, mode, GOLD)[0] == "subquestion"
 
 
-def test_who_is_given_the_subquestions_asks_nothing_wrong() -> None:
+def test_no_subquestion_errors_with_gold_subquestions() -> None:
     text = _socratic("Tom has <<3+4=7>>7.", GOLD[1].solution, questions=(MOON, EATEN))
     assert _error(text, "gold_subquestions") == ("operation", 0)
     assert _error(f"{APPLES}\n{GOLD[0].solution}\n#### 12", "gold_subquestions") == ("operation", 1)
@@ -75,7 +75,7 @@ def test_chain_of_thought_has_no_subquestions_and_may_take_steps_together() -> N
     )  # one step in two
 
 
-def test_data_without_steps_tells_only_whether_there_is_an_answer() -> None:
+def test_gold_without_steps() -> None:
     assert (
         _error("<<3*4=12>>12\n#### 12", "cot", ()) == ("other", None) == _error("#### 12", "answer_only", ())
     )

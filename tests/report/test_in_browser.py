@@ -1,4 +1,4 @@
-"""The page in a real browser: it opens without an error or a request, shows its figures, and its examples can be read."""
+"""The page in a real browser: it opens without errors and requests, shows its figures, and its examples can be read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.report.error_types import LABELS
 class Opened:
     page: Any
     url: str
-    trouble: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
     def choose(self, **filters: str) -> None:
@@ -33,7 +33,7 @@ class Opened:
 
     @property
     def count(self) -> int:
-        """How many predictions match."""
+        """Number of matching predictions."""
         words = self.text("[data-part=count]").split()
         return int(words[2]) if words[0] != "Nothing" else 0
 
@@ -51,8 +51,8 @@ def _open(running: Any, path: Path, **look: Any) -> Opened:
     page = running.new_page(**look)
     page.set_default_timeout(60_000)
     opened = Opened(page, path.as_uri())
-    page.on("console", lambda message: opened.trouble.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: opened.trouble.append(str(error)))
+    page.on("console", lambda message: opened.errors.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: opened.errors.append(str(error)))
     page.on("request", lambda request: opened.requests.append(request.url))
     page.goto(opened.url)
     return opened
@@ -62,7 +62,7 @@ def _open(running: Any, path: Path, **look: Any) -> Opened:
 def opened(running: Any, whole_report: Path) -> Iterator[Opened]:
     opened = _open(running, whole_report / "index.html", viewport={"width": 1280, "height": 900})
     yield opened
-    assert opened.trouble == [] and opened.requests == [opened.url], "errors, or something was loaded"
+    assert opened.errors == [] and opened.requests == [opened.url], "errors, or something was loaded"
     opened.page.close()
 
 
@@ -98,11 +98,11 @@ def test_it_opens_and_its_figures_are_there(
     assert len(anchors) > 10 and all(anchors)
     links = page.eval_on_selector_all("figcaption a", "all => all.map(a => a.getAttribute('href'))")
     assert len(links) == 2 * 7 and all((whole_report / name).is_file() for name in links)
-    assert opened.trouble == [] and opened.requests == [opened.url]
+    assert opened.errors == [] and opened.requests == [opened.url]
     page.close()
 
 
-def test_filters_count_what_they_should(opened: Opened, data: dict[str, Any]) -> None:
+def test_filters_count_the_matching_predictions(opened: Opened, data: dict[str, Any]) -> None:
     evaluations, problems, predictions = (data[name] for name in ("evaluations", "problems", "predictions"))
 
     def expected(**wanted: Any) -> int:
@@ -141,7 +141,7 @@ def test_searching_and_paging(opened: Opened, data: dict[str, Any]) -> None:
     assert 0 < opened.count < 200 and words.lower() in opened.text(".question").lower()
     opened.choose(search="no such words anywhere")
     assert opened.count == 0 and opened.text("[data-part=example]") == ""
-    opened.page.keyboard.press("j")  # typed into the search field, not a page on
+    opened.page.keyboard.press("j")  # typed into the search field, so the page does not change
     assert opened.page.input_value("#browser [name=search]").endswith("j")
     opened.choose(search="", model="gpt2", method="cot")
     opened.page.locator("#browser h3").first.click()
@@ -175,7 +175,7 @@ def test_gold_beside_ours_with_steps_and_calculations_marked(opened: Opened) -> 
     assert "Socratic gpt2-large" in opened.page.locator("#browser .answer").nth(2).inner_text()
 
 
-def test_what_a_student_wrote_stays_text(running: Any, tmp_path: Path) -> None:
+def test_texts_of_models_are_not_interpreted_as_html(running: Any, tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", {"<b>m": 1000}, ("cot",), seeds=(0,), num_problems=5)
     path = next(study.path.rglob("predictions.jsonl"))
     nasty = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>\u2028 <<1+1=2>>2\n#### \ud800"
@@ -186,5 +186,5 @@ def test_what_a_student_wrote_stays_text(running: Any, tmp_path: Path) -> None:
     opened = _open(running, build_report([study.path], tmp_path / "report"))
     assert opened.count == 5 and "</script><script>alert(1)</script><!--<img" in opened.text(".question")
     assert opened.page.locator("#browser img").count() == 0
-    assert opened.trouble == [] and opened.requests == [opened.url]
+    assert opened.errors == [] and opened.requests == [opened.url]
     opened.page.close()

@@ -59,7 +59,7 @@ def test_a_resume_undoes_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
     assert training_columns(metrics)["training_steps"] == 3
 
 
-def test_numbers_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_numbers(tmp_path: Path) -> None:
     lines = [_step(1, float("nan")), {"step": 2, "loss": None}, _step(3, 1.0), "", '{"no": "step"}', "[1]"]
     metrics, counts = read_metrics(_write(tmp_path / "metrics.jsonl", *lines))
     totals = training_columns(metrics)

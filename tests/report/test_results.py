@@ -33,7 +33,7 @@ def _comparisons(folder: Path) -> list[dict[str, Any]]:
 
 
 def _runs(*paths: Path) -> dict[str, dict[str, Any]]:
-    """One row of each run, by name."""
+    """Return one row of each run, by name."""
     return {row["run"]: row for row in records(load_frames(list(paths)).runs)}
 
 
@@ -45,7 +45,7 @@ def _headline(path: Path) -> str:
     return headline_text(headline(summarise(load_frames([path]).evaluations)))
 
 
-def _spoil(run: RunDirectory, change: Callable[[dict[str, Any]], None]) -> Path:
+def _change_results(run: RunDirectory, change: Callable[[dict[str, Any]], None]) -> Path:
     path = run.evaluation("stories-test-cot").results
     record = json.loads(path.read_text())
     change(record)
@@ -119,7 +119,7 @@ def test_a_run_whose_export_was_deleted_after_its_evaluation_is_finished(tmp_pat
 def test_contradictory_results_are_refused(
     tmp_path: Path, change: Callable[[dict], None], message: str
 ) -> None:
-    path = _spoil(_one(tmp_path / "study"), change)
+    path = _change_results(_one(tmp_path / "study"), change)
     with pytest.raises(UserError, match=message) as error:
         load_frames([tmp_path / "study"])
     assert str(path) in str(error.value)
@@ -137,7 +137,7 @@ def test_unreadable_results_and_wrong_folders_are_refused(tmp_path: Path) -> Non
         load_frames([tmp_path / "empty"])
 
 
-def test_evaluations_of_one_run_are_of_one_student(tmp_path: Path) -> None:
+def test_evaluations_of_one_run_are_of_one_model(tmp_path: Path) -> None:
     run = _one(tmp_path / "study")
     write_evaluation(run, "cot", "stories-2m", 2_013_952, 0, 0, data="svamp", num_parameters=7)
     with pytest.raises(UserError, match="num_parameters is 7 but"):
@@ -160,7 +160,7 @@ def test_seeds_do_not_narrow_the_interval(study: StudyDirectory) -> None:
         assert cell["high"] <= seeds["strict_high"].max()
 
 
-def test_what_makes_accuracies_incomparable_makes_panels(tmp_path: Path) -> None:
+def test_incomparable_accuracies_are_in_different_panels(tmp_path: Path) -> None:
     run = _one(tmp_path / "study")
     student = ("cot", "stories-2m", 2_013_952, 0, 0)
     write_evaluation(run, *student, calculator=False)
@@ -179,7 +179,7 @@ def test_what_makes_accuracies_incomparable_makes_panels(tmp_path: Path) -> None
     ]
 
 
-def test_the_same_student_asked_twice_is_not_two_seeds(tmp_path: Path) -> None:
+def test_a_model_evaluated_twice_is_not_two_seeds(tmp_path: Path) -> None:
     run = _one(tmp_path / "study")
     copy = write_evaluation(run, "cot", "stories-2m", 2_013_952, 0, 1, calculator=False)
     record = json.loads((copy / "results.json").read_text())

@@ -48,7 +48,7 @@ def test_separable_data_end_in_finite_numbers() -> None:
 
 
 def test_the_bootstrap_interval_is_the_asymptotic_one(whole_study: StudyDirectory) -> None:
-    """One seed: a resampled problem is resampled at every size, so the covariance between sizes counts as well."""
+    """One seed: problems are resampled together at all sizes, so the interval includes the covariance between sizes."""
     evaluations = load_frames([whole_study.path]).evaluations
     answers = answers_by_evaluation(analyse(evaluations)[0])
     fits = {(fit["panel"], fit["method"]): fit for fit in records(fit_curves(evaluations, answers))}
@@ -80,7 +80,7 @@ def test_fits_are_refused_below_three_sizes_and_without_the_same_problems(
     assert fits["refusal"].tolist() == ["2 of at least 3 sizes"] * 2
 
 
-def test_what_nobody_solves_has_no_curve(whole_report_record: dict) -> None:
+def test_no_curve_if_no_problem_is_solved(whole_report_record: dict) -> None:
     by_method = {(f["panel"], f["method"]): f for f in whole_report_record["fits"]}
     assert len(by_method) == 7 + 2
     for fit in by_method.values():

@@ -11,18 +11,18 @@ from trainer.report.error_types import find_error
 from trainer.report.solution_steps import StepText, parse
 
 
-def test_a_text_is_cut_as_its_mode_writes_it() -> None:
+def test_texts_are_split_by_mode() -> None:
     text = "How many?\n3*4 = <<3*4=12>>12\nAnd now?\n12-5 = <<12-5=7>>7\n#### 7"
     socratic, cot = parse(text, "socratic"), parse(text, "cot")
     assert [step.question for step in socratic.steps] == ["How many?", "And now?"]
     assert [step.value for step in socratic.steps] == [12, 7] and socratic.ending == "#### 7"
     assert len(cot.steps) == 4 and {step.question for step in cot.steps} == {""}
     assert parse(text, "gold_subquestions") == parse(text, "iterative_ahead") == socratic
-    assert parse(text, "few_shot") == socratic  # its exemplars asked
+    assert parse(text, "few_shot") == socratic  # its lines have question marks
     assert [s.solution for s in parse("3+4 = 7\n#### 7", "few_shot").steps] == ["3+4 = 7"]
 
 
-def test_a_line_left_out_does_not_turn_the_later_ones_around() -> None:
+def test_a_missing_line_does_not_swap_the_later_ones() -> None:
     no_question = parse("<<3*4=12>>12\nAnd now?\nIt is <<12-5=7>>7\n#### 7", "socratic").steps
     assert [(bool(s.question), s.value) for s in no_question] == [(False, 12), (True, 7)]
     no_solution = parse("How many?\nAnd now?\nIt is <<12-5=7>>7\nWhat else?", "socratic").steps
@@ -58,17 +58,17 @@ def test_the_value_of_a_step_without_a_calculation_is_its_last_number() -> None:
     assert StepText("", "He has some.").value is None
 
 
-def test_what_the_calculator_would_have_written() -> None:
+def test_results_that_equal_the_calculators() -> None:
     assert StepText("", "<<1/2=0.5>>0.5 <<1/2=.5>>.5 <<3*4=13>>13").computed == [True, False, False]
 
 
-def test_long_garbage_takes_no_time() -> None:
+def test_long_garbage_is_parsed_quickly() -> None:
     for text in ("6" * 20_000, "1,1" * 8_000, "(3+" * 8_000, "3 + " * 8_000, "<<" * 10_000):
         assert parse(text, "socratic").steps[0].equations == []
 
 
 def test_gold_solutions_are_right_step_by_step(shared_data: Path) -> None:
-    """GSM8K against itself: whatever the final answer is made to be, no step of gold leaves gold."""
+    """GSM8K against itself: with a wrong final answer, no gold step is reported as wrong."""
     lines = (shared_data / "gsm8k" / "test_socratic.jsonl").read_text(encoding="utf-8").splitlines()
     for line in lines[::4]:
         *steps, ending = json.loads(line)["answer"].split("\n")

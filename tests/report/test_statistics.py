@@ -52,7 +52,7 @@ def test_holm_by_hand() -> None:
     assert holm([]).tolist() == []
 
 
-def test_estimates_are_means_over_seeds_with_the_interval_of_one_student() -> None:
+def test_estimates_are_means_over_seeds_with_the_interval_of_one_model() -> None:
     scores = pd.DataFrame(
         {"method": ["b", "a", "b", "b"], "correct": [61, 5, 64, 70], "n": [100, 10, 100, 100]}
     )

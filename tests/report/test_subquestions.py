@@ -37,22 +37,20 @@ def test_gold_against_itself_and_nothing_to_compare() -> None:
     assert score_questions([(["What?"], [])], Scorer()) is None
 
 
-def test_a_bertscore_model_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_bertscore_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a local model folder"):
         Scorer(str(tmp_path / "roberta"))
 
 
-def test_without_its_package_bertscore_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_without_the_package_bert_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2}))
     monkeypatch.setitem(sys.modules, "bert_score", None)  # importing it fails, installed or not
     with pytest.raises(UserError, match=r"pip install 'socratic-trainer\[bertscore\]'"):
         Scorer(str(tmp_path))
 
 
-def test_bertscore_with_a_model_of_this_machine(tmp_path: Path) -> None:
-    """A tiny model with random weights: what is like itself scores 1, what is not less, silence 0."""
+def test_bertscore_with_a_local_model(tmp_path: Path) -> None:
+    """A tiny model with random weights: the same text scores 1, another less, an empty text 0."""
     pytest.importorskip("bert_score", reason="the extra 'bertscore' is not installed")
     transformers = pytest.importorskip("transformers")
     words = [

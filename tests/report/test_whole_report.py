@@ -1,4 +1,4 @@
-"""A study with every way to answer: what of it is said, and that it is what the predictions say."""
+"""The report of a study with all evaluated methods agrees with its predictions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from tests.report.synthetic_study import make_asked_run, make_run, make_study, write_evaluation
+from tests.report.synthetic_study import make_evaluation_run, make_run, make_study, write_evaluation
 from trainer.errors import UserError
 from trainer.report.build import build_report
 from trainer.report.columns import records
@@ -73,7 +73,7 @@ def test_new_methods_are_compared_with_old_ones(record: dict[str, Any]) -> None:
     )
 
 
-def test_sub_questions_are_scored_where_the_student_asks(record: dict[str, Any]) -> None:
+def test_sub_questions_are_scored_if_the_model_writes_them(record: dict[str, Any]) -> None:
     methods = Counter(row["method"] for row in record["subquestions"])
     assert methods == {"socratic": 3, "iterative_ahead": 3, "iterative_interleaved": 6}
     for row in record["subquestions"]:
@@ -81,7 +81,9 @@ def test_sub_questions_are_scored_where_the_student_asks(record: dict[str, Any])
         assert row["bertscore"] is None and row["low"] < 1 == row["high"]
 
 
-def test_differences_that_mean_little_are_named(whole_study: StudyDirectory, whole_report: Path) -> None:
+def test_differences_that_are_not_significant_are_listed(
+    whole_study: StudyDirectory, whole_report: Path
+) -> None:
     data = ReportData("whole", load_frames([whole_study.path]))
     first, second = records(data.significance)
     weak = data.comparisons[
@@ -95,7 +97,7 @@ def test_differences_that_mean_little_are_named(whole_study: StudyDirectory, who
 
 
 def test_predictions_of_an_older_version(tmp_path: Path) -> None:
-    """Without gold steps: no causes, no quality, and it is said; all else stays."""
+    """Without gold steps the report has a note instead of error types and sub-question quality."""
     study = make_study(
         tmp_path / "old", {"m": 1000}, ("cot", "socratic"), seeds=(0,), gold_steps=False, num_problems=40
     )
@@ -112,18 +114,18 @@ def test_predictions_of_an_older_version(tmp_path: Path) -> None:
     assert [row["model"] for row in both["causes"]] == ["m2"]
 
 
-def test_runs_that_only_ask_and_runs_that_only_help_are_not_unfinished(tmp_path: Path) -> None:
+def test_evaluation_runs_and_roles_of_pairs_are_not_unfinished(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     make_run(folder, "cot", "m", 1000, 0, name="stories.decomposer.m.s0").settings.write_text(
         "method: decomposer\n"
     )
     make_run(folder, "cot", "m", 1000, 0, name="stories.solver.m.s0").settings.write_text("method: solver\n")
-    for name in ("decomposer", "solver"):  # their exports say so as well
+    for name in ("decomposer", "solver"):  # as in their settings
         manifest = StudyDirectory(folder).run(f"stories.{name}.m.s0").export / "MANIFEST.json"
         manifest.write_text(manifest.read_text().replace('"cot"', f'"{name}"'))
-    pair = make_asked_run(
+    pair = make_evaluation_run(
         folder, "iterative_ahead", "m", 1000, 3
-    )  # its settings say seed: 0, of the sampling
+    )  # seed: 0 in its settings is of the sampling
     runs = {row["run"]: row for row in records(load_frames([folder]).runs)}
     assert runs[pair.name]["missing"] == "not evaluated" and runs[pair.name]["seed"] == 3
     assert {runs[name]["missing"] for name in runs if name != pair.name} == {""}
@@ -135,7 +137,7 @@ def test_runs_that_only_ask_and_runs_that_only_help_are_not_unfinished(tmp_path:
     assert (run["parameters"], run["total_parameters"]) == (1000, 2000)
 
 
-def test_provenance_says_how_answers_were_decoded(tmp_path: Path) -> None:
+def test_provenance_names_the_generation_backends(tmp_path: Path) -> None:
     choices = {
         "decomposer": {"name": "slots", "difference": 2e-6, "tolerance": 1e-4, "reason": ""},
         "solver": {
@@ -145,7 +147,7 @@ def test_provenance_says_how_answers_were_decoded(tmp_path: Path) -> None:
             "reason": "in slots it differs",
         },
     }
-    pair = make_asked_run(tmp_path / "study", "iterative_ahead", "m", 1000, 0)
+    pair = make_evaluation_run(tmp_path / "study", "iterative_ahead", "m", 1000, 0)
     write_evaluation(pair, "iterative_ahead", "m", 1000, 0, 0, num_problems=20, backends=choices)
     other = make_run(tmp_path / "study", "cot", "m", 1000, 1)
     write_evaluation(other, "cot", "m", 1000, 1, 0, num_problems=20)  # of an older version
@@ -161,7 +163,7 @@ def test_provenance_says_how_answers_were_decoded(tmp_path: Path) -> None:
     assert not any("decomposer was decoded" in text for text in notes)
 
 
-def test_provenance_says_how_examples_were_laid_out(tmp_path: Path) -> None:
+def test_provenance_names_the_layout_of_examples(tmp_path: Path) -> None:
     layout = {
         "rows": "padded",
         "attention": "sdpa",
@@ -186,8 +188,8 @@ def test_provenance_says_how_examples_were_laid_out(tmp_path: Path) -> None:
     ]
 
 
-def test_guidance_makes_another_method(tmp_path: Path) -> None:
-    run = make_asked_run(tmp_path / "study", "iterative_ahead_operators", "m", 1000, 0)
+def test_guidance_is_part_of_the_method(tmp_path: Path) -> None:
+    run = make_evaluation_run(tmp_path / "study", "iterative_ahead_operators", "m", 1000, 0)
     assert load_frames([run.path]).runs["run_method"].tolist() == ["iterative_ahead+operators"]
     path = write_evaluation(run, "iterative_ahead", "m", 1000, 0, 0, num_problems=20)
     path = path.rename(path.with_name("mine-hard-iterative_ahead_operators-gold_guidance"))
@@ -199,18 +201,18 @@ def test_guidance_makes_another_method(tmp_path: Path) -> None:
         assert row["method"] == f"iterative_ahead{method}" and row["panel"] == "mine-hard"
 
 
-def test_a_published_model_has_the_name_that_the_study_gives_it(tmp_path: Path) -> None:
-    run = make_asked_run(tmp_path / "study", "few_shot", "m", 1000, 0)
+def test_a_published_model_has_its_name_in_the_study(tmp_path: Path) -> None:
+    run = make_evaluation_run(tmp_path / "study", "few_shot", "m", 1000, 0)
     results = write_evaluation(run, "few_shot", "gpt2", 1000, 0, 0, num_problems=20) / "results.json"
-    unknown = {"method": "", "train_data": ""}  # it does not say how it was made
+    unknown = {"method": "", "train_data": ""}  # as of a model that was not trained here
     results.write_text(json.dumps(json.loads(results.read_text()) | unknown))
     (row,) = records(load_frames([run.path]).evaluations)
     found = [row[name] for name in ("panel", "method", "parameters", "model")]
     assert found == ["stories test", "few_shot", 1000, "m"]
 
 
-def test_a_member_that_says_nothing_is_refused(tmp_path: Path) -> None:
-    run = make_asked_run(tmp_path / "study", "iterative_ahead", "m", 1000, 0)
+def test_an_incomplete_member_is_refused(tmp_path: Path) -> None:
+    run = make_evaluation_run(tmp_path / "study", "iterative_ahead", "m", 1000, 0)
     write_evaluation(run, "iterative_ahead", "m", 1000, 0, 0, num_problems=20, solver={"model_name": "m"})
     with pytest.raises(
         UserError, match=r"results\.json: solver is .* expected model_name, method, num_parameters"

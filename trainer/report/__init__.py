@@ -1,4 +1,4 @@
-"""From run directories to figures, tables and one self-contained page. Imports no torch; needs the extra "report"."""
+"""Make figures, tables and one self-contained page from run directories. Imports no torch; needs the extra "report"."""
 
 from importlib.util import find_spec
 

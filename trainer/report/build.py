@@ -1,4 +1,4 @@
-"""Build a report directory from study directories. All files are made in memory first, then put in place one by one."""
+"""Build a report directory from study directories. All files are made in memory before the first is written."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def build_report(
     """Write the page, the figures and the files of numbers; return the path of index.html.
 
     `study_dirs` are study or run directories. Default of `output_dir`: report/ in the first study (or in the study
-    of the first run); of `title`: the studies' names. `max_examples` predictions in all are shown in the page.
-    `bertscore_model` is a local folder, "" for no BERTScore. The same directories give the same bytes. On a
-    UserError (unreadable or contradictory results) an old report is left as it was.
+    of the first run); of `title`: the studies' names. The page shows `max_examples` predictions in total.
+    `bertscore_model` is a local folder, "" for no BERTScore. The same directories give the same bytes. Raises
+    UserError for unreadable or contradictory results, and then leaves an older report unchanged.
     """
     paths = [Path(path) for path in study_dirs]
     if not paths:
@@ -53,7 +53,7 @@ def build_report(
         files["comparison.tex"] = to_latex(data.comparison_tables).encode()
     files["results.csv"] = tables.to_csv(tables.result_rows(study.runs)).encode()
     files["results.json"] = tables.to_json(data).encode()
-    # Last, so that the files that the new page links to are there.
+    # Written last, so that the files that the page links to exist.
     files["index.html"] = render_page(data, figures, styles).encode()
 
     folder = Path(output_dir) if str(output_dir) else _default_output(paths[0])
@@ -62,7 +62,7 @@ def build_report(
     optional = {"comparison.csv", "comparison.tex"}
     optional |= {f"{name}.{kind}" for name in all_panels for kind in ("svg", "png")}
     for name in optional - files.keys():
-        (folder / name).unlink(missing_ok=True)  # of an older report, and no longer true
+        (folder / name).unlink(missing_ok=True)  # from an older report
     return folder / "index.html"
 
 

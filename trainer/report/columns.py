@@ -29,7 +29,7 @@ RUNS = {
     "training_steps": "int64",
     "learned_tokens": "int64",
     "final_loss": "float64",  # nats per learned token, mean of the last steps
-    "tokens_per_second": "float64",  # median over the steps; the quartiles are beside it
+    "tokens_per_second": "float64",  # median over the steps
     "tokens_per_second_q1": "float64",
     "tokens_per_second_q3": "float64",
     "training_seconds": "float64",

@@ -258,7 +258,7 @@ def label_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 
 
 def dodge_labels(heights: Sequence[float], gap: float) -> list[float]:
-    """Return heights moved apart until neighbours are `gap` from each other; order and groups' centres stay."""
+    """Return heights moved apart until neighbours are `gap` from each other; order and group centres are kept."""
     groups: list[tuple[float, list[int]]] = []  # centre, members from low to high
     for index in sorted(range(len(heights)), key=lambda i: heights[i]):
         centre, members = heights[index], [index]
@@ -276,7 +276,7 @@ def dodge_labels(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def order_apart(positions: Sequence[float], gap: float) -> list[int]:
-    """Return indices of ascending positions at least `gap` apart, always with the last one: ticks that can be read."""
+    """Return indices of ascending positions at least `gap` apart, always including the last one."""
     kept: list[int] = []
     for index in reversed(range(len(positions))):
         if not kept or positions[kept[-1]] - positions[index] >= gap:

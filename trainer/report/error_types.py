@@ -1,24 +1,24 @@
-"""Error types: the first place where a wrong answer leaves the gold solution.
+"""Error types of wrong answers, by the first step that differs from the gold solution.
 
 Every wrong prediction (under the strict rule) has exactly one type:
 
-- `no_answer`: there is no `####`, or nothing after the last one. Checked first, whatever stands before.
-- else the steps are compared with the gold steps in order. A step is right if it comes to the value of the gold step
-  (`StepText.value`), however it is worded. The value of a later gold step is right too if the step has as many
+- `no_answer`: there is no `####`, or nothing after the last one. Checked first, whatever the steps are.
+- else the steps are compared with the gold steps in order. A step is right if it has the value of the gold step
+  (`StepText.value`), whatever its words. The value of a later gold step is right too if the step has as many
   operations as the gold steps it joins, and so is an intermediate result of a gold step of several calculations. At
   the first step that is not right, in the order in which a step is written:
-  - `subquestion`: the student asked something else (only where it writes the sub-questions itself).
-  - `operation`: the expression comes to no value of the gold step: another operation or operand; or there is a step
-    too many or too few in a mode without sub-questions of the student.
-  - `arithmetic`: the expression comes to a value of the gold step, the result written behind it is another. With the
-    calculator on this can only be a calculation without annotation. A right expression shows that the sub-question
+  - `subquestion`: another sub-question (only for models that write the sub-questions).
+  - `operation`: the expression has no value of the gold step (another operation or operand), or there is a step
+    too many or too few and the model does not write sub-questions.
+  - `arithmetic`: the expression has a value of the gold step, the result written after it is another. With the
+    calculator this is only possible in a calculation without annotation. A right expression shows that the sub-question
     was understood, so this is checked before the wording of the sub-question.
-  Too many or too few steps, all others being right, are a wrong `subquestion` where the student asks.
+  Too many or too few steps, all others being right, are a wrong `subquestion` if the model writes sub-questions.
 - `other`: none of this can be determined: an answer without steps; no expression; gold steps without values; or every
   step is right and the final answer is still another.
 
 Sub-questions are compared by their words, not by their meaning: they differ if their numbers or the names in them
-differ, or if they share less than half of the words that carry meaning (Dice's coefficient). A good question that is
+differ, or if they share less than half of the content words (Dice's coefficient). A good question that is
 worded differently counts as wrong only if its step is wrong too, so the border between `subquestion` and `operation`
 is rough.
 """
@@ -33,7 +33,7 @@ from fractions import Fraction
 import pandas as pd
 
 from trainer.report import columns
-from trainer.report.methods import ASK, base
+from trainer.report.methods import WRITE_QUESTIONS, base
 from trainer.report.run_files import read_predictions
 from trainer.report.solution_steps import Solution, StepText, parse
 from trainer.report.subquestions import Scorer, score_questions
@@ -53,12 +53,13 @@ _SHARED_WORDS = 0.5
 _DECIMALS = range(2, 6)
 _OPERATOR = re.compile(r"(?<=[\d) ])[-+*/×÷−]")
 _WORD = re.compile(r"\d[\d,]*(?:\.\d+)?|[^\W\d_]+(?:['’][^\W\d_]+)?")
-_EMPTY_WORDS = """
-a an the of to in on at for by with from and or if as than is are was were be been do does did has have had how many
-much what which who when where why will would can could should it its it's they them their he him his she her i you we
-there that this these those each
-"""
-_WITHOUT_MEANING = frozenset(_EMPTY_WORDS.split())
+_STOP_WORDS = frozenset((
+    "a", "an", "the", "of", "to", "in", "on", "at", "for", "by", "with", "from", "and", "or", "if", "as",
+    "than", "is", "are", "was", "were", "be", "been", "do", "does", "did", "has", "have", "had", "how",
+    "many", "much", "what", "which", "who", "when", "where", "why", "will", "would", "can", "could",
+    "should", "it", "its", "it's", "they", "them", "their", "he", "him", "his", "she", "her", "i", "you",
+    "we", "there", "that", "this", "these", "those", "each",
+))  # fmt: skip
 
 
 def analyse(
@@ -68,7 +69,7 @@ def analyse(
 
     The first frame has columns.PREDICTIONS and columns.ANALYSED. `max_examples` predictions in all are shown, an equal
     number per evaluation: the same problems in every evaluation of the same problems, chosen by a digest of their ids.
-    The second frame has the column evaluation and those of score_questions, for students that write sub-questions.
+    The second frame has the column evaluation and those of score_questions, for evaluations whose models write sub-questions.
     Raises UserError for damaged predictions.
     """
     quota = max_examples // max(len(evaluations), 1)
@@ -95,7 +96,7 @@ def analyse(
                 for found in predictions.itertuples()
             ]
             predictions["error_type"], predictions["wrong_step"] = zip(*errors, strict=True)
-            if base(row["method"]) in ASK:
+            if base(row["method"]) in WRITE_QUESTIONS:
                 pairs = zip(solutions, predictions["gold_steps"], strict=True)
                 questions = [(_questions(solution.steps), _questions(gold)) for solution, gold in pairs]
                 quality = score_questions(questions, scorer)
@@ -114,39 +115,41 @@ def _questions(steps: Sequence[StepText]) -> list[str]:
 
 
 def find_error(
-    solution: Solution, correct: bool, answered: bool, method: str, gold: Sequence[StepText]
+    solution: Solution, correct: bool, has_answer: bool, method: str, gold: Sequence[StepText]
 ) -> tuple[str, int | None]:
     """Return the error type of one prediction and the index of the first step that is not right (None without one).
 
-    `answered`: whether the strict rule found an answer.
+    `has_answer`: whether the strict rule found an answer.
     """
     if correct:
         return RIGHT, None
     index, matched = _first_difference(solution.steps, gold)
-    if not answered:
+    if not has_answer:
         return "no_answer", index
-    asks = base(method) in ASK or (method == "few_shot" and any(step.question for step in solution.steps))
+    writes_questions = base(method) in WRITE_QUESTIONS or (
+        method == "few_shot" and any(step.question for step in solution.steps)
+    )
     if not solution.steps or not any(step.value is not None or step.question for step in gold):
         return "other", None
-    miscounted = "subquestion" if asks else "operation"
-    if index is None:  # right as far as it goes
+    miscounted = "subquestion" if writes_questions else "operation"
+    if index is None:  # all steps are right
         return (miscounted, len(solution.steps)) if matched < len(gold) else ("other", None)
     if matched == len(gold):
         return miscounted, index
-    return _error_of_step(solution.steps[index], gold[matched], asks), index
+    return _error_of_step(solution.steps[index], gold[matched], writes_questions), index
 
 
 def same_question(ours: str, gold: str) -> bool:
-    """Return whether two sub-questions are the same by their words; see the top of this file."""
+    """Return whether two sub-questions are the same by their words (module docstring)."""
     return (
         _numbers(ours) == _numbers(gold)
         and _names(ours, gold) == _names(gold, ours)
-        and _shared(_content(ours), _content(gold)) >= _SHARED_WORDS
+        and _shared(_content_words(ours), _content_words(gold)) >= _SHARED_WORDS
     )
 
 
 def _first_difference(steps: Sequence[StepText], gold: Sequence[StepText]) -> tuple[int | None, int]:
-    """Return the index of the first step that is not right (None if all are), and the gold steps done before it.
+    """Return the index of the first step that is not right (None if all are), and the number of gold steps matched before it.
 
     Gold steps without a value (sub-questions alone) are compared by the sub-question.
     """
@@ -155,7 +158,7 @@ def _first_difference(steps: Sequence[StepText], gold: Sequence[StepText]) -> tu
         if matched < len(gold) and gold[matched].value is None:
             found = matched if same_question(step.question, gold[matched].question) else None
         else:
-            found = _done(step, gold, matched)
+            found = _matching_gold_step(step, gold, matched)
         if found is not None:
             matched = found + 1
         elif matched == len(gold) or step.value not in {e.stated for e in gold[matched].equations} - {None}:
@@ -163,11 +166,11 @@ def _first_difference(steps: Sequence[StepText], gold: Sequence[StepText]) -> tu
     return None, matched
 
 
-def _done(step: StepText, gold: Sequence[StepText], begin: int) -> int | None:
-    """Return the index of the gold step from `begin` on that a step comes to, None if to none.
+def _matching_gold_step(step: StepText, gold: Sequence[StepText], begin: int) -> int | None:
+    """Return the index of the first gold step from `begin` on with the value of a step, None without one.
 
-    For a later one than `begin` it must have at least as many operations as there are gold steps in it: 3+4 is 7 only
-    by chance where gold has 3*4, then 12-5.
+    To match a step after `begin`, the step must have at least as many operations as the gold steps that it joins:
+    where gold has 3*4, then 12-5, 3+4 is 7 only by chance.
     """
     operations = sum(len(_OPERATOR.findall(equation.expression)) for equation in step.equations)
     for index in range(begin, len(gold) if step.value is not None else begin):
@@ -184,7 +187,7 @@ def _same(one: Fraction | None, other: Fraction) -> bool:
     return any(one == round(other, digits) or other == round(one, digits) for digits in _DECIMALS)
 
 
-def _error_of_step(step: StepText, gold: StepText, asks: bool) -> str:
+def _error_of_step(step: StepText, gold: StepText, writes_questions: bool) -> str:
     values = {gold.value, *(e.stated for e in gold.equations), *(e.computed for e in gold.equations)}
     other_expression = False
     for equation in step.equations:
@@ -193,11 +196,11 @@ def _error_of_step(step: StepText, gold: StepText, asks: bool) -> str:
             break
         if not _same(equation.stated, equation.computed):
             return "arithmetic"
-    if asks and gold.question and not same_question(step.question, gold.question):
+    if writes_questions and gold.question and not same_question(step.question, gold.question):
         return "subquestion"
     if gold.value is None:
         return "other"
-    # Without an expression, operation and arithmetic cannot be separated.
+    # Without an expression, operation and arithmetic cannot be distinguished.
     return "operation" if other_expression or step.equations else "other"
 
 
@@ -213,11 +216,11 @@ def _names(question: str, other: str) -> set[str]:
     }
     elsewhere = {_stem(found) for found in _WORD.findall(other)[1:] if found[0].isupper()}
     first = {_stem(word) for word, _ in words[:1]} & elsewhere
-    return (names | first) - _WITHOUT_MEANING
+    return (names | first) - _STOP_WORDS
 
 
-def _content(question: str) -> set[str]:
-    return {_stem(word) for word in _WORD.findall(question)} - _WITHOUT_MEANING
+def _content_words(question: str) -> set[str]:
+    return {_stem(word) for word in _WORD.findall(question)} - _STOP_WORDS
 
 
 def _stem(word: str) -> str:

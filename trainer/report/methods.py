@@ -8,8 +8,8 @@ PAIRS = (
     "iterative_ahead",
     "iterative_interleaved",
 )  # a decomposer writes the sub-questions, a solver answers
-ASK = ("socratic", *PAIRS)  # the evaluated models write the sub-questions
-WITH_QUESTIONS = (*ASK, "gold_subquestions")  # sub-questions and solutions alternate in the text
+WRITE_QUESTIONS = ("socratic", *PAIRS)  # the evaluated models write the sub-questions
+WITH_QUESTIONS = (*WRITE_QUESTIONS, "gold_subquestions")  # sub-questions and solutions alternate in the text
 GUIDED = "+"  # "iterative_ahead+operators": the decomposer was given the operators
 
 

@@ -22,8 +22,8 @@ def compare_methods(evaluations: pd.DataFrame, answers: Answers) -> pd.DataFrame
     """Return a row per pair of methods that share panel, model and training seed.
 
     Columns: panel, model, parameters, seed, first, second (methods), n, both, only_first, only_second,
-    neither (problems solved), p, p_holm, refusal ("" or why the pair is not tested). A base model that was not
-    trained has no seed and is compared with every seed of the others.
+    neither (problems solved), p, p_holm, refusal (the reason why the pair is not tested, else ""). A base
+    model has no training seed and is compared with every seed of the others.
     """
     rows = evaluations.assign(
         evaluation=evaluations.index, cell=evaluations.groupby(CELL, sort=False).ngroup()
@@ -39,7 +39,7 @@ def compare_methods(evaluations: pd.DataFrame, answers: Answers) -> pd.DataFrame
 
 
 def compare_calculators(evaluations: pd.DataFrame, answers: Answers) -> pd.DataFrame:
-    """Return a row per student that answered the same problems with and without the calculator.
+    """Return a row per model and method evaluated on the same problems with and without the calculator.
 
     Columns as of compare_methods, with method instead of first and second, and on and off: dicts of correct, n,
     accuracy, low, high. `only_first`: solved with the calculator alone.
@@ -47,18 +47,18 @@ def compare_calculators(evaluations: pd.DataFrame, answers: Answers) -> pd.DataF
     scores = evaluations[["strict_correct", "n", "strict_accuracy", "strict_low", "strict_high"]]
     scores = scores.set_axis(["correct", "n", "accuracy", "low", "high"], axis=1).astype(object)
     rows = evaluations.assign(evaluation=evaluations.index, score=scores.to_dict("records"))
-    # All that must be equal for two evaluations to differ in the calculator alone.
-    student = ["run_path", "method", "mode", "data", "split", "temperature", "sampling_seed", "stopped_at"]
+    # Columns that must be equal for two evaluations to differ in the calculator alone.
+    same = ["run_path", "method", "mode", "data", "split", "temperature", "sampling_seed", "stopped_at"]
     uses_calculator = rows["calculator"].astype(bool)
-    without = rows[~uses_calculator].drop_duplicates(student, keep="last")[[*student, "evaluation", "score"]]
-    pairs = rows[uses_calculator].merge(without, on=student, suffixes=("", "_second"))
+    without = rows[~uses_calculator].drop_duplicates(same, keep="last")[[*same, "evaluation", "score"]]
+    pairs = rows[uses_calculator].merge(without, on=same, suffixes=("", "_second"))
     pairs = pairs.drop(columns=["n", "seed"])
     pairs = pairs.rename(columns={"train_seed": "seed", "score": "on", "score_second": "off"})
     return _tested(pairs, answers)[["panel", "model", "parameters", "seed", "method", "on", "off", *_TEST]]
 
 
 def why_not_comparable(first: pd.DataFrame | None, second: pd.DataFrame | None) -> str:
-    """Return why two evaluations are not of the same problems, "" if they are."""
+    """Return the reason why two evaluations are not of the same problems, "" if they are."""
     if first is None or second is None:
         return "predictions missing"
     missing = len(first.index.difference(second.index)), len(second.index.difference(first.index))

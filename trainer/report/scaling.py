@@ -1,8 +1,8 @@
 """Accuracy as a function of size: a logistic curve over log parameters, with a bootstrap over the problems.
 
 accuracy = 1 / (1 + exp(-(a + b * log10(parameters)))), fitted by maximum likelihood to the mean number of right
-answers over seeds at each size. It stays between 0 and 1, as a power law of the accuracy would not; for small
-accuracies it is one: accuracy grows as parameters ** (b / ln 10).
+answers over seeds at each size. Unlike a power law, the curve stays between 0 and 1; for
+small accuracies it is a power law, accuracy ~ parameters ** (b / ln 10).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trainer.report.methods import method_rank
 from trainer.report.paired_tests import Answers, why_not_comparable
 from trainer.report.statistics import Floats
 
-MIN_SIZES = 3  # a curve of two parameters goes through any two points
+MIN_SIZES = 3  # a curve with two parameters fits any two points
 NUM_RESAMPLES = 1000
 SEED = 0  # of the resampling
 _MAX_ITERATIONS = 100
@@ -32,7 +32,7 @@ _WITHOUT_FIT: dict[str, Any] = {
 def fit_curves(evaluations: pd.DataFrame, answers: Answers) -> pd.DataFrame:
     """Return a row per panel and method.
 
-    Columns: panel, method, sizes, refusal ("" or why there is no curve), n, num_seeds, slope (log-odds for ten times
+    Columns: panel, method, sizes, refusal (the reason why there is no curve, else ""), n, num_seeds, slope (log-odds for ten times
     the parameters), slope_low, slope_high, half_at (parameters at which half of the problems would be solved, None if
     the slope is not positive), largest_residual (between curve and mean, as a fraction), accuracies (means over seeds
     at `sizes`), curve (rows of parameters, accuracy, low, high). Intervals are 95 % percentile intervals over
@@ -56,8 +56,8 @@ def fit_logistic(x: Floats, successes: Floats, n: int) -> tuple[Floats, Floats]:
 
     x: (S,) float64. successes: (..., S), between 0 and n, fractions allowed (means over seeds). a and b: shape (...,).
     All resamples are fitted at once: 1,000 take 2 ms, with a statsmodels GLM per resample 1.7 s (one CPU core; slopes
-    equal to 3e-14). Where the data are separable (0 % below some size, 100 % above) there is no maximum, and the
-    log-odds end at 30.
+    equal to 3e-14). Separable data (0 % below some size, 100 % above) have no maximum; then the log-odds
+    end at 30.
     """
     centre, spread = x.mean(), x.std()
     z = (x - centre) / spread

@@ -1,7 +1,7 @@
 """Parse a written solution into steps: the sub-question, the calculations and the value of each.
 
-All modes of evaluation write the format of the training view, a segment a line: sub-question and solution lines in
-turn (or solution lines alone), then `#### answer`.
+Generated texts have the format of the training data, one segment per line: alternating sub-questions and solutions
+(or solutions alone), then `#### answer`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class StepText:
 
     @property
     def computed(self) -> list[bool]:
-        """Return for each annotation whether its result is, to the character, the calculator's."""
+        """Return for each annotation whether its result equals the calculator's, character by character."""
         found = _ANNOTATION.findall(self.solution)
         return [calculator.evaluate(expression) == result for expression, result in found]
 
@@ -80,25 +80,27 @@ class Solution:
 
 
 def parse(text: str, mode: str) -> Solution:
-    """Cut a generated text into steps, up to its first delimiter.
+    """Split a generated text into steps, up to its first delimiter.
 
-    Where `mode` has sub-questions, lines are sub-question and solution in turn unless a line says otherwise: an
-    annotation without a question mark is a solution, a question mark at the end without an annotation a
-    sub-question. So a missing line does not swap all later ones. Few-shot answers follow their exemplars:
-    they have sub-questions if any of their lines is one.
+    In a `mode` with sub-questions, lines alternate between sub-question and solution, except that a line with an
+    annotation and without a question mark is a solution, and a line that ends with a question mark and has no
+    annotation is a sub-question. So a missing line does not swap all later ones. A few-shot answer has
+    sub-questions if any of its lines is one.
     """
     head, mark, _ = text.partition(DELIMITER)
     lines = [line.strip() for line in head.split("\n") if line.strip()]
     ending = DELIMITER + text.rpartition(DELIMITER)[2].partition("\n")[0] if mark else ""
-    with_questions = mode in WITH_QUESTIONS or (mode == "few_shot" and any(map(_asks, lines)))
-    return Solution(tuple(_in_turn(lines) if with_questions else (StepText("", s) for s in lines)), ending)
+    with_questions = mode in WITH_QUESTIONS or (mode == "few_shot" and any(map(_is_question, lines)))
+    return Solution(
+        tuple(_alternating(lines) if with_questions else (StepText("", s) for s in lines)), ending
+    )
 
 
-def _in_turn(lines: Iterable[str]) -> list[StepText]:
+def _alternating(lines: Iterable[str]) -> list[StepText]:
     steps = []
     question = ""
     for line in lines:
-        if question and not _asks(line):
+        if question and not _is_question(line):
             steps.append(StepText(question, line))
             question = ""
         elif not question and "<<" in line and not line.endswith("?"):
@@ -110,5 +112,5 @@ def _in_turn(lines: Iterable[str]) -> list[StepText]:
     return [*steps, StepText(question, "")] if question else steps
 
 
-def _asks(line: str) -> bool:
+def _is_question(line: str) -> bool:
     return line.endswith("?") and "<<" not in line

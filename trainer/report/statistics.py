@@ -21,7 +21,7 @@ def wilson_interval(correct: ArrayLike, n: ArrayLike) -> tuple[Floats, Floats]:
     """
     correct, n = np.asarray(correct, dtype=np.float64), np.asarray(n, dtype=np.float64)
     low, high = proportion_confint(correct, n, alpha=0.05, method="wilson")
-    # Rounding must not leave 1e-17 where the interval touches an end.
+    # Rounding errors would leave 1e-17 instead of the ends 0 and 1.
     return np.where(correct == 0, 0.0, low), np.where(correct == n, 1.0, high)
 
 
@@ -32,9 +32,9 @@ def half_width(accuracy: float, n: int) -> float:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p-value that two methods are equally good on the same problems.
+    """Return the exact two-sided p-value of the hypothesis that two methods are equally good on the same problems.
 
-    The counts are of the problems that only the first and only the second method solved.
+    `only_first` and `only_second`: numbers of problems that only this method solved.
     """
     return float(contingency_mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue)
 
@@ -53,8 +53,8 @@ def estimates(scores: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
     `scores` has a row per seed with `correct` and `n`. Columns added to `by`: mean, low, high (95 % Wilson interval),
     standard_error (of the mean between seeds, NaN for one seed), n, num_seeds, accuracies (list, one per seed).
-    Seeds answer the same problems, so n is not multiplied by the number of seeds: the interval is that of one student
-    of mean accuracy. If n differs between seeds, the smallest counts.
+    Seeds answer the same problems, so n is not multiplied by the number of seeds: the interval is that of one model
+    with the mean accuracy. If n differs between seeds, the smallest counts.
     """
     grouped = scores.assign(accuracy=scores["correct"] / scores["n"]).groupby(by, sort=False)
     found = grouped.agg(

@@ -2,7 +2,7 @@
 
 Shridhar et al. report these three for generated sub-questions ("Automatic Generation of Socratic
 Subquestions for Teaching Math Word Problems", EMNLP 2022). The sub-questions of a problem are one text, joined by
-spaces. None of the scores measures whether a differently worded sub-question would have done as well.
+spaces. None of the scores measures whether a sub-question in other words would be as good.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.errors import UserError
 
 
 class Scorer:
-    """BERTScore (Zhang et al. 2020) with a local model; without a model there is no BERTScore."""
+    """BERTScore (Zhang et al. 2020) with a local model; without a model all scores are None."""
 
     def __init__(self, model: str = "") -> None:
         """Load the model of a local folder. Raises UserError if folder or package is missing."""
@@ -30,10 +30,10 @@ class Scorer:
             config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"bertscore_model {model!r} is not a local model folder ({error}); nothing is downloaded here"
+                f"bertscore_model {model!r} is not a local model folder ({error}); models are not downloaded"
             ) from None
         try:
-            # Imports torch, so only when BERTScore is asked for.
+            # Imports torch, so it is imported only for BERTScore.
             from bert_score import BERTScorer
             from bert_score.utils import model2layers
         except ImportError:

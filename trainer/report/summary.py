@@ -1,4 +1,4 @@
-"""Accuracies over seeds, and the findings in words: which intervals overlap, and which differences mean little."""
+"""Accuracies over seeds, error types, sub-question quality, and the findings in words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVALUATED = [
     "seed",
 ]  # `seed` of the evaluated model
 LEVEL = 0.05
-_MANY_PROBLEMS = 1000  # from here on a digit after the point means something
+_MANY_PROBLEMS = 1000  # from this number on, accuracies have a digit after the point
 _MAX_NAMED = 3  # pairs of methods
 
 
@@ -84,7 +84,7 @@ def _evaluated(evaluations: pd.DataFrame) -> pd.DataFrame:
 def headline(panel: pd.DataFrame) -> dict[str, Any]:
     """Return the result of one panel's summary in words: lead, findings (method, accuracy, interval), tail, verdict.
 
-    It is about the largest model; a model that several methods share goes before a larger one with a single method.
+    The findings are those of the largest model that has several methods, or else of the largest model.
     """
     models = panel.groupby(["parameters", "model"])["method"].size()
     size, model = (models[models > 1] if (models > 1).any() else models).index[-1]
@@ -132,7 +132,7 @@ def _verdict(cells: pd.DataFrame) -> str:
 
 
 def significance(summary: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per panel: how far an accuracy may be off, and the pairs whose difference means little.
+    """Return a row per panel: the uncertainty of its best accuracy, and the pairs whose difference is not significant.
 
     Columns: panel, n, accuracy (the best), half_width and worst_half_width (at 50 %; both fractions, of 95 % Wilson
     intervals), not_significant (list of text, pairs of methods with p (Holm) of at least LEVEL), num_pairs (tested).

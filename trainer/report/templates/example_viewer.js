@@ -1,4 +1,4 @@
-// The example browser: filters, pages and draws the predictions that stand as JSON in the page. No library, no network.
+// Example viewer: filters, pages and draws the predictions embedded in the page as JSON. No library, no network.
 "use strict";
 (() => {
   const root = document.getElementById("browser");
@@ -8,7 +8,7 @@
   const part = (name) => root.querySelector(`[data-part="${name}"]`);
   const predictions = data.predictions.map(([evaluation, problem, steps, ending, correct, cause, wrong, tokens, stopped]) =>
     ({ evaluation, problem, steps, ending, correct: !!correct, cause, wrong, tokens, stopped }));
-  const byStudent = new Map(predictions.map((p) => [`${p.evaluation} ${p.problem}`, p]));
+  const byEvaluation = new Map(predictions.map((p) => [`${p.evaluation} ${p.problem}`, p]));
   const words = predictions.map((p) => {
     const problem = data.problems[p.problem];
     return [problem.id, problem.question, problem.gold, ...p.steps.flatMap(([question, line]) => [question, line]), p.ending].join(" ").toLowerCase();
@@ -16,7 +16,7 @@
   let found = [];
   let at = 0;
 
-  // Everything a student wrote goes in as text, never as HTML.
+  // Texts of models are inserted as text, never as HTML.
   function element(tag, kind, ...children) {
     const made = document.createElement(tag);
     if (kind) made.className = kind;
@@ -35,7 +35,7 @@
     return evaluation.seed === null ? "no seed" : `seed ${evaluation.seed}`;
   }
 
-  // Choices that the data set chosen leaves open, each once and in the order of the report.
+  // Options that occur in the selected data set, each once and in the order of the report.
   function choices() {
     const here = data.evaluations.filter((e) => e.problems === field("problems").value);
     const unique = (entries) => [...new Map(entries).entries()];
@@ -43,7 +43,7 @@
     options(field("method"), "all methods", unique(here.map((e) => [e.method, e.label])));
     options(field("seed"), "all seeds", unique(here.map((e) => [String(e.seed), seedText(e)])));
     const others = data.evaluations.map((e, index) => [String(index), `${e.model}, ${e.label}, ${seedText(e)}`, e]);
-    options(field("other"), "nobody", others.filter(([, , e]) => e.problems === field("problems").value));
+    options(field("other"), "none", others.filter(([, , e]) => e.problems === field("problems").value));
     const inSet = predictions.filter((p) => data.evaluations[p.evaluation].problems === field("problems").value);
     const nums = new Set(inSet.map((p) => (data.problems[p.problem].steps || []).length));
     options(field("steps"), "any number", [...nums].sort((a, b) => a - b).map((n) => [String(n), `${n} step${n === 1 ? "" : "s"}`]));
@@ -70,8 +70,8 @@
     show();
   }
 
-  // "9*2 = <<9*2=18>>18 dollars": the expression quiet, the result marked as the calculator's or the writer's own.
-  // computed: for each annotation, whether the result is what the calculator writes.
+  // "9*2 = <<9*2=18>>18 dollars": the expression dimmed, the result marked as the calculator's or the model's.
+  // computed: for each annotation, whether its result is the calculator's.
   function marked(text, computed, calculator) {
     const pieces = [];
     let end = 0;
@@ -80,7 +80,7 @@
       pieces.push(text.slice(end, match.index));
       const byCalculator = calculator && computed[index++];
       const result = element("mark", byCalculator ? "by-calculator" : "by-hand", match[2]);
-      result.title = byCalculator ? "written by the calculator" : "written by the student";
+      result.title = byCalculator ? "written by the calculator" : "written by the model";
       pieces.push(element("span", "annotation", `⟨${match[1]} = `, result, "⟩"));
       end = match.index + match[0].length;
     }
@@ -99,7 +99,7 @@
     return [list, element("p", "ending", ending || "(no answer)")];
   }
 
-  function student(prediction) {
+  function answer(prediction) {
     const evaluation = data.evaluations[prediction.evaluation];
     const name = element("span", "method", evaluation.label);
     name.style.color = `var(--${variables[evaluation.method]})`;
@@ -122,7 +122,7 @@
     const shown = [...evaluations].reduce((sum, index) => sum + data.evaluations[index].shown, 0);
     const of = [...evaluations].reduce((sum, index) => sum + data.evaluations[index].of, 0);
     part("count").textContent = found.length
-      ? `${at + 1} of ${found.length} that match; the page holds ${shown} of these students' ${of} answers`
+      ? `${at + 1} of ${found.length} that match; the page contains ${shown} of the ${of} answers of these models`
       : "Nothing matches. Take a filter away.";
     part("previous").disabled = at === 0;
     part("next").disabled = at >= found.length - 1;
@@ -133,9 +133,9 @@
     const gold = element("section", "answer gold", element("h3", "", "Gold"),
       ...solution(problem.steps || [], `#### ${problem.gold}`, true, null));
     if (!problem.steps) gold.append(element("p", "facts", "these predictions were written without the gold steps"));
-    const columns = element("div", "columns", gold, student(prediction));
-    const other = byStudent.get(`${field("other").value} ${prediction.problem}`);
-    if (other && other !== prediction) columns.append(student(other));
+    const columns = element("div", "columns", gold, answer(prediction));
+    const other = byEvaluation.get(`${field("other").value} ${prediction.problem}`);
+    if (other && other !== prediction) columns.append(answer(other));
     part("example").append(element("p", "question", problem.question), element("p", "facts", problem.id), columns);
   }
 
@@ -161,7 +161,7 @@
       return;
     }
     const box = root.getBoundingClientRect();
-    if (box.bottom < 0 || box.top > window.innerHeight) return; // the keys scroll the rest of the page as usual
+    if (box.bottom < 0 || box.top > window.innerHeight) return; // elsewhere the keys scroll the page
     const by = { ArrowRight: 1, j: 1, ArrowLeft: -1, k: -1 }[event.key];
     if (by) page(by);
     else if (event.key === "/") field("search").focus();
