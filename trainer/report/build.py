@@ -8,13 +8,13 @@ from pathlib import Path
 import pandas as pd
 
 from trainer.errors import UserError
-from trainer.report import drawing, tables
+from trainer.report import drawing
 from trainer.report.comparison import comparison_rows, to_latex
 from trainer.report.format import clean
 from trainer.report.load import is_run, load_frames
 from trainer.report.page import render_page
 from trainer.report.plots import all_figures
-from trainer.report.report_data import ReportData
+from trainer.report.report_data import ReportData, result_rows, to_csv, to_json
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import StudyDirectory
 
@@ -49,10 +49,10 @@ def build_report(
         files |= drawing.figure_files(name, panels)
     if data.comparison_tables:
         rows = pd.DataFrame(comparison_rows(data.comparison_tables), dtype=object)
-        files["comparison.csv"] = tables.to_csv(rows).encode()
+        files["comparison.csv"] = to_csv(rows).encode()
         files["comparison.tex"] = to_latex(data.comparison_tables).encode()
-    files["results.csv"] = tables.to_csv(tables.result_rows(study.runs)).encode()
-    files["results.json"] = tables.to_json(data).encode()
+    files["results.csv"] = to_csv(result_rows(study.runs)).encode()
+    files["results.json"] = to_json(data).encode()
     # Written last, so that the files that the page links to exist.
     files["index.html"] = render_page(data, figures, styles).encode()
 

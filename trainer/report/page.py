@@ -21,9 +21,8 @@ from trainer.report.error_types import LABELS
 from trainer.report.load import STEPS_OF_FINAL_LOSS
 from trainer.report.methods import PAIRS, base, label
 from trainer.report.provenance import facts_by_run, remarks
-from trainer.report.report_data import ReportData
+from trainer.report.report_data import ReportData, result_rows
 from trainer.report.summary import significance_text
-from trainer.report.tables import result_rows
 
 
 def render_page(data: ReportData, figures: dict[str, list[Panel]], styles: Styles) -> str:

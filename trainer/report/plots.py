@@ -85,15 +85,9 @@ def _draw_accuracy(highest: float, title: str, cells: pd.DataFrame, styles: Styl
     drawing.percent_axis(axes, highest)
     methods = sorted(cells["method"].unique(), key=method_rank)
     gap = (high - low) * (0.015 if len(sizes) > 1 else 0.1)
-    ends = []
-    for shift, method in zip(_side_by_side(len(methods), gap), methods, strict=True):
-        found = cells[cells["method"] == method]
-        x = [int(size) * math.exp(shift) for size in found["parameters"]]
-        drawing.draw_points(axes, x, found, styles[method])
-        ends.append((found["mean"].iat[-1], label(method), styles[method].color))
     drawing.parameters_axis(axes, sizes, (high - low) * 0.11)
-    drawing.headings(axes, title, "strict accuracy")
-    drawing.label_lines(axes, ends)
+    cells = cells.assign(x=cells["parameters"].astype(int))
+    _draw_methods(axes, title, cells, methods, lambda x, shift: x * math.exp(gap * shift), styles)
 
 
 def plot_num_steps(summary: pd.DataFrame, by_num_steps: pd.DataFrame, styles: Styles) -> list[Panel]:
@@ -114,30 +108,41 @@ def plot_num_steps(summary: pd.DataFrame, by_num_steps: pd.DataFrame, styles: St
 def _draw_num_steps(
     title: str, cells: pd.DataFrame, methods: list[str], highest: float, styles: Styles, axes: Axes
 ) -> None:
-    """Draw a line per method; methods without numbers of steps keep their position, so that colours line up."""
     num_problems = cells.groupby("num_steps")["n"].max()
     nums = [int(num) for num in num_problems.index]
     drawing.percent_axis(axes, highest)
     axes.set_xlim(nums[0] - 0.5, nums[-1] + 0.5)
-    ends = []
-    for shift, method in zip(_side_by_side(len(methods), 0.08), methods, strict=True):
-        found = cells[cells["method"] == method]
-        if not found.empty:
-            drawing.draw_points(axes, [num + shift for num in found["num_steps"]], found, styles[method])
-            ends.append((found["mean"].iat[-1], label(method), styles[method].color))
     shown = drawing.order_apart(nums, (nums[-1] - nums[0] + 1) * 0.09)
     axes.xaxis.set_major_locator(FixedLocator([nums[index] for index in shown]))
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda num, _: f"{num:g}\n{num_problems.get(round(num), 0)}")
     )
     axes.set_xlabel("steps; below, problems", loc="right")
+    cells = cells.assign(x=cells["num_steps"])
+    _draw_methods(axes, title, cells, methods, lambda x, shift: x + 0.08 * shift, styles)
+
+
+def _draw_methods(
+    axes: Axes,
+    title: str,
+    cells: pd.DataFrame,
+    methods: list[str],
+    move: Callable[[float, float], float],
+    styles: Styles,
+) -> None:
+    """Draw a line per method through the means at `x`, moved sideways so that intervals do not hide each other.
+
+    Methods without cells keep their position. The axes' limits must be final.
+    """
+    ends = []
+    for index, method in enumerate(methods):
+        found = cells[cells["method"] == method]
+        if not found.empty:
+            x = [move(value, index - (len(methods) - 1) / 2) for value in found["x"]]
+            drawing.draw_points(axes, x, found, styles[method])
+            ends.append((found["mean"].iat[-1], label(method), styles[method].color))
     drawing.headings(axes, title, "strict accuracy")
     drawing.label_lines(axes, ends)
-
-
-def _side_by_side(num: int, gap: float) -> list[float]:
-    """Return shifts that keep the bars of `num` methods from hiding each other."""
-    return [(index - (num - 1) / 2) * gap for index in range(num)]
 
 
 def plot_fits(fits: pd.DataFrame, styles: Styles) -> list[Panel]:
