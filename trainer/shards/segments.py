@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.errors import UserError
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.problems import calculator
 from trainer.problems.problem import DELIMITER, Problem
@@ -130,11 +129,3 @@ def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if whole[start : start + len(plain)] == plain:
             return list(whole[:start])
     return [token for token in whole if token == tokenizer.bos_token_id]
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for a tokenizer without an EOS token."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which ends every answer"
-        )
