@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.problems.exemplars import read_exemplars
-from trainer.problems.problem import Problem, RejectedRecord
-from trainer.problems.sources import DATA, read_problems
+from trainer.problems.problem import Problem
+from trainer.problems.sources import DATA, read_exemplars, read_problems
 from trainer.teacher.decontaminate import HeldOutQuestions
 from trainer.teacher.filter import FilterConfig, filter_sample
 from trainer.teacher.prompts import solution_text
@@ -25,16 +23,26 @@ def choose_exemplars(settings: AnnotateSettings, held_out: HeldOutQuestions) -> 
     no test question, drawn with the seed. Raises UserError for a record that is not a complete solved problem, for an
     exemplar that is a test question, and if there are too few.
     """
+    config = FilterConfig(settings.style)
     if settings.exemplars:
-        return list(_from_file(settings, held_out))
+        path = settings.exemplars
+        exemplars = read_exemplars(path)
+        for exemplar in exemplars:
+            if defect := _defect(exemplar, config):
+                raise UserError(f"{path}: exemplar {exemplar.id} {defect}; correct it, or take another one")
+            if match := held_out.match(exemplar.question):
+                raise UserError(
+                    f"{path}: exemplar {exemplar.id} is the test question {match}; take another one"
+                )
+        return exemplars
     if not settings.exemplars_from_gold:
         return []
     data, path, split = parse_source(settings.exemplars_data, "exemplars_data")
     options = dataset_options(data, settings.seed)
     if data == "stories":
         options["num_problems"] = _NUM_STORIES
-    problems = _problems(read_problems(data, split, path or None, **options))
-    config = FilterConfig(settings.style)
+    records = read_problems(data, split, path or None, **options)
+    problems = [record for record in records if isinstance(record, Problem)]
     pool = [p for p in problems if not _defect(p, config) and held_out.match(p.question) is None]
     if len(pool) < settings.exemplars_from_gold:
         parts = "sub-questions and solutions" if settings.style == "socratic" else "solutions"
@@ -59,16 +67,6 @@ def dataset_options(data: str, seed: int) -> dict[str, Any]:
     return {"seed": seed} if data in ("svamp", "stories") else {}
 
 
-def _from_file(settings: AnnotateSettings, held_out: HeldOutQuestions) -> Iterator[Problem]:
-    path = settings.exemplars
-    for record in read_exemplars(path):
-        if defect := _defect(record, FilterConfig(settings.style)):
-            raise UserError(f"{path}: exemplar {record.id} {defect}; correct it, or take another one")
-        if match := held_out.match(record.question):
-            raise UserError(f"{path}: exemplar {record.id} is the test question {match}; take another one")
-        yield record
-
-
 def _defect(problem: Problem, config: FilterConfig) -> str:
     """Return the reason why a problem is no exemplar, or "". An exemplar must pass the filter itself."""
     if not problem.steps:
@@ -79,7 +77,3 @@ def _defect(problem: Problem, config: FilterConfig) -> str:
         return "has a step without sub-question"
     result = filter_sample(solution_text(problem, config.style), "stop", problem, config)
     return "" if result.is_kept else f"would be rejected itself ({result.reason}: {result.detail})"
-
-
-def _problems(records: Iterable[Problem | RejectedRecord]) -> Iterator[Problem]:
-    return (record for record in records if isinstance(record, Problem))
