@@ -30,7 +30,7 @@ def check_against_config(
 ) -> ExportLayout:
     """Return the tensors to write for the config.json in `folder`, roughly in storage order.
 
-    `dtype`: "fp32", "bf16" or "fp16". Raises UserError naming a missing or unexpected parameter, or one of another shape.
+    `dtype`: "fp32" or "bf16". Raises UserError naming a missing or unexpected parameter, or one of another shape.
     """
     expected = architecture.read_architecture(folder)
     chosen = _select_tensors(stored, checkpoint, folder / "config.json", expected)

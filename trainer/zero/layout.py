@@ -30,9 +30,8 @@ from trainer.zero.master_weights import check_samples, match_master_weights
 from trainer.zero.tensor_references import CheckpointTensors, TensorReference
 from trainer.zero.torch_files import ByteRange, TorchFile
 
-FlatTensor = Callable[
-    [TorchFile, int], torch.Tensor
-]  # (a rank's file, index of a group) -> the group's flat tensor
+# (a rank's file, index of a group) -> the group's flat tensor
+FlatTensor = Callable[[TorchFile, int], torch.Tensor]
 
 
 def file_names(zero_stage: int, world_size: int, dtype: str) -> tuple[list[str], list[str]]:
@@ -127,7 +126,8 @@ def require(file: TorchFile, content: dict[str, Any], key: str) -> Any:
     return content[key]
 
 
-def _whole(file: TorchFile, tensor: torch.Tensor) -> TensorReference:
+def whole(file: TorchFile, tensor: torch.Tensor) -> TensorReference:
+    """Return the reference to a tensor that is stored in one piece."""
     return TensorReference(tuple(tensor.shape), (file.byte_range(tensor),))
 
 
@@ -135,10 +135,10 @@ def _weights_stage_0(file: TorchFile) -> CheckpointTensors:
     stored = CheckpointTensors()
     first_names: dict[ByteRange, str] = {}
     for name, tensor in require(file, file.content, "module").items():
-        whole = _whole(file, tensor)
-        first = first_names.setdefault(whole.ranges[0], name)
-        if first == name or whole.num_elements == 0:
-            stored.tensors[name] = whole
+        found = whole(file, tensor)
+        first = first_names.setdefault(found.ranges[0], name)
+        if first == name or found.num_elements == 0:
+            stored.tensors[name] = found
         else:
             stored.aliases[name] = first
     optimizer = file.content.get("optimizer") or {}
@@ -164,7 +164,7 @@ def _weights_stage_1_or_2(files: CheckpointFiles) -> CheckpointTensors:
     module = require(file, file.content, "module")
     for name, tensor in module.items():
         if name not in found and name not in stored.aliases:  # a buffer, or a frozen parameter
-            stored.tensors[name] = _whole(file, tensor)
+            stored.tensors[name] = whole(file, tensor)
     check_samples(
         file.path, {name: (tensor, file.byte_range(module[name])) for name, tensor in found.items()}
     )
@@ -202,7 +202,7 @@ def _weights_stage_3(files: CheckpointFiles) -> CheckpointTensors:
         stored.tensors[name] = _join(tuple(shape), [(fragment,) for fragment in fragments])
     module = require(first, first.content, "module")
     for name in require(first, first.content, "buffer_names"):
-        stored.tensors[name] = _whole(first, module[name])
+        stored.tensors[name] = whole(first, module[name])
     return stored
 
 
@@ -230,48 +230,28 @@ def _split_stage_3(files: CheckpointFiles, flat: FlatTensor) -> dict[str, Tensor
 
 def _join(shape: tuple[int, ...], shards: list[tuple[ByteRange, ...]]) -> TensorReference:
     """Concatenate the ranks' shards without the padding at the end."""
-    left = math.prod(shape)
-    ranges: list[ByteRange] = []
-    for byte_range in (byte_range for shard in shards for byte_range in shard):
-        kept = byte_range.slice(0, min(left, byte_range.num_elements))
-        left -= kept.num_elements
-        if kept.num_elements or not ranges:
-            ranges.append(kept)
-    if left:
-        raise UserError(
-            f"{shards[0][0].storage.path.parent}: {left} elements of a tensor of shape {shape} are missing"
-        )
-    return TensorReference(shape, tuple(ranges))
+    joined = TensorReference(shape, tuple(byte_range for shard in shards for byte_range in shard))
+    return TensorReference(shape, joined.slice(0, joined.num_elements))
 
 
 class _Cursor:
     """Position in the concatenated flat groups of a rank."""
 
     def __init__(self, path: Path, groups: list[ByteRange]):
-        self._path, self._groups, self._start = path, list(groups), 0
-        self._empty = groups[0].slice(0, 0)
+        num_elements = sum(group.num_elements for group in groups)
+        self._path, self._flat, self._start = path, TensorReference((num_elements,), tuple(groups)), 0
 
     def take(self, num_elements: int) -> tuple[ByteRange, ...]:
         """Return the ranges of the next elements. Raises UserError if there are fewer."""
-        taken = []
-        while num_elements:
-            if not self._groups:
-                raise UserError(
-                    f"{self._path} holds fewer elements than the model has parameters; it lacks fp32 weights that were "
-                    "offloaded to NVMe: train with offload to the CPU instead"
-                )
-            group = self._groups[0]
-            count = min(num_elements, group.num_elements - self._start)
-            if count:
-                taken.append(group.slice(self._start, count))
-            self._start += count
-            num_elements -= count
-            if self._start == group.num_elements:
-                self._groups.pop(0)
-                self._start = 0
-        return tuple(taken) or (self._empty,)
+        start, self._start = self._start, self._start + num_elements
+        if self._start > self._flat.num_elements:
+            raise UserError(
+                f"{self._path} holds fewer elements than the model has parameters; it lacks fp32 weights that were "
+                "offloaded to NVMe: train with offload to the CPU instead"
+            )
+        return self._flat.slice(start, num_elements)
 
     def expect_end(self, padding: int = 0) -> None:
         """Raise UserError if more than `padding` elements are left."""
-        if sum(group.num_elements for group in self._groups) - self._start > padding:
+        if self._flat.num_elements - self._start > padding:
             raise UserError(f"{self._path} holds more elements than the model has parameters")

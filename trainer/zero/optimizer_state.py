@@ -50,11 +50,8 @@ def _moments(files: CheckpointFiles, key: str) -> dict[str, TensorReference]:
     if files.zero_stage:
         return layout.split_flat_tensors(files, lambda file, index: _entry(file, index, key))
     (file,) = files.model
-    found = {}
-    for index, name in enumerate(layout.require(file, file.content, PARAMETER_NAMES)):
-        tensor = _entry(file, index, key)
-        found[name] = TensorReference(tuple(tensor.shape), (file.byte_range(tensor),))
-    return found
+    names = layout.require(file, file.content, PARAMETER_NAMES)
+    return {name: layout.whole(file, _entry(file, index, key)) for index, name in enumerate(names)}
 
 
 def _states(file: TorchFile) -> Any:

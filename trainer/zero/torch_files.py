@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import operator
 import pickle
 import zipfile
 from dataclasses import dataclass, replace
@@ -41,6 +42,9 @@ _STAND_INS: list[Any] = [
     (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_zero_stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
+
+
+_header_offset = operator.attrgetter("header_offset")
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,7 @@ class TorchFile:
     def __init__(self, path: Path):
         """Raise UserError if the file is damaged or names a class that is not allowed."""
         self.path = path
-        entries = self._zip_entries()
-        self._starts = [entry.header_offset for entry in entries]
-        self._entries = entries
+        self._entries = self._zip_entries()
         self.content: dict[str, Any] = load(path, "meta")
         if not isinstance(self.content, dict):
             raise UserError(f"{path} holds a {type(self.content).__name__}; expected a DeepSpeed state dict")
@@ -98,7 +100,7 @@ class TorchFile:
             )
         untyped = tensor.untyped_storage()
         start, num_bytes = library_internals.offset_in_file(untyped), untyped.nbytes()
-        entry = self._entries[bisect.bisect_right(self._starts, start) - 1]
+        entry = self._entries[bisect.bisect_right(self._entries, start, key=_header_offset) - 1]
         if entry.file_size != num_bytes or entry.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{self.path}: the zip entry {entry.filename} is not the storage it should be")
         storage = Storage(self.path, entry.filename, start, num_bytes, entry.CRC)
@@ -110,7 +112,7 @@ class TorchFile:
             with zipfile.ZipFile(self.path) as archive:
                 description = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
                 archive.read(description)  # checks its CRC-32
-                return sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+                return sorted(archive.infolist(), key=_header_offset)
         except FileNotFoundError:
             raise UserError(f"{self.path} is missing") from None
         # zipfile raises NotImplementedError for an unknown compression or version, which here means damaged bytes.
