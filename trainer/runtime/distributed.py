@@ -8,13 +8,14 @@ collides as soon as two jobs share a node.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -242,6 +243,22 @@ def raise_on_all_ranks(error: str | None) -> None:
     if errors:
         rank, text = errors[0]
         raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+
+
+@contextlib.contextmanager
+def errors_on_all_ranks(describe: Callable[[OSError], str] = str) -> Iterator[None]:
+    """Collective. Context manager that raises UserError on every rank if its block raises UserError or OSError on any.
+
+    `describe` returns the message for an OSError. The block must contain no collectives.
+    """
+    error = None
+    try:
+        yield
+    except UserError as problem:
+        error = str(problem)
+    except OSError as problem:
+        error = describe(problem)
+    raise_on_all_ranks(error)
 
 
 def is_communication_failure(error: Exception) -> bool:

@@ -5,9 +5,8 @@ A resumed run keeps its layout, so that its numbers are those of a run without i
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,28 +54,6 @@ class LayoutSelection:
         set_attention(engine.module, outcome.layout.attention)
         return outcome
 
-    def report(self, choice: LayoutChoice) -> None:
-        """Log the layout of the run, with a warning if it is not the fastest."""
-        if choice.rejected:
-            fastest, reason = choice.rejected[0]
-            terminal.warning(f"not {fastest.rows}: {reason}; instead: {DESCRIPTIONS[choice.layout.rows]}")
-        terminal.info(
-            f"  layout: {choice.layout}; logits differ from the model's own by {choice.difference:.0e} of their standard "
-            f"deviation (allowed: {choice.tolerance:.0e}, {choice.num_examples} examples, {choice.compared_in})"
-        )
-
-    def record(self, choice: LayoutChoice) -> dict[str, Any]:
-        """Return the facts for environment.json and the checkpoints."""
-        return {
-            "rows": choice.layout.rows,
-            "attention": choice.layout.attention,
-            "largest_difference": choice.difference,
-            "tolerance": choice.tolerance,
-            "compared_examples": choice.num_examples,
-            "compared_in": choice.compared_in,
-            "fallback_reason": choice.reason,
-        }
-
     def _check(self, engine: Any, examples: list[Example], is_untrained: bool) -> LayoutChoice | NoLayout:
         """Collective. Check on a plain copy of the model on rank 0, or without memory for it in the engine itself."""
         model = model_copy.copy_model(engine, self._config, is_untrained)
@@ -95,14 +72,7 @@ class LayoutSelection:
             return error
 
     def _check_copy(self, model: Any, engine: Any, examples: list[Example]) -> LayoutChoice | NoLayout | str:
-        @contextlib.contextmanager
-        def in_training_dtype() -> Iterator[None]:
-            before = model_copy.cast_to_training_dtype(model, engine)
-            try:
-                yield
-            finally:
-                model_copy.set_parameters(model, before)
-
+        in_training_dtype = functools.partial(model_copy.in_training_dtype, model, engine)
         training_kernels.patch_kernels(model, on_accelerator=torch.cuda.is_available())
         try:
             return choose_layout(
@@ -184,8 +154,29 @@ def check_same_layout(layout: Layout | None, packing: str, checkpoint: Path) -> 
     )
 
 
-def write_record(run: RunDirectory, record: dict[str, Any]) -> None:
-    """Add the layout's record to environment.json (rank 0)."""
+def report_layout(choice: LayoutChoice) -> None:
+    """Log the layout of the run, with a warning if it is not the fastest."""
+    if choice.rejected:
+        fastest, reason = choice.rejected[0]
+        terminal.warning(f"not {fastest.rows}: {reason}; instead: {DESCRIPTIONS[choice.layout.rows]}")
+    terminal.info(
+        f"  layout: {choice.layout}; logits differ from the model's own by {choice.difference:.0e} of their standard "
+        f"deviation (allowed: {choice.tolerance:.0e}, {choice.num_examples} examples, {choice.compared_in})"
+    )
+
+
+def record_layout(choice: LayoutChoice, run: RunDirectory) -> dict[str, Any]:
+    """Add the layout to environment.json (rank 0); return its facts for the checkpoints."""
+    record = {
+        "rows": choice.layout.rows,
+        "attention": choice.layout.attention,
+        "largest_difference": choice.difference,
+        "tolerance": choice.tolerance,
+        "compared_examples": choice.num_examples,
+        "compared_in": choice.compared_in,
+        "fallback_reason": choice.reason,
+    }
     if distributed.is_main_process():
         facts = json.loads(run.environment.read_text(encoding="utf-8"))
         atomic_dir.write_text(run.environment, json.dumps({**facts, "layout": record}, indent=1) + "\n")
+    return record

@@ -31,19 +31,16 @@ def load(engine: Any, path: Path, zero_stage: int, world_size: int, dtype: str) 
     `zero_stage`, `world_size`, `dtype`: from the manifest of the checkpoint. Raises UserError if the checkpoint is of
     another model; parts of it may then have been loaded.
     """
-    optimizer, error = engine.optimizer, None
+    optimizer = engine.optimizer
     if hasattr(optimizer, "checkpoint_event_prologue"):
         optimizer.checkpoint_event_prologue()  # stage 3 releases its gathered parameters
-    try:
+    with distributed.errors_on_all_ranks():
         stored = read_optimizer_state(path, zero_stage, world_size, dtype)
         _check_shapes(engine, stored, path)
         with ChecksumReader(checksums=False) as reader:
             for partition in partitions(engine):
                 _load_partition(engine, partition, stored, reader, path)
             _load_untrained(engine, stored, reader, path)
-    except (UserError, OSError) as problem:
-        error = str(problem)
-    distributed.raise_on_all_ranks(error)
     _update_working_weights(optimizer)
     engine.global_steps = stored.step
     engine.global_samples = stored.step * engine.train_batch_size()
@@ -99,20 +96,18 @@ def _copy(
         raise UserError(f"{path} has no {name}, which this model trains; it is a checkpoint of another model")
     if stored.dtype != target.dtype:
         raise UserError(f"{path} holds {name} as {stored.dtype}, this run keeps it as {target.dtype}")
-    chunk = CHUNK_BYTES // target.element_size()
-    done, position = 0, 0  # elements copied; elements in the previous ranges
-    for byte_range in stored.ranges:
-        first = max(start + done - position, 0)
-        end = min(byte_range.num_elements, start + len(target) - position)
-        for begin in range(first, end, chunk):
-            count = min(chunk, end - begin)
-            _read_into(reader, byte_range, begin, target[done : done + count])
-            done += count
-        position += byte_range.num_elements
-    if done != len(target):
+    if len(target) and start + len(target) > stored.num_elements:
         raise UserError(
             f"{path}: {name} has {stored.num_elements} elements, this model's has more; it is a checkpoint of another model"
         )
+    done = 0
+    for byte_range in stored.slice(start, len(target)):
+        for begin in range(0, byte_range.num_elements, CHUNK_BYTES // target.element_size()):
+            chunk = target[done:][
+                : min(CHUNK_BYTES // target.element_size(), byte_range.num_elements - begin)
+            ]
+            _read_into(reader, byte_range, begin, chunk)
+            done += len(chunk)
 
 
 def _read_into(reader: ChecksumReader, byte_range: ByteRange, start: int, target: torch.Tensor) -> None:

@@ -30,10 +30,9 @@ from trainer.training.layout_selection import (
     LayoutSelection,
     check_same_layout,
     layout_of_checkpoint,
-    write_record,
+    record_layout,
 )
 from trainer.training.layouts import Layout
-from trainer.training.learning_rate import LearningRateSchedule
 from trainer.training.run_files import code_fingerprint, remove_leftovers, write_run_files
 
 # Settings that may differ when a run is resumed; all others determine its numbers. Ranks, ZeRO stage, offload and
@@ -56,14 +55,11 @@ class TrainState:
     shards: Shards
     data: PackedDataset
     batch_plan: BatchPlan
-    schedule: LearningRateSchedule
-    tokenizer: Any
     config: Any
     engine: Any
     device: torch.device
     first_step: int
     facts: dict[str, Any]
-    layout_selection: LayoutSelection
     layout_choice: LayoutChoice
 
     @property
@@ -81,7 +77,9 @@ def setup_training(
     distributed.assert_same_on_all_ranks("installation", code_fingerprint())
     if distributed.is_main_process():
         remove_leftovers(run)
-    shards = _open_shards(settings.train_shards)
+    with distributed.errors_on_all_ranks():
+        # One rank of each node checks the digests: a node may have its own copy.
+        shards = Shards.open(settings.train_shards, verify=environment.local_rank == 0)
     tokenizer = load_tokenizer(shards.tokenizer_path)
     config = _config(settings, shards, tokenizer)
     view = view_of(settings.method, settings.train_on_calculator_results)
@@ -101,40 +99,37 @@ def setup_training(
     )
     time_limit.set_deadline(stop, settings.time_limit_seconds, run, facts)
     start = _find_checkpoint(settings, run, facts, plan)
-    if start is not None and atomic_dir.read_manifest(start)["facts"]["finished"]:
-        return None
-    layout = None if start is None else layout_of_checkpoint(start, run)
+    layout, first_step = None, 0
     if start is not None:
+        progress = atomic_dir.read_manifest(start)["facts"]
+        if progress["finished"]:
+            return None
+        first_step = progress["step"]
+        layout = layout_of_checkpoint(start, run)
         check_same_layout(layout, settings.packing, start)
     selection = LayoutSelection(settings, config, layout)
     if distributed.is_main_process():
         write_run_files(settings, run, resolved, facts, config, tokenizer)
     engine = build_engine(settings, run, config, resolved, empty=start is not None)
-    first_step = 0
     if start is not None:
         checkpoint.load(engine, start)
-        first_step = atomic_dir.read_manifest(start)["facts"]["step"]
         terminal.info(f"resumed from {start}")
     choice = selection.choose(engine, data, is_untrained=first_step == 0 and not settings.model_name_or_path)
-    facts["layout"] = selection.record(choice)
-    write_record(run, facts["layout"])
-    schedule = LearningRateSchedule.make(settings, plan.total_steps)
+    facts["layout"] = record_layout(choice, run)
     return TrainState(
-        settings, environment, run, shards, data, plan, schedule, tokenizer, config, engine, load.device(), first_step,
-        facts, selection, choice,
-    )  # fmt: skip
-
-
-def _open_shards(path: str) -> Shards:
-    """Collective. Open the shards and check their digests on one rank of each node, which may have its own copy."""
-    shards, error = None, None
-    try:
-        shards = Shards.open(path, verify=distributed.environment().local_rank == 0)
-    except UserError as problem:
-        error = str(problem)
-    distributed.raise_on_all_ranks(error)
-    assert shards is not None
-    return shards
+        settings,
+        environment,
+        run,
+        shards,
+        data,
+        plan,
+        config,
+        engine,
+        load.device(),
+        first_step,
+        facts,
+        choice,
+    )
 
 
 def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:

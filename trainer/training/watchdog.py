@@ -46,9 +46,12 @@ _EXIT_SECONDS = 5.0  # for other ranks of this host to end by themselves
 def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
     """Collective. Context manager that holds the run's lock and yields a started watchdog.
 
-    Raises UserError on every rank if another job holds the lock.
+    Raises UserError on every rank if another job holds the lock, naming that job.
     """
-    lock = _acquire_lock(run.lock)
+    lock = DirectoryLock(run.lock, None)
+    with distributed.errors_on_all_ranks(lambda problem: f"{run.lock} cannot be created: {problem}"):
+        if distributed.is_main_process():
+            lock = locks.acquire(run.lock)
     try:
         watchdog = Watchdog(run, settings.heartbeat_timeout_seconds, lock)
         watchdog.start()
@@ -66,20 +69,6 @@ def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
             watchdog.stop(is_regular)
     finally:
         lock.release()
-
-
-def _acquire_lock(path: Path) -> DirectoryLock:
-    """Collective. Acquire the lock on rank 0. Raises UserError on every rank, naming the job that holds it."""
-    lock, error = DirectoryLock(path, None), None
-    if distributed.is_main_process():
-        try:
-            lock = locks.acquire(path)
-        except UserError as problem:
-            error = str(problem)
-        except OSError as problem:
-            error = f"{path} cannot be created: {problem}"
-    distributed.raise_on_all_ranks(error)
-    return lock
 
 
 class Watchdog:
