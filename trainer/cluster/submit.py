@@ -11,7 +11,6 @@ from trainer.cluster import jobs, scripts, slurm, submitted_jobs, validate
 from trainer.cluster.config import ClusterConfig, read_cluster_config
 from trainer.cluster.jobs import Dependency, JobId, SlurmJob
 from trainer.cluster.scripts import JobPaths
-from trainer.cluster.submitted_jobs import SubmittedJob
 from trainer.errors import UserError
 from trainer.runtime import directory_lock, terminal
 from trainer.storage import atomic_dir
@@ -83,17 +82,26 @@ def _submit(
     written: list[Path] = []
     try:
         for batch, text in zip(planned, texts, strict=True):
-            path = _script_path(study.directory, batch)
+            # A new path: jobs of an earlier submission may still need their scripts for a restart.
+            number = len(list(study.directory.slurm.glob("*.sbatch")))
+            path = study.directory.slurm / f"{number:03d}-{batch.kind}.sbatch"
             atomic_dir.write_text(path, text)
             written.append(path)
             # On hold, so that nothing has started if Slurm rejects a later job.
             submitted.append(slurm.submit_held(path, dependency(batch.dependencies, submitted)))
-            submitted_jobs.add_jobs(
-                study.directory, _jobs(batch, submitted[-1]), path, scripts.output(batch, paths)
-            )
+            indices: Sequence[int | None] = batch.indices or [None]
+            ids = {
+                stage.label: JobId(submitted[-1], index)
+                for stage, index in zip(batch.stages, indices, strict=True)
+            }
+            submitted_jobs.add_jobs(study.directory, ids, path, scripts.output(batch, paths))
         slurm.release(submitted)
     except UserError as error:
-        _cancel_submitted(study.directory, submitted, written, before)
+        if submitted:
+            slurm.cancel(submitted)
+        submitted_jobs.write_jobs(study.directory, before)
+        for path in written:
+            path.unlink()
         requested = " ".join(f"--{option}" for option in scripts.options(batch, config, paths))
         suspects = validate.unchecked_settings(config)
         raise UserError(
@@ -101,7 +109,7 @@ def _submit(
             f"{'; is it ' + ', '.join(suspects) + '?' if suspects else ''} (requested: {requested})"
         ) from None
     for batch, job in zip(planned, submitted, strict=True):
-        terminal.info(_job_text(batch, job, dependency(batch.dependencies, submitted)))
+        terminal.info(_job_text(batch, job, submitted))
     changes.save_snapshot(study)
     kept = submitted_config(study.directory)
     if cluster != kept:
@@ -122,35 +130,19 @@ def dependency(needs: Sequence[Dependency], submitted: Sequence[str]) -> str:
 
 
 def _show(planned: Sequence[SlurmJob], config: ClusterConfig, paths: JobPaths) -> None:
+    names = [f"<{batch.name} {number}>" for number, batch in enumerate(planned)]
     for number, batch in enumerate(planned):
-        names = [f"<{other.name} {position}>" for position, other in enumerate(planned)]
-        terminal.info(
-            f"### {number}: {_job_text(batch, f'<{batch.name} {number}>', dependency(batch.dependencies, names))}"
-        )
+        terminal.info(f"### {number}: {_job_text(batch, names[number], names)}")
         terminal.info(scripts.script_text(batch, config, paths))
     terminal.info(
         f"{sum(len(batch.stages) for batch in planned)} stages in {len(planned)} jobs; nothing was submitted"
     )
 
 
-def _job_text(batch: SlurmJob, job: str, after: str) -> str:
+def _job_text(batch: SlurmJob, job: str, submitted: Sequence[str]) -> str:
+    after = dependency(batch.dependencies, submitted)
     stages_text = batch.stages[0].label if len(batch.stages) == 1 else f"{len(batch.stages)} x {batch.kind}"
     return f"{stages_text}: job {job}{' after ' + after if after else ''}"
-
-
-def _jobs(batch: SlurmJob, job: str) -> dict[str, JobId]:
-    indices: Sequence[int | None] = batch.indices or [None]
-    return {stage.label: JobId(job, index) for stage, index in zip(batch.stages, indices, strict=True)}
-
-
-def _cancel_submitted(
-    study: StudyDirectory, submitted: list[str], written: list[Path], before: dict[str, SubmittedJob]
-) -> None:
-    if submitted:
-        slurm.cancel(submitted)
-    submitted_jobs.write_jobs(study, before)
-    for path in written:
-        path.unlink()
 
 
 def _done(todo: Sequence[Stage]) -> set[str]:
@@ -174,9 +166,3 @@ def _copy_launcher(paths: JobPaths) -> None:
         if not path.is_file() or path.read_text(encoding="utf-8") != packaged:
             atomic_dir.write_text(path, packaged)
         path.chmod(0o755)
-
-
-def _script_path(study: StudyDirectory, batch: SlurmJob) -> Path:
-    """Return a new path: jobs of an earlier submission may still need their scripts for a restart."""
-    num_scripts = len(list(study.slurm.glob("*.sbatch"))) if study.slurm.is_dir() else 0
-    return study.slurm / f"{num_scripts:03d}-{batch.kind}.sbatch"

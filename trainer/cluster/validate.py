@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from trainer.cluster import slurm
-from trainer.cluster.config import ClusterConfig, parse_seconds
+from trainer.cluster.config import TIME, ClusterConfig, parse_seconds
 from trainer.cluster.jobs import SlurmJob
 from trainer.errors import UserError
 from trainer.storage.configuration import did_you_mean
@@ -22,47 +22,36 @@ def validate(batches: Sequence[SlurmJob], config: ClusterConfig, where: str) -> 
     for batch in batches:
         on_accelerator = batch.needs_accelerator
         key = "PARTITION" if on_accelerator or not config.cpu_partition else "CPU_PARTITION"
+        names = getattr(config, key.lower()) or slurm.default_partition()
+        if not names:
+            raise UserError(
+                f"{where}: {key} is missing and this cluster has no default; choose one of {', '.join(partitions)}"
+            )
         limits = {"train": "TIME_LIMIT", "evaluate": "EVALUATE_TIME_LIMIT"}
-        _validate_partition(
-            key, partitions, config, limits.get(batch.kind, "CPU_TIME_LIMIT"), on_accelerator, where
-        )
+        limit_key = limits.get(batch.kind, "CPU_TIME_LIMIT")
+        requested = getattr(config, limit_key.lower())
+        for name in names.split(","):
+            if name not in partitions:
+                raise UserError(
+                    f"{where}: {key}={name}: there is no such partition{did_you_mean(name, partitions)}; "
+                    f"this cluster has {', '.join(partitions)}"
+                )
+            state, limit = partitions[name]["state"], partitions[name]["limit"]
+            if state != "up":
+                raise UserError(f"{where}: {key}={name}: the partition is {state}")
+            is_limited = TIME.fullmatch(limit)  # else infinite
+            if is_limited and parse_seconds(requested) > parse_seconds(limit):
+                raise UserError(
+                    f"{where}: {limit_key}={requested}: the partition {name} allows at most {limit}"
+                )
+            if on_accelerator and config.gpus_per_node:
+                _validate_gpus(name, partitions[name]["gres"], config, where)
 
 
 def unchecked_settings(config: ClusterConfig) -> list[str]:
     """Return KEY=value of the settings that only sbatch can check."""
     keys = ("account", "qos", "constraint", "reservation", "memory_per_node", "cpu_memory")
     return [f"{key.upper()}={getattr(config, key)}" for key in keys if getattr(config, key)]
-
-
-def _validate_partition(
-    key: str,
-    partitions: dict[str, dict[str, str]],
-    config: ClusterConfig,
-    limit_key: str,
-    on_accelerator: bool,
-    where: str,
-) -> None:
-    names = getattr(config, key.lower()) or slurm.default_partition()
-    if not names:
-        raise UserError(
-            f"{where}: {key} is missing and this cluster has no default; choose one of {', '.join(partitions)}"
-        )
-    for name in names.split(","):
-        if name not in partitions:
-            raise UserError(
-                f"{where}: {key}={name}: there is no such partition{did_you_mean(name, partitions)}; "
-                f"this cluster has {', '.join(partitions)}"
-            )
-        facts = partitions[name]
-        if facts["state"] != "up":
-            raise UserError(f"{where}: {key}={name}: the partition is {facts['state']}")
-        max_seconds, requested = _limit_seconds(facts["limit"]), getattr(config, limit_key.lower())
-        if max_seconds is not None and parse_seconds(requested) > max_seconds:
-            raise UserError(
-                f"{where}: {limit_key}={requested}: the partition {name} allows at most {facts['limit']}"
-            )
-        if on_accelerator and config.gpus_per_node:
-            _validate_gpus(name, facts["gres"], config, where)
 
 
 def _validate_gpus(partition: str, gres: str, config: ClusterConfig, where: str) -> None:
@@ -83,11 +72,3 @@ def _validate_gpus(partition: str, gres: str, config: ClusterConfig, where: str)
         raise UserError(
             f"{where}: GPUS_PER_NODE={config.gpus_per_node}: a node of {partition} has {max_gpus} at most"
         )
-
-
-def _limit_seconds(limit: str) -> int | None:
-    """Return the seconds of sinfo's limit; None if it is not a time (infinite)."""
-    try:
-        return parse_seconds(limit)
-    except AssertionError:
-        return None
