@@ -12,7 +12,7 @@ from trainer.errors import UserError
 from trainer.models import presets
 from trainer.settings import ConvertSettings, EvaluateSettings, TrainSettings
 from trainer.storage.configuration import from_dict
-from trainer.storage.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory, evaluation_name
+from trainer.storage.run_directory import RunDirectory, StudyDirectory, evaluation_name
 from trainer.study import checks
 from trainer.study.data_sets import TRAIN, VALIDATION, ProblemSet
 from trainer.study.methods import FEW_SHOT, SINGLE_MODEL_METHODS, SOLVER, MethodEntry, trained_methods
@@ -202,11 +202,6 @@ def _check_files(train: TrainSettings, model: ModelSpec, where: str) -> None:
     if train.deepspeed and not Path(train.deepspeed).is_file():
         section = f"models.{model.name}" if "deepspeed" in model.settings else "train"
         raise UserError(f"{where}: {section}: deepspeed: there is no file {train.deepspeed}")
-
-
-def evaluation_name_of(settings: EvaluateSettings) -> str:
-    """Return the evaluation's name in its run."""
-    return EvaluationDirectory(Path(settings.output_dir)).path.name
 
 
 def evaluation_variant(settings: EvaluateSettings) -> str:
