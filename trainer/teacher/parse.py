@@ -43,9 +43,11 @@ def parse_steps(text: str, style: str) -> tuple[Step, ...]:
     body, delimiter, answer = text.rpartition(DELIMITER)
     if not delimiter or not answer.partition("\n")[0].strip():
         raise ParseError("no_answer", f"no line '{DELIMITER} answer'")
-    lines = _without_introduction(
-        [line.strip() for line in body.split("\n") if line.strip() and not line.strip().startswith("```")]
-    )
+    stripped = map(str.strip, body.split("\n"))
+    lines = [line for line in stripped if line and not line.startswith("```")]
+    # An introduction ends with a colon; with a digit it is a step, with a label or "?" a sub-question.
+    if lines and lines[0].endswith(":") and not re.search("[0-9?]", lines[0]) and not _label(lines[0])[0]:
+        del lines[0]
     if not lines:
         raise ParseError("no_steps", f"there is no text before {DELIMITER}")
     try:
@@ -56,19 +58,13 @@ def parse_steps(text: str, style: str) -> tuple[Step, ...]:
         raise ParseError("bad_step", error.detail) from None
 
 
-def _without_introduction(lines: list[str]) -> list[str]:
-    """Drop a first line that ends with a colon; with a digit it is a step, with a label or "?" a sub-question."""
-    if lines and lines[0].endswith(":") and not re.search("[0-9?]", lines[0]) and not _label(lines[0])[0]:
-        return lines[1:]
-    return lines
-
-
 def _pairs(lines: Sequence[str]) -> list[tuple[str, str]]:
     if all(_PAIR in line for line in lines):
         halves = (_strip_decoration(line).split(_PAIR, 1) for line in lines)
         texts = [(kind, one_line(half)) for pair in halves for kind, half in zip("qs", pair, strict=True)]
     else:
-        texts = _labelled(lines) or _alternating(lines)
+        plain = (one_line(_strip_decoration(line)) for line in lines)
+        texts = _labelled(lines) or [("q" if line.endswith("?") else "s", line) for line in plain]
     for number, (kind, text) in enumerate(texts):
         if kind != "qs"[number % 2] or not text:
             expected = "sub-question" if number % 2 == 0 else "solution"
@@ -93,11 +89,6 @@ def _labelled(lines: Sequence[str]) -> list[tuple[str, str]]:
         else:
             texts[-1] = (texts[-1][0], one_line(f"{texts[-1][1]} {text}"))
     return texts
-
-
-def _alternating(lines: Sequence[str]) -> list[tuple[str, str]]:
-    plain = [one_line(_strip_decoration(line)) for line in lines]
-    return [("q" if line.endswith("?") else "s", line) for line in plain]
 
 
 def _label(line: str) -> tuple[str, str]:
