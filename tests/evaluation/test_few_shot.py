@@ -15,8 +15,7 @@ from trainer.errors import UserError
 from trainer.evaluation.backends import slots
 from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.few_shot import exemplar_tokens
-from trainer.evaluation.pipeline import Pipeline, RoleModel, predictions
+from trainer.evaluation.pipeline import Pipeline, RoleModel, exemplar_tokens, predictions
 from trainer.models.kv_cache import ForwardBatch, prepare_prefill
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.jsonl import record_from_problem

@@ -96,19 +96,17 @@ class EvaluationJob:
 
     def fingerprint_fields(self, digests: Mapping[str, str]) -> dict[str, Any]:
         """Return the settings that predictions depend on. `digests`: content digests of the models by role."""
-        decoding = {name: value for name, value in asdict(self.decoding).items() if name != "batch_size"}
+        fields = {name: value for name, value in asdict(self.decoding).items() if name != "batch_size"}
         if not self.is_pair:
-            decoding = {name: value for name, value in decoding.items() if name not in _PAIR_ONLY}
-        problems = {"max_problems": self.max_problems, "shards_fingerprint": self.shards.fingerprint}
-        exports: dict[str, Any] = {"export_digests": dict(digests)}
+            fields = {name: value for name, value in fields.items() if name not in _PAIR_ONLY}
+        fields["dtype"] = self.dtype
+        fields["max_problems"] = self.max_problems
+        fields["shards_fingerprint"] = self.shards.fingerprint
         if self.decoding.mode == FEW_SHOT:
-            problems["exemplars"] = fingerprint({"problems": [asdict(problem) for problem in self.exemplars]})
-        return {
-            **decoding,
-            "dtype": self.dtype,
-            **problems,
-            **(exports if self.is_pair else {"export_digest": digests.get(STUDENT, "")}),
-        }
+            fields["exemplars"] = fingerprint({"problems": [asdict(problem) for problem in self.exemplars]})
+        if self.is_pair:
+            return {**fields, "export_digests": dict(digests)}
+        return {**fields, "export_digest": digests.get(STUDENT, "")}
 
     def result_fields(self, sizes: Mapping[str, int], digests: Mapping[str, str]) -> dict[str, Any]:
         """Return the fields of results.json about models and data; "" or None where the model's manifest lacks a fact.

@@ -15,7 +15,6 @@ from trainer.evaluation.backend_check import check_texts, shortest_middle_longes
 from trainer.evaluation.backends import Backend
 from trainer.evaluation.backends.choice import UNCHECKED, BackendChoice, choose_backend, make_backend
 from trainer.evaluation.decoding import AHEAD, FEW_SHOT, GOLD, SINGLE_MODEL_MODES, SOLVER, UNIFIED, Decoding
-from trainer.evaluation.few_shot import exemplar_tokens, insert_exemplars
 from trainer.evaluation.generate import generate, make_sampler
 from trainer.evaluation.rollout import ModelSpec, Rollout, RolloutContext
 from trainer.evaluation.sampling import sampling_seed
@@ -23,11 +22,12 @@ from trainer.evaluation.score import score_prediction
 from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
 from trainer.evaluation.work_queue import Counter, WorkQueue, batch_size
 from trainer.models.load import context_length
+from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.problems.problem import DELIMITER, Problem
 from trainer.runtime import distributed
 from trainer.shards.methods import VIEWS
 from trainer.shards.read import Shards
-from trainer.shards.segments import bos_tokens
+from trainer.shards.segments import bos_tokens, segment_texts
 
 
 @dataclass(frozen=True)
@@ -202,3 +202,36 @@ def _prediction(pipeline: Pipeline, rollout: Rollout) -> dict[str, Any]:
     if pipeline.decoding.guidance:
         fields["plan"] = rollout.plan
     return score_prediction(pipeline.shards.problem(rollout.index), rollout.text, fields)
+
+
+def exemplar_tokens(exemplars: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of few-shot exemplars (Brown et al., 2020), between the tokenizer's prefix (BOS) and the problem.
+
+    An exemplar has the text of the chain-of-thought view (question, solutions, `#### answer`), then an empty line. It is
+    tokenised in the same pieces as training examples, so that base and distilled models read the same format.
+    """
+    if not exemplars:
+        return []
+    pieces = [
+        text
+        for problem in exemplars
+        for text in (*(text for role, text in segment_texts(problem) if role in VIEWS["cot"].inputs), "\n\n")
+    ]
+    codec = segment_tokenizer(tokenizer)
+    encoded = [*codec.encode_first(pieces[:1]), *codec.encode_next(pieces[1:])]
+    return [token for tokens in encoded for token in tokens]
+
+
+def insert_exemplars(
+    prompt: Sequence[int], exemplars: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Return the prompt of a problem (prefix and problem, as in the shards) with the exemplars' tokens inserted.
+
+    Some tokenizers encode a problem that starts a text, as in the shards, differently from one that continues a text.
+    """
+    prefix = len(bos_tokens(tokenizer))
+    problem = list(prompt[prefix:])
+    codec = segment_tokenizer(tokenizer)
+    if exemplars and problem and codec.continues_differently:
+        problem = codec.encode_next(codec.decode_texts([problem]))[0]
+    return [*prompt[:prefix], *exemplars, *problem]

@@ -52,8 +52,9 @@ def print_plan(settings: AnnotateSettings) -> None:
         f"{len(job.bad_records)} bad records"
     )
     now = f"{most}" if least == most else f"{least} to {most}"
+    num_requests = sum(map(len, job.requests.values()))
     terminal.info(
-        f"{job.num_requests} requests at most, {job.num_answered(log)} of them already answered; a run sends {now}"
+        f"{num_requests} requests at most, {job.num_answered(log)} of them already answered; a run sends {now}"
     )
     terminal.info(
         f"about {prompt_tokens:,.0f} prompt tokens and at most {most * settings.max_new_tokens:,} completion tokens"

@@ -53,7 +53,7 @@ class Endpoint:
         if not key.isascii() or not key.isprintable():
             raise UserError(f"{API_KEY_VARIABLE} holds characters that no key has; set it again")
         self._secret = key
-        self._client = openai.AsyncOpenAI(
+        self.client = openai.AsyncOpenAI(
             base_url=settings.base_url,
             api_key=key or _NO_KEY,
             max_retries=0,
@@ -62,9 +62,6 @@ class Endpoint:
         self._rate_limiter = RateLimiter(settings.requests_per_minute)
         self.is_stopped = False  # set it to stop retrying; requests in flight are the last
 
-    async def close(self) -> None:
-        await self._client.close()
-
     async def probe(self) -> None:
         """Raise UserError if every request would fail: no server, or a wrong key.
 
@@ -72,7 +69,7 @@ class Endpoint:
         """
         where = self._settings.base_url
         try:
-            await self._client.models.list(timeout=_PROBE_SECONDS)
+            await self.client.models.list(timeout=_PROBE_SECONDS)
         except openai.APITimeoutError:
             raise UserError(
                 f"{where} did not answer within {_PROBE_SECONDS:.0f} s; is it still starting?"
@@ -129,9 +126,9 @@ class Endpoint:
             if self._settings.api == "chat":
                 options[self._settings.token_limit_field] = self._settings.max_new_tokens
                 options["messages"] = [{"role": "user", "content": request.prompt}]
-                return _parse_completion(await self._client.chat.completions.create(**options))
+                return _parse_completion(await self.client.chat.completions.create(**options))
             options["max_tokens"] = self._settings.max_new_tokens
-            return _parse_completion(await self._client.completions.create(prompt=request.prompt, **options))
+            return _parse_completion(await self.client.completions.create(prompt=request.prompt, **options))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise _MalformedResponse(f"its body is not JSON ({error})") from None
 

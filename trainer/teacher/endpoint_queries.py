@@ -25,13 +25,11 @@ def query_endpoint(job: AnnotationJob, queues: Sequence[Sequence[Request]], log:
 
 async def _query(job: AnnotationJob, queues: Sequence[Sequence[Request]], log: ResponseLog) -> None:
     endpoint = Endpoint(job.settings)
-    try:
+    async with endpoint.client:
         await endpoint.probe()
         with terminal.progress_bar("annotate", len(queues)) as bar:
             workers = _Workers(job, endpoint, queues, log, bar)
             await asyncio.gather(*(workers.work() for _ in range(job.settings.concurrency)))
-    finally:
-        await endpoint.close()
     workers.report()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,10 +70,6 @@ class AnnotationJob:
         """Return whether no further sample of the problem is needed after this response."""
         return not self.settings.keep_all and self.filter(request, response).is_kept
 
-    @property
-    def num_requests(self) -> int:
-        return sum(map(len, self.requests.values()))
-
     def num_answered(self, log: ResponseLog) -> int:
         return sum(log.get(request.key) is not None for queue in self.requests.values() for request in queue)
 
@@ -120,12 +115,13 @@ def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> Annotatio
     file = Path(settings.prompt) if settings.prompt else BUILT_IN_PROMPTS / f"{settings.style}.j2"
     chosen = choose_exemplars(settings, held_out)
     prompt_builder = PromptBuilder(file, settings.style, chosen, settings.gold_hint, settings.with_facts)
+    shown = "\n".join(json.dumps(record_from_problem(problem), sort_keys=True) for problem in chosen)
     teacher = _teacher(settings, model_digest)
     fingerprint = {name: getattr(settings, name) for name in _FINGERPRINT_SETTINGS}
     fingerprint |= {
         "source": source_digest(settings.data, settings.split, settings.data_path, **options),
         "prompt": prompt_builder.digest,
-        "exemplars": _digest(chosen),
+        "exemplars": hashlib.sha256(shown.encode()).hexdigest(),
         "decontaminate": test_sets,
         **teacher,
     }
@@ -164,8 +160,3 @@ def _held_out(settings: AnnotateSettings) -> tuple[HeldOutQuestions, list[list[s
         terminal.info(f"test set {data} {split}: {len(questions) - before} questions must not be annotated")
         digests.append([data, split, source_digest(data, split, path or None, **options)])
     return HeldOutQuestions(questions, settings.decontaminate_ngram), digests
-
-
-def _digest(problems: Sequence[Problem]) -> str:
-    text = "\n".join(json.dumps(record_from_problem(problem), sort_keys=True) for problem in problems)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -77,7 +77,19 @@ def write(
     unannotated = (result for result in results if not result.kept_samples)
     files: dict[str, Iterable[dict[str, Any]]] = {
         ANNOTATED: (record for result in results for record in _annotated(job, result)),
-        REJECTED: (record for result in results for record in _rejected(result)),
+        REJECTED: (
+            {
+                "id": result.problem.id,
+                "sample": sample.request.sample,
+                "reason": sample.result.reason,
+                "detail": sample.result.detail,
+                "text": None if sample.response is None else sample.response.text,
+                "response": sample.request.key,
+            }
+            for result in results
+            for sample in result.samples
+            if not sample.result.is_kept
+        ),
         "unannotated.jsonl": (
             record_from_problem(o.problem, {"reasons": [sample.result.reason for sample in o.samples]})
             for o in unannotated
@@ -110,19 +122,6 @@ def _annotated(job: AnnotationJob, result: ProblemResult) -> Iterator[dict[str, 
             "response": sample.request.key,
         }
         yield record_from_problem(problem, meta)
-
-
-def _rejected(result: ProblemResult) -> Iterator[dict[str, Any]]:
-    for sample in result.samples:
-        if not sample.result.is_kept:
-            yield {
-                "id": result.problem.id,
-                "sample": sample.request.sample,
-                "reason": sample.result.reason,
-                "detail": sample.result.detail,
-                "text": None if sample.response is None else sample.response.text,
-                "response": sample.request.key,
-            }
 
 
 def summarise(job: AnnotationJob, results: Sequence[ProblemResult], log: ResponseLog) -> dict[str, Any]:

@@ -267,15 +267,15 @@ class TransformersBackend(Backend[AnyRequest]):
 
     def _remove_ended(self) -> None:
         self._new = [request for request in self._new if not self.is_released(request)]
-        for batch in self._batches:
-            released = [request is None or self.is_released(request) for request in batch.requests]
-            if self.cache_use.select and any(released) and not all(released):
-                kept = [row for row, is_released in enumerate(released) if not is_released]
+        batches, self._batches = self._batches, []
+        for batch in batches:
+            batch.requests = [
+                None if request is None or self.is_released(request) else request
+                for request in batch.requests
+            ]
+            kept = [row for row, request in enumerate(batch.requests) if request is not None]
+            if self.cache_use.select and 0 < len(kept) < len(batch.requests):
                 batch.rows.select(kept)
                 batch.requests = [batch.requests[row] for row in kept]
-            else:
-                batch.requests = [
-                    None if is_released else request
-                    for request, is_released in zip(batch.requests, released, strict=True)
-                ]
-        self._batches = [batch for batch in self._batches if any(o is not None for o in batch.requests)]
+            if kept:
+                self._batches.append(batch)
