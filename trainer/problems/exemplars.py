@@ -1,3 +1,0 @@
-from trainer.problems.sources import read_exemplars
-
-__all__ = ["read_exemplars"]
