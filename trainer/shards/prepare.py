@@ -7,7 +7,6 @@ writes into its own staging directory, the first rename wins and the others use 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import json
@@ -31,7 +30,7 @@ from trainer.runtime import startup, terminal
 from trainer.settings import PrepareSettings
 from trainer.shards.methods import VIEWS, Role
 from trainer.shards.read import KIND, PROBLEMS, REJECTS, TOKENIZER, Shards
-from trainer.shards.segments import Segment, bos_tokens, example_length, tokenise_checked
+from trainer.shards.segments import Segment, bos_tokens, example_length, tokenise
 from trainer.storage import atomic_dir
 
 # Version of the segmentation. 2: with guidance. 3: every segment has the tokens it has inside the text, checked by
@@ -80,17 +79,13 @@ def prepare(settings: PrepareSettings) -> Shards:
     if building != final:
         atomic_dir.replace_directory(final, building)
     shards = Shards.open(final)
-    terminal.info(f"{final}: {summary_line(shards)} in {terminal.duration_text(time.monotonic() - start)}")
-    return shards
-
-
-def summary_line(shards: Shards) -> str:
-    """Return one line with the numbers of problems and tokens, and of the records set aside by reason."""
-    facts = shards.facts
-    rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(facts["rejects"].items()))
-    return f"{len(shards)} problems, {facts['num_tokens']} tokens" + (
-        f"; set aside: {rejected}" if rejected else ""
+    rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(shards.facts["rejects"].items()))
+    set_aside = f"; set aside: {rejected}" if rejected else ""
+    duration = terminal.duration_text(time.monotonic() - start)
+    terminal.info(
+        f"{final}: {len(shards)} problems, {shards.facts['num_tokens']} tokens{set_aside} in {duration}"
     )
+    return shards
 
 
 def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict[str, Any]) -> None:
@@ -189,28 +184,22 @@ def tokenise_all(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads here are the parallelism
     num_threads = num_threads or len(os.sched_getaffinity(0))
     prefix = bos_tokens(tokenizer)
-    tokenise_checked([], tokenizer, prefix)  # initialises the tokenizer, which is not thread-safe
+    tokenise([], tokenizer, prefix)  # initialises the tokenizer, which is not thread-safe
 
     def tokenise_chunk(chunk: list[Problem]) -> list[tuple[Problem, list[Segment], str]]:
-        found = tokenise_checked(chunk, tokenizer, prefix, with_facts)
+        found = tokenise(chunk, tokenizer, prefix, with_facts)
         return [(problem, *checked) for problem, checked in zip(chunk, found, strict=True)]
 
     pending: deque[Future[list[tuple[Problem, list[Segment], str]]]] = deque()
-    with _existing_objects_frozen(), ThreadPoolExecutor(num_threads) as pool:
-        while chunk := list(itertools.islice(problems, _CHUNK_PROBLEMS)):
-            pending.append(pool.submit(tokenise_chunk, chunk))
-            if len(pending) > _MAX_PENDING_CHUNKS * num_threads:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-
-
-@contextlib.contextmanager
-def _existing_objects_frozen() -> Iterator[None]:
-    """Context manager in which garbage collection skips all existing objects: scanning transformers took 10 % of the time."""
-    gc.freeze()
+    gc.freeze()  # garbage collection skips all existing objects: scanning transformers took 10 % of the time
     try:
-        yield
+        with ThreadPoolExecutor(num_threads) as pool:
+            while chunk := list(itertools.islice(problems, _CHUNK_PROBLEMS)):
+                pending.append(pool.submit(tokenise_chunk, chunk))
+                if len(pending) > _MAX_PENDING_CHUNKS * num_threads:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
     finally:
         gc.unfreeze()
 

@@ -65,18 +65,11 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     prefix: list[int],
     with_facts: bool = False,
-) -> list[list[Segment]]:
-    """Return the segments of every problem; the first starts with `prefix` (see `bos_tokens`), the last ends with EOS."""
-    return [segments for segments, _ in tokenise_checked(problems, tokenizer, prefix, with_facts)]
-
-
-def tokenise_checked(
-    problems: Sequence[Problem],
-    tokenizer: PreTrainedTokenizerBase,
-    prefix: list[int],
-    with_facts: bool = False,
 ) -> list[tuple[list[Segment], str]]:
-    """Return, for every problem, its segments and the first difference between its text and the decoded tokens, or ""."""
+    """Return, for every problem, its segments and the first difference between its text and the decoded tokens, or "".
+
+    The first segment starts with `prefix` (see `bos_tokens`), the last ends with EOS.
+    """
     texts = [segment_texts(problem, with_facts) for problem in problems]
     codec = segment_tokenizer(tokenizer)
     if codec.continues_differently:
@@ -95,14 +88,13 @@ def tokenise_checked(
             _first_difference("".join(text for _, text in split), text)
             for split, text in zip(texts, decoded, strict=True)
         ]
-    segmented = [
-        [Segment(role, tokens) for (role, _), tokens in zip(split, token_lists, strict=True)]
-        for split, token_lists in zip(texts, encoded, strict=True)
-    ]
-    for segments in segmented:
+    checked = []
+    for split, token_lists, change in zip(texts, encoded, changes, strict=True):
+        segments = [Segment(role, tokens) for (role, _), tokens in zip(split, token_lists, strict=True)]
         segments[0].tokens[:0] = prefix
         segments[-1].tokens.append(tokenizer.eos_token_id)
-    return list(zip(segmented, changes, strict=True))
+        checked.append((segments, change))
+    return checked
 
 
 def _first_difference(text: str, decoded: str) -> str:
