@@ -99,9 +99,8 @@ def _is_made(path: Path, kind: str, settings: Any, keys: Iterable[str], remedy: 
 def is_trained(run: RunDirectory) -> bool:
     """Return whether there is a complete checkpoint of the last step."""
     return any(
-        atomic_dir.read_manifest(run.checkpoint(step), "checkpoint")["facts"].get("finished") is True
-        for step in run.checkpoint_steps()
-        if atomic_dir.is_complete(run.checkpoint(step))
+        atomic_dir.read_manifest(path, "checkpoint")["facts"].get("finished") is True
+        for path in _complete_checkpoints(run)
     )
 
 
@@ -117,8 +116,12 @@ def is_evaluated(settings: EvaluateSettings) -> bool:
 
 def has_work(run: RunDirectory) -> bool:
     """Return whether there is a complete checkpoint, an export or an evaluation."""
-    checkpoints = any(atomic_dir.is_complete(run.checkpoint(step)) for step in run.checkpoint_steps())
-    return checkpoints or atomic_dir.is_complete(run.export) or bool(run.evaluation_names())
+    return bool(_complete_checkpoints(run) or atomic_dir.is_complete(run.export) or run.evaluation_names())
+
+
+def _complete_checkpoints(run: RunDirectory) -> list[Path]:
+    paths = [run.checkpoint(step) for step in run.checkpoint_steps()]
+    return [path for path in paths if atomic_dir.is_complete(path)]
 
 
 def training_progress(settings: TrainSettings) -> Progress:
