@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.errors import UserError
 from trainer.models import architecture
 from trainer.models.architecture import Architecture
-from trainer.zero.tensor_references import CheckpointTensors, TensorReference
+from trainer.zero.torch_files import CheckpointTensors, TensorReference
 
 if TYPE_CHECKING:
     from trainer.export.rearrange import RearrangedTensor

@@ -14,8 +14,7 @@ import torch
 
 from trainer.models.saved_layout import Joined, StridedView, merged
 from trainer.zero.checksum_reader import ChecksumReader
-from trainer.zero.tensor_references import TensorReference
-from trainer.zero.torch_files import ByteRange
+from trainer.zero.torch_files import ByteRange, TensorReference
 
 _MIN_RUN_ELEMENTS = 1024  # a byte range takes about as much time as copying this many elements
 

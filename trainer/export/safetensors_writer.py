@@ -17,8 +17,7 @@ import torch
 from trainer.export.output_file import OutputFile
 from trainer.export.rearrange import RearrangedTensor
 from trainer.zero.checksum_reader import ChecksumReader
-from trainer.zero.tensor_references import TensorReference
-from trainer.zero.torch_files import ByteRange
+from trainer.zero.torch_files import ByteRange, TensorReference
 
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPE_NAMES = {

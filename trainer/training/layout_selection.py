@@ -29,79 +29,72 @@ from trainer.training.layout_check import Example, LayoutChoice, NoLayout, choos
 from trainer.training.layouts import DESCRIPTIONS, PACKED, PADDED, Layout
 
 _CPU_TOKENS = 128  # of the run's first example; an accelerator takes a whole pack
-_NO_MEMORY = "memory"
 
 
-class LayoutSelection:
-    """The candidate layouts of a run, and the choice among them."""
+def select_layout(
+    engine: Any,
+    settings: TrainSettings,
+    config: Any,
+    data: PackedDataset,
+    resumed: Layout | None,
+    is_untrained: bool,
+) -> LayoutChoice:
+    """Collective. Check the layouts on the engine's weights and set its attention. Raises UserError on every rank.
 
-    def __init__(self, settings: TrainSettings, config: Any, resumed: Layout | None):
-        """`resumed`: the layout of the checkpoint from which the run is resumed."""
-        self._settings = settings
-        self._config = config
-        self._resumed = resumed
-        packed_attention.register()
-        self._layouts = [resumed] if resumed is not None else layouts.candidates(config, settings.packing)
-
-    def choose(self, engine: Any, data: PackedDataset, is_untrained: bool) -> LayoutChoice:
-        """Collective. Check the layouts on the engine's weights and set its attention. Raises UserError on every rank.
-
-        `is_untrained`: the weights are random and no step was made.
-        """
-        outcome = self._check(engine, check_examples(self._settings, data), is_untrained)
-        if isinstance(outcome, NoLayout):
-            raise UserError(self._explain(outcome))
-        set_attention(engine.module, outcome.layout.attention)
-        return outcome
-
-    def _check(self, engine: Any, examples: list[Example], is_untrained: bool) -> LayoutChoice | NoLayout:
-        """Collective. Check on a plain copy of the model on rank 0, or without memory for it in the engine itself."""
-        model = model_copy.copy_model(engine, self._config, is_untrained)
-        if model is not None:
-            outcome = self._check_copy(model, engine, examples) if distributed.is_main_process() else None
-            if distributed.is_main_process():
-                model_copy.free(model)
-            outcome = distributed.broadcast_object(outcome)
-            if outcome != _NO_MEMORY:
-                return outcome  # type: ignore[no-any-return]
+    They are checked on a plain copy of the model on rank 0, or without memory for it in the engine itself. `resumed`: the
+    layout of the checkpoint from which the run is resumed. `is_untrained`: the weights are random and no step was made.
+    """
+    packed_attention.register()
+    tried = [resumed] if resumed is not None else layouts.candidates(config, settings.packing)
+    examples = check_examples(settings, data)
+    outcome: LayoutChoice | NoLayout | None = None  # None: no memory for a copy
+    model = model_copy.copy_model(engine, config, is_untrained)
+    if model is not None:
+        if distributed.is_main_process():
+            outcome = _check_copy(model, engine, settings, tried, examples)
+            model_copy.free(model)
+        outcome = distributed.broadcast_object(outcome)
+    if outcome is None:
         try:
-            return choose_layout(
-                engine, self._layouts, examples, load.device(), agree=distributed.broadcast_object
+            outcome = choose_layout(
+                engine, tried, examples, load.device(), agree=distributed.broadcast_object
             )
         except NoLayout as error:
-            return error
+            outcome = error
+    if isinstance(outcome, NoLayout):
+        raise UserError(_explain(outcome, settings, resumed))
+    set_attention(engine.module, outcome.layout.attention)
+    return outcome
 
-    def _check_copy(self, model: Any, engine: Any, examples: list[Example]) -> LayoutChoice | NoLayout | str:
-        in_training_dtype = functools.partial(model_copy.in_training_dtype, model, engine)
-        training_kernels.patch_kernels(model, on_accelerator=torch.cuda.is_available())
-        try:
-            return choose_layout(
-                model,
-                self._layouts,
-                examples,
-                load.device(),
-                # Accelerators have separate kernels for bf16; on a CPU the functions are those of fp32.
-                in_training_dtype if self._settings.bf16 and torch.cuda.is_available() else None,
-            )
-        except NoLayout as error:
-            return error
-        except torch.OutOfMemoryError:
-            return _NO_MEMORY
 
-    def _explain(self, error: NoLayout) -> str:
-        if self._resumed is not None:
-            return (
-                f"this run was started with the layout {self._resumed}, but {error}; resume it with the versions of "
-                "transformers and torch in its environment.json, or start from zero with --overwrite_output_dir"
-            )
-        if self._settings.packing == "true" and error.rejected:
-            return f"{self._name} cannot be trained packed: {error}; use --packing auto"
-        tried = "; ".join(f"{layout}: {reason}" for layout, reason in error.rejected)
-        return f"{self._name} cannot be trained: {tried or error}"
+def _check_copy(
+    model: Any, engine: Any, settings: TrainSettings, tried: list[Layout], examples: list[Example]
+) -> LayoutChoice | NoLayout | None:
+    # Accelerators have separate kernels for bf16; on a CPU the functions are those of fp32.
+    compare_bf16 = settings.bf16 and torch.cuda.is_available()
+    in_training_dtype = functools.partial(model_copy.in_training_dtype, model, engine)
+    training_kernels.patch_kernels(model, on_accelerator=torch.cuda.is_available())
+    try:
+        return choose_layout(
+            model, tried, examples, load.device(), in_training_dtype if compare_bf16 else None
+        )
+    except NoLayout as error:
+        return error
+    except torch.OutOfMemoryError:
+        return None
 
-    @property
-    def _name(self) -> str:
-        return self._settings.model_name_or_path or self._settings.config_name
+
+def _explain(error: NoLayout, settings: TrainSettings, resumed: Layout | None) -> str:
+    name = settings.model_name_or_path or settings.config_name
+    if resumed is not None:
+        return (
+            f"this run was started with the layout {resumed}, but {error}; resume it with the versions of "
+            "transformers and torch in its environment.json, or start from zero with --overwrite_output_dir"
+        )
+    if settings.packing == "true" and error.rejected:
+        return f"{name} cannot be trained packed: {error}; use --packing auto"
+    tried = "; ".join(f"{layout}: {reason}" for layout, reason in error.rejected)
+    return f"{name} cannot be trained: {tried or error}"
 
 
 def check_examples(settings: TrainSettings, data: PackedDataset) -> list[Example]:
@@ -115,18 +108,15 @@ def check_examples(settings: TrainSettings, data: PackedDataset) -> list[Example
         first = [(tokens[:_CPU_TOKENS], loss_mask[:_CPU_TOKENS]) for tokens, loss_mask in first[:1]]
     longest, shortest = data.longest(), data.shortest()
     if settings.eval_shards:
-        longest = max(longest, _longest_held_out(settings), key=lambda example: len(example[0]))
+        shards = Shards.open(settings.eval_shards)
+        view = view_of(settings.method, settings.train_on_calculator_results)
+        lengths = shards.lengths(view)
+        fitting = np.where(lengths <= settings.pack_length, lengths, 0)
+        held_out = shards.example(int(fitting.argmax()), view)
+        longest = max(longest, held_out, key=lambda example: len(example[0]))
     length = min(len(shortest[0]), len(first[0][0]))
     short = [(tokens[:length], loss_mask[:length]) for tokens, loss_mask in (shortest, first[0])]
     return [*first, longest, *short]
-
-
-def _longest_held_out(settings: TrainSettings) -> Example:
-    shards = Shards.open(settings.eval_shards)
-    view = view_of(settings.method, settings.train_on_calculator_results)
-    lengths = shards.lengths(view)
-    fitting = np.where(lengths <= settings.pack_length, lengths, 0)
-    return shards.example(int(fitting.argmax()), view)
 
 
 def layout_of_checkpoint(checkpoint: Path, run: RunDirectory) -> Layout | None:

@@ -25,11 +25,13 @@ class MetricsLog:
         self._wandb: Any = None
         self.evaluated_steps: set[int] = set()  # filled on rank 0 only
         if distributed.is_main_process():
-            _end_partial_line(run)
             for _, line in read_json_lines(run.metrics):
                 if line and "evaluation" in line:
                     self.evaluated_steps.add(line["step"])
             self._file = open(run.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            content = run.metrics.read_bytes()
+            if content and not content.endswith(b"\n"):
+                self._file.write("\n")  # ends the partial line of a killed process; readers skip it
             if settings.report_to == "wandb":
                 self._wandb = _start_wandb(run, settings, facts)
 
@@ -46,17 +48,6 @@ class MetricsLog:
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if finished else 1)
-
-
-def _end_partial_line(run: RunDirectory) -> None:
-    """Append a newline to a partial last line of a killed process; readers skip the corrupt line."""
-    if run.metrics.exists():
-        with open(run.metrics, "rb+") as file:
-            file.seek(0, 2)
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
 
 
 def _start_wandb(run: RunDirectory, settings: TrainSettings, facts: dict[str, Any]) -> Any:

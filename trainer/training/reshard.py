@@ -17,11 +17,10 @@ import torch
 
 from trainer.errors import UserError
 from trainer.runtime import distributed, library_internals
-from trainer.training.partitions import Partition, local_shard, optimizer_state, partitions, set_step
+from trainer.training.partitions import Partition, local_shard, optimizer_state, partitions
 from trainer.zero.checksum_reader import CHUNK_BYTES, ChecksumReader
 from trainer.zero.optimizer_state import MOMENTS, PARAMETER_NAMES, OptimizerState, read_optimizer_state
-from trainer.zero.tensor_references import TensorReference
-from trainer.zero.torch_files import ByteRange
+from trainer.zero.torch_files import ByteRange, TensorReference
 
 
 @torch.no_grad()
@@ -56,8 +55,7 @@ def saved_names(engine: Any) -> dict[str, list[str]]:
 def _load_partition(
     engine: Any, partition: Partition, stored: OptimizerState, reader: ChecksumReader, path: Path
 ) -> None:
-    state = optimizer_state(engine, partition.master)
-    set_step(state, stored.step)
+    state = optimizer_state(engine, partition.master, stored.step)
     for one in partition.slices:
         elements = slice(one.offset, one.offset + one.count)
         master = partition.master.data.view(-1)[elements]

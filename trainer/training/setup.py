@@ -27,10 +27,10 @@ from trainer.training.batches import BatchPlan, PackedDataset
 from trainer.training.engine import build_engine
 from trainer.training.layout_check import LayoutChoice
 from trainer.training.layout_selection import (
-    LayoutSelection,
     check_same_layout,
     layout_of_checkpoint,
     record_layout,
+    select_layout,
 )
 from trainer.training.layouts import Layout
 from trainer.training.run_files import code_fingerprint, remove_leftovers, write_run_files
@@ -93,7 +93,23 @@ def setup_training(
         settings.max_steps,
     )
     resolved = ds_config.resolve_ds_config(settings, environment.world_size)
-    facts = _facts(settings, environment, shards, config, resolved, data)
+    name = settings.model_name_or_path or settings.config_name
+    facts = {
+        "method": settings.method,
+        "data": shards.facts["data"],
+        "model_name": settings.model_label or Path(name).name,
+        "base_model": name,
+        "pretrained": bool(settings.model_name_or_path),
+        "seed": settings.seed,
+        "num_parameters": load.num_parameters(config),
+        "world_size": environment.world_size,
+        "zero_stage": ds_config.stage(resolved),
+        "dtype": "bf16" if settings.bf16 else "fp32",
+        "train_on_calculator_results": settings.train_on_calculator_results,
+        "shards_fingerprint": shards.fingerprint,
+        "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
+        "packs_per_epoch": data.packs_per_epoch,
+    }
     distributed.assert_same_on_all_ranks(
         "training setup", {**facts, "plan": repr(plan), "ds_config": resolved}
     )
@@ -107,14 +123,14 @@ def setup_training(
         first_step = progress["step"]
         layout = layout_of_checkpoint(start, run)
         check_same_layout(layout, settings.packing, start)
-    selection = LayoutSelection(settings, config, layout)
     if distributed.is_main_process():
         write_run_files(settings, run, resolved, facts, config, tokenizer)
     engine = build_engine(settings, run, config, resolved, empty=start is not None)
     if start is not None:
         checkpoint.load(engine, start)
         terminal.info(f"resumed from {start}")
-    choice = selection.choose(engine, data, is_untrained=first_step == 0 and not settings.model_name_or_path)
+    is_untrained = first_step == 0 and not settings.model_name_or_path
+    choice = select_layout(engine, settings, config, data, layout, is_untrained)
     facts["layout"] = record_layout(choice, run)
     return TrainState(
         settings,
@@ -148,33 +164,6 @@ def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
     return config
 
 
-def _facts(
-    settings: TrainSettings,
-    environment: DistributedEnvironment,
-    shards: Shards,
-    config: Any,
-    resolved: dict[str, Any],
-    data: PackedDataset,
-) -> dict[str, Any]:
-    name = settings.model_name_or_path or settings.config_name
-    return {
-        "method": settings.method,
-        "data": shards.facts["data"],
-        "model_name": settings.model_label or Path(name).name,
-        "base_model": name,
-        "pretrained": bool(settings.model_name_or_path),
-        "seed": settings.seed,
-        "num_parameters": load.num_parameters(config),
-        "world_size": environment.world_size,
-        "zero_stage": ds_config.stage(resolved),
-        "dtype": "bf16" if settings.bf16 else "fp32",
-        "train_on_calculator_results": settings.train_on_calculator_results,
-        "shards_fingerprint": shards.fingerprint,
-        "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
-        "packs_per_epoch": data.packs_per_epoch,
-    }
-
-
 def _find_checkpoint(
     settings: TrainSettings, run: RunDirectory, facts: dict[str, Any], plan: BatchPlan
 ) -> Path | None:
@@ -182,11 +171,11 @@ def _find_checkpoint(
     if settings.overwrite_output_dir:
         checkpoint.remove_all(run)
         return None
-    if settings.resume_from_checkpoint != "auto":
-        found: Path | None = Path(settings.resume_from_checkpoint)
-        checkpoint.check_valid(Path(settings.resume_from_checkpoint))
-    else:
+    if settings.resume_from_checkpoint == "auto":
         found = checkpoint.latest_valid(run)
+    else:
+        found = Path(settings.resume_from_checkpoint)
+        checkpoint.check_valid(found)
     if found is not None:
         _check_same_run(run, found, settings, facts)
         _check_same_batch_plan(found, plan)

@@ -17,8 +17,7 @@ from trainer.errors import UserError
 from trainer.zero import layout
 from trainer.zero.checksum_reader import ChecksumReader
 from trainer.zero.layout import CheckpointFiles
-from trainer.zero.tensor_references import CheckpointTensors, TensorReference
-from trainer.zero.torch_files import TorchFile
+from trainer.zero.torch_files import CheckpointTensors, TensorReference, TorchFile
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARAMETER_NAMES = "optimizer_parameters"  # key in the model states: the optimizer's parameter names, in order

@@ -1,4 +1,4 @@
-"""Byte ranges of the tensors in a `torch.save` file, found without reading the tensors.
+"""Byte ranges of the tensors in `torch.save` files, found without reading the tensors.
 
 A torch file is a zip archive of uncompressed entries: `data.pkl` describes the objects, `data/<n>` is the storage of
 tensor n. So a tensor is a byte range of the file, and the zip directory holds a CRC-32 of every storage.
@@ -15,7 +15,7 @@ import math
 import operator
 import pickle
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,48 @@ class ByteRange:
                 f"{self.num_elements}; the file and its description disagree"
             )
         return replace(self, offset=self.offset + start * self.dtype.itemsize, num_elements=num_elements)
+
+
+@dataclass(frozen=True)
+class TensorReference:
+    """A parameter or buffer: its shape, and the ranges that hold its elements in order."""
+
+    shape: tuple[int, ...]
+    ranges: tuple[ByteRange, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    def slice(self, start: int, num_elements: int) -> tuple[ByteRange, ...]:
+        """Return the ranges of elements [start, start + num_elements). Raises UserError if there are fewer."""
+        found = []
+        for byte_range in self.ranges:
+            if start >= byte_range.num_elements:
+                start -= byte_range.num_elements
+                continue
+            count = min(num_elements, byte_range.num_elements - start)
+            found.append(byte_range.slice(start, count))
+            start, num_elements = 0, num_elements - count
+            if not num_elements:
+                return tuple(found)
+        last = self.ranges[-1]
+        return (*found, last.slice(last.num_elements, num_elements))  # raises UserError if elements are left
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.ranges[0].dtype
+
+
+@dataclass
+class CheckpointTensors:
+    """All tensors of a checkpoint in file order, and the aliases of tied ones."""
+
+    tensors: dict[str, TensorReference] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)  # alias -> name in `tensors`
+
+    def find(self, name: str) -> TensorReference | None:
+        return self.tensors.get(name) or self.tensors.get(self.aliases.get(name, ""))
 
 
 class TorchFile:
