@@ -140,7 +140,6 @@ class TrainSettings:
 
     def check(self) -> None:
         """Check all settings except train_shards and output_dir, which a plan may omit. Raises UserError."""
-        self.packing = _yes_or_no(self.packing)
         check_choices(self)
         if bool(self.model_name_or_path) == bool(self.config_name):
             raise UserError(
@@ -162,12 +161,6 @@ class TrainSettings:
             )
         if self.eval_steps and not self.eval_shards:
             raise UserError("eval_steps is set but eval_shards is not")
-
-
-def _yes_or_no(value: str | bool) -> str:
-    """Return "true" or "false" for every spelling of a boolean setting, other words unchanged."""
-    word = str(value).lower()
-    return {"yes": "true", "1": "true", "no": "false", "0": "false"}.get(word, word)
 
 
 @dataclass

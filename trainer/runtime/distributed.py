@@ -35,6 +35,10 @@ class DistributedEnvironment:
     launcher: str = "single"
 
 
+# Names of rank, world size, local rank and local world size.
+_MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+_OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+
 _environment: DistributedEnvironment | None = None  # set by initialize
 
 
@@ -106,14 +110,9 @@ def environment_from_launcher(variables: Mapping[str, str]) -> DistributedEnviro
         return _read_environment(
             {**variables, "_LOCAL": str(_num_tasks_on_this_node(variables))}, "slurm", *names
         )
-    if "PMI_RANK" in variables:
-        return _read_environment(
-            variables, "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
-        )
-    if "OMPI_COMM_WORLD_RANK" in variables:
-        prefix = "OMPI_COMM_WORLD_"
-        names = (prefix + "RANK", prefix + "SIZE", prefix + "LOCAL_RANK", prefix + "LOCAL_SIZE")
-        return _read_environment(variables, "mpi", *names)
+    for mpi_names in (_MPICH, _OPEN_MPI):
+        if mpi_names[0] in variables:
+            return _read_environment(variables, "mpi", *mpi_names)
     return DistributedEnvironment()
 
 
@@ -288,14 +287,11 @@ def shutdown() -> None:
 
 def _read_environment(variables: Mapping[str, str], launcher: str, *names: str) -> DistributedEnvironment:
     rank, size, local_rank, local_size = names
+    # torchrun sets LOCAL_WORLD_SIZE and deepspeed LOCAL_SIZE; without them assume one node.
+    defaults = {local_size: variables.get("LOCAL_SIZE", variables.get(size)), local_rank: variables.get(rank)}
     values = {}
     for name in names:
-        text = variables.get(name)
-        if text is None and name == local_size:
-            # torchrun sets LOCAL_WORLD_SIZE and deepspeed LOCAL_SIZE; without them assume one node.
-            text = variables.get("LOCAL_SIZE", variables.get(size))
-        elif text is None and name == local_rank:
-            text = variables.get(rank)
+        text = variables.get(name, defaults.get(name))
         try:
             values[name] = int(text or "")
         except ValueError:

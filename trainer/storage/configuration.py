@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from trainer.errors import UserError
 
 Settings = TypeVar("Settings")
+_BOOLEAN_WORDS = {"yes": "true", "1": "true", "no": "false", "0": "false"}
 _warned: set[str] = set()  # old names that were warned about in this process
 
 
@@ -42,19 +43,14 @@ def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settin
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where}: unknown setting {key!r}{did_you_mean(key, known)}")
-        if isinstance(value, bool) and "true" in known[key].metadata.get("choices", ()):
-            value = str(value).lower()  # YAML parses true and false as booleans
+        if "true" in known[key].metadata.get("choices", ()):  # YAML parses true and false as booleans
+            word = str(value).lower()
+            value = _BOOLEAN_WORDS.get(word, word)
         coerced[key] = _coerce(value, hints[key], f"{where}: {key}")
     try:
         return cls(**coerced)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def old_names(cls: type) -> dict[str, str]:
-    """Return the earlier spelling of every renamed setting of a class, with its present name."""
-    fields = dataclasses.fields(cls)
-    return {old: field.name for field in fields for old in field.metadata.get("old_names", ())}
 
 
 def rename_old_keys(
@@ -65,9 +61,8 @@ def rename_old_keys(
     `warn` is called with a message for the first replacement of each name in a process; None is for files that an
     earlier release wrote. Raises UserError if a setting is given under both names.
     """
-    for old, new in old_names(cls).items():
-        if old not in values:
-            continue
+    renamed = {old: f.name for f in dataclasses.fields(cls) for old in f.metadata.get("old_names", ())}
+    for old, new in [(old, new) for old, new in renamed.items() if old in values]:
         if new in values:
             raise UserError(f"{where}: {old} is the earlier name of {new}; give only {new}")
         values[new] = values.pop(old)

@@ -247,8 +247,7 @@ class Story:
         return items if self._kind == "items" else others[self._kind]
 
 
-_Event = tuple[Callable[[Story], None], int]
-"""Method and number of steps."""
+_Event = tuple[Callable[[Story], None], int]  # method and number of steps
 
 _GAIN, _LOSE, _GROW, _SHARE = (Story.gain, 1), (Story.lose, 1), (Story.grow, 1), (Story.share, 1)
 _SELL, _BUY, _PACK = (Story.sell, 1), (Story.buy, 1), (Story.pack, 1)
