@@ -20,7 +20,7 @@ from trainer.evaluation.rollout import ModelSpec, Rollout, RolloutContext
 from trainer.evaluation.sampling import sampling_seed
 from trainer.evaluation.score import score_prediction
 from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
-from trainer.evaluation.work_queue import Counter, WorkQueue, batch_size
+from trainer.evaluation.work_queue import Counter, batch_size, take_problems
 from trainer.models.load import context_length
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.problems.problem import DELIMITER, Problem
@@ -168,19 +168,14 @@ def predictions(pipeline: Pipeline, indices: Sequence[int], counter: Counter) ->
     order = longest_first(shards, indices)
     # With more slots than problems the first rank would take all of them.
     num_slots = min(decoding.batch_size, -(-len(order) // distributed.environment().world_size))
-    queue = WorkQueue(counter, order, batch_size(len(order), num_slots))
-
-    def next_rollout() -> Rollout | None:
-        index = queue.next_index()
-        return None if index is None else pipeline.rollout(index)
-
+    rollouts = map(pipeline.rollout, take_problems(counter, order, batch_size(len(order), num_slots)))
     sampler = make_sampler(decoding.temperature, decoding.top_p)
     backends: list[Backend[Rollout]] = []
     models = zip(pipeline.backends, pipeline.models, pipeline.capacities(order), strict=True)
     for number, (choice, model, capacity) in enumerate(models):
         settings = (number, model, num_slots, capacity, sampler, pipeline.shared_prefix)
         backends.append(make_backend(choice, *settings, num_models=len(pipeline.models)))
-    for rollout in generate(backends, next_rollout, Rollout.on_token, num_slots, counter.serve):
+    for rollout in generate(backends, rollouts, Rollout.on_token, num_slots, counter.serve):
         yield _prediction(pipeline, rollout)
 
 

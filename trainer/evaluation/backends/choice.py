@@ -208,12 +208,11 @@ class _BackendChecks:
     def _decode(self, candidate: BackendChoice, texts: Sequence[CheckText]) -> list[torch.Tensor]:
         """Return for each text the backend's logits [choices, vocabulary], fp32 on the CPU. Raises BackendError."""
         recorder, num_slots = LogitRecorder(texts), _NUM_SLOTS[candidate.name]
-        waiting = iter(recorder.requests)
         with raise_backend_error():
             backend: Backend[CheckRequest] = make_backend(
                 candidate, 0, self._model, num_slots, self._texts.capacity, recorder, self._texts.prefix
             )
-            for _ in generate([backend], lambda: next(waiting, None), CheckRequest.on_token, num_slots):
+            for _ in generate([backend], iter(recorder.requests), CheckRequest.on_token, num_slots):
                 pass
         return [torch.stack(request.logits) for request in recorder.requests]
 
