@@ -26,7 +26,7 @@ SUITES = ("start", "shards", "conversion", "evaluation", "training")
 LIBRARIES = [  # of both sides, loaded once for all contenders
     "torch", "numpy", "datasets", "safetensors.torch", "transformers", "deepspeed", "accelerate", "trl", "lm_eval",
     "transformers.trainer", "trl.trainer.sft_trainer", "lm_eval.models.huggingface", "deepspeed.utils.zero_to_fp32",
-    "trainer.training.loop", "trainer.evaluation.predict", "trainer.export.convert", "trainer.shards.prepare",
+    "trainer.training.loop", "trainer.evaluation.pipeline", "trainer.export.convert", "trainer.shards.prepare",
 ]  # fmt: skip
 RESULTS = REPOSITORY / "benchmarks" / "results"
 

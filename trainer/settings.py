@@ -6,11 +6,17 @@ only the standard library, so that `--help` is fast.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from trainer.errors import UserError
-from trainer.storage.configuration import check_at_least, check_given, check_one_of, setting
+from trainer.storage.configuration import (
+    check_at_least,
+    check_choices,
+    check_given,
+    check_positive,
+    check_probability,
+    setting,
+)
 
 METHODS = (
     *("answer_only", "cot", "socratic", "decomposer", "decomposer_interleaved", "solver"),
@@ -49,19 +55,16 @@ class PrepareSettings:
     method: str = setting("socratic", "method for --inspect", choices=METHODS)
 
     def __post_init__(self) -> None:
-        check_one_of("data", self.data, DATA)
-        check_one_of("method", self.method, METHODS)
-        check_given("output_dir", self.output_dir)
+        check_choices(self)
+        check_given(self, "output_dir")
         if not self.inspect:
-            check_given("tokenizer_name", self.tokenizer_name)
+            check_given(self, "tokenizer_name")
             if self.data != "stories":
-                check_given("data_path", self.data_path)
-        check_at_least("max_length", self.max_length, 8)
-        check_at_least("num_problems", self.num_problems, 1)
-        check_at_least("min_steps", self.min_steps, 1)
-        check_at_least("max_steps", self.max_steps, self.min_steps)
-        for name in ("max_problems", "num_processes", "inspect"):
-            check_at_least(name, getattr(self, name), 0)
+                check_given(self, "data_path")
+        check_at_least(self, 8, "max_length")
+        check_at_least(self, 1, "num_problems", "min_steps")
+        check_at_least(self, self.min_steps, "max_steps")
+        check_at_least(self, 0, "max_problems", "num_processes", "inspect")
 
 
 @dataclass
@@ -132,59 +135,32 @@ class TrainSettings:
     dry_run: bool = setting(False, "print the memory, disk space and time the run would need here, and exit")
 
     def __post_init__(self) -> None:
-        check_given("train_shards", self.train_shards)
-        check_given("output_dir", self.output_dir)
+        check_given(self, "train_shards", "output_dir")
         self.check()
 
     def check(self) -> None:
         """Check all settings except train_shards and output_dir, which a plan may omit. Raises UserError."""
-        check_one_of("method", self.method, METHODS)
-        self.packing = _yes_or_no(self.packing)
-        check_one_of("packing", self.packing, PACKING)
-        check_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
-        check_one_of("report_to", self.report_to, ("none", "wandb"))
+        check_choices(self)
         if bool(self.model_name_or_path) == bool(self.config_name):
             raise UserError(
                 "give either model_name_or_path (pretrained) or config_name (random weights), not both or none"
             )
         if self.config_overrides and not self.config_name:
             raise UserError("config_overrides needs config_name; it cannot be used with model_name_or_path")
-        at_least_one = (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "save_steps",
-            "save_total_limit",
-        )
-        for name in (*at_least_one, "timeout_seconds"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("pack_length", self.pack_length, 8)
-        not_negative = (
-            "max_steps",
-            "time_limit_seconds",
-            "max_restarts",
-            "warmup_steps",
-            "eval_steps",
-            "weight_decay",
-            "max_grad_norm",
-        )
-        for name in not_negative:
-            check_at_least(name, getattr(self, name), 0)
+        check_at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
+        check_at_least(self, 1, "save_steps", "save_total_limit", "timeout_seconds")
+        check_at_least(self, 8, "pack_length")
+        check_at_least(self, 0, "max_steps", "time_limit_seconds", "max_restarts", "warmup_steps")
+        check_at_least(self, 0, "eval_steps", "weight_decay", "max_grad_norm")
         if self.max_steps == 0 and self.num_train_epochs <= 0:
             raise UserError("nothing to train: both max_steps and num_train_epochs are 0")
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"learning_rate is {self.learning_rate}; it must be a positive number")
+        check_positive(self, "learning_rate")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(
                 f"warmup_ratio is {self.warmup_ratio}; it is a fraction of all steps, between 0 and 1"
             )
         if self.eval_steps and not self.eval_shards:
             raise UserError("eval_steps is set but eval_shards is not")
-
-
-def _yes_or_no(value: str | bool) -> str:
-    """Return "true" or "false" for every spelling of a boolean setting, other words unchanged."""
-    word = str(value).lower()
-    return {"yes": "true", "1": "true", "no": "false", "0": "false"}.get(word, word)
 
 
 @dataclass
@@ -230,22 +206,14 @@ class EvaluateSettings:
     overwrite: bool = setting(False, "replace results that were made with other settings")
 
     def __post_init__(self) -> None:
-        check_given("shards", self.shards)
+        check_given(self, "shards")
         self._check_models()
-        check_one_of("mode", self.mode, MODES)
+        check_choices(self)
         if (self.mode == "few_shot") != bool(self.exemplars):
             raise UserError("mode few_shot needs exemplars (JSONL of solved problems); other modes take none")
-        check_one_of("dtype", self.dtype, DTYPES)
-        check_one_of("backend", self.backend, BACKENDS)
-        check_at_least("temperature", self.temperature, 0)
-        check_one_of("subquestions", self.subquestions, ("decomposer", "gold"))
-        check_one_of("guidance_from", self.guidance_from, ("planner", "gold"))
-        for name in ("max_new_tokens", "batch_size", "max_steps"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("max_restarts", self.max_restarts, 0)
-        check_at_least("max_problems", self.max_problems, 0)
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it is a probability above 0 and at most 1")
+        check_at_least(self, 1, "max_new_tokens", "batch_size", "max_steps")
+        check_at_least(self, 0, "temperature", "max_restarts", "max_problems")
+        check_probability(self, "top_p")
 
     def _check_models(self) -> None:
         """Raise UserError unless there is one model, or a solver with a source of sub-questions."""
@@ -283,8 +251,8 @@ class ConvertSettings:
     dry_run: bool = setting(False, "print the files that would be written, with sizes, and exit")
 
     def __post_init__(self) -> None:
-        check_given("checkpoint_dir", self.checkpoint_dir)
-        check_one_of("dtype", self.dtype, ("same", *DTYPES))
+        check_given(self, "checkpoint_dir")
+        check_choices(self)
 
 
 @dataclass
@@ -305,11 +273,9 @@ class PlanSettings(TrainSettings):
     def __post_init__(self) -> None:
         if not self.study:
             self.check()
-        check_at_least("nodes", self.nodes, 1)
-        check_at_least("gpus_per_node", self.gpus_per_node, 1)
-        check_at_least("mean_length", self.mean_length, 2)
-        for name in ("host_memory_gb", "disk_gb", "num_problems"):
-            check_at_least(name, getattr(self, name), 0)
+        check_at_least(self, 1, "nodes", "gpus_per_node")
+        check_at_least(self, 2, "mean_length")
+        check_at_least(self, 0, "host_memory_gb", "disk_gb", "num_problems")
 
 
 @dataclass
@@ -323,8 +289,8 @@ class DoctorSettings:
     json: bool = setting(False, "print JSON")
 
     def __post_init__(self) -> None:
-        check_given("output_dir", self.output_dir)
-        check_at_least("min_free_gb", self.min_free_gb, 0)
+        check_given(self, "output_dir")
+        check_at_least(self, 0, "min_free_gb")
 
 
 @dataclass
@@ -344,4 +310,4 @@ class PlotSettings:
     def __post_init__(self) -> None:
         if not self.runs:
             raise UserError("name at least one study directory or run directory, e.g. runs/quickstart")
-        check_at_least("max_examples", self.max_examples, 0)
+        check_at_least(self, 0, "max_examples")

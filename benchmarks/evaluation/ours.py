@@ -13,8 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.evaluation import material
 from benchmarks.evaluation.contender import arguments, measured
 from trainer.evaluation.decoding import DECOMPOSER, INTERLEAVED, SOLVER, STUDENT, Decoding
-from trainer.evaluation.pipeline import Pipeline, RoleModel
-from trainer.evaluation.predict import predictions
+from trainer.evaluation.pipeline import Pipeline, RoleModel, predictions
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 from trainer.runtime.shared_counter import ProcessCounter

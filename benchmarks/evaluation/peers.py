@@ -16,7 +16,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel, LogitsProcessorList
 from benchmarks.evaluation import material
 from benchmarks.evaluation.calculators import CalculatorOfGenerate
 from benchmarks.evaluation.contender import Answer, arguments, measured
-from trainer.evaluation.predict import longest_first
+from trainer.evaluation.pipeline import longest_first
 from trainer.evaluation.stop_tokens import StopTokens
 from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.problem import DELIMITER

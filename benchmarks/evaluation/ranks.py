@@ -20,8 +20,7 @@ from benchmarks.evaluation import material
 from benchmarks.evaluation.contender import arguments
 from benchmarks.processes import turns
 from trainer.evaluation.decoding import STUDENT, Decoding
-from trainer.evaluation.pipeline import Pipeline, RoleModel
-from trainer.evaluation.predict import predictions
+from trainer.evaluation.pipeline import Pipeline, RoleModel, predictions
 from trainer.evaluation.work_queue import COUNTER_NAMES
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer

@@ -51,8 +51,7 @@ def main() -> None:
 
 
 def ours(model: Any, tokenizer: Any, shards: Shards, which: range, limit: int, batch: int) -> Answers:
-    from trainer.evaluation.pipeline import Pipeline, RoleModel
-    from trainer.evaluation.predict import predictions
+    from trainer.evaluation.pipeline import Pipeline, RoleModel, predictions
     from trainer.evaluation.work_queue import COUNTER_NAMES
     from trainer.runtime.shared_counter import shared_counter
 

@@ -28,7 +28,7 @@ PATIENCE = 5.0  # maximum time of a peer in multiples of ours, start and loading
 ONE_ROUND = ("parity", "memory", "convert")  # figures that hardly vary, or that take minutes
 LIBRARIES = [  # loaded once for all contenders; those of TRL where this Python has it
     "torch", "numpy", "datasets", "safetensors.torch", "transformers", "deepspeed", "accelerate",
-    "transformers.trainer", "trl.trainer.sft_trainer", "trainer.training.loop", "trainer.evaluation.predict",
+    "transformers.trainer", "trl.trainer.sft_trainer", "trainer.training.loop", "trainer.evaluation.pipeline",
     "trainer.export.convert", "trainer.planning.plan", "trainer.shards.prepare",
 ]  # fmt: skip
 

@@ -67,7 +67,7 @@ def test_the_one_kernel_is_called_as_this_torch_wants_it(groups: int) -> None:
     with FakeTensorMode():
         query, key = torch.empty(1, 4, 10, 16), torch.empty(1, groups, 10, 16)
         bounds = torch.empty(3, dtype=torch.int32)
-        out = packed_attention.varlen_attention(query, key, key, None, bounds, 6)
+        out = packed_attention.varlen_attention(query, key, key, None, bounds, 6, bounds, 6)
     assert out.shape == (1, 10, 4, 16)
 
 
@@ -85,7 +85,8 @@ def test_the_one_kernel_is_called_as_torch_2_11_wants_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     packed_attention._takes_enable_gqa.cache_clear()
     query, key = torch.zeros(1, 4, 10, 16), torch.zeros(1, 2, 10, 16)
-    out = packed_attention.varlen_attention(query, key, key, None, torch.tensor([0, 10]), 10)
+    bounds = torch.tensor([0, 10])
+    out = packed_attention.varlen_attention(query, key, key, None, bounds, 10, bounds, 10)
     packed_attention._takes_enable_gqa.cache_clear()
     assert out.shape == (1, 10, 4, 16) and bool((out == 1).all())
 

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.evaluation.work_queue import COUNTER_NAMES, WorkQueue, exhaust_queue
+from trainer.evaluation.work_queue import COUNTER_NAMES, exhaust_queue, take_problems
 from trainer.runtime import distributed
 from trainer.runtime.shared_counter import shared_counter
 
@@ -28,21 +28,18 @@ def main(folder: Path) -> None:
     for count in counts(environment.world_size):
         for size in SIZES:
             with shared_counter(COUNTER_NAMES) as counter:
-                queue = WorkQueue(counter, range(count), size)
-                mine = taken[f"{count}/{size}"] = list(iter(queue.next_index, None))
+                mine = taken[f"{count}/{size}"] = list(take_problems(counter, range(count), size))
                 counter.add("solved", len(mine))
                 counter.serve()
     with shared_counter(COUNTER_NAMES) as counter:
-        queue = WorkQueue(counter, range(NUM_SLOW))
         mine = taken["slow"] = []
-        while (problem := queue.next_index()) is not None:
+        for problem in take_problems(counter, range(NUM_SLOW)):
             mine.append(problem)
             time.sleep(SLOW_SECONDS * (10 if environment.rank == last else 1))
             counter.serve()
     with shared_counter(COUNTER_NAMES) as counter:
-        queue = WorkQueue(counter, range(NUM_FAILED), 3)
         mine = taken["failed"] = []
-        while (problem := queue.next_index()) is not None:
+        for problem in take_problems(counter, range(NUM_FAILED), 3):
             mine.append(problem)
             if environment.rank == last and len(mine) == 4:
                 exhaust_queue(counter)

@@ -202,7 +202,7 @@ def test_forced_tokens_and_rows_that_leave(family: str, use: CacheUse) -> None:
              for number, prompt in enumerate(prompts)]  # fmt: skip
     waiting = iter(texts)
     backend = TransformersBackend[ForcedText](0, model, 3, 64, make_sampler(0.0, 1.0), (), use)
-    ended = list(generate([backend], lambda: next(waiting, None), ForcedText.on_token, 3))
+    ended = list(generate([backend], waiting, ForcedText.on_token, 3))
     assert len(ended) == len(texts)
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         with torch.no_grad():
@@ -223,7 +223,7 @@ def test_prefix_is_read_once_and_copied() -> None:
     texts = [ForcedText(prompt, [], len(prompt) + 5) for prompt in prompts]
     waiting = iter(texts)
     backend = TransformersBackend[ForcedText](0, model, 2, 64, make_sampler(0.0, 1.0), prefix)
-    list(generate([backend], lambda: next(waiting, None), ForcedText.on_token, 2))
+    list(generate([backend], waiting, ForcedText.on_token, 2))
     handle.remove()
     assert lengths.count(30) == 1 and max(lengths) == 30 and sum(length > 3 for length in lengths) == 1
     for prompt, text in zip(prompts, texts, strict=True):

@@ -15,9 +15,9 @@ from tests.distributed import run, run_well
 from tests.evaluation.conftest import remade
 from tests.evaluation.test_evaluate import read
 from trainer.errors import UserError
-from trainer.evaluation import paths
+from trainer.evaluation import job
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.rank_files import read_rank_file
+from trainer.evaluation.rank_files import read_rank_files
 from trainer.report.load import load_frames
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
@@ -137,7 +137,7 @@ def test_directories(pair: dict[str, str], shards: Shards, tmp_path: Path) -> No
             evaluate(settings(shards, decomposer=str(larger), solver=str(unrelated)))
     evaluation = RunDirectory(solver.parent).evaluation("mine")
     RunDirectory(solver.parent).settings.write_text("method: solver\n")  # of a training: not overwritten
-    paths.write_settings(settings(shards, **pair), evaluation)
+    job.write_settings(settings(shards, **pair), evaluation)
     assert RunDirectory(solver.parent).settings.read_text() == "method: solver\n"
 
 
@@ -160,7 +160,7 @@ def test_three_ranks_and_a_killed_rank(
         str(killed.path),
     ]
     assert all(outcome.status != 0 for outcome in run(arguments, 2, timeout=100))
-    assert sum(len(list(read_rank_file(file))) for file in killed.rank_files.glob("*.jsonl")) >= 2
+    assert len(list(read_rank_files(killed.rank_files.glob("*.jsonl")))) >= 2
     assert not killed.results.exists()
     evaluate(settings(shards, **pair, output_dir=str(killed.path)))
     assert read(killed) == read(uninterrupted) and not killed.rank_files.exists()

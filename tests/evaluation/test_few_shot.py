@@ -15,13 +15,11 @@ from trainer.errors import UserError
 from trainer.evaluation.backends import slots
 from trainer.evaluation.decoding import FEW_SHOT, STUDENT, Decoding
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.few_shot import exemplar_tokens
-from trainer.evaluation.pipeline import Pipeline, RoleModel
-from trainer.evaluation.predict import predictions
+from trainer.evaluation.pipeline import Pipeline, RoleModel, exemplar_tokens, predictions
 from trainer.models.kv_cache import ForwardBatch, prepare_prefill
 from trainer.models.tokenizer import load_tokenizer
-from trainer.problems.exemplars import read_exemplars
 from trainer.problems.jsonl import record_from_problem
+from trainer.problems.sources import read_exemplars
 from trainer.runtime.shared_counter import ProcessCounter
 from trainer.settings import EvaluateSettings
 from trainer.shards.methods import VIEWS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -95,17 +94,13 @@ def solve(
 
         yield from rollout.generate(STUDENT, is_done, lambda text: None)
 
-    waiting: Iterator[int] = iter(order or range(len(texts)))
-
-    def next_rollout() -> Rollout | None:
-        index = next(waiting, None)
-        if index is None:
-            return None
-        return Rollout(index, texts[index], context, free_text, [sampling_seed(5, f"problem {index}")])
-
+    rollouts = (
+        Rollout(index, texts[index], context, free_text, [sampling_seed(5, f"problem {index}")])
+        for index in order or range(len(texts))
+    )
     capacity = min(max(map(len, texts)) + max_new_tokens, 96)
     backend = SlotBackend[Rollout](0, model, num_slots, capacity, make_sampler(temperature, 0.9))
-    ended = list(generate([backend], next_rollout, Rollout.on_token, num_slots))
+    ended = list(generate([backend], rollouts, Rollout.on_token, num_slots))
     assert sorted(rollout.index for rollout in ended) == list(range(len(texts)))
     for rollout in ended:
         more = rollout.generated.total() - len(written[rollout.index])

@@ -16,7 +16,7 @@ from tests.evaluation.conftest import mpiexec
 from tests.evaluation.test_evaluate import read, settings
 from tests.slurm_cluster import Cluster
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.rank_files import read_rank_file
+from trainer.evaluation.rank_files import read_rank_files
 from trainer.runtime.distributed import without_launcher_variables
 from trainer.runtime.exit_codes import EXIT_PEER_LOST
 from trainer.runtime.process_group import free_port
@@ -71,7 +71,7 @@ def test_evaluation_is_resumed_after_a_killed_rank(
     assert outcomes[1 - killed].status == EXIT_PEER_LOST, outcomes
     directory = EvaluationDirectory(tmp_path)
     solved = {
-        file.name[: len("rank-0")]: list(read_rank_file(file)) for file in directory.rank_files.iterdir()
+        file.name[: len("rank-0")]: list(read_rank_files([file])) for file in directory.rank_files.iterdir()
     }
     assert len(solved[f"rank-{killed}"]) == 2 and not directory.results.exists()
     evaluate(settings(export, shards, output_dir=str(tmp_path)))

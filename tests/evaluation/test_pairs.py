@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.recorded_launches import decode_by_graphs
 from trainer.evaluation.decoding import DECOMPOSER, PLANNER, SOLVER, STUDENT, Decoding
-from trainer.evaluation.pipeline import Pipeline, RoleModel
-from trainer.evaluation.predict import predictions
+from trainer.evaluation.pipeline import Pipeline, RoleModel, predictions
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 from trainer.runtime.shared_counter import ProcessCounter

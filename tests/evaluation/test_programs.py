@@ -21,8 +21,7 @@ from trainer.evaluation.decoding import (
     resolve_pair,
 )
 from trainer.evaluation.model_reference import ModelReference
-from trainer.evaluation.pipeline import Pipeline, RoleModel
-from trainer.evaluation.predict import predictions
+from trainer.evaluation.pipeline import Pipeline, RoleModel, predictions
 from trainer.evaluation.rollout import ModelSpec, Program, Rollout, RolloutContext
 from trainer.evaluation.stop_tokens import StopTokens
 from trainer.models.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from trainer.evaluation.rank_files import (
     errors_on_all_ranks,
     list_rank_files,
     merge_predictions,
-    read_rank_file,
+    read_rank_files,
     remove_rank_files,
 )
 
@@ -23,7 +23,7 @@ def prediction(name: str) -> dict[str, Any]:
 def test_lines_are_flushed_and_files_of_other_jobs_are_kept(tmp_path: Path) -> None:
     with RankFile(tmp_path, "a" * 64) as file, RankFile(tmp_path, "b" * 64):
         file.append(prediction("one"))
-        assert list(read_rank_file(file.path)) == [prediction("one")]
+        assert list(read_rank_files([file.path])) == [prediction("one")]
     assert list_rank_files(tmp_path, "a" * 64) == [file.path]
     remove_rank_files(list_rank_files(tmp_path, "a" * 64))
     assert tmp_path.is_dir() and len(list(tmp_path.iterdir())) == 1
@@ -37,7 +37,7 @@ def test_truncated_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
         file.append(prediction("one"))
         file.append(prediction("two"))
     file.path.write_bytes(file.path.read_bytes()[:-cut])
-    assert [p["id"] for p in read_rank_file(file.path)] == ["one"]
+    assert [p["id"] for p in read_rank_files([file.path])] == ["one"]
 
 
 @pytest.mark.parametrize("line", [b"{not json}\n", b'{"id": "x"}\n', b'"text"\n', b"\xff\xfe\n"])
@@ -45,7 +45,7 @@ def test_corrupt_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "rank-0-a-1.jsonl"
     path.write_bytes(b'{"id": "one", "correct_strict": true}\n' + line)
     with pytest.raises(UserError, match=r"rank-0-a-1\.jsonl, line 2 is corrupt"):
-        list(read_rank_file(path))
+        list(read_rank_files([path]))
 
 
 def test_merge_has_every_id_once_in_order() -> None:

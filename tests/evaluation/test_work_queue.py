@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import run_well
 from tests.evaluation.conftest import mpiexec
 from tests.evaluation.drain_work_queue import NUM_FAILED, NUM_SLOW, SIZES, counts
-from trainer.evaluation.work_queue import WorkQueue, batch_size, exhaust_queue
+from trainer.evaluation.work_queue import batch_size, exhaust_queue, take_problems
 from trainer.runtime.shared_counter import ProcessCounter
 
 COMMAND = ["-m", "tests.evaluation.drain_work_queue"]
@@ -48,13 +48,12 @@ def test_queue_over_an_mpi_window(tmp_path: Path, num_ranks: int, environment: d
 
 
 def test_queue_of_one_process() -> None:
-    queue = WorkQueue(ProcessCounter(), [5, 3, 9, 1], 3)
-    assert [queue.next_index() for _ in range(6)] == [5, 3, 9, 1, None, None]
+    assert list(take_problems(ProcessCounter(), [5, 3, 9, 1], 3)) == [5, 3, 9, 1]
     counter = ProcessCounter()
-    queue = WorkQueue(counter, range(100), 2)
-    first = queue.next_index()
+    queue = take_problems(counter, range(100), 2)
+    first = next(queue)
     exhaust_queue(counter)
-    assert [first, queue.next_index(), queue.next_index()] == [0, 1, None]
+    assert [first, *queue] == [0, 1]
 
 
 def test_batches_are_small_enough_for_the_slots() -> None:

@@ -217,7 +217,7 @@ def _building(when: str) -> Callable[[Die, Now, int], None]:
 
 
 def _half_tokenised(die: Die, now: Now, step: int) -> None:
-    from trainer.shards.write import ShardWriter
+    from trainer.shards.prepare import ShardWriter
 
     wrap(ShardWriter, "add", after=lambda self, *_: die() if self.num_problems == 30 else None)
 

@@ -76,7 +76,7 @@ def _decode(model: Any, choice: Any) -> list[list[int]]:
     problems = [_Problem(prompt) for prompt in prompts()]
     waiting = iter(problems)
     backend = make_backend(choice, 0, model, _NUM_SLOTS, CAPACITY, make_sampler(0.0, 1.0))
-    for _ in generate([backend], lambda: next(waiting, None), _Problem.after, _NUM_SLOTS):
+    for _ in generate([backend], waiting, _Problem.after, _NUM_SLOTS):
         pass
     return [problem.tokens for problem in problems]
 

@@ -17,9 +17,10 @@ from trainer.runtime import malloc
 # depends on the heap's addresses.
 FRAGMENT_HEAP = """
 import sys
+import psutil
 import torch
 from trainer.runtime import malloc
-from trainer.runtime.malloc import HeapLimit, _resident_bytes
+from trainer.runtime.malloc import HeapLimit
 malloc.tune_glibc_malloc()
 limit, num_trims = HeapLimit(), 0
 blocks, kept = [], []
@@ -30,7 +31,7 @@ for step in range(4):
             kept.append(torch.ones(1 << 18))
         blocks.clear()
     num_trims += limit() if sys.argv[1] == "limited" else 0
-print(num_trims, _resident_bytes() >> 20)
+print(num_trims, psutil.Process().memory_info().rss >> 20)
 """
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.sentencepiece import KINDS, save_tokenizer
 from trainer.errors import UserError
-from trainer.evaluation.few_shot import exemplar_tokens, insert_exemplars
+from trainer.evaluation.pipeline import exemplar_tokens, insert_exemplars
 from trainer.evaluation.stop_tokens import StopTokens
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.models.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ import pytest
 
 from tests.study.test_status import publish_directory
 from trainer.settings import PrepareSettings, TrainSettings
-from trainer.study import estimates
+from trainer.study import table
 from trainer.study.study_file import Study
 
 MakeStudy = Callable[[dict[str, Any]], Study]
@@ -41,27 +41,27 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_models_are_counted(name: str) -> None:
-    assert estimates.num_parameters(training(model_name_or_path=name), PREPARED) == KNOWN[name]
+    assert table.num_parameters(training(model_name_or_path=name), PREPARED) == KNOWN[name]
 
 
 def test_parameters_of_a_preset_a_folder_and_an_unknown_model(tmp_path: Path) -> None:
     from transformers import GPT2Config
 
     preset = training(config_name="stories-0.2m")
-    assert estimates.num_parameters(preset, PREPARED) == 160_064
+    assert table.num_parameters(preset, PREPARED) == 160_064
     unknown = PrepareSettings(tokenizer_name="org/tokenizer", output_dir="shards/none")
-    assert estimates.num_parameters(preset, unknown) is None, "its vocabulary is not known"
+    assert table.num_parameters(preset, unknown) is None, "its vocabulary is not known"
 
     GPT2Config(vocab_size=100, n_layer=1, n_embd=8, n_head=2, n_positions=16).save_pretrained(
         tmp_path / "mine"
     )
     block = 2 * 2 * 8 + (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8)
     folder = training(config_name=str(tmp_path / "mine"))
-    assert estimates.num_parameters(folder, PREPARED) == 100 * 8 + 16 * 8 + block + 2 * 8
-    assert estimates.num_parameters(training(model_name_or_path="org/unknown"), PREPARED) is None
+    assert table.num_parameters(folder, PREPARED) == 100 * 8 + 16 * 8 + block + 2 * 8
+    assert table.num_parameters(training(model_name_or_path="org/unknown"), PREPARED) is None
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text(json.dumps({"model_type": "no such"}))
-    assert estimates.num_parameters(training(config_name=str(tmp_path / "broken")), PREPARED) is None
+    assert table.num_parameters(training(config_name=str(tmp_path / "broken")), PREPARED) is None
 
 
 def test_counts_come_from_shards_or_settings(values: dict[str, Any], make_study: MakeStudy) -> None:
@@ -71,17 +71,17 @@ def test_counts_come_from_shards_or_settings(values: dict[str, Any], make_study:
     train, test = study.shards
     solver = next(run for run in study.runs if run.train and run.train.method == "solver")
     assert solver.train
-    assert (estimates.num_problems(train), estimates.num_problems(test)) == (300, 30)
-    assert estimates.num_examples(solver.train, study.shards) == 300
-    assert estimates.num_answers(study.runs[0].evaluations[0], study.shards) == 20
+    assert (table.num_problems(train), table.num_problems(test)) == (300, 30)
+    assert table.num_examples(solver.train, study.shards) == 300
+    assert table.num_answers(study.runs[0].evaluations[0], study.shards) == 20
 
     per_method = {"cot": 290, "solver": 280}
     publish_directory(
         Path(train.output_dir), "shards", num_problems=299, problems_per_method=per_method, recipe={}
     )
-    assert estimates.num_problems(train) == 299
-    assert estimates.num_examples(solver.train, study.shards) == 280
+    assert table.num_problems(train) == 299
+    assert table.num_examples(solver.train, study.shards) == 280
     source = PrepareSettings(
         data="gsm8k", data_path="openai/gsm8k", tokenizer_name="gpt2", output_dir="shards/gsm8k-train"
     )
-    assert estimates.num_problems(source) is None, "only the source knows"
+    assert table.num_problems(source) is None, "only the source knows"

@@ -15,7 +15,7 @@ from trainer.errors import UserError
 from trainer.settings import METHODS
 from trainer.study import changes, stages, status
 from trainer.study.methods import PAIRS, ROLE_METHODS
-from trainer.study.study_file import RunSpec, Study, evaluation_name
+from trainer.study.study_file import RunSpec, Study
 
 MakeStudy = Callable[[dict[str, Any]], Study]
 RUNS = "runs/tiny"
@@ -109,13 +109,13 @@ def test_every_evaluation_variant_has_its_directory(pairs: dict[str, Any], make_
     pairs["evaluations"] += [{"temperature": 0.7, "seed": 3}, {"mode": "answer_only"}]
     runs = runs_of(make_study(pairs))
     plain = ["", "-no_calculator", "-t0.7-s3"]
-    names = [evaluation_name(settings) for settings in runs["cot.small.s0"].evaluations]
+    names = [Path(settings.output_dir).name for settings in runs["cot.small.s0"].evaluations]
     assert names == [f"stories-test-cot{variant}" for variant in plain] + ["stories-test-answer_only"]
-    names = [evaluation_name(settings) for settings in runs["iterative_ahead.small.s0"].evaluations]
+    names = [Path(settings.output_dir).name for settings in runs["iterative_ahead.small.s0"].evaluations]
     assert names == [f"stories-test-iterative_ahead{variant}" for variant in plain]
     guided = runs["iterative_ahead_equations.small.s0"].evaluations
     variants = ["", "-no_calculator", "-gold_guidance", "-t0.7-s3"]
-    assert [evaluation_name(e) for e in guided] == [
+    assert [Path(e.output_dir).name for e in guided] == [
         f"stories-test-iterative_ahead_equations{variant}" for variant in variants
     ]
     assert [bool(settings.planner) for settings in guided] == [True, True, False, True]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.study import devices, stages, status
+from trainer.study import stage_queue, stages, status
 from trainer.study.stage_queue import StageQueue
 from trainer.study.stages import Stage
 from trainer.study.study_file import Study
@@ -94,7 +94,7 @@ def test_stages_share_devices_only_if_there_are_too_few() -> None:
         used: list[tuple[str, ...]] = []
         for count in counts:
             used.append(
-                devices.least_used_devices([str(number) for number in range(num_devices)], used, count)
+                stage_queue.least_used_devices([str(number) for number in range(num_devices)], used, count)
             )
         return ["".join(found) for found in used]
 
@@ -106,21 +106,21 @@ def test_stages_share_devices_only_if_there_are_too_few() -> None:
     assert taken(2, 3) == ["01"], "the launcher reports the error"
     assert taken(0, 1) == [""]
     assert taken(2, 1, 0) == ["0", ""]
-    assert devices.least_used_devices(["4", "5"], [("4",), ()], 1) == ("5",), (
+    assert stage_queue.least_used_devices(["4", "5"], [("4",), ()], 1) == ("5",), (
         "devices of ended stages are free"
     )
 
 
 def test_devices_are_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices.visible_devices({"CUDA_VISIBLE_DEVICES": "2, 5"}) == ("2", "5")
-    assert devices.visible_devices({"CUDA_VISIBLE_DEVICES": "GPU-3a,MIG-3b"}) == ("GPU-3a", "MIG-3b")
+    assert stage_queue.visible_devices({"CUDA_VISIBLE_DEVICES": "2, 5"}) == ("2", "5")
+    assert stage_queue.visible_devices({"CUDA_VISIBLE_DEVICES": "GPU-3a,MIG-3b"}) == ("GPU-3a", "MIG-3b")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert devices.visible_devices({}) == (), "no nvidia-smi"
+    assert stage_queue.visible_devices({}) == (), "no nvidia-smi"
     listing = "GPU 0: NVIDIA H100 (UUID: GPU-1)\\n  MIG 1g.10gb Device 0: (UUID: MIG-1)\\nGPU 1: NVIDIA H100 (UUID: GPU-2)"
     command = tmp_path / "nvidia-smi"
     command.write_text(f"#!/bin/sh\n[ \"$1\" = -L ] && printf '{listing}\\n'\n")
     command.chmod(0o755)
-    assert devices.visible_devices({}) == ("0", "1")
-    assert devices.visible_devices({"CUDA_VISIBLE_DEVICES": ""}) == (), "set to the CPU only"
+    assert stage_queue.visible_devices({}) == ("0", "1")
+    assert stage_queue.visible_devices({"CUDA_VISIBLE_DEVICES": ""}) == (), "set to the CPU only"
     command.write_text("#!/bin/sh\necho 'GPU access blocked by the operating system'; exit 9\n")
-    assert devices.visible_devices({}) == ()
+    assert stage_queue.visible_devices({}) == ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.teacher.parse import ParseError, parse_steps
+from trainer.teacher.filter import ParseError, parse_steps
 
 PLAIN = [("How many apples?", "3*4 = <<3*4=12>>12"), ("How many are left?", "12-2 = <<12-2=10>>10")]
 

@@ -10,9 +10,8 @@ import pytest
 from trainer.errors import UserError
 from trainer.problems.problem import Problem, Step
 from trainer.teacher.decontaminate import HeldOutQuestions
-from trainer.teacher.exemplars import choose_exemplars
 from trainer.teacher.filter import FilterConfig, filter_sample
-from trainer.teacher.prompts import BUILT_IN_PROMPTS, PromptBuilder
+from trainer.teacher.prompts import BUILT_IN_PROMPTS, PromptBuilder, choose_exemplars
 from trainer.teacher.settings import AnnotateSettings
 
 APPLES = Problem("a", "Ann has 3 bags of 4 apples. How many apples?", "12")

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from trainer.teacher.rate_limiter import (
+from trainer.teacher.endpoint import (
     MAX_BACKOFF_SECONDS,
     MAX_RETRY_AFTER_SECONDS,
     RateLimiter,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.cluster import manage, status, submit, submitted_jobs
+from trainer.cluster import slurm, status, submit, submitted_jobs
 from trainer.errors import UserError
-from trainer.study import table
+from trainer.runtime import terminal
+from trainer.storage.configuration import did_you_mean
+from trainer.study import stages, table
 from trainer.study.study_file import Study
+
+_TAIL_LINES = 30
 
 
 def run_command(
@@ -35,6 +39,34 @@ def run_command(
     elif command == "logs":
         if not run_name:
             raise UserError(f"logs requires the name of a run, e.g. {study.runs[0].name}")
-        manage.show_logs(study, run_name)
+        _show_logs(study, run_name)
     else:
-        manage.cancel(study)
+        _cancel(study)
+
+
+def _cancel(study: Study) -> None:
+    """Cancel every pending or running job of the study. A running training gets SIGTERM and saves."""
+    live = submit.live_jobs(study.directory)
+    if live:
+        slurm.cancel(sorted({str(job) for job in live.values()}))
+    terminal.info(f"study {study.name}: {len(live)} jobs cancelled; finished stages are kept")
+
+
+def _show_logs(study: Study, name: str) -> None:
+    """Print the end of every log of a run, a shard set or `report`. Raises UserError if there is no such name."""
+    known_stages = stages.study_stages(study)
+    chosen = [stage for stage in known_stages if name in (stage.subject, stage.label, stage.kind)]
+    if not chosen:
+        names = list(dict.fromkeys(stage.subject for stage in known_stages))
+        raise UserError(
+            f"study {study.name} has no run {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
+        )
+    known = submitted_jobs.read_jobs(study.directory)
+    for stage in chosen:
+        job = known.get(stage.label)
+        for log in [stage.log, *([Path(job.output)] if job else [])]:
+            if log.is_file() and log.stat().st_size:
+                end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+                terminal.info(f"--- {stage.label}: {log}")
+                for line in end:
+                    terminal.info(line)

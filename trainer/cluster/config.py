@@ -22,37 +22,85 @@ _EXPRESSION = re.compile(r"[A-Za-z0-9._&|*\[\]()-]+")  # of a constraint
 _MODULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+/-]*")
 _PATH = re.compile(r"[A-Za-z0-9._/@:+,=~-]+")
 _MEMORY = re.compile(r"[0-9]+[KMGT]?")
-_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d\d)")
+TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d\d)")
 CONTAINER_RUNTIMES = ("apptainer", "singularity", "pyxis")
+
+
+def _matching(pattern: re.Pattern[str], example: str) -> Callable[[str, str], str]:
+    def check(value: str, where: str) -> str:
+        if value and not pattern.fullmatch(value):
+            raise UserError(f"{where} is {value!r}; expected something like {example}")
+        return value
+
+    return check
+
+
+def _choice(*choices: str) -> Callable[[str, str], str]:
+    def check(value: str, where: str) -> str:
+        if value not in choices:
+            raise UserError(f"{where} is {value!r}; choose one of {', '.join(choices)}")
+        return value
+
+    return check
+
+
+def _integer(minimum: int) -> Callable[[str, str], int]:
+    def check(value: str, where: str) -> int:
+        if not value.isascii() or not value.isdigit() or int(value) < minimum:
+            raise UserError(f"{where} is {value!r}; it is a number, at least {minimum}")
+        return int(value)
+
+    return check
+
+
+def _time(value: str, where: str) -> str:
+    if not TIME.fullmatch(value) or value.count(":") + value.count("-") < 2:
+        raise UserError(f"{where} is {value!r}; write HH:MM:SS or D-HH:MM:SS")
+    return value
+
+
+def _modules(value: str, where: str) -> tuple[str, ...]:
+    for name in value.split():
+        _matching(_MODULE, "cuda/12.4 gcc/13")(name, where)
+    return tuple(value.split())
+
+
+_name, _path, _memory = _matching(_NAME, "gpu"), _matching(_PATH, "/scratch/me"), _matching(_MEMORY, "120G")
+_names = _matching(_NAMES, "gpu or gpu,long")
+
+
+def _key(default: Any, check: Callable[[str, str], Any]) -> Any:
+    """Return a field whose value in cluster.env `check` turns into a setting, or raises UserError."""
+    return dataclasses.field(default=default, metadata={"check": check})
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
     """Settings of a cluster. Empty: the option is omitted, so that Slurm's default applies."""
 
-    partition: str = ""
-    cpu_partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    reservation: str = ""
-    gpus_per_node: int = 0
-    gpu_type: str = ""
-    gpu_binding: str = "node"
-    tasks_per_node: int = 1
-    cpus_per_task: int = 1
-    memory_per_node: str = ""
-    cpu_memory: str = ""
-    time_limit: str = "04:00:00"
-    evaluate_time_limit: str = "01:00:00"
-    cpu_time_limit: str = "01:00:00"
-    signal_seconds: int = 120
-    max_running: int = 0
-    modules: tuple[str, ...] = ()
-    venv: str = ".venv"
-    container: str = ""
-    container_runtime: str = "apptainer"
-    scratch: str = ""
+    partition: str = _key("", _names)
+    cpu_partition: str = _key("", _names)
+    account: str = _key("", _name)
+    qos: str = _key("", _name)
+    constraint: str = _key("", _matching(_EXPRESSION, "a100&nvlink"))
+    reservation: str = _key("", _name)
+    gpus_per_node: int = _key(0, _integer(0))
+    gpu_type: str = _key("", _name)
+    gpu_binding: str = _key("node", _choice("node", "task"))
+    tasks_per_node: int = _key(1, _integer(1))
+    cpus_per_task: int = _key(1, _integer(1))
+    memory_per_node: str = _key("", _memory)
+    cpu_memory: str = _key("", _memory)
+    time_limit: str = _key("04:00:00", _time)
+    evaluate_time_limit: str = _key("01:00:00", _time)
+    cpu_time_limit: str = _key("01:00:00", _time)
+    signal_seconds: int = _key(120, _integer(1))
+    max_running: int = _key(0, _integer(0))
+    modules: tuple[str, ...] = _key((), _modules)
+    venv: str = _key(".venv", _path)
+    container: str = _key("", _path)
+    container_runtime: str = _key("apptainer", _choice(*CONTAINER_RUNTIMES))
+    scratch: str = _key("", _path)
 
     def __post_init__(self) -> None:
         if self.gpu_type and not self.gpus_per_node:
@@ -70,6 +118,9 @@ class ClusterConfig:
     def max_ranks_per_node(self) -> int:
         """Maximum number of ranks on a node: one per GPU, or TASKS_PER_NODE without GPUs."""
         return self.gpus_per_node or self.tasks_per_node
+
+
+KEYS = {field.name.upper(): field.metadata["check"] for field in dataclasses.fields(ClusterConfig)}
 
 
 def read_cluster_config(path: Path) -> ClusterConfig:
@@ -111,7 +162,7 @@ def parse_cluster_config(text: str, where: str) -> ClusterConfig:
 
 def parse_seconds(limit: str) -> int:
     """Return the seconds of a Slurm time: MM:SS, HH:MM:SS or D-HH:MM:SS."""
-    match = _TIME.fullmatch(limit)
+    match = TIME.fullmatch(limit)
     assert match is not None, limit
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
@@ -121,72 +172,3 @@ def _without_comment(value: str) -> str:
     if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
         return value[1:-1]
     return value.partition(" #")[0].strip()
-
-
-def _matching(pattern: re.Pattern[str], example: str) -> Callable[[str, str], str]:
-    def check(value: str, where: str) -> str:
-        if value and not pattern.fullmatch(value):
-            raise UserError(f"{where} is {value!r}; expected something like {example}")
-        return value
-
-    return check
-
-
-def _choice(*choices: str) -> Callable[[str, str], str]:
-    def check(value: str, where: str) -> str:
-        if value not in choices:
-            raise UserError(f"{where} is {value!r}; choose one of {', '.join(choices)}")
-        return value
-
-    return check
-
-
-def _integer(minimum: int) -> Callable[[str, str], int]:
-    def check(value: str, where: str) -> int:
-        if not value.isascii() or not value.isdigit() or int(value) < minimum:
-            raise UserError(f"{where} is {value!r}; it is a number, at least {minimum}")
-        return int(value)
-
-    return check
-
-
-def _time(value: str, where: str) -> str:
-    if not _TIME.fullmatch(value) or value.count(":") + value.count("-") < 2:
-        raise UserError(f"{where} is {value!r}; write HH:MM:SS or D-HH:MM:SS")
-    return value
-
-
-def _modules(value: str, where: str) -> tuple[str, ...]:
-    for name in value.split():
-        _matching(_MODULE, "cuda/12.4 gcc/13")(name, where)
-    return tuple(value.split())
-
-
-_name, _path, _memory = _matching(_NAME, "gpu"), _matching(_PATH, "/scratch/me"), _matching(_MEMORY, "120G")
-_names = _matching(_NAMES, "gpu or gpu,long")
-_CHECKS: dict[str, Callable[[str, str], Any]] = {
-    "partition": _names,
-    "cpu_partition": _names,
-    "account": _name,
-    "qos": _name,
-    "constraint": _matching(_EXPRESSION, "a100&nvlink"),
-    "reservation": _name,
-    "gpus_per_node": _integer(0),
-    "gpu_type": _name,
-    "gpu_binding": _choice("node", "task"),
-    "tasks_per_node": _integer(1),
-    "cpus_per_task": _integer(1),
-    "memory_per_node": _memory,
-    "cpu_memory": _memory,
-    "time_limit": _time,
-    "evaluate_time_limit": _time,
-    "cpu_time_limit": _time,
-    "signal_seconds": _integer(1),
-    "max_running": _integer(0),
-    "modules": _modules,
-    "venv": _path,
-    "container": _path,
-    "container_runtime": _choice(*CONTAINER_RUNTIMES),
-    "scratch": _path,
-}
-KEYS = {field.name.upper(): _CHECKS[field.name] for field in dataclasses.fields(ClusterConfig)}

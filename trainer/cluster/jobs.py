@@ -15,6 +15,7 @@ from trainer.study.stages import SCRIPTS, Stage
 
 _ARRAYS = ("train", "convert", "evaluate")
 _MAX_ARRAY_SIZE = 1000  # Slurm's default MaxArraySize is 1001
+JobReference = tuple[int | str, int | None]  # a job as in Dependency, and the task of an array
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,7 @@ def plan_jobs(
 ) -> list[SlurmJob]:
     """Return jobs for all stages that are neither done nor `live` (label -> job), in an order for submission."""
     jobs: list[SlurmJob] = []
-    assigned: dict[str, tuple[int | str, int | None]] = {
-        label: (job.job, job.index) for label, job in live.items()
-    }
+    assigned: dict[str, JobReference] = {label: (job.job, job.index) for label, job in live.items()}
     waiting = [stage for stage in stages if stage.label not in done and stage.label not in live]
     for kind in SCRIPTS:  # in the order of dependencies
         groups: dict[object, list[Stage]] = {}
@@ -86,7 +85,7 @@ def plan_jobs(
     return jobs
 
 
-def _signature(stage: Stage, assigned: Mapping[str, tuple[int | str, int | None]]) -> object:
+def _signature(stage: Stage, assigned: Mapping[str, JobReference]) -> object:
     """Return a key that is equal for stages of one array; the stage's label if it must be a single job."""
     refs = [assigned[label] for label in stage.needs if label in assigned]
     tasks = [ref for ref in refs if ref[1] is not None]
@@ -98,25 +97,20 @@ def _signature(stage: Stage, assigned: Mapping[str, tuple[int | str, int | None]
 
 
 def _slurm_job(
-    name: str,
-    stages: Sequence[Stage],
-    assigned: Mapping[str, tuple[int | str, int | None]],
-    is_array: bool,
+    name: str, stages: Sequence[Stage], assigned: Mapping[str, JobReference], is_array: bool
 ) -> SlurmJob:
     refs = [[assigned[label] for label in stage.needs if label in assigned] for stage in stages]
     # A report is made even after failures.
     condition = "afterany" if stages[0].kind == "report" else "afterok"
     dependencies = {Dependency(condition, job) for job, index in refs[0] if index is None}
-    tasks = [[ref for ref in of_stage if ref[1] is not None] for of_stage in refs]
+    tasks = [(job, index) for of_stage in refs for job, index in of_stage if index is not None]
     indices: tuple[int, ...] = ()
-    if is_array and len(stages) > 1 and tasks[0]:
-        dependencies.add(Dependency("aftercorr", tasks[0][0][0]))
-        indices = tuple(index for of_stage in tasks for _, index in of_stage if index is not None)
-    elif is_array and len(stages) > 1:
-        indices = tuple(range(len(stages)))
+    if is_array and len(stages) > 1:
+        indices = tuple(index for _, index in tasks) or tuple(range(len(stages)))
+        dependencies |= {Dependency("aftercorr", job) for job, _ in tasks}
     elif condition == "afterany":
-        dependencies |= {Dependency(condition, job) for of_stage in tasks for job, _ in of_stage}
+        dependencies |= {Dependency(condition, job) for job, _ in tasks}
     else:
-        dependencies |= {Dependency(condition, job, index) for of_stage in tasks for job, index in of_stage}
+        dependencies |= {Dependency(condition, job, index) for job, index in tasks}
     ordered = sorted(dependencies, key=lambda one: (one.condition, str(one.job), one.index or 0))
     return SlurmJob(name, stages[0].kind, tuple(stages), tuple(ordered), indices)

@@ -40,8 +40,15 @@ def script_text(batch: SlurmJob, config: ClusterConfig, paths: JobPaths) -> str:
             '"${on_every_node[@]}" mkdir -p "$TMPDIR"',
             """trap '"${on_every_node[@]}" rm -rf "$TMPDIR"' EXIT""",
         ]
-    lines += _arguments(batch, paths)
-    script = shlex.join([*_interpreter(config), *stages.program(batch.kind, paths.tools)])
+    if batch.indices:
+        lines.append('case "$SLURM_ARRAY_TASK_ID" in')
+        for index, stage in zip(batch.indices, batch.stages, strict=True):
+            lines += [f"{index})", *_stage_arguments(stage, "    "), "    ;;"]
+        lines.append("esac")
+    else:
+        lines += _stage_arguments(batch.stages[0], "")
+    python = f"{config.venv}/bin/python" if config.venv else "python"
+    script = shlex.join([python, *stages.program(batch.kind, paths.tools)])
     run = f'{shlex.quote(str(paths.slurm / "ranks.sh"))} {_container_command(config, paths)}{script} "${{arguments[@]}}"'
     job = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     lines += [
@@ -80,8 +87,14 @@ def options(batch: SlurmJob, config: ClusterConfig, paths: JobPaths) -> list[str
 
 
 def output(batch: SlurmJob, paths: JobPaths) -> str:
-    """Return the path of Slurm's own messages, with its placeholders %A, %a and %j."""
-    return _directive(paths.logs / f"{batch.name}-{'%A_%a' if batch.indices else '%j'}.out")
+    """Return the path of Slurm's own messages, with its placeholders %A, %a and %j.
+
+    Raises UserError for a path with %, spaces or quotes, which Slurm would interpret.
+    """
+    logs = str(paths.logs)
+    if any(character.isspace() or character in "\"'\\%" for character in logs):
+        raise UserError(f"{logs}: a batch script cannot write there; use a path without spaces, quotes and %")
+    return f"{logs}/{batch.name}-{'%A_%a' if batch.indices else '%j'}.out"
 
 
 def layout(num_ranks: int, config: ClusterConfig) -> tuple[int, int]:
@@ -97,23 +110,10 @@ def layout(num_ranks: int, config: ClusterConfig) -> tuple[int, int]:
     return num_ranks // per_node, per_node
 
 
-def _arguments(batch: SlurmJob, paths: JobPaths) -> list[str]:
-    """Return lines that set `log` and `arguments`, in an array by its task number."""
-    if not batch.indices:
-        return _stage_arguments(batch.stages[0], "")
-    lines = ['case "$SLURM_ARRAY_TASK_ID" in']
-    for index, stage in zip(batch.indices, batch.stages, strict=True):
-        lines += [f"{index})", *_stage_arguments(stage, "    "), "    ;;"]
-    return [*lines, "esac"]
-
-
 def _stage_arguments(stage: Stage, indent: str) -> list[str]:
+    """Return lines that set `log` and `arguments`."""
     flags = [f"{indent}    {shlex.quote(flag)}" for flag in stages.to_flags(stage.settings)]
     return [f"{indent}log={shlex.quote(str(stage.log))}", f"{indent}arguments=(", *flags, f"{indent})"]
-
-
-def _interpreter(config: ClusterConfig) -> list[str]:
-    return [f"{config.venv}/bin/python" if config.venv else "python"]
 
 
 def _container_command(config: ClusterConfig, paths: JobPaths) -> str:
@@ -138,12 +138,3 @@ def _ranges(indices: tuple[int, ...]) -> str:
         else:
             ranges.append([index])
     return ",".join("-".join(str(end) for end in ends) for ends in ranges)
-
-
-def _directive(path: Path) -> str:
-    """Return a path for an #SBATCH line. Raises UserError for %, spaces or quotes, which Slurm would interpret."""
-    if any(character.isspace() or character in "\"'\\" for character in str(path)) or "%" in str(path.parent):
-        raise UserError(
-            f"{path.parent}: a batch script cannot write there; use a path without spaces, quotes and %"
-        )
-    return str(path)

@@ -12,20 +12,12 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.runtime import distributed
 
-# Columns of squeue --Format with their widths; only the reason, the last one, may contain spaces.
-_COLUMNS = (("JobArrayID", 40), ("State", 20), ("RestartCnt", 12), ("TimeUsed", 20), ("NodeList", 60))
-_REASON_WIDTH = 200
+# Columns of squeue --Format with their widths; only the reason may contain spaces.
+_COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 12, "TimeUsed": 20, "NodeList": 60, "Reason": 200}
 _TIMEOUT_SECONDS = 120
 ENDED = (
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "PREEMPTED",
-    "OUT_OF_MEMORY",
-    "BOOT_FAIL",
-    "DEADLINE",
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"),
+    *("PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
 )
 
 
@@ -69,34 +61,24 @@ def release(ids: list[str]) -> None:
 
 def jobs(ids: Iterable[str] = ()) -> dict[str, JobState]:
     """Return the user's jobs and array tasks by id from squeue; sacct adds those of `ids` that are no longer listed."""
-    widths = [*(width for _, width in _COLUMNS), _REASON_WIDTH]
-    names = [f"{name}:{width}" for name, width in _COLUMNS] + [f"Reason:{_REASON_WIDTH}"]
-    output = _run(["squeue", "--me", "--array", "--states=all", "--noheader", f"--Format={','.join(names)}"])
-    found = parse_squeue(output, widths)
-    missing_ids = [job for job in ids if job not in found]
-    return {**(_accounted(missing_ids) if missing_ids else {}), **found}
-
-
-def parse_squeue(output: str, widths: list[int]) -> dict[str, JobState]:
+    columns = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
+    output = _run(["squeue", "--me", "--array", "--states=all", "--noheader", f"--Format={columns}"])
     found = {}
     for line in output.splitlines():
         cells, start = [], 0
-        for width in widths:
+        for width in _COLUMNS.values():
             cells.append(line[start : start + width].strip())
             start += width
         job, state, restarts, time_used, nodes, reason = cells
         reason = "" if reason == "None" else reason
         found[job] = JobState(state, reason, int(restarts) if restarts.isdigit() else None, nodes, time_used)
+    missing_ids = [job for job in ids if job not in found]
+    if missing_ids and shutil.which("sacct"):
+        command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(missing_ids)}"]
+        done = _finish([*command, "--format=JobID,State,ExitCode,NodeList"])
+        if done.returncode == 0:  # else the cluster has no accounting database
+            return {**parse_sacct(done.stdout), **found}
     return found
-
-
-def _accounted(ids: list[str]) -> dict[str, JobState]:
-    """Return ended jobs from the accounting database; {} if the cluster has none."""
-    if not shutil.which("sacct"):
-        return {}
-    command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(ids)}"]
-    done = _finish([*command, "--format=JobID,State,ExitCode,NodeList"])
-    return parse_sacct(done.stdout) if done.returncode == 0 else {}
 
 
 def parse_sacct(output: str) -> dict[str, JobState]:

@@ -6,6 +6,7 @@ Without accounting (sacct), Slurm drops ended jobs after minutes; then only the 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,16 +44,12 @@ def print_status(study: Study) -> None:
     for line in found:
         if line.state not in ("done", "not submitted"):
             table.add_row(line.label, line.state, line.job, line.note)
-    counts = {
-        name: sum(line.state == name for line in found)
-        for name in dict.fromkeys(line.state for line in found)
-    }
-    terminal.info(
-        f"jobs of study {study.name}: {', '.join(f'{count} {name}' for name, count in counts.items())}"
-    )
+    counts = Counter(line.state for line in found)
+    counts_text = ", ".join(f"{count} {name}" for name, count in counts.items())
+    terminal.info(f"jobs of study {study.name}: {counts_text}")
     if table.row_count:
         terminal.info(table_text(table))
-    if counts.get("failed"):
+    if counts["failed"]:
         terminal.info(f"submit what failed again: tools/study.py resubmit {study.file} --failed")
 
 
@@ -65,23 +62,17 @@ def stage_statuses(study: Study) -> list[StageStatus]:
 
 def _stage_status(stage: Stage, submitted: SubmittedJob | None, jobs: Mapping[str, JobState]) -> StageStatus:
     job = jobs.get(submitted.job) if submitted else None
-    name = submitted.job if submitted else ""
+    name, requeued = submitted.job if submitted else "", _requeued_text(stage, job)
     if submitted is None or job is None or not job.is_live:
         if status.is_done(stage):
-            return StageStatus(stage.label, "done", name, _join(_requeued_text(stage, job)))
+            return StageStatus(stage.label, "done", name, requeued)
         if submitted is None:
             return StageStatus(stage.label, "not submitted", "", "")
-        return StageStatus(
-            stage.label,
-            "failed",
-            name,
-            _join(_failure_text(stage, submitted, job), _requeued_text(stage, job)),
-        )
+        note = _join(_failure_text(stage, submitted, job), requeued)
+        return StageStatus(stage.label, "failed", name, note)
     if job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
-        return StageStatus(
-            stage.label, "pending", name, _join(_readable(job.reason), _requeued_text(stage, job))
-        )
-    note = _join(progress_text(stage), _requeued_text(stage, job), f"on {job.nodes}" if job.nodes else "")
+        return StageStatus(stage.label, "pending", name, _join(_readable(job.reason), requeued))
+    note = _join(progress_text(stage), requeued, f"on {job.nodes}" if job.nodes else "")
     return StageStatus(stage.label, job.state.lower(), name, note)
 
 
@@ -109,12 +100,9 @@ def progress_text(stage: Stage) -> str:
 def _requeued_text(stage: Stage, job: JobState | None) -> str:
     """Return how often the job was requeued, from Slurm or from the run's restart file; "" if never."""
     count = job.restarts if job is not None and job.restarts is not None else 0
-    if stage.kind == "train":
-        count = max(
-            count, restarts.read_restarts(RunDirectory(Path(stage.settings.output_dir)).restarts)["restarts"]
-        )
-    elif stage.kind == "evaluate":
-        file = EvaluationDirectory(Path(stage.settings.output_dir)).restarts
+    if stage.kind in ("train", "evaluate"):
+        directory = RunDirectory if stage.kind == "train" else EvaluationDirectory
+        file = directory(Path(stage.settings.output_dir)).restarts
         count = max(count, restarts.read_restarts(file)["restarts"])
     return f"requeued {count} time{'s' if count > 1 else ''}" if count else ""
 

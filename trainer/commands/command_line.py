@@ -55,33 +55,36 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parser(cls: type, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser without flags that shows the description as it is written."""
+    return argparse.ArgumentParser(
         prog=Path(sys.argv[0]).name,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _parser(cls: type, description: str) -> argparse.ArgumentParser:
+    parser = new_parser(description)
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of these settings; flags win over it"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        _add(parser, field, hints[field.name])
-        for old in field.metadata.get("old_names", ()):
-            _add(parser, field, hints[field.name], old)
+        for name in (field.name, *field.metadata.get("old_names", ())):
+            _add(parser, field, hints[field.name], name)
     return parser
 
 
-def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any, old_name: str = "") -> None:
+def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any, name: str) -> None:
     """Add the flag of a setting; under an earlier spelling it is accepted but not shown by `--help`."""
-    name = old_name or field.name
     default = field.default if field.default is not dataclasses.MISSING else ""
     text = field.metadata["help"].replace("%", "%%")
     if default != "":
         text += f" [{str(default).lower() if isinstance(default, bool) else default}]"
-    if old_name:
+    if name != field.name:
         text = argparse.SUPPRESS
     choices = field.metadata.get("choices")
     is_list = typing.get_origin(hint) is list

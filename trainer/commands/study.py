@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from trainer.commands.command_line import read_yaml
+from trainer.commands.command_line import new_parser, read_yaml
 from trainer.commands.extras import require_extra
 from trainer.runtime import terminal
 from trainer.study.study_file import load_study
@@ -28,12 +27,7 @@ def main(tools: Path | None = None) -> None:
 
 
 def _study(tools: Path | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog=Path(sys.argv[0]).name,
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(DESCRIPTION)
     add = parser.add_argument
     add("command", choices=("run", "status", "submit", "resubmit", "logs", "cancel"))
     add("file", type=Path, help="study file, e.g. studies/quickstart.yaml")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -19,5 +18,9 @@ class CheckResult:
     remedy: str = ""
     host: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+def ok_if(
+    condition: bool, group: str, name: str, detail: str, remedy: str, otherwise: str = WARN
+) -> CheckResult:
+    """Return an ok result without the remedy if `condition`, else one with the status `otherwise`."""
+    return CheckResult(group, name, OK if condition else otherwise, detail, "" if condition else remedy)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult
+from trainer.doctor.check_result import FAIL, WARN, CheckResult, ok_if
+from trainer.errors import first_line
 from trainer.runtime import distributed, startup
 
 _MICRO_BATCHES = 2
@@ -64,32 +65,24 @@ def _check(case: ParityCase) -> CheckResult:
         error = None
     except Exception as failure:  # a broken installation may raise anything
         gradient = loss = math.inf
-        error = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+        error = f"{type(failure).__name__}: {first_line(failure)}"
     errors = [text for text in distributed.gather_objects(error) if text]
     if errors:
         return CheckResult("parity", case.name, WARN if is_known_wrong else FAIL, errors[0], remedy)
     worst = max(distributed.gather_objects((gradient, loss)))
     max_gradient, max_loss = _TOLERANCE[case.dtype]
     detail = f"gradient off by {worst[0]:.1e}, loss after a step by {worst[1]:.1e}"
-    if worst[0] <= max_gradient and worst[1] <= max_loss:
-        return CheckResult("parity", case.name, OK, detail)
-    if is_known_wrong:
-        return CheckResult(
-            "parity", case.name, OK, f"{detail}: known in DeepSpeed 0.19.8, training refuses it"
-        )
-    return CheckResult(
-        "parity", case.name, FAIL, f"{detail}; allowed: {max_gradient:.0e} and {max_loss:.0e}", remedy
-    )
+    is_correct = worst[0] <= max_gradient and worst[1] <= max_loss
+    if not is_correct:
+        allowed = f"; allowed: {max_gradient:.0e} and {max_loss:.0e}"
+        detail += ": known in DeepSpeed 0.19.8, training refuses it" if is_known_wrong else allowed
+    return ok_if(is_correct or is_known_wrong, "parity", case.name, detail, remedy, FAIL)
 
 
 def _compare(case: ParityCase) -> tuple[float, float]:
     """Return the relative differences of the gradients and of the losses after the step."""
     environment = distributed.environment()
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the current device
     first = _make_model()
     batches = [
         [_tokens(rank, micro).to(device) for micro in range(_MICRO_BATCHES)]
@@ -158,23 +151,17 @@ def _make_engine(model: Any, case: ParityCase, world_size: int) -> Any:
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    zero: dict[str, Any] = {
-        "stage": case.stage,
-        "reduce_bucket_size": 10_000,
-        "allgather_bucket_size": 10_000,
-    }
+    zero = {"stage": case.stage, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
     if case.stage == 3:
         zero["stage3_param_persistence_threshold"] = 100
+    adam = {"lr": _LEARNING_RATE, "weight_decay": 0.0, "torch_adam": True, "fused": True}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": _MICRO_BATCHES,
         "train_batch_size": _MICRO_BATCHES * world_size,
         "bf16": {"enabled": case.dtype == torch.bfloat16},
         "zero_optimization": zero,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": _LEARNING_RATE, "weight_decay": 0.0, "torch_adam": True, "fused": True},
-        },
+        "optimizer": {"type": "AdamW", "params": adam},
         "steps_per_print": 1 << 30,
     }
     with startup.torch_compile_disabled():

@@ -8,7 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult
+from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult, ok_if
+from trainer.errors import first_line
 from trainer.runtime import terminal
 
 _GB, _MB = 10**9, 10**6
@@ -25,22 +26,16 @@ def disk(output_dir: str, min_free_gb: float) -> list[CheckResult]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path).free
-        status = OK if free >= min_free_gb * _GB else FAIL
-        remedy = (
-            ""
-            if status == OK
-            else f"free some, or write elsewhere (wanted: {min_free_gb:g} GB, --min_free_gb)"
-        )
-        found = [
-            CheckResult("disk", "space", status, f"{terminal.size_text(free)} are free at {path}", remedy)
-        ]
+        detail = f"{terminal.size_text(free)} are free at {path}"
+        remedy = f"free some, or write elsewhere (wanted: {min_free_gb:g} GB, --min_free_gb)"
+        space = ok_if(free >= min_free_gb * _GB, "disk", "space", detail, remedy, FAIL)
         with tempfile.TemporaryDirectory(prefix=".doctor-", suffix=".tmp", dir=path) as folder:
-            found += [_write_speed(Path(folder), min(_TEST_BYTES, free // 2)), _rename_speed(Path(folder))]
+            num_bytes = min(_TEST_BYTES, free // 2)
+            return [space, _write_speed(Path(folder), num_bytes), _rename_speed(Path(folder))]
     except OSError as error:
         reason = error.strerror or str(error)
         remedy = "give an --output_dir on a file system you may write to, with space"
         return [CheckResult("disk", "write", FAIL, f"cannot write to {path}: {reason}", remedy)]
-    return found
 
 
 def _write_speed(folder: Path, num_bytes: int) -> CheckResult:
@@ -53,13 +48,8 @@ def _write_speed(folder: Path, num_bytes: int) -> CheckResult:
         os.fsync(file.fileno())
         written = file.tell()
     speed = written / (time.perf_counter() - start)
-    status = OK if speed >= _MIN_WRITE_SPEED else WARN
-    remedy = (
-        ""
-        if status == OK
-        else "checkpoints will be slow here: choose a faster file system, or save less often"
-    )
-    return CheckResult("disk", "write", status, f"{speed / _MB:,.0f} MB/s, flushed", remedy)
+    remedy = "checkpoints will be slow here: choose a faster file system, or save less often"
+    return ok_if(speed >= _MIN_WRITE_SPEED, "disk", "write", f"{speed / _MB:,.0f} MB/s, flushed", remedy)
 
 
 def _rename_speed(folder: Path) -> CheckResult:
@@ -74,31 +64,26 @@ def _rename_speed(folder: Path) -> CheckResult:
             os.fsync(file.fileno())
         os.replace(staging, target)
         if target.read_text(encoding="utf-8") != str(number):
-            return CheckResult(
-                "disk", "rename", FAIL, f"a renamed file at {folder} kept its old content", "do not use it"
-            )
+            detail = f"a renamed file at {folder} kept its old content"
+            return CheckResult("disk", "rename", FAIL, detail, "do not use it")
     seconds = (time.perf_counter() - start) / _SMALL_WRITES
-    status = OK if seconds < _MAX_RENAME_SECONDS else WARN
-    remedy = (
-        "" if status == OK else "publishing a file takes this long here: is it a busy network file system?"
-    )
-    return CheckResult(
-        "disk", "rename", status, f"{seconds * 1000:.1f} ms to write, flush and rename a file", remedy
-    )
+    detail = f"{seconds * 1000:.1f} ms to write, flush and rename a file"
+    remedy = "publishing a file takes this long here: is it a busy network file system?"
+    return ok_if(seconds < _MAX_RENAME_SECONDS, "disk", "rename", detail, remedy)
 
 
 def shared_memory() -> CheckResult:
     """Check the size of /dev/shm, which NCCL and data loaders use; a container has 64 MB by default."""
     path = "/dev/shm"
     if not os.path.isdir(path):
-        return CheckResult(
-            "memory", "shared", WARN, f"there is no {path}", "NCCL between the GPUs of a machine needs it"
-        )
+        remedy = "NCCL between the GPUs of a machine needs it"
+        return CheckResult("memory", "shared", WARN, f"there is no {path}", remedy)
     size = shutil.disk_usage(path).total
-    if size < _MIN_SHARED_MEMORY_BYTES:
-        remedy = "start the container with --shm-size=8g (or --ipc=host)"
-        return CheckResult("memory", "shared", WARN, f"{path} has {terminal.size_text(size)}", remedy)
-    return CheckResult("memory", "shared", OK, f"{path} has {terminal.size_text(size)}")
+    detail, remedy = (
+        f"{path} has {terminal.size_text(size)}",
+        "start the container with --shm-size=8g (or --ipc=host)",
+    )
+    return ok_if(size >= _MIN_SHARED_MEMORY_BYTES, "memory", "shared", detail, remedy)
 
 
 def processor() -> CheckResult:
@@ -106,12 +91,10 @@ def processor() -> CheckResult:
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > cores:
         remedy = f"set OMP_NUM_THREADS to at most {cores}, or give the task more cores"
-        return CheckResult(
-            "cpu", "cores", WARN, f"OMP_NUM_THREADS={threads} but {cores} core(s) are usable", remedy
-        )
-    return CheckResult(
-        "cpu", "cores", OK, f"{cores} usable" + (f", OMP_NUM_THREADS={threads}" if threads else "")
-    )
+        detail = f"OMP_NUM_THREADS={threads} but {cores} core(s) are usable"
+        return CheckResult("cpu", "cores", WARN, detail, remedy)
+    detail = f"{cores} usable" + (f", OMP_NUM_THREADS={threads}" if threads else "")
+    return CheckResult("cpu", "cores", OK, detail)
 
 
 def accelerators() -> CheckResult:
@@ -121,13 +104,8 @@ def accelerators() -> CheckResult:
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and Path("/proc/driver/nvidia").exists():
             remedy = "install the CUDA build of torch that fits the driver"
-            return CheckResult(
-                "gpu",
-                "cuda",
-                FAIL,
-                f"an NVIDIA driver is installed but torch {torch.__version__} has no CUDA",
-                remedy,
-            )
+            detail = f"an NVIDIA driver is installed but torch {torch.__version__} has no CUDA"
+            return CheckResult("gpu", "cuda", FAIL, detail, remedy)
         return CheckResult("gpu", "cuda", OK, "no GPU: training runs on the CPU")
     descriptions = []
     for index in range(torch.cuda.device_count()):
@@ -136,15 +114,12 @@ def accelerators() -> CheckResult:
             ones = torch.ones(256, 256, device=f"cuda:{index}")
             is_correct = float((ones @ ones).sum()) == 256.0**3
         except RuntimeError as error:
-            return CheckResult(
-                "gpu", "cuda", FAIL, f"GPU {index}: {str(error).splitlines()[0]}", "is it in use, or broken?"
-            )
+            detail = f"GPU {index}: {first_line(error)}"
+            return CheckResult("gpu", "cuda", FAIL, detail, "is it in use, or broken?")
         if not is_correct:
-            return CheckResult(
-                "gpu", "cuda", FAIL, f"GPU {index} computes 256^3 wrongly", "take it out of service"
-            )
+            detail = f"GPU {index} computes 256^3 wrongly"
+            return CheckResult("gpu", "cuda", FAIL, detail, "take it out of service")
         descriptions.append(f"{properties.name} {properties.total_memory / _GB:.0f} GB")
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
-    return CheckResult(
-        "gpu", "cuda", OK, f"{', '.join(descriptions)}; CUDA {torch.version.cuda}, NCCL {nccl}"
-    )
+    detail = f"{', '.join(descriptions)}; CUDA {torch.version.cuda}, NCCL {nccl}"
+    return CheckResult("gpu", "cuda", OK, detail)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import statistics
 import sys
 import time
 
-from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult
+from trainer.doctor.check_result import FAIL, OK, CheckResult, ok_if
 from trainer.runtime import distributed, terminal
 
 GROUPS = ("clock", "network", "parity")
@@ -41,10 +42,10 @@ def clocks() -> CheckResult:
     skew = late[0] - early[0]
     hosts = len({host for _, host in times})
     detail = f"{skew * 1000:.1f} ms between {len(times)} ranks on {hosts} machine(s)"
-    if skew <= _MAX_SKEW_SECONDS:
-        return CheckResult("clock", "skew", OK, detail)
+    if skew > _MAX_SKEW_SECONDS:
+        detail += f": {late[1]} is ahead of {early[1]}"
     remedy = "synchronise the clocks (chrony); time limits and timestamps in logs depend on them"
-    return CheckResult("clock", "skew", WARN, f"{detail}: {late[1]} is ahead of {early[1]}", remedy)
+    return ok_if(skew <= _MAX_SKEW_SECONDS, "clock", "skew", detail, remedy)
 
 
 def network() -> CheckResult:
@@ -68,10 +69,9 @@ def network() -> CheckResult:
             error = float((numbers - world_size * (world_size + 1) / 2).abs().max())
             durations.append(time.perf_counter() - start)
             if any(distributed.gather_objects(error)):
+                detail = f"a sum over {world_size} ranks is wrong"
                 remedy = "the network or its library corrupts data: do not train here"
-                return CheckResult(
-                    "network", "all-reduce", FAIL, f"a sum over {world_size} ranks is wrong", remedy
-                )
+                return CheckResult("network", "all-reduce", FAIL, detail, remedy)
         seconds[elements] = max(distributed.gather_objects(statistics.median(durations)))
     # A ring sends every byte 2 (W-1)/W times.
     moved = 4 * _LARGE * 2 * (world_size - 1) / world_size
@@ -79,10 +79,11 @@ def network() -> CheckResult:
     detail = (
         f"{seconds[_SMALL] * 1e6:,.0f} us, {bandwidth / 1e6:,.0f} MB/s a rank, {world_size} ranks ({device})"
     )
-    if seconds[_SMALL] > _MAX_LATENCY_SECONDS or bandwidth < _MIN_BANDWIDTH:
-        remedy = "slow: is it the right interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), are the cores overloaded?"
-        return CheckResult("network", "all-reduce", WARN, detail, remedy)
-    return CheckResult("network", "all-reduce", OK, detail)
+    is_fast = seconds[_SMALL] <= _MAX_LATENCY_SECONDS and bandwidth >= _MIN_BANDWIDTH
+    remedy = (
+        "slow: is it the right interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), are the cores overloaded?"
+    )
+    return ok_if(is_fast, "network", "all-reduce", detail, remedy)
 
 
 def main(groups: list[str]) -> None:
@@ -90,7 +91,7 @@ def main(groups: list[str]) -> None:
     distributed.initialize(timeout_seconds=120)
     found = check_ranks(groups)
     if distributed.is_main_process():
-        print(RESULTS_PREFIX + json.dumps([result.as_dict() for result in found]), flush=True)
+        print(RESULTS_PREFIX + json.dumps([dataclasses.asdict(result) for result in found]), flush=True)
     distributed.barrier()
 
 

@@ -10,8 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import IO
+from dataclasses import asdict, replace
 
 from trainer.doctor import machine, rank_checks, software
 from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult
@@ -48,7 +47,7 @@ def run_checks(settings: DoctorSettings) -> list[CheckResult]:
     wanted = [group for group in rank_checks.GROUPS if group not in settings.skip]
     environment = distributed.environment_from_launcher(os.environ)
     if environment.world_size == 1:
-        return [*_check_machine(settings), *_start_ranks(wanted)]
+        return [*_check_machine(settings), *(_start_ranks(wanted) if wanted else [])]
     distributed.initialize(timeout_seconds=_RANKS_TIMEOUT_SECONDS)
     own = _check_machine(settings) if environment.local_rank == 0 else []
     host = socket.gethostname()
@@ -65,11 +64,8 @@ def print_report(results: list[CheckResult], seconds: float, as_json: bool) -> b
     failed = sum(result.status == FAIL for result in results)
     warned = sum(result.status == WARN for result in results)
     if as_json:
-        report = {
-            "ok": not failed,
-            "seconds": seconds,
-            "findings": [result.as_dict() for result in results],
-        }
+        findings = [asdict(result) for result in results]
+        report = {"ok": not failed, "seconds": seconds, "findings": findings}
         terminal.info(json.dumps(report, indent=1))
         return not failed
     for result in results:
@@ -82,76 +78,58 @@ def print_report(results: list[CheckResult], seconds: float, as_json: bool) -> b
 
 
 def _check_machine(settings: DoctorSettings) -> list[CheckResult]:
-    found: list[CheckResult] = []
-    for group, check in _MACHINE_CHECKS.items():
-        if group not in settings.skip:
-            found += check(settings)
-    return found
+    checks = [check for group, check in _MACHINE_CHECKS.items() if group not in settings.skip]
+    return [result for check in checks for result in check(settings)]
 
 
 def _merge(results: list[CheckResult], num_machines: int) -> list[CheckResult]:
     """Join equal results of several machines; `host` lists the machines, and is empty if all are ok."""
-    merged: dict[tuple[str, str, str], CheckResult] = {}
-    hosts: dict[tuple[str, str, str], list[str]] = {}
+    merged: dict[tuple[str, str, str], list[CheckResult]] = {}
     for result in results:
-        text = result.status if result.status == OK else result.detail
-        key = (result.group, result.name, text)
-        merged.setdefault(key, result)
-        hosts.setdefault(key, []).append(result.host)
-
-    def host_text(key: tuple[str, str, str]) -> str:
-        is_ok_everywhere = len(hosts[key]) == num_machines and merged[key].status == OK
-        return "" if is_ok_everywhere else ", ".join(dict.fromkeys(hosts[key]))
-
-    return [replace(result, host=host_text(key)) for key, result in merged.items()]
+        text = OK if result.status == OK else result.detail
+        merged.setdefault((result.group, result.name, text), []).append(result)
+    found = []
+    for same in merged.values():
+        is_ok_everywhere = len(same) == num_machines and same[0].status == OK
+        hosts = "" if is_ok_everywhere else ", ".join(dict.fromkeys(result.host for result in same))
+        found.append(replace(same[0], host=hosts))
+    return found
 
 
 def _start_ranks(groups: list[str]) -> list[CheckResult]:
     """Run the checks of `groups` in two ranks started on this machine."""
-    if not groups:
-        return []
-    port = str(process_group.free_port())
+    common = {"WORLD_SIZE": str(_NUM_RANKS), "LOCAL_WORLD_SIZE": str(_NUM_RANKS)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(process_group.free_port())}
+    common = {**distributed.without_launcher_variables(os.environ), **common}
     processes = []
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         for rank in range(_NUM_RANKS):
-            ours = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(_NUM_RANKS)}
-            ours |= {"LOCAL_WORLD_SIZE": str(_NUM_RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "trainer.doctor.rank_checks", *groups],
-                    env={**distributed.without_launcher_variables(os.environ), **ours},
+                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                     stderr=log,
                     text=True,
                 )
             )
-        return _collect_results(processes, log, groups)
-
-
-def _collect_results(
-    processes: list[subprocess.Popen[str]], log: IO[str], groups: list[str]
-) -> list[CheckResult]:
-    deadline = time.monotonic() + _RANKS_TIMEOUT_SECONDS
-    try:
-        output, _ = processes[0].communicate(timeout=_RANKS_TIMEOUT_SECONDS)
-        for process in processes[1:]:
-            process.wait(timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        output = ""
-    finally:
-        for process in processes:
-            if process.poll() is None:
+        deadline = time.monotonic() + _RANKS_TIMEOUT_SECONDS
+        try:
+            output, _ = processes[0].communicate(timeout=_RANKS_TIMEOUT_SECONDS)
+            for process in processes[1:]:
+                process.wait(timeout=max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            output = ""
+        finally:
+            for process in processes:
                 process.kill()
                 process.wait()
+        log.seek(0)
+        lines = [line for line in log.read().splitlines() if line.strip()]
     for line in output.splitlines():
         if line.startswith(rank_checks.RESULTS_PREFIX):
             results = json.loads(line.removeprefix(rank_checks.RESULTS_PREFIX))
             return [CheckResult(**values) for values in results]
-    log.seek(0)
-    lines = [line for line in log.read().splitlines() if line.strip()]
     detail = f"two ranks did not finish: {lines[-1] if lines else 'they printed nothing'}"
-    return [
-        CheckResult(
-            "ranks", "start", FAIL, detail, f"without these ranks {', '.join(groups)} cannot be checked"
-        )
-    ]
+    remedy = f"without these ranks {', '.join(groups)} cannot be checked"
+    return [CheckResult("ranks", "start", FAIL, detail, remedy)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult
+from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult, ok_if
 from trainer.errors import UserError
 from trainer.runtime import distributed
 
@@ -52,14 +52,8 @@ def versions(known_good: str) -> list[CheckResult]:
             raise UserError(
                 f"known_good: {known_good}, line {number}: expected name==version, found {line!r}"
             ) from None
-    python = Version(platform.python_version())
-    status = OK if python >= Version("3.10") else FAIL
-    found.append(
-        CheckResult(
-            "versions", "python", status, str(python), "" if status == OK else "use Python 3.10 or newer"
-        )
-    )
-    return found
+    python, remedy = platform.python_version(), "use Python 3.11 or newer"
+    return [*found, ok_if(sys.version_info >= (3, 11), "versions", "python", python, remedy, FAIL)]
 
 
 def _check_version(name: str, wanted: Version) -> CheckResult:
@@ -86,11 +80,10 @@ def compiler() -> CheckResult:
     done = _run([path, "-dumpfullversion", "-dumpversion"])
     if done.returncode:
         return CheckResult("compiler", "c++", WARN, f"{path} does not run: {_last_line(done)}", remedy)
+    detail = f"{path} {done.stdout.strip()}"
     if shutil.which("ninja") is None and not (Path(sys.executable).parent / "ninja").exists():
-        return CheckResult(
-            "compiler", "c++", WARN, f"{path} {done.stdout.strip()}, but no ninja", "pip install ninja"
-        )
-    return CheckResult("compiler", "c++", OK, f"{path} {done.stdout.strip()}")
+        return CheckResult("compiler", "c++", WARN, f"{detail}, but no ninja", "pip install ninja")
+    return CheckResult("compiler", "c++", OK, detail)
 
 
 def unfinished_builds(root: Path | None = None) -> list[CheckResult]:
@@ -125,9 +118,8 @@ def mpi() -> CheckResult:
     worlds = [line.split(maxsplit=3) for line in done.stdout.splitlines() if line.startswith("world ")]
     if done.returncode or not worlds:
         detail = f"{path} -n 2 failed (status {done.returncode}): {_last_line(done)}"
-        return CheckResult(
-            "mpi", "mpiexec", FAIL, detail, "use the mpiexec of the MPI that mpi4py was built with"
-        )
+        remedy = "use the mpiexec of the MPI that mpi4py was built with"
+        return CheckResult("mpi", "mpiexec", FAIL, detail, remedy)
     sizes = sorted(int(size) for _, _, size, _ in worlds)
     if sizes != [2, 2]:
         detail = f"{path} -n 2 gives {len(worlds)} worlds of {sizes[0]}: it is not the MPI of mpi4py ({worlds[0][3]})"
@@ -145,22 +137,17 @@ def slurm() -> list[CheckResult]:
             detail = f"job {os.environ['SLURM_JOB_ID']}, {environment.world_size} rank(s) by {environment.launcher}"
             found.append(CheckResult("slurm", "environment", OK, detail))
     except UserError as error:
-        found.append(
-            CheckResult(
-                "slurm", "environment", FAIL, str(error), "start with srun alone, or unset the variables"
-            )
-        )
+        remedy = "start with srun alone, or unset the variables"
+        found.append(CheckResult("slurm", "environment", FAIL, str(error), remedy))
     if shutil.which("sinfo") is None:
         return [*found, CheckResult("slurm", "controller", OK, "no Slurm here (none is needed)")]
     done = _run(["sinfo", "--noheader", "--format=%P %D %t"])
     if done.returncode:
-        remedy = "is slurmctld running, and slurm.conf readable?"
-        return [
-            *found,
-            CheckResult("slurm", "controller", WARN, f"sinfo failed: {_last_line(done)}", remedy),
-        ]
-    partitions = "; ".join(" ".join(line.split()) for line in done.stdout.splitlines())
-    return [*found, CheckResult("slurm", "controller", OK, partitions)]
+        detail = f"sinfo failed: {_last_line(done)}"
+    else:
+        detail = "; ".join(" ".join(line.split()) for line in done.stdout.splitlines())
+    remedy = "is slurmctld running, and slurm.conf readable?"
+    return [*found, ok_if(done.returncode == 0, "slurm", "controller", detail, remedy)]
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

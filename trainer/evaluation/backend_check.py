@@ -19,9 +19,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from trainer.errors import UserError, first_line
-from trainer.evaluation.backends import Backend, SequenceState
+from trainer.evaluation.backends import SequenceState
 from trainer.evaluation.backends.transformers import default_attention
-from trainer.evaluation.generate import generate
 from trainer.evaluation.sampling import not_finite
 from trainer.models.default_attention import UnsupportedAttention
 from trainer.runtime import library_internals
@@ -111,7 +110,7 @@ def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequenc
     return CheckTexts([long_text, early, late], [*batch, long_text, beside], list(prefix), capacity)
 
 
-class _CheckRequest:
+class CheckRequest:
     """Request that forces the tokens of a text. `logits`: those of its choices so far."""
 
     def __init__(self, text: CheckText) -> None:
@@ -131,24 +130,13 @@ class LogitRecorder:
     """Sampler of a backend under check, which records the logits; the tokens that it returns are ignored."""
 
     def __init__(self, texts: Sequence[CheckText]) -> None:
-        self.requests = [_CheckRequest(text) for text in texts]
+        self.requests = [CheckRequest(text) for text in texts]
 
     def __call__(self, logits: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
         by_sequence = {id(request.sequences[0]): request for request in self.requests}
         for row, sequence in zip(logits, sequences, strict=True):
             by_sequence[id(sequence)].logits.append(row.detach().float().cpu().clone())
         return [0] * len(sequences)
-
-
-def decode(
-    make: Callable[[], Backend[_CheckRequest]], recorder: LogitRecorder, num_slots: int
-) -> list[torch.Tensor]:
-    """Return for each text the backend's logits [choices, vocabulary], fp32 on the CPU. Raises BackendError."""
-    waiting = iter(recorder.requests)
-    with raise_backend_error():
-        for _ in generate([make()], lambda: next(waiting, None), _CheckRequest.on_token, num_slots):
-            pass
-    return [torch.stack(request.logits) for request in recorder.requests]
 
 
 @contextlib.contextmanager
@@ -164,29 +152,35 @@ def raise_backend_error() -> Iterator[None]:
 
 
 @torch.no_grad()
-def plain_logits(model: PreTrainedModel, text: CheckText, attention: str | None = None) -> torch.Tensor:
+def plain_logits(
+    model: PreTrainedModel, text: CheckText, attention: str | None = None, copies: int = 1
+) -> torch.Tensor:
     """Return logits [choices, vocabulary] of the plain forward pass over one text, fp32 on the CPU.
 
-    attention: "sdpa" or "eager"; None for the one that transformers chooses.
+    attention: "sdpa" or "eager"; None for the one that transformers chooses. copies: rows of the batch, all with this text.
     """
-    ids = torch.tensor([text.tokens], device=model.device)
+    ids = torch.tensor([text.tokens] * copies, device=model.device)
     choices = torch.tensor(text.choices, device=model.device)
+    accepted = inspect.signature(model.forward).parameters
+    arguments = {"use_cache": False} if "use_cache" in accepted else {}
+    size = ids.numel() * getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) * 4
     with default_attention(model, attention):
-        return _logits_at(model, ids, choices)[0]
+        if size > _MAX_LOGITS_BYTES and "logits_to_keep" in accepted:
+            logits = model(input_ids=ids, logits_to_keep=choices, **arguments).logits
+            if logits.shape[1] == len(choices):
+                return logits[-1].float().cpu()
+        return model(input_ids=ids, **arguments).logits[-1, choices].float().cpu()
 
 
-@torch.no_grad()
 def depends_on_later_tokens(model: PreTrainedModel, text: CheckText) -> bool:
     """Return whether the plain logits at a token depend on the tokens after it.
 
     They do where attention selects keys from the whole text; the reference for such a model is `generate`. Raises
     BackendError.
     """
-    ids = torch.tensor([text.tokens], device=model.device)
-    choices = torch.tensor(text.choices, device=model.device)
-    with raise_backend_error(), default_attention(model):
-        prefixes = [_logits_at(model, ids[:, : at + 1], at.view(1))[0] for at in choices]
-        return difference([torch.cat(prefixes)], [_logits_at(model, ids, choices)[0]]) > MIN_TOLERANCE
+    with raise_backend_error():
+        prefixes = [plain_logits(model, CheckText(text.tokens[: at + 1], [])) for at in text.choices]
+        return difference([torch.cat(prefixes)], [plain_logits(model, text)]) > MIN_TOLERANCE
 
 
 def generate_continuation(model: PreTrainedModel, text: CheckText) -> tuple[CheckText, torch.Tensor]:
@@ -207,19 +201,6 @@ def generate_continuation(model: PreTrainedModel, text: CheckText) -> tuple[Chec
     return CheckText(text.prompt, [[token] for token in tokens]), torch.cat(outputs.logits).float().cpu()
 
 
-def _logits_at(model: PreTrainedModel, ids: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-    """Return logits [rows, choices, vocabulary], fp32 on the CPU, of ids [rows, tokens] at choices [choices]."""
-    accepted = inspect.signature(model.forward).parameters
-    arguments = {"use_cache": False} if "use_cache" in accepted else {}
-    size = ids.numel() * getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) * 4
-    if size > _MAX_LOGITS_BYTES and "logits_to_keep" in accepted:
-        logits = model(input_ids=ids, logits_to_keep=choices, **arguments).logits
-        if logits.shape[1] == len(choices):
-            return logits.float().cpu()  # type: ignore[no-any-return]
-    logits = model(input_ids=ids, **arguments).logits
-    return logits[:, choices].float().cpu()  # type: ignore[no-any-return]
-
-
 def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     """Return the maximum difference, in standard deviations of the expected logits at its token."""
     return max(
@@ -234,38 +215,35 @@ def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) 
 
 def _spread(logits: torch.Tensor) -> torch.Tensor:
     """Return the standard deviation of each row, without entries that a family sets to -inf."""
-    finite = logits.isfinite()
-    count = finite.sum(-1).clamp(min=1)
-    mean = logits.where(finite, 0.0).sum(-1) / count
-    variance = ((logits - mean[..., None]) ** 2).where(finite, 0.0).sum(-1) / count
-    return variance.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    finite = logits.where(logits.isfinite(), torch.nan)
+    variance = (finite - finite.nanmean(-1, keepdim=True)).square().nanmean(-1)
+    return variance.nan_to_num(0.0).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class Reference:
-    """Plain logits of the texts, computed once per text."""
+    """Plain logits of the texts, computed once per text and dtype of the model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._logits: dict[int, torch.Tensor] = {}
+        self._logits: dict[tuple[torch.dtype, int], torch.Tensor] = {}
 
     def logits(self, texts: Sequence[CheckText]) -> list[torch.Tensor]:
         """Return the logits of each text. Raises UserError if they are not finite, BackendError if the forward pass fails."""
-        for text in texts:
-            if id(text) not in self._logits:
+        keys = [(self._model.dtype, id(text)) for text in texts]
+        for key, text in zip(keys, texts, strict=True):
+            if key not in self._logits:
                 with raise_backend_error():
-                    plain = plain_logits(self._model, text)
-                self._logits[id(text)] = plain
+                    plain = self._logits[key] = plain_logits(self._model, text)
                 if plain.isnan().any() or not plain.amax(-1).isfinite().all():
                     raise not_finite()
-        return [self._logits[id(text)] for text in texts]
+        return [self._logits[key] for key in keys]
 
-    def tolerance(self, texts: Sequence[CheckText], found: float, at_least: float = 0.0) -> float:
+    def tolerance(self, texts: Sequence[CheckText], found: float, smallest: float) -> float:
         """Return the maximum difference that counts as rounding.
 
-        If the difference `found` exceeds the minimum, the tolerance is a multiple of the difference between transformers'
+        If the difference `found` exceeds `smallest`, the tolerance is a multiple of the difference between transformers'
         own implementations on these texts.
         """
-        smallest = max(MIN_TOLERANCE, at_least)
         if found <= smallest:
             return smallest
         noise = max(self._noise(text) for text in texts)
@@ -277,7 +255,6 @@ class Reference:
         if library_internals.supports_sdpa(self._model):
             with contextlib.suppress(Exception):
                 others.append(plain_logits(self._model, text, "eager"))
-        with contextlib.suppress(Exception), torch.no_grad(), default_attention(self._model):
-            ids = torch.tensor([text.tokens] * 2, device=self._model.device)
-            others.append(_logits_at(self._model, ids, torch.tensor(text.choices, device=ids.device))[1])
+        with contextlib.suppress(Exception):
+            others.append(plain_logits(self._model, text, copies=2))
         return max((difference([other], expected) for other in others), default=0.0)

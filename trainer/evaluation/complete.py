@@ -63,20 +63,16 @@ def completions(
         yield from rollout.generate(STUDENT, is_done, set_text)
         rollout.finished = True
 
-    indices = iter(range(len(prompts)))
-
-    def next_rollout() -> Rollout | None:
-        index = next(indices, None)
-        if index is None:
-            return None
-        return Rollout(index, prompts[index], context, program, [seeds[index] if seeds else index])
-
+    rollouts = (
+        Rollout(index, prompt, context, program, [seeds[index] if seeds else index])
+        for index, prompt in enumerate(prompts)
+    )
     num_slots = min(batch_size, len(prompts))
     capacity = _capacity(model, prompts, max_new_tokens)
     decoder: Backend[Rollout] = make_backend(
         backend, 0, model, num_slots, capacity, make_sampler(temperature, top_p)
     )
-    for rollout in generate([decoder], next_rollout, Rollout.on_token, num_slots):
+    for rollout in generate([decoder], rollouts, Rollout.on_token, num_slots):
         yield rollout.index, rollout.text, rollout.generated.total(), rollout.finished
 
 

@@ -81,7 +81,19 @@ def resolve_pair(models: Mapping[str, ModelReference], guidance_from: str) -> tu
     Raises UserError if a model's method does not fit its role, or a plan is missing or would not be read.
     """
     for role, model in models.items():
-        _check_role(role, model)
+        method = model.method
+        if method is None:
+            raise UserError(
+                f"the {role} {model.name} does not record its training method; give an export of "
+                "tools/convert_checkpoint.py"
+            )
+        fits, accepted = {
+            DECOMPOSER: (method == "socratic" or is_decomposer(method), "decomposer* or socratic"),
+            SOLVER: (method in ("socratic", "solver"), "solver or socratic"),
+            PLANNER: (is_planner(method), "planner_*"),
+        }[role]
+        if not fits:
+            raise UserError(f"{model.name} is of method {method}; a {role} is of method {accepted}")
     if DECOMPOSER not in models:
         return GOLD, ""
     decomposer = models[DECOMPOSER]
@@ -104,20 +116,3 @@ def resolve_pair(models: Mapping[str, ModelReference], guidance_from: str) -> tu
             f"{needed.name.lower()}"
         )
     return mode, needed.name.lower()
-
-
-def _check_role(role: str, model: ModelReference) -> None:
-    method = model.method
-    if method is None:
-        raise UserError(
-            f"the {role} {model.name} does not record its training method; give an export of "
-            "tools/convert_checkpoint.py"
-        )
-    fits = {
-        DECOMPOSER: method == "socratic" or is_decomposer(method),
-        SOLVER: method in ("socratic", "solver"),
-        PLANNER: is_planner(method),
-    }
-    if not fits[role]:
-        accepted = {DECOMPOSER: "decomposer* or socratic", SOLVER: "solver or socratic", PLANNER: "planner_*"}
-        raise UserError(f"{model.name} is of method {method}; a {role} is of method {accepted[role]}")

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import trainer
 from trainer.errors import UserError
-from trainer.evaluation import job_description, model_reference, paths, rank_files
+from trainer.evaluation import model_reference, rank_files
 from trainer.evaluation.backends.choice import TRANSFORMERS
 from trainer.evaluation.decoding import FEW_SHOT
-from trainer.evaluation.job import EvaluationJob, fingerprint, resolve_job
-from trainer.evaluation.pipeline import Pipeline, RoleModel
-from trainer.evaluation.predict import predictions
+from trainer.evaluation.job import EvaluationJob, fingerprint, resolve_job, write_settings
+from trainer.evaluation.pipeline import Pipeline, RoleModel, predictions
 from trainer.evaluation.score import accuracy_text, summarise
 from trainer.evaluation.work_queue import COUNTER_NAMES, exhaust_queue
 from trainer.runtime import distributed, startup, terminal
@@ -46,9 +45,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     if earlier is not None:
         terminal.info(f"already evaluated: {accuracy_text(earlier['accuracy'])}; {job.directory.results}")
         return earlier
-    for warning in job_description.warnings(job):
+    for warning in job.warnings():
         terminal.warning(warning)
-    terminal.info(job_description.job_text(job))
+    terminal.info(job.describe())
     _on_rank_0(lambda: _prepare(job, settings))
     with rank_files.errors_on_all_ranks():
         pipeline = _load_pipeline(job)
@@ -56,18 +55,28 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
 
     fields = job.fingerprint_fields(digests)
     job_fingerprint = fingerprint(fields)
-    files, solved = _on_rank_0(lambda: _read_solved(job, job_fingerprint))
+    files = _on_rank_0(lambda: rank_files.list_rank_files(job.directory.rank_files, job_fingerprint))
+    # id -> is correct, of the predictions of interrupted runs of this job
+    solved = _on_rank_0(lambda: {p["id"]: p["correct_strict"] for p in rank_files.read_rank_files(files)})
     if solved:
         terminal.info(f"{len(solved)} of {len(ids)} problems were solved before; resuming")
     remaining = [index for index, problem_id in enumerate(ids) if problem_id not in solved]
     if remaining:
-        _choose_backends(pipeline, range(len(ids)), settings.backend)
+        pipeline.backends = _on_rank_0(lambda: pipeline.choose_backends(range(len(ids)), settings.backend))
+        for role in job.models:
+            choice = pipeline.backend_of(role)
+            if choice.name == TRANSFORMERS:
+                terminal.info(f"{role}: {choice.describe()}")
     start = time.monotonic()
-    path = _solve_to_rank_file(job, pipeline, remaining, job_fingerprint, solved)
+    path = _solve(job, pipeline, remaining, job_fingerprint, solved)
     finished = distributed.gather_objects((path, time.monotonic() - start))
 
+    sizes = {
+        role: model.facts.get("num_parameters", pipeline.role_models[role].model.num_parameters())
+        for role, model in job.models.items()
+    }
     description = {
-        **job_description.job_fields(job, _sizes(job, pipeline), digests),
+        **job.result_fields(sizes, digests),
         "seconds": round(max(seconds for _, seconds in finished), 3),
         "world_size": distributed.environment().world_size,
         "backends": {role: pipeline.backend_of(role).to_dict() for role in job.models},
@@ -88,7 +97,7 @@ def _prepare(job: EvaluationJob, settings: EvaluateSettings) -> None:
     for role in job.first_roles.values():
         model_reference.convert_checkpoint(job.models[role], job.scratch(job.models[role]))
     if job.is_pair or job.decoding.mode == FEW_SHOT:
-        paths.write_settings(settings, job.directory)
+        write_settings(settings, job.directory)
 
 
 def _load_pipeline(job: EvaluationJob) -> Pipeline:
@@ -106,37 +115,7 @@ def _load_pipeline(job: EvaluationJob) -> Pipeline:
     return Pipeline(role_models, tokenizer, job.shards, job.decoding, job.exemplars)
 
 
-def _choose_backends(pipeline: Pipeline, indices: Sequence[int], requested: str) -> None:
-    """Choose each model's backend by a check on rank 0, and use it on all ranks (collective)."""
-    pipeline.backends = _on_rank_0(lambda: pipeline.choose_backends(indices, requested))
-    for role in pipeline.role_models:
-        choice = pipeline.backend_of(role)
-        if choice.name == TRANSFORMERS:
-            terminal.info(f"{role}: {choice.describe()}")
-
-
-def _sizes(job: EvaluationJob, pipeline: Pipeline) -> dict[str, int]:
-    return {
-        role: model.facts.get("num_parameters", pipeline.role_models[role].model.num_parameters())
-        for role, model in job.models.items()
-    }
-
-
 def _solve(
-    pipeline: Pipeline, indices: Sequence[int], on_prediction: Callable[[dict[str, Any], Counter], None]
-) -> None:
-    """Solve `indices` with all ranks (collective); `on_prediction` receives each prediction of this rank."""
-    captured = rank_files.CapturedError()
-    with shared_counter(COUNTER_NAMES) as counter:
-        with captured:
-            for prediction in predictions(pipeline, indices, counter):
-                on_prediction(prediction, counter)
-        if captured.error:
-            exhaust_queue(counter)
-    captured.raise_on_all_ranks()
-
-
-def _solve_to_rank_file(
     job: EvaluationJob,
     pipeline: Pipeline,
     indices: list[int],
@@ -146,32 +125,40 @@ def _solve_to_rank_file(
     """Solve `indices` with all ranks (collective); return this rank's file, which receives each prediction immediately."""
     with rank_files.errors_on_all_ranks():
         file = rank_files.RankFile(job.directory.rank_files, job_fingerprint)
-    with file, terminal.progress_bar("solve", job.num_problems, len(solved)) as bar:
-        progress = _SharedProgress(bar, len(solved), sum(solved.values()))
-
-        def on_prediction(prediction: dict[str, Any], counter: Counter) -> None:
-            file.append(prediction)
-            progress.add(prediction["correct_strict"], counter)
-
-        _solve(pipeline, indices, on_prediction)
+    captured = rank_files.CapturedError()
+    with (
+        file,
+        terminal.progress_bar("solve", job.num_problems, len(solved)) as bar,
+        shared_counter(COUNTER_NAMES) as counter,
+    ):
+        progress = _SharedProgress(bar, counter, len(solved), sum(solved.values()))
+        with captured:
+            for prediction in predictions(pipeline, indices, counter):
+                file.append(prediction)
+                progress.add(prediction["correct_strict"])
+        if captured.error:
+            exhaust_queue(counter)
+    distributed.raise_on_all_ranks(captured.error)
     return file.path
 
 
 class _SharedProgress:
     """Progress bar of all ranks together. A rank adds its counts to the shared counter at most every 0.2 s."""
 
-    def __init__(self, bar: terminal.ProgressBar, solved: int, correct: int) -> None:
-        self._bar = bar
+    def __init__(self, bar: terminal.ProgressBar, counter: Counter, solved: int, correct: int) -> None:
+        self._bar, self._counter = bar, counter
         self._before = (solved, correct)
         self._unreported = [0, 0]
         self._last = time.monotonic()
 
-    def add(self, correct: bool, counter: Counter) -> None:
+    def add(self, correct: bool) -> None:
         self._unreported = [self._unreported[0] + 1, self._unreported[1] + correct]
         if time.monotonic() - self._last < _PROGRESS_INTERVAL_SECONDS:
             return
         cells = zip(("solved", "correct"), self._unreported, self._before, strict=True)
-        all_solved, all_correct = (counter.add(cell, more) + more + before for cell, more, before in cells)
+        all_solved, all_correct = (
+            self._counter.add(cell, more) + more + before for cell, more, before in cells
+        )
         self._unreported = [0, 0]
         self._last = time.monotonic()
         self._bar.update(all_solved, f"strict {100 * all_correct / all_solved:.1f} %")
@@ -213,20 +200,11 @@ def _earlier_results(job: EvaluationJob, overwrite: bool) -> tuple[dict[str, str
     )
 
 
-def _read_solved(job: EvaluationJob, job_fingerprint: str) -> tuple[list[Path], dict[str, bool]]:
-    """Return the rank files of interrupted runs of this job, and id -> is correct of their predictions."""
-    files = rank_files.list_rank_files(job.directory.rank_files, job_fingerprint)
-    solved = [prediction for file in files for prediction in rank_files.read_rank_file(file)]
-    return files, {prediction["id"]: prediction["correct_strict"] for prediction in solved}
-
-
 def _write_results(
     job: EvaluationJob, files: list[Path], ids: list[str], description: dict[str, Any]
 ) -> dict[str, Any]:
     """Merge the rank files into predictions.jsonl, write results.json, then remove temporary files."""
-    merged = rank_files.merge_predictions(
-        (prediction for file in files for prediction in rank_files.read_rank_file(file)), ids
-    )
+    merged = rank_files.merge_predictions(rank_files.read_rank_files(files), ids)
     results = {"format": FORMAT, **description, **summarise(merged)}
     directory = job.directory
     directory.results.unlink(missing_ok=True)  # no old results beside new predictions

@@ -25,15 +25,15 @@ def make_sampler(temperature: float, top_p: float) -> Sampler:
 
 def generate(
     backends: Sequence[Backend[AnyRequest]],
-    next_request: Callable[[], AnyRequest | None],
+    requests: Iterator[AnyRequest],
     on_token: Callable[[AnyRequest, int], None],
     num_slots: int,
     each_step: Callable[[], object] = lambda: None,
 ) -> Iterator[AnyRequest]:
     """Yield requests as they end; up to `num_slots` of them are decoded at the same time.
 
-    `next_request` returns the next request, None after the last; `on_token` receives a request and the token chosen for
-    it; `each_step` is called after each step. Of several backends the one with most waiting requests steps next, which
+    `requests` is advanced when a slot is free; `on_token` receives a request and the token chosen for it; `each_step` is
+    called after each step. Of several backends the one with most waiting requests steps next, which
     fills the batches best; every request ends because its length is bounded. The models are restored when the iterator is
     exhausted or closed.
     """
@@ -42,7 +42,7 @@ def generate(
             stack.enter_context(backend.active())
         num_active = 0
         while True:
-            while num_active < num_slots and (request := next_request()) is not None:
+            while num_active < num_slots and (request := next(requests, None)) is not None:
                 if request.next_model is None:  # the prompt fills the context
                     yield request
                     continue

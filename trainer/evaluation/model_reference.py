@@ -79,31 +79,28 @@ def content_digest(reference: ModelReference) -> str:
     return hasher.hexdigest()
 
 
-def check_same_tokenizer(references: Mapping[str, ModelReference]) -> None:
-    """Raise UserError naming two models whose manifests record different tokenizers."""
+def check_models(references: Mapping[str, ModelReference], shards: Shards, allow_unfinished: bool) -> None:
+    """Raise UserError for models of different tokenizers, of another one than the shards, or of unfinished training."""
     recorded = [
-        (role, reference, reference.facts["tokenizer_fingerprint"])
+        (f"the {role} {reference.name}", reference.facts["tokenizer_fingerprint"])
         for role, reference in references.items()
         if reference.facts.get("tokenizer_fingerprint")
     ]
-    for (role, first, fingerprint_1), (other_role, other, fingerprint_2) in itertools.pairwise(recorded):
+    for (first, fingerprint_1), (other, fingerprint_2) in itertools.pairwise(recorded):
         if fingerprint_1 != fingerprint_2:
             raise UserError(
-                f"the {role} {first.name} and the {other_role} {other.name} have different tokenizers, but each reads the "
-                "other's tokens; train both on the same shards"
+                f"{first} and {other} have different tokenizers, but each reads the other's tokens; train both on the same "
+                "shards"
             )
-
-
-def check_model(reference: ModelReference, shards: Shards, allow_unfinished: bool) -> None:
-    """Raise UserError if the model has another tokenizer than the shards, or its training is unfinished."""
-    recorded = reference.facts.get("tokenizer_fingerprint")
-    if recorded is not None and recorded != shards.facts["tokenizer_fingerprint"]:
-        raise UserError(_other_tokenizer(reference, shards))
-    if reference.facts.get("finished") is False and not allow_unfinished:
-        raise UserError(
-            f"{reference.name} is of a run that stopped at step {reference.facts.get('step')} before its end; "
-            "finish the training, or give --allow_unfinished"
-        )
+    for reference in references.values():
+        facts = reference.facts
+        if facts.get("tokenizer_fingerprint") not in (None, shards.facts["tokenizer_fingerprint"]):
+            raise UserError(_other_tokenizer(reference, shards))
+        if facts.get("finished") is False and not allow_unfinished:
+            raise UserError(
+                f"{reference.name} is of a run that stopped at step {facts.get('step')} before its end; "
+                "finish the training, or give --allow_unfinished"
+            )
 
 
 def load_model_and_tokenizer(
@@ -113,7 +110,7 @@ def load_model_and_tokenizer(
 
     Raises UserError for corrupt files, and for a tokenizer other than that of the shards.
     """
-    folder = _export_in(scratch) if reference.kind == "checkpoint" else Path(reference.name)
+    folder = scratch / "export" if reference.kind == "checkpoint" else Path(reference.name)
     if reference.kind == "export" and distributed.is_main_process():
         atomic_dir.verify_digests(folder)  # once for all ranks
     name = reference.name if reference.kind == "model" else str(folder)
@@ -132,11 +129,7 @@ def convert_checkpoint(reference: ModelReference, scratch: Path) -> None:
     from trainer.export.convert import convert
 
     if reference.kind == "checkpoint" and distributed.is_main_process():
-        convert(ConvertSettings(checkpoint_dir=reference.name, output_dir=str(_export_in(scratch))))
-
-
-def _export_in(scratch: Path) -> Path:
-    return scratch / "export"
+        convert(ConvertSettings(checkpoint_dir=reference.name, output_dir=str(scratch / "export")))
 
 
 def _other_tokenizer(reference: ModelReference, shards: Shards) -> str:

@@ -1,27 +1,33 @@
-"""Map roles (planner, decomposer, solver, student) to models, and build one rollout per problem."""
+"""Map roles (planner, decomposer, solver, student) to models, build one rollout per problem, and solve the problems."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.evaluation import programs
 from trainer.evaluation.backend_check import check_texts, shortest_middle_longest
-from trainer.evaluation.backends.choice import UNCHECKED, BackendChoice, choose_backend
-from trainer.evaluation.decoding import AHEAD, FEW_SHOT, GOLD, SOLVER, UNIFIED, Decoding
-from trainer.evaluation.few_shot import exemplar_tokens, insert_exemplars
+from trainer.evaluation.backends import Backend
+from trainer.evaluation.backends.choice import UNCHECKED, BackendChoice, choose_backend, make_backend
+from trainer.evaluation.decoding import AHEAD, FEW_SHOT, GOLD, SINGLE_MODEL_MODES, SOLVER, UNIFIED, Decoding
+from trainer.evaluation.generate import generate, make_sampler
 from trainer.evaluation.rollout import ModelSpec, Rollout, RolloutContext
 from trainer.evaluation.sampling import sampling_seed
+from trainer.evaluation.score import score_prediction
 from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
+from trainer.evaluation.work_queue import Counter, batch_size, take_problems
 from trainer.models.load import context_length
+from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.problems.problem import DELIMITER, Problem
-from trainer.shards.methods import VIEWS, Role
+from trainer.runtime import distributed
+from trainer.shards.methods import VIEWS
 from trainer.shards.read import Shards
-from trainer.shards.segments import bos_tokens
+from trainer.shards.segments import bos_tokens, segment_texts
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,14 @@ class Pipeline:
         self.backends = [UNCHECKED] * len(self.models)
         self.context = RolloutContext(
             stop_tokens=StopTokens(tokenizer),
-            models=[_model_spec(role_model, tokenizer) for role_model in distinct.values()],
+            models=[
+                ModelSpec(
+                    VIEWS[found.method].inputs if found.method in VIEWS else frozenset(),
+                    context_length(found.model.config) or math.inf,
+                    end_of_text_ids(found.model, tokenizer),
+                )
+                for found in distinct.values()
+            ],
             roles={role: list(distinct).index(id(found.model)) for role, found in role_models.items()},
             max_new_tokens=decoding.max_new_tokens,
             calculator=decoding.calculator,
@@ -143,7 +156,77 @@ class Pipeline:
         return [sampling_seed(self.decoding.seed, problem_id, names[number]) for number in numbers]
 
 
-def _model_spec(role_model: RoleModel, tokenizer: PreTrainedTokenizerBase) -> ModelSpec:
-    inputs = VIEWS[role_model.method].inputs if role_model.method in VIEWS else frozenset[Role]()
-    length = context_length(role_model.model.config) or math.inf
-    return ModelSpec(inputs, length, end_of_text_ids(role_model.model, tokenizer))
+def predictions(pipeline: Pipeline, indices: Sequence[int], counter: Counter) -> Iterator[dict[str, Any]]:
+    """Solve the problems `indices` together with the other ranks; yield this rank's predictions as they are made.
+
+    A problem whose prompt fills the model's context gives a prediction with an empty text. `pipeline.backends` must hold
+    the chosen backends.
+    """
+    if not indices:
+        return
+    shards, decoding = pipeline.shards, pipeline.decoding
+    order = longest_first(shards, indices)
+    # With more slots than problems the first rank would take all of them.
+    num_slots = min(decoding.batch_size, -(-len(order) // distributed.environment().world_size))
+    rollouts = map(pipeline.rollout, take_problems(counter, order, batch_size(len(order), num_slots)))
+    sampler = make_sampler(decoding.temperature, decoding.top_p)
+    backends: list[Backend[Rollout]] = []
+    models = zip(pipeline.backends, pipeline.models, pipeline.capacities(order), strict=True)
+    for number, (choice, model, capacity) in enumerate(models):
+        settings = (number, model, num_slots, capacity, sampler, pipeline.shared_prefix)
+        backends.append(make_backend(choice, *settings, num_models=len(pipeline.models)))
+    for rollout in generate(backends, rollouts, Rollout.on_token, num_slots, counter.serve):
+        yield _prediction(pipeline, rollout)
+
+
+def longest_first(shards: Shards, indices: Iterable[int]) -> list[int]:
+    """Return the indices by falling length of the data's example, which predicts the generated length better than the prompt."""
+    totals = shards.total_lengths()
+    return sorted(indices, key=lambda index: -totals[index])
+
+
+def _prediction(pipeline: Pipeline, rollout: Rollout) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "generated_tokens": rollout.generated.total(),
+        "calculator_results_given": rollout.calculator_results,
+        "finished": rollout.finished,
+    }
+    if pipeline.decoding.mode not in SINGLE_MODEL_MODES:
+        fields["generated_by"] = {role: rollout.generated[role] for role in pipeline.context.roles}
+        fields["stopped"] = rollout.stop_reason
+    if pipeline.decoding.guidance:
+        fields["plan"] = rollout.plan
+    return score_prediction(pipeline.shards.problem(rollout.index), rollout.text, fields)
+
+
+def exemplar_tokens(exemplars: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of few-shot exemplars (Brown et al., 2020), between the tokenizer's prefix (BOS) and the problem.
+
+    An exemplar has the text of the chain-of-thought view (question, solutions, `#### answer`), then an empty line. It is
+    tokenised in the same pieces as training examples, so that base and distilled models read the same format.
+    """
+    if not exemplars:
+        return []
+    pieces = [
+        text
+        for problem in exemplars
+        for text in (*(text for role, text in segment_texts(problem) if role in VIEWS["cot"].inputs), "\n\n")
+    ]
+    codec = segment_tokenizer(tokenizer)
+    encoded = [*codec.encode_first(pieces[:1]), *codec.encode_next(pieces[1:])]
+    return [token for tokens in encoded for token in tokens]
+
+
+def insert_exemplars(
+    prompt: Sequence[int], exemplars: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Return the prompt of a problem (prefix and problem, as in the shards) with the exemplars' tokens inserted.
+
+    Some tokenizers encode a problem that starts a text, as in the shards, differently from one that continues a text.
+    """
+    prefix = len(bos_tokens(tokenizer))
+    problem = list(prompt[prefix:])
+    codec = segment_tokenizer(tokenizer)
+    if exemplars and problem and codec.continues_differently:
+        problem = codec.encode_next(codec.decode_texts([problem]))[0]
+    return [*prompt[:prefix], *exemplars, *problem]

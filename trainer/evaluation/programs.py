@@ -124,7 +124,7 @@ def _generate_question(rollout: Rollout, step: int, max_steps: int) -> Program[C
         return question
     del rollout.lines[line:]
     if not _is_delimiter(text):
-        _set_stop_reason(rollout, "max_steps" if text.strip() else ENDED_EARLY)
+        rollout.stop_reason = rollout.stop_reason or ("max_steps" if text.strip() else ENDED_EARLY)
         _append_for_role(rollout, DECOMPOSER, DELIMITER)
     rollout.release(DECOMPOSER, unless_shared_with=SOLVER)
     return None
@@ -139,7 +139,7 @@ def _solve_step(rollout: Rollout, step: int) -> Program[bool]:
     if _is_delimiter(rollout.lines[line]):
         del rollout.lines[line + 1 :]
         rollout.finished = True
-        _set_stop_reason(rollout, ENDED_EARLY)
+        rollout.stop_reason = rollout.stop_reason or ENDED_EARLY
         return False
     rollout.append(completion.tokens, Role.SOLUTION, excluding=SOLVER)
     return True
@@ -180,7 +180,7 @@ def _generate_line(
     )
     if not completion.is_end_of_text:
         return completion
-    _set_stop_reason(rollout, ENDED_EARLY)
+    rollout.stop_reason = rollout.stop_reason or ENDED_EARLY
     return Completion([*completion.tokens, *_append_for_role(rollout, role, "\n")], True)
 
 
@@ -189,10 +189,6 @@ def _append_for_role(rollout: Rollout, role: str, text: str) -> Sequence[int]:
     tokens = rollout.context.stop_tokens.tokens(text)
     rollout.sequences[rollout.context.roles[role]].pending += tokens
     return tokens
-
-
-def _set_stop_reason(rollout: Rollout, reason: str) -> None:
-    rollout.stop_reason = rollout.stop_reason or reason
 
 
 def _set_line(rollout: Rollout, line: int, text: str) -> None:

@@ -13,7 +13,6 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from trainer.errors import UserError
@@ -41,9 +40,7 @@ class RankFile:
     def __enter__(self) -> RankFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
 
@@ -52,23 +49,24 @@ def list_rank_files(folder: Path, fingerprint: str) -> list[Path]:
     return sorted(folder.glob(f"rank-*-{fingerprint[:16]}-*.jsonl"))
 
 
-def read_rank_file(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the predictions of a rank file, without a truncated last line (its writer was killed).
+def read_rank_files(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """Yield the predictions of rank files, without truncated last lines (their writers were killed).
 
     Raises UserError naming file and line for a line that is not a prediction.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                prediction = json.loads(line)
-                prediction["id"], prediction["correct_strict"]
-            except (ValueError, TypeError, KeyError):
-                raise UserError(
-                    f"{path}, line {number} is corrupt; remove that line and evaluate again"
-                ) from None
-            yield prediction
+    for path in paths:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    prediction = json.loads(line)
+                    prediction["id"], prediction["correct_strict"]
+                except (ValueError, TypeError, KeyError):
+                    raise UserError(
+                        f"{path}, line {number} is corrupt; remove that line and evaluate again"
+                    ) from None
+                yield prediction
 
 
 def merge_predictions(predictions: Iterable[dict[str, Any]], ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -80,7 +78,12 @@ def merge_predictions(predictions: Iterable[dict[str, Any]], ids: Sequence[str])
         "occur more than once": [i for i, count in counts.items() if count > 1],
         "are not of these problems": list(counts.keys() - set(ids)),
     }
-    messages = [f"{_list_ids(found)} {problem}" for problem, found in problems.items() if found]
+    messages = []
+    for problem, found in problems.items():
+        listed = ", ".join(repr(i) for i in found[:_MAX_LISTED_IDS])
+        num_more = len(found) - _MAX_LISTED_IDS
+        if found:
+            messages.append(f"{listed}{f' and {num_more} more' if num_more > 0 else ''} {problem}")
     if messages:
         raise UserError(
             f"predictions do not match the problems: {'; '.join(messages)}. "
@@ -110,19 +113,13 @@ class CapturedError:
     def __enter__(self) -> CapturedError:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> bool:
         if isinstance(error, UserError):
             self.error = str(error)
         elif isinstance(error, Exception):
             traceback.print_exception(error)
             self.error = f"{type(error).__name__}: {error}"
         return self.error is not None
-
-    def raise_on_all_ranks(self) -> None:
-        """Raise on every rank if any rank stored an error (collective)."""
-        distributed.raise_on_all_ranks(self.error)
 
 
 @contextlib.contextmanager
@@ -131,9 +128,4 @@ def errors_on_all_ranks() -> Iterator[None]:
     captured = CapturedError()
     with captured:
         yield
-    captured.raise_on_all_ranks()
-
-
-def _list_ids(ids: Sequence[str]) -> str:
-    more = f" and {len(ids) - _MAX_LISTED_IDS} more" if len(ids) > _MAX_LISTED_IDS else ""
-    return ", ".join(repr(i) for i in ids[:_MAX_LISTED_IDS]) + more
+    distributed.raise_on_all_ranks(captured.error)

@@ -77,7 +77,7 @@ class Rollout:
         self.finished = False
         self.stop_reason = ""
         self.next_model: int | None = None
-        self._program = self._run_program(program)
+        self._program = program(self)
         self.on_token(None)
 
     @property
@@ -90,6 +90,8 @@ class Rollout:
             self.next_model = next(self._program) if token is None else self._program.send(token)
         except StopIteration:
             self.next_model = None
+        except LengthLimit as limit:
+            self.next_model, self.stop_reason = None, str(limit)
 
     def generate(
         self,
@@ -104,24 +106,28 @@ class Rollout:
         calculator annotations are inserted.
         """
         stop_tokens, number = self.context.stop_tokens, self.context.roles[role]
+        sequence, model = self.sequences[number], self.context.models[number]
         tokens: list[int] = []
         try:
             while True:
-                token = yield from self._next_token(role)
-                if token in self.context.models[number].end_tokens:
+                if self.generated.total() >= self.context.max_new_tokens:
+                    raise LengthLimit("max_new_tokens")
+                if sequence.num_tokens >= model.context_length:
+                    raise LengthLimit("context")
+                token = yield number
+                self.generated[role] += 1
+                if token in model.end_tokens:
                     return Completion(tokens, True)
-                new = [token]
                 tokens.append(token)
-                if (
-                    calculator
-                    and self.context.calculator
-                    and (result := stop_tokens.calculator_result(tokens))
-                ):
+                sequence.pending.append(token)
+                has_calculator = calculator and self.context.calculator
+                if has_calculator and (result := stop_tokens.calculator_result(tokens)):
                     self.calculator_results += 1
-                    new += result[: self._room(number) - 1]
-                    tokens += new[1:]
-                    self.generated[role] += len(new) - 1
-                self.sequences[number].pending += new
+                    room = self.context.max_new_tokens - self.generated.total()
+                    given = result[: int(min(room, model.context_length - sequence.num_tokens))]
+                    tokens += given
+                    sequence.pending += given
+                    self.generated[role] += len(given)
                 if is_done(tokens):
                     return Completion(tokens, False)
         finally:
@@ -141,24 +147,3 @@ class Rollout:
         """End the sequence of a role, which frees its slot, unless the other role uses the same model."""
         number = self.context.roles[role]
         self.sequences[number].is_done = number != self.context.roles[unless_shared_with]
-
-    def _run_program(self, program: Callable[[Rollout], Program[None]]) -> Program[None]:
-        try:
-            yield from program(self)
-        except LengthLimit as limit:
-            self.stop_reason = str(limit)
-
-    def _next_token(self, role: str) -> Program[int]:
-        number = self.context.roles[role]
-        if self.generated.total() >= self.context.max_new_tokens:
-            raise LengthLimit("max_new_tokens")
-        if self.sequences[number].num_tokens >= self.context.models[number].context_length:
-            raise LengthLimit("context")
-        token = yield number
-        self.generated[role] += 1
-        return token
-
-    def _room(self, number: int) -> int:
-        """Return the number of tokens left before a length limit, including the token just chosen."""
-        new = self.context.max_new_tokens - self.generated.total() + 1
-        return int(min(new, self.context.models[number].context_length - self.sequences[number].num_tokens))

@@ -46,10 +46,8 @@ def summarise(predictions: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "accuracy": _accuracy(predictions),
         "by_num_steps": {str(steps): _accuracy(groups[steps]) for steps in sorted(groups)},
         "unfinished": sum(not prediction["finished"] for prediction in predictions),
-        **{
-            name: sum(prediction[name] for prediction in predictions)
-            for name in ("generated_tokens", "calculator_results_given")
-        },
+        "generated_tokens": sum(prediction["generated_tokens"] for prediction in predictions),
+        "calculator_results_given": sum(prediction["calculator_results_given"] for prediction in predictions),
     }
 
 

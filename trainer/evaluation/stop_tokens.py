@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,10 +19,11 @@ class StopTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._codec = segment_tokenizer(tokenizer)
-        self.newlines = _tokens_whose_text(tokenizer, lambda text: "\n" in text)
+        texts = _texts_of_tokens(tokenizer)
+        self.newlines = frozenset(token for token, text in enumerate(texts) if "\n" in text)
         # A text is decoded only after a token that can complete `<<48/2=` or `####`.
-        self.equals = _tokens_whose_text(tokenizer, lambda text: text.endswith("="))
-        self.hashes = _tokens_whose_text(tokenizer, lambda text: "#" in text)
+        self.equals = frozenset(token for token, text in enumerate(texts) if text.endswith("="))
+        self.hashes = frozenset(token for token, text in enumerate(texts) if "#" in text)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens that continue a text."""
@@ -46,10 +47,6 @@ def end_of_text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     configured = getattr(model.generation_config, "eos_token_id", None)
     many = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in (*many, tokenizer.eos_token_id) if token is not None)
-
-
-def _tokens_whose_text(tokenizer: PreTrainedTokenizerBase, matches: Callable[[str], bool]) -> frozenset[int]:
-    return frozenset(token for token, text in enumerate(_texts_of_tokens(tokenizer)) if matches(text))
 
 
 @lru_cache(maxsize=2)

@@ -6,7 +6,7 @@ with slow or failed ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from trainer.runtime import distributed
 from trainer.runtime.shared_counter import Counter
@@ -16,23 +16,14 @@ _EXHAUSTED = 1 << 40
 _MAX_BATCH = 8
 
 
-class WorkQueue:
-    """The problems of `order`, taken in batches of `size` and returned one at a time."""
-
-    def __init__(self, counter: Counter, order: Sequence[int], size: int = 1) -> None:
-        self._counter = counter
-        self._order = order
-        self._size = size
-        self._batch: list[int] = []
-        self._is_exhausted = False
-
-    def next_index(self) -> int | None:
-        """Return the next problem of this rank, None when all are taken."""
-        if not self._batch and not self._is_exhausted:
-            start = self._counter.add("next_batch", 1) * self._size
-            self._batch = list(self._order[start : start + self._size])
-            self._is_exhausted = not self._batch
-        return self._batch.pop(0) if self._batch else None
+def take_problems(counter: Counter, order: Sequence[int], size: int = 1) -> Iterator[int]:
+    """Yield the problems of this rank, taken from `order` in batches of `size`, until all are taken."""
+    while True:
+        start = counter.add("next_batch", 1) * size
+        batch = order[start : start + size]
+        if not batch:
+            return
+        yield from batch
 
 
 def exhaust_queue(counter: Counter) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.errors import UserError
 from trainer.models import architecture
 from trainer.models.architecture import Architecture
-from trainer.zero.tensor_references import CheckpointTensors, TensorReference
+from trainer.zero.torch_files import CheckpointTensors, TensorReference
 
 if TYPE_CHECKING:
     from trainer.export.rearrange import RearrangedTensor
@@ -30,7 +30,7 @@ def check_against_config(
 ) -> ExportLayout:
     """Return the tensors to write for the config.json in `folder`, roughly in storage order.
 
-    `dtype`: "fp32", "bf16" or "fp16". Raises UserError naming a missing or unexpected parameter, or one of another shape.
+    `dtype`: "fp32" or "bf16". Raises UserError naming a missing or unexpected parameter, or one of another shape.
     """
     expected = architecture.read_architecture(folder)
     chosen = _select_tensors(stored, checkpoint, folder / "config.json", expected)

@@ -52,7 +52,7 @@ class OutputFile:
         if self._filled == BUFFER_BYTES:
             self._submit_buffer()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append `data` to the file."""
         remaining = memoryview(data)
         while remaining:

@@ -14,8 +14,7 @@ import torch
 
 from trainer.models.saved_layout import Joined, StridedView, merged
 from trainer.zero.checksum_reader import ChecksumReader
-from trainer.zero.tensor_references import TensorReference
-from trainer.zero.torch_files import ByteRange
+from trainer.zero.torch_files import ByteRange, TensorReference
 
 _MIN_RUN_ELEMENTS = 1024  # a byte range takes about as much time as copying this many elements
 
@@ -110,17 +109,9 @@ def _slice_runs(runs: list[_Run], start: int, num_elements: int) -> list[_Run]:
 
 def _read(view: StridedView, stored: dict[str, TensorReference], reader: ChecksumReader) -> torch.Tensor:
     if isinstance(view.of, str):
-        first, last = _span(view)
-        pieces = stored[view.of].slice(first, last - first)
+        reach = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
+        pieces = stored[view.of].slice(view.offset, reach + 1 if math.prod(view.shape) else 0)
         flat = torch.cat([reader.tensor(piece, 0, piece.num_elements) for piece in pieces])
-        return flat.as_strided(view.shape, view.strides, view.offset - first)
+        return flat.as_strided(view.shape, view.strides, 0)
     joined = torch.cat([_read(part, stored, reader) for part in view.of.views], view.of.dim)
     return joined.flatten().as_strided(view.shape, view.strides, view.offset)
-
-
-def _span(view: StridedView) -> tuple[int, int]:
-    """Return the positions of the first element of `view`, and of the one after the last."""
-    if math.prod(view.shape) == 0:
-        return view.offset, view.offset
-    reach = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
-    return view.offset, view.offset + reach + 1

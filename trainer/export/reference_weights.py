@@ -7,7 +7,6 @@ sliced and, in stages 1 and 2, compared with the model's own weights. Memory: th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,8 @@ def _stage_0(model: dict[str, Any]) -> dict[str, torch.Tensor]:
             weights[name] = weight
     optimizer = model.get("optimizer") or {}
     groups = optimizer.get("fp32_groups") or optimizer.get("fp32_groups_flat") or []
-    flat = [torch.cat([tensor.detach().flatten() for tensor in _as_list(group)]) for group in groups]
+    lists = [group if isinstance(group, list) else [group] for group in groups]
+    flat = [torch.cat([tensor.detach().flatten() for tensor in tensors]) for tensors in lists]
     # Buffers have no masters, but a buffer of zeros may equal a rounded master.
     buffers = set(model["buffer_names"])
     for name, weight in ((name, weight) for name, weight in list(weights.items()) if name not in buffers):
@@ -53,10 +53,6 @@ def _stage_0(model: dict[str, Any]) -> dict[str, torch.Tensor]:
                 weights[name], flat[index] = candidate.view(weight.shape), group[weight.numel() :]
                 break
     return weights
-
-
-def _as_list(group: Any) -> Iterable[torch.Tensor]:
-    return group if isinstance(group, list) else [group]
 
 
 def _stage_1_or_2(model: dict[str, Any], optimizers: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

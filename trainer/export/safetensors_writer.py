@@ -17,8 +17,7 @@ import torch
 from trainer.export.output_file import OutputFile
 from trainer.export.rearrange import RearrangedTensor
 from trainer.zero.checksum_reader import ChecksumReader
-from trainer.zero.tensor_references import TensorReference
-from trainer.zero.torch_files import ByteRange
+from trainer.zero.torch_files import ByteRange, TensorReference
 
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPE_NAMES = {
@@ -124,7 +123,9 @@ def write(
         out.write(shard.header)
         for entry in shard.tensors:
             if isinstance(entry.source, RearrangedTensor):
-                _write_tensor(out, entry.source.read(reader).to(entry.dtype), advance)
+                tensor = entry.source.read(reader).to(entry.dtype).flatten()
+                out.write(memoryview(tensor.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                advance(entry.num_bytes)
             else:
                 _write_ranges(out, entry.source, entry.dtype, reader, advance)
         return {"bytes": shard.num_bytes, "sha256": out.finish()}
@@ -148,16 +149,6 @@ def _write_ranges(
             out.advance(len(buffer))
             advance(len(buffer))
             start += count
-
-
-def _write_tensor(out: OutputFile, tensor: torch.Tensor, advance: Callable[[int], None]) -> None:
-    data = memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
-    while data:
-        buffer = out.free_buffer()[: len(data)]
-        buffer[:] = data[: len(buffer)]
-        out.advance(len(buffer))
-        advance(len(buffer))
-        data = data[len(buffer) :]
 
 
 def _fill(

@@ -8,12 +8,11 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.runtime import terminal
+from trainer.settings import DTYPES
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory
 
 MODEL_FOLDER = "model"  # of a checkpoint: config, generation config and tokenizer
-_STAGES = (0, 1, 2, 3)
-_DTYPES = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def _open(path: Path) -> CheckpointSource:
         raise UserError(
             f"{path / MODEL_FOLDER / 'config.json'} is missing; the weights cannot be loaded without it"
         )
-    for name, known in {"zero_stage": _STAGES, "dtype": _DTYPES}.items():
+    for name, known in {"zero_stage": (0, 1, 2, 3), "dtype": DTYPES}.items():
         if facts.get(name) not in known:
             raise UserError(
                 f"{path / atomic_dir.MANIFEST}: {name} is {facts.get(name)!r}, expected one of {known}"

@@ -25,9 +25,7 @@ class VerificationResult:
     max_logit_difference: float  # between the export and the checkpoint's own weights, both computed in fp32
 
 
-def verify(
-    export: Path, checkpoint: Path, facts: dict[str, object], dtype: torch.dtype
-) -> VerificationResult:
+def verify(export: Path, checkpoint: Path, facts: dict[str, Any], dtype: torch.dtype) -> VerificationResult:
     """Load `export` with `from_pretrained` and compare it with the reference weights of `checkpoint`.
 
     Every tensor must equal the stored one bit for bit after rounding to `dtype` (to fp32 where the family keeps that), and
@@ -38,7 +36,7 @@ def verify(
     from transformers import AutoModelForCausalLM
 
     stored = reference_weights.reference_weights(
-        checkpoint, int(str(facts["zero_stage"])), int(str(facts["world_size"])), str(facts["dtype"])
+        checkpoint, facts["zero_stage"], facts["world_size"], facts["dtype"]
     )
     with quiet_transformers():
         reloaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -71,9 +69,8 @@ def verify(
     tied = set(loaded) - set(stored)
     model = model.float().eval()
     config = model.config.get_text_config()
-    tokens = (torch.arange(_NUM_TOKENS) * 7919 % config.vocab_size)[None]
     limit = getattr(config, "max_position_embeddings", None) or _NUM_TOKENS
-    tokens = tokens[:, : min(limit, _NUM_TOKENS)]
+    tokens = (torch.arange(min(limit, _NUM_TOKENS)) * 7919 % config.vocab_size)[None]
     with torch.no_grad():
         export_logits = model(input_ids=tokens, use_cache=False).logits
         keys = model.load_state_dict({name: t.detach() for name, t in stored.items()}, strict=False)

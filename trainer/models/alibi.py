@@ -30,16 +30,12 @@ def has_replacements(model_class: type) -> bool:
     return any(hasattr(_module_of(model_class), name) for name in _FORWARDS)
 
 
-def replace_layers(model: torch.nn.Module, attention: _Attention) -> None:
-    """Make the layers call `attention`, with the signature of transformers' attention functions, until `restore_layers`."""
-    for layer in replaceable_layers(model):
-        layer.forward = functools.partial(_FORWARDS[type(layer).__name__], layer, attention)
-
-
-def restore_layers(model: torch.nn.Module) -> None:
-    """Restore the layers' own forward pass."""
+def use_attention(model: torch.nn.Module, attention: _Attention | None) -> None:
+    """Make the layers call `attention`, an attention function of transformers' signature; None restores their own forward."""
     for layer in replaceable_layers(model):
         vars(layer).pop("forward", None)
+        if attention is not None:
+            layer.forward = functools.partial(_FORWARDS[type(layer).__name__], layer, attention)
 
 
 def _bloom(
@@ -47,7 +43,6 @@ def _bloom(
     attention: _Attention,
     hidden: torch.Tensor,
     residual: torch.Tensor,
-    alibi: Any = None,
     attention_mask: Any = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -98,7 +93,6 @@ def _mpt(
     attention: _Attention,
     hidden: torch.Tensor,
     position_bias: torch.Tensor,
-    past_key_values: Any = None,
     attention_mask: Any = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:

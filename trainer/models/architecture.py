@@ -57,14 +57,11 @@ def is_recorded(folder: Path) -> bool:
 
 def record_architecture(folder: Path, text_part_of: str = "") -> None:
     """Write architecture.json beside the config.json in `folder`."""
-    from trainer.models import saved_layout
-
     built = build_architecture(folder)
-    content = {name: value for name, value in vars(built).items() if name != "moved"}
-    content["moved"] = saved_layout.to_json(built.moved)
+    content = {"config_sha256": atomic_dir.file_digest(folder / "config.json"), **vars(built)}
+    content["moved"] = {name: view.to_json() for name, view in built.moved.items()}
     content["text_part_of"] = text_part_of or built.text_part_of
-    digest = atomic_dir.file_digest(folder / "config.json")
-    atomic_dir.write_text(folder / ARCHITECTURE_FILE, json.dumps({"config_sha256": digest, **content}) + "\n")
+    atomic_dir.write_text(folder / ARCHITECTURE_FILE, json.dumps(content) + "\n")
 
 
 def build_architecture(folder: Path) -> Architecture:
@@ -76,23 +73,19 @@ def build_architecture(folder: Path) -> Architecture:
 
     from trainer.models import saved_layout
 
+    problem = "transformers cannot build this model"
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             # No class requests float16, so a tensor of another dtype is one whose dtype the class fixes.
             config.dtype = "float16"
             model: Any = load.build_on_meta(config)
+        problem = f"the weights of a {type(model).__name__} cannot be exported under the names of the Hub"
+        written = saved_layout.without_aliases(model)
+        moved = saved_layout.trace(model)
     except Exception as error:  # of many types
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{folder / 'config.json'}: transformers cannot build this model: {reason}") from None
-    written = saved_layout.without_aliases(model)
-    try:
-        moved = saved_layout.trace(model)
-    except Exception as error:
-        raise UserError(
-            f"{folder / 'config.json'}: the weights of a {type(model).__name__} cannot be exported under the names of the "
-            f"Hub: {type(error).__name__}: {error}"
-        ) from None
+        raise UserError(f"{folder / 'config.json'}: {problem}: {reason}") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in written.items()}
     tied = tuple(name for name in model.state_dict() if name not in shapes)
     generation = "{}" if model.generation_config is None else model.generation_config.to_json_string()
@@ -120,11 +113,9 @@ def _kept(model: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: str) 
     pattern, names, _ = build_glob_alternation(list(plan))
     kept = {}
     for name, tensor in tensors.items():
-        match = pattern.search(name) if plan else None
-        if match is not None:
+        found = wanted if tensor.dtype == torch.float16 else tensor.dtype
+        if plan and (match := pattern.search(name)):
             found = plan[names[str(match.lastgroup)]]
-        else:
-            found = wanted if tensor.dtype == torch.float16 else tensor.dtype
         if found != wanted and tensor.is_floating_point():
             kept[name] = str(found).removeprefix("torch.")
     return kept
@@ -135,10 +126,10 @@ def _recorded(folder: Path) -> Architecture | None:
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         recorded = json.loads((folder / ARCHITECTURE_FILE).read_text(encoding="utf-8"))
         if recorded.pop("config_sha256") == atomic_dir.file_digest(folder / "config.json"):
-            from trainer.models import saved_layout
+            from trainer.models.saved_layout import StridedView
 
             shapes = {name: tuple(shape) for name, shape in recorded.pop("shapes").items()}
-            moved = saved_layout.from_json(recorded.pop("moved"))
+            moved = {name: StridedView.from_json(view) for name, view in recorded.pop("moved").items()}
             return Architecture(shapes=shapes, moved=moved, tied=tuple(recorded.pop("tied")), **recorded)
     return None
 

@@ -1,12 +1,14 @@
-"""Files of a pretrained model besides its weights: tokenizer, licence, Python files, generation settings.
+"""Files of a pretrained model besides its weights: config, tokenizer, licence, Python files, generation settings.
 
 A run copies them beside its config, from where checkpoints and exports take them. No copied code is executed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from trainer.models.tokenizer import fingerprint, load_tokenizer
 from trainer.runtime import terminal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 # Names in lower case, relative to the folder.
 _WRITTEN_BY_TOKENIZER = (
@@ -31,6 +33,13 @@ _LICENCE = ("license*", "licence*", "notice*", "use_policy*", "copying*", "copyr
 _GENERATION_CONFIG = "generation_config.json"
 _CODE = ("*.py",)
 _UPPER_CASE_LICENCE = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # patterns of the Hub are case-sensitive
+_ROPE = "rope_parameters"
+_ROPE_NAMES = (("rope_theta", "partial_rotary_factor"), ("rotary_emb_base", "rotary_pct"))
+# Not settings of the model, or written by this program.
+_NOT_SETTINGS = {
+    "architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype", "transformers_version",
+    "use_cache", "_name_or_path",
+}  # fmt: skip
 _NOT_COPIED = ("_from_model_config", "transformers_version")
 
 
@@ -83,7 +92,7 @@ def copy_licence_and_code(base: Path | None, target: Path) -> None:
     if base is None:
         return
     _copy(base, target, _LICENCE)
-    if any(_json_of(base / name).get("auto_map") for name in ("config.json", "tokenizer_config.json")):
+    if any(_json_of(base, name).get("auto_map") for name in ("config.json", "tokenizer_config.json")):
         _copy(base, target, _CODE)
 
 
@@ -94,20 +103,23 @@ def generation_config(base: Path | None, tokenizer: PreTrainedTokenizerBase) -> 
     """
     import transformers
 
-    settings = {} if base is None else _json_of(base / _GENERATION_CONFIG)
-    inherited = [settings, {} if base is None else _json_of(base / "config.json"), published_settings(base)]
+    settings = _json_of(base, _GENERATION_CONFIG)
+    inherited = [settings, _json_of(base, "config.json"), published_settings(base)]
 
-    def token(kind: str) -> Any:
-        return next((found[kind] for found in inherited if found.get(kind) is not None), None)
+    def token(kind: str, *others: int | None) -> Any:
+        values = [*(found.get(kind) for found in inherited), *others]
+        return next((value for value in values if value is not None), None)
 
     ends = token("eos_token_id")
     ours = tokenizer.eos_token_id
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if ours is not None and ours not in known:
         ends = [*known, ours] if known else ours
-    pad = next((i for i in (token("pad_token_id"), tokenizer.pad_token_id, ours) if i is not None), None)
-    bos = next((i for i in (token("bos_token_id"), tokenizer.bos_token_id) if i is not None), None)
-    tokens = {"eos_token_id": ends, "pad_token_id": pad, "bos_token_id": bos}
+    tokens = {
+        "eos_token_id": ends,
+        "pad_token_id": token("pad_token_id", tokenizer.pad_token_id, ours),
+        "bos_token_id": token("bos_token_id", tokenizer.bos_token_id),
+    }
     result = {name: value for name, value in settings.items() if name not in _NOT_COPIED}
     result |= {name: value for name, value in tokens.items() if value is not None}
     return result | {"transformers_version": transformers.__version__}
@@ -115,14 +127,69 @@ def generation_config(base: Path | None, tokenizer: PreTrainedTokenizerBase) -> 
 
 def published_settings(base: Path | None) -> dict[str, Any]:
     """Return config.json of `base`, its `text_config` if there is one, without transformers' defaults; {} without a base."""
-    config = {} if base is None else _json_of(base / "config.json")
+    config = _json_of(base, "config.json")
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
 
 
+def add_old_settings(path: Path, published: dict[str, Any]) -> None:
+    """Add to the config.json at `path` the settings of `published`, the base model's config.json, that it lacks.
+
+    transformers 5 moves the settings of rotary positions (`rope_theta`, `rope_scaling`, `rotary_pct`, ...) into
+    `rope_parameters`, and Qwen3-MoE's `num_experts` into `num_local_experts`. Software that reads only the names of
+    transformers 4 would use its defaults, for positions silently.
+
+    Settings of rotary positions and numbers of experts that `published` lacks are derived. Settings are added only if
+    transformers reads the same config from the result, with and without `rope_parameters`.
+    """
+    from transformers import AutoConfig
+
+    ours = json.loads(path.read_text(encoding="utf-8"))
+    config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+    kind, expected = type(config), {**config.to_dict(), "_name_or_path": ""}
+    kept = {key: value for key, value in published.items() if key not in ours and key not in _NOT_SETTINGS}
+    for old, new in config.attribute_map.items():
+        if "experts" in old and new in ours and old not in ours:
+            kept.setdefault(old, ours[new])
+    for rope_settings, other_settings in itertools.product(_candidates(ours.get(_ROPE)), (kept, {})):
+        added = {**rope_settings, **other_settings}
+        without_new = {key: value for key, value in ours.items() if key != _ROPE}
+        if all(_reads_same(kind, content | added, expected, added) for content in (ours, without_new)):
+            path.write_text(json.dumps(ours | added, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            return
+
+
+def _candidates(rope: Any) -> Iterator[dict[str, Any]]:
+    """Yield forms in which configs of transformers 4 spell `rope_parameters`, last the empty one."""
+    if isinstance(rope, dict):
+        whole, local = rope, None
+        if isinstance(rope.get("full_attention"), dict):
+            whole, local = rope["full_attention"], rope.get("sliding_attention")
+        theta, share = whole.get("rope_theta"), whole.get("partial_rotary_factor")
+        rest = {name: whole[name] for name in whole if name not in ("rope_theta", "partial_rotary_factor")}
+        scaling = {} if rest.get("rope_type", "default") == "default" else {"rope_scaling": rest}
+        for theta_name, share_name in _ROPE_NAMES:
+            names = {theta_name: theta, share_name: share}
+            if isinstance(local, dict):
+                names["rope_local_base_freq"] = local.get("rope_theta")
+            yield {name: value for name, value in names.items() if value is not None} | scaling
+    yield {}
+
+
+def _reads_same(
+    kind: type[PreTrainedConfig], content: dict[str, Any], expected: dict[str, Any], added: dict[str, Any]
+) -> bool:
+    """Return whether transformers reads `expected` from `content`; the names in `added` are not compared."""
+    try:
+        found = kind.from_dict(json.loads(json.dumps(content))).to_dict()
+    except Exception:  # of many types: the family has no such setting
+        return False
+    return all(found.get(name) == value for name, value in expected.items() if name not in added)
+
+
 def wrapper_type(base: Path | None, model_type: str) -> str:
     """Return the model type of `base` if it is a multimodal wrapper whose text part (of `model_type`) is used, else ""."""
-    config = {} if base is None else _json_of(base / "config.json")
+    config = _json_of(base, "config.json")
     is_wrapper = "text_config" in config and config.get("model_type") != model_type
     return str(config.get("model_type", "")) if is_wrapper else ""
 
@@ -143,9 +210,10 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name.lower(), pattern) for pattern in patterns)
 
 
-def _json_of(path: Path) -> dict[str, Any]:
+def _json_of(base: Path | None, name: str) -> dict[str, Any]:
+    """Return the content of a JSON file of `base`; {} if there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = {} if base is None else json.loads((base / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

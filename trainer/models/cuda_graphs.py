@@ -70,10 +70,6 @@ class CudaGraphRunner:
     def is_usable(self) -> bool:
         return type(self._model) not in _cannot_capture
 
-    @property
-    def captured(self) -> list[GraphShape]:
-        return list(self._graphs)
-
     def step(self, tokens: Sequence[int], positions: Sequence[int], max_seqlen: int) -> torch.Tensor:
         """Feed `tokens[i]` at `positions[i]` to slot i; return logits [at least len(tokens), vocabulary].
 
@@ -85,8 +81,11 @@ class CudaGraphRunner:
         self._numbers.copy_(torch.tensor([[*tokens, *spare], [*clamped, *spare]]))
         shape = shape_for(len(tokens), self._num_slots, max_seqlen, self._cache.capacity)
         self._uses[shape] += 1
-        if self._is_worth_capturing(shape):
-            self._try_to_capture(shape)
+        if shape not in self._graphs and self.is_usable:
+            has_larger = self._smallest_that_covers(shape) is not None
+            min_uses = _MIN_USES_WITH_LARGER_GRAPH if has_larger else _MIN_USES_WITHOUT_GRAPH
+            if self._uses[shape] >= min_uses:
+                self._try_to_capture(shape)
         used = self._smallest_that_covers(shape)
         if used is None:  # this pass is also the warm-up that a capture needs
             logits = self._forward(shape)
@@ -99,12 +98,6 @@ class CudaGraphRunner:
 
     def _smallest_that_covers(self, shape: GraphShape) -> GraphShape | None:
         return min((other for other in self._graphs if other.covers(shape)), default=None)
-
-    def _is_worth_capturing(self, shape: GraphShape) -> bool:
-        if shape in self._graphs or not self.is_usable:
-            return False
-        has_larger = self._smallest_that_covers(shape) is not None
-        return self._uses[shape] >= (_MIN_USES_WITH_LARGER_GRAPH if has_larger else _MIN_USES_WITHOUT_GRAPH)
 
     def _try_to_capture(self, shape: GraphShape) -> None:
         try:

@@ -21,7 +21,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.models import alibi
-from trainer.models.attention_kernels import disable_cudnn_sdpa
 from trainer.runtime import library_internals
 
 _MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]  # batch, head, query, key
@@ -52,11 +51,6 @@ class MaskPattern:
         first = torch.zeros((), dtype=torch.int64, device=queries.device)
         return self._function(first, first, queries, keys)
 
-    def square(self, length: int, device: torch.device) -> torch.Tensor:
-        """Return the boolean mask [length, length] of a whole sequence; its upper left corners are those of shorter ones."""
-        positions = torch.arange(length, device=device)
-        return self.visible(positions[:, None], positions[None, :])
-
 
 def register(name: str, attention: Callable[..., Any], make_mask: Callable[[MaskPattern], LayerMask]) -> None:
     """Register an attention implementation with transformers; its layers get `make_mask(...)` as `attention_mask`."""
@@ -81,6 +75,15 @@ def register(name: str, attention: Callable[..., Any], make_mask: Callable[[Mask
     _registered[name] = attention
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
+
+
+def disable_cudnn_sdpa() -> None:
+    """Exclude cuDNN's kernel from `scaled_dot_product_attention` in this process.
+
+    On Hopper and Blackwell torch (2.11 to 2.13) prefers cuDNN's kernel, which builds a plan for every new shape: 0.4 s
+    on a B200 (modelscope/FunASR #3704). Packed examples and generation slots have a new shape at almost every call.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def uses_sdpa(model: Any) -> bool:
@@ -130,10 +133,8 @@ def attend(
     additive = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
     additive.masked_fill_(~mask, torch.finfo(query.dtype).min)
     eager = _eager_function(type(module))  # type: ignore[arg-type]
-    output: torch.Tensor = eager(
-        module, query, key, value, additive, scaling=scaling, dropout=dropout, **kwargs
-    )[0]
-    return output
+    outputs = eager(module, query, key, value, additive, scaling=scaling, dropout=dropout, **kwargs)
+    return outputs[0]  # type: ignore[no-any-return]
 
 
 class _MaskIsNoTensor(UnsupportedAttention, AttributeError):
@@ -175,7 +176,7 @@ def set_attention(model: Any, name: str) -> None:
     if library_internals.get_attention(text) == name:
         return
     if alibi.replaceable_layers(model):
-        _use_layers_for(model, name)
+        alibi.use_attention(model, _registered.get(name))
         library_internals.set_attention(model.config, name)
     else:
         model.set_attn_implementation(name)
@@ -195,16 +196,10 @@ def attention_of_submodules(model: Any) -> list[tuple[Any, str]]:
 
 def restore_attention(model: Any, before: list[tuple[Any, str]]) -> None:
     """Restore the attention implementations `before` that `attention_of_submodules` returned."""
-    _use_layers_for(model, before[0][1])
+    alibi.use_attention(model, _registered.get(before[0][1]))
     for config, name in before:  # outer first: transformers passes the setting on to submodels
         if library_internals.get_attention(config) != name:
             library_internals.set_attention(config, name)
-
-
-def _use_layers_for(model: Any, name: str) -> None:
-    alibi.restore_layers(model)
-    if name in _registered:
-        alibi.replace_layers(model, _registered[name])
 
 
 def can_set_attention(model_class: Any) -> bool:

@@ -168,8 +168,7 @@ def prepare_prefill(
             chunks.append(PrefillChunk(start, len(tokens), slot, length))
     num_decode, block = len(active), active[-1] + 1
     ends = [length + len(new) for length, new in zip(lengths, new_tokens, strict=True)]
-    max_seqlen = max(ends)
-    assert max_seqlen <= cache.capacity and block <= cache.num_slots
+    assert max(ends) <= cache.capacity and block <= cache.num_slots
     tokens += [new[-1] for new in new_tokens]
     positions += [end - 1 for end in ends]
     slots += active
@@ -177,11 +176,10 @@ def prepare_prefill(
     numbers = torch.tensor([tokens, positions, slots], dtype=torch.int64).to(device)
     active_slots = numbers[2, len(tokens) - num_decode :] if num_decode < block else None
     last_positions = numbers[1, len(tokens) - num_decode :]
-    if (
-        active_slots is not None
-    ):  # a parked slot attends to its first position, so that its dropped result has no NaN
+    # A parked slot attends to its first position, so that its dropped result has no NaN.
+    if active_slots is not None:
         last_positions = last_positions.new_zeros(block).index_copy_(0, active_slots, last_positions)
-    max_seqlen = min(-(-max_seqlen // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, cache.capacity)
+    max_seqlen = min(-(-max(ends) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, cache.capacity)
     return ForwardBatch(
         cache=cache,
         input_ids=numbers[:1],

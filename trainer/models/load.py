@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 from trainer.models import presets
-from trainer.models.loaded_weights import check_weights
 from trainer.models.source import check_source, error_reason
 from trainer.models.text_part import (
     causal_lm_config,
@@ -20,13 +20,20 @@ from trainer.models.text_part import (
     model_class,
     text_config,
 )
-from trainer.runtime import distributed, library_internals
+from trainer.runtime import distributed, library_internals, terminal
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names of this program -> torch's
+_NUM_NAMED = 3  # weights in an error message
+# Type of a setting -> its value in `config_overrides`; raises ValueError or KeyError.
+_PARSERS: dict[type, Callable[[str], Any]] = {
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    int: int,
+    float: float,
+}
 
 
 def load_config(name_or_path: str, overrides: str = "", vocabulary_size: int = 0) -> PreTrainedConfig:
@@ -50,11 +57,9 @@ def _read_config(name_or_path: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many types for files it cannot read
-        expected = (
-            ""
-            if Path(name_or_path).exists()
-            else f" (a folder, a hub name, or one of {', '.join(presets.student_names())})"
-        )
+        expected = f" (a folder, a hub name, or one of {', '.join(presets.student_names())})"
+        if Path(name_or_path).exists():
+            expected = ""
         raise UserError(f"no model config at {name_or_path}{expected}: {error_reason(error)}") from None
 
 
@@ -64,12 +69,18 @@ def apply_overrides(config: PreTrainedConfig, overrides: str) -> PreTrainedConfi
     Raises UserError for an unknown setting or another type.
     """
     for item in filter(None, overrides.split(",")):
-        key, separator, text = item.partition("=")
-        if not separator or not hasattr(config, key.strip()):
+        key, separator, text = (part.strip() for part in item.partition("="))
+        if not separator or not hasattr(config, key):
             raise UserError(
                 f"config_overrides: {item!r} does not name a setting of a {config.model_type} config; write key=value"
             )
-        setattr(config, key.strip(), _parse_like(getattr(config, key.strip()), text.strip(), item))
+        old = getattr(config, key)
+        kind = int if old is None and text.isdigit() else type(old)
+        try:
+            value = _PARSERS.get(kind, str)(text)
+        except (ValueError, KeyError):
+            raise UserError(f"config_overrides: {item!r} is not of the type of {old!r}") from None
+        setattr(config, key, value)
     return config
 
 
@@ -95,11 +106,8 @@ def context_length(config: PreTrainedConfig) -> int:
 def default_attn_implementation(config: PreTrainedConfig) -> str:
     """Return the attention implementation that transformers chooses for `config`: "sdpa" or "eager"."""
     inner = text_config(config)
-    return (
-        "sdpa"
-        if library_internals.supports_sdpa(model_class(inner if has_causal_lm(inner) else config))
-        else "eager"
-    )
+    class_ = model_class(inner if has_causal_lm(inner) else config)
+    return "sdpa" if library_internals.supports_sdpa(class_) else "eager"
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
@@ -142,7 +150,6 @@ def load_model(
     dtype: str,
     attention: str | None = None,
     config: PreTrainedConfig | None = None,
-    **kwargs: Any,
 ) -> PreTrainedModel:
     """Return the causal LM of a local folder or Hub name with weights in `dtype` ("fp32" | "bf16").
 
@@ -156,12 +163,9 @@ def load_model(
 
     name, problem = str(name_or_path), None
     model: Any = None
-    info: dict[str, Any]
     written = _read_config(name)
     config = config or causal_lm_config(written, name)
     class_: Any = model_class(config)
-    if is_wrapper(written):
-        kwargs["key_mapping"] = key_mapping(class_)
     try:
         with _keep_loaded_rows():
             model, info = class_.from_pretrained(
@@ -169,11 +173,11 @@ def load_model(
                 config=config,
                 dtype=getattr(torch, DTYPES[dtype]),  # without it transformers 5 keeps the file's
                 attn_implementation=attention or default_attn_implementation(config),
-                ignore_mismatched_sizes=True,  # check_weights reports them
+                ignore_mismatched_sizes=True,  # _check_weights reports them
                 output_loading_info=True,
-                **kwargs,
+                key_mapping=key_mapping(class_) if is_wrapper(written) else None,
             )
-        check_weights(model, info, name, written)
+        _check_weights(model, info, name, written)
         if is_wrapper(written):
             # Without this save_pretrained would write the wrapper's names beside the text config.
             model.__dict__.pop("_weight_conversions", None)
@@ -193,6 +197,90 @@ def load_model(
         raise UserError(problem)
     assert model is not None
     return model
+
+
+def _check_weights(
+    model: PreTrainedModel, info: dict[str, Any], name: str, written: PreTrainedConfig
+) -> None:
+    """Raise UserError for missing weights and weights of another shape; report unexpected ones in one line on rank 0.
+
+    `info`: the loading info of `from_pretrained`, from which transformers has removed tied weights and those that a
+    family computes. `written`: the config of the folder, for a wrapper the whole.
+    """
+    problems = []
+    if missing := sorted(info["missing_keys"]):
+        problems.append(
+            f"{_count(missing, ' the model needs is', ' the model needs are')} not in its files ({_some(missing)})"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        shapes = [
+            f"{key}: {list(in_file)} in the file, {list(in_model)} in the model"
+            for key, in_file, in_model in mismatched
+        ]
+        problems.append(
+            f"{_count(shapes, ' has', ' have')} another shape than the config says ({_some(shapes)})"
+        )
+    unexpected = sorted(info["unexpected_keys"] or _unexpected_under_zero3(model, name))
+    if problems:
+        held = f"; its files hold {_some(unexpected)} instead" if unexpected and missing else ""
+        raise UserError(
+            f"{name}: {' and '.join(problems)}{held}. transformers would fill them with random numbers: "
+            "give a complete model whose config.json matches its weights"
+        )
+    if is_wrapper(written):
+        terminal.info(
+            f"{name} is multimodal ({written.model_type}): its text part ({model.config.model_type}) alone is used and exported"
+            + (f"; {_count(unexpected)} of the other parts are left out" if unexpected else "")
+        )
+    elif unexpected:
+        terminal.warning(
+            f"{name} holds {_count(unexpected)} the model does not use ({_some(unexpected)}): left out"
+        )
+
+
+def _unexpected_under_zero3(model: PreTrainedModel, name: str) -> set[str]:
+    """Return the weights in a local folder's files that the model lacks, which transformers does not report under ZeRO-3."""
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    if not is_deepspeed_zero3_enabled():
+        return set()
+    changes = library_internals.weight_conversions(model)
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    renamings = [change for change in changes if not isinstance(change, WeightConverter)]
+    ours = model.state_dict()
+    renamed = (
+        rename_source_key(key, renamings, converters, model.base_model_prefix, ours)[0]
+        for key in _names_in_files(Path(name))
+    )
+    found = LoadStateDictInfo(set(), {key for key in renamed if key not in ours}, set(), [], {}, set())
+    library_internals.leave_out_expected_extras(model, found)
+    return found.unexpected_keys
+
+
+def _names_in_files(folder: Path) -> set[str]:
+    """Return the names of the weights in the safetensors files that transformers loads from `folder`."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return set(file.keys())
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    return set()
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = list(names)
+    rest = len(shown) - _NUM_NAMED
+    return ", ".join(shown[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _count(names: list[str], one: str = "", several: str = "") -> str:
+    """Return "1 weight" or "2 weights", then the verb for that number."""
+    return f"1 weight{one}" if len(names) == 1 else f"{len(names)} weights{several}"
 
 
 @contextlib.contextmanager
@@ -239,20 +327,16 @@ def _empty_shards() -> Iterator[None]:
     transformers' own path also gathers all parameters from all ranks to initialise them: half the time of building the
     engine.
     """
-    from transformers.integrations.deepspeed import (
-        deepspeed_config,
-        is_deepspeed_zero3_enabled,
-        prevent_arange_dtype_change,
-    )
+    from transformers.integrations import deepspeed as integration
     from transformers.modeling_utils import set_zero3_state
 
-    if not is_deepspeed_zero3_enabled():
+    if not integration.is_deepspeed_zero3_enabled():
         yield
         return
     import deepspeed
 
-    shards = deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
-    with prevent_arange_dtype_change(), shards, set_zero3_state():
+    shards = deepspeed.zero.Init(config_dict_or_path=integration.deepspeed_config())
+    with integration.prevent_arange_dtype_change(), shards, set_zero3_state():
         yield
 
 
@@ -260,23 +344,6 @@ def device() -> torch.device:
     """Return the accelerator that `distributed.initialize` selected for this rank, else the CPU."""
     import torch
 
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
-def _parse_like(old: Any, text: str, where: str) -> Any:
-    try:
-        if isinstance(old, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(old, int):
-            return int(text)
-        if isinstance(old, float):
-            return float(text)
-    except (ValueError, KeyError):
-        raise UserError(f"config_overrides: {where!r} is not of the type of {old!r}") from None
-    if old is None and text.isdigit():
-        return int(text)
-    return text
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

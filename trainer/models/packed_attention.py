@@ -42,21 +42,20 @@ class PackMask(LayerMask):
 
     def __init__(self, pack: PackedSequence, pattern: MaskPattern) -> None:
         self.pack = pack
+        self.max_seqlen = pack.max_seqlen
         self.is_causal = pattern.is_causal(pack.max_seqlen)
         self._pattern = pattern
-        self._square: torch.Tensor | None = None
-
-    @property
-    def max_seqlen(self) -> int:
-        return self.pack.max_seqlen
 
     def of_example(self, length: int) -> torch.Tensor | None:
         """Return the boolean mask [length, length] of an example, None for plain causal attention."""
         if self.is_causal or self._pattern.is_causal(length):
             return None
-        if self._square is None:
-            self._square = self._pattern.square(self.pack.max_seqlen, self.pack.cu_seqlens.device)
-        return self._square[:length, :length]
+        return self._longest[:length, :length]
+
+    @functools.cached_property
+    def _longest(self) -> torch.Tensor:
+        positions = torch.arange(self.max_seqlen, device=self.pack.cu_seqlens.device)
+        return self._pattern.visible(positions[:, None], positions)
 
 
 def causal_mask(lengths: Sequence[int], cu_seqlens: torch.Tensor) -> PackMask:
@@ -119,15 +118,15 @@ def attend(
     default_attention.check_keywords(kwargs)
     plain = pack.use_sdpa and mask.is_causal and key_bias is None and dropout == 0.0
     if plain and has_kernel(query, value):
-        return varlen_attention(query, key, value, scaling, pack.cu_seqlens, pack.max_seqlen), None
+        lengths = pack.cu_seqlens, pack.max_seqlen, pack.cu_seqlens, pack.max_seqlen
+        return varlen_attention(query, key, value, scaling, *lengths), None
     # One call per example: the cost is the sum of squared lengths, not the square of the pack's.
-    lengths = list(pack.lengths)
-    cut = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), lengths, strict=True)
+    split = [tensor.split(list(pack.lengths), 2) for tensor in (query, key, value)]
     outputs = [
         default_attention.attend(
             module, q, k, v, mask.of_example(length), scaling, dropout, pack.use_sdpa, kwargs, key_bias
         )
-        for q, k, v, length in cut
+        for q, k, v, length in zip(*split, pack.lengths, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
 
@@ -152,35 +151,22 @@ def varlen_attention(
     scaling: float | None,
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
-    cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_k: int | None = None,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_k: int,
 ) -> torch.Tensor:
     """Return the causal attention of all examples from one kernel (torch's flash attention), without dropout.
 
-    Shapes as in `attend`. `cu_seqlens_k`, int32 like `cu_seqlens`, if an example has more keys than queries; then its
-    last query is aligned with its last key.
+    Shapes as in `attend`. `cu_seqlens` of the queries and `cu_seqlens_k` of the keys are int32; if an example has more
+    keys than queries, its last query is aligned with its last key.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     # squeeze, not [0]: the gradient of an index is a copy into zeros, in an axis order that is copied once more.
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    grouped: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1] and _takes_enable_gqa():
-        grouped = {"enable_gqa": True}
-    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    max_seqlen_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens_k,
-        max_seqlen,
-        max_seqlen_k,
-        scale=scaling,
-        window_size=(-1, 0),
-        **grouped,
-    )
+    is_grouped = query.shape[1] != key.shape[1]
+    grouped: dict[str, Any] = {"enable_gqa": True} if is_grouped and _takes_enable_gqa() else {}
+    lengths = cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k
+    out = varlen_attn(q, k, v, *lengths, scale=scaling, window_size=(-1, 0), **grouped)
     assert isinstance(out, torch.Tensor)  # without return_aux
     return out.unsqueeze(0)
 

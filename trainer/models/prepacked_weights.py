@@ -38,7 +38,7 @@ def prepacked_weights(model: PreTrainedModel) -> Iterator[None]:
                     packed = library_internals.reorder_linear_weight(weight)
                     before.append((module, vars(module).get("forward")))
                     bias: Any = module.bias
-                    module.forward = partial(_linear, weight=packed, bias=bias)
+                    module.forward = partial(library_internals.linear_by_onednn, weight=packed, bias=bias)
         yield
     finally:
         for module, forward in before:
@@ -54,8 +54,3 @@ def _weight(module: Any) -> torch.Tensor | None:
     if type(module) is Conv1D:
         return module.weight.detach().t().contiguous()
     return None
-
-
-def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return rows [..., inputs] @ weight^T + bias: [..., outputs]."""
-    return library_internals.linear_by_onednn(rows, weight, bias)

@@ -48,17 +48,6 @@ def student_config(name: str, vocabulary_size: int) -> Any:
     )
 
 
-_GPT2 = {
-    name: {"n_layer": layers, "n_embd": width, "n_head": heads}
-    for name, layers, width, heads in (
-        ("gpt2", 12, 768, 12),
-        ("gpt2-medium", 24, 1024, 16),
-        ("gpt2-large", 36, 1280, 20),
-        ("gpt2-xl", 48, 1600, 25),
-    )
-}
-
-
 def _neox(layers: int, width: int, heads: int, vocabulary: int = 50304) -> dict[str, Any]:
     return {
         "num_hidden_layers": layers,
@@ -87,7 +76,10 @@ def _llama(
 
 # name -> (transformers' model type, settings)
 _PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: ("gpt2", shape) for name, shape in _GPT2.items()},
+    "gpt2": ("gpt2", {"n_layer": 12, "n_embd": 768, "n_head": 12}),
+    "gpt2-medium": ("gpt2", {"n_layer": 24, "n_embd": 1024, "n_head": 16}),
+    "gpt2-large": ("gpt2", {"n_layer": 36, "n_embd": 1280, "n_head": 20}),
+    "gpt2-xl": ("gpt2", {"n_layer": 48, "n_embd": 1600, "n_head": 25}),
     "pythia-160m": ("gpt_neox", _neox(12, 768, 12)),
     "pythia-410m": ("gpt_neox", _neox(24, 1024, 16)),
     "pythia-1.4b": ("gpt_neox", _neox(24, 2048, 16)),

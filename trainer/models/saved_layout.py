@@ -53,6 +53,22 @@ class StridedView:
             return {self.of}
         return set().union(*(view.names for view in self.of.views))
 
+    def to_json(self) -> list[Any]:
+        """Return the view as lists, for a JSON file."""
+        of: Any = self.of
+        if isinstance(self.of, Joined):
+            of = [self.of.dim, [view.to_json() for view in self.of.views]]
+        return [of, list(self.shape), list(self.strides), self.offset]
+
+    @classmethod
+    def from_json(cls, content: list[Any]) -> StridedView:
+        """Return the view from the result of `to_json`. Raises KeyError, TypeError or ValueError for other content."""
+        of, shape, strides, offset = content
+        if not isinstance(of, str):
+            dim, views = of
+            of = Joined(tuple(cls.from_json(view) for view in views), dim)
+        return cls(of, tuple(shape), tuple(strides), offset)
+
 
 def saved_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the tensors that `save_pretrained` would write, by name, tied weights once.
@@ -88,42 +104,12 @@ def trace(model: PreTrainedModel) -> dict[str, StridedView]:
     with recorder:
         saved = revert_weight_conversion(model, dict(stand_ins))
     views = {name: recorder.view(tensor) for name, tensor in saved.items()}
-    moved = {
-        name: view for name, view in views.items() if name not in state or view != _whole(name, state[name])
-    }
+    unchanged = {name: recorder.view(tensor) for name, tensor in stand_ins.items()}
+    moved = {name: view for name, view in views.items() if view != unchanged.get(name)}
     lost = set(state) - set().union(*(view.names for view in views.values()))
     if lost:
         raise NotAMoveError(f"transformers does not write {sorted(lost)[0]}")
     return moved
-
-
-def to_json(views: dict[str, StridedView]) -> dict[str, Any]:
-    """Return `views` as lists, for a JSON file."""
-    return {name: _view_to_json(view) for name, view in views.items()}
-
-
-def from_json(content: dict[str, Any]) -> dict[str, StridedView]:
-    """Return the views from the result of `to_json`. Raises KeyError, TypeError or ValueError for other content."""
-    return {name: _view_from_json(view) for name, view in content.items()}
-
-
-def _view_to_json(view: StridedView) -> list[Any]:
-    of: Any = view.of
-    if isinstance(view.of, Joined):
-        of = [view.of.dim, [_view_to_json(inner) for inner in view.of.views]]
-    return [of, list(view.shape), list(view.strides), view.offset]
-
-
-def _view_from_json(content: list[Any]) -> StridedView:
-    of, shape, strides, offset = content
-    if not isinstance(of, str):
-        dim, views = of
-        of = Joined(tuple(_view_from_json(view) for view in views), dim)
-    return StridedView(of, tuple(shape), tuple(strides), offset)
-
-
-def _whole(name: str, tensor: torch.Tensor) -> StridedView:
-    return StridedView(name, tuple(tensor.shape), contiguous_strides(tuple(tensor.shape)), 0)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -163,21 +149,18 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = result if isinstance(result, (list, tuple)) else [result]
-        for tensor in made:
-            if not isinstance(tensor, torch.Tensor) or library_internals.storage_id(tensor) in self._contents:
-                continue
-            self._record(tensor, self._copied(func, tensor, args))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            is_tensor = isinstance(tensor, torch.Tensor)
+            if is_tensor and library_internals.storage_id(tensor) not in self._contents:
+                self._record(tensor, self._copied(func, tensor, args))
         return result
 
     def _copied(self, func: Any, made: torch.Tensor, args: Any) -> Joined:
         """Return the content of a new tensor. Raises NotAMoveError if `func` does not merely copy."""
         name = func.overloadpacket.__name__
-        if not made.is_contiguous():
-            raise NotAMoveError(f"transformers applies {name}")
-        if name == "clone":
+        if name == "clone" and made.is_contiguous():
             return Joined((self.view(args[0]),), 0)
-        if name in ("cat", "stack"):
+        if name in ("cat", "stack") and made.is_contiguous():
             dim = args[1] if len(args) > 1 else 0
             tensors = [tensor.unsqueeze(dim) for tensor in args[0]] if name == "stack" else list(args[0])
             if all(tensor.dtype == made.dtype for tensor in tensors):
@@ -188,17 +171,14 @@ class _Recorder(TorchDispatchMode):
 def _normal(view: StridedView) -> StridedView:
     """Return an equal view in normal form: of a tensor of the model itself where possible, with standard strides for size 1."""
     if isinstance(view.of, Joined) and len(view.of.views) == 1:
-        (copied,) = view.of.views
-        direct = _view_of_copied(copied, view)
+        direct = _view_of_copied(view.of.views[0], view)
         if direct is not None:
             return direct
-    strides = tuple(
-        standard if size == 1 else stride
-        for size, stride, standard in zip(
-            view.shape, view.strides, contiguous_strides(view.shape), strict=True
-        )
-    )
-    return StridedView(view.of, view.shape, strides, view.offset)
+    strides = list(contiguous_strides(view.shape))
+    for dim, size in enumerate(view.shape):
+        if size != 1:
+            strides[dim] = view.strides[dim]
+    return StridedView(view.of, view.shape, tuple(strides), view.offset)
 
 
 def _view_of_copied(copied: StridedView, view: StridedView) -> StridedView | None:

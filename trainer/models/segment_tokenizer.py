@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LETTER = "x"
-_BYTE_LEVEL_STEPS = ("ByteLevel", "Digits", "Split")  # of a pre-tokenizer that keeps every byte
+_BYTE_LEVEL_STEPS = {"ByteLevel", "Digits", "Split"}  # of a pre-tokenizer that keeps every byte
 
 
 class SegmentTokenizer:
@@ -63,7 +63,7 @@ class SegmentTokenizer:
             found = [self._decode(tokens) for tokens in texts]
         else:
             found = self._first.decode_batch([list(tokens) for tokens in texts], skip_special_tokens=False)
-        return [text.removeprefix(self._lead) for text in found] if self._lead else found
+        return [text.removeprefix(self._lead) for text in found]
 
     @property
     def continues_differently(self) -> bool:
@@ -75,7 +75,11 @@ class SegmentTokenizer:
         if backend is None:
             encode = self._tokenizer.encode
             return [encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
-        _set_plain(backend)
+        if backend.truncation or backend.padding or not backend.encode_special_tokens:
+            # Once: other threads may be encoding.
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = True
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -91,23 +95,11 @@ def segment_tokenizer(tokenizer: PreTrainedTokenizerBase) -> SegmentTokenizer:
     return SegmentTokenizer(tokenizer)
 
 
-def _set_plain(backend: Tokenizer) -> None:
-    """Turn off truncation, padding and special tokens in texts, once: other threads may be encoding."""
-    if backend.truncation or backend.padding or not backend.encode_special_tokens:
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-
-
 def _without_prefix_space(rules: dict[str, Any]) -> Tokenizer | None:
     """Return the tokenizer without the steps that add a prefix to a text; None if it has no such step."""
     from tokenizers import Tokenizer
 
-    changed = {
-        **rules,
-        "normalizer": _plain_step(rules["normalizer"]),
-        "pre_tokenizer": _plain_step(rules["pre_tokenizer"]),
-    }
+    changed = rules | {name: _plain_step(rules[name]) for name in ("normalizer", "pre_tokenizer")}
     return None if changed == rules else Tokenizer.from_str(json.dumps(changed))
 
 
@@ -129,18 +121,16 @@ def _keeps_every_byte(rules: dict[str, Any]) -> bool:
     from tokenizers.pre_tokenizers import ByteLevel
 
     steps = _steps(rules["pre_tokenizer"])
-    kept = all(
-        step["type"] in _BYTE_LEVEL_STEPS
-        and not step.get("add_prefix_space")
-        and step.get("behavior") != "Removed"
-        for step in steps
-    )
+    for step in steps:
+        if step.get("add_prefix_space") or step.get("behavior") == "Removed":
+            return False
+    types = {step["type"] for step in steps}
     decoder = (rules["decoder"] or {}).get("type")
     vocabulary = rules["model"].get("vocab", ())
     return (
         rules["normalizer"] is None
-        and kept
-        and any(step["type"] == "ByteLevel" for step in steps)
+        and "ByteLevel" in types
+        and types <= _BYTE_LEVEL_STEPS
         and decoder == "ByteLevel"
         and rules["model"]["type"] == "BPE"
         and all(letter in vocabulary for letter in ByteLevel.alphabet())
@@ -151,8 +141,6 @@ def _keeps_every_byte(rules: dict[str, Any]) -> bool:
 def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
     if step is None:
         return []
-    return (
-        [found for inner in step["pretokenizers"] for found in _steps(inner)]
-        if step["type"] == "Sequence"
-        else [step]
-    )
+    if step["type"] != "Sequence":
+        return [step]
+    return [found for inner in step["pretokenizers"] for found in _steps(inner)]

@@ -31,12 +31,9 @@ class SlotMask(LayerMask):
     def __init__(self, batch: ForwardBatch, pattern: MaskPattern, use_sdpa: bool) -> None:
         self.batch = batch
         self.use_sdpa = use_sdpa
+        self.max_seqlen = batch.max_seqlen
         self.is_causal = pattern.is_causal(batch.max_seqlen)
         self._pattern = pattern
-
-    @property
-    def max_seqlen(self) -> int:
-        return self.batch.max_seqlen
 
     @functools.cached_property
     def decode(self) -> torch.Tensor:
@@ -57,9 +54,8 @@ class SlotMask(LayerMask):
         return self._pattern.visible(positions[chunk.num_cached :, None], positions)
 
 
-_current: tuple[ForwardBatch, bool] | None = (
-    None  # during a forward pass: its batch, and whether it uses sdpa
-)
+# During a forward pass: its batch, and whether it uses sdpa.
+_current: tuple[ForwardBatch, bool] | None = None
 
 
 def last_token_logits(model: PreTrainedModel, batch: ForwardBatch) -> torch.Tensor:
@@ -114,18 +110,37 @@ def slot_attention(
     if batch.chunks and plain and has_kernel(query, value):
         outputs = [_varlen_attention(batch, query, keys, values, scaling)]
     else:
-        outputs = [
-            _chunk_attention(module, chunk, mask, query, key, value, keys, values, scaling, kwargs, key_bias)
-            for chunk in batch.chunks
-        ]
+        outputs = []
+        for chunk in batch.chunks:
+            new = slice(chunk.start, chunk.stop)
+            if chunk.num_cached == 0:
+                seen = key[:, :, new], value[:, :, new]
+            else:
+                seen = keys[chunk.slot, None, :, : chunk.end], values[chunk.slot, None, :, : chunk.end]
+            attended = default_attention.attend(
+                module,
+                query[:, :, new],
+                *seen,
+                mask.of_chunk(chunk),
+                scaling,
+                0.0,
+                mask.use_sdpa,
+                kwargs,
+                key_bias,
+            )
+            outputs.append(attended[0])
     last = query[0, :, num_tokens - batch.num_decode :].transpose(0, 1)
     if batch.active_slots is not None:
         last = last.new_zeros(batch.block, *last.shape[1:]).index_copy_(0, batch.active_slots, last)
     cached = keys[: batch.block, :, : batch.max_seqlen], values[: batch.block, :, : batch.max_seqlen]
-    if key_bias is not None:
-        attended = _decode_attention(last, *cached, _biased(mask.decode, key_bias, keys.shape[1]), scaling)
-    elif mask.use_sdpa:
-        attended = _decode_attention(last, *cached, mask.decode, scaling)
+    if key_bias is not None or mask.use_sdpa:
+        decode_mask = mask.decode
+        if key_bias is not None:
+            decode_mask = _biased(decode_mask, key_bias, keys.shape[1])
+        # Grouped queries are rows of one query matrix: no repetition of keys and values, and one mask for all heads.
+        grouped = last.unflatten(1, (keys.shape[1], -1))
+        attended = scaled_dot_product_attention(grouped, *cached, attn_mask=decode_mask, scale=scaling)
+        attended = attended.flatten(1, 2)
     else:
         attended = default_attention.attend(
             module, last.unsqueeze(2), *cached, mask.decode_visible, scaling, 0.0, False, kwargs
@@ -133,28 +148,6 @@ def slot_attention(
     outputs.append(attended if batch.active_slots is None else attended[batch.active_slots])
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined[None], None
-
-
-def _decode_attention(
-    last: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float | None,
-) -> torch.Tensor:
-    """Return the attention [block, heads, value head_dim] of one token per slot: last [block, heads, head_dim].
-
-    Grouped queries become rows of one query matrix: no repetition of keys and values, and one mask for all heads.
-    """
-    block, num_heads, head_dim = last.shape
-    num_groups = keys.shape[1]
-    return scaled_dot_product_attention(
-        last.reshape(block, num_groups, num_heads // num_groups, head_dim),
-        keys,
-        values,
-        attn_mask=mask,
-        scale=scaling,
-    ).reshape(block, num_heads, values.shape[3])
 
 
 def _biased(mask: torch.Tensor, key_bias: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -180,31 +173,6 @@ def _varlen_attention(
     query = query[:, :, : batch.chunks[-1].stop]
     lengths = varlen.cu_seqlens, varlen.max_seqlen, varlen.cu_seqlens_k, varlen.max_seqlen_k
     return varlen_attention(query, key, value, scaling, *lengths)[0]
-
-
-def _chunk_attention(
-    module: torch.nn.Module,
-    chunk: PrefillChunk,
-    mask: SlotMask,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-    key_bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return the attention of the new tokens of one slot [tokens of the chunk, heads, value head_dim]."""
-    new = slice(chunk.start, chunk.stop)
-    if chunk.num_cached == 0:
-        seen = key[:, :, new], value[:, :, new]
-    else:
-        seen = keys[chunk.slot, None, :, : chunk.end], values[chunk.slot, None, :, : chunk.end]
-    visible = mask.of_chunk(chunk)
-    return default_attention.attend(
-        module, query[:, :, new], *seen, visible, scaling, 0.0, mask.use_sdpa, kwargs, key_bias
-    )[0]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,9 @@ def check_source(name: str) -> None:
 def check_gguf(name: str) -> None:
     """Raise UserError for a GGUF file and for a folder with no other weights."""
     path = Path(name)
-    if path.suffix == ".gguf" or (path.is_dir() and _holds_only_gguf(path)):
+    others = ("*.safetensors*", "pytorch_model*.bin*")
+    holds_only_gguf = any(path.glob("*.gguf")) and not any(any(path.glob(pattern)) for pattern in others)
+    if path.suffix == ".gguf" or holds_only_gguf:
         raise UserError(
             f"{name} is in GGUF, a quantised format for inference: give the folder or Hub name of the original model "
             "in safetensors"
@@ -39,22 +41,15 @@ def check_gguf(name: str) -> None:
 
 def check_trainable(config: PreTrainedConfig, name: str) -> None:
     """Raise UserError if the config names quantised weights, which have no gradients."""
-    method = quantisation(config)
-    if method:
-        raise UserError(
-            f"{name} holds quantised weights ({method}), which cannot be trained: give the model's original weights, or load it "
-            "with transformers (dequantize=True where the method has it), save it without quantization_config, and give that"
-        )
-
-
-def quantisation(config: PreTrainedConfig) -> str:
-    """Return the quantisation method that the config names ("gptq", "fp8", ...), "" for plain weights."""
     found = getattr(config, "quantization_config", None)
-    if not found:
-        return ""
-    values = found if isinstance(found, dict) else found.to_dict()
-    method = values.get("quant_method", "unknown method")
-    return str(getattr(method, "value", method))
+    if found:
+        values = found if isinstance(found, dict) else found.to_dict()
+        method = values.get("quant_method", "unknown method")  # "gptq", "fp8", ...
+        raise UserError(
+            f"{name} holds quantised weights ({getattr(method, 'value', method)}), which cannot be trained: give the model's "
+            "original weights, or load it with transformers (dequantize=True where the method has it), save it without "
+            "quantization_config, and give that"
+        )
 
 
 def error_reason(error: Exception) -> str:
@@ -85,30 +80,17 @@ def _shortened(text: str) -> str:
     return text[: end + 1] if end > 0 else text[:_MAX_REASON] + " ..."
 
 
-def _holds_only_gguf(folder: Path) -> bool:
-    return any(folder.glob("*.gguf")) and not any(
-        next(folder.glob(pattern), None) for pattern in ("*.safetensors*", "pytorch_model*.bin*")
-    )
-
-
 def _has_adapter(name: str) -> bool:
-    if os.path.isdir(name):
-        return os.path.isfile(os.path.join(name, _ADAPTER))
-    if os.path.exists(name):
-        return False
     try:
-        return find_file(name, _ADAPTER) is not None
+        return not os.path.isfile(name) and find_file(name, _ADAPTER) is not None
     except (OSError, ValueError):
-        return False  # not a Hub name either: loading its config raises the error
+        return False  # neither a folder nor a Hub name: loading its config raises the error
 
 
 def find_file(name: str, file: str) -> str | None:
     """Return the local path of `file` in a folder or Hub repository (downloaded if needed); None if it has no such file."""
     from transformers.utils import cached_file
 
-    quiet: dict[str, Any] = {
-        "_raise_exceptions_for_gated_repo": False,
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
+    conditions = ("gated_repo", "missing_entries", "connection_errors")
+    quiet: dict[str, Any] = {f"_raise_exceptions_for_{condition}": False for condition in conditions}
     return cached_file(name, file, **quiet)  # type: ignore[no-any-return]

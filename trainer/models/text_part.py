@@ -91,12 +91,9 @@ def key_mapping(model: type[PreTrainedModel]) -> dict[str, str]:
     `language_model.*` (transformers 5).
     """
     # Name of the body inside the causal LM; Llama 4's base_model_prefix is the name inside the wrapper.
-    tied = library_internals.tied_weight_keys(model)
-    body = (
-        next(iter(tied.values())).split(".")[0]
-        if isinstance(tied, dict) and tied
-        else model.base_model_prefix
-    )
+    tied, body = library_internals.tied_weight_keys(model), model.base_model_prefix
+    if isinstance(tied, dict) and tied:
+        body = next(iter(tied.values())).split(".")[0]
     return {
         r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
         r"^(?:model\.)?language_model\.(?:model\.)?": f"{body}.",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 STORIES = "stories"
 _FILE = "tokenizer.json"
 _NUM_VOCABULARY_PROBES = 500  # texts made of the vocabulary, in addition to _PROBES
+_inform_once = lru_cache(maxsize=64)(terminal.info)
 _PROBES = (
     "2023 = 15", "1 + 2 = 3\n", "12,345.67%", "  two  spaces ", "tab\tand\r\n\n\nlines", "don't we'll I'M",
     "CamelCase snake_case", "naïve café", "nai\u0308ve", "½ ² ﬁ Ａ", "日本語 中文 한국어", "مرحبا", "🙂👩‍👧", "x=<<3*4=12>>12",
@@ -125,16 +126,11 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToke
             f"the tokenizer at {name}: transformers changes {_FILE} when it loads it "
             f"({', '.join(_differences(loaded.backend_tokenizer, written))}); save it again with a newer transformers"
         )
-    _warn_once(
+    _inform_once(
         f"tokenizer {name}: {_FILE} is used unchanged; transformers' {type(tokenizer).__name__} would change its "
         f"{' and '.join(changed)}, and so its tokens"
     )
     return loaded
-
-
-@lru_cache(maxsize=64)
-def _warn_once(text: str) -> None:
-    terminal.info(text)
 
 
 def _is_written_in(path: Path, backend: Tokenizer) -> bool:
@@ -155,13 +151,13 @@ def _plain_merges(value: Any) -> Any:
 
 def _differences(one: Tokenizer, other: Tokenizer) -> list[str]:
     """Return the names of the steps in which two compiled tokenizers differ."""
-    steps = ("normalizer", "pre_tokenizer", "decoder", "model")
-    return [step.replace("_", "-") for step in steps if _state(one, step) != _state(other, step)]
-
-
-def _state(tokenizer: Tokenizer, name: str) -> bytes | None:
-    step = getattr(tokenizer, name)
-    return None if step is None else step.__getstate__()
+    changed = []
+    for name in ("normalizer", "pre_tokenizer", "decoder", "model"):
+        steps = [getattr(tokenizer, name) for tokenizer in (one, other)]
+        states = [None if step is None else step.__getstate__() for step in steps]
+        if states[0] != states[1]:
+            changed.append(name.replace("_", "-"))
+    return changed
 
 
 def _same_tokens(one: Any, other: Any) -> bool:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.nn.functional import linear, pad, rms_norm
+from torch.nn.functional import gelu, linear, pad, rms_norm
 
 from trainer.runtime import library_internals
 
@@ -24,54 +23,36 @@ _VOCABULARY_MULTIPLE = 64  # on an accelerator the head's rows are padded to a m
 _RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
-@dataclass(frozen=True)
-class _Replacement:
-    """Attribute `name` of `owner`, before patching (None: the class's own method) and after."""
-
-    owner: torch.nn.Module
-    name: str
-    before: Any
-    after: Any
-
-
 def patch_kernels(model: Any, on_accelerator: bool) -> None:
     """Replace kernels of a transformers model, whole or in ZeRO-3 shards, by the faster ones for its device."""
     from transformers.activations import NewGELUActivation
 
-    replacements = []
+    forwards: list[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]] = []
     if on_accelerator:  # on a CPU torch has no fused RMS norm
-        for norm in rms_norms(model):
-            replacements.append(_Replacement(norm, "forward", None, functools.partial(_normalise, norm)))
+        forwards += [(norm, functools.partial(_normalise, norm)) for norm in rms_norms(model)]
     for module in model.modules():
-        for name, child in module.named_children():
-            if type(child) is NewGELUActivation:
-                replacements.append(_Replacement(module, name, child, torch.nn.GELU(approximate="tanh")))
+        if type(module) is NewGELUActivation:
+            forwards.append((module, functools.partial(gelu, approximate="tanh")))
     head = model.get_output_embeddings()
     function = _projection(head, on_accelerator)
     if function is not None:
-        replacements.append(_Replacement(head, "forward", None, functools.partial(_project, head, function)))
-    model._kernel_replacements = replacements
-    _replace(replacements)
+        forwards.append((head, functools.partial(_project, head, function)))
+    model._kernel_replacements = forwards
+    for module, forward in forwards:
+        module.forward = forward
 
 
 @contextlib.contextmanager
 def unpatched(model: Any) -> Iterator[None]:
     """Context manager in which `model` uses transformers' own kernels, whether or not it was patched."""
-    replacements = getattr(model, "_kernel_replacements", [])
-    for replacement in replacements:
-        if replacement.before is None:
-            delattr(replacement.owner, replacement.name)
-        else:
-            setattr(replacement.owner, replacement.name, replacement.before)
+    forwards = getattr(model, "_kernel_replacements", [])
+    for module, _ in forwards:
+        del module.forward  # uncovers the class's own
     try:
         yield
     finally:
-        _replace(replacements)
-
-
-def _replace(replacements: list[_Replacement]) -> None:
-    for replacement in replacements:
-        setattr(replacement.owner, replacement.name, replacement.after)
+        for module, forward in forwards:
+            module.forward = forward
 
 
 def _projection(head: Any, on_accelerator: bool) -> type[torch.autograd.Function] | None:

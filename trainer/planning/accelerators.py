@@ -15,7 +15,6 @@ from trainer.training import gpu_table
 from trainer.training.gpu_table import Gpu
 
 GB = 10**9
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,6 @@ class Accelerator:
     is_speed_known: bool = True
 
 
-def names() -> list[str]:
-    return [*gpu_table.names(), "cpu"]
-
-
 def find_accelerator(name: str, per_machine: int) -> Accelerator:
     """Return an accelerator by name, or this machine's for `auto`. Raises UserError for an unknown name."""
     wanted = name.lower().replace("_", "-")
@@ -51,7 +46,8 @@ def find_accelerator(name: str, per_machine: int) -> Accelerator:
         return _cpu(per_machine)
     gpu = gpu_table.by_name(wanted)
     if gpu is None:
-        raise UserError(f"gpu is {name!r}; choose one of {', '.join(names())}{did_you_mean(wanted, names())}")
+        known = [*gpu_table.names(), "cpu"]
+        raise UserError(f"gpu is {name!r}; choose one of {', '.join(known)}{did_you_mean(wanted, known)}")
     return _from_table(gpu)
 
 
@@ -72,8 +68,7 @@ def _detect(per_machine: int) -> Accelerator:
         return _from_table(gpu)
     memory = torch.cuda.get_device_properties(0).total_memory
     note = "memory as torch reports it; not in the table of GPUs, so its speed is unknown"
-    rates = (math.inf,) * 5
-    return Accelerator(device_name, memory, *rates, note, is_speed_known=False)
+    return Accelerator(device_name, memory, *(math.inf,) * 5, note, is_speed_known=False)
 
 
 def _from_table(gpu: Gpu) -> Accelerator:

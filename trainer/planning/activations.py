@@ -67,26 +67,6 @@ def trace_activations(
     does not run on shapes alone.
     """
     reason = ""
-    for packed in (True, False):  # as in training: packed where the family allows it, else padded
-        try:
-            return _trace(config, lengths, learned_tokens, dtype, checkpointing, cuda, packed)
-        except Exception as error:  # models raise errors of many types for an unknown attention
-            reason = first_line(error)
-    raise UserError(
-        f"the memory of a {config.model_type} model cannot be planned, because its forward pass does not run on shapes alone "
-        f"({reason}): train it for a step and read memory_bytes in metrics.jsonl"
-    )
-
-
-def _trace(
-    config: Any,
-    lengths: list[int],
-    learned_tokens: int,
-    dtype: torch.dtype,
-    checkpointing: bool,
-    cuda: bool,
-    packed: bool,
-) -> ActivationTrace:
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         warnings.catch_warnings(),
@@ -94,17 +74,29 @@ def _trace(
         library_internals.without_grouped_products(),
     ):
         warnings.simplefilter("ignore")
-        model = _model(config, packed, dtype, checkpointing, cuda)
-        batch = batch_of(lengths, learned_tokens) if packed else padded_batch_of(lengths, learned_tokens)
-        counter = _LiveBytes([*model.parameters(), *model.buffers(), *vars(batch).values()])
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(counter.gradient_done)
-        with counter, _dropout(cuda):
-            loss = summed_token_loss(model, batch)
-            saved = counter.live
-            loss.backward()
-    return ActivationTrace(tuple(counter.finish()), saved)
+        for packed in (True, False):  # as in training: packed where the family allows it, else padded
+            try:
+                model = _model(config, packed, dtype, checkpointing, cuda)
+                make_batch = batch_of if packed else padded_batch_of
+                return _trace(model, make_batch(lengths, learned_tokens), cuda)
+            except Exception as error:  # models raise errors of many types for an unknown attention
+                reason = first_line(error)
+    raise UserError(
+        f"the memory of a {config.model_type} model cannot be planned, because its forward pass does not run on shapes alone "
+        f"({reason}): train it for a step and read memory_bytes in metrics.jsonl"
+    )
+
+
+def _trace(model: torch.nn.Module, batch: PackedBatch | PaddedBatch, cuda: bool) -> ActivationTrace:
+    counter = _LiveBytes([*model.parameters(), *model.buffers(), *vars(batch).values()])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(counter.gradient_done)
+    with counter, _dropout(cuda):
+        loss = summed_token_loss(model, batch)
+        saved = counter.live
+        loss.backward()
+    return ActivationTrace((*counter.samples, counter.sample()), saved)
 
 
 def _model(config: Any, packed: bool, dtype: torch.dtype, checkpointing: bool, cuda: bool) -> torch.nn.Module:
@@ -115,12 +107,15 @@ def _model(config: Any, packed: bool, dtype: torch.dtype, checkpointing: bool, c
     model = AutoModelForCausalLM.from_config(
         copy.deepcopy(config), attn_implementation=attention, dtype=dtype
     )
-    if packed:
-        set_attention(model, _register_cuda_attention() if cuda else packed_attention.register())
+    if packed and cuda:
+        default_attention.register(_CUDA_ATTENTION, _attend, lambda pattern: default_attention.LayerMask())
+        set_attention(model, _CUDA_ATTENTION)
+    elif packed:
+        set_attention(model, packed_attention.register())
     model.config.use_cache = False
     training_kernels.patch_kernels(model, on_accelerator=cuda)
     for norm in training_kernels.rms_norms(model) if cuda else []:
-        norm.forward = functools.partial(_normalise, norm)
+        norm.forward = functools.partial(lambda norm, hidden: _FusedNorm.apply(hidden, norm.weight), norm)
     if checkpointing and model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -167,7 +162,7 @@ class _LiveBytes(TorchDispatchMode):
         self.live = 0
         self._peak = self._at_start = 0
         self._gradient_elements = 0
-        self._samples: list[MemorySample] = []
+        self.samples: list[MemorySample] = []
         storages = [value.untyped_storage() for value in given if isinstance(value, torch.Tensor)]
         self._known = weakref.WeakSet(storages)
 
@@ -181,15 +176,13 @@ class _LiveBytes(TorchDispatchMode):
 
     def gradient_done(self, parameter: torch.Tensor) -> None:
         """End an interval: a complete gradient is no activation any more (zero_memory.py counts it)."""
-        self._samples.append(self._sample())
+        self.samples.append(self.sample())
         self._gradient_elements += parameter.numel()
         parameter.grad = None
         self._peak = self._at_start = self.live
 
-    def finish(self) -> list[MemorySample]:
-        return [*self._samples, self._sample()]
-
-    def _sample(self) -> MemorySample:
+    def sample(self) -> MemorySample:
+        """Return the interval since the last complete gradient."""
         return MemorySample(self._gradient_elements, self._peak, self._at_start)
 
     def _count(self, storage: Any) -> None:
@@ -257,12 +250,3 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Any) -> Any:
         hidden, weight, _ = ctx.saved_tensors
         return torch.empty_like(hidden), torch.empty_like(weight)
-
-
-def _normalise(norm: Any, hidden: Any) -> Any:
-    return _FusedNorm.apply(hidden, norm.weight)
-
-
-def _register_cuda_attention() -> str:
-    default_attention.register(_CUDA_ATTENTION, _attend, lambda pattern: default_attention.LayerMask())
-    return _CUDA_ATTENTION

@@ -17,10 +17,9 @@ CONTEXT = "CUDA context and NCCL"
 FRAGMENTATION = "fragmentation"
 PROCESS = "process (interpreter, libraries)"
 LOADING = "loading the model"
-MIB = 2**20
 
 # Assumed: driver and kernels of torch (about 0.5 GiB), and NCCL's channels (about 0.5 GiB).
-_CUDA_CONTEXT_BYTES = 1024 * MIB
+_CUDA_CONTEXT_BYTES = 2**30
 # Assumed: the part of a step's transient memory that torch's caching allocator cannot reuse.
 _FRAGMENTATION = 0.05
 _TRANSIENT = (ACTIVATIONS, LOGITS, BUCKETS)
@@ -49,11 +48,10 @@ def trace_phases(
 ) -> tuple[ActivationTrace, int]:
     """Return the trace of the fullest micro-batch, and the bytes of its peak that are due to the logits."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    lengths = list(workload.lengths)
-    full = trace_activations(
-        workload.config, lengths, max(1, workload.num_target_tokens), dtype, checkpointing, cuda
+    full, without = (
+        trace_activations(workload.config, list(workload.lengths), learned_tokens, dtype, checkpointing, cuda)
+        for learned_tokens in (max(1, workload.num_target_tokens), 1)
     )
-    without = trace_activations(workload.config, lengths, 1, dtype, checkpointing, cuda)
     return full, max(0, full.samples[0].bytes - without.samples[0].bytes)
 
 
@@ -73,13 +71,9 @@ def estimate_memory(
     to the system (mallopt(3), M_MMAP_THRESHOLD).
     """
     element_bytes = 2 if resolved["bf16"]["enabled"] else 4
+    sizes, on_accelerator = list(workload.sizes), not accelerator.is_cpu
     layout = ZeroLayout.make(
-        resolved,
-        list(workload.sizes),
-        element_bytes,
-        world_size,
-        on_accelerator=not accelerator.is_cpu,
-        largest_layer=workload.largest_layer,
+        resolved, sizes, element_bytes, world_size, on_accelerator, workload.largest_layer
     )
     worst = max(estimate_phases(layout, *traced), key=Phase.total)
     device, host = worst.device, worst.host
@@ -89,13 +83,9 @@ def estimate_memory(
         device[PROCESS] += process_bytes
         return MemoryEstimate(worst.name, +device, Counter(), traced[0].peak_bytes)
     host[PROCESS] += process_bytes
-    host[LOADING] += _loading(layout, workload)
+    # Rank 0 makes random weights whole; pretrained ones are read file by file.
+    loaded = layout.largest_parameter if layout.stage == 3 else layout.num_parameters
+    host[LOADING] += layout.element_bytes * loaded
     device[FRAGMENTATION] += int(_FRAGMENTATION * sum(device[name] for name in _TRANSIENT))
     device[CONTEXT] += _CUDA_CONTEXT_BYTES
     return MemoryEstimate(worst.name, +device, +host, traced[0].peak_bytes)
-
-
-def _loading(layout: ZeroLayout, workload: Workload) -> int:
-    """Return the host memory of loading: rank 0 makes random weights whole; pretrained ones are read file by file."""
-    whole = layout.element_bytes * layout.num_parameters
-    return layout.element_bytes * layout.largest_parameter if layout.stage == 3 else whole

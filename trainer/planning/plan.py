@@ -12,11 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError
-from trainer.planning import disk, memory, time
+from trainer.planning import memory, time
 from trainer.planning.accelerators import GB, Accelerator, find_accelerator, host_memory_bytes
 from trainer.planning.activations import ActivationTrace
-from trainer.planning.disk import DiskEstimate
 from trainer.planning.memory import MemoryEstimate
 from trainer.planning.time import StepTime
 from trainer.planning.workload import Workload, estimate_workload
@@ -37,6 +35,19 @@ class Hardware:
     @property
     def world_size(self) -> int:
         return self.nodes * self.per_node
+
+
+@dataclass(frozen=True)
+class DiskEstimate:
+    """Bytes that a run writes to disk, of all ranks together."""
+
+    checkpoint_bytes: int
+    num_checkpoints: int  # those kept, and the one being written
+    export_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.checkpoint_bytes * self.num_checkpoints + self.export_bytes
 
 
 @dataclass(frozen=True)
@@ -123,28 +134,22 @@ def plan_with_trace(
     """Plan one training whose activations were traced already (`memory.trace_phases`)."""
     accelerator = machine.accelerator
     resolved = ds_config.resolve_ds_config(settings, machine.world_size)
-    process = _process_bytes(ds_config.stage(resolved)) if process_bytes is None else process_bytes
-    kept = (
-        0.0
-        if ignore_glibc_heap or "MALLOC_MMAP_THRESHOLD_" in os.environ
-        else read_measurements()["kept_by_glibc"]
-    )
-    needed = memory.estimate_memory(
-        workload, resolved, accelerator, machine.world_size, traced, process, kept
-    )
-    space = disk.estimate_disk(workload, resolved, settings.save_total_limit)
+    measured = read_measurements()
+    if process_bytes is None:  # stages import different parts of DeepSpeed
+        by_stage = measured["process_bytes"]
+        process_bytes = int(by_stage.get(str(ds_config.stage(resolved)), max(by_stage.values())))
+    returns_memory = ignore_glibc_heap or "MALLOC_MMAP_THRESHOLD_" in os.environ
+    kept = 0.0 if returns_memory else measured["kept_by_glibc"]
+    ranks, nodes = machine.world_size, machine.nodes
+    needed = memory.estimate_memory(workload, resolved, accelerator, ranks, traced, process_bytes, kept)
+    space = estimate_disk(workload, resolved, settings.save_total_limit)
     if settings.calibrate:
         rate = time.measured_rate(settings.calibrate, workload.mean_length)
     else:
-        rate = time.default_rate(workload.num_parameters, settings.bf16, accelerator, read_measurements())
+        rate = time.default_rate(workload.num_parameters, settings.bf16, accelerator, measured)
+    checkpointing = settings.gradient_checkpointing
     step = time.estimate_step_time(
-        workload,
-        resolved,
-        accelerator,
-        machine.nodes,
-        machine.per_node,
-        settings.gradient_checkpointing,
-        rate,
+        workload, resolved, accelerator, nodes, machine.per_node, checkpointing, rate
     )
     notes = list(workload.assumptions)
     if step.is_extrapolated:
@@ -161,15 +166,38 @@ def plan_with_trace(
     return RunPlan(settings, machine, workload, resolved, needed, space, step, refusals, tuple(notes))
 
 
+def estimate_disk(workload: Workload, resolved: dict[str, Any], save_total_limit: int) -> DiskEstimate:
+    """Return the bytes of all ranks together, without the kilobytes of names and shapes.
+
+    Stage 0 writes weights and AdamW's two fp32 moments; stages 1 and 2 weights, fp32 masters and moments; stage 3
+    masters and moments.
+    """
+    element_bytes = 2 if resolved["bf16"]["enabled"] else 4
+    per_parameter = (element_bytes + 8, element_bytes + 12, element_bytes + 12, 12)[ds_config.stage(resolved)]
+    export = element_bytes * workload.num_parameters
+    return DiskEstimate(per_parameter * workload.num_parameters, save_total_limit + 1, export)
+
+
 def _refusals(machine: Hardware, needed: MemoryEstimate, space: DiskEstimate) -> tuple[str, ...]:
     found = []
     limit = machine.accelerator.memory_bytes
     unit = "process" if machine.accelerator.is_cpu else "GPU"
     if needed.device_bytes > limit:
         missing = needed.device_bytes - limit
+        within_batch = needed.device[ACTIVATIONS] + needed.device[LOGITS]
+        if within_batch > missing:
+            remedy = (
+                "smaller per_device_train_batch_size or pack_length, or --gradient_checkpointing: "
+                f"activations and logits take {size_text(within_batch)}"
+            )
+        else:
+            remedy = (
+                "divide more among ranks (ds_configs/zero3.json, more GPUs), offload "
+                "(ds_configs/zero3_offload.json), or use a smaller model"
+            )
         found.append(
-            f"memory: a {unit} needs {size_text(needed.device_bytes)} and has {size_text(limit)}, {size_text(missing)} are missing; "
-            + _remedy(needed, missing)
+            f"memory: a {unit} needs {size_text(needed.device_bytes)} and has {size_text(limit)}, "
+            f"{size_text(missing)} are missing; {remedy}"
         )
     host = needed.host_bytes * machine.per_node
     if machine.host_bytes and host > machine.host_bytes:
@@ -186,34 +214,8 @@ def _refusals(machine: Hardware, needed: MemoryEstimate, space: DiskEstimate) ->
     return tuple(found)
 
 
-def _remedy(needed: MemoryEstimate, missing: int) -> str:
-    """Return advice for the largest part of the memory."""
-    within_batch = needed.device[ACTIVATIONS] + needed.device[LOGITS]
-    if within_batch > missing:
-        return (
-            "smaller per_device_train_batch_size or pack_length, or --gradient_checkpointing: "
-            f"activations and logits take {size_text(within_batch)}"
-        )
-    return (
-        "divide more among ranks (ds_configs/zero3.json, more GPUs), offload "
-        "(ds_configs/zero3_offload.json), or use a smaller model"
-    )
-
-
 @lru_cache
 def read_measurements() -> dict[str, Any]:
     """Return measured.json, written by benchmarks/plan_accuracy.py: hardware, date, errors of all cases, rates."""
     text = files("trainer.planning").joinpath("measured.json").read_text(encoding="utf-8")
     return json.loads(text)
-
-
-def _process_bytes(stage: int) -> int:
-    """Return the measured resident set of a rank with a tiny model; stages import different parts of DeepSpeed."""
-    found = read_measurements()["process_bytes"]
-    return int(found.get(str(stage), max(found.values())))
-
-
-def check_plan_fits(plan: RunPlan) -> None:
-    """Raise UserError if the plan does not fit."""
-    if plan.refusals:
-        raise UserError("this cannot run: " + "; ".join(plan.refusals))

@@ -33,13 +33,12 @@ def print_plan(plan: RunPlan, recommended: Recommendation | None) -> None:
         f"{workload.num_target_tokens:,} learned; {workload.tokens_per_step:,.0f} tokens a step"
     )
     unit = "process" if machine.accelerator.is_cpu else "GPU"
-    _memory(console, f"memory of a {unit}, worst in {plan.memory.phase}", plan.memory.device,
-            machine.accelerator.memory_bytes)  # fmt: skip
+    title = f"memory of a {unit}, worst in {plan.memory.phase}"
+    console.print(_memory_table(title, plan.memory.device, machine.accelerator.memory_bytes))
     if plan.memory.host:
+        title = f"host memory of a machine ({machine.per_node} ranks)"
         per_machine = Counter({name: value * machine.per_node for name, value in plan.memory.host.items()})
-        _memory(
-            console, f"host memory of a machine ({machine.per_node} ranks)", per_machine, machine.host_bytes
-        )
+        console.print(_memory_table(title, per_machine, machine.host_bytes))
     disk = plan.disk
     console.print(
         f"disk: {size_text(disk.total_bytes)} = {disk.num_checkpoints} x {size_text(disk.checkpoint_bytes)} checkpoints "
@@ -47,13 +46,20 @@ def print_plan(plan: RunPlan, recommended: Recommendation | None) -> None:
         + (f"; {size_text(machine.disk_bytes)} are free" if machine.disk_bytes else "")
     )
     _time(console, plan)
-    for note in plan.notes:
-        console.print(f"note: {note}")
-    for line in error_lines():
+    lines = [f"note: {note}" for note in plan.notes] + error_lines()
+    lines += [f"[bold red]cannot run[/]: {refusal}" for refusal in plan.refusals]
+    if recommended is None:
+        lines.append("[bold red]nothing of ds_configs/ fits[/] on this hardware with this pack_length")
+    else:
+        if recommended.differences:
+            lines.append("[bold]recommended[/]: " + ", ".join(recommended.differences))
+        lines.append(
+            f"largest micro-batch that fits with it: {recommended.largest_micro_batch} pack(s); "
+            f"recommended needs {size_text(recommended.plan.memory.device_bytes)}"
+        )
+        lines.append(recommend.train_command(recommended.plan.settings, machine))
+    for line in lines:
         console.print(line)
-    for refusal in plan.refusals:
-        console.print(f"[bold red]cannot run[/]: {refusal}")
-    _recommendation(console, plan, recommended)
 
 
 def make_console() -> Console:
@@ -144,7 +150,7 @@ def error_lines() -> list[str]:
     ]
 
 
-def _memory(console: Console, title: str, parts: Counter[str], limit: int) -> None:
+def _memory_table(title: str, parts: Counter[str], limit: int) -> Table:
     total = sum(parts.values())
     scale = max(total, limit) or 1
     table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
@@ -157,7 +163,7 @@ def _memory(console: Console, title: str, parts: Counter[str], limit: int) -> No
     color = "red" if limit and total > limit else "green"
     of_limit = f" of {size_text(limit)} ({total / limit:.0%})" if limit else " (limit not known)"
     table.add_row("[bold]total[/]", f"[bold]{size_text(total)}[/]", f"[{color}]{of_limit.strip()}[/]")
-    console.print(table)
+    return table
 
 
 def _time(console: Console, plan: RunPlan) -> None:
@@ -178,17 +184,3 @@ def _time(console: Console, plan: RunPlan) -> None:
         text += "; how many steps is not known: give train_shards, max_steps or num_problems"
     console.print(text + (" [yellow](extrapolated)[/]" if step.is_extrapolated else ""))
     console.print(f"  rate: {step.rate.source}")
-
-
-def _recommendation(console: Console, plan: RunPlan, recommended: Recommendation | None) -> None:
-    if recommended is None:
-        console.print("[bold red]nothing of ds_configs/ fits[/] on this hardware with this pack_length")
-        return
-    if recommended.differences:
-        console.print("[bold]recommended[/]: " + ", ".join(recommended.differences))
-    needs = recommended.plan.memory.device_bytes
-    console.print(
-        f"largest micro-batch that fits with it: {recommended.largest_micro_batch} pack(s); "
-        f"recommended needs {size_text(needs)}"
-    )
-    console.print(recommend.train_command(recommended.plan.settings, plan.hardware))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -23,8 +22,8 @@ from trainer.study.study_file import RunSpec, Study
 
 
 def plan_training(settings: PlanSettings) -> bool:
-    """Print the plan of one training; return whether it fits. Raises UserError."""
-    _silence_logging()
+    """Print the plan of one training, without warnings of libraries; return whether it fits. Raises UserError."""
+    logging.disable(logging.WARNING)
     run_plan = plan.make_plan(settings)
     recommended = recommend(run_plan)
     if settings.json:
@@ -39,14 +38,14 @@ def dry_run(settings: TrainSettings) -> bool:
     environment = distributed.environment()
     if environment.rank != 0:
         return True
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainSettings)}
-    nodes = max(1, environment.world_size // environment.local_world_size)
-    return plan_training(PlanSettings(**values, nodes=nodes, gpus_per_node=environment.local_world_size))
+    per_node = environment.local_world_size
+    nodes = max(1, environment.world_size // per_node)
+    return plan_training(PlanSettings(**vars(settings), nodes=nodes, gpus_per_node=per_node))
 
 
 def plan_study(settings: PlanSettings, study: Study) -> bool:
     """Print one line per run and the totals; return whether all runs fit. Missing shards are estimated."""
-    _silence_logging()
+    logging.disable(logging.WARNING)
     plans: list[tuple[RunSpec, RunPlan]] = []
     for run in study.runs:
         if run.train is None:  # evaluation only
@@ -55,16 +54,25 @@ def plan_study(settings: PlanSettings, study: Study) -> bool:
             plans.append((run, plan.make_plan(_settings_of_run(settings, run.train, study))))
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from None
+    fits = all(run_plan.fits for _, run_plan in plans)
+    totals = {
+        "seconds": sum(run_plan.seconds for _, run_plan in plans),
+        "accelerator_hours": sum(run_plan.accelerator_hours for _, run_plan in plans),
+        "disk_bytes": sum(run_plan.disk.total_bytes for _, run_plan in plans),
+        "unknown": sum(not run_plan.seconds for _, run_plan in plans),
+    }
     if settings.json:
-        print(json.dumps(_study_dict(study, plans), indent=1))
+        runs = {run.name: plan_table.as_dict(run_plan) for run, run_plan in plans}
+        result = {"study": study.name, "runs": runs, "totals": totals, "fits": fits}
+        print(json.dumps(result, indent=1))
     else:
-        _print_study(study, plans)
-    return all(run_plan.fits for _, run_plan in plans)
+        _print_study(study, plans, totals)
+    return fits
 
 
 def _settings_of_run(settings: PlanSettings, train: TrainSettings, study: Study) -> PlanSettings:
     """Return the settings of the run's training on the requested hardware."""
-    values = {field.name: getattr(train, field.name) for field in dataclasses.fields(TrainSettings)}
+    values = dict(vars(train))
     plan_only = {name: getattr(settings, name) for name in PlanSettings.__annotations__ if name != "study"}
     if not atomic_dir.is_complete(Path(train.train_shards)):
         prepare = next(shards for shards in study.shards if shards.output_dir == train.train_shards)
@@ -75,25 +83,14 @@ def _settings_of_run(settings: PlanSettings, train: TrainSettings, study: Study)
     return PlanSettings(**{**values, **plan_only})
 
 
-def _print_study(study: Study, plans: Sequence[tuple[RunSpec, RunPlan]]) -> None:
+def _print_study(study: Study, plans: Sequence[tuple[RunSpec, RunPlan]], totals: dict[str, Any]) -> None:
     console = plan_table.make_console()
     machine = plans[0][1].hardware
-    table = Table(
-        title=f"{study.name}: {len(plans)} runs on {machine.nodes} x {machine.per_node} {machine.accelerator.name}",
-        title_justify="left",
-    )
-    for heading in (
-        "run",
-        "parameters",
-        "ZeRO",
-        "memory",
-        "of limit",
-        "disk",
-        "steps",
-        "time",
-        "accelerator-hours",
-    ):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+    hardware = f"{machine.nodes} x {machine.per_node} {machine.accelerator.name}"
+    table = Table(title=f"{study.name}: {len(plans)} runs on {hardware}", title_justify="left")
+    table.add_column("run")
+    for heading in ("parameters", "ZeRO", "memory", "of limit", "disk", "steps", "time", "accelerator-hours"):
+        table.add_column(heading, justify="right")
     for run, run_plan in plans:
         used = run_plan.memory.device_bytes / machine.accelerator.memory_bytes
         table.add_row(
@@ -107,7 +104,6 @@ def _print_study(study: Study, plans: Sequence[tuple[RunSpec, RunPlan]]) -> None
             duration_text(run_plan.seconds) if run_plan.seconds else "?",
             f"{run_plan.accelerator_hours:.3g}" if run_plan.seconds else "?",
         )
-    totals = _totals(plans)
     table.add_section()
     table.add_row(
         "total, training only", "", "", "", "", size_text(totals["disk_bytes"]), "",
@@ -126,27 +122,3 @@ def _print_study(study: Study, plans: Sequence[tuple[RunSpec, RunPlan]]) -> None
         console.print(
             f"note: {totals['unknown']} run(s) are not in the totals: their number of steps or the speed of the GPU is not known"
         )
-
-
-def _totals(plans: Sequence[tuple[RunSpec, RunPlan]]) -> dict[str, Any]:
-    return {
-        "seconds": sum(run_plan.seconds for _, run_plan in plans),
-        "accelerator_hours": sum(run_plan.accelerator_hours for _, run_plan in plans),
-        "disk_bytes": sum(run_plan.disk.total_bytes for _, run_plan in plans),
-        "unknown": sum(not run_plan.seconds for _, run_plan in plans),
-    }
-
-
-def _study_dict(study: Study, plans: Sequence[tuple[RunSpec, RunPlan]]) -> dict[str, Any]:
-    runs = {run.name: plan_table.as_dict(run_plan) for run, run_plan in plans}
-    return {
-        "study": study.name,
-        "runs": runs,
-        "totals": _totals(plans),
-        "fits": all(run_plan.fits for _, run_plan in plans),
-    }
-
-
-def _silence_logging() -> None:
-    """Silence warnings of libraries: only the plan is printed."""
-    logging.disable(logging.WARNING)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from trainer.errors import UserError
 from trainer.models import load
@@ -15,6 +16,7 @@ from trainer.planning.accelerators import Accelerator
 from trainer.planning.workload import Workload
 from trainer.storage.json_lines import read_json_lines
 from trainer.storage.run_directory import RunDirectory
+from trainer.training import ds_config
 from trainer.training.throughput import flops_per_token
 
 # MFU by parameters: llm-foundry's table for H100s, short sequences, ZeRO-3-like (cited, not measured here). Below its
@@ -52,19 +54,18 @@ class StepTime:
 def default_rate(num_parameters: int, bf16: bool, accelerator: Accelerator, measured: dict[str, Any]) -> Rate:
     """Return the estimated rate without `--calibrate`. `measured`: the content of measured.json."""
     peak = accelerator.bf16_flops if bf16 else accelerator.fp32_flops
+    own = "--calibrate RUN for your own"
     if accelerator.is_cpu:
-        source = (
-            f"{measured['hardware']}, {measured['date']}; --calibrate RUN takes the speed of this machine"
-        )
-        return Rate(measured["cpu_flops_per_rank"] or peak, source)
-    if not accelerator.is_speed_known:
+        source = f"{measured['hardware']}, {measured['date']}"
         return Rate(
-            peak, f"unknown: {accelerator.name} is not in the table of GPUs; --calibrate RUN for your own"
+            measured["cpu_flops_per_rank"] or peak,
+            f"{source}; --calibrate RUN takes the speed of this machine",
         )
-    part = _interpolate(num_parameters)
-    return Rate(
-        peak * part, f"{part:.0%} of peak (llm-foundry's H100 table, cited); --calibrate RUN for your own"
-    )
+    if not accelerator.is_speed_known:
+        return Rate(peak, f"unknown: {accelerator.name} is not in the table of GPUs; {own}")
+    sizes, utilisations = zip(*_MFU, strict=True)
+    part = float(np.interp(num_parameters, sizes, utilisations))
+    return Rate(peak * part, f"{part:.0%} of peak (llm-foundry's H100 table, cited); {own}")
 
 
 def measured_rate(run_path: str, mean_length: float) -> Rate:
@@ -97,8 +98,7 @@ def estimate_step_time(
 ) -> StepTime:
     """Return the time of one optimizer step: 6N + attention FLOPs per token, 4/3 of them with recomputation."""
     world_size = nodes * per_node
-    zero = resolved["zero_optimization"]
-    stage = int(zero.get("stage", 0))
+    stage = ds_config.stage(resolved)
     element_bytes = 2 if resolved["bf16"]["enabled"] else 4
     flops = flops_per_token(workload.num_parameters, workload.config, workload.mean_length)
     recompute = 4 / 3 if checkpointing else 1.0
@@ -111,12 +111,10 @@ def estimate_step_time(
 
     share = workload.num_parameters / (world_size if stage else 1)
     update = _ADAM_BYTES * share / accelerator.memory_bandwidth
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        update = (
-            2 * element_bytes * share / _PCIE_BANDWIDTH
-            + _ADAM_BYTES * share * per_node / _HOST_ADAM_BANDWIDTH
-        )
-    is_overlapped = bool(zero.get("overlap_comm", stage == 3))
+    if ds_config.offloads(resolved):
+        update = 2 * element_bytes * share / _PCIE_BANDWIDTH
+        update += _ADAM_BYTES * share * per_node / _HOST_ADAM_BANDWIDTH
+    is_overlapped = bool(resolved["zero_optimization"].get("overlap_comm", stage == 3))
     return StepTime(compute, communication, update, is_overlapped, rate, nodes > 1)
 
 
@@ -125,18 +123,4 @@ def communication_volumes(stage: int, accumulation_steps: int) -> int:
 
     Measured for stages 1 and 2: ZeRO-2 reduces after every micro-batch, so ZeRO-1 moves less with accumulation.
     """
-    return {
-        0: 2,
-        1: 3,
-        2: 2 * accumulation_steps + 1,
-        3: 3 * accumulation_steps,
-    }[stage]
-
-
-def _interpolate(num_parameters: float) -> float:
-    if num_parameters <= _MFU[0][0]:
-        return _MFU[0][1]
-    for (low, low_part), (high, high_part) in itertools.pairwise(_MFU):
-        if num_parameters <= high:
-            return low_part + (high_part - low_part) * (num_parameters - low) / (high - low)
-    return _MFU[-1][1]
+    return (2, 3, 2 * accumulation_steps + 1, 3 * accumulation_steps)[stage]

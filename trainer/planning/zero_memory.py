@@ -147,7 +147,9 @@ def _states(layout: ZeroLayout, phase: Phase) -> None:
         optimizer[GRADIENTS] += k * share  # one flat buffer, kept for the run
         if layout.offload_optimizer:
             host[GRADIENTS] += 4 * share
-        device[BUCKETS] += k * _resident(layout, layout.reduce_bucket)
+        # On a CPU only pages that were written to are resident.
+        resident = layout.reduce_bucket if layout.on_accelerator else min(layout.reduce_bucket, total)
+        device[BUCKETS] += k * resident
     elif layout.stage == 0:
         device[WEIGHTS] += k * total
         device[OPTIMIZER] += 8 * total
@@ -169,18 +171,15 @@ def _backward(layout: ZeroLayout, trace: ActivationTrace, logits_bytes: int) -> 
     fills = _fills(order, layout.reduce_bucket, 2 if layout.overlap and layout.stage < 3 else 1)
     kept, before = _kept(layout), BucketFill(0, 0, 0)
     # After the last gradient the epilogue reduces the rest of the bucket.
-    for sample, later, size, fill in zip(
-        samples, (*samples[1:], samples[-1]), (*order, 0), fills, strict=True
-    ):
+    following, sizes = (*samples[1:], samples[-1]), (*order, 0)
+    for sample, later, size, fill in zip(samples, following, sizes, fills, strict=True):
         logits = min(logits_bytes, sample.bytes) if sample is samples[0] else 0
         now = kept + (_buckets(layout, before) if reduces else _whole_gradients(layout, sample))
         yield now + Counter({LOGITS: logits, ACTIVATIONS: sample.bytes - logits})
         if reduces:
             # DeepSpeed's hook runs after each gradient; if it does not fit, the bucket is copied flat and reduced.
-            now = kept + _buckets(layout, before)
-            yield now + Counter(
-                {GRADIENTS: k * size, BUCKETS: k * fill.copied, ACTIVATIONS: later.bytes_at_start}
-            )
+            added = {GRADIENTS: k * size, BUCKETS: k * fill.copied, ACTIVATIONS: later.bytes_at_start}
+            yield kept + _buckets(layout, before) + Counter(added)
             before = fill
 
 
@@ -204,9 +203,8 @@ def _kept(layout: ZeroLayout) -> Counter[str]:
 def _whole_gradients(layout: ZeroLayout, sample: MemorySample) -> Counter[str]:
     """Return the gradients of stages 0 and 1, which keep all until the end of the last micro-batch."""
     k, now = layout.element_bytes, Counter[str]()
-    now[GRADIENTS] = k * (
-        layout.num_parameters if layout.accumulation_steps > 1 else sample.gradient_elements
-    )
+    accumulates = layout.accumulation_steps > 1
+    now[GRADIENTS] = k * (layout.num_parameters if accumulates else sample.gradient_elements)
     if layout.stage == 1 and layout.on_accelerator:
         now[BUCKETS] = k * layout.reduce_bucket
     return now
@@ -219,9 +217,8 @@ def _buckets(layout: ZeroLayout, fill: BucketFill) -> Counter[str]:
         whole = (2 if layout.overlap else 1) * layout.reduce_bucket
         now[BUCKETS] = k * (whole if layout.on_accelerator else fill.written)
         # Worst rank: the owner of the first gradients keeps them from the start.
-        now[GRADIENTS] = (
-            k * min(fill.reduced, layout.partition_elements) if not layout.offload_optimizer else 0
-        )
+        kept = 0 if layout.offload_optimizer else min(fill.reduced, layout.partition_elements)
+        now[GRADIENTS] = k * kept
     return now
 
 
@@ -260,17 +257,12 @@ def _reduction(layout: ZeroLayout) -> Iterator[Counter[str]]:
         yield Counter({GRADIENTS: k * total, BUCKETS: k * min(_FALLBACK_BUCKET, total)})
         return
     moved, before = 0, BucketFill(0, 0, 0)
-    for size, fill in zip(
-        (*layout.sizes, 0), _fills(list(layout.sizes), layout.reduce_bucket, 1), strict=True
-    ):
+    fills = _fills(list(layout.sizes), layout.reduce_bucket, 1)
+    for size, fill in zip((*layout.sizes, 0), fills, strict=True):
         buffer = layout.reduce_bucket if layout.on_accelerator else before.written
         # Gradients in the bucket have freed their own memory; this rank's partition is copied out again.
-        yield Counter(
-            {
-                GRADIENTS: k * (total - moved + min(before.reduced, layout.partition_elements)),
-                BUCKETS: k * (buffer + fill.copied),
-            }
-        )
+        held = total - moved + min(before.reduced, layout.partition_elements)
+        yield Counter({GRADIENTS: k * held, BUCKETS: k * (buffer + fill.copied)})
         moved, before = moved + size, fill
 
 
@@ -288,11 +280,6 @@ def _step(layout: ZeroLayout) -> Counter[str]:
         converted = min(share, layout.sub_group) if layout.stage == 3 else share
         now[GRADIENTS] = kept + 4 * converted + (k * converted if k != 4 else 0)
     return now
-
-
-def _resident(layout: ZeroLayout, elements: int) -> int:
-    """Return the resident elements of a buffer: on a CPU only pages that were written to."""
-    return elements if layout.on_accelerator else min(elements, layout.num_parameters)
 
 
 def _offloaded(zero: dict[str, Any], key: str) -> bool:

@@ -55,9 +55,11 @@ def extract_answer(text: str, rule: str = "strict", gold_type: str | None = None
         raise ValueError(
             f"unknown rule {rule!r} or type {gold_type!r}; rules are {RULES}, types are {ANSWER_TYPES}"
         )
-    stated = _after_delimiter(text)
+    _, delimiter, rest = text.rpartition(DELIMITER)
+    stated = (rest.partition("\n")[0].strip() or None) if delimiter else None
     if rule == "strict" or gold_type == "text":
-        return stated if stated or rule == "strict" else _last_line(text)
+        last_line = text.strip().rpartition("\n")[2].strip()
+        return stated if stated or rule == "strict" else last_line or None
     if stated and (
         (gold_type != "yes_no" and parse_number(stated) is not None)
         or (gold_type != "number" and parse_yes_no(stated) is not None)
@@ -65,9 +67,11 @@ def extract_answer(text: str, rule: str = "strict", gold_type: str | None = None
         return stated
     if gold_type == "number":
         return _last_number(text)
+    words = _YES_NO_IN_TEXT.findall(text)
+    last_yes_no = words[-1] if words else None
     if gold_type == "yes_no":
-        return _last_yes_no(text)
-    return _last_number(text) or _last_yes_no(text) or stated
+        return last_yes_no
+    return _last_number(text) or last_yes_no or stated
 
 
 def answers_match(answer: str | None, gold: str) -> bool:
@@ -134,16 +138,6 @@ def _bare_yes_no(gold: str) -> bool | None:
     return {"yes": True, "true": True, "no": False, "false": False}.get(gold.strip(_EDGES).casefold())
 
 
-def _after_delimiter(text: str) -> str | None:
-    _, mark, rest = text.rpartition(DELIMITER)
-    line = rest.partition("\n")[0].strip() if mark else ""
-    return line or None
-
-
-def _last_line(text: str) -> str | None:
-    return text.strip().rpartition("\n")[2].strip() or None
-
-
 def _last_number(text: str) -> str | None:
     numbers = _IN_TEXT.findall(text)
     if not numbers:
@@ -153,11 +147,6 @@ def _last_number(text: str) -> str | None:
         if parse_number(candidate) is not None:  # the last number of the list "3,4,5" is 5
             return candidate
     return None
-
-
-def _last_yes_no(text: str) -> str | None:
-    words = _YES_NO_IN_TEXT.findall(text)
-    return words[-1] if words else None
 
 
 def _normalised(text: str) -> str:

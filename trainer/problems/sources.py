@@ -1,4 +1,8 @@
-"""Reading problems of a data set from a local file or folder, the Hugging Face Hub, or the stories generator."""
+"""Reading problems of a data set from a local file or folder, the Hugging Face Hub, or the stories generator.
+
+The Hub is for the preparation step: one process, with internet or a filled cache. Training and evaluation read shards, so
+ranks do not race for the cache of `datasets` (its issues 4661, 5412), and compute nodes need no network.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,11 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.problems import gsm8k, jsonl, strategyqa, svamp
-from trainer.problems.hub import read_hub
-from trainer.problems.problem import Problem, RecordError, RejectedRecord
+from trainer.problems.problem import MAX_REJECTED_TEXT, Problem, RecordError, RejectedRecord
 from trainer.problems.records import JsonRecord, read_records
 from trainer.storage.atomic_dir import file_digest
 from trainer.storage.configuration import did_you_mean
 
-HUB_EXAMPLES = {"gsm8k": "openai/gsm8k", "svamp": "ChilleD/SVAMP", "strategyqa": "ChilleD/StrategyQA"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _SUFFIXES = (".json", ".jsonl")
 _SPLIT_NAMES = ("train", "validation", "dev", "test")
@@ -29,41 +31,52 @@ class DatasetSource:
     """Format and file names of a data set.
 
     from_record: (record, default id) -> Problem. files: split -> file names in a folder, in order of preference.
-    hub: split -> (configuration, split) on the Hub, split None for all. options: accepted options of `read_problems`.
+    hub: split -> (configuration, split) on the Hub, split None for all. hub_example: a data set's name there.
+    options: accepted options of `read_problems`.
     """
 
+    name: str
     from_record: Callable[[dict[str, Any], str], Problem]
     files: Callable[[str], tuple[str, ...]]
     hub: Callable[[str], tuple[str | None, str | None]]
+    hub_example: str = ""
     options: tuple[str, ...] = ("revision",)
 
 
-_DATASETS = {
-    "gsm8k": DatasetSource(
+_SOURCES = (
+    DatasetSource(
+        "gsm8k",
         gsm8k.problem_from_record,
         files=lambda split: (f"{split}.jsonl",),
         hub=lambda split: (
             "socratic" if split.endswith(gsm8k.SOCRATIC) else "main",
             split.removesuffix(gsm8k.SOCRATIC),
         ),
+        hub_example="openai/gsm8k",
     ),
-    "svamp": DatasetSource(
+    DatasetSource(
+        "svamp",
         svamp.problem_from_record,
         files=lambda split: ("SVAMP.json",),
         hub=lambda split: (None, None),
+        hub_example="ChilleD/SVAMP",
         options=("revision", "seed"),
     ),
-    "strategyqa": DatasetSource(
+    DatasetSource(
+        "strategyqa",
         strategyqa.problem_from_record,
         files=lambda split: (f"{split}.json", f"{split}.jsonl"),
         hub=lambda split: (None, split),
+        hub_example="ChilleD/StrategyQA",
     ),
-    "jsonl": DatasetSource(
+    DatasetSource(
+        "jsonl",
         jsonl.problem_from_record,
         files=lambda split: (f"{split}.jsonl", f"{split}.json"),
         hub=lambda split: (None, split),
     ),
-}
+)
+_DATASETS = {source.name: source for source in _SOURCES}
 DATA = (*_DATASETS, "stories")
 
 
@@ -97,13 +110,28 @@ def read_problems(
             raise UserError(f"{data} takes no option {name!r}; it takes {', '.join(data_set.options)}")
     if data == "svamp" and split not in svamp.SPLITS:
         raise UserError(f"svamp has no split {split!r}; choose one of {', '.join(svamp.SPLITS)}")
-    source, records = _open(data, data_set, split, path, options.get("revision"))
+    source, records = _open(data_set, split, path, options.get("revision"))
     if data == "svamp" and split != "all":
         seed = options.get("seed", 0)
         records = (
             r for r in records if isinstance(r, RejectedRecord) or svamp.in_split(r.value, split, seed)
         )
-    return _problems(data, data_set, split, source, records)
+    return _problems(data_set, split, source, records)
+
+
+def read_exemplars(path: str) -> list[Problem]:
+    """Return the solved problems for few-shot prompts from a JSONL file (see jsonl.py), in order.
+
+    Raises UserError naming the first invalid line.
+    """
+    found = []
+    for record in read_problems("jsonl", Path(path).stem, path):
+        if isinstance(record, RejectedRecord):
+            raise UserError(
+                f"{path}, line {record.line}: {record.reason}: {record.detail}; correct the exemplar"
+            )
+        found.append(record)
+    return found
 
 
 def source_digest(data: str, split: str, path: str | None = None, **options: Any) -> str:
@@ -115,7 +143,7 @@ def source_digest(data: str, split: str, path: str | None = None, **options: Any
     if data == "stories":
         first = itertools.islice(read_problems(data, split, path, **options), 64)
         return hashlib.sha256(repr(list(first)).encode()).hexdigest()
-    source, _ = _open(data, _DATASETS[data], split, path, options.get("revision"))
+    source, _ = _open(_DATASETS[data], split, path, options.get("revision"))
     local = Path(source).expanduser()
     if local.is_dir():
         files = sorted(local.rglob("*.parquet"))
@@ -125,12 +153,9 @@ def source_digest(data: str, split: str, path: str | None = None, **options: Any
 
 
 def _problems(
-    data: str,
-    data_set: DatasetSource,
-    split: str,
-    source: str,
-    records: Iterable[JsonRecord | RejectedRecord],
+    data_set: DatasetSource, split: str, source: str, records: Iterable[JsonRecord | RejectedRecord]
 ) -> Iterator[Problem | RejectedRecord]:
+    data = data_set.name
     prefix = split if data == "jsonl" else f"{data}-{split.removesuffix(gsm8k.SOCRATIC)}"
     first_line: dict[str, int] = {}
     first_reject: RejectedRecord | None = None
@@ -162,38 +187,63 @@ def _problems(
 
 
 def _open(
-    data: str, data_set: DatasetSource, split: str, path: str | None, revision: str | None
+    data_set: DatasetSource, split: str, path: str | None, revision: str | None
 ) -> tuple[str, Iterable[JsonRecord | RejectedRecord]]:
     """Return the source's path or Hub name and its records."""
-    hub_example = f", or a hub name such as {HUB_EXAMPLES[data]}" if data in HUB_EXAMPLES else ""
+    hub_example = f", or a hub name such as {data_set.hub_example}" if data_set.hub_example else ""
     if not path:
         raise UserError(
-            f"{data} needs a path: a file, or a folder with {data_set.files(split)[0]}{hub_example}"
+            f"{data_set.name} needs a path: a file, or a folder with {data_set.files(split)[0]}{hub_example}"
         )
     local = Path(path).expanduser()
     if not local.exists() and _HUB_NAME.fullmatch(path) and local.suffix not in _SUFFIXES:
-        return path, read_hub(path, *data_set.hub(split), revision)
+        return path, _read_hub(path, *data_set.hub(split), revision)
     if local.is_dir() and next(local.rglob("*.parquet"), None):  # a hub data set, downloaded
-        return path, read_hub(str(local), *data_set.hub(split), revision)
+        return path, _read_hub(str(local), *data_set.hub(split), revision)
     if revision:
         raise UserError(
             f"revision ({revision!r}) is for hub data sets, but {path} is a local path; leave one of them out"
         )
     if not local.exists():
         raise UserError(f"{path} does not exist; give an existing file or folder{hub_example}")
-    file = _file_in(local, data, data_set, split) if local.is_dir() else local
+    file = _file_in(local, data_set, split) if local.is_dir() else local
     named = file.stem.removesuffix(gsm8k.SOCRATIC)
     if named in _SPLIT_NAMES and named != split.removesuffix(gsm8k.SOCRATIC):
         raise UserError(f"{file} looks like the split {named!r}, but split is {split!r}; make them agree")
     return str(file), read_records(file)
 
 
-def _file_in(folder: Path, data: str, data_set: DatasetSource, split: str) -> Path:
+def _read_hub(
+    name: str, configuration: str | None, split: str | None, revision: str | None
+) -> Iterator[JsonRecord]:
+    """Return the rows of one split, or of all splits in order if `split` is None. Downloads before it returns.
+
+    Raises UserError with the message of `datasets`: unknown data set, configuration or split, no network, broken cache.
+    """
+    from datasets import DatasetDict, load_dataset
+
+    try:
+        loaded = load_dataset(name, configuration, split=split, revision=revision)
+        splits = list(loaded.values()) if isinstance(loaded, DatasetDict) else [loaded]
+    except Exception as error:  # a dozen unrelated classes of four packages
+        raise UserError(
+            f"cannot load {name} (configuration {configuration}, split {split}, revision {revision}) as a hub "
+            f"data set: {type(error).__name__}: {str(error).strip()}\n"
+            "A local file or folder of that name would have been read instead. Without internet, run this once "
+            "on a machine that has it (same HF_HOME, then set HF_HUB_OFFLINE=1), or give a path to the files."
+        ) from error
+    return (
+        JsonRecord(position + 1, position, row, raw=repr(row)[:MAX_REJECTED_TEXT])
+        for position, row in enumerate(itertools.chain.from_iterable(splits))
+    )
+
+
+def _file_in(folder: Path, data_set: DatasetSource, split: str) -> Path:
     for name in data_set.files(split):
         if (folder / name).is_file():
             return folder / name
     found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
     raise UserError(
-        f"no {data} split {split!r} in {folder}: there is no {' or '.join(data_set.files(split))}; "
+        f"no {data_set.name} split {split!r} in {folder}: there is no {' or '.join(data_set.files(split))}; "
         + (f"found {', '.join(found)}" if found else "found no .json or .jsonl file")
     )

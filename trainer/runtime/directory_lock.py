@@ -13,7 +13,6 @@ on the same file system, and then watched for a while, because clocks jump.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import secrets
@@ -120,8 +119,12 @@ def acquire(path: Path) -> DirectoryLock:
                 f"{path.parent} is in use: {other.process}, since {other.since}; wait for it, end it, or give another "
                 f"output_dir (if it is surely gone, remove {path})"
             )
-        if _rename_stale(path, other):
-            terminal.warning(f"{path.parent}: took over from {other.process}, since {other.since}: {reason}")
+        stale = path.with_name(f".{path.name}.{other.token}.gone.tmp")
+        with contextlib.suppress(FileNotFoundError):  # another process renamed it first
+            if atomic_dir.rename_unless_exists(path, stale):
+                terminal.warning(
+                    f"{path.parent}: took over from {other.process}, since {other.since}: {reason}"
+                )
     raise UserError(
         f"{path}: acquired by other processes {_MAX_ATTEMPTS} times in a row; start one job per directory"
     )
@@ -133,13 +136,9 @@ def _install(path: Path, owner: LockOwner) -> bool:
     staging.mkdir(exist_ok=True)
     atomic_dir.write_text(staging / _OWNER, json.dumps(asdict(owner), indent=1) + "\n")
     try:
-        os.rename(staging, path)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return False
-        raise
-    return True
+        return atomic_dir.rename_unless_exists(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # it is still there unless it was renamed
 
 
 def _read(path: Path) -> LockOwner | None:
@@ -153,17 +152,6 @@ def _read(path: Path) -> LockOwner | None:
         raise UserError(
             f"{path / _OWNER} cannot be read ({error}); if no job uses the directory, remove {path}"
         ) from None
-
-
-def _rename_stale(path: Path, other: LockOwner) -> bool:
-    """Rename the lock of an owner that is gone; return False if another process did so first."""
-    try:
-        os.rename(path, path.with_name(f".{path.name}.{other.token}.gone.tmp"))
-        return True
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-            return False
-        raise
 
 
 def _remove_stale_locks(path: Path) -> None:

@@ -8,13 +8,14 @@ collides as soon as two jobs share a node.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -33,6 +34,10 @@ class DistributedEnvironment:
     local_world_size: int = 1
     launcher: str = "single"
 
+
+# Names of rank, world size, local rank and local world size.
+_MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+_OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 
 _environment: DistributedEnvironment | None = None  # set by initialize
 
@@ -105,14 +110,9 @@ def environment_from_launcher(variables: Mapping[str, str]) -> DistributedEnviro
         return _read_environment(
             {**variables, "_LOCAL": str(_num_tasks_on_this_node(variables))}, "slurm", *names
         )
-    if "PMI_RANK" in variables:
-        return _read_environment(
-            variables, "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
-        )
-    if "OMPI_COMM_WORLD_RANK" in variables:
-        prefix = "OMPI_COMM_WORLD_"
-        names = (prefix + "RANK", prefix + "SIZE", prefix + "LOCAL_RANK", prefix + "LOCAL_SIZE")
-        return _read_environment(variables, "mpi", *names)
+    for mpi_names in (_MPICH, _OPEN_MPI):
+        if mpi_names[0] in variables:
+            return _read_environment(variables, "mpi", *mpi_names)
     return DistributedEnvironment()
 
 
@@ -244,6 +244,22 @@ def raise_on_all_ranks(error: str | None) -> None:
         raise UserError(text if rank == 0 else f"rank {rank}: {text}")
 
 
+@contextlib.contextmanager
+def errors_on_all_ranks(describe: Callable[[OSError], str] = str) -> Iterator[None]:
+    """Collective. Context manager that raises UserError on every rank if its block raises UserError or OSError on any.
+
+    `describe` returns the message for an OSError. The block must contain no collectives.
+    """
+    error = None
+    try:
+        yield
+    except UserError as problem:
+        error = str(problem)
+    except OSError as problem:
+        error = describe(problem)
+    raise_on_all_ranks(error)
+
+
 def is_communication_failure(error: Exception) -> bool:
     """Return whether a collective failed because a rank has exited or timed out (Gloo has no exception class)."""
     if "torch.distributed" not in sys.modules:
@@ -271,14 +287,11 @@ def shutdown() -> None:
 
 def _read_environment(variables: Mapping[str, str], launcher: str, *names: str) -> DistributedEnvironment:
     rank, size, local_rank, local_size = names
+    # torchrun sets LOCAL_WORLD_SIZE and deepspeed LOCAL_SIZE; without them assume one node.
+    defaults = {local_size: variables.get("LOCAL_SIZE", variables.get(size)), local_rank: variables.get(rank)}
     values = {}
     for name in names:
-        text = variables.get(name)
-        if text is None and name == local_size:
-            # torchrun sets LOCAL_WORLD_SIZE and deepspeed LOCAL_SIZE; without them assume one node.
-            text = variables.get("LOCAL_SIZE", variables.get(size))
-        elif text is None and name == local_rank:
-            text = variables.get(rank)
+        text = variables.get(name, defaults.get(name))
         try:
             values[name] = int(text or "")
         except ValueError:

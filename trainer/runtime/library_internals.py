@@ -77,7 +77,10 @@ def linear_by_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
 
 def set_timeout_of_all_process_groups(seconds: float) -> None:
-    """Set the timeout of every process group, also those that DeepSpeed made. The public API sets it at creation."""
+    """Set the timeout of every process group. DeepSpeed's have torch's default of 30 minutes.
+
+    The public API sets it at creation only.
+    """
     import torch.distributed as dist
 
     for group in list(dist.distributed_c10d._world.pg_map):

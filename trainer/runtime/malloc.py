@@ -77,6 +77,9 @@ class HeapLimit:
     """
 
     def __init__(self) -> None:
+        import psutil
+
+        self._process = psutil.Process()
         self._num_calls = 0
         self._limit_bytes = 0.0
 
@@ -85,18 +88,10 @@ class HeapLimit:
         self._num_calls += 1
         if self._num_calls < _NUM_FIRST_STEPS:
             return False
-        resident_bytes = _resident_bytes()
+        resident_bytes = self._process.memory_info().rss
         if self._num_calls == _NUM_FIRST_STEPS:
             self._limit_bytes = _MAX_GROWTH * resident_bytes + _MAX_GROWTH_BYTES
         if resident_bytes <= self._limit_bytes:
             return False
         trim_heap()
         return True
-
-
-def _resident_bytes() -> int:
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no Linux
-        return 0

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from trainer.errors import UserError
-from trainer.runtime import library_internals
 
 _SLACK_SECONDS = 2.0  # after the rendezvous timeout, for torch's own exception
 _RENDEZVOUS_SECONDS = 300  # ranks start together, but a node may import over a slow network
@@ -52,11 +51,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
-
-
-def set_group_timeouts(timeout_seconds: int) -> None:
-    """Set the timeout of every process group: those of DeepSpeed have torch's default of 30 minutes."""
-    library_internals.set_timeout_of_all_process_groups(timeout_seconds)
 
 
 def _run_with_timeout(seconds: float, action: Callable[[], None]) -> None:

@@ -8,26 +8,27 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 from trainer.runtime import distributed
 from trainer.runtime.distributed import DistributedEnvironment
 
 
-class Counter(Protocol):
-    """Interface for named integers shared by all ranks, initially 0."""
+class Counter:
+    """Base class of counters: named integers shared by all ranks, initially 0."""
 
     def add(self, name: str, amount: int) -> int:
         """Add atomically and return the previous value."""
+        raise NotImplementedError
 
     def serve(self) -> None:
-        """Make progress on other ranks' requests; must be called often."""
+        """Make progress on other ranks' requests; must be called often. Only MPI's counter needs it."""
 
     def finish(self) -> None:
         """Collective. Must be called after the last `add`."""
 
 
-class ProcessCounter:
+class ProcessCounter(Counter):
     """Counter within one process."""
 
     def __init__(self) -> None:
@@ -38,14 +39,8 @@ class ProcessCounter:
         self._values[name] += amount
         return before
 
-    def serve(self) -> None:
-        pass
 
-    def finish(self) -> None:
-        pass
-
-
-class StoreCounter:
+class StoreCounter(Counter):
     """Counter on a TCP store that a thread of rank 0 serves. The constructor is collective."""
 
     def __init__(self, environment: DistributedEnvironment) -> None:
@@ -61,14 +56,11 @@ class StoreCounter:
     def add(self, name: str, amount: int) -> int:
         return self._store.add(name, amount) - amount
 
-    def serve(self) -> None:
-        pass  # the store has its own thread
-
     def finish(self) -> None:
         distributed.barrier()  # rank 0 must serve until the last `add`
 
 
-class MPICounter:
+class MPICounter(Counter):
     """Counter in a window of rank 0's memory, with one-sided MPI operations. The constructor is collective.
 
     A passive target on another host makes progress only inside MPI calls: rank 0 must call `serve` at every step, and

@@ -1,9 +1,14 @@
 """Stop requests by signals, a time limit or a lost launcher; the ranks agree on them at safe points.
 
 SIGTERM (scheduler, launcher), SIGUSR1 (Slurm's --signal), SIGHUP (closed terminal), SIGINT (Ctrl-C) and an exited launcher
-(launcher.py) request a checkpoint and an exit. They only set a flag, since a rank that saved alone would hang in a
-collective. Where there is nothing to save (before the first step, or in an evaluation, whose answers are already on disk)
-the process exits immediately with EXIT_REQUEUE. Must not import heavy libraries: the handlers are active during imports.
+request a checkpoint and an exit. They only set a flag, since a rank that saved alone would hang in a collective. Where
+there is nothing to save (before the first step, or in an evaluation, whose answers are already on disk) the process exits
+immediately with EXIT_REQUEUE. Must not import heavy libraries: the handlers are active during imports.
+
+When the `deepspeed` command is terminated or killed, its ranks keep running (0.19.8) and hold the run directory. A rank
+therefore records its ancestor processes up to the topmost launcher (deepspeed, torchrun) and stops when that chain
+changes. Other parents are not watched: srun and mpiexec end their ranks themselves, and a shell may be closed during a
+training.
 """
 
 from __future__ import annotations
@@ -13,14 +18,17 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
-from trainer.runtime import distributed
+from trainer.runtime import distributed, process_identity
 from trainer.runtime.exit_codes import EXIT_REQUEUE
-from trainer.runtime.launcher import Launcher
 
 _SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_LAUNCHER_COMMANDS = {"deepspeed", "torchrun"}
+_LAUNCHER_MODULES = {"deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"}
 _LAUNCHER_POLL_SECONDS = 1.0
+_MAX_ANCESTORS = 8  # launcher, its helper process, numactl, shells between them
 _SLACK_SECONDS = 5.0
 
 
@@ -30,7 +38,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.cause = ""
         self.started = time.monotonic()
-        self._launcher: Launcher | None = None
+        self._is_watching = False
         self._is_deferring = False
         self._deadline: float | None = None  # of time.monotonic()
         self._save_seconds = 0.0
@@ -41,11 +49,11 @@ class StopRequest:
         for number in _SCHEDULER_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._on_signal)
-        if self._launcher is None:
-            self._launcher = Launcher()
-            if self._launcher.is_known:
+        if not self._is_watching:
+            self._is_watching = True
+            if pids := _pids_up_to_launcher():
                 threading.Thread(
-                    target=self._watch_launcher, args=(self._launcher,), name="launcher", daemon=True
+                    target=self._watch_launcher, args=(pids,), name="launcher", daemon=True
                 ).start()
 
     def defer_signals(self) -> None:
@@ -84,8 +92,8 @@ class StopRequest:
         """Collective. Return whether any rank has a stop request."""
         return distributed.any_rank(self.is_requested)
 
-    def _watch_launcher(self, launcher: Launcher) -> None:
-        while not launcher.is_gone:
+    def _watch_launcher(self, pids: list[int]) -> None:
+        while _ancestor_pids(len(pids)) == pids:  # the child of a process that has ended has another parent
             time.sleep(_LAUNCHER_POLL_SECONDS)
         self._stop("the launcher is gone")
 
@@ -98,3 +106,29 @@ class StopRequest:
             with contextlib.suppress(OSError):  # the reader of stderr may have exited too
                 os.write(2, f"{self.cause}: stopped as requested, all results so far are on disk\n".encode())
             os._exit(EXIT_REQUEUE)
+
+
+def _pids_up_to_launcher() -> list[int]:
+    """Return the processes from this one's parent up to the topmost launcher; [] without a launcher."""
+    pids = _ancestor_pids(_MAX_ANCESTORS)
+    launchers = [index for index, pid in enumerate(pids) if _is_launcher(pid)]
+    return pids[: launchers[-1] + 1] if launchers else []
+
+
+def _ancestor_pids(limit: int) -> list[int]:
+    """Return the pids of the parent, its parent, ..., as far as they are visible."""
+    pids: list[int] = []
+    pid = os.getppid()
+    while len(pids) < limit and pid > 1:
+        pids.append(pid)
+        pid = process_identity.parent_pid(pid)
+    return pids
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:
+        return False
+    command = {Path(word).name for word in words[:2]}  # words[1] may be the script that Python runs
+    return bool(command & _LAUNCHER_COMMANDS or _LAUNCHER_MODULES & set(words))

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -153,11 +153,9 @@ def _rich_progress() -> Any:
     return Progress(*columns, console=console, transient=True)
 
 
-@contextlib.contextmanager
-def progress_bar(label: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
-    """Context manager that yields a single progress bar."""
-    with contextlib.closing(ProgressBars().add(label, total, done)) as bar:
-        yield bar
+def progress_bar(label: str, total: int, done: int = 0) -> contextlib.closing[ProgressBar]:
+    """Return a context manager that yields a single progress bar."""
+    return contextlib.closing(ProgressBars().add(label, total, done))
 
 
 def duration_text(seconds: float) -> str:

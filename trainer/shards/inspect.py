@@ -37,15 +37,11 @@ def print_examples(directory: str, method_name: str, count: int) -> None:
         shown = Text()
         for role, tokens in shards.segments(index):
             if role in view.inputs:
-                shown.append(codec.decode_next(tokens.tolist()), _STYLES[_style_name(role, view.targets)])
+                kind = "calculator" if role == Role.CALCULATOR else "read"
+                style = _STYLES["learned" if role in view.targets else kind]
+                shown.append(codec.decode_next(tokens.tolist()), style)
         num_targets = int(shards.target_lengths(view)[index])
         console.rule(
             f"{shards.problem(index).id}: {lengths[index]} tokens, {num_targets} learned", align="left"
         )
         console.print(shown)
-
-
-def _style_name(role: Role, targets: frozenset[Role]) -> str:
-    if role in targets:
-        return "learned"
-    return "calculator" if role == Role.CALCULATOR else "read"

@@ -54,7 +54,7 @@ def check_same_tokens(name: str, shards: Shards, tokenizer: PreTrainedTokenizerB
     if own.eos_token_id is None:
         own.eos_token = tokenizer.eos_token
     with_facts = bool(shards.facts["recipe"].get("with_facts"))
-    for index, segments in enumerate(tokenise(problems, own, bos_tokens(own), with_facts)):
+    for index, (segments, _) in enumerate(tokenise(problems, own, bos_tokens(own), with_facts)):
         expected = [token for segment in segments for token in segment.tokens][:-1]
         stored = [token for _, tokens in shards.segments(index) for token in tokens.tolist()][:-1]
         if expected != stored:

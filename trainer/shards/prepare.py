@@ -1,17 +1,20 @@
 """Build a shard directory: several threads tokenise, one writes in source order, a rename publishes.
 
-The bytes do not depend on the number of threads. Several builders of the same directory may race: each writes into its
-own staging directory, the first rename wins and the others use its result.
+Threads suffice, since the compiled tokenizer releases the GIL; each further process would first import transformers
+(4 CPU seconds). The bytes do not depend on the number of threads. Several builders of the same directory may race: each
+writes into its own staging directory, the first rename wins and the others use its result.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,16 +28,20 @@ from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import read_problems, source_digest
 from trainer.runtime import startup, terminal
 from trainer.settings import PrepareSettings
-from trainer.shards.read import KIND, REJECTS, TOKENIZER, Shards
-from trainer.shards.segments import bos_tokens, check_tokenizer, example_length
-from trainer.shards.workers import tokenise_all
-from trainer.shards.write import ShardWriter
+from trainer.shards.methods import VIEWS, Role
+from trainer.shards.read import KIND, PROBLEMS, REJECTS, TOKENIZER, Shards
+from trainer.shards.segments import Segment, bos_tokens, example_length, tokenise
 from trainer.storage import atomic_dir
 
 # Version of the segmentation. 2: with guidance. 3: every segment has the tokens it has inside the text, checked by
 # decoding, after all tokens that the tokenizer puts before a text; the same bytes as 2 for most byte-level tokenizers.
 _SEGMENTATION, _EARLIER_SEGMENTATION = 3, 2
 _MAX_CHANGED_RATIO = 0.5  # of problems whose text the tokenizer changes
+_CHUNK_PROBLEMS = (
+    32  # problems that a thread tokenises at a time: the overhead of a call is that of encoding a problem
+)
+_MAX_PENDING_CHUNKS = 16  # per thread; bounds the memory
+_BUFFER_BYTES = 1 << 20
 
 
 def prepare(settings: PrepareSettings) -> Shards:
@@ -45,14 +52,19 @@ def prepare(settings: PrepareSettings) -> Shards:
     final = Path(settings.output_dir)
     tokenizer = load_tokenizer(settings.tokenizer_name)
     startup.freeze_gc()
-    check_tokenizer(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which ends every answer"
+        )
     recipe = _fingerprint(settings, tokenizer)
     if atomic_dir.is_complete(final):
-        if _has_fingerprint(final, recipe):
-            terminal.info(f"{final}: already prepared, {len(Shards.open(final))} problems")
-            return Shards.open(final)
+        difference = _difference(final, recipe)
+        if not difference:
+            shards = Shards.open(final)
+            terminal.info(f"{final}: already prepared, {len(shards)} problems")
+            return shards
         if not settings.overwrite:
-            raise UserError(_difference(final, recipe) + "; choose another output_dir or give --overwrite")
+            raise UserError(difference + "; choose another output_dir or give --overwrite")
     building = final.parent / f"{final.name}.new-{os.getpid()}" if atomic_dir.is_complete(final) else final
     facts: dict[str, Any] = {"recipe": recipe, "data": settings.data, "split": settings.split}
     facts["tokenizer_fingerprint"] = recipe["tokenizer"]
@@ -62,54 +74,47 @@ def prepare(settings: PrepareSettings) -> Shards:
             tokenizer.save_pretrained(staging / TOKENIZER)
             _build(settings, tokenizer, staging, facts)
     except atomic_dir.ArtifactExistsError:
-        if not _has_fingerprint(final, recipe):
-            raise UserError(_difference(final, recipe) + "; another process built them first") from None
+        if difference := _difference(final, recipe):
+            raise UserError(difference + "; another process built them first") from None
     if building != final:
         atomic_dir.replace_directory(final, building)
     shards = Shards.open(final)
-    terminal.info(f"{final}: {summary_line(shards)} in {terminal.duration_text(time.monotonic() - start)}")
-    return shards
-
-
-def summary_line(shards: Shards) -> str:
-    """Return one line with the numbers of problems and tokens, and of the records set aside by reason."""
-    facts = shards.facts
-    rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(facts["rejects"].items()))
-    return f"{len(shards)} problems, {facts['num_tokens']} tokens" + (
-        f"; set aside: {rejected}" if rejected else ""
+    rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(shards.facts["rejects"].items()))
+    set_aside = f"; set aside: {rejected}" if rejected else ""
+    duration = terminal.duration_text(time.monotonic() - start)
+    terminal.info(
+        f"{final}: {len(shards)} problems, {shards.facts['num_tokens']} tokens{set_aside} in {duration}"
     )
+    return shards
 
 
 def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict[str, Any]) -> None:
     """Write all files of the directory and add the counts for the manifest to `facts`."""
     source = settings.data_path or settings.data
     rejects: list[RejectedRecord] = []
-    problems = _accepted(_records(settings), rejects)
-    first = next(problems, None)
-    if first is None:
-        reasons = dict(Counter(reject.reason for reject in rejects))
-        raise UserError(f"{source} split {settings.split!r}: no usable problem ({reasons})")
     token_dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
     writer = ShardWriter(staging, token_dtype)
-    selected = itertools.islice(itertools.chain([first], problems), settings.max_problems or None)
-    tokenised = tokenise_all(selected, tokenizer, settings.with_facts, settings.num_processes)
-    num_changed = 0
-    with terminal.progress_bar("tokenise", settings.max_problems or _expected(settings)) as bar:
-        for problem, segments, change in tokenised:
+    records = read_problems(settings.data, settings.split, settings.data_path or None, **_options(settings))
+    selected = itertools.islice(_accepted(records, rejects), settings.max_problems or None)
+    expected = settings.max_problems or (settings.num_problems if settings.data == "stories" else 0)
+    with terminal.progress_bar("tokenise", expected) as bar:
+        for problem, segments, change in tokenise_all(
+            selected, tokenizer, settings.with_facts, settings.num_processes
+        ):
             length = example_length(segments)
+            reason, detail = "", ""
             if change:
-                num_changed += 1
-                rejects.append(
-                    RejectedRecord(
-                        source, 0, "changed_by_tokenizer", f"{problem.id}: {change}", problem.question
-                    )
-                )
+                reason, detail = "changed_by_tokenizer", change
             elif length > settings.max_length:
-                detail = f"{problem.id}: {length} tokens, max_length is {settings.max_length}"
-                rejects.append(RejectedRecord(source, 0, "too_long", detail, problem.question))
+                reason, detail = "too_long", f"{length} tokens, max_length is {settings.max_length}"
+            if reason:
+                detail = f"{problem.id}: {detail}"
+                rejects.append(RejectedRecord(source, 0, reason, detail, problem.question))
             else:
                 writer.add(problem, segments, length)
             bar.update(writer.num_problems)
+    reasons = Counter(reject.reason for reject in rejects)
+    num_changed = reasons["changed_by_tokenizer"]
     num_tokenised = num_changed + writer.num_problems
     if num_changed > _MAX_CHANGED_RATIO * num_tokenised:
         detail = next(reject.detail for reject in rejects if reject.reason == "changed_by_tokenizer")
@@ -117,16 +122,12 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
             f"tokenizer {tokenizer.name_or_path} changes the text of {num_changed} of {num_tokenised} problems "
             f"({detail}): choose a tokenizer that decodes texts unchanged"
         )
+    if not writer.num_problems:
+        raise UserError(f"{source} split {settings.split!r}: no usable problem ({dict(reasons)})")
     with open(staging / REJECTS, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
     facts.update(writer.close(), token_dtype=token_dtype.name, vocabulary_size=len(tokenizer))
-    facts["rejects"] = dict(Counter(reject.reason for reject in rejects))
-    if not facts["num_problems"]:
-        raise UserError(f"{source}: every problem was set aside: {facts['rejects']}")
-
-
-def _records(settings: PrepareSettings) -> Iterator[Problem | RejectedRecord]:
-    return read_problems(settings.data, settings.split, settings.data_path or None, **_options(settings))
+    facts["rejects"] = dict(reasons)
 
 
 def _options(settings: PrepareSettings) -> dict[str, Any]:
@@ -145,22 +146,17 @@ def _accepted(
             yield record
 
 
-def _expected(settings: PrepareSettings) -> int:
-    return settings.num_problems if settings.data == "stories" else 0
-
-
 def _fingerprint(settings: PrepareSettings, tokenizer: Any) -> dict[str, Any]:
     """Return all that determines the bytes of the shards; it is stored in the manifest as "recipe"."""
     names = ("data", "split", "max_length", "max_problems", "with_facts")
-    recipe = {
+    options = _options(settings)
+    return {
         **{name: getattr(settings, name) for name in names},
-        **_options(settings),
+        **options,
         "segments": _EARLIER_SEGMENTATION if _has_earlier_segments(tokenizer) else _SEGMENTATION,
+        "source": source_digest(settings.data, settings.split, settings.data_path or None, **options),
+        "tokenizer": fingerprint(tokenizer),
     }
-    recipe["source"] = source_digest(
-        settings.data, settings.split, settings.data_path or None, **_options(settings)
-    )
-    return {**recipe, "tokenizer": fingerprint(tokenizer)}
 
 
 def _has_earlier_segments(tokenizer: Any) -> bool:
@@ -170,12 +166,97 @@ def _has_earlier_segments(tokenizer: Any) -> bool:
     return codec.is_lossless and not codec.continues_differently and prefix == bos_tokens(tokenizer)
 
 
-def _has_fingerprint(final: Path, recipe: dict[str, Any]) -> bool:
-    return bool(atomic_dir.read_manifest(final, KIND)["facts"]["recipe"] == recipe)
-
-
 def _difference(final: Path, recipe: dict[str, Any]) -> str:
+    """Return how the shards in `final` differ from `recipe`, "" if they do not."""
     old = atomic_dir.read_manifest(final, KIND)["facts"]["recipe"]
     keys = sorted(key for key in old.keys() | recipe.keys() if old.get(key) != recipe.get(key))
     changes = ", ".join(f"{key}: {old.get(key)!r} there, {recipe.get(key)!r} now" for key in keys)
-    return f"{final} holds shards made in another way ({changes})"
+    return f"{final} holds shards made in another way ({changes})" if keys else ""
+
+
+def tokenise_all(
+    problems: Iterator[Problem], tokenizer: Any, with_facts: bool, num_threads: int
+) -> Iterator[tuple[Problem, list[Segment], str]]:
+    """Yield each problem, its segments, and how its tokens change its text ("": not), in order.
+
+    num_threads: 0 for one per usable core.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads here are the parallelism
+    num_threads = num_threads or len(os.sched_getaffinity(0))
+    prefix = bos_tokens(tokenizer)
+    tokenise([], tokenizer, prefix)  # initialises the tokenizer, which is not thread-safe
+
+    def tokenise_chunk(chunk: list[Problem]) -> list[tuple[Problem, list[Segment], str]]:
+        found = tokenise(chunk, tokenizer, prefix, with_facts)
+        return [(problem, *checked) for problem, checked in zip(chunk, found, strict=True)]
+
+    pending: deque[Future[list[tuple[Problem, list[Segment], str]]]] = deque()
+    gc.freeze()  # garbage collection skips all existing objects: scanning transformers took 10 % of the time
+    try:
+        with ThreadPoolExecutor(num_threads) as pool:
+            while chunk := list(itertools.islice(problems, _CHUNK_PROBLEMS)):
+                pending.append(pool.submit(tokenise_chunk, chunk))
+                if len(pending) > _MAX_PENDING_CHUNKS * num_threads:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+    finally:
+        gc.unfreeze()
+
+
+class ShardWriter:
+    """Writer of one shard directory: `add` appends a problem, `close` writes the index files."""
+
+    def __init__(self, folder: Path, token_dtype: np.dtype):
+        self._token_dtype = token_dtype
+        # Large buffers: after each write to a file this thread waits for the GIL.
+        self._tokens = open(folder / "tokens.bin", "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115 (closed by close)
+        self._problems = open(folder / PROBLEMS, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
+        self._folder = folder
+        self._roles: list[int] = []
+        self._ends: list[int] = []
+        self._first_segment = [0]
+        self._line_starts = [0]
+        self._present: Counter[frozenset[Role]] = Counter()  # roles of a problem -> number of problems
+        self._max_length = 0
+
+    @property
+    def num_problems(self) -> int:
+        return len(self._line_starts) - 1
+
+    def add(self, problem: Problem, segments: Sequence[Segment], length: int) -> None:
+        """Append a problem; `length`: `example_length` of its segments."""
+        end = self._ends[-1] if self._ends else 0
+        joined = list(itertools.chain.from_iterable(segment.tokens for segment in segments))
+        self._tokens.write(np.array(joined, dtype=self._token_dtype).tobytes())
+        for segment in segments:
+            end += len(segment.tokens)
+            self._roles.append(segment.role)
+            self._ends.append(end)
+        self._first_segment.append(len(self._roles))
+        self._max_length = max(self._max_length, length)
+        # vars(): dataclasses.asdict would double the time of this method.
+        record = {**vars(problem), "steps": [vars(step) for step in problem.steps]}
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._problems.write(line)
+        self._line_starts.append(self._line_starts[-1] + len(line))
+        self._present[frozenset(segment.role for segment in segments)] += 1
+
+    def close(self) -> dict[str, Any]:
+        """Write the remaining files and return the counts for the manifest."""
+        self._tokens.close()
+        self._problems.close()
+        arrays = {"roles": (self._roles, "u1"), "ends": (self._ends, "<u8")}
+        arrays |= {"segments": (self._first_segment, "<u8"), "lines": (self._line_starts, "<u8")}
+        for name, (values, dtype) in arrays.items():
+            np.array(values, dtype=dtype).tofile(self._folder / f"{name}.bin")
+        return {
+            "num_problems": self.num_problems,
+            "num_segments": len(self._roles),
+            "num_tokens": self._ends[-1] if self._ends else 0,
+            "longest_example": self._max_length,
+            "problems_per_method": {
+                name: sum(count for roles, count in self._present.items() if view.required <= roles)
+                for name, view in VIEWS.items()
+            },
+        }

@@ -102,8 +102,8 @@ class Shards:
     def prompt(self, index: int) -> np.ndarray:
         """Return the tokens of the prompt: the problem segment."""
         first = int(self._first_segment[index])
-        start = int(self._ends[first - 1]) if first else 0
-        return self.tokens[start : int(self._ends[first])]
+        start, end = self._bounds(first, first + 1).tolist()
+        return self.tokens[start:end]
 
     def example(self, index: int, view: View) -> tuple[np.ndarray, np.ndarray]:
         """Return a problem's tokens [n] (int64) in a view, and whether each is a target [n] (bool)."""
@@ -132,20 +132,19 @@ class Shards:
 
     def lengths(self, view: View) -> np.ndarray:
         """Return the number of tokens of every problem in a view [num_problems] (int64); 0 if it lacks a required role."""
-        first_segment = self._first_segment[:-1]
-        segment_lengths = np.diff(self._ends, prepend=0)
-        lengths = np.add.reduceat(segment_lengths * self._has(view.inputs), first_segment)
+        lengths = self._num_tokens(view.inputs)
         for role in view.required:
-            lengths[np.add.reduceat(self._has({role}), first_segment) == 0] = 0
+            lengths[np.add.reduceat(self.roles == role, self._first_segment[:-1], dtype=np.int64) == 0] = 0
         return lengths
 
     def target_lengths(self, view: View) -> np.ndarray:
         """Return the number of target tokens of every problem in a view [num_problems] (int64)."""
-        segment_lengths = np.diff(self._ends, prepend=0)
-        return np.add.reduceat(segment_lengths * self._has(view.targets), self._first_segment[:-1])
+        return self._num_tokens(view.targets)
 
-    def _has(self, roles: set[Role] | frozenset[Role]) -> np.ndarray:
-        return np.isin(self.roles, list(roles)).astype(np.int64)
+    def _num_tokens(self, roles: frozenset[Role]) -> np.ndarray:
+        """Return the number of tokens of every problem in segments of some roles."""
+        segment_lengths = np.diff(self._ends, prepend=0) * np.isin(self.roles, list(roles))
+        return np.add.reduceat(segment_lengths, self._first_segment[:-1])
 
     def _bounds(self, first: int, last: int) -> np.ndarray:
         """Return the starts of segments [first, last) in tokens.bin and the end of the last [last - first + 1] (int64)."""

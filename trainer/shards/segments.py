@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.errors import UserError
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.problems import calculator
 from trainer.problems.problem import DELIMITER, Problem
@@ -66,18 +65,11 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     prefix: list[int],
     with_facts: bool = False,
-) -> list[list[Segment]]:
-    """Return the segments of every problem; the first starts with `prefix` (see `bos_tokens`), the last ends with EOS."""
-    return [segments for segments, _ in tokenise_checked(problems, tokenizer, prefix, with_facts)]
-
-
-def tokenise_checked(
-    problems: Sequence[Problem],
-    tokenizer: PreTrainedTokenizerBase,
-    prefix: list[int],
-    with_facts: bool = False,
 ) -> list[tuple[list[Segment], str]]:
-    """Return, for every problem, its segments and the first difference between its text and the decoded tokens, or ""."""
+    """Return, for every problem, its segments and the first difference between its text and the decoded tokens, or "".
+
+    The first segment starts with `prefix` (see `bos_tokens`), the last ends with EOS.
+    """
     texts = [segment_texts(problem, with_facts) for problem in problems]
     codec = segment_tokenizer(tokenizer)
     if codec.continues_differently:
@@ -96,14 +88,13 @@ def tokenise_checked(
             _first_difference("".join(text for _, text in split), text)
             for split, text in zip(texts, decoded, strict=True)
         ]
-    segmented = [
-        [Segment(role, tokens) for (role, _), tokens in zip(split, token_lists, strict=True)]
-        for split, token_lists in zip(texts, encoded, strict=True)
-    ]
-    for segments in segmented:
+    checked = []
+    for split, token_lists, change in zip(texts, encoded, changes, strict=True):
+        segments = [Segment(role, tokens) for (role, _), tokens in zip(split, token_lists, strict=True)]
         segments[0].tokens[:0] = prefix
         segments[-1].tokens.append(tokenizer.eos_token_id)
-    return list(zip(segmented, changes, strict=True))
+        checked.append((segments, change))
+    return checked
 
 
 def _first_difference(text: str, decoded: str) -> str:
@@ -130,11 +121,3 @@ def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if whole[start : start + len(plain)] == plain:
             return list(whole[:start])
     return [token for token in whole if token == tokenizer.bos_token_id]
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for a tokenizer without an EOS token."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which ends every answer"
-        )

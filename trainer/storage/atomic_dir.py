@@ -26,7 +26,6 @@ from trainer.errors import UserError
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 _RENAMED_FACTS = {"learn_calculator_results": "train_on_calculator_results"}  # since version 0.1
-_READ_BYTES = 512 << 10  # fits into a core's cache
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
@@ -88,13 +87,20 @@ def publish(
     _write_and_fsync(staging / MANIFEST, text.encode("utf-8"))
     for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
         _fsync(folder)
+    if not rename_unless_exists(staging, final):
+        raise ArtifactExistsError(str(final))
+    _fsync(final.parent)
+
+
+def rename_unless_exists(source: Path, target: Path) -> bool:
+    """Rename a directory; return False if `target` is a directory that is not empty."""
     try:
-        os.rename(staging, final)
+        os.rename(source, target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise ArtifactExistsError(str(final)) from error
+            return False
         raise
-    _fsync(final.parent)
+    return True
 
 
 def replace_directory(old: Path, new: Path) -> None:
@@ -180,11 +186,8 @@ def manifest_digest(path: Path) -> str:
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of one file in hexadecimal."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Callable
-from dataclasses import field
 from typing import Any, TypeVar
 
 from trainer.errors import UserError
 
 Settings = TypeVar("Settings")
+_BOOLEAN_WORDS = {"yes": "true", "1": "true", "no": "false", "0": "false"}
 _warned: set[str] = set()  # old names that were warned about in this process
 
 
@@ -23,9 +24,10 @@ def setting(default: Any, help: str, **extra: Any) -> Any:
 
     `old_names=("x",)`: earlier spellings of a renamed setting. They are accepted for one release, with a warning.
     """
+    metadata = {"help": help, **extra}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **extra})
-    return field(default=default, metadata={"help": help, **extra})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
@@ -41,19 +43,14 @@ def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settin
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where}: unknown setting {key!r}{did_you_mean(key, known)}")
-        if isinstance(value, bool) and "true" in known[key].metadata.get("choices", ()):
-            value = str(value).lower()  # YAML parses true and false as booleans
+        if "true" in known[key].metadata.get("choices", ()):  # YAML parses true and false as booleans
+            word = str(value).lower()
+            value = _BOOLEAN_WORDS.get(word, word)
         coerced[key] = _coerce(value, hints[key], f"{where}: {key}")
     try:
         return cls(**coerced)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def old_names(cls: type) -> dict[str, str]:
-    """Return the earlier spelling of every renamed setting of a class, with its present name."""
-    fields = dataclasses.fields(cls)
-    return {old: field.name for field in fields for old in field.metadata.get("old_names", ())}
 
 
 def rename_old_keys(
@@ -64,9 +61,8 @@ def rename_old_keys(
     `warn` is called with a message for the first replacement of each name in a process; None is for files that an
     earlier release wrote. Raises UserError if a setting is given under both names.
     """
-    for old, new in old_names(cls).items():
-        if old not in values:
-            continue
+    renamed = {old: f.name for f in dataclasses.fields(cls) for old in f.metadata.get("old_names", ())}
+    for old, new in [(old, new) for old, new in renamed.items() if old in values]:
         if new in values:
             raise UserError(f"{where}: {old} is the earlier name of {new}; give only {new}")
         values[new] = values.pop(old)
@@ -79,21 +75,41 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
-def check_given(name: str, value: str) -> None:
-    if not value:
-        raise UserError(f"{name} is required")
+def check_given(settings: Any, *names: str) -> None:
+    """Raise UserError if one of the named settings is empty."""
+    for name in names:
+        if not getattr(settings, name):
+            raise UserError(f"{name} is required")
 
 
-def check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(
-            f"{name} is {value!r}; choose one of {', '.join(choices)}{did_you_mean(value, choices)}"
-        )
+def check_choices(settings: Any) -> None:
+    """Raise UserError if a setting is not one of its choices."""
+    for field in dataclasses.fields(settings):
+        value, choices = getattr(settings, field.name), field.metadata.get("choices")
+        if choices and value not in choices:
+            raise UserError(
+                f"{field.name} is {value!r}; choose one of {', '.join(choices)}{did_you_mean(value, choices)}"
+            )
 
 
-def check_at_least(name: str, value: float, minimum: float) -> None:
-    if not value >= minimum:  # also catches NaN
-        raise UserError(f"{name} is {value}; it must be at least {minimum}")
+def check_at_least(settings: Any, minimum: float, *names: str) -> None:
+    """Raise UserError if one of the named settings is less than `minimum`."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value >= minimum:  # also catches NaN
+            raise UserError(f"{name} is {value}; it must be at least {minimum}")
+
+
+def check_positive(settings: Any, name: str) -> None:
+    value = getattr(settings, name)
+    if not 0 < value < math.inf:
+        raise UserError(f"{name} is {value}; it must be a positive number")
+
+
+def check_probability(settings: Any, name: str) -> None:
+    value = getattr(settings, name)
+    if not 0 < value <= 1:
+        raise UserError(f"{name} is {value}; it is a probability above 0 and at most 1")
 
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:

@@ -30,159 +30,90 @@ def parse_run_name(name: str) -> tuple[str, str, str, int | None]:
     return parts[0], parts[1], ".".join(parts[2:-1]), int(parts[-1][1:])
 
 
-@dataclass(frozen=True)
-class EvaluationDirectory:
-    """Paths in `evaluation/<name>/`: predictions of each rank, merged predictions, and results."""
+class _Child:
+    """Class attribute that gives, for a directory, the path of the file or folder `name` in it."""
 
-    path: Path
+    def __init__(self, name: str) -> None:
+        self._name = name
 
-    @property
-    def results(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def predictions(self) -> Path:
-        return self.path / "predictions.jsonl"
-
-    @property
-    def rank_files(self) -> Path:
-        return self.path / "parts"
-
-    @property
-    def restarts(self) -> Path:
-        """Count of scheduler restarts (restarts.py)."""
-        return self.path / "restarts.json"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
+    def __get__(self, directory: _Directory, owner: type) -> Path:
+        return directory.path / self._name
 
 
 @dataclass(frozen=True)
-class RunDirectory:
-    """Paths in `runs/<study>/<run>/`, the output of one training run."""
-
+class _Directory:
     path: Path
 
     @property
     def name(self) -> str:
         return self.path.name
 
-    @property
-    def settings(self) -> Path:
-        return self.path / "settings.yaml"
 
-    @property
-    def ds_config(self) -> Path:
-        return self.path / "ds_config.json"
+@dataclass(frozen=True)
+class EvaluationDirectory(_Directory):
+    """Paths in `evaluation/<name>/`: predictions of each rank, merged predictions, and results."""
 
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
+    results = _Child("results.json")
+    predictions = _Child("predictions.jsonl")
+    rank_files = _Child("parts")
+    restarts = _Child("restarts.json")  # count of scheduler restarts (restarts.py)
+    logs = _Child("logs")
 
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
 
-    @property
-    def model(self) -> Path:
-        """The model's config and tokenizer without weights; every checkpoint contains a copy."""
-        return self.path / "model"
+@dataclass(frozen=True)
+class RunDirectory(_Directory):
+    """Paths in `runs/<study>/<run>/`, the output of one training run."""
 
-    @property
-    def restarts(self) -> Path:
-        """Count of scheduler restarts (restarts.py)."""
-        return self.path / "restarts.json"
-
-    @property
-    def wandb_id(self) -> Path:
-        return self.path / "wandb_id"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
+    settings = _Child("settings.yaml")
+    ds_config = _Child("ds_config.json")
+    environment = _Child("environment.json")
+    metrics = _Child("metrics.jsonl")
+    # The model's config and tokenizer without weights; every checkpoint contains a copy.
+    model = _Child("model")
+    restarts = _Child("restarts.json")  # count of scheduler restarts (restarts.py)
+    wandb_id = _Child("wandb_id")
+    logs = _Child("logs")
+    lock = _Child("lock")  # exists while a job trains here (directory_lock.py)
+    heartbeats = _Child("heartbeats")  # one file per rank: heartbeat counter, last step and process identity
+    checkpoints = _Child("checkpoints")
+    export = _Child("export")
+    evaluations = _Child("evaluation")
 
     def log(self, stage: str) -> Path:
         """Return the log file of a stage, e.g. "train"."""
         return self.logs / f"{stage}.log"
-
-    @property
-    def lock(self) -> Path:
-        """Exists while a job trains here (directory_lock.py)."""
-        return self.path / "lock"
-
-    @property
-    def heartbeats(self) -> Path:
-        """One file per rank: heartbeat counter, last step and process identity."""
-        return self.path / "heartbeats"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
 
     def checkpoint_steps(self) -> list[int]:
         """Return the steps of the checkpoint directories on disk, ascending, without checking that they are valid."""
-        if not self.checkpoints.is_dir():
-            return []
-        matches = (_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.iterdir() if path.is_dir())
+        matches = (_CHECKPOINT.fullmatch(path.name) for path in _folders_in(self.checkpoints))
         return sorted(int(match[1]) for match in matches if match)
-
-    @property
-    def export(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def evaluations(self) -> Path:
-        return self.path / "evaluation"
 
     def evaluation(self, name: str) -> EvaluationDirectory:
         return EvaluationDirectory(self.evaluations / name)
 
     def evaluation_names(self) -> list[str]:
-        if not self.evaluations.is_dir():
-            return []
-        return sorted(path.name for path in self.evaluations.iterdir() if path.is_dir())
+        return [path.name for path in _folders_in(self.evaluations)]
 
 
 @dataclass(frozen=True)
-class StudyDirectory:
+class StudyDirectory(_Directory):
     """Paths in `runs/<study>/`: the runs of a study and their report."""
 
-    path: Path
-
-    @property
-    def settings(self) -> Path:
-        return self.path / "study.yaml"
-
-    @property
-    def lock(self) -> Path:
-        """Exists while a process runs or submits the study (directory_lock.py)."""
-        return self.path / "lock"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report"
-
-    @property
-    def slurm(self) -> Path:
-        """Batch scripts, the list of submitted jobs, and their output."""
-        return self.path / "slurm"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
+    settings = _Child("study.yaml")
+    lock = _Child("lock")  # exists while a process runs or submits the study (directory_lock.py)
+    report = _Child("report")
+    slurm = _Child("slurm")  # batch scripts, the list of submitted jobs, and their output
+    logs = _Child("logs")
 
     def run(self, name: str) -> RunDirectory:
         return RunDirectory(self.path / name)
 
     def runs(self) -> list[RunDirectory]:
         """Return the runs on disk, sorted by name: the folders that contain run settings."""
-        if not self.path.is_dir():
-            return []
-        found = (RunDirectory(path) for path in sorted(self.path.iterdir()) if path.is_dir())
+        found = (RunDirectory(path) for path in _folders_in(self.path))
         return [run for run in found if run.settings.is_file()]
 
 
@@ -201,31 +132,16 @@ def pair_run(method: str, runs: list[RunDirectory]) -> RunDirectory | None:
 
 
 @dataclass(frozen=True)
-class AnnotationDirectory:
+class AnnotationDirectory(_Directory):
     """Paths in `annotations/<name>/`: a teacher's responses, and the problems with the accepted steps."""
 
-    path: Path
+    responses = _Child("responses.jsonl")  # all paid responses, one per line; every run appends
+    corrupt_lines = _Child("responses.damaged.txt")  # half-written lines removed from the end of `responses`
+    lock = _Child("lock")  # exists while a process annotates here (directory_lock.py)
+    logs = _Child("logs")
+    result = _Child("result")  # the published directory: annotated.jsonl, rejected.jsonl, summary.json, ...
 
-    @property
-    def responses(self) -> Path:
-        """All paid responses, one per line; every run appends."""
-        return self.path / "responses.jsonl"
 
-    @property
-    def corrupt_lines(self) -> Path:
-        """Half-written lines removed from the end of `responses`."""
-        return self.path / "responses.damaged.txt"
-
-    @property
-    def lock(self) -> Path:
-        """Exists while a process annotates here (directory_lock.py)."""
-        return self.path / "lock"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def result(self) -> Path:
-        """The published directory: annotated.jsonl, rejected.jsonl, summary.json, ..."""
-        return self.path / "result"
+def _folders_in(path: Path) -> list[Path]:
+    """Return the folders in `path`, sorted by name; [] if it does not exist."""
+    return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []

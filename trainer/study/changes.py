@@ -16,7 +16,7 @@ from trainer.storage import atomic_dir
 from trainer.storage.configuration import rename_old_keys, to_dict
 from trainer.storage.run_directory import StudyDirectory
 from trainer.study.status import has_work, is_evaluated
-from trainer.study.study_file import RunSpec, Study, evaluation_name
+from trainer.study.study_file import RunSpec, Study
 
 _FORMAT = 1
 # Settings that do not affect the result: paths, intervals, concurrency.
@@ -45,32 +45,27 @@ def check_unchanged(study: Study) -> None:
         if old is None or not has_work(run.directory):
             continue
         now = current[run.name]
-        differences = _differences(old["train"], now["train"], _WITHOUT_EFFECT_ON_TRAINING)
-        if any(is_evaluated(settings) for settings in run.evaluations):
-            differences += _training_differences(old.get("students", {}), now["students"])
-        for settings in run.evaluations:
-            name = evaluation_name(settings)
-            if is_evaluated(settings) and name in old["evaluate"]:
-                found = _differences(
-                    old["evaluate"][name], now["evaluate"][name], _WITHOUT_EFFECT_ON_EVALUATION
-                )
-                differences += [f"evaluate {name}: {difference}" for difference in found]
+        differences = _differences("", old["train"], now["train"], _WITHOUT_EFFECT_ON_TRAINING)
+        evaluated = [Path(e.output_dir).name for e in run.evaluations if is_evaluated(e)]
+        # The models' settings affect a pair's results even after their run directories are deleted.
+        for name in now["students"] if evaluated else ():
+            before = old.get("students", {}).get(name, {})
+            differences += _differences(
+                f"{name}: ", before, now["students"][name], _WITHOUT_EFFECT_ON_TRAINING
+            )
+        for name in evaluated:
+            before = old["evaluate"].get(name, {})
+            differences += _differences(
+                f"evaluate {name}: ", before, now["evaluate"][name], _WITHOUT_EFFECT_ON_EVALUATION
+            )
         if differences:
             changed.append(f"  {run.directory.path}: {'; '.join(differences)}")
     if changed:
-        more = (
-            [f"  and {len(changed) - _MAX_LISTED_RUNS} more runs"] if len(changed) > _MAX_LISTED_RUNS else []
-        )
-        raise UserError(
-            "\n".join(
-                [
-                    f"{study.file} has changed since these runs were made:",
-                    *changed[:_MAX_LISTED_RUNS],
-                    *more,
-                    f"Give the study another name ('study: {study.name}-2'), or delete these runs, or undo the change.",
-                ]
-            )
-        )
+        lines = [f"{study.file} has changed since these runs were made:", *changed[:_MAX_LISTED_RUNS]]
+        if len(changed) > _MAX_LISTED_RUNS:
+            lines.append(f"  and {len(changed) - _MAX_LISTED_RUNS} more runs")
+        remedy = f"Give the study another name ('study: {study.name}-2'), or delete these runs, or undo the change."
+        raise UserError("\n".join([*lines, remedy]))
 
 
 def save_snapshot(study: Study) -> None:
@@ -93,7 +88,7 @@ def _records(study: Study) -> dict[str, dict[str, Any]]:
         run.name: {
             "train": training[run.name],
             "students": {name: training[name] for name in run.trained_runs},
-            "evaluate": {evaluation_name(settings): to_dict(settings) for settings in run.evaluations},
+            "evaluate": {Path(e.output_dir).name: to_dict(e) for e in run.evaluations},
         }
         for run in study.runs
     }
@@ -111,19 +106,12 @@ def _training_record(run: RunSpec, study: Study) -> dict[str, Any]:
     return train
 
 
-def _training_differences(old: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Compare the models of a pair: their settings affect its results even after their run directories are deleted."""
-    return [
-        f"{name}: {difference}"
-        for name in now
-        for difference in _differences(old.get(name, {}), now[name], _WITHOUT_EFFECT_ON_TRAINING)
-    ]
-
-
-def _differences(old: dict[str, Any], now: dict[str, Any], without_effect: set[str]) -> list[str]:
+def _differences(
+    prefix: str, old: dict[str, Any], now: dict[str, Any], without_effect: set[str]
+) -> list[str]:
     """Compare keys that both sides have: settings are added and removed between versions of the trainer."""
     keys = [key for key in now if key in old and key not in without_effect and old[key] != now[key]]
-    return [f"{key} was {old[key]!r}, is now {now[key]!r}" for key in keys]
+    return [f"{prefix}{key} was {old[key]!r}, is now {now[key]!r}" for key in keys]
 
 
 def _read(directory: StudyDirectory) -> dict[str, Any]:

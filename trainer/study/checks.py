@@ -79,8 +79,9 @@ def mapping(value: Any, where: str) -> dict[Any, Any]:
     return value
 
 
-def named_settings(value: Any, where: str) -> dict[str, dict[str, Any]]:
-    """Return name -> settings of a mapping, or of a list of names without settings."""
+def named_settings(values: dict[str, Any], section: str, where: str) -> dict[str, dict[str, Any]]:
+    """Return name -> settings of a required section: a mapping, or a list of names without settings."""
+    value, where = required(values, section, where), f"{where}: {section}"
     if isinstance(value, list):
         if len({str(key) for key in value}) != len(value):
             raise UserError(f"{where}: {value} names something twice")

@@ -29,7 +29,10 @@ def read_data_sets(
     values: dict[str, Any], shards_root: Path, annotations_root: Path, where: str
 ) -> dict[str, dict[str, ProblemSet]]:
     """Return data set -> set name -> problem set. Raises UserError with the key path of the fault."""
+    prepare = checks.section(PrepareSettings, values, "prepare", where)
+    annotate = checks.section(AnnotateSettings, values, "annotate", where)
     found: dict[str, dict[str, ProblemSet]] = {}
+    owners: dict[str, str] = {}
     for name, sets in checks.mapping(checks.required(values, "data", where), f"{where}: data").items():
         path = f"{where}: data.{name}"
         if "." in checks.checked_name(name, path):
@@ -38,87 +41,66 @@ def read_data_sets(
             checks.checked_name(key, path): dict(checks.mapping(given or {}, f"{path}.{key}"))
             for key, given in checks.mapping(sets, path).items()
         }
-        prepared = {
-            key: _prepare(values, str(name), key, given, shards_root, where)
-            for key, given in given_sets.items()
-        }
-        found[str(name)] = {
-            key: _problem_set(values, prepared, key, given, annotations_root / f"{name}-{key}", where, path)
-            for key, given in given_sets.items()
-        }
+        prepared = {}
+        for key, given in given_sets.items():
+            own = {setting: value for setting, value in given.items() if setting != "annotate"}
+            folder = shards_root / f"{name}-{key}"
+            prepared[key] = _prepare(prepare, own, str(name), key, folder, f"{path}.{key}")
+            owner = owners.setdefault(str(folder), f"data.{name}.{key}")
+            if owner != f"data.{name}.{key}":  # set `c` of `a-b` and set `b-c` of `a`
+                raise UserError(f"{where}: {owner} and data.{name}.{key} would both be {folder}; rename one")
+        found[str(name)] = {key: ProblemSet(settings) for key, settings in prepared.items()}
+        for key, given in given_sets.items():
+            if "annotate" in given:
+                own, folder = given["annotate"], annotations_root / f"{name}-{key}"
+                found[str(name)][key] = _annotated_set(
+                    prepared, key, annotate, own, folder, f"{path}.{key}.annotate"
+                )
         if TRAIN not in given_sets:
             raise UserError(f"{path}: there is no set named {TRAIN!r} to learn from")
         if not given_sets.keys() - {TRAIN, VALIDATION}:
             raise UserError(f"{path}: there is no set to evaluate on; add one, e.g. 'test: {{split: test}}'")
-    _check_distinct_folders(found, where)
     return found
 
 
 def _prepare(
-    values: dict[str, Any], data: str, name: str, given: dict[str, Any], root: Path, where: str
+    shared: dict[str, Any], own: dict[str, Any], data: str, name: str, folder: Path, path: str
 ) -> PrepareSettings:
     """Return the shard settings of a set, without annotation."""
-    path = f"{where}: data.{data}.{name}"
-    shared = checks.section(PrepareSettings, values, "prepare", where)
-    own = {key: value for key, value in given.items() if key != "annotate"}
     checks.check_settings(PrepareSettings, own, path)
-    defaults = {"split": name} | ({"data": data} if data in DATA else {})
-    if "data" not in {**defaults, **shared, **own}:
+    values = {"split": name, **({"data": data} if data in DATA else {}), **shared, **own}
+    if "data" not in values:
         raise UserError(f"{path}: data is missing; choose one of {', '.join(DATA)}")
-    output_dir = root / f"{data}-{name}"
-    settings = from_dict(PrepareSettings, {**defaults, **shared, **own, "output_dir": str(output_dir)}, path)
-    if not atomic_dir.is_complete(output_dir):  # finished shards do not need their source
+    settings = from_dict(PrepareSettings, {**values, "output_dir": str(folder)}, path)
+    if not atomic_dir.is_complete(folder):  # finished shards do not need their source
         checks.check_path_exists(settings.data_path, f"{path}: data_path")
         checks.check_path_exists(settings.tokenizer_name, f"{path}: tokenizer_name")
     return settings
 
 
-def _problem_set(
-    values: dict[str, Any],
+def _annotated_set(
     prepared: dict[str, PrepareSettings],
     name: str,
-    given: dict[str, Any],
+    shared: dict[str, Any],
+    given: Any,
     folder: Path,
-    where: str,
     path: str,
 ) -> ProblemSet:
-    """Return the set; with `annotate`, the teacher reads the source, and the shards are made from its output."""
-    shared = checks.section(AnnotateSettings, values, "annotate", where)
-    source = prepared[name]
-    if "annotate" not in given:
-        return ProblemSet(source)
-    own_path = f"{path}.{name}.annotate"
-    own = checks.mapping(given["annotate"] or {}, own_path)
-    checks.check_settings(AnnotateSettings, own, own_path)
+    """Return a set whose shards are made from the output of a teacher, which reads the set's source."""
+    source, own = prepared[name], checks.mapping(given or {}, path)
+    checks.check_settings(AnnotateSettings, own, path)
     # Annotation must leave out training problems that are also in an evaluated set.
     tests = [other for key, other in prepared.items() if key not in (TRAIN, VALIDATION, name)]
-    fixed = {
-        "data": source.data,
-        "data_path": source.data_path,
-        "split": source.split,
-        "seed": source.seed,
-        "output_dir": str(folder),
-    }
     settings = {
         "with_facts": source.with_facts,
         "max_problems": source.max_problems,
         "decontaminate": [f"{test.data}:{test.data_path}:{test.split}" for test in tests],
         **shared,
         **own,
-        **fixed,
+        **{key: getattr(source, key) for key in ("data", "data_path", "split", "seed")},
+        "output_dir": str(folder),
     }
-    annotate = from_dict(AnnotateSettings, settings, own_path)
+    annotate = from_dict(AnnotateSettings, settings, path)
     annotated = AnnotationDirectory(folder).result / "annotated.jsonl"
     changes = {"data": "jsonl", "data_path": str(annotated), "split": "train", "max_problems": 0}
     return ProblemSet(PrepareSettings(**{**vars(source), **changes}), annotate)
-
-
-def _check_distinct_folders(found: dict[str, dict[str, ProblemSet]], where: str) -> None:
-    """Raise UserError if two sets share a folder, as set `c` of `a-b` and set `b-c` of `a` do."""
-    owners: dict[str, str] = {}
-    for data, sets in found.items():
-        for name, problems in sets.items():
-            path, folder = f"data.{data}.{name}", problems.shards.output_dir
-            if folder in owners:
-                raise UserError(f"{where}: {owners[folder]} and {path} would both be {folder}; rename one")
-            owners[folder] = path

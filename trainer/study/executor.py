@@ -8,12 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from trainer.errors import UserError
 from trainer.runtime import directory_lock, terminal
 from trainer.runtime.exit_codes import EXIT_INTERRUPTED
-from trainer.study import changes, devices, processes, stages, status
+from trainer.study import changes, processes, stage_queue, stages, status
 from trainer.study.stage_job import StageJob
 from trainer.study.stage_queue import StageQueue
 from trainer.study.stages import Stage
@@ -34,7 +32,11 @@ def run_study(study: Study, tools: Path | None, keep_going: bool = False) -> int
     todo = stages.study_stages(study)
     with directory_lock.locked(study.directory.lock), processes.Interrupts() as interrupts:
         changes.save_snapshot(study)
-        _end_leftovers(study, interrupts)
+        if leftovers := processes.processes_of_study(study.directory):
+            # Ranks that outlived a killed study: two trainings must not write to one directory.
+            numbers = ", ".join(str(process.pid) for process in leftovers)
+            terminal.info(f"ending processes {numbers}, left over from an earlier start that was killed")
+            _end_processes(study, _GRACE_SECONDS, interrupts)
         done = [stage for stage in todo if status.is_done(stage)]
         parallel = f", {study.num_parallel} at a time" if study.num_parallel > 1 else ""
         terminal.info(
@@ -72,7 +74,7 @@ def _run_stages(
     positions = {stage.label: f"[{number}/{len(todo)}]" for number, stage in enumerate(todo, 1)}
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = num_cores // study.num_parallel
-    visible = devices.visible_devices(os.environ) if study.num_parallel > 1 else ()
+    visible = stage_queue.visible_devices(os.environ) if study.num_parallel > 1 else ()
     running: list[StageJob] = []
     failures: dict[str, str] = {}
     try:
@@ -81,7 +83,8 @@ def _run_stages(
                 may_start = (keep_going or not failures) and len(running) < study.num_parallel
                 if may_start and (stage := queue.take_ready()):
                     count = stage.num_ranks if stage.kind in stages.ON_DEVICES else 0
-                    chosen = devices.least_used_devices(visible, [job.devices for job in running], count)
+                    used = [job.devices for job in running]
+                    chosen = stage_queue.least_used_devices(visible, used, count)
                     ports = {job.port for job in running}
                     running.append(
                         StageJob(stage, positions[stage.label], study, tools, bars, cores, chosen, ports)
@@ -90,7 +93,9 @@ def _run_stages(
                     break
                 elif ended := next((job for job in running if job.child.poll() is not None), None):
                     running.remove(ended)
-                    _clean_up(ended, study, interrupts)
+                    ended.close()
+                    if ended.child.returncode != 0:  # end the remaining processes of this stage only
+                        _end_processes(study, _CLEAN_UP_SECONDS, interrupts, stage=ended.stage.label)
                     failure = "" if interrupts.count else _report_ended(ended, running, keep_going)
                     if failure:
                         failures[ended.stage.label] = failure
@@ -100,7 +105,11 @@ def _run_stages(
                         job.update()
                     time.sleep(_POLL_SECONDS)
         if running:
-            _interrupt(running, study, interrupts)
+            them = "it" if len(running) == 1 else "them"
+            terminal.info(f"ending {_labels(running)}; Ctrl-C once more ends {them} without saving")
+            _end_processes(study, _GRACE_SECONDS, interrupts, ignored=interrupts.count)
+            for job in running:
+                job.child.poll()
     except BaseException:
         processes.end_processes(study.directory, _GRACE_SECONDS)
         raise
@@ -122,39 +131,20 @@ def _report_ended(ended: StageJob, running: Sequence[StageJob], keep_going: bool
     return failure
 
 
-def _clean_up(ended: StageJob, study: Study, interrupts: processes.Interrupts) -> None:
-    """Close the job; after a failure end the remaining processes of this stage only."""
-    ended.close()
-    if ended.child.returncode != 0:
-        label = ended.stage.label
-        _warn(
-            processes.end_processes(study.directory, _CLEAN_UP_SECONDS, lambda: interrupts.count > 0, label)
-        )
-
-
-def _interrupt(running: Sequence[StageJob], study: Study, interrupts: processes.Interrupts) -> None:
-    """End all running stages after they have saved; a further interrupt kills them."""
-    first_count = interrupts.count
-    them = "it" if len(running) == 1 else "them"
-    terminal.info(f"ending {_labels(running)}; Ctrl-C once more ends {them} without saving")
-    _warn(processes.end_processes(study.directory, _GRACE_SECONDS, lambda: interrupts.count > first_count))
-    for job in running:
-        job.child.poll()
-
-
-def _warn(survivors: Sequence[psutil.Process]) -> None:
+def _end_processes(
+    study: Study,
+    grace_seconds: float,
+    interrupts: processes.Interrupts,
+    ignored: int = 0,
+    stage: str | None = None,
+) -> None:
+    """End the processes of the study, or of one stage; kill them after more interrupts than the `ignored` ones."""
+    survivors = processes.end_processes(
+        study.directory, grace_seconds, lambda: interrupts.count > ignored, stage
+    )
     for survivor in survivors:
         terminal.warning(f"process {survivor.pid} cannot be killed; it hangs in the kernel")
 
 
 def _labels(running: Sequence[StageJob]) -> str:
     return ", ".join(job.stage.label for job in running)
-
-
-def _end_leftovers(study: Study, interrupts: processes.Interrupts) -> None:
-    """End ranks that outlived a killed study: two trainings must not write to one directory."""
-    leftovers = processes.processes_of_study(study.directory)
-    if leftovers:
-        numbers = ", ".join(str(process.pid) for process in leftovers)
-        terminal.info(f"ending processes {numbers}, left over from an earlier start that was killed")
-        processes.end_processes(study.directory, _GRACE_SECONDS, lambda: interrupts.count > 0)

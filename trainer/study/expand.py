@@ -12,7 +12,7 @@ from trainer.errors import UserError
 from trainer.models import presets
 from trainer.settings import ConvertSettings, EvaluateSettings, TrainSettings
 from trainer.storage.configuration import from_dict
-from trainer.storage.run_directory import EvaluationDirectory, RunDirectory, StudyDirectory, evaluation_name
+from trainer.storage.run_directory import RunDirectory, StudyDirectory, evaluation_name
 from trainer.study import checks
 from trainer.study.data_sets import TRAIN, VALIDATION, ProblemSet
 from trainer.study.methods import FEW_SHOT, SINGLE_MODEL_METHODS, SOLVER, MethodEntry, trained_methods
@@ -88,13 +88,11 @@ def expand(grid: StudyGrid) -> tuple[RunSpec, ...]:
             new_runs = [_few_shot_run(grid, entry, data, model, seed)]
         for run in new_runs:
             runs.setdefault(run.name, run)
-    dependents: dict[str, tuple[EvaluateSettings, ...]] = {}
-    for run in runs.values():
+    for run in list(runs.values()):
         for name in run.trained_runs:
-            dependents[name] = dependents.get(name, ()) + run.evaluations
-    return tuple(
-        dataclasses.replace(run, dependent_evaluations=dependents.get(run.name, ())) for run in runs.values()
-    )
+            evaluations = runs[name].dependent_evaluations + run.evaluations
+            runs[name] = dataclasses.replace(runs[name], dependent_evaluations=evaluations)
+    return tuple(runs.values())
 
 
 def _training_run(grid: StudyGrid, method: str, data: str, model: ModelSpec, seed: int) -> RunSpec:
@@ -154,10 +152,9 @@ def _few_shot_run(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelSp
             f"{grid.where}: methods.{FEW_SHOT}: model {model.name} has random weights; only a pretrained one "
             "(model_name_or_path) can be evaluated without training: list such models with 'models: [...]'"
         )
+    exemplars = entry.settings.get("exemplars", "")
     checks.check_path_exists(pretrained, f"{grid.where}: models.{model.name}: model_name_or_path")
-    checks.check_path_exists(
-        entry.settings.get("exemplars", ""), f"{grid.where}: methods.{FEW_SHOT}: exemplars"
-    )
+    checks.check_path_exists(exemplars, f"{grid.where}: methods.{FEW_SHOT}: exemplars")
     models = {"model_name_or_path": pretrained, "mode": FEW_SHOT, "model_label": model.name}
     evaluations = _evaluations(grid, directory, data, FEW_SHOT, models, entry.settings)
     return RunSpec(directory, None, None, evaluations, model.num_ranks)
@@ -182,7 +179,7 @@ def _evaluations(
             where = f"{grid.where}: evaluate: run {run.name}"
             settings = from_dict(EvaluateSettings, {**values, "output_dir": "-"}, where)
             mode = method if settings.mode in ("auto", FEW_SHOT) else settings.mode
-            name = evaluation_name(data, set_name, mode, *_guidance(settings), **_variant(settings))
+            name = _with_options(settings, data, set_name, mode)
             settings = dataclasses.replace(settings, output_dir=str(run.evaluation(name).path))
             if found.setdefault(name, settings) != settings:
                 raise UserError(
@@ -193,30 +190,22 @@ def _evaluations(
 
 
 def _check_files(train: TrainSettings, model: ModelSpec, where: str) -> None:
+    path = f"{where}: models.{model.name}"
     for key in ("model_name_or_path", "config_name"):
-        checks.check_path_exists(getattr(train, key), f"{where}: models.{model.name}: {key}")
+        checks.check_path_exists(getattr(train, key), f"{path}: {key}")
     if train.config_name.startswith("stories-"):
-        checks.check_choice(
-            train.config_name, presets.student_names(), f"{where}: models.{model.name}: config_name"
-        )
+        checks.check_choice(train.config_name, presets.student_names(), f"{path}: config_name")
     if train.deepspeed and not Path(train.deepspeed).is_file():
         section = f"models.{model.name}" if "deepspeed" in model.settings else "train"
         raise UserError(f"{where}: {section}: deepspeed: there is no file {train.deepspeed}")
 
 
-def evaluation_name_of(settings: EvaluateSettings) -> str:
-    """Return the evaluation's name in its run."""
-    return EvaluationDirectory(Path(settings.output_dir)).path.name
-
-
 def evaluation_variant(settings: EvaluateSettings) -> str:
     """Return the problem set and the options without the method, e.g. `gsm8k-test-no_calculator`."""
-    return evaluation_name(Path(settings.shards).name, *_guidance(settings), **_variant(settings))
+    return _with_options(settings, Path(settings.shards).name)
 
 
-def _guidance(settings: EvaluateSettings) -> list[str]:
-    return ["gold_guidance"] if settings.guidance_from == "gold" else []
-
-
-def _variant(settings: EvaluateSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in ("calculator", "temperature", "seed")}
+def _with_options(settings: EvaluateSettings, *parts: str) -> str:
+    guidance = ["gold_guidance"] if settings.guidance_from == "gold" else []
+    options = {name: getattr(settings, name) for name in ("calculator", "temperature", "seed")}
+    return evaluation_name(*parts, *guidance, **options)

@@ -71,9 +71,7 @@ def read_methods(
     """Return the checked entries by name. Raises UserError with the key path of the fault."""
     models, data = list(models), list(data)
     found = {}
-    for name, given in checks.named_settings(
-        checks.required(values, "methods", where), f"{where}: methods"
-    ).items():
+    for name, given in checks.named_settings(values, "methods", where).items():
         if name not in KNOWN_METHODS:
             raise UserError(
                 f"{where}: methods: {name!r} is not a method; choose from {', '.join(KNOWN_METHODS)}{did_you_mean(name, KNOWN_METHODS)}"

@@ -126,19 +126,13 @@ def _signal(process: psutil.Process, number: int) -> None:
 
 def _ranks(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     """Return the processes with the environment of a launcher, without their children."""
-    ranks = {}
+    parents = {}
     for process in processes:
         with contextlib.suppress(psutil.Error, OSError, UserError):
             if distributed.environment_from_launcher(process.environ()).launcher != "single":
-                ranks[process.pid] = process
-    return [process for process in ranks.values() if _parent(process) not in ranks]
-
-
-def _parent(process: psutil.Process) -> int:
-    try:
-        return process.ppid()
-    except psutil.Error:
-        return 0
+                parents[process] = process.ppid()
+    pids = {process.pid for process in parents}
+    return [process for process, parent in parents.items() if parent not in pids]
 
 
 def _study_value(study: StudyDirectory) -> str:

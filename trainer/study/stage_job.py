@@ -43,7 +43,10 @@ class StageJob:
         ports: Collection[int] = (),
     ) -> None:
         self.stage, self.position, self.devices = stage, position, devices
-        self.port = _free_port(ports)
+        # For the deepspeed launcher, whose ranks bind it only seconds later.
+        while (port := process_group.free_port()) in ports:
+            pass
+        self.port = port
         self._start = time.monotonic()
         environment = stages.stage_environment(stage, cores, devices)
         command = stages.stage_command(stage, tools, study.launcher, self.port, {**os.environ, **environment})
@@ -79,9 +82,8 @@ class StageJob:
 
     def print_result(self) -> None:
         seconds = time.monotonic() - self._start
-        terminal.info(
-            f"{self.position} {self.stage.label}: {_result(self.stage)} ({terminal.duration_text(seconds)})"
-        )
+        result = f"{_result(self.stage)} ({terminal.duration_text(seconds)})"
+        terminal.info(f"{self.position} {self.stage.label}: {result}")
 
     def _tail(self) -> str:
         """Return the last relevant lines of this start, indented."""
@@ -90,13 +92,6 @@ class StageJob:
             lines = file.read().decode("utf-8", errors="replace").splitlines()
         lines = [line for line in lines if not _NOISE.search(line)][-_TAIL_LINES:]
         return "\n".join(f"  | {line}" for line in lines) or "  (it printed nothing)"
-
-
-def _free_port(taken: Collection[int]) -> int:
-    """Return a port for the deepspeed launcher, whose ranks bind it only seconds later."""
-    while (port := process_group.free_port()) in taken:
-        pass
-    return port
 
 
 def _begin_log(log: Path, command: Sequence[str], devices: Sequence[str]) -> int:

@@ -14,9 +14,7 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.settings import PlotSettings
-from trainer.storage.run_directory import RunDirectory
-from trainer.study.data_sets import ProblemSet
-from trainer.study.expand import evaluation_name_of, evaluation_variant
+from trainer.study.expand import evaluation_variant
 from trainer.study.study_file import RunSpec, Study
 
 SCRIPTS = {
@@ -55,40 +53,36 @@ class Stage:
 
 def study_stages(study: Study) -> list[Stage]:
     """Return all stages, run by run, so that the first run is finished while others still train."""
-    problems = [
-        stage for found in study.problem_sets for stage in _problem_set_stages(found, study.directory.logs)
-    ]
-    runs = [stage for run in study.runs for stage in run_stages(run)]
+    stages, logs = [], study.directory.logs
+    for problems in study.problem_sets:
+        shards = problems.shards.output_dir
+        name, needs = Path(shards).name, tuple[str, ...]()
+        if problems.annotate:
+            log = logs / f"annotate-{name}.log"
+            stages.append(Stage("annotate", name, problems.annotate, log, shards=shards))
+            needs = (stages[-1].label,)
+        stages.append(Stage("prepare", name, problems.shards, logs / f"prepare-{name}.log", needs=needs))
+    for run in study.runs:
+        stages += run_stages(run)
     plot = PlotSettings(runs=[str(study.directory.path)])
-    needs = tuple(stage.label for stage in runs if stage.kind == "evaluate")
-    report = Stage("report", study.name, plot, study.directory.logs / "report.log", needs=needs)
-    return [*problems, *runs, report]
-
-
-def _problem_set_stages(problems: ProblemSet, logs: Path) -> list[Stage]:
-    name = Path(problems.shards.output_dir).name
-    annotate = []
-    if problems.annotate:
-        log, shards = logs / f"annotate-{name}.log", problems.shards.output_dir
-        annotate = [Stage("annotate", name, problems.annotate, log, shards=shards)]
-    needs = tuple(stage.label for stage in annotate)
-    return [*annotate, Stage("prepare", name, problems.shards, logs / f"prepare-{name}.log", needs=needs)]
+    evaluations = tuple(stage.label for stage in stages if stage.kind == "evaluate")
+    return [*stages, Stage("report", study.name, plot, logs / "report.log", needs=evaluations)]
 
 
 def run_stages(run: RunSpec) -> list[Stage]:
     """Return training, conversion and evaluations of a run, as far as it has them."""
-    directory: RunDirectory = run.directory
-    stages = []
+    directory, stages = run.directory, []
     if run.train:
-        needs = [prepare_label(path) for path in (run.train.train_shards, run.train.eval_shards) if path]
-        log = directory.log("train")
-        train = Stage("train", run.name, run.train, log, run.num_ranks, run=run, needs=tuple(needs))
+        shards = (run.train.train_shards, run.train.eval_shards)
+        needs = tuple(prepare_label(path) for path in shards if path)
+        train = Stage(
+            "train", run.name, run.train, directory.log("train"), run.num_ranks, run=run, needs=needs
+        )
         log = directory.log("convert")
-        convert = Stage("convert", run.name, run.convert, log, run=run, needs=(train.label,))
-        stages = [train, convert]
+        stages = [train, Stage("convert", run.name, run.convert, log, run=run, needs=(train.label,))]
     exports = [f"convert {name}" for name in ((run.name,) if run.train else run.trained_runs)]
     for settings in run.evaluations:
-        log = directory.log(f"evaluate-{evaluation_name_of(settings)}")
+        log = directory.log(f"evaluate-{Path(settings.output_dir).name}")
         variant = evaluation_variant(settings)
         required = (*exports, prepare_label(settings.shards))
         stages.append(Stage("evaluate", run.name, settings, log, run.num_ranks, variant, run, required))

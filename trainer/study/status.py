@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,53 +43,55 @@ class Progress:
 
 
 def is_done(stage: Stage) -> bool:
-    """Return whether the stage's result exists, or (checkpoint, export) all evaluations that would use it are done."""
+    """Return whether the stage's result exists, or (checkpoint, export) all evaluations that would use it are done.
+
+    A report is done if no evaluation is newer.
+    """
     if stage.kind == "annotate":
         return is_annotated(stage.settings) or atomic_dir.is_complete(Path(stage.shards))
     if stage.kind == "prepare":
         return are_shards_ready(stage.settings)
     if stage.kind == "report":
-        return _report_is_fresh(StudyDirectory(Path(stage.settings.runs[0])))
+        study = StudyDirectory(Path(stage.settings.runs[0]))
+        page = study.report / "index.html"
+        if not page.is_file():
+            return False
+        written_at = page.stat().st_mtime
+        results = [run.evaluation(name).results for run in study.runs() for name in run.evaluation_names()]
+        return all(path.stat().st_mtime <= written_at for path in results if path.is_file())
     assert stage.run is not None
     if stage.kind == "evaluate":
         return is_evaluated(stage.settings)
     evaluations = (*stage.run.evaluations, *stage.run.dependent_evaluations)
     if evaluations and all(is_evaluated(settings) for settings in evaluations):
         return True
-    if is_exported(stage.run.directory):
-        return True
-    return stage.kind == "train" and is_trained(stage.run.directory)
+    return is_exported(stage.run.directory) or (stage.kind == "train" and is_trained(stage.run.directory))
 
 
 def is_annotated(settings: AnnotateSettings) -> bool:
     """Return whether the annotations exist. Raises UserError if they were made with other settings."""
     path = AnnotationDirectory(Path(settings.output_dir)).result
-    if not atomic_dir.is_complete(path):
-        return False
-    recipe = atomic_dir.read_manifest(path, "annotations")["facts"].get("recipe", {})
-    compared = [key for key in _ANNOTATION_SETTINGS if key in recipe]
-    if settings.model:
-        compared += ["model"]
-    for key in compared:
-        if recipe[key] != getattr(settings, key):
-            raise UserError(
-                f"{path} holds annotations with {key} {recipe[key]!r}, the study says {getattr(settings, key)!r}; give "
-                "the study another annotations_dir, or delete the result (the teacher's answers are kept beside it)"
-            )
-    return True
+    keys = (*_ANNOTATION_SETTINGS, *(("model",) if settings.model else ()))
+    remedy = "another annotations_dir, or delete the result (the teacher's answers are kept beside it)"
+    return _is_made(path, "annotations", settings, keys, remedy)
 
 
 def are_shards_ready(settings: PrepareSettings) -> bool:
     """Return whether the shards exist. Raises UserError if they were made with other settings."""
-    path = Path(settings.output_dir)
+    remedy = "another shards_dir, or delete the old shards and every run that used them"
+    return _is_made(Path(settings.output_dir), "shards", settings, sorted(vars(settings)), remedy)
+
+
+def _is_made(path: Path, kind: str, settings: Any, keys: Iterable[str], remedy: str) -> bool:
+    """Return whether the artifact is complete. Raises UserError if one of `keys` in its recipe differs."""
     if not atomic_dir.is_complete(path):
         return False
-    recipe = atomic_dir.read_manifest(path, "shards")["facts"].get("recipe", {})
-    for key in sorted(recipe.keys() & vars(settings).keys()):
-        if recipe[key] != getattr(settings, key):
+    recipe = atomic_dir.read_manifest(path, kind)["facts"].get("recipe", {})
+    for key in keys:
+        if key in recipe and recipe[key] != getattr(settings, key):
             raise UserError(
-                f"{path} holds shards with {key} {recipe[key]!r}, the study says {getattr(settings, key)!r}; "
-                "give the study another shards_dir, or delete the old shards and every run that used them"
+                f"{path} holds {kind} with {key} {recipe[key]!r}, the study says {getattr(settings, key)!r}; "
+                f"give the study {remedy}"
             )
     return True
 
@@ -95,9 +99,8 @@ def are_shards_ready(settings: PrepareSettings) -> bool:
 def is_trained(run: RunDirectory) -> bool:
     """Return whether there is a complete checkpoint of the last step."""
     return any(
-        atomic_dir.read_manifest(run.checkpoint(step), "checkpoint")["facts"].get("finished") is True
-        for step in run.checkpoint_steps()
-        if atomic_dir.is_complete(run.checkpoint(step))
+        atomic_dir.read_manifest(path, "checkpoint")["facts"].get("finished") is True
+        for path in _complete_checkpoints(run)
     )
 
 
@@ -113,8 +116,12 @@ def is_evaluated(settings: EvaluateSettings) -> bool:
 
 def has_work(run: RunDirectory) -> bool:
     """Return whether there is a complete checkpoint, an export or an evaluation."""
-    checkpoints = any(atomic_dir.is_complete(run.checkpoint(step)) for step in run.checkpoint_steps())
-    return checkpoints or atomic_dir.is_complete(run.export) or bool(run.evaluation_names())
+    return bool(_complete_checkpoints(run) or atomic_dir.is_complete(run.export) or run.evaluation_names())
+
+
+def _complete_checkpoints(run: RunDirectory) -> list[Path]:
+    paths = [run.checkpoint(step) for step in run.checkpoint_steps()]
+    return [path for path in paths if atomic_dir.is_complete(path)]
 
 
 def training_progress(settings: TrainSettings) -> Progress:
@@ -144,21 +151,24 @@ def final_loss(run: RunDirectory) -> float | None:
 
 def accuracy(settings: EvaluateSettings) -> str:
     """Return strict accuracy with its 95 % interval, "67.0% [61.5, 72.1]". Raises UserError for an unreadable file."""
-    path = EvaluationDirectory(Path(settings.output_dir)).results
-    try:
+    with _readable(EvaluationDirectory(Path(settings.output_dir)).results, "evaluate again") as path:
         strict = json.loads(path.read_text(encoding="utf-8"))["accuracy"]["strict"]
         return f"{strict['accuracy']:.1%} [{100 * strict['low']:.1f}, {100 * strict['high']:.1f}]"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete the folder and evaluate again") from None
 
 
 def headlines(study: StudyDirectory) -> list[str]:
     """Return the report's headline for each problem set. Raises UserError if they cannot be read."""
-    path = study.report / "results.json"
-    try:
+    with _readable(study.report / "results.json", "make the report again") as path:
         return [str(line) for line in json.loads(path.read_text(encoding="utf-8"))["headlines"]]
+
+
+@contextlib.contextmanager
+def _readable(path: Path, remedy: str) -> Iterator[Path]:
+    """Context manager that turns errors of a damaged file into a UserError."""
+    try:
+        yield path
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete the folder and make the report again") from None
+        raise UserError(f"{path} is damaged ({error}); delete the folder and {remedy}") from None
 
 
 class EvaluationProgress:
@@ -193,11 +203,3 @@ def last_steps(metrics: Path) -> list[dict[str, Any]]:
                 del steps[undone]
             steps[step] = record
     return list(steps.values())
-
-
-def _report_is_fresh(study: StudyDirectory) -> bool:
-    """Return whether there is a report and no evaluation is newer."""
-    page = study.report / "index.html"
-    results = [r.evaluation(name).results for r in study.runs() for name in r.evaluation_names()]
-    written_at = page.stat().st_mtime if page.is_file() else 0.0
-    return written_at > 0 and all(path.stat().st_mtime <= written_at for path in results if path.is_file())

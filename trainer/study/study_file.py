@@ -12,9 +12,8 @@ from trainer.storage.run_directory import StudyDirectory
 from trainer.study import checks, data_sets, expand, methods
 from trainer.study.data_sets import ProblemSet
 from trainer.study.expand import RunSpec
-from trainer.study.expand import evaluation_name_of as evaluation_name
 
-__all__ = ["RunSpec", "Study", "evaluation_name", "load_study"]
+__all__ = ["RunSpec", "Study", "load_study"]
 
 LAUNCHERS = ("auto", "deepspeed", "mpiexec")
 KEYS = (
@@ -68,6 +67,11 @@ def load_study(
     directory = StudyDirectory(Path(output_dir or str(values.get("output_dir", "runs"))) / name)
     shards_root = Path(shards_dir or str(values.get("shards_dir", "shards")))
     annotations_root = Path(str(values.get("annotations_dir", "annotations")))
+    variants = values.get("evaluations", [{}])
+    if not isinstance(variants, list) or not variants:
+        raise UserError(
+            f"{where}: evaluations is {variants!r}, expected a list, e.g. [{{calculator: true}}, {{calculator: false}}]"
+        )
 
     data = data_sets.read_data_sets(values, shards_root, annotations_root, where)
     models = _models(values, num_ranks, default_ranks, where)
@@ -80,10 +84,10 @@ def load_study(
         methods=methods.read_methods(values, models, data, where),
         train=checks.section(TrainSettings, values, "train", where),
         convert=checks.section(ConvertSettings, values, "convert", where),
-        evaluate=_check_evaluation(
-            checks.mapping(values.get("evaluate") or {}, f"{where}: evaluate"), f"{where}: evaluate"
-        ),
-        evaluations=_evaluation_variants(values, where),
+        evaluate=_evaluation(values.get("evaluate"), f"{where}: evaluate"),
+        evaluations=[
+            _evaluation(variant, f"{where}: evaluations[{number}]") for number, variant in enumerate(variants)
+        ],
     )
     problem_sets = tuple(problems for sets in data.values() for problems in sets.values())
     runs = expand.expand(grid)
@@ -96,32 +100,17 @@ def _models(
     values: dict[str, Any], num_ranks: int, default_ranks: int, where: str
 ) -> dict[str, expand.ModelSpec]:
     found = {}
-    for name, given in checks.named_settings(
-        checks.required(values, "models", where), f"{where}: models"
-    ).items():
-        ranks = checks.checked_count(
-            given.pop("num_ranks", default_ranks), f"{where}: models.{name}: num_ranks"
-        )
-        checks.check_settings(TrainSettings, given, f"{where}: models.{name}")
+    for name, given in checks.named_settings(values, "models", where).items():
+        path = f"{where}: models.{name}"
+        ranks = checks.checked_count(given.pop("num_ranks", default_ranks), f"{path}: num_ranks")
+        checks.check_settings(TrainSettings, given, path)
         found[name] = expand.ModelSpec(name, given, num_ranks or ranks)
     return found
 
 
-def _evaluation_variants(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    given = values.get("evaluations", [{}])
-    if not isinstance(given, list) or not given:
-        raise UserError(
-            f"{where}: evaluations is {given!r}, expected a list, e.g. [{{calculator: true}}, {{calculator: false}}]"
-        )
-    variants = []
-    for number, variant in enumerate(given):
-        path = f"{where}: evaluations[{number}]"
-        variants.append(checks.mapping(variant or {}, path))
-        _check_evaluation(variants[-1], path)
-    return variants
-
-
-def _check_evaluation(values: dict[str, Any], where: str) -> dict[str, Any]:
+def _evaluation(given: Any, where: str) -> dict[str, Any]:
+    """Return checked settings of evaluations."""
+    values = checks.mapping(given or {}, where)
     if values.get("mode") == methods.FEW_SHOT or "exemplars" in values:
         raise UserError(
             f"{where}: few_shot is a method of its own; write it, with its exemplars, under methods"

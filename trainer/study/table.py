@@ -1,4 +1,4 @@
-"""Tables of the plan and the progress of a study, read from disk."""
+"""Tables of the plan and the progress of a study, read from disk without a network."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import io
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from trainer.errors import UserError
+from trainer.models import presets
 from trainer.runtime import directory_lock, terminal
-from trainer.settings import EvaluateSettings
+from trainer.settings import EvaluateSettings, PrepareSettings, TrainSettings
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import EvaluationDirectory
-from trainer.study import changes, estimates, processes, stages, status
+from trainer.study import changes, processes, stages, status
 from trainer.study.expand import evaluation_variant
 from trainer.study.study_file import RunSpec, Study
 
@@ -24,14 +28,12 @@ _WIDTH_WITHOUT_TERMINAL = 160
 
 def show_status(study: Study) -> None:
     """Print the progress of every run, its loss and its accuracies (strict, 95 % interval)."""
-    table = make_table("run", "train", "loss", "convert", *_evaluation_variants(study))
+    variants = list(dict.fromkeys(evaluation_variant(e) for run in study.runs for e in run.evaluations))
+    table = make_table("run", "train", "loss", "convert", *variants)
     for run in study.runs:
+        training = _training(run) if run.train else ("", "", "")
         cells = {evaluation_variant(settings): _evaluation(settings) for settings in run.evaluations}
-        table.add_row(
-            run.name,
-            *(_training(run) if run.train else ("", "", "")),
-            *(cells.get(name, "") for name in _evaluation_variants(study)),
-        )
+        table.add_row(run.name, *training, *(cells.get(name, "") for name in variants))
     todo = stages.study_stages(study)
     done = sum(status.is_done(stage) for stage in todo)
     terminal.info(f"study {study.name} ({study.directory.path}): {done} of {len(todo)} stages done")
@@ -42,11 +44,9 @@ def show_status(study: Study) -> None:
             ready = f"{facts['num_problems']} problems"
         terminal.info(f"shards {settings.output_dir}: {ready}")
     terminal.info(table_text(table))
-    running = directory_lock.current_owner(study.directory.lock)
-    leftovers = processes.processes_of_study(study.directory)
-    if running:
+    if running := directory_lock.current_owner(study.directory.lock):
         terminal.info(f"in use: {running.process}, since {running.since}")
-    elif leftovers:
+    elif leftovers := processes.processes_of_study(study.directory):
         numbers = ", ".join(str(process.pid) for process in leftovers)
         terminal.info(
             f"not running, but processes {numbers} of an earlier start are alive; a run ends them first"
@@ -64,7 +64,7 @@ def show_plan(study: Study, tools: Path | None) -> None:
     table = make_table("", "stage", "state", "ranks", "problems")
     for number, stage in enumerate(todo, 1):
         ready = "to do" if stage in waiting else "done"
-        table.add_row(str(number), stage.label, ready, str(stage.num_ranks), _num_problems(stage, study))
+        table.add_row(str(number), stage.label, ready, str(stage.num_ranks), _stage_problems(stage, study))
     terminal.info(table_text(table))
     terminal.info(f"study {study.name}: {len(study.runs)} runs, {len(todo)} stages, {len(waiting)} to do")
     for stage in waiting:
@@ -83,7 +83,7 @@ def _models(study: Study) -> Table:
             table.add_row(
                 settings.model_label,
                 settings.model_name_or_path or f"{settings.config_name} (random weights)",
-                _number(estimates.num_parameters(settings, prepared[settings.train_shards])),
+                _number(num_parameters(settings, prepared[settings.train_shards])),
                 str(run.num_ranks),
                 Path(settings.deepspeed).stem if settings.deepspeed else "zero1",
                 "bf16" if settings.bf16 else "fp32",
@@ -91,15 +91,83 @@ def _models(study: Study) -> Table:
     return table
 
 
-def _num_problems(stage: stages.Stage, study: Study) -> str:
+def _stage_problems(stage: stages.Stage, study: Study) -> str:
     """Return the number of problems that a stage prepares, trains on or evaluates; "?" if unknown."""
     if stage.kind == "prepare":
-        return _number(estimates.num_problems(stage.settings))
+        return _number(num_problems(stage.settings))
     if stage.kind == "train":
-        return _number(estimates.num_examples(stage.settings, study.shards))
+        return _number(num_examples(stage.settings, study.shards))
     if stage.kind == "evaluate":
-        return _number(estimates.num_answers(stage.settings, study.shards))
+        return _number(num_answers(stage.settings, study.shards))
     return ""
+
+
+def num_problems(settings: PrepareSettings) -> int | None:
+    """Return the problems in a set, from its shards or its settings; None if they depend on a source not read yet."""
+    if facts := _facts(settings.output_dir):
+        return int(facts["num_problems"])
+    if settings.data == "stories":
+        return min(settings.max_problems or settings.num_problems, settings.num_problems)
+    return None
+
+
+def num_examples(training: TrainSettings, shards: Iterable[PrepareSettings]) -> int | None:
+    """Return the training problems that have the steps the method requires; None if unknown."""
+    facts = _facts(training.train_shards)
+    if "problems_per_method" in facts:
+        return int(facts["problems_per_method"].get(training.method, 0))
+    return _num_problems_in(training.train_shards, shards)
+
+
+def num_answers(evaluation: EvaluateSettings, shards: Iterable[PrepareSettings]) -> int | None:
+    """Return the problems that an evaluation answers; None if unknown."""
+    available = _num_problems_in(evaluation.shards, shards)
+    return available and min(evaluation.max_problems or available, available)
+
+
+def _num_problems_in(path: str, shards: Iterable[PrepareSettings]) -> int | None:
+    return next(num_problems(settings) for settings in shards if settings.output_dir == path)
+
+
+def num_parameters(settings: TrainSettings, prepared: PrepareSettings) -> int | None:
+    """Return the number of parameters from the config of a preset, a local folder or a model in the Hub's local cache.
+
+    None if it would require the network or a vocabulary that does not exist yet.
+    """
+    from trainer.models import load, stories_tokenizer
+
+    name = settings.model_name_or_path or settings.config_name
+    facts, vocabulary_size = _facts(prepared.output_dir), 0
+    if facts:
+        vocabulary_size = int(facts["vocabulary_size"])
+    elif prepared.tokenizer_name == "stories":
+        vocabulary_size = stories_tokenizer.VOCAB_SIZE
+    try:
+        config = _config(name, settings.config_overrides, vocabulary_size)
+        return None if config is None else load.num_parameters(config)
+    except (UserError, OSError, ValueError):
+        return None  # the training stage reports the error
+
+
+def _config(name: str, overrides: str, vocabulary_size: int) -> Any:
+    from trainer.models import load
+
+    if name in presets.student_names():
+        return load.load_config(name, overrides, vocabulary_size) if vocabulary_size else None
+    if Path(name).exists():
+        return load.load_config(name, overrides)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return load.load_config(str(Path(cached).parent), overrides)
+    short = name.rpartition("/")[2].lower()
+    return presets.published_config(short) if short in presets.published_names() and not overrides else None
+
+
+def _facts(shards: str) -> dict[str, Any]:
+    path = Path(shards)
+    return dict(atomic_dir.read_manifest(path, "shards")["facts"]) if atomic_dir.is_complete(path) else {}
 
 
 def _number(value: int | None) -> str:
@@ -109,15 +177,13 @@ def _number(value: int | None) -> str:
 def _training(run: RunSpec) -> tuple[str, str, str]:
     """Return the cells of a training: its progress, its loss, and whether its checkpoint is converted."""
     assert run.train
-    loss = status.final_loss(run.directory)
-    progress = status.training_progress(run.train)
+    loss, training = status.final_loss(run.directory), "-"
     exported = status.is_exported(run.directory)
     if exported or status.is_trained(run.directory):
         training = "done"
     elif run.directory.metrics.is_file():
+        progress = status.training_progress(run.train)
         training = f"{progress.done}/{progress.total or '?'}"
-    else:
-        training = "-"
     return training, "-" if loss is None else f"{loss:.3f}", "done" if exported else "-"
 
 
@@ -128,11 +194,6 @@ def _evaluation(settings: EvaluateSettings) -> str:
         return "-"
     progress = status.EvaluationProgress(settings)()
     return f"{progress.done}/{progress.total}"
-
-
-def _evaluation_variants(study: Study) -> list[str]:
-    """Return the evaluation variants of the study, in the order of the file."""
-    return list(dict.fromkeys(evaluation_variant(e) for run in study.runs for e in run.evaluations))
 
 
 def make_table(*columns: str) -> Table:

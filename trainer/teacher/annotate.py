@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from trainer.errors import UserError
 from trainer.runtime import directory_lock, terminal
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import AnnotationDirectory
-from trainer.teacher import result, summary
+from trainer.teacher import result
 from trainer.teacher.job import AnnotationJob, prepare_job
 from trainer.teacher.responses import ResponseLog
 from trainer.teacher.settings import AnnotateSettings
@@ -29,15 +30,12 @@ def annotate(settings: AnnotateSettings) -> None:
     with directory_lock.locked(directory.lock):
         job = _prepare(settings)
         if _is_up_to_date(directory.result, job):
-            terminal.info(summary.table(_summary(directory.result)))
+            terminal.info(result.table(_summary(directory.result)))
             terminal.info(f"{directory.result}: already annotated")
             return
-        log = ResponseLog(directory.responses, directory.corrupt_lines)
-        try:
+        with contextlib.closing(ResponseLog(directory.responses, directory.corrupt_lines)) as log:
             _query(job, log)
             _publish(directory.result, job, log)
-        finally:
-            log.close()
 
 
 def print_plan(settings: AnnotateSettings) -> None:
@@ -54,13 +52,14 @@ def print_plan(settings: AnnotateSettings) -> None:
         f"{len(job.bad_records)} bad records"
     )
     now = f"{most}" if least == most else f"{least} to {most}"
+    num_requests = sum(map(len, job.requests.values()))
     terminal.info(
-        f"{job.num_requests} requests at most, {job.num_answered(log)} of them already answered; a run sends {now}"
+        f"{num_requests} requests at most, {job.num_answered(log)} of them already answered; a run sends {now}"
     )
     terminal.info(
         f"about {prompt_tokens:,.0f} prompt tokens and at most {most * settings.max_new_tokens:,} completion tokens"
     )
-    cost = summary.cost_of(prompt_tokens, most * settings.max_new_tokens, settings)
+    cost = result.cost_of(prompt_tokens, most * settings.max_new_tokens, settings)
     if cost is not None:
         terminal.info(f"cost at most about {cost:.2f}")
     first = job.problems[0]
@@ -73,9 +72,10 @@ def _prepare(settings: AnnotateSettings) -> AnnotationJob:
 
         check_url(settings.base_url)
         return prepare_job(settings)
-    from trainer.teacher.local_model import content_digest
+    from trainer.evaluation import model_reference
 
-    return prepare_job(settings, content_digest(settings.model_name_or_path))
+    reference = model_reference.find_model(settings.model_name_or_path)
+    return prepare_job(settings, model_reference.content_digest(reference))
 
 
 def _query(job: AnnotationJob, log: ResponseLog) -> None:
@@ -84,21 +84,19 @@ def _query(job: AnnotationJob, log: ResponseLog) -> None:
         f"{len(job.problems)} problems, {job.num_answered(log)} responses in the log; querying {job.teacher['model']} "
         f"for {len(queues)} {'samples' if job.settings.keep_all else 'problems'}"
     )
-    if not queues:
-        return
-    if job.settings.base_url:
+    if queues and job.settings.base_url:
         from trainer.teacher.endpoint_queries import query_endpoint
 
-        query_endpoint(job.settings, queues, log, job.is_satisfied)
-    else:
+        query_endpoint(job, queues, log)
+    elif queues:
         from trainer.teacher.local_model import query_local_model
 
-        query_local_model(job.settings, queues, log, job.is_satisfied)
+        query_local_model(job, queues, log)
 
 
 def _publish(final: Path, job: AnnotationJob, log: ResponseLog) -> None:
     results = list(result.problem_results(job, log))
-    numbers = summary.summarise(job, results, log)
+    numbers = result.summarise(job, results, log)
     facts: dict[str, Any] = {
         "recipe": job.fingerprint_fields,
         "teacher": job.teacher,
@@ -112,7 +110,7 @@ def _publish(final: Path, job: AnnotationJob, log: ResponseLog) -> None:
         result.write(staging, job, results, numbers)
     if exists:
         atomic_dir.replace_directory(final, new)
-    terminal.info(summary.table(numbers))
+    terminal.info(result.table(numbers))
     if not numbers["problems"]["annotated"]:
         terminal.warning(f"no chain was kept; see {final / result.REJECTED}")
     terminal.info(f"{final / result.ANNOTATED}: {numbers['samples']['kept']} problems with steps")
@@ -128,7 +126,9 @@ def _is_up_to_date(final: Path, job: AnnotationJob) -> bool:
     if job.settings.overwrite:
         return False
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    changes = ", ".join(f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} now" for key in keys)
+    values = {key: [repr(recipe.get(key)) for recipe in (old, new)] for key in keys}
+    short = {key: [text if len(text) <= 60 else f"{text[:13]}..." for text in values[key]] for key in keys}
+    changes = ", ".join(f"{key}: {there} there, {now} now" for key, (there, now) in short.items())
     raise UserError(
         f"{final} was made with other settings ({changes}); choose another output_dir, or give --overwrite "
         "to replace the result (no response is lost)"
@@ -138,9 +138,3 @@ def _is_up_to_date(final: Path, job: AnnotationJob) -> bool:
 def _summary(final: Path) -> dict[str, Any]:
     atomic_dir.verify_digests(final, [result.SUMMARY])
     return json.loads((final / result.SUMMARY).read_text(encoding="utf-8"))
-
-
-def _short(value: object) -> str:
-    """Return a value for a message; digests are cut."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:13]}..."

@@ -36,12 +36,8 @@ class HeldOutQuestions:
             self._whole.setdefault(text, name)
             if len(text) < ngram:
                 self._short.setdefault(len(text), {}).setdefault(text, name)
-        self._ngrams: dict[
-            int, dict[tuple[str, ...], str]
-        ] = {}  # n -> n-grams of the questions, filled on demand
-
-    def __len__(self) -> int:
-        return len(self._questions)
+        # n -> n-grams of the questions, filled on demand
+        self._ngrams: dict[int, dict[tuple[str, ...], str]] = {}
 
     def match(self, question: str) -> str | None:
         """Return the name of a test problem that the question matches, or None."""

@@ -7,8 +7,12 @@ masked. Each sample is one request, because not every server supports `n`.
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import json
 import os
+import random
+import time
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,11 +20,12 @@ import openai
 
 from trainer.errors import UserError
 from trainer.teacher.prompts import stop_texts
-from trainer.teacher.rate_limiter import RateLimiter, backoff_seconds, retry_after_seconds
 from trainer.teacher.responses import Request, Response
 from trainer.teacher.settings import AnnotateSettings
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_BACKOFF_SECONDS = 60.0
+MAX_RETRY_AFTER_SECONDS = 600.0
 _PROBE_SECONDS = 10.0
 _NO_KEY = "none"  # the client requires a key; local servers ignore it
 _RETRIED_STATUSES = (408, 409, 425, 429)
@@ -48,21 +53,14 @@ class Endpoint:
         if not key.isascii() or not key.isprintable():
             raise UserError(f"{API_KEY_VARIABLE} holds characters that no key has; set it again")
         self._secret = key
-        self._client = openai.AsyncOpenAI(
+        self.client = openai.AsyncOpenAI(
             base_url=settings.base_url,
             api_key=key or _NO_KEY,
             max_retries=0,
             timeout=settings.timeout_seconds,
         )
         self._rate_limiter = RateLimiter(settings.requests_per_minute)
-        self.is_stopped = False
-
-    def stop(self) -> None:
-        """Stop retrying; requests in flight are the last."""
-        self.is_stopped = True
-
-    async def close(self) -> None:
-        await self._client.close()
+        self.is_stopped = False  # set it to stop retrying; requests in flight are the last
 
     async def probe(self) -> None:
         """Raise UserError if every request would fail: no server, or a wrong key.
@@ -71,7 +69,7 @@ class Endpoint:
         """
         where = self._settings.base_url
         try:
-            await self._client.models.list(timeout=_PROBE_SECONDS)
+            await self.client.models.list(timeout=_PROBE_SECONDS)
         except openai.APITimeoutError:
             raise UserError(
                 f"{where} did not answer within {_PROBE_SECONDS:.0f} s; is it still starting?"
@@ -128,9 +126,9 @@ class Endpoint:
             if self._settings.api == "chat":
                 options[self._settings.token_limit_field] = self._settings.max_new_tokens
                 options["messages"] = [{"role": "user", "content": request.prompt}]
-                return _parse_completion(await self._client.chat.completions.create(**options))
+                return _parse_completion(await self.client.chat.completions.create(**options))
             options["max_tokens"] = self._settings.max_new_tokens
-            return _parse_completion(await self._client.completions.create(prompt=request.prompt, **options))
+            return _parse_completion(await self.client.completions.create(prompt=request.prompt, **options))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise _MalformedResponse(f"its body is not JSON ({error})") from None
 
@@ -185,3 +183,50 @@ def _parse_completion(answer: Any) -> Response:
 def _count(usage: Any, name: str) -> int | None:
     value = getattr(usage, name, None)
     return value if isinstance(value, int) and value >= 0 else None
+
+
+class RateLimiter:
+    """Limiter that spaces the requests of this process evenly. 0 requests per minute: no limit."""
+
+    def __init__(self, requests_per_minute: float) -> None:
+        self._spacing = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self._next = 0.0
+
+    async def acquire(self) -> None:
+        """Wait until one more request may be sent."""
+        while True:
+            now = time.monotonic()
+            if now >= self._next:
+                self._next = now + self._spacing
+                return
+            await asyncio.sleep(self._next - now)
+
+    def back_off(self, seconds: float) -> None:
+        """Delay all requests by `seconds`, as the endpoint demands."""
+        self._next = max(self._next, time.monotonic() + seconds)
+
+
+def backoff_seconds(attempt: int, first_seconds: float) -> float:
+    """Return the wait after failed attempt number `attempt` (from 1): doubled each time, with jitter.
+
+    The jitter of half the wait spreads requests that failed together ("equal jitter", M. Brooker, AWS Architecture
+    Blog, 2015).
+    """
+    return min(MAX_BACKOFF_SECONDS, first_seconds * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+
+
+def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds of the header Retry-After, a number or a date (RFC 9110, 10.2.3), or None."""
+    text = headers.get("retry-after", "").strip()
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
+            return None
+    if seconds != seconds:  # NaN
+        return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)

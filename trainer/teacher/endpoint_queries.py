@@ -3,47 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from trainer.errors import UserError
 from trainer.runtime import terminal
 from trainer.teacher.endpoint import Endpoint, RequestFailed
+from trainer.teacher.job import AnnotationJob
 from trainer.teacher.responses import Request, Response, ResponseLog
-from trainer.teacher.settings import AnnotateSettings
 
 _MAX_CONSECUTIVE_FAILURES = 5  # then the endpoint counts as down
 
-IsSatisfied = Callable[[Request, Response], bool]
 
-
-def query_endpoint(
-    settings: AnnotateSettings,
-    queues: Sequence[Sequence[Request]],
-    log: ResponseLog,
-    is_satisfied: IsSatisfied,
-) -> None:
+def query_endpoint(job: AnnotationJob, queues: Sequence[Sequence[Request]], log: ResponseLog) -> None:
     """Process the queues: the next request of a queue is sent unless the previous response satisfies.
 
     Raises UserError if the endpoint is unreachable, refuses or stops answering, and, without `allow_unanswered`, if any
     request has no response. Requests in flight at an error are awaited, so that the log has every response.
     """
-    asyncio.run(_query(settings, queues, log, is_satisfied))
+    asyncio.run(_query(job, queues, log))
 
 
-async def _query(
-    settings: AnnotateSettings,
-    queues: Sequence[Sequence[Request]],
-    log: ResponseLog,
-    is_satisfied: IsSatisfied,
-) -> None:
-    endpoint = Endpoint(settings)
-    try:
+async def _query(job: AnnotationJob, queues: Sequence[Sequence[Request]], log: ResponseLog) -> None:
+    endpoint = Endpoint(job.settings)
+    async with endpoint.client:
         await endpoint.probe()
         with terminal.progress_bar("annotate", len(queues)) as bar:
-            workers = _Workers(settings, endpoint, queues, log, is_satisfied, bar)
-            await asyncio.gather(*(workers.work() for _ in range(settings.concurrency)))
-    finally:
-        await endpoint.close()
+            workers = _Workers(job, endpoint, queues, log, bar)
+            await asyncio.gather(*(workers.work() for _ in range(job.settings.concurrency)))
     workers.report()
 
 
@@ -52,15 +38,20 @@ class _Workers:
 
     def __init__(
         self,
-        settings: AnnotateSettings,
+        job: AnnotationJob,
         endpoint: Endpoint,
         queues: Sequence[Sequence[Request]],
         log: ResponseLog,
-        is_satisfied: IsSatisfied,
         bar: terminal.ProgressBar,
     ) -> None:
-        self._settings, self._endpoint, self._log, self._bar = settings, endpoint, log, bar
-        self._queues, self._is_satisfied = iter(queues), is_satisfied
+        self._job, self._settings, self._endpoint, self._log, self._bar = (
+            job,
+            job.settings,
+            endpoint,
+            log,
+            bar,
+        )
+        self._queues = iter(queues)
         self._in_flight: dict[str, asyncio.Task[Response | None]] = {}
         self._num_done = self._num_answered = self._num_consecutive_failures = 0
         self._unanswered: dict[str, str] = {}  # problem id -> reason
@@ -72,7 +63,7 @@ class _Workers:
                 if self._endpoint.is_stopped:
                     return
                 response = self._log.get(request.key) or await self._respond(request)
-                if response is not None and self._is_satisfied(request, response):
+                if response is not None and self._job.is_satisfied(request, response):
                     break
                 if response is None and not self._settings.allow_unanswered:
                     break  # this sample may still succeed in the next run
@@ -125,4 +116,4 @@ class _Workers:
 
     def _stop(self, error: UserError) -> None:
         self._error = self._error or error
-        self._endpoint.stop()
+        self._endpoint.is_stopped = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +14,16 @@ from trainer.problems.jsonl import record_from_problem
 from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import read_problems, source_digest
 from trainer.runtime import terminal
-from trainer.teacher import exemplars
 from trainer.teacher.decontaminate import HeldOutQuestions
 from trainer.teacher.filter import FilterConfig, FilterResult, filter_sample
-from trainer.teacher.prompts import BUILT_IN_PROMPTS, PromptBuilder, stop_texts
+from trainer.teacher.prompts import (
+    BUILT_IN_PROMPTS,
+    PromptBuilder,
+    choose_exemplars,
+    dataset_options,
+    parse_source,
+    stop_texts,
+)
 from trainer.teacher.responses import Request, Response, ResponseLog, make_request
 from trainer.teacher.settings import AnnotateSettings
 
@@ -33,19 +38,12 @@ class AnnotationJob:
     """Annotation job. `contaminated`: problems left out, each with the test problem that it matches."""
 
     settings: AnnotateSettings
-    problems: tuple[Problem, ...]
-    contaminated: tuple[tuple[Problem, str], ...]
-    bad_records: tuple[RejectedRecord, ...]
+    problems: list[Problem]
+    contaminated: list[tuple[Problem, str]]
+    bad_records: list[RejectedRecord]
     prompt_builder: PromptBuilder
     teacher: dict[str, Any]  # model and all parameters of its requests
     fingerprint_fields: dict[str, Any]  # equal fields and equal responses give equal files
-
-    @property
-    def filter_config(self) -> FilterConfig:
-        settings = self.settings
-        return FilterConfig(
-            settings.style, settings.min_steps, settings.max_steps, settings.require_annotations
-        )
 
     @cached_property
     def requests(self) -> dict[str, list[Request]]:
@@ -63,16 +61,14 @@ class AnnotationJob:
         return {problem.id: problem for problem in self.problems}
 
     def filter(self, request: Request, response: Response) -> FilterResult:
+        style, limits = self.settings.style, (self.settings.min_steps, self.settings.max_steps)
+        config = FilterConfig(style, *limits, self.settings.require_annotations)
         problem = self._by_id[request.problem_id]
-        return filter_sample(response.text, response.finish_reason, problem, self.filter_config)
+        return filter_sample(response.text, response.finish_reason, problem, config)
 
     def is_satisfied(self, request: Request, response: Response) -> bool:
         """Return whether no further sample of the problem is needed after this response."""
         return not self.settings.keep_all and self.filter(request, response).is_kept
-
-    @property
-    def num_requests(self) -> int:
-        return sum(map(len, self.requests.values()))
 
     def num_answered(self, log: ResponseLog) -> int:
         return sum(log.get(request.key) is not None for queue in self.requests.values() for request in queue)
@@ -100,7 +96,7 @@ def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> Annotatio
     problems: list[Problem] = []
     contaminated: list[tuple[Problem, str]] = []
     bad_records: list[RejectedRecord] = []
-    options = exemplars.dataset_options(settings.data, settings.seed)
+    options = dataset_options(settings.data, settings.seed)
     for record in read_problems(settings.data, settings.split, settings.data_path, **options):
         if isinstance(record, RejectedRecord):
             bad_records.append(record)
@@ -117,26 +113,19 @@ def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> Annotatio
             f"{settings.data_path}: there is no problem to annotate, {len(contaminated)} match test questions"
         )
     file = Path(settings.prompt) if settings.prompt else BUILT_IN_PROMPTS / f"{settings.style}.j2"
-    chosen = exemplars.choose_exemplars(settings, held_out)
+    chosen = choose_exemplars(settings, held_out)
     prompt_builder = PromptBuilder(file, settings.style, chosen, settings.gold_hint, settings.with_facts)
+    shown = "\n".join(json.dumps(record_from_problem(problem), sort_keys=True) for problem in chosen)
     teacher = _teacher(settings, model_digest)
     fingerprint = {name: getattr(settings, name) for name in _FINGERPRINT_SETTINGS}
     fingerprint |= {
         "source": source_digest(settings.data, settings.split, settings.data_path, **options),
         "prompt": prompt_builder.digest,
-        "exemplars": _digest(chosen),
+        "exemplars": hashlib.sha256(shown.encode()).hexdigest(),
         "decontaminate": test_sets,
         **teacher,
     }
-    return AnnotationJob(
-        settings,
-        tuple(problems),
-        tuple(contaminated),
-        tuple(bad_records),
-        prompt_builder,
-        teacher,
-        fingerprint,
-    )
+    return AnnotationJob(settings, problems, contaminated, bad_records, prompt_builder, teacher, fingerprint)
 
 
 def _teacher(settings: AnnotateSettings, model_digest: str) -> dict[str, Any]:
@@ -162,8 +151,8 @@ def _held_out(settings: AnnotateSettings) -> tuple[HeldOutQuestions, list[list[s
     questions: list[tuple[str, str]] = []
     digests = []
     for text in settings.decontaminate:
-        data, path, split = exemplars.parse_source(text, "decontaminate")
-        options = exemplars.dataset_options(data, settings.seed)
+        data, path, split = parse_source(text, "decontaminate")
+        options = dataset_options(data, settings.seed)
         before = len(questions)
         for record in read_problems(data, split, path or None, **options):
             if isinstance(record, Problem):
@@ -171,8 +160,3 @@ def _held_out(settings: AnnotateSettings) -> tuple[HeldOutQuestions, list[list[s
         terminal.info(f"test set {data} {split}: {len(questions) - before} questions must not be annotated")
         digests.append([data, split, source_digest(data, split, path or None, **options)])
     return HeldOutQuestions(questions, settings.decontaminate_ngram), digests
-
-
-def _digest(problems: Sequence[Problem]) -> str:
-    text = "\n".join(json.dumps(record_from_problem(problem), sort_keys=True) for problem in problems)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trainer.evaluation import model_reference
@@ -12,37 +12,27 @@ from trainer.evaluation.sampling import sampling_seed
 from trainer.models import load
 from trainer.models.tokenizer import load_tokenizer, max_text_token_id
 from trainer.runtime import terminal
+from trainer.teacher.job import AnnotationJob
 from trainer.teacher.prompts import stop_texts
 from trainer.teacher.responses import Request, Response, ResponseLog
-from trainer.teacher.settings import AnnotateSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def content_digest(name_or_path: str) -> str:
-    """Return the digest of the model's files. Raises UserError if there is no such model."""
-    return model_reference.content_digest(model_reference.find_model(name_or_path))
-
-
-def query_local_model(
-    settings: AnnotateSettings,
-    queues: Sequence[Sequence[Request]],
-    log: ResponseLog,
-    is_satisfied: Callable[[Request, Response], bool],
-) -> None:
+def query_local_model(job: AnnotationJob, queues: Sequence[Sequence[Request]], log: ResponseLog) -> None:
     """Process the queues in rounds: the next request of a queue is run unless the previous response satisfies.
 
     A sample depends on seed and request only, not on the batch. A prompt that fills the model's context gets an empty
     response with finish reason "length".
     """
+    settings = job.settings
     name = model_reference.find_model(settings.model_name_or_path).name
     load.load_config(name)  # raises for a folder without a model before the tokenizer is loaded
     tokenizer = load_tokenizer(name)
     model = load.load_model(name, settings.dtype)
     load.check_vocabulary(model.config, max_text_token_id(tokenizer), name)
     model.to(device=load.device())  # type: ignore[call-arg]
-    context = load.context_length(model.config)
     backend: BackendChoice | None = None
     waiting = [list(queue) for queue in queues]
     with terminal.progress_bar("annotate", sum(map(len, waiting))) as bar:
@@ -54,42 +44,33 @@ def query_local_model(
                     by_key.setdefault(queue[0].key, queue[0])
             requests = list(by_key.values())
             prompts = [_tokens(tokenizer, request.prompt) for request in requests]
-            fitting = [index for index, prompt in enumerate(prompts) if not context or len(prompt) < context]
-            for index in set(range(len(requests))) - set(fitting):
-                log.append(requests[index], name, Response("", "length", len(prompts[index]), 0))
-            fitting_prompts = [prompts[index] for index in fitting]
-            if backend is None and fitting:
-                backend = completion_backend(model, fitting_prompts, settings.max_new_tokens, name)
+            if backend is None and prompts:
+                backend = completion_backend(model, prompts, settings.max_new_tokens, name)
                 if backend.name == TRANSFORMERS:
                     terminal.info(f"{name}: {backend.describe()}")
             texts = completions(
                 model,
                 tokenizer,
-                fitting_prompts,
+                prompts,
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
-                seeds=[sampling_seed(settings.seed, requests[index].key) for index in fitting],
+                seeds=[sampling_seed(settings.seed, request.key) for request in requests],
                 stop=tuple(stop_texts(settings)),
                 batch_size=settings.batch_size,
                 backend=backend or "auto",
             )
-            for number, text, num_tokens, is_finished in texts:
-                index = fitting[number]
+            for index, text, num_tokens, is_finished in texts:
                 reason = "stop" if is_finished else "length"
                 log.append(requests[index], name, Response(text, reason, len(prompts[index]), num_tokens))
                 num_done += 1
                 bar.update(num_done)
-            waiting = [rest for queue in waiting if (rest := _remaining(queue, log, is_satisfied))]
-
-
-def _remaining(
-    queue: list[Request], log: ResponseLog, is_satisfied: Callable[[Request, Response], bool]
-) -> list[Request]:
-    """Return the requests of a queue that are needed after the response to its first."""
-    response = log.get(queue[0].key)
-    assert response is not None
-    return [] if is_satisfied(queue[0], response) else queue[1:]
+            answered, waiting = waiting, []
+            for first, *rest in answered:
+                response = log.get(first.key)
+                assert response is not None
+                if rest and not job.is_satisfied(first, response):
+                    waiting.append(rest)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

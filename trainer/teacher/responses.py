@@ -65,7 +65,15 @@ class ResponseLog:
             if read_only:
                 return
             if rest:
-                _move_partial_line(path, corrupt_lines, len(complete) + len(newline), rest)
+                with open(corrupt_lines, "ab") as file:
+                    file.write(rest + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.truncate(path, len(complete) + len(newline))
+                terminal.warning(
+                    f"{path}: its last line is half written ({len(rest)} bytes); moved to {corrupt_lines.name}, "
+                    "and only that request is repeated"
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
@@ -114,28 +122,10 @@ class ResponseLog:
             return
         try:
             record = json.loads(line)
-            fields = (
-                record["text"],
-                record["finish_reason"],
-                record["prompt_tokens"],
-                record["completion_tokens"],
-            )
-            types = ((str,), (str,), (int, type(None)), (int, type(None)))
-            if not all(isinstance(field, kind) for field, kind in zip(fields, types, strict=True)):
+            names = ("text", "finish_reason", "prompt_tokens", "completion_tokens")
+            fields = [record[name] for name in names]
+            if not all(map(isinstance, fields, (str, str, int | None, int | None))):
                 raise TypeError
             self._responses.setdefault(str(record["key"]), Response(*fields))
         except (ValueError, KeyError, TypeError, RecursionError):
             self.num_unreadable += 1
-
-
-def _move_partial_line(path: Path, corrupt_lines: Path, length: int, rest: bytes) -> None:
-    """Append `rest` to `corrupt_lines`, then truncate the log to `length`."""
-    with open(corrupt_lines, "ab") as file:
-        file.write(rest + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.truncate(path, length)
-    terminal.warning(
-        f"{path}: its last line is half written ({len(rest)} bytes); moved to {corrupt_lines.name}, "
-        "and only that request is repeated"
-    )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from trainer.errors import UserError
 from trainer.settings import DTYPES
-from trainer.storage.configuration import check_at_least, check_given, check_one_of, setting
+from trainer.storage.configuration import (
+    check_at_least,
+    check_choices,
+    check_given,
+    check_positive,
+    check_probability,
+    setting,
+)
 
 DATASETS = ("svamp", "strategyqa", "gsm8k", "jsonl")
 STYLES = ("cot", "socratic")
@@ -76,13 +82,8 @@ class AnnotateSettings:
     dry_run: bool = setting(False, "only print the number of requests, their cost and one prompt")
 
     def __post_init__(self) -> None:
-        check_given("data_path", self.data_path)
-        check_given("output_dir", self.output_dir)
-        check_one_of("data", self.data, DATASETS)
-        check_one_of("style", self.style, STYLES)
-        check_one_of("api", self.api, TEACHER_APIS)
-        check_one_of("dtype", self.dtype, DTYPES)
-        check_one_of("token_limit_field", self.token_limit_field, TOKEN_LIMIT_FIELDS)
+        check_given(self, "data_path", "output_dir")
+        check_choices(self)
         if bool(self.base_url) == bool(self.model_name_or_path):
             raise UserError(
                 "give either base_url (an endpoint) or model_name_or_path (local), not both or none"
@@ -91,23 +92,13 @@ class AnnotateSettings:
             raise UserError("base_url and model must be given together")
         if self.exemplars and self.exemplars_from_gold:
             raise UserError("give either exemplars (a file) or exemplars_from_gold (a number), not both")
-        for name in (
-            "batch_size",
-            "num_samples",
-            "max_new_tokens",
-            "concurrency",
-            "max_attempts",
-            "min_steps",
-        ):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("max_steps", self.max_steps, self.min_steps)
-        not_negative = ("max_problems", "exemplars_from_gold", "temperature", "requests_per_minute")
-        prices = ("price_per_million_input", "price_per_million_output")
-        for name in (*not_negative, *prices, "retry_seconds", "decontaminate_ngram"):
-            check_at_least(name, getattr(self, name), 0)
-        if not 0 < self.timeout_seconds < math.inf:
-            raise UserError(f"timeout_seconds is {self.timeout_seconds}; it must be a positive number")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it is a probability above 0 and at most 1")
+        check_at_least(self, 1, "batch_size", "num_samples", "max_new_tokens", "concurrency", "max_attempts")
+        check_at_least(self, 1, "min_steps")
+        check_at_least(self, self.min_steps, "max_steps")
+        check_at_least(self, 0, "max_problems", "exemplars_from_gold", "temperature", "requests_per_minute")
+        check_at_least(self, 0, "price_per_million_input", "price_per_million_output")
+        check_at_least(self, 0, "retry_seconds", "decontaminate_ngram")
+        check_positive(self, "timeout_seconds")
+        check_probability(self, "top_p")
         if self.num_samples > 1 and self.temperature == 0:
             raise UserError("samples of temperature 0 are all equal; give a temperature")

@@ -86,16 +86,14 @@ class PackedDataset:
 
     def _packs_of_epoch(self, epoch: int) -> list[np.ndarray]:
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._make_packs(epoch))
+            digest = hashlib.sha256(f"{self._key}/{epoch}".encode()).digest()
+            random = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+            # Sorted raw 64-bit draws: numpy guarantees the stream of a bit generator, not the results of `permutation`.
+            order = np.argsort(random.random_raw(self.num_examples), kind="stable")
+            packs = best_fit_decreasing(self._lengths, order, self._pack_length)
+            shuffled = np.argsort(random.random_raw(len(packs)), kind="stable")
+            self._epoch = (epoch, [self._usable[packs[index]] for index in shuffled])
         return self._epoch[1]
-
-    def _make_packs(self, epoch: int) -> list[np.ndarray]:
-        random = np.random.Philox(key=_digest(f"{self._key}/{epoch}"))
-        # Sorted raw 64-bit draws: numpy guarantees the stream of a bit generator, but not the results of `permutation`.
-        order = np.argsort(random.random_raw(self.num_examples), kind="stable")
-        packs = best_fit_decreasing(self._lengths, order, self._pack_length)
-        shuffled = np.argsort(random.random_raw(len(packs)), kind="stable")
-        return [self._usable[packs[index]] for index in shuffled]
 
 
 def best_fit_decreasing(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int]]:
@@ -164,8 +162,3 @@ class BatchPlan:
         size = self.packs_per_micro_batch
         starts = (first + (micro * self.world_size + rank) * size for micro in range(self.accumulation_steps))
         return [range(start, start + size) for start in starts]
-
-
-def _digest(text: str) -> int:
-    """Return a 128-bit key for the generator."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")

@@ -10,9 +10,9 @@ numbers on every rank.
 
 from __future__ import annotations
 
+import functools
 import io
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -79,10 +79,19 @@ class _ByteCounter(io.RawIOBase):
         return len(content)
 
 
+_errors_on_all_ranks = functools.partial(
+    distributed.errors_on_all_ranks,
+    lambda problem: f"the checkpoint could not be written: {problem}; the previous checkpoint is intact",
+)
+
+
 def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model_files: Path) -> None:
     """Collective. Publish `checkpoints/step-NNNNNN` atomically. Raises UserError on every rank."""
     final, is_main = run.checkpoint(step), distributed.is_main_process()
-    created = _on_all_ranks(lambda: str(atomic_dir.create_staging(final)) if is_main else "")
+    created = ""
+    with _errors_on_all_ranks():
+        if is_main:
+            created = str(atomic_dir.create_staging(final))
     staging = Path(distributed.broadcast_object(created))
     writer = engine.checkpoint_engine
     # DeepSpeed would copy zero_to_fp32.py beside the checkpoints, on rank 0 only, where the disk may be full.
@@ -91,33 +100,24 @@ def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model
         names = reshard.saved_names(engine)
         engine.save_checkpoint(str(staging.parent), tag=staging.name, client_state=names, save_latest=False)
         _check_written(writer, staging)
-        _on_all_ranks(
-            lambda: _copy_model_files(model_files, staging / MODEL, writer.written) if is_main else None
-        )
-        written = [path.relative_to(staging).as_posix() for path in writer.written]
-        digests = distributed.gather_objects(_on_all_ranks(lambda: atomic_dir.digest_files(staging, written)))
-        files = {name: digest for of_rank in digests for name, digest in of_rank.items()}
-        _on_all_ranks(lambda: _publish(staging, final, facts, files) if is_main else None)
+        with _errors_on_all_ranks():
+            if is_main:
+                shutil.copytree(model_files, staging / MODEL)
+                writer.written += [path for path in (staging / MODEL).rglob("*") if path.is_file()]
+            written = [path.relative_to(staging).as_posix() for path in writer.written]
+            digests = atomic_dir.digest_files(staging, written)
+        files = {
+            name: digest
+            for of_rank in distributed.gather_objects(digests)
+            for name, digest in of_rank.items()
+        }
+        with _errors_on_all_ranks():
+            if is_main:
+                _publish(staging, final, facts, files)
     except BaseException:
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-
-
-def _on_all_ranks(action: Callable[[], Any]) -> Any:
-    """Collective. Return `action()`; if it fails with a file system error on any rank, raise UserError on all."""
-    result, error = None, None
-    try:
-        result = action()
-    except (OSError, shutil.Error) as problem:
-        error = f"the checkpoint could not be written: {problem}; the previous checkpoint is intact"
-    distributed.raise_on_all_ranks(error)
-    return result
-
-
-def _copy_model_files(source: Path, target: Path, written: list[Path]) -> None:
-    shutil.copytree(source, target)
-    written += [path for path in target.rglob("*") if path.is_file()]
 
 
 def _publish(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:

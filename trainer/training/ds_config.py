@@ -7,13 +7,13 @@ contradicts the settings raises UserError.
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
 from trainer.settings import TrainSettings
+from trainer.storage.configuration import did_you_mean
 
 TOP_LEVEL_KEYS = (
     "train_batch_size",
@@ -157,10 +157,7 @@ def _check_keys(section: dict[str, Any], known: tuple[str, ...], where: str) -> 
         if key in REFUSED_KEYS:
             raise UserError(f"{where}: {key!r} cannot be set here: {REFUSED_KEYS[key]}")
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            raise UserError(
-                f"{where}: unknown key {key!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
-            )
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
 
 
 def _check_no_auto(value: Any, where: str) -> None:

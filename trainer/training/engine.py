@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from trainer.models import load, training_kernels
-from trainer.runtime import distributed, library_internals, process_group, startup
+from trainer.runtime import distributed, library_internals, startup
 from trainer.settings import TrainSettings
 from trainer.storage.run_directory import RunDirectory
-from trainer.training import checkpoint, ds_config, gradient_norm
+from trainer.training import checkpoint, ds_config
 
 
 def build_engine(
@@ -45,7 +47,10 @@ def build_engine(
                 model = load.load_model(weights, dtype, config=config)
             distributed.barrier()  # rank 0 removes a temporary folder after all ranks have read it
     training_kernels.patch_kernels(model, on_accelerator=torch.cuda.is_available())
-    _set_leaf_modules(model)
+    # ZeRO-3 then gathers a decoder layer in one collective instead of a dozen. With DeepSpeed's hooks at every module of
+    # GPT-2 XL the processor is slower than an H200.
+    for layer in load.decoder_layers(model):
+        deepspeed.utils.set_z3_leaf_module(layer, True)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with (
@@ -55,8 +60,8 @@ def build_engine(
         engine, _, _, _ = deepspeed.initialize(
             model=model, model_parameters=_parameter_groups(model, settings.weight_decay), config=resolved
         )
-    process_group.set_group_timeouts(settings.timeout_seconds)
-    gradient_norm.patch_gradient_norm(engine.optimizer)
+    library_internals.set_timeout_of_all_process_groups(settings.timeout_seconds)
+    _patch_gradient_norm(engine.optimizer)
     engine.checkpoint_engine = checkpoint.SafeCheckpointEngine()
     engine.train()
     return engine
@@ -74,18 +79,6 @@ def _zero3_init(resolved: dict[str, Any]) -> Iterator[None]:
     finally:
         del hf_config
         unset_hf_deepspeed_config()
-
-
-def _set_leaf_modules(model: torch.nn.Module) -> None:
-    """Make ZeRO-3 gather and release the parameters of a decoder layer together instead of module by module.
-
-    A layer is then one collective instead of a dozen. With DeepSpeed's hooks at every module of GPT-2 XL the processor
-    is slower than an H200.
-    """
-    from deepspeed.utils import set_z3_leaf_module
-
-    for layer in load.decoder_layers(model):
-        set_z3_leaf_module(layer, True)
 
 
 @contextlib.contextmanager
@@ -118,7 +111,34 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
     if not weight_decay:
         return parameters
     # Under ZeRO-3 a parameter is an empty shard here; DeepSpeed keeps its shape in ds_shape.
-    is_matrix = [len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 for parameter in parameters]
-    matrices = [p for p, matrix in zip(parameters, is_matrix, strict=True) if matrix]
-    vectors = [p for p, matrix in zip(parameters, is_matrix, strict=True) if not matrix]
+    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _patch_gradient_norm(optimizer: Any) -> None:
+    """Replace the norm of a ZeRO optimizer of stage 1, 2 or 3, unless its gradients are offloaded to the host.
+
+    DeepSpeed 0.19.8 reads the gradients up to five times: it searches NaN and Inf parameter by parameter (largest and
+    smallest element), then copies each gradient to fp64 and takes its norm. For GPT-2 XL, with 580 parameters, that is
+    thousands of kernel launches a step. Here the gradients are read once: all norms of a group come from one call,
+    accumulated in fp64 as before, and a gradient that is not finite shows in the norm.
+    """
+    offloaded = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
+    if offloaded or not hasattr(optimizer, "get_grad_norm_direct"):
+        return
+    optimizer.get_grad_norm_direct = functools.partial(_gradient_norm, optimizer.dp_process_group)
+    # `step` treats a norm of -1 as an overflow.
+    optimizer.check_overflow = lambda partition_gradients=True: None
+
+
+@torch.no_grad()
+def _gradient_norm(group: Any, gradients: Sequence[torch.Tensor], params: Sequence[Any]) -> torch.Tensor:
+    """Return the L2 norm (fp32 scalar) over all ranks of `group`; `gradients`: this rank's share, any float dtype.
+
+    -1 if an element is not finite, as in DeepSpeed. Padding at the end of a partition is zeros and adds nothing.
+    """
+    norms = library_internals.tensor_norms(gradients, torch.float64)
+    total = torch.stack(norms).square_().sum()
+    dist.all_reduce(total, group=group)
+    return torch.where(total.isfinite(), total.sqrt(), -1.0).float()

@@ -90,12 +90,7 @@ def choose_layout(
     rejected: list[tuple[Layout, str]] = []
     try:
         with torch.no_grad():
-            try:
-                comparison.compute_plain()
-            except NoLayout:
-                raise
-            except Exception as error:  # the exception type depends on the family
-                raise NoLayout(f"its own forward pass fails: {first_line(error)}") from error
+            comparison.compute_plain()
             for layout in layouts:
                 try:
                     difference, tolerance = comparison.difference(layout)
@@ -107,7 +102,12 @@ def choose_layout(
                 except (torch.OutOfMemoryError, NoLayout):
                     raise
                 except Exception as error:
-                    rejected.append((layout, _rejection(error)))
+                    failure = (
+                        f"the forward or backward pass fails ({type(error).__name__}: {first_line(error)})"
+                    )
+                    # The message of UnsupportedAttention is written for users.
+                    is_explained = isinstance(error, UnsupportedAttention)
+                    rejected.append((layout, first_line(error) if is_explained else failure))
                     comparison.recover()
                     continue
                 if not difference <= tolerance:
@@ -149,12 +149,6 @@ def logits_of(model: Any, examples: Sequence[Example], layout: Layout, device: t
     return torch.cat([by_example[index] for index in range(len(examples))])
 
 
-def _rejection(error: Exception) -> str:
-    if isinstance(error, UnsupportedAttention):  # its message is written for users
-        return first_line(error)
-    return f"the forward or backward pass fails ({type(error).__name__}: {first_line(error)})"
-
-
 def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
@@ -178,7 +172,10 @@ class _Comparison:
         self._plain_rounding: float | None = None
 
     def compute_plain(self) -> None:
-        self._plain[False] = self._plain_logits()
+        try:
+            self._plain[False] = self._plain_logits()
+        except Exception as error:  # the exception type depends on the family
+            raise NoLayout(f"its own forward pass fails: {first_line(error)}") from error
         if self._agree(float(self._plain[False].isnan().any())):
             raise NoLayout("its logits are not finite: its weights hold NaN or infinite numbers")
 

@@ -5,9 +5,8 @@ A resumed run keeps its layout, so that its numbers are those of a run without i
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,108 +29,72 @@ from trainer.training.layout_check import Example, LayoutChoice, NoLayout, choos
 from trainer.training.layouts import DESCRIPTIONS, PACKED, PADDED, Layout
 
 _CPU_TOKENS = 128  # of the run's first example; an accelerator takes a whole pack
-_NO_MEMORY = "memory"
 
 
-class LayoutSelection:
-    """The candidate layouts of a run, and the choice among them."""
+def select_layout(
+    engine: Any,
+    settings: TrainSettings,
+    config: Any,
+    data: PackedDataset,
+    resumed: Layout | None,
+    is_untrained: bool,
+) -> LayoutChoice:
+    """Collective. Check the layouts on the engine's weights and set its attention. Raises UserError on every rank.
 
-    def __init__(self, settings: TrainSettings, config: Any, resumed: Layout | None):
-        """`resumed`: the layout of the checkpoint from which the run is resumed."""
-        self._settings = settings
-        self._config = config
-        self._resumed = resumed
-        packed_attention.register()
-        self._layouts = [resumed] if resumed is not None else layouts.candidates(config, settings.packing)
+    They are checked on a plain copy of the model on rank 0, or without memory for it in the engine itself. `resumed`: the
+    layout of the checkpoint from which the run is resumed. `is_untrained`: the weights are random and no step was made.
+    """
+    packed_attention.register()
+    tried = [resumed] if resumed is not None else layouts.candidates(config, settings.packing)
+    examples = check_examples(settings, data)
+    outcome: LayoutChoice | NoLayout | None = None  # None: no memory for a copy
+    model = model_copy.copy_model(engine, config, is_untrained)
+    if model is not None:
+        if distributed.is_main_process():
+            outcome = _check_copy(model, engine, settings, tried, examples)
+            model_copy.free(model)
+        outcome = distributed.broadcast_object(outcome)
+    if outcome is None:
+        try:
+            outcome = choose_layout(
+                engine, tried, examples, load.device(), agree=distributed.broadcast_object
+            )
+        except NoLayout as error:
+            outcome = error
+    if isinstance(outcome, NoLayout):
+        raise UserError(_explain(outcome, settings, resumed))
+    set_attention(engine.module, outcome.layout.attention)
+    return outcome
 
-    def choose(self, engine: Any, data: PackedDataset, is_untrained: bool) -> LayoutChoice:
-        """Collective. Check the layouts on the engine's weights and set its attention. Raises UserError on every rank.
 
-        `is_untrained`: the weights are random and no step was made.
-        """
-        outcome = self._check(engine, check_examples(self._settings, data), is_untrained)
-        if isinstance(outcome, NoLayout):
-            raise UserError(self._explain(outcome))
-        set_attention(engine.module, outcome.layout.attention)
-        return outcome
-
-    def report(self, choice: LayoutChoice) -> None:
-        """Log the layout of the run, with a warning if it is not the fastest."""
-        if choice.rejected:
-            fastest, reason = choice.rejected[0]
-            terminal.warning(f"not {fastest.rows}: {reason}; instead: {DESCRIPTIONS[choice.layout.rows]}")
-        terminal.info(
-            f"  layout: {choice.layout}; logits differ from the model's own by {choice.difference:.0e} of their standard "
-            f"deviation (allowed: {choice.tolerance:.0e}, {choice.num_examples} examples, {choice.compared_in})"
+def _check_copy(
+    model: Any, engine: Any, settings: TrainSettings, tried: list[Layout], examples: list[Example]
+) -> LayoutChoice | NoLayout | None:
+    # Accelerators have separate kernels for bf16; on a CPU the functions are those of fp32.
+    compare_bf16 = settings.bf16 and torch.cuda.is_available()
+    in_training_dtype = functools.partial(model_copy.in_training_dtype, model, engine)
+    training_kernels.patch_kernels(model, on_accelerator=torch.cuda.is_available())
+    try:
+        return choose_layout(
+            model, tried, examples, load.device(), in_training_dtype if compare_bf16 else None
         )
+    except NoLayout as error:
+        return error
+    except torch.OutOfMemoryError:
+        return None
 
-    def record(self, choice: LayoutChoice) -> dict[str, Any]:
-        """Return the facts for environment.json and the checkpoints."""
-        return {
-            "rows": choice.layout.rows,
-            "attention": choice.layout.attention,
-            "largest_difference": choice.difference,
-            "tolerance": choice.tolerance,
-            "compared_examples": choice.num_examples,
-            "compared_in": choice.compared_in,
-            "fallback_reason": choice.reason,
-        }
 
-    def _check(self, engine: Any, examples: list[Example], is_untrained: bool) -> LayoutChoice | NoLayout:
-        """Collective. Check on a plain copy of the model on rank 0, or without memory for it in the engine itself."""
-        model = model_copy.copy_model(engine, self._config, is_untrained)
-        if model is not None:
-            outcome = self._check_copy(model, engine, examples) if distributed.is_main_process() else None
-            if distributed.is_main_process():
-                model_copy.free(model)
-            outcome = distributed.broadcast_object(outcome)
-            if outcome != _NO_MEMORY:
-                return outcome  # type: ignore[no-any-return]
-        try:
-            return choose_layout(
-                engine, self._layouts, examples, load.device(), agree=distributed.broadcast_object
-            )
-        except NoLayout as error:
-            return error
-
-    def _check_copy(self, model: Any, engine: Any, examples: list[Example]) -> LayoutChoice | NoLayout | str:
-        @contextlib.contextmanager
-        def in_training_dtype() -> Iterator[None]:
-            before = model_copy.cast_to_training_dtype(model, engine)
-            try:
-                yield
-            finally:
-                model_copy.set_parameters(model, before)
-
-        training_kernels.patch_kernels(model, on_accelerator=torch.cuda.is_available())
-        try:
-            return choose_layout(
-                model,
-                self._layouts,
-                examples,
-                load.device(),
-                # Accelerators have separate kernels for bf16; on a CPU the functions are those of fp32.
-                in_training_dtype if self._settings.bf16 and torch.cuda.is_available() else None,
-            )
-        except NoLayout as error:
-            return error
-        except torch.OutOfMemoryError:
-            return _NO_MEMORY
-
-    def _explain(self, error: NoLayout) -> str:
-        if self._resumed is not None:
-            return (
-                f"this run was started with the layout {self._resumed}, but {error}; resume it with the versions of "
-                "transformers and torch in its environment.json, or start from zero with --overwrite_output_dir"
-            )
-        if self._settings.packing == "true" and error.rejected:
-            return f"{self._name} cannot be trained packed: {error}; use --packing auto"
-        tried = "; ".join(f"{layout}: {reason}" for layout, reason in error.rejected)
-        return f"{self._name} cannot be trained: {tried or error}"
-
-    @property
-    def _name(self) -> str:
-        return self._settings.model_name_or_path or self._settings.config_name
+def _explain(error: NoLayout, settings: TrainSettings, resumed: Layout | None) -> str:
+    name = settings.model_name_or_path or settings.config_name
+    if resumed is not None:
+        return (
+            f"this run was started with the layout {resumed}, but {error}; resume it with the versions of "
+            "transformers and torch in its environment.json, or start from zero with --overwrite_output_dir"
+        )
+    if settings.packing == "true" and error.rejected:
+        return f"{name} cannot be trained packed: {error}; use --packing auto"
+    tried = "; ".join(f"{layout}: {reason}" for layout, reason in error.rejected)
+    return f"{name} cannot be trained: {tried or error}"
 
 
 def check_examples(settings: TrainSettings, data: PackedDataset) -> list[Example]:
@@ -145,18 +108,15 @@ def check_examples(settings: TrainSettings, data: PackedDataset) -> list[Example
         first = [(tokens[:_CPU_TOKENS], loss_mask[:_CPU_TOKENS]) for tokens, loss_mask in first[:1]]
     longest, shortest = data.longest(), data.shortest()
     if settings.eval_shards:
-        longest = max(longest, _longest_held_out(settings), key=lambda example: len(example[0]))
+        shards = Shards.open(settings.eval_shards)
+        view = view_of(settings.method, settings.train_on_calculator_results)
+        lengths = shards.lengths(view)
+        fitting = np.where(lengths <= settings.pack_length, lengths, 0)
+        held_out = shards.example(int(fitting.argmax()), view)
+        longest = max(longest, held_out, key=lambda example: len(example[0]))
     length = min(len(shortest[0]), len(first[0][0]))
     short = [(tokens[:length], loss_mask[:length]) for tokens, loss_mask in (shortest, first[0])]
     return [*first, longest, *short]
-
-
-def _longest_held_out(settings: TrainSettings) -> Example:
-    shards = Shards.open(settings.eval_shards)
-    view = view_of(settings.method, settings.train_on_calculator_results)
-    lengths = shards.lengths(view)
-    fitting = np.where(lengths <= settings.pack_length, lengths, 0)
-    return shards.example(int(fitting.argmax()), view)
 
 
 def layout_of_checkpoint(checkpoint: Path, run: RunDirectory) -> Layout | None:
@@ -184,8 +144,29 @@ def check_same_layout(layout: Layout | None, packing: str, checkpoint: Path) -> 
     )
 
 
-def write_record(run: RunDirectory, record: dict[str, Any]) -> None:
-    """Add the layout's record to environment.json (rank 0)."""
+def report_layout(choice: LayoutChoice) -> None:
+    """Log the layout of the run, with a warning if it is not the fastest."""
+    if choice.rejected:
+        fastest, reason = choice.rejected[0]
+        terminal.warning(f"not {fastest.rows}: {reason}; instead: {DESCRIPTIONS[choice.layout.rows]}")
+    terminal.info(
+        f"  layout: {choice.layout}; logits differ from the model's own by {choice.difference:.0e} of their standard "
+        f"deviation (allowed: {choice.tolerance:.0e}, {choice.num_examples} examples, {choice.compared_in})"
+    )
+
+
+def record_layout(choice: LayoutChoice, run: RunDirectory) -> dict[str, Any]:
+    """Add the layout to environment.json (rank 0); return its facts for the checkpoints."""
+    record = {
+        "rows": choice.layout.rows,
+        "attention": choice.layout.attention,
+        "largest_difference": choice.difference,
+        "tolerance": choice.tolerance,
+        "compared_examples": choice.num_examples,
+        "compared_in": choice.compared_in,
+        "fallback_reason": choice.reason,
+    }
     if distributed.is_main_process():
         facts = json.loads(run.environment.read_text(encoding="utf-8"))
         atomic_dir.write_text(run.environment, json.dumps({**facts, "layout": record}, indent=1) + "\n")
+    return record

@@ -20,6 +20,7 @@ from trainer.settings import TrainSettings
 from trainer.storage.configuration import to_dict
 from trainer.storage.run_directory import RunDirectory
 from trainer.training import checkpoint, throughput
+from trainer.training.layout_selection import report_layout
 from trainer.training.layouts import forward_passes, passes_of_step
 from trainer.training.loss import summed_token_loss
 from trainer.training.metrics_log import MetricsLog
@@ -137,7 +138,7 @@ def optimizer_step(state: TrainState, step: int, stop: StopRequest) -> tuple[dic
     engine, plan, data, environment = state.engine, state.batch_plan, state.data, state.environment
     first, end = plan.packs(step)
     num_targets = data.num_target_tokens(first, end)
-    learning_rate = state.schedule.learning_rate(step)
+    learning_rate = learning_rate_of_step(state.settings, step, plan.total_steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
 
@@ -185,6 +186,23 @@ def optimizer_step(state: TrainState, step: int, stop: StopRequest) -> tuple[dic
         "packs_consumed": end,
     }
     return metrics, asked_to_stop
+
+
+def learning_rate_of_step(settings: TrainSettings, step: int, total_steps: int) -> float:
+    """Return the learning rate of a step, counted from 0. It needs no state, so a checkpoint holds no scheduler.
+
+    Linear warm-up to the peak, then constant, linear to 0, or half a cosine to 0 (transformers' definitions).
+    """
+    peak, kind = settings.learning_rate, settings.lr_scheduler_type
+    warmup_steps = settings.warmup_steps or math.ceil(settings.warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if kind == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if kind == "linear":
+        return peak * max(0.0, 1.0 - progress)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def seed_dropout(seed: int, first_pack: int) -> None:
@@ -274,4 +292,4 @@ def log_run_header(state: TrainState) -> None:
             f"not trained on: {data.num_without_steps} problems without the steps {facts['method']} needs, "
             f"{data.num_too_long} longer than a pack"
         )
-    state.layout_selection.report(state.layout_choice)
+    report_layout(state.layout_choice)

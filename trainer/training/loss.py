@@ -108,7 +108,8 @@ def _boundaries(model: torch.nn.Module, batch: PackedBatch) -> dict[str, torch.T
     transformers' torch versions of these layers raise an exception for either. Never run with the kernels: the check
     before the first step (layout_check.py) decides whether the result is right.
     """
-    if not _has_recurrent_kernels() or not _has_convolutions(getattr(model, "module", model)):
+    # All hybrids whose kernels take boundaries have short convolutions.
+    if not _has_recurrent_kernels() or not any(isinstance(m, torch.nn.Conv1d) for m in model.modules()):
         return {}
     lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
     examples = torch.arange(len(batch.lengths), dtype=torch.int32, device=batch.tokens.device)
@@ -119,19 +120,11 @@ def _boundaries(model: torch.nn.Module, batch: PackedBatch) -> dict[str, torch.T
 def _has_recurrent_kernels() -> bool:
     from transformers.utils import import_utils
 
-    return any(
-        check()
-        for check in (
-            import_utils.is_flash_linear_attention_available,
-            import_utils.is_causal_conv1d_available,
-            import_utils.is_mamba_ssm_available,
-        )
+    return bool(
+        import_utils.is_flash_linear_attention_available()
+        or import_utils.is_causal_conv1d_available()
+        or import_utils.is_mamba_ssm_available()
     )
-
-
-def _has_convolutions(model: torch.nn.Module) -> bool:
-    """Return whether a model has short convolutions, as all hybrids have whose kernels take boundaries."""
-    return any(isinstance(module, torch.nn.Conv1d) for module in model.modules())
 
 
 def packed_logits(model: torch.nn.Module, batch: PackedBatch, **others: torch.Tensor) -> torch.Tensor:

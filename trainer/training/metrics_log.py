@@ -5,7 +5,6 @@ A step repeated after a restart has several lines: the last one is valid.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import secrets
 from typing import Any
@@ -14,6 +13,7 @@ from trainer.runtime import distributed
 from trainer.settings import TrainSettings
 from trainer.storage import atomic_dir
 from trainer.storage.configuration import to_dict
+from trainer.storage.json_lines import read_json_lines
 from trainer.storage.run_directory import RunDirectory
 
 
@@ -25,9 +25,13 @@ class MetricsLog:
         self._wandb: Any = None
         self.evaluated_steps: set[int] = set()  # filled on rank 0 only
         if distributed.is_main_process():
-            _end_partial_line(run)
-            self.evaluated_steps = _evaluated_steps(run)
+            for _, line in read_json_lines(run.metrics):
+                if line and "evaluation" in line:
+                    self.evaluated_steps.add(line["step"])
             self._file = open(run.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            content = run.metrics.read_bytes()
+            if content and not content.endswith(b"\n"):
+                self._file.write("\n")  # ends the partial line of a killed process; readers skip it
             if settings.report_to == "wandb":
                 self._wandb = _start_wandb(run, settings, facts)
 
@@ -44,30 +48,6 @@ class MetricsLog:
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if finished else 1)
-
-
-def _end_partial_line(run: RunDirectory) -> None:
-    """Append a newline to a partial last line of a killed process; readers skip the corrupt line."""
-    if run.metrics.exists():
-        with open(run.metrics, "rb+") as file:
-            file.seek(0, 2)
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-
-
-def _evaluated_steps(run: RunDirectory) -> set[int]:
-    """Return the steps whose periodic evaluation is in the file."""
-    if not run.metrics.exists():
-        return set()
-    steps = set()
-    with open(run.metrics, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if '"evaluation": {' in line:
-                with contextlib.suppress(ValueError):  # partial line of a killed process
-                    steps.add(json.loads(line)["step"])
-    return steps
 
 
 def _start_wandb(run: RunDirectory, settings: TrainSettings, facts: dict[str, Any]) -> Any:

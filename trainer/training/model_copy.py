@@ -6,6 +6,7 @@ shares the weights' memory with an fp32 engine below ZeRO-3.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator
@@ -33,7 +34,8 @@ def copy_model(engine: Any, config: Any, is_untrained: bool) -> Any:
     is_main = distributed.is_main_process()
     model = _empty_model(config) if is_main else None
     copies: dict[int, torch.nn.Parameter] = {}
-    embeddings = _embedding_ids(engine.module)
+    tables = [module for module in engine.module.modules() if isinstance(module, torch.nn.Embedding)]
+    embeddings = {id(parameter) for table in tables for parameter in table.parameters()}  # tied heads too
     for parameter in _gathered(parameters):
         if is_main:
             values = parameter.detach()
@@ -46,7 +48,8 @@ def copy_model(engine: Any, config: Any, is_untrained: bool) -> Any:
     if model is None:
         return True
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        _set_parameter(model, name, copies[id(parameter)])
+        path, _, attribute = name.rpartition(".")
+        library_internals.replace_parameter(model.get_submodule(path), attribute, copies[id(parameter)])
     persistent = engine.module.state_dict(keep_vars=True).keys()
     buffers = dict(model.named_buffers())
     for name, buffer in engine.module.named_buffers():
@@ -55,12 +58,16 @@ def copy_model(engine: Any, config: Any, is_untrained: bool) -> Any:
     return model.to(load.device()).eval()
 
 
-def cast_to_training_dtype(model: torch.nn.Module, engine: Any) -> dict[str, torch.Tensor]:
-    """Cast the copy to the dtypes of the engine; return its fp32 parameters by name, for `set_parameters`."""
+@contextlib.contextmanager
+def in_training_dtype(model: torch.nn.Module, engine: Any) -> Iterator[None]:
+    """Context manager in which the copy has the dtypes of the engine."""
     before = {name: parameter.data for name, parameter in model.named_parameters()}
     dtypes = {name: parameter.dtype for name, parameter in engine.module.named_parameters()}
     set_parameters(model, {name: data.to(dtypes.get(name, data.dtype)) for name, data in before.items()})
-    return before
+    try:
+        yield
+    finally:
+        set_parameters(model, before)
 
 
 def set_parameters(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
@@ -97,14 +104,9 @@ def _fits(parameters: list[torch.Tensor], copy_all: bool) -> bool:
         if copy_all or hasattr(parameter, "ds_id") or parameter.dtype != torch.float32
     ]
     needed = 4 * sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in copied)
-    return needed <= _MAX_FREE_FRACTION * _free_bytes()
-
-
-def _free_bytes() -> float:
-    """Return the free memory of this rank's device."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
-    return malloc.available_bytes()
+    on_gpu = torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if on_gpu else malloc.available_bytes()
+    return needed <= _MAX_FREE_FRACTION * free
 
 
 def _gathered(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Parameter]:
@@ -122,12 +124,6 @@ def _gathered(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Paramet
         with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
             yield from group
         group, size = [], 0
-
-
-def _embedding_ids(model: torch.nn.Module) -> set[int]:
-    """Return the ids of the parameters of embeddings, tied heads included."""
-    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    return {id(parameter) for table in tables for parameter in table.parameters()}
 
 
 def _amplify(values: torch.Tensor, is_embedding: bool) -> torch.Tensor:
@@ -149,9 +145,3 @@ def _amplify(values: torch.Tensor, is_embedding: bool) -> torch.Tensor:
     root_mean_square = float(torch.linalg.vector_norm(values)) / math.sqrt(values.numel())
     unit_gain = 1 / math.sqrt(max(values.shape[-2:]))
     return values * (unit_gain / root_mean_square) if root_mean_square < unit_gain else values
-
-
-def _set_parameter(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
-    path, _, attribute = name.rpartition(".")
-    owner = model.get_submodule(path)
-    library_internals.replace_parameter(owner, attribute, parameter)

@@ -57,8 +57,8 @@ def partitions(engine: Any) -> list[Partition]:
     ]
 
 
-def optimizer_state(engine: Any, master: torch.Tensor) -> dict[str, Any]:
-    """Return AdamW's state of one partition, initialised as in the first step: zero moments, step 0."""
+def optimizer_state(engine: Any, master: torch.Tensor, step: int) -> dict[str, Any]:
+    """Return AdamW's state of one partition with `step` set; initialised with zero moments, as in the first step."""
     optimizer = engine.optimizer
     plain = getattr(optimizer, "optimizer", optimizer)  # inside DeepSpeed's wrapper
     state: dict[str, Any] = plain.state[master]
@@ -69,16 +69,11 @@ def optimizer_state(engine: Any, master: torch.Tensor) -> dict[str, Any]:
         if isinstance(plain, torch.optim.AdamW | torch.optim.Adam):
             device = master.device if group["fused"] or group["capturable"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        else:  # DeepSpeed's CPU Adam counts in an int
-            state["step"] = 0
-    return state
-
-
-def set_step(state: dict[str, Any], step: int) -> None:
-    if isinstance(state["step"], torch.Tensor):
+    if isinstance(state.get("step"), torch.Tensor):
         state["step"].fill_(step)
-    else:
+    else:  # DeepSpeed's CPU Adam counts in an int
         state["step"] = step
+    return state
 
 
 def _flat_partition(

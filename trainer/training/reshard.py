@@ -17,11 +17,10 @@ import torch
 
 from trainer.errors import UserError
 from trainer.runtime import distributed, library_internals
-from trainer.training.partitions import Partition, local_shard, optimizer_state, partitions, set_step
+from trainer.training.partitions import Partition, local_shard, optimizer_state, partitions
 from trainer.zero.checksum_reader import CHUNK_BYTES, ChecksumReader
 from trainer.zero.optimizer_state import MOMENTS, PARAMETER_NAMES, OptimizerState, read_optimizer_state
-from trainer.zero.tensor_references import TensorReference
-from trainer.zero.torch_files import ByteRange
+from trainer.zero.torch_files import ByteRange, TensorReference
 
 
 @torch.no_grad()
@@ -31,19 +30,16 @@ def load(engine: Any, path: Path, zero_stage: int, world_size: int, dtype: str) 
     `zero_stage`, `world_size`, `dtype`: from the manifest of the checkpoint. Raises UserError if the checkpoint is of
     another model; parts of it may then have been loaded.
     """
-    optimizer, error = engine.optimizer, None
+    optimizer = engine.optimizer
     if hasattr(optimizer, "checkpoint_event_prologue"):
         optimizer.checkpoint_event_prologue()  # stage 3 releases its gathered parameters
-    try:
+    with distributed.errors_on_all_ranks():
         stored = read_optimizer_state(path, zero_stage, world_size, dtype)
         _check_shapes(engine, stored, path)
         with ChecksumReader(checksums=False) as reader:
             for partition in partitions(engine):
                 _load_partition(engine, partition, stored, reader, path)
             _load_untrained(engine, stored, reader, path)
-    except (UserError, OSError) as problem:
-        error = str(problem)
-    distributed.raise_on_all_ranks(error)
     _update_working_weights(optimizer)
     engine.global_steps = stored.step
     engine.global_samples = stored.step * engine.train_batch_size()
@@ -59,8 +55,7 @@ def saved_names(engine: Any) -> dict[str, list[str]]:
 def _load_partition(
     engine: Any, partition: Partition, stored: OptimizerState, reader: ChecksumReader, path: Path
 ) -> None:
-    state = optimizer_state(engine, partition.master)
-    set_step(state, stored.step)
+    state = optimizer_state(engine, partition.master, stored.step)
     for one in partition.slices:
         elements = slice(one.offset, one.offset + one.count)
         master = partition.master.data.view(-1)[elements]
@@ -99,20 +94,18 @@ def _copy(
         raise UserError(f"{path} has no {name}, which this model trains; it is a checkpoint of another model")
     if stored.dtype != target.dtype:
         raise UserError(f"{path} holds {name} as {stored.dtype}, this run keeps it as {target.dtype}")
-    chunk = CHUNK_BYTES // target.element_size()
-    done, position = 0, 0  # elements copied; elements in the previous ranges
-    for byte_range in stored.ranges:
-        first = max(start + done - position, 0)
-        end = min(byte_range.num_elements, start + len(target) - position)
-        for begin in range(first, end, chunk):
-            count = min(chunk, end - begin)
-            _read_into(reader, byte_range, begin, target[done : done + count])
-            done += count
-        position += byte_range.num_elements
-    if done != len(target):
+    if len(target) and start + len(target) > stored.num_elements:
         raise UserError(
             f"{path}: {name} has {stored.num_elements} elements, this model's has more; it is a checkpoint of another model"
         )
+    done = 0
+    for byte_range in stored.slice(start, len(target)):
+        for begin in range(0, byte_range.num_elements, CHUNK_BYTES // target.element_size()):
+            chunk = target[done:][
+                : min(CHUNK_BYTES // target.element_size(), byte_range.num_elements - begin)
+            ]
+            _read_into(reader, byte_range, begin, chunk)
+            done += len(chunk)
 
 
 def _read_into(reader: ChecksumReader, byte_range: ByteRange, start: int, target: torch.Tensor) -> None:

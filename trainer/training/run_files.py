@@ -18,7 +18,6 @@ import torch
 import yaml
 
 from trainer.models import architecture, base_files
-from trainer.models.old_settings import add_old_settings
 from trainer.runtime import distributed
 from trainer.settings import TrainSettings
 from trainer.storage import atomic_dir
@@ -55,7 +54,7 @@ def write_model_files(folder: Path, base_model: str, config: Any, tokenizer: Any
     changes = {"use_cache": True, "eos_token_id": generation.get("eos_token_id")}
     config.__class__.from_dict(config.to_dict() | changes).save_pretrained(folder)
     with architecture.quiet_transformers():
-        add_old_settings(folder / "config.json", base_files.published_settings(base))
+        base_files.add_old_settings(folder / "config.json", base_files.published_settings(base))
     base_files.copy_tokenizer(base, tokenizer, folder)
     base_files.copy_licence_and_code(base, folder)
     atomic_dir.write_text(

@@ -27,13 +27,12 @@ from trainer.training.batches import BatchPlan, PackedDataset
 from trainer.training.engine import build_engine
 from trainer.training.layout_check import LayoutChoice
 from trainer.training.layout_selection import (
-    LayoutSelection,
     check_same_layout,
     layout_of_checkpoint,
-    write_record,
+    record_layout,
+    select_layout,
 )
 from trainer.training.layouts import Layout
-from trainer.training.learning_rate import LearningRateSchedule
 from trainer.training.run_files import code_fingerprint, remove_leftovers, write_run_files
 
 # Settings that may differ when a run is resumed; all others determine its numbers. Ranks, ZeRO stage, offload and
@@ -56,14 +55,11 @@ class TrainState:
     shards: Shards
     data: PackedDataset
     batch_plan: BatchPlan
-    schedule: LearningRateSchedule
-    tokenizer: Any
     config: Any
     engine: Any
     device: torch.device
     first_step: int
     facts: dict[str, Any]
-    layout_selection: LayoutSelection
     layout_choice: LayoutChoice
 
     @property
@@ -81,7 +77,9 @@ def setup_training(
     distributed.assert_same_on_all_ranks("installation", code_fingerprint())
     if distributed.is_main_process():
         remove_leftovers(run)
-    shards = _open_shards(settings.train_shards)
+    with distributed.errors_on_all_ranks():
+        # One rank of each node checks the digests: a node may have its own copy.
+        shards = Shards.open(settings.train_shards, verify=environment.local_rank == 0)
     tokenizer = load_tokenizer(shards.tokenizer_path)
     config = _config(settings, shards, tokenizer)
     view = view_of(settings.method, settings.train_on_calculator_results)
@@ -95,46 +93,59 @@ def setup_training(
         settings.max_steps,
     )
     resolved = ds_config.resolve_ds_config(settings, environment.world_size)
-    facts = _facts(settings, environment, shards, config, resolved, data)
+    name = settings.model_name_or_path or settings.config_name
+    facts = {
+        "method": settings.method,
+        "data": shards.facts["data"],
+        "model_name": settings.model_label or Path(name).name,
+        "base_model": name,
+        "pretrained": bool(settings.model_name_or_path),
+        "seed": settings.seed,
+        "num_parameters": load.num_parameters(config),
+        "world_size": environment.world_size,
+        "zero_stage": ds_config.stage(resolved),
+        "dtype": "bf16" if settings.bf16 else "fp32",
+        "train_on_calculator_results": settings.train_on_calculator_results,
+        "shards_fingerprint": shards.fingerprint,
+        "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
+        "packs_per_epoch": data.packs_per_epoch,
+    }
     distributed.assert_same_on_all_ranks(
         "training setup", {**facts, "plan": repr(plan), "ds_config": resolved}
     )
     time_limit.set_deadline(stop, settings.time_limit_seconds, run, facts)
     start = _find_checkpoint(settings, run, facts, plan)
-    if start is not None and atomic_dir.read_manifest(start)["facts"]["finished"]:
-        return None
-    layout = None if start is None else layout_of_checkpoint(start, run)
+    layout, first_step = None, 0
     if start is not None:
+        progress = atomic_dir.read_manifest(start)["facts"]
+        if progress["finished"]:
+            return None
+        first_step = progress["step"]
+        layout = layout_of_checkpoint(start, run)
         check_same_layout(layout, settings.packing, start)
-    selection = LayoutSelection(settings, config, layout)
     if distributed.is_main_process():
         write_run_files(settings, run, resolved, facts, config, tokenizer)
     engine = build_engine(settings, run, config, resolved, empty=start is not None)
-    first_step = 0
     if start is not None:
         checkpoint.load(engine, start)
-        first_step = atomic_dir.read_manifest(start)["facts"]["step"]
         terminal.info(f"resumed from {start}")
-    choice = selection.choose(engine, data, is_untrained=first_step == 0 and not settings.model_name_or_path)
-    facts["layout"] = selection.record(choice)
-    write_record(run, facts["layout"])
-    schedule = LearningRateSchedule.make(settings, plan.total_steps)
+    is_untrained = first_step == 0 and not settings.model_name_or_path
+    choice = select_layout(engine, settings, config, data, layout, is_untrained)
+    facts["layout"] = record_layout(choice, run)
     return TrainState(
-        settings, environment, run, shards, data, plan, schedule, tokenizer, config, engine, load.device(), first_step,
-        facts, selection, choice,
-    )  # fmt: skip
-
-
-def _open_shards(path: str) -> Shards:
-    """Collective. Open the shards and check their digests on one rank of each node, which may have its own copy."""
-    shards, error = None, None
-    try:
-        shards = Shards.open(path, verify=distributed.environment().local_rank == 0)
-    except UserError as problem:
-        error = str(problem)
-    distributed.raise_on_all_ranks(error)
-    assert shards is not None
-    return shards
+        settings,
+        environment,
+        run,
+        shards,
+        data,
+        plan,
+        config,
+        engine,
+        load.device(),
+        first_step,
+        facts,
+        choice,
+    )
 
 
 def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
@@ -153,33 +164,6 @@ def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
     return config
 
 
-def _facts(
-    settings: TrainSettings,
-    environment: DistributedEnvironment,
-    shards: Shards,
-    config: Any,
-    resolved: dict[str, Any],
-    data: PackedDataset,
-) -> dict[str, Any]:
-    name = settings.model_name_or_path or settings.config_name
-    return {
-        "method": settings.method,
-        "data": shards.facts["data"],
-        "model_name": settings.model_label or Path(name).name,
-        "base_model": name,
-        "pretrained": bool(settings.model_name_or_path),
-        "seed": settings.seed,
-        "num_parameters": load.num_parameters(config),
-        "world_size": environment.world_size,
-        "zero_stage": ds_config.stage(resolved),
-        "dtype": "bf16" if settings.bf16 else "fp32",
-        "train_on_calculator_results": settings.train_on_calculator_results,
-        "shards_fingerprint": shards.fingerprint,
-        "tokenizer_fingerprint": shards.facts["tokenizer_fingerprint"],
-        "packs_per_epoch": data.packs_per_epoch,
-    }
-
-
 def _find_checkpoint(
     settings: TrainSettings, run: RunDirectory, facts: dict[str, Any], plan: BatchPlan
 ) -> Path | None:
@@ -187,11 +171,11 @@ def _find_checkpoint(
     if settings.overwrite_output_dir:
         checkpoint.remove_all(run)
         return None
-    if settings.resume_from_checkpoint != "auto":
-        found: Path | None = Path(settings.resume_from_checkpoint)
-        checkpoint.check_valid(Path(settings.resume_from_checkpoint))
-    else:
+    if settings.resume_from_checkpoint == "auto":
         found = checkpoint.latest_valid(run)
+    else:
+        found = Path(settings.resume_from_checkpoint)
+        checkpoint.check_valid(found)
     if found is not None:
         _check_same_run(run, found, settings, facts)
         _check_same_batch_plan(found, plan)

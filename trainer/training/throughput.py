@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import sys
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ def peak_memory_bytes() -> int:
     """Return the peak memory of this rank: allocated on the GPU, or resident on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    # ru_maxrss is only the fallback: on Linux it starts with the peak of the parent process.
+    # ru_maxrss is only the fallback: it starts with the peak of the parent process.
     with (
         contextlib.suppress(OSError),
         open("/proc/self/status", encoding="ascii", errors="replace") as status,
@@ -52,5 +51,4 @@ def peak_memory_bytes() -> int:
         for line in status:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

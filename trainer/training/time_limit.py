@@ -25,7 +25,11 @@ def set_deadline(
 
     `facts`: of the run. Raises UserError if there is no time for a single checkpoint.
     """
-    seconds_left = _seconds_left(time_limit_seconds, stop.started)
+    job = distributed.seconds_left_of_job(os.environ) if distributed.is_main_process() else None
+    limits = [distributed.broadcast_object(job)]
+    if time_limit_seconds:
+        limits.append(stop.started + time_limit_seconds - time.monotonic())
+    seconds_left = min((limit for limit in limits if limit is not None), default=None)
     if seconds_left is None:
         return
     save_seconds = _estimate_save_seconds(run, facts)
@@ -37,27 +41,19 @@ def set_deadline(
     stop.set_deadline(seconds_left, save_seconds)
 
 
-def _seconds_left(time_limit_seconds: float, started: float) -> float | None:
-    """Collective. Return the seconds until the earlier limit, None without one. `started`: monotonic time."""
-    job = distributed.seconds_left_of_job(os.environ) if distributed.is_main_process() else None
-    limits = [distributed.broadcast_object(job)]
-    if time_limit_seconds:
-        limits.append(started + time_limit_seconds - time.monotonic())
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def _estimate_save_seconds(run: RunDirectory, facts: dict[str, Any]) -> float:
     """Collective. Estimate the time of a save from the speed at which rank 0 writes, flushes and digests 16 MiB.
 
     Raises UserError on every rank if the run directory cannot be written.
     """
-    speed, error = None, None
-    if distributed.is_main_process():
-        try:
+    speed = None
+    with distributed.errors_on_all_ranks(
+        lambda problem: (
+            f"{run.path} cannot be written: {problem.strerror}; free disk space, or give another output_dir"
+        )
+    ):
+        if distributed.is_main_process():
             speed = _measure_bytes_per_second(run)
-        except OSError as problem:
-            error = f"{run.path} cannot be written: {problem.strerror}; free disk space, or give another output_dir"
-    distributed.raise_on_all_ranks(error)
     speed = distributed.broadcast_object(speed)
     bytes_per_parameter = _WEIGHT_BYTES + _OPTIMIZER_BYTES / facts["world_size"]
     return float(facts["num_parameters"] * bytes_per_parameter / speed)

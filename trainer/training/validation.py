@@ -38,9 +38,8 @@ class ValidationLoss:
         stopping = False
         with torch.no_grad():
             for first in range(0, num_packs, environment.world_size):
-                stopping = (
-                    stop.should_stop_on_any_rank()
-                )  # validation may be long, and saving must not wait for it
+                # Validation may be long, and saving must not wait for it.
+                stopping = stop.should_stop_on_any_rank()
                 if stopping:
                     break
                 # Every rank makes the same number of forward passes (ZeRO-3 gathers weights in them).

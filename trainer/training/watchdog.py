@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
@@ -39,6 +38,7 @@ from trainer.storage.run_directory import RunDirectory
 _CHECKS = 10  # within heartbeat_timeout_seconds
 _RECORD_BYTES = 1024
 _MIN_WRITE_SECONDS = 1.0  # between two records of steps
+_VERDICT_NAME = "ended.json"
 _EXIT_SECONDS = 5.0  # for other ranks of this host to end by themselves
 
 
@@ -46,9 +46,12 @@ _EXIT_SECONDS = 5.0  # for other ranks of this host to end by themselves
 def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
     """Collective. Context manager that holds the run's lock and yields a started watchdog.
 
-    Raises UserError on every rank if another job holds the lock.
+    Raises UserError on every rank if another job holds the lock, naming that job.
     """
-    lock = _acquire_lock(run.lock)
+    lock = DirectoryLock(run.lock, None)
+    with distributed.errors_on_all_ranks(lambda problem: f"{run.lock} cannot be created: {problem}"):
+        if distributed.is_main_process():
+            lock = locks.acquire(run.lock)
     try:
         watchdog = Watchdog(run, settings.heartbeat_timeout_seconds, lock)
         watchdog.start()
@@ -66,20 +69,6 @@ def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
             watchdog.stop(is_regular)
     finally:
         lock.release()
-
-
-def _acquire_lock(path: Path) -> DirectoryLock:
-    """Collective. Acquire the lock on rank 0. Raises UserError on every rank, naming the job that holds it."""
-    lock, error = DirectoryLock(path, None), None
-    if distributed.is_main_process():
-        try:
-            lock = locks.acquire(path)
-        except UserError as problem:
-            error = str(problem)
-        except OSError as problem:
-            error = f"{path} cannot be created: {problem}"
-    distributed.raise_on_all_ranks(error)
-    return lock
 
 
 class Watchdog:
@@ -124,7 +113,7 @@ class Watchdog:
 
     def report_stragglers(self) -> None:
         """Log, after a failed collective, the ranks that have ended or have done fewer steps than others."""
-        records = {rank: record for rank in range(self._world_size) if (record := self._read(rank))}
+        records = self._read_heartbeats()
         max_step = max((record["step"] for record in records.values()), default=0)
         for rank, record in records.items():
             if record["step"] < max_step or ProcessIdentity(**record["process"]).is_alive() is False:
@@ -138,7 +127,7 @@ class Watchdog:
         if not is_regular:
             return
         with contextlib.suppress(OSError):
-            self._path(self._rank).unlink(missing_ok=True)
+            (self._folder / _heartbeat_name(self._rank)).unlink(missing_ok=True)
             self._folder.rmdir()  # succeeds on the last rank
 
     def _run(self) -> None:
@@ -146,7 +135,8 @@ class Watchdog:
             try:
                 self._write_heartbeat()
                 self._lock.heartbeat()
-                verdict = self._read_verdict() or (self._check_next_rank() if self._is_watching else None)
+                ended = self._read(_VERDICT_NAME)  # written by another rank
+                verdict = ended["verdict"] if ended else self._check_next_rank()
             except (OSError, ValueError):
                 continue  # a file system error says nothing about a rank
             if verdict and not self._stopped.is_set():
@@ -159,7 +149,8 @@ class Watchdog:
             "token": self._token, "beats": self._beats, "step": self._step,
             "process": asdict(ProcessIdentity.of_this_process()),
         }  # fmt: skip
-        descriptor = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
+        path = self._folder / _heartbeat_name(self._rank)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.pwrite(descriptor, json.dumps(record).ljust(_RECORD_BYTES).encode(), 0)
         finally:
@@ -167,7 +158,9 @@ class Watchdog:
 
     def _check_next_rank(self) -> str | None:
         """Return a message if the next rank hangs, else None."""
-        record = self._read(self._next_rank)
+        if not self._is_watching:
+            return None
+        record = self._read(_heartbeat_name(self._next_rank))
         beats = record["beats"] if record else -1
         if beats != self._next_beats or record is None:  # without a record it ended regularly
             self._next_beats, self._changed_at, self._unchanged_checks = beats, time.monotonic(), 0
@@ -180,31 +173,21 @@ class Watchdog:
 
     def _end(self, verdict: str) -> None:
         """End this process. The rank that detected the hang first writes the verdict and kills hung ranks of its host."""
-        if not self._verdict_path.exists():
+        path = self._folder / _VERDICT_NAME
+        if not path.exists():
             terminal.error_on_any_rank(f"error: {verdict}")
             with contextlib.suppress(OSError):
-                atomic_dir.write_text(
-                    self._verdict_path, json.dumps({"token": self._token, "verdict": verdict}) + "\n"
-                )
+                atomic_dir.write_text(path, json.dumps({"token": self._token, "verdict": verdict}) + "\n")
             self._kill_ranks_of_host()
         self._lock.release()
         os._exit(EXIT_REQUEUE)
-
-    def _read_verdict(self) -> str | None:
-        """Return the verdict that another rank of this run has written, else None."""
-        try:
-            found = json.loads(self._verdict_path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return str(found["verdict"]) if found.get("token") == self._token else None
 
     def _kill_ranks_of_host(self) -> None:
         """Kill (SIGKILL) the ranks of this host that do not end in time: without a launcher nothing else would.
 
         A stopped process does not react to SIGTERM.
         """
-        records = [record for rank in range(self._world_size) if (record := self._read(rank))]
-        others = [ProcessIdentity(**record["process"]) for record in records]
+        others = [ProcessIdentity(**record["process"]) for record in self._read_heartbeats().values()]
         deadline = time.monotonic() + max(_EXIT_SECONDS, 3 * self._interval)
         while others := [other for other in others if other.pid != os.getpid() and other.is_alive()]:
             if time.monotonic() > deadline:
@@ -214,20 +197,22 @@ class Watchdog:
                 return
             time.sleep(0.1)
 
-    def _read(self, rank: int) -> dict[str, Any] | None:
-        """Return the last heartbeat of a rank of this run, None without one."""
+    def _read_heartbeats(self) -> dict[int, dict[str, Any]]:
+        """Return the last heartbeats of this run by rank."""
+        found = {rank: self._read(_heartbeat_name(rank)) for rank in range(self._world_size)}
+        return {rank: record for rank, record in found.items() if record}
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """Return the content of a file that a rank of this run wrote, else None."""
         try:
-            record = json.loads(self._path(rank).read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads((self._folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return record if record["token"] == self._token else None
+        return found if found.get("token") == self._token else None
 
-    @property
-    def _verdict_path(self) -> Path:
-        return self._folder / "ended.json"
 
-    def _path(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank:05d}.json"
+def _heartbeat_name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
 
 
 def _describe(rank: int, record: dict[str, Any]) -> str:

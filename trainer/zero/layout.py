@@ -27,12 +27,10 @@ import torch
 
 from trainer.errors import UserError
 from trainer.zero.master_weights import check_samples, match_master_weights
-from trainer.zero.tensor_references import CheckpointTensors, TensorReference
-from trainer.zero.torch_files import ByteRange, TorchFile
+from trainer.zero.torch_files import ByteRange, CheckpointTensors, TensorReference, TorchFile
 
-FlatTensor = Callable[
-    [TorchFile, int], torch.Tensor
-]  # (a rank's file, index of a group) -> the group's flat tensor
+# (a rank's file, index of a group) -> the group's flat tensor
+FlatTensor = Callable[[TorchFile, int], torch.Tensor]
 
 
 def file_names(zero_stage: int, world_size: int, dtype: str) -> tuple[list[str], list[str]]:
@@ -79,11 +77,36 @@ def read_tensors(directory: Path, zero_stage: int, world_size: int, dtype: str) 
 
 def locate_weights(files: CheckpointFiles) -> CheckpointTensors:
     """Return fp32 masters of trained parameters, frozen parameters and buffers in training precision."""
+    first = files.model[0]
     if files.zero_stage == 0:
-        return _weights_stage_0(files.model[0])
+        return _weights_stage_0(first)
+    if "ds_zero_partition_groups" in optimizer_states(files.optimizer[0]):
+        raise UserError(
+            f"{files.optimizer[0].path} holds expert-parallel partitions, which are not supported"
+        )
+    key = "fp32_flat_groups" if files.zero_stage == 3 else "single_partition_of_fp32_groups"
+    found = split_flat_tensors(files, lambda file, group: require(file, optimizer_states(file), key)[group])
+    stored = CheckpointTensors(dict(found), aliases=dict(require(first, first.content, "shared_params")))
+    module = require(first, first.content, "module")
     if files.zero_stage == 3:
-        return _weights_stage_3(files)
-    return _weights_stage_1_or_2(files)
+        for name, shape in (first.content.get("frozen_param_shapes") or {}).items():
+            stored.tensors[name] = _join(
+                tuple(shape),
+                [
+                    file.byte_range(require(file, file.content, "frozen_param_fragments")[name])
+                    for file in files.model
+                ],
+            )
+        for name in require(first, first.content, "buffer_names"):
+            stored.tensors[name] = whole(first, module[name])
+        return stored
+    for name, tensor in module.items():
+        if name not in found and name not in stored.aliases:  # a buffer, or a frozen parameter
+            stored.tensors[name] = whole(first, tensor)
+    check_samples(
+        first.path, {name: (tensor, first.byte_range(module[name])) for name, tensor in found.items()}
+    )
+    return stored
 
 
 def split_flat_tensors(files: CheckpointFiles, flat: FlatTensor) -> dict[str, TensorReference]:
@@ -127,7 +150,8 @@ def require(file: TorchFile, content: dict[str, Any], key: str) -> Any:
     return content[key]
 
 
-def _whole(file: TorchFile, tensor: torch.Tensor) -> TensorReference:
+def whole(file: TorchFile, tensor: torch.Tensor) -> TensorReference:
+    """Return the reference to a tensor that is stored in one piece."""
     return TensorReference(tuple(tensor.shape), (file.byte_range(tensor),))
 
 
@@ -135,10 +159,10 @@ def _weights_stage_0(file: TorchFile) -> CheckpointTensors:
     stored = CheckpointTensors()
     first_names: dict[ByteRange, str] = {}
     for name, tensor in require(file, file.content, "module").items():
-        whole = _whole(file, tensor)
-        first = first_names.setdefault(whole.ranges[0], name)
-        if first == name or whole.num_elements == 0:
-            stored.tensors[name] = whole
+        found = whole(file, tensor)
+        first = first_names.setdefault(found.ranges[0], name)
+        if first == name or found.num_elements == 0:
+            stored.tensors[name] = found
         else:
             stored.aliases[name] = first
     optimizer = file.content.get("optimizer") or {}
@@ -154,23 +178,6 @@ def _weights_stage_0(file: TorchFile) -> CheckpointTensors:
     return stored
 
 
-def _weights_stage_1_or_2(files: CheckpointFiles) -> CheckpointTensors:
-    (file,) = files.model
-    found = split_flat_tensors(
-        files,
-        lambda file, group: require(file, optimizer_states(file), "single_partition_of_fp32_groups")[group],
-    )
-    stored = CheckpointTensors(dict(found), aliases=dict(require(file, file.content, "shared_params")))
-    module = require(file, file.content, "module")
-    for name, tensor in module.items():
-        if name not in found and name not in stored.aliases:  # a buffer, or a frozen parameter
-            stored.tensors[name] = _whole(file, tensor)
-    check_samples(
-        file.path, {name: (tensor, file.byte_range(module[name])) for name, tensor in found.items()}
-    )
-    return stored
-
-
 def _split_stage_1_or_2(files: CheckpointFiles, flat: FlatTensor) -> dict[str, TensorReference]:
     (file,) = files.model
     paddings = optimizer_states(files.optimizer[0]).get("param_alignment_paddings")
@@ -182,28 +189,6 @@ def _split_stage_1_or_2(files: CheckpointFiles, flat: FlatTensor) -> dict[str, T
             cursor.take(paddings[index][number] if paddings else 0)
         cursor.expect_end(2 * len(files.optimizer))  # saved padding aligns to twice the number of ranks
     return found
-
-
-def _weights_stage_3(files: CheckpointFiles) -> CheckpointTensors:
-    first, model_files = files.model[0], files.model
-    if "ds_zero_partition_groups" in optimizer_states(files.optimizer[0]):
-        raise UserError(
-            f"{files.optimizer[0].path} holds expert-parallel partitions, which are not supported"
-        )
-    found = split_flat_tensors(
-        files, lambda file, group: require(file, optimizer_states(file), "fp32_flat_groups")[group]
-    )
-    stored = CheckpointTensors(found, aliases=dict(require(first, first.content, "shared_params")))
-    for name, shape in (first.content.get("frozen_param_shapes") or {}).items():
-        fragments = [
-            file.byte_range(require(file, file.content, "frozen_param_fragments")[name])
-            for file in model_files
-        ]
-        stored.tensors[name] = _join(tuple(shape), [(fragment,) for fragment in fragments])
-    module = require(first, first.content, "module")
-    for name in require(first, first.content, "buffer_names"):
-        stored.tensors[name] = _whole(first, module[name])
-    return stored
 
 
 def _split_stage_3(files: CheckpointFiles, flat: FlatTensor) -> dict[str, TensorReference]:
@@ -222,56 +207,36 @@ def _split_stage_3(files: CheckpointFiles, flat: FlatTensor) -> dict[str, Tensor
     found = {}
     for name, shape in shapes.items():
         shard_size = -(-math.prod(shape) // len(cursors))
-        found[name] = _join(shape, [cursor.take(shard_size) for cursor in cursors])
+        found[name] = _join(shape, [part for cursor in cursors for part in cursor.take(shard_size)])
     for cursor in cursors:
         cursor.expect_end()
     return found
 
 
-def _join(shape: tuple[int, ...], shards: list[tuple[ByteRange, ...]]) -> TensorReference:
+def _join(shape: tuple[int, ...], shards: list[ByteRange]) -> TensorReference:
     """Concatenate the ranks' shards without the padding at the end."""
-    left = math.prod(shape)
-    ranges: list[ByteRange] = []
-    for byte_range in (byte_range for shard in shards for byte_range in shard):
-        kept = byte_range.slice(0, min(left, byte_range.num_elements))
-        left -= kept.num_elements
-        if kept.num_elements or not ranges:
-            ranges.append(kept)
-    if left:
-        raise UserError(
-            f"{shards[0][0].storage.path.parent}: {left} elements of a tensor of shape {shape} are missing"
-        )
-    return TensorReference(shape, tuple(ranges))
+    joined = TensorReference(shape, tuple(shards))
+    return TensorReference(shape, joined.slice(0, joined.num_elements))
 
 
 class _Cursor:
     """Position in the concatenated flat groups of a rank."""
 
     def __init__(self, path: Path, groups: list[ByteRange]):
-        self._path, self._groups, self._start = path, list(groups), 0
-        self._empty = groups[0].slice(0, 0)
+        num_elements = sum(group.num_elements for group in groups)
+        self._path, self._flat, self._start = path, TensorReference((num_elements,), tuple(groups)), 0
 
     def take(self, num_elements: int) -> tuple[ByteRange, ...]:
         """Return the ranges of the next elements. Raises UserError if there are fewer."""
-        taken = []
-        while num_elements:
-            if not self._groups:
-                raise UserError(
-                    f"{self._path} holds fewer elements than the model has parameters; it lacks fp32 weights that were "
-                    "offloaded to NVMe: train with offload to the CPU instead"
-                )
-            group = self._groups[0]
-            count = min(num_elements, group.num_elements - self._start)
-            if count:
-                taken.append(group.slice(self._start, count))
-            self._start += count
-            num_elements -= count
-            if self._start == group.num_elements:
-                self._groups.pop(0)
-                self._start = 0
-        return tuple(taken) or (self._empty,)
+        start, self._start = self._start, self._start + num_elements
+        if self._start > self._flat.num_elements:
+            raise UserError(
+                f"{self._path} holds fewer elements than the model has parameters; it lacks fp32 weights that were "
+                "offloaded to NVMe: train with offload to the CPU instead"
+            )
+        return self._flat.slice(start, num_elements)
 
     def expect_end(self, padding: int = 0) -> None:
         """Raise UserError if more than `padding` elements are left."""
-        if sum(group.num_elements for group in self._groups) - self._start > padding:
+        if self._flat.num_elements - self._start > padding:
             raise UserError(f"{self._path} holds more elements than the model has parameters")

@@ -15,8 +15,7 @@ import torch
 
 from trainer.errors import UserError
 from trainer.zero.checksum_reader import CHUNK_BYTES, ChecksumReader
-from trainer.zero.tensor_references import TensorReference
-from trainer.zero.torch_files import ByteRange
+from trainer.zero.torch_files import ByteRange, TensorReference
 
 _SAMPLE_ELEMENTS = 256
 

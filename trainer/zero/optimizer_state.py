@@ -17,8 +17,7 @@ from trainer.errors import UserError
 from trainer.zero import layout
 from trainer.zero.checksum_reader import ChecksumReader
 from trainer.zero.layout import CheckpointFiles
-from trainer.zero.tensor_references import CheckpointTensors, TensorReference
-from trainer.zero.torch_files import TorchFile
+from trainer.zero.torch_files import CheckpointTensors, TensorReference, TorchFile
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARAMETER_NAMES = "optimizer_parameters"  # key in the model states: the optimizer's parameter names, in order
@@ -50,11 +49,8 @@ def _moments(files: CheckpointFiles, key: str) -> dict[str, TensorReference]:
     if files.zero_stage:
         return layout.split_flat_tensors(files, lambda file, index: _entry(file, index, key))
     (file,) = files.model
-    found = {}
-    for index, name in enumerate(layout.require(file, file.content, PARAMETER_NAMES)):
-        tensor = _entry(file, index, key)
-        found[name] = TensorReference(tuple(tensor.shape), (file.byte_range(tensor),))
-    return found
+    names = layout.require(file, file.content, PARAMETER_NAMES)
+    return {name: layout.whole(file, _entry(file, index, key)) for index, name in enumerate(names)}
 
 
 def _states(file: TorchFile) -> Any:

@@ -1,4 +1,4 @@
-"""Byte ranges of the tensors in a `torch.save` file, found without reading the tensors.
+"""Byte ranges of the tensors in `torch.save` files, found without reading the tensors.
 
 A torch file is a zip archive of uncompressed entries: `data.pkl` describes the objects, `data/<n>` is the storage of
 tensor n. So a tensor is a byte range of the file, and the zip directory holds a CRC-32 of every storage.
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import bisect
 import math
+import operator
 import pickle
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ _STAND_INS: list[Any] = [
     (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_zero_stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
+
+
+_header_offset = operator.attrgetter("header_offset")
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,55 @@ class ByteRange:
         return replace(self, offset=self.offset + start * self.dtype.itemsize, num_elements=num_elements)
 
 
+@dataclass(frozen=True)
+class TensorReference:
+    """A parameter or buffer: its shape, and the ranges that hold its elements in order."""
+
+    shape: tuple[int, ...]
+    ranges: tuple[ByteRange, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    def slice(self, start: int, num_elements: int) -> tuple[ByteRange, ...]:
+        """Return the ranges of elements [start, start + num_elements). Raises UserError if there are fewer."""
+        found = []
+        for byte_range in self.ranges:
+            if start >= byte_range.num_elements:
+                start -= byte_range.num_elements
+                continue
+            count = min(num_elements, byte_range.num_elements - start)
+            found.append(byte_range.slice(start, count))
+            start, num_elements = 0, num_elements - count
+            if not num_elements:
+                return tuple(found)
+        last = self.ranges[-1]
+        return (*found, last.slice(last.num_elements, num_elements))  # raises UserError if elements are left
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.ranges[0].dtype
+
+
+@dataclass
+class CheckpointTensors:
+    """All tensors of a checkpoint in file order, and the aliases of tied ones."""
+
+    tensors: dict[str, TensorReference] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)  # alias -> name in `tensors`
+
+    def find(self, name: str) -> TensorReference | None:
+        return self.tensors.get(name) or self.tensors.get(self.aliases.get(name, ""))
+
+
 class TorchFile:
     """A torch file without its tensors: `content` is the saved dict with meta tensors, `byte_range` locates them."""
 
     def __init__(self, path: Path):
         """Raise UserError if the file is damaged or names a class that is not allowed."""
         self.path = path
-        entries = self._zip_entries()
-        self._starts = [entry.header_offset for entry in entries]
-        self._entries = entries
+        self._entries = self._zip_entries()
         self.content: dict[str, Any] = load(path, "meta")
         if not isinstance(self.content, dict):
             raise UserError(f"{path} holds a {type(self.content).__name__}; expected a DeepSpeed state dict")
@@ -98,7 +142,7 @@ class TorchFile:
             )
         untyped = tensor.untyped_storage()
         start, num_bytes = library_internals.offset_in_file(untyped), untyped.nbytes()
-        entry = self._entries[bisect.bisect_right(self._starts, start) - 1]
+        entry = self._entries[bisect.bisect_right(self._entries, start, key=_header_offset) - 1]
         if entry.file_size != num_bytes or entry.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{self.path}: the zip entry {entry.filename} is not the storage it should be")
         storage = Storage(self.path, entry.filename, start, num_bytes, entry.CRC)
@@ -110,7 +154,7 @@ class TorchFile:
             with zipfile.ZipFile(self.path) as archive:
                 description = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
                 archive.read(description)  # checks its CRC-32
-                return sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+                return sorted(archive.infolist(), key=_header_offset)
         except FileNotFoundError:
             raise UserError(f"{self.path} is missing") from None
         # zipfile raises NotImplementedError for an unknown compression or version, which here means damaged bytes.

@@ -6,10 +6,11 @@ tokens of one model. `generate.py` drives any number of backends through this in
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -45,24 +46,42 @@ AnyRequest = TypeVar("AnyRequest", bound=Request)
 Sampler = Callable[[torch.Tensor, list[SequenceState]], list[int]]  # logits [sequences, vocabulary] -> tokens
 
 
-class Backend(Protocol[AnyRequest]):
-    """Computes next tokens of one model for up to `num_slots` requests, a number fixed at construction."""
+@dataclass(eq=False)
+class Backend(ABC, Generic[AnyRequest]):
+    """Computes next tokens of one model for up to `num_slots` requests."""
+
+    model_number: int  # of this model in requests
+    model: PreTrainedModel
+    num_slots: int
+    capacity: int  # maximum sequence length in tokens
+    sampler: Sampler
+    prefix: Sequence[int] = ()  # tokens that all sequences start with; they are processed once
 
     @property
-    def model(self) -> PreTrainedModel: ...
-
-    @property
+    @abstractmethod
     def num_waiting(self) -> int:
         """Number of requests whose next token this model must choose."""
 
+    @abstractmethod
     def add(self, request: AnyRequest) -> None:
         """Add a request. It is removed when it has ended or its sequence is done."""
 
+    @abstractmethod
     def step(self) -> list[tuple[AnyRequest, int]]:
         """Process pending tokens of waiting requests; must be called only if there are any.
 
         Return the requests without pending tokens left, each with its next token.
         """
 
+    @abstractmethod
     def active(self) -> AbstractContextManager[None]:
         """Return a context manager that prepares the model for `step` and restores it afterwards."""
+
+    def sequence(self, request: AnyRequest) -> SequenceState:
+        return request.sequences[self.model_number]
+
+    def is_waiting(self, request: AnyRequest) -> bool:
+        return request.next_model == self.model_number
+
+    def is_released(self, request: AnyRequest) -> bool:
+        return request.next_model is None or self.sequence(request).is_done

@@ -17,18 +17,20 @@ from trainer.evaluation.backend_check import (
     MIN_TOLERANCE,
     MIN_TOLERANCE_BF16,
     BackendError,
+    CheckRequest,
     CheckText,
     CheckTexts,
     LogitRecorder,
     Reference,
-    decode,
     depends_on_later_tokens,
     difference,
     generate_continuation,
+    raise_backend_error,
 )
 from trainer.evaluation.backends import AnyRequest, Backend, Sampler
 from trainer.evaluation.backends.slots import SlotBackend
 from trainer.evaluation.backends.transformers import CACHE_USES, CacheUse, TransformersBackend
+from trainer.evaluation.generate import generate
 from trainer.runtime import malloc
 
 SLOTS, TRANSFORMERS = "slots", "transformers"
@@ -73,23 +75,11 @@ class BackendChoice:
         assert self.difference is not None and self.tolerance is not None
         return self.difference <= self.tolerance
 
-    def with_tolerance(self, tolerance: float) -> BackendChoice | None:
-        """Return the choice with another tolerance, None if its difference exceeds that too."""
-        found = dataclasses.replace(self, tolerance=tolerance)
-        return found if found.is_within_tolerance else None
-
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of results.json."""
-        cache_use = dataclasses.asdict(self.cache_use) if self.name == TRANSFORMERS else None
-        return {
-            "name": self.name,
-            "difference": self.difference,
-            "tolerance": self.tolerance,
-            "dtype": self.dtype,
-            "reason": self.reason,
-            "compared_with": self.compared_with,
-            "cache_use": cache_use,
-        }
+        fields = dataclasses.asdict(self)
+        cache_use = fields.pop("cache_use")
+        return {**fields, "cache_use": cache_use if self.name == TRANSFORMERS else None}
 
 
 UNCHECKED = BackendChoice(SLOTS)
@@ -122,21 +112,36 @@ def choose_backend(
     not the requested one, passes, and for weights that are not finite.
     """
     reasons: list[str] = []
-    cache_uses = [BackendChoice(TRANSFORMERS, use) for use in CACHE_USES] if requested != SLOTS else []
-    checks = _BackendChecks(model)
+    checks = _BackendChecks(model, texts)
+    candidates = [BackendChoice(SLOTS)] if requested != TRANSFORMERS else []
+    if requested != SLOTS:
+        candidates += [BackendChoice(TRANSFORMERS, use) for use in CACHE_USES]
+    chosen: BackendChoice | None = None
     nearest: BackendChoice | None = None
-    for candidate in [*([BackendChoice(SLOTS)] if requested != TRANSFORMERS else []), *cache_uses]:
+    for candidate in candidates:
         if nearest is not None and not candidate.cache_use.cache:
             break
-        checked = checks.measure(candidate, texts, reasons)
-        if checked is not None and checked.is_within_tolerance:
-            return dataclasses.replace(checked, reason=_slots_reason(requested, reasons))
-        if nearest is None and checked is not None and candidate.name == TRANSFORMERS:
-            nearest = checked.with_tolerance(OWN_CACHE_TOLERANCE)
-    if nearest is not None:
-        return dataclasses.replace(nearest, reason=_slots_reason(requested, reasons))
-    if cache_uses and (checked := checks.compare_with_generate(texts, reasons)):
-        return dataclasses.replace(checked, reason=_slots_reason(requested, reasons))
+        try:
+            checked = checks.check(candidate)
+        except BackendError as error:
+            reasons.append(str(error))
+            continue
+        if checked.is_within_tolerance:
+            chosen = checked
+            break
+        reasons.append(
+            f"its logits differ from those of the plain forward pass by {checked.difference:.1e} standard deviations "
+            f"({checked.tolerance:.0e} would be rounding)"
+        )
+        tolerant = dataclasses.replace(checked, tolerance=OWN_CACHE_TOLERANCE)
+        if nearest is None and candidate.name == TRANSFORMERS and tolerant.is_within_tolerance:
+            nearest = tolerant
+    chosen = chosen or nearest
+    if chosen is None and requested != SLOTS:
+        chosen = checks.compare_with_generate(reasons)
+    if chosen is not None:
+        is_slots_rejected = requested != TRANSFORMERS and bool(reasons)
+        return dataclasses.replace(chosen, reason=f"in slots {reasons[0]}" if is_slots_rejected else "")
     if requested == SLOTS:
         raise UserError(
             f"{name} cannot be decoded in slots: {reasons[0]}; use backend auto, which decodes it by its own forward pass "
@@ -148,100 +153,68 @@ def choose_backend(
     )
 
 
-def _slots_reason(requested: str, reasons: Sequence[str]) -> str:
-    return f"in slots {reasons[0]}" if requested != TRANSFORMERS and reasons else ""
-
-
 class _BackendChecks:
     """Checks of one model, which share the reference logits."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._references: dict[str, Reference] = {}
+    def __init__(self, model: PreTrainedModel, texts: CheckTexts) -> None:
+        self._model, self._texts = model, texts
+        self._reference = Reference(model)
 
-    def measure(
-        self, candidate: BackendChoice, texts: CheckTexts, reasons: list[str]
-    ) -> BackendChoice | None:
-        """Return the candidate with its measured difference, None if it fails; append to `reasons` why it is rejected."""
-        try:
-            checked = self.check(candidate, texts)
-        except BackendError as error:
-            reasons.append(str(error))
-            return None
-        assert checked.difference is not None and checked.tolerance is not None
-        if not checked.is_within_tolerance:
-            reasons.append(
-                f"its logits differ from those of the plain forward pass by {checked.difference:.1e} standard deviations "
-                f"({checked.tolerance:.0e} would be rounding)"
-            )
-        return checked
-
-    def compare_with_generate(self, texts: CheckTexts, reasons: list[str]) -> BackendChoice | None:
+    def compare_with_generate(self, reasons: list[str]) -> BackendChoice | None:
         """Return decoding of one request at a time if plain logits depend on later tokens and it equals `generate`."""
         candidate = BackendChoice(TRANSFORMERS, next(use for use in CACHE_USES if not use.batch))
+        texts = self._texts.own_cache
         try:
-            if not any(depends_on_later_tokens(self._model, text) for text in texts.own_cache):
+            if not any(depends_on_later_tokens(self._model, text) for text in texts):
                 return None
-            generated = [generate_continuation(self._model, text) for text in texts.own_cache]
-            logits = self._decode(candidate, texts, [text for text, _ in generated])
+            generated = [generate_continuation(self._model, text) for text in texts]
+            logits = self._decode(candidate, [text for text, _ in generated])
             found = difference(logits, [expected for _, expected in generated])
         except BackendError as error:
             reasons.append(str(error))
             return None
         reasons.append(f"its logits differ from those of generate by {found:.1e} standard deviations")
-        dtype = "bf16" if _is_16_bit(self._model) else "fp32"
-        checked = dataclasses.replace(
-            candidate, difference=found, tolerance=MIN_TOLERANCE, dtype=dtype, compared_with=GENERATE
-        )
-        return checked if found <= MIN_TOLERANCE else None
+        checked = self._checked(candidate, found, MIN_TOLERANCE)
+        return dataclasses.replace(checked, compared_with=GENERATE) if checked.is_within_tolerance else None
 
-    def check(self, candidate: BackendChoice, texts: CheckTexts) -> BackendChoice:
+    def check(self, candidate: BackendChoice) -> BackendChoice:
         """Return the candidate with its measured difference. Raises BackendError and UserError."""
-        decoded_texts = texts.slots if candidate.name == SLOTS else texts.own_cache
+        texts = self._texts.slots if candidate.name == SLOTS else self._texts.own_cache
         if not _is_16_bit(self._model):
-            return self._check_as_loaded(candidate, texts, decoded_texts)
+            return self._check_as_loaded(candidate, texts, MIN_TOLERANCE)
         if not _fits_in_fp32(self._model):
-            return self._check_as_loaded(candidate, texts, decoded_texts, MIN_TOLERANCE_BF16)
+            return self._check_as_loaded(candidate, texts, MIN_TOLERANCE_BF16)
         with _in_fp32(self._model):
-            checked = self._check_as_loaded(candidate, texts, decoded_texts)
-            assert checked.difference is not None and checked.tolerance is not None
-            if checked.difference > checked.tolerance:
+            checked = self._check_as_loaded(candidate, texts, MIN_TOLERANCE)
+            if not checked.is_within_tolerance:
                 return checked
-            exact = self._reference("fp32").logits(decoded_texts)
+            exact = self._reference.logits(texts)
         # 16-bit kernels differ from fp32 ones: their error must be about that of the plain forward pass.
-        plain_error = difference(self._reference("bf16").logits(decoded_texts), exact)
+        plain_error = difference(self._reference.logits(texts), exact)
         tolerance = max(MIN_TOLERANCE_BF16, BF16_FACTOR * plain_error)
-        found = difference(self._decode(candidate, texts, decoded_texts), exact)
-        if found <= tolerance:
-            return checked
-        return dataclasses.replace(checked, difference=found, tolerance=tolerance, dtype="bf16")
+        found = difference(self._decode(candidate, texts), exact)
+        return checked if found <= tolerance else self._checked(candidate, found, tolerance)
 
     def _check_as_loaded(
-        self,
-        candidate: BackendChoice,
-        texts: CheckTexts,
-        decoded_texts: Sequence[CheckText],
-        at_least: float = 0.0,
+        self, candidate: BackendChoice, texts: Sequence[CheckText], smallest: float
     ) -> BackendChoice:
+        found = difference(self._decode(candidate, texts), self._reference.logits(texts))
+        return self._checked(candidate, found, self._reference.tolerance(texts, found, smallest))
+
+    def _checked(self, candidate: BackendChoice, found: float, tolerance: float) -> BackendChoice:
         dtype = "bf16" if _is_16_bit(self._model) else "fp32"
-        reference = self._reference(dtype)
-        found = difference(self._decode(candidate, texts, decoded_texts), reference.logits(decoded_texts))
-        tolerance = reference.tolerance(decoded_texts, found, at_least)
         return dataclasses.replace(candidate, difference=found, tolerance=tolerance, dtype=dtype)
 
-    def _reference(self, dtype: str) -> Reference:
-        return self._references.setdefault(dtype, Reference(self._model))
-
-    def _decode(
-        self, candidate: BackendChoice, texts: CheckTexts, decoded_texts: Sequence[CheckText]
-    ) -> list[torch.Tensor]:
-        recorder, num_slots = LogitRecorder(decoded_texts), _NUM_SLOTS[candidate.name]
-
-        def make() -> Backend[Any]:
-            arguments = (0, self._model, num_slots, texts.capacity, recorder, texts.prefix)
-            return make_backend(candidate, *arguments)
-
-        return decode(make, recorder, num_slots)
+    def _decode(self, candidate: BackendChoice, texts: Sequence[CheckText]) -> list[torch.Tensor]:
+        """Return for each text the backend's logits [choices, vocabulary], fp32 on the CPU. Raises BackendError."""
+        recorder, num_slots = LogitRecorder(texts), _NUM_SLOTS[candidate.name]
+        with raise_backend_error():
+            backend: Backend[CheckRequest] = make_backend(
+                candidate, 0, self._model, num_slots, self._texts.capacity, recorder, self._texts.prefix
+            )
+            for _ in generate([backend], iter(recorder.requests), CheckRequest.on_token, num_slots):
+                pass
+        return [torch.stack(request.logits) for request in recorder.requests]
 
 
 def _is_16_bit(model: PreTrainedModel) -> bool:

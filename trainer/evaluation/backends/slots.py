@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Generic
 
 import torch
-from transformers import PreTrainedModel
 
-from trainer.evaluation.backends import AnyRequest, Sampler, SequenceState
+from trainer.evaluation.backends import AnyRequest, Backend, SequenceState
 from trainer.models.cuda_graphs import CudaGraphRunner
 from trainer.models.kv_cache import KVCache, prepare_prefill
 from trainer.models.prepacked_weights import prepacked_weights
 from trainer.models.slot_attention import last_token_logits, use_slot_attention
 
 MAX_STEP_TOKENS = 16384  # per prefill step, which bounds the activations
-MAX_GRAPH_PENDING = (
-    16  # GPU: sequences with at most this many pending tokens go through CUDA-graph decode steps
-)
+# GPU: sequences with at most this many pending tokens go through CUDA-graph decode steps
+MAX_GRAPH_PENDING = 16
 PREFILL_WAITING_RATIO = 8  # GPU: prefill when one in this many waiting slots has more pending tokens
 
 
@@ -40,44 +38,22 @@ def use_graph_step(num_pending: Sequence[int]) -> bool:
     return 1 in num_pending and num_skipped < max(1, len(num_pending) // PREFILL_WAITING_RATIO)
 
 
-def _num_in_step(num_pending: Sequence[int]) -> int:
-    """Return how many of the waiting slots one prefill step takes: at least one, and at most MAX_STEP_TOKENS tokens."""
-    total = accumulate(num_pending)
-    return max(1, sum(num_tokens <= MAX_STEP_TOKENS for num_tokens in total))
-
-
-class SlotBackend(Generic[AnyRequest]):
+@dataclass(eq=False)
+class SlotBackend(Backend[AnyRequest]):
     """Decodes one model with one KV-cache slot per request; requests that wait for another model keep their slot.
 
     Used slots are always the first ones, so that attention reads them as one block of the cache: the slot of an ended
-    request is refilled, or the last slot's keys and values are copied into it. `step` must be called within `active()`.
+    request is refilled, or the last slot's keys and values are copied into it. `prefix` is processed in an extra slot and
+    copied from there. `step` must be called within `active()`.
     """
 
-    def __init__(
-        self,
-        model_number: int,
-        model: PreTrainedModel,
-        num_slots: int,
-        capacity: int,
-        sampler: Sampler,
-        prefix: Sequence[int] = (),
-    ) -> None:
-        """`model_number`: number of this model in requests. `capacity`: maximum sequence length in tokens.
-
-        `prefix`: tokens that all sequences start with; they are processed once, in an extra slot, and copied from there.
-        """
-        self._model_index = model_number
-        self.model = model
+    def __post_init__(self) -> None:
         self.slots: list[AnyRequest] = []
-        self._num_slots = num_slots
-        self._prefix = SequenceState(list(prefix))
-        self._cache = KVCache(num_slots + bool(prefix), capacity)
-        self._sampler = sampler
-        self._dtype = model.dtype
-        self._device = model.device
-        self._graphs = (
-            CudaGraphRunner(model, self._cache, num_slots) if uses_cuda_graphs(model.device) else None
-        )
+        self._prefix = SequenceState(list(self.prefix))
+        self._cache = KVCache(self.num_slots + bool(self.prefix), self.capacity)
+        self._graphs: CudaGraphRunner | None = None
+        if uses_cuda_graphs(self.model.device):
+            self._graphs = CudaGraphRunner(self.model, self._cache, self.num_slots)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -87,19 +63,19 @@ class SlotBackend(Generic[AnyRequest]):
 
     @property
     def num_waiting(self) -> int:
-        return sum(request.next_model == self._model_index for request in self.slots)
+        return sum(map(self.is_waiting, self.slots))
 
     def add(self, request: AnyRequest) -> None:
         """Put a request into the slot of an ended request, else into the next free slot."""
         for slot, other in enumerate(self.slots):
-            if self._is_released(other):
+            if self.is_released(other):
                 self.slots[slot] = request
                 break
         else:
             slot = len(self.slots)
-            assert slot < self._num_slots
+            assert slot < self.num_slots
             self.slots.append(request)
-        self._copy_prefix(slot, request.sequences[self._model_index])
+        self._copy_prefix(slot, self.sequence(request))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[AnyRequest, int]]:
@@ -108,24 +84,25 @@ class SlotBackend(Generic[AnyRequest]):
         On a CPU every step is a prefill step over all pending tokens; on a GPU see `use_graph_step`.
         """
         self._compact()
-        sequences = [request.sequences[self._model_index] for request in self.slots]
-        waiting = [slot for slot, request in enumerate(self.slots) if request.next_model == self._model_index]
+        sequences = [self.sequence(request) for request in self.slots]
+        waiting = [slot for slot, request in enumerate(self.slots) if self.is_waiting(request)]
         num_pending = [len(sequences[slot].pending) for slot in waiting]
         if self._graphs and self._graphs.is_usable and use_graph_step(num_pending):
             active, logits = self._decode(self._graphs, waiting, sequences)
         else:
-            active = waiting[: _num_in_step(num_pending)]
+            num_active = sum(num_tokens <= MAX_STEP_TOKENS for num_tokens in accumulate(num_pending))
+            active = waiting[: max(1, num_active)]
             logits = self._prefill(active, [sequences[slot] for slot in active])
-        tokens = self._sampler(logits, [sequences[slot] for slot in active])
+        tokens = self.sampler(logits, [sequences[slot] for slot in active])
         return list(zip((self.slots[slot] for slot in active), tokens, strict=True))
 
     @torch.inference_mode()
     def _copy_prefix(self, slot: int, sequence: SequenceState) -> None:
         """Start a sequence in `slot` with a copy of the prefix's keys and values."""
         if self._prefix.pending:
-            self._prefill([self._num_slots], [self._prefix])
+            self._prefill([self.num_slots], [self._prefix])
         if length := self._prefix.length:
-            self._cache.copy(self._num_slots, slot, length)
+            self._cache.copy(self.num_slots, slot, length)
             sequence.length = length
             del sequence.pending[:length]
 
@@ -136,8 +113,8 @@ class SlotBackend(Generic[AnyRequest]):
             active,
             [sequence.length for sequence in sequences],
             [sequence.pending for sequence in sequences],
-            self._dtype,
-            self._device,
+            self.model.dtype,
+            self.model.device,
         )
         logits = last_token_logits(self.model, step)
         for sequence in sequences:
@@ -168,14 +145,11 @@ class SlotBackend(Generic[AnyRequest]):
         logits = graphs.step(tokens, positions, longest)
         return active, logits[: len(active)] if len(active) == len(sequences) else logits[active]
 
-    def _is_released(self, request: AnyRequest) -> bool:
-        return request.next_model is None or request.sequences[self._model_index].is_done
-
     def _compact(self) -> None:
         """Move the last requests into the slots of ended requests."""
         for slot in reversed(range(len(self.slots))):
-            if self._is_released(self.slots[slot]):
+            if self.is_released(self.slots[slot]):
                 last = self.slots.pop()
                 if slot < len(self.slots):
-                    self._cache.copy(len(self.slots), slot, last.sequences[self._model_index].length)
+                    self._cache.copy(len(self.slots), slot, self.sequence(last).length)
                     self.slots[slot] = last

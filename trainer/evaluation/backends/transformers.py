@@ -19,7 +19,7 @@ from typing import Any, Generic
 import torch
 from transformers import Cache, PreTrainedModel
 
-from trainer.evaluation.backends import AnyRequest, Sampler, SequenceState
+from trainer.evaluation.backends import AnyRequest, Backend, SequenceState
 from trainer.models.default_attention import (
     attention_of_submodules,
     restore_attention,
@@ -162,40 +162,25 @@ def _select(cache: Any, rows: Any) -> Any:
     raise TypeError(f"rows of a {type(cache).__name__} cannot be selected")
 
 
+@dataclass(eq=False)
 class _Batch(Generic[AnyRequest]):
     """Requests that are decoded together. `requests`: one per row, None for an ended one."""
 
-    def __init__(self, requests: Sequence[AnyRequest], rows: _Rows) -> None:
-        self.requests: list[AnyRequest | None] = list(requests)
-        self.rows = rows
+    requests: Sequence[AnyRequest | None]
+    rows: _Rows
 
 
-class TransformersBackend(Generic[AnyRequest]):
-    """Decodes one model with its own forward pass and cache."""
+@dataclass(eq=False)
+class TransformersBackend(Backend[AnyRequest]):
+    """Decodes one model with its own forward pass and cache. `prefix` is processed once if the cache can be copied.
 
-    def __init__(
-        self,
-        model_number: int,
-        model: PreTrainedModel,
-        num_slots: int,
-        capacity: int,
-        sampler: Sampler,
-        prefix: Sequence[int] = (),
-        cache_use: CacheUse = CacheUse(),
-    ) -> None:
-        """`model_number`: number of this model in requests. `capacity`: maximum sequence length in tokens.
+    `cache_use.batch` must be False if requests also wait for other models, because all rows of a batch advance together.
+    """
 
-        `prefix`: tokens that all sequences start with; they are processed once if the cache can be copied.
-        `cache_use.batch` must be False if requests also wait for other models, because all rows of a batch advance together.
-        """
-        self.model = model
-        self._model_index = model_number
-        self._num_slots = num_slots
-        self._capacity = capacity
-        self._sampler = sampler
-        self._prefix = list(prefix)
+    cache_use: CacheUse = CacheUse()
+
+    def __post_init__(self) -> None:
         self._prefix_rows: _Rows | None = None
-        self._use = cache_use
         self._new: list[AnyRequest] = []
         self._batches: list[_Batch[AnyRequest]] = []
 
@@ -207,8 +192,7 @@ class TransformersBackend(Generic[AnyRequest]):
 
     @property
     def num_waiting(self) -> int:
-        started = (request for batch in self._batches for request in batch.requests)
-        return sum(self._is_waiting(request) for request in (*self._new, *started))
+        return sum(map(self.is_waiting, self._new)) + sum(map(self._num_waiting_in, self._batches))
 
     def add(self, request: AnyRequest) -> None:
         """Queue a request; a later step starts its sequence."""
@@ -221,50 +205,48 @@ class TransformersBackend(Generic[AnyRequest]):
         self._start_batches()
         chosen = []
         for batch in self._batches:
-            if any(self._is_waiting(request) for request in batch.requests):
+            if self._num_waiting_in(batch):
                 chosen += self._advance(batch)
-                if not self._use.batch:
+                if not self.cache_use.batch:
                     break  # one request at a time, so that others need no cache yet
         return chosen
 
     def _start_batches(self) -> None:
         """Start batches of queued requests: immediately if no batch exists, else when half of the slots are free."""
-        if not self._use.batch:
-            if not any(self._is_waiting(request) for batch in self._batches for request in batch.requests):
-                first = next((request for request in self._new if self._is_waiting(request)), None)
+        if not self.cache_use.batch:
+            if not any(map(self._num_waiting_in, self._batches)):
+                first = next(filter(self.is_waiting, self._new), None)
                 if first is not None:
                     self._new.remove(first)
                     self._batches.append(_Batch([first], self._new_rows([first])))
             return
-        while self._new and (not self._batches or len(self._new) >= self._num_slots // 2):
-            lengths = accumulate(len(request.sequences[self._model_index].pending) for request in self._new)
+        while self._new and (not self._batches or len(self._new) >= self.num_slots // 2):
+            lengths = accumulate(len(self.sequence(request).pending) for request in self._new)
             count = max(1, sum(length <= _MAX_PROMPT_TOKENS for length in lengths))
             requests, self._new = self._new[:count], self._new[count:]
             self._batches.append(_Batch(requests, self._new_rows(requests)))
 
-    def _is_waiting(self, request: AnyRequest | None) -> bool:
-        return request is not None and request.next_model == self._model_index
+    def _num_waiting_in(self, batch: _Batch[AnyRequest]) -> int:
+        return sum(request is not None and self.is_waiting(request) for request in batch.requests)
 
     def _new_rows(self, requests: Sequence[AnyRequest]) -> _Rows:
         """Return rows for new requests, with the prefix already processed if the cache can be copied."""
-        can_copy = self._use.chunks and (self._use.select or len(requests) == 1)
-        if not (self._prefix and can_copy):
-            return _Rows(self.model, len(requests), self._capacity, self._use.cache)
+        can_copy = self.cache_use.chunks and (self.cache_use.select or len(requests) == 1)
+        if not (self.prefix and can_copy):
+            return _Rows(self.model, len(requests), self.capacity, self.cache_use.cache)
         if self._prefix_rows is None:
-            self._prefix_rows = _Rows(self.model, 1, self._capacity, self._use.cache)
-            self._prefix_rows.forward([self._prefix])
+            self._prefix_rows = _Rows(self.model, 1, self.capacity, self.cache_use.cache)
+            self._prefix_rows.forward([self.prefix])
         for request in requests:
-            sequence = request.sequences[self._model_index]
-            sequence.length = len(self._prefix)
+            sequence = self.sequence(request)
+            sequence.length = len(self.prefix)
             del sequence.pending[: sequence.length]
         return self._prefix_rows.copies(len(requests))
 
     def _advance(self, batch: _Batch[AnyRequest]) -> list[tuple[AnyRequest, int]]:
-        sequences = [
-            None if request is None else request.sequences[self._model_index] for request in batch.requests
-        ]
+        sequences = [None if request is None else self.sequence(request) for request in batch.requests]
         num_new = 1
-        if self._use.chunks or batch.rows.input_ids.shape[1] == 0:
+        if self.cache_use.chunks or batch.rows.input_ids.shape[1] == 0:
             num_new = min(len(sequence.pending) for sequence in sequences if sequence is not None)
         logits = batch.rows.forward(
             [[0] * num_new if sequence is None else sequence.pending[:num_new] for sequence in sequences]
@@ -279,24 +261,21 @@ class TransformersBackend(Generic[AnyRequest]):
         if not ready:
             return []
         chosen = logits if len(ready) == len(sequences) else logits[[row for row, _ in ready]]
-        tokens = self._sampler(chosen, [sequence for _, sequence in ready])
+        tokens = self.sampler(chosen, [sequence for _, sequence in ready])
         requests = (batch.requests[row] for row, _ in ready)
         return [(o, token) for o, token in zip(requests, tokens, strict=True) if o is not None]
 
     def _remove_ended(self) -> None:
-        self._new = [request for request in self._new if not self._is_released(request)]
-        for batch in self._batches:
-            released = [request is None or self._is_released(request) for request in batch.requests]
-            if self._use.select and any(released) and not all(released):
-                kept = [row for row, is_released in enumerate(released) if not is_released]
+        self._new = [request for request in self._new if not self.is_released(request)]
+        batches, self._batches = self._batches, []
+        for batch in batches:
+            batch.requests = [
+                None if request is None or self.is_released(request) else request
+                for request in batch.requests
+            ]
+            kept = [row for row, request in enumerate(batch.requests) if request is not None]
+            if self.cache_use.select and 0 < len(kept) < len(batch.requests):
                 batch.rows.select(kept)
                 batch.requests = [batch.requests[row] for row in kept]
-            else:
-                batch.requests = [
-                    None if is_released else request
-                    for request, is_released in zip(batch.requests, released, strict=True)
-                ]
-        self._batches = [batch for batch in self._batches if any(o is not None for o in batch.requests)]
-
-    def _is_released(self, request: AnyRequest) -> bool:
-        return request.next_model is None or request.sequences[self._model_index].is_done
+            if kept:
+                self._batches.append(batch)

@@ -48,7 +48,14 @@ def generate_problems(
     A larger `num_problems` continues the same sequence. Stories that differ only in their people are duplicates. Raises
     UserError for invalid arguments, or if there are not enough different stories.
     """
-    _check(split, num_problems, min_steps, max_steps)
+    if split not in SPLITS:
+        raise UserError(f"stories have no split {split!r}; choose one of {', '.join(SPLITS)}")
+    if num_problems < 0:
+        raise UserError(f"num_problems is {num_problems}; it must not be negative")
+    if not 1 <= min_steps <= max_steps <= MAX_STEPS:
+        raise UserError(
+            f"stories need 1 <= min_steps <= max_steps <= {MAX_STEPS}, got {min_steps} and {max_steps}"
+        )
     rng = random.Random(f"stories {split} {seed}")
     seen: set[int] = set()
     for _ in range(num_problems):
@@ -76,14 +83,3 @@ def _digest(question: str) -> int:
     """Return a 64-bit keyed hash of the canonical question."""
     text = canonical(question).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8, key=_KEY).digest(), "big")
-
-
-def _check(split: str, num_problems: int, min_steps: int, max_steps: int) -> None:
-    if split not in SPLITS:
-        raise UserError(f"stories have no split {split!r}; choose one of {', '.join(SPLITS)}")
-    if num_problems < 0:
-        raise UserError(f"num_problems is {num_problems}; it must not be negative")
-    if not 1 <= min_steps <= max_steps <= MAX_STEPS:
-        raise UserError(
-            f"stories need 1 <= min_steps <= max_steps <= {MAX_STEPS}, got {min_steps} and {max_steps}"
-        )

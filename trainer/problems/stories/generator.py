@@ -9,6 +9,7 @@ the opening value, so a long story is not only a chain of operations on the last
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -23,6 +24,8 @@ MAX_CHANGE = 40
 MAX_GROUP = 12
 MAX_FACTOR = 9
 MIN_STEPS_BEFORE_LOOK_BACK = 3
+
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 T = TypeVar("T")
 
@@ -115,24 +118,23 @@ class Story:
         self._used_phrases.add(sentence)
         self._sentences.append(sentence.format(**self._fields, **numbers))
 
-    def _add_step(self, question: str, solution: str, left: int, operator: str, right: int) -> int:
+    def _add_step(self, question: str, solution: str, left: int, sign: str, right: int) -> int:
         """Add a step and return its result; in `solution`, {result} stands for the calculation."""
-        if operator == "+":
-            value = left + right
-        elif operator == "-":
-            value = left - right
-        else:
-            value = left * right if operator == "*" else left // right
-        result = f"{left}{operator}{right} = <<{left}{operator}{right}={value}>>{value}"
+        value = _OPERATIONS[sign](left, right)
+        result = f"{left}{sign}{right} = <<{left}{sign}{right}={value}>>{value}"
         self.steps.append(
             Step(question.format(**self._fields), solution.format(**self._fields, result=result))
         )
         return value
 
-    def _update_value(self, when: str, operator: str, right: int) -> None:
+    def _change_value(self, question: str, solution: str, sign: str, right: int) -> None:
+        """Add a step whose result is the new value."""
+        self._value = self._add_step(question, solution, self._value, sign, right)
+
+    def _update_value(self, when: str, sign: str, right: int) -> None:
         """Add the step that asks for the hero's new amount; the last step of most events."""
         question = "How many {units} does {he} have " + when + "?"
-        self._value = self._add_step(question, "{He} has {result} {units}.", self._value, operator, right)
+        self._change_value(question, "{He} has {result} {units}.", sign, right)
 
     # Events.
 
@@ -176,25 +178,25 @@ class Story:
         b = self._integer(2, min(MAX_GROUP, (self._value - 2) // k))
         self._add_groups(groups, k, b, "-")
 
-    def _add_groups(self, groups: Groups, k: int, b: int, operator: str) -> None:
+    def _add_groups(self, groups: Groups, k: int, b: int, sign: str) -> None:
         sentence, question, solution, when = groups
         self._add_sentence(sentence, k=k, b=b)
-        self._update_value(when, operator, self._add_step(question, solution, k, "*", b))
+        self._update_value(when, sign, self._add_step(question, solution, k, "*", b))
 
     def friend_gives(self) -> None:
         """A friend's amount, given relative to the hero's by a factor or difference, is added."""
-        operator = self._choose("*+-")
+        sign = self._choose("*+-")
         largest = {
             "*": min(4, MAX_NUMBER // self._value - 1),
             "+": MAX_CHANGE,
             "-": min(MAX_CHANGE, self._value - 2),
         }
-        b = self._integer(2, largest[operator])
+        b = self._integer(2, largest[sign])
         if 2 * self._value + b > MAX_NUMBER:
             raise Retry
-        self._add_sentence(templates.FRIEND_GIVES[operator], b=b)
+        self._add_sentence(templates.FRIEND_GIVES[sign], b=b)
         question, solution = "How many {units} does {Friend} give?", "{Friend} gives {result} {units}."
-        added = self._add_step(question, solution, self._value, operator, b)
+        added = self._add_step(question, solution, self._value, sign, b)
         self._update_value("with those of {Friend}", "+", added)
 
     def as_at_the_start(self) -> None:
@@ -209,11 +211,8 @@ class Story:
         is_last = len(self.steps) == self._num_steps - 1
         if not is_last or not self._can_look_back() or self._value < self._opening_value + 2:
             raise Retry
-        question, solution = (
-            "How many more {units} does {he} have than at the start?",
-            "{He} has {result} more {units}.",
-        )
-        self._value = self._add_step(question, solution, self._value, "-", self._opening_value)
+        question = "How many more {units} does {he} have than at the start?"
+        self._change_value(question, "{He} has {result} more {units}.", "-", self._opening_value)
 
     def _can_look_back(self) -> bool:
         """Return whether the hero is that of the opening, at least MIN_STEPS_BEFORE_LOOK_BACK steps ago."""
@@ -223,36 +222,32 @@ class Story:
         b = self._divisor(MAX_GROUP)
         self._add_sentence(self._setting.packing, b=b)
         self._set_quantity("containers", self._setting.containers)
-        question, solution = "How many {units} does {he} fill?", "{He} fills {result} {units}."
-        self._value = self._add_step(question, solution, self._value, "/", b)
+        self._change_value("How many {units} does {he} fill?", "{He} fills {result} {units}.", "/", b)
 
     def share(self) -> None:
         k = self._divisor(MAX_FACTOR)
         self._name_people(self._friend, self._hero)
         self._add_sentence(templates.SHARE, k=k)
-        question, solution = "How many {units} does {Name} get?", "{Name} gets {result} {units}."
-        self._value = self._add_step(question, solution, self._value, "/", k)
+        self._change_value("How many {units} does {Name} get?", "{Name} gets {result} {units}.", "/", k)
 
     def sell(self) -> None:
         b = self._integer(2, min(MAX_FACTOR, MAX_NUMBER // self._value))
         self._add_sentence(templates.SELL, b=b)
         self._set_quantity("money", "dollars")
-        question, solution = "How many {units} does {he} earn at the market?", "{He} earns {result} {units}."
-        self._value = self._add_step(question, solution, self._value, "*", b)
+        question = "How many {units} does {he} earn at the market?"
+        self._change_value(question, "{He} earns {result} {units}.", "*", b)
 
     def buy(self) -> None:
         b = self._divisor(MAX_GROUP)
         self._set_quantity("goods", self._choose(templates.GOODS))
         self._add_sentence(templates.BUY, b=b)
-        question, solution = "How many {units} does {he} buy?", "{He} buys {result} {units}."
-        self._value = self._add_step(question, solution, self._value, "/", b)
+        self._change_value("How many {units} does {he} buy?", "{He} buys {result} {units}.", "/", b)
 
     def _of_kind(self, items: Sequence[Phrase], others: dict[str, tuple[Phrase, ...]]) -> Sequence[Phrase]:
         return items if self._kind == "items" else others[self._kind]
 
 
-_Event = tuple[Callable[[Story], None], int]
-"""Method and number of steps."""
+_Event = tuple[Callable[[Story], None], int]  # method and number of steps
 
 _GAIN, _LOSE, _GROW, _SHARE = (Story.gain, 1), (Story.lose, 1), (Story.grow, 1), (Story.share, 1)
 _SELL, _BUY, _PACK = (Story.sell, 1), (Story.buy, 1), (Story.pack, 1)

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Phrase = tuple[str, str]
-"""Sentence; reference to its time."""
+Phrase = tuple[str, str]  # sentence; reference to its time
+# Sentence; sub-question about all groups; its answer with {result}; reference to the sentence's time.
 Groups = tuple[str, str, str, str]
-"""Sentence; sub-question about all groups; its answer with {result}; reference to the sentence's time."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,13 @@ class Setting:
     units: str
     containers: str
     openings: tuple[str, ...]
-    opening_in_groups: Phrase
-    """A first sentence with {k} groups of {b}, and its sub-question."""
+    opening_in_groups: Phrase  # a first sentence with {k} groups of {b}, and its sub-question
     gains: tuple[Phrase, ...]
     losses: tuple[Phrase, ...]
-    growth: Phrase
-    """The quantity is multiplied by {k}."""
-    groups_in: Groups
-    """{k} groups of {b} arrive."""
-    groups_out: Groups
-    """{b} go to each of {k} receivers."""
-    packing: str
-    """All items are put into containers, {b} per container."""
+    growth: Phrase  # the quantity is multiplied by {k}
+    groups_in: Groups  # {k} groups of {b} arrive
+    groups_out: Groups  # {b} go to each of {k} receivers
+    packing: str  # all items are put into containers, {b} per container
 
 
 SETTINGS = (
