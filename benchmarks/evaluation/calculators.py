@@ -18,7 +18,7 @@ NOT_FORCED = -1
 
 
 class Forced:
-    """What one text must go on with. `tokens` so far are given before each next one is chosen."""
+    """Forced continuation of one text. `tokens` so far are given before each next one is chosen."""
 
     def __init__(self, language: StopTokens) -> None:
         self._language = language

@@ -129,7 +129,7 @@ class Peers:
         def line(
             model: GPT2LMHeadModel, context: list[int], room: int, ends: list[int]
         ) -> tuple[list[int], int]:
-            """What is written, and how many tokens it was; a line that ends with the text gets a line break instead."""
+            """Return the generated line and its number of tokens; an end token is replaced by a line break."""
             rows = torch.tensor([context])
             calculator = (
                 self._processors(CalculatorOfGenerate(language, 1, len(context))) if model is solver else None

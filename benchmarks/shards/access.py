@@ -1,6 +1,6 @@
 """Open a million examples and read some at random: access.py ours|arrow PATH READS. Libraries are loaded before.
 
-Read so many at once as a pack of 1024 tokens holds; both sides have a call for that.
+A read is a batch of as many examples as a pack of 1024 tokens holds; both sides have a call for that.
 """
 
 from __future__ import annotations

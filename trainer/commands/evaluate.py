@@ -43,8 +43,8 @@ def _evaluate(settings: EvaluateSettings) -> None:
 
     directory = job.resolve_job(settings).directory
     terminal.redirect_library_output(directory.logs, "evaluate")
-    solved = sum(part.stat().st_size for part in directory.rank_files.glob("*.jsonl"))
-    restarts.record_restart(directory.restarts, solved, settings.max_restarts)
+    bytes_written = sum(part.stat().st_size for part in directory.rank_files.glob("*.jsonl"))
+    restarts.record_restart(directory.restarts, bytes_written, settings.max_restarts)
     distributed.initialize()
     from trainer.evaluation.evaluate import evaluate
 

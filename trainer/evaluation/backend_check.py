@@ -202,7 +202,7 @@ def generate_continuation(model: PreTrainedModel, text: CheckText) -> tuple[Chec
 
 
 def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Return the maximum difference, in standard deviations of the expected logits at its token."""
+    """Return the maximum over all positions of |found - expected| / standard deviation of the expected logits there."""
     return max(
         float(
             ((logits - plain).abs().where(logits != plain, 0.0).amax(-1) / _spread(plain))

@@ -85,7 +85,7 @@ def completion_backend(
 ) -> BackendChoice:
     """Return the backend for `completions` of these prompts, checked on the shortest, a middle and the longest.
 
-    name: the model's name in messages. Raises UserError if no backend, or not the requested one, passes the check.
+    name: the model's name in messages. Raises UserError if the requested backend fails the check (auto: if all fail).
     """
     texts = check_texts(prompts, _capacity(model, prompts, max_new_tokens))
     return choose_backend(model, texts, name, requested)

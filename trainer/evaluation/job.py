@@ -266,7 +266,10 @@ def evaluation_directory(
 
 
 def write_settings(settings: EvaluateSettings, directory: EvaluationDirectory) -> None:
-    """Write the evaluation's settings as settings.yaml of its run, unless that file is of a training."""
+    """Write settings.yaml of the run that holds the evaluation.
+
+    Does nothing if a training wrote that file, or if `directory` is not in a run directory.
+    """
     run = RunDirectory(directory.path.parent.parent)
     if run.evaluation(directory.path.name) != directory or (
         run.settings.is_file() and not _is_of_evaluation(run.settings)

@@ -180,7 +180,10 @@ def predictions(pipeline: Pipeline, indices: Sequence[int], counter: Counter) ->
 
 
 def longest_first(shards: Shards, indices: Iterable[int]) -> list[int]:
-    """Return the indices by falling length of the data's example, which predicts the generated length better than the prompt."""
+    """Return the indices, longest first, by the length of the whole problem in the shards (question, steps, answer).
+
+    It predicts the generated length better than the length of the prompt does.
+    """
     totals = shards.total_lengths()
     return sorted(indices, key=lambda index: -totals[index])
 

@@ -51,7 +51,10 @@ class RearrangedTensor:
 
 
 def build_tensor(view: StridedView, stored: dict[str, TensorReference]) -> TensorReference | RearrangedTensor:
-    """Return the tensor of `view`. `stored`: the model's tensors by name."""
+    """Return a TensorReference if the elements of `view` are long runs of the checkpoint, else a RearrangedTensor.
+
+    stored: the checkpoint's tensors by name.
+    """
     runs = _runs(view)
     if runs is None:
         return RearrangedTensor(view, tuple((name, stored[name]) for name in sorted(view.names)))

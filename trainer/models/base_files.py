@@ -97,9 +97,10 @@ def copy_licence_and_code(base: Path | None, target: Path) -> None:
 
 
 def generation_config(base: Path | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the content of generation_config.json: sampling settings of `base`; special tokens of `base`, else the tokenizer's.
+    """Return the content of generation_config.json.
 
-    The end tokens are those of `base` (a list stays a list) plus the tokenizer's, with which the shards' examples end.
+    Sampling settings come from `base`; BOS and padding tokens from `base`, or from the tokenizer if `base` has none.
+    `eos_token_id` is that of `base` plus the tokenizer's EOS token, because every training example ends with it.
     """
     import transformers
 

@@ -63,7 +63,7 @@ class PrefillChunk:
 
     @property
     def end(self) -> int:
-        """Return the length of the sequence with the chunk."""
+        """Return the length of the sequence after this chunk."""
         return self.num_cached + self.stop - self.start
 
 

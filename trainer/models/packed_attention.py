@@ -173,7 +173,7 @@ def varlen_attention(
 
 @functools.cache
 def _takes_enable_gqa() -> bool:
-    """Return whether `varlen_attn` takes `enable_gqa` (torch >= 2.12); torch 2.11 accepts fewer key-value heads without it."""
+    """Return whether `varlen_attn` takes `enable_gqa` (torch >= 2.12); torch 2.11 supports grouped-query attention without it."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -1,8 +1,8 @@
-"""Tokenise and decode a text segment by segment, with the tokens that each segment has inside the text.
+"""Tokenise and decode a text segment by segment; a segment after the first continues the text.
 
 SentencePiece tokenizers (Llama 2, TinyLlama, Mistral 7B, Phi-3) put a space before every text. The first segment of a
-text keeps it, as the base model was trained; a segment that continues a text is tokenised without it. In decoding, such
-a tokenizer drops a leading space, which must be kept inside a text.
+text keeps it, as the base model was trained; a segment that continues a text is tokenised without it. When such a
+tokenizer decodes a continuation alone, it drops the leading space; `decode_next` keeps it.
 """
 
 from __future__ import annotations

@@ -218,7 +218,10 @@ def _dropout(cuda: bool) -> Iterator[None]:
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Shapes, without values, of one fused attention over all examples of a pack."""
+    """Placeholder for fused attention over all examples of a pack: allocates and saves what the kernel does.
+
+    It computes no values.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
@@ -238,7 +241,10 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Shapes, without values, of an RMS norm in one kernel, which keeps its input and one fp32 number per token."""
+    """Placeholder for a fused RMS norm: saves for backward what the kernel saves (input, one fp32 number per token).
+
+    It computes no values.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any) -> Any:

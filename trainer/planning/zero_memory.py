@@ -68,8 +68,8 @@ class ZeroLayout:
         zero = resolved["zero_optimization"]
         threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
         live = int(zero.get("stage3_max_live_parameters", _DEFAULT_LIVE))
-        # A gathered weight is kept if its next use is nearer than the reuse distance (in elements): between forward and
-        # backward that holds for half of the distance.
+        # ZeRO-3 keeps a gathered weight if fewer than stage3_max_reuse_distance elements are used before its next use.
+        # Between its forward and its backward all later layers are used twice, so at most half of that is kept.
         reuse = int(zero.get("stage3_max_reuse_distance", _DEFAULT_LIVE)) // 2
         prefetch = int(zero.get("stage3_prefetch_bucket_size", 50_000_000))
         return cls(
@@ -194,8 +194,8 @@ def _kept(layout: ZeroLayout) -> Counter[str]:
         divided = layout.num_parameters - layout.persistent
         now[GATHERED] = k * min(divided, layout.gathered_limit)
         if layout.world_size > 1:
-            # Prefetched weights are copied out of one buffer, which measured peaks include in backward. The embedding,
-            # the largest parameter, is not prefetched.
+            # Prefetched weights are gathered into one flat buffer and copied out of it; the measured peaks of backward
+            # include that buffer. The embedding, the largest parameter, is not prefetched.
             now[BUCKETS] += k * max(0, min(layout.prefetch, divided - layout.largest_parameter))
     return now
 

@@ -119,7 +119,7 @@ def _elements(content: bytes) -> Iterator[tuple[int, bytes]]:
     After an invalid element, continues at the next `{` at the start of a line with the first element's indentation;
     without line breaks, the rest is one invalid element. A truncated array ends with an element that does not parse.
     """
-    text = content.decode("utf-8", errors="surrogateescape")  # accepts any bytes; undone below
+    text = content.decode("utf-8", errors="surrogateescape")  # encode() below restores invalid bytes
     at = _BETWEEN_ELEMENTS.match(text, text.index("[") + 1).end()  # type: ignore[union-attr]
     indent = text[text.rfind("\n", 0, at) + 1 : at]
     next_element = re.compile(rf"\n{indent}(?=\{{)" if not indent.strip(" \t") else r"\Z")

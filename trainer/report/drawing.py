@@ -259,7 +259,7 @@ def label_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 
 def dodge_labels(heights: Sequence[float], gap: float) -> list[float]:
     """Return heights moved apart until neighbours are `gap` from each other; order and group centres are kept."""
-    groups: list[tuple[float, list[int]]] = []  # centre, members from low to high
+    groups: list[tuple[float, list[int]]] = []  # (centre, indices of its labels, lowest first)
     for index in sorted(range(len(heights)), key=lambda i: heights[i]):
         centre, members = heights[index], [index]
         while groups and centre - gap * len(members) / 2 < groups[-1][0] + gap * len(groups[-1][1]) / 2:

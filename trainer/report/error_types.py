@@ -167,10 +167,10 @@ def _first_difference(steps: Sequence[StepText], gold: Sequence[StepText]) -> tu
 
 
 def _matching_gold_step(step: StepText, gold: Sequence[StepText], begin: int) -> int | None:
-    """Return the index of the first gold step from `begin` on with the value of a step, None without one.
+    """Return the index of the first gold step, from `begin` on, with the same value as `step`; None if there is none.
 
-    To match a step after `begin`, the step must have at least as many operations as the gold steps that it joins:
-    where gold has 3*4, then 12-5, 3+4 is 7 only by chance.
+    A step that equals gold step `begin + k` must have at least k + 1 operations. Otherwise the equal value is a
+    coincidence: with the gold steps 3*4=12 and 12-5=7, the single step 3+4=7 does not count.
     """
     operations = sum(len(_OPERATOR.findall(equation.expression)) for equation in step.equations)
     for index in range(begin, len(gold) if step.value is not None else begin):

@@ -23,7 +23,7 @@ class Method(NamedTuple):
     marker: str = ""
 
 
-# From least to most help. Those after gold_subquestions are only trained: they answer as a role of a pair.
+# In display order. The methods after gold_subquestions train one model of a pair, which is evaluated only in a pair.
 METHODS = {
     "few_shot": Method("few-shot", "few-shot", "#3b3178", "#a9a0ee", "X"),
     "answer_only": Method("answer only", "answer only", "#767b82", "#a2a7ae", "o"),

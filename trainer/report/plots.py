@@ -307,7 +307,10 @@ def _draw_calculator(title: str, pairs: pd.DataFrame, styles: Styles, axes: Axes
 
 
 def _rows(axes: Axes, cells: pd.DataFrame, step: float, styles: Styles) -> list[float]:
-    """Write the name of each model above a row for each of its methods, `step` high; return the y of the rows."""
+    """Label the vertical axis with each model and, below it, a row per method; return the y of the rows.
+
+    step: height of a row.
+    """
     name: dict[str, Any] = {
         "color": INK,
         "fontweight": "bold",

@@ -53,7 +53,7 @@ class ReportData:
 
 
 def result_rows(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns of results.csv: a row per run and evaluation; `method` is the run's."""
+    """Return results.csv as a frame: a row per run and evaluation. Its column `method` is the run's method."""
     rows = runs.assign(total_parameters=runs["total_parameters"].fillna(runs["parameters"]))
     return rows[_RESULTS].rename(columns={"run_method": "method"})
 

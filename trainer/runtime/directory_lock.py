@@ -155,7 +155,11 @@ def _read(path: Path) -> LockOwner | None:
 
 
 def _remove_stale_locks(path: Path) -> None:
-    """Remove all but the newest stale locks: a slow process may still be about to rename the same one."""
+    """Remove old stale locks and keep the newest.
+
+    A slow process may still take a dead owner for the current one. Its rename fails while the target, which is named
+    after the dead owner's token, exists; so it cannot remove the new owner's lock.
+    """
     with contextlib.suppress(OSError):
         stale = sorted(path.parent.glob(f".{path.name}.*.gone.tmp"), key=lambda lock: lock.stat().st_ctime)
         for lock in stale[:-_MAX_STALE_LOCKS]:

@@ -148,7 +148,7 @@ def get_attention(config: Any) -> Any:
 
 
 def set_attention(config: Any, name: str) -> None:
-    """Set the attention implementation without the checks of `set_attn_implementation`, and that of its sub-configs."""
+    """Set the attention implementation of a config and its sub-configs, without the checks of `set_attn_implementation`."""
     config._attn_implementation = name
 
 

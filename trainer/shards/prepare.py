@@ -33,8 +33,9 @@ from trainer.shards.read import KIND, PROBLEMS, REJECTS, TOKENIZER, Shards
 from trainer.shards.segments import Segment, bos_tokens, example_length, tokenise
 from trainer.storage import atomic_dir
 
-# Version of the segmentation. 2: with guidance. 3: every segment has the tokens it has inside the text, checked by
-# decoding, after all tokens that the tokenizer puts before a text; the same bytes as 2 for most byte-level tokenizers.
+# Version of the segmentation; part of the fingerprint. 2: added guidance segments. 3: segments after the first are
+# tokenised as continuations of the text, which is checked by decoding, and the example starts with all tokens that the
+# tokenizer puts before a text. For most byte-level tokenizers 3 gives the same bytes as 2.
 _SEGMENTATION, _EARLIER_SEGMENTATION = 3, 2
 _MAX_CHANGED_RATIO = 0.5  # of problems whose text the tokenizer changes
 _CHUNK_PROBLEMS = (

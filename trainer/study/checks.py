@@ -80,7 +80,7 @@ def mapping(value: Any, where: str) -> dict[Any, Any]:
 
 
 def named_settings(values: dict[str, Any], section: str, where: str) -> dict[str, dict[str, Any]]:
-    """Return name -> settings of a required section: a mapping, or a list of names without settings."""
+    """Return {name: settings} of a required section, a mapping or a list of names (with empty settings)."""
     value, where = required(values, section, where), f"{where}: {section}"
     if isinstance(value, list):
         if len({str(key) for key in value}) != len(value):

@@ -138,7 +138,7 @@ def _pair_runs(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelSpec,
         "mode": "auto",
     }
     evaluations = _evaluations(grid, directory, data, entry.name, models, entry.settings)
-    if not any(settings.planner for settings in evaluations):  # the guidance is gold
+    if not any(settings.planner for settings in evaluations):  # gold guidance: the planner is not needed
         trained.pop(entry.pair.planner, None)
     names = tuple(run.name for run in trained.values())
     return [*trained.values(), RunSpec(directory, None, None, evaluations, model.num_ranks, names)]

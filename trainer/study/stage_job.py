@@ -115,7 +115,7 @@ def _progress_of(stage: Stage) -> Callable[[], status.Progress]:
 
 
 def _result(stage: Stage) -> str:
-    """Return the main figure of a finished stage."""
+    """Return one line about the result of a finished stage: its loss, accuracy, number of problems or size."""
     if stage.kind == "train":
         loss = status.final_loss(stage.run.directory) if stage.run else None
         return "trained" if loss is None else f"loss {loss:.3f}"

@@ -49,7 +49,7 @@ FILTER_REASONS = {
     "duplicate": "an earlier sample of the same problem is the same chain",
 }
 _ANNOTATION = re.compile(r"<<([^<>]*)>>")
-_MIN_DECIMALS = 2  # of a rounded result
+_MIN_DECIMALS = 2  # a rounded result must have at least this many
 _BULLET = re.compile(r"(?:[-*•]\s+)?(?:\*\*(?P<bold>[^*]+)\*\*)?")
 _NUMBER = re.compile(r"(?:step\s*)?\(?[0-9]{1,2}\s?[.):]\s+|step\s*[0-9]{1,2}\s*[:.]\s*", re.IGNORECASE)
 _LABEL = re.compile(
@@ -61,7 +61,7 @@ _PAIR = " ** "
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Requirements on a chain besides a correct answer and arithmetic."""
+    """Requirements on a teacher's steps besides a correct answer and correct arithmetic."""
 
     style: str
     min_steps: int = 1

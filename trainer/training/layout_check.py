@@ -126,10 +126,10 @@ def choose_layout(
 
 
 def distances(found: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-    """Return the distance [L] of two sets of logits [L, vocabulary] at each position.
+    """Return the distance [L] between two sets of logits [L, vocabulary] at each position.
 
-    Root mean square over the vocabulary, relative to the standard deviation of all plain logits. Logits that a model
-    masks (huge, or infinite) are left out.
+    It is the root mean square difference over the vocabulary, divided by the standard deviation of all `plain` logits.
+    Logits that a model masks (huge, or infinite) are excluded.
     """
     difference, deviation = found - plain, plain.std()
     if not deviation < _MASKED_LOGIT:

@@ -138,7 +138,7 @@ def packed_logits(model: torch.nn.Module, batch: PackedBatch, **others: torch.Te
             use_cache=False,
             logits_to_keep=batch.target_positions,
             **others,
-        ).logits.squeeze(0)  # the gradient of [0] would allocate a whole tensor of zeros
+        ).logits.squeeze(0)  # backward of [0] would allocate zeros of the full shape
     return logits if len(logits) == len(batch.target_positions) else logits[batch.target_positions]
 
 

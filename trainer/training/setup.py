@@ -218,7 +218,7 @@ def _read_settings(run: RunDirectory) -> dict[str, Any]:
 
 
 def _check_same_batch_plan(found: Path, plan: BatchPlan) -> None:
-    """Raise UserError, with valid settings, if the number of packs of a step differs from the checkpoint's."""
+    """Raise UserError if the number of packs of a step differs from the checkpoint's; it names settings that fit."""
     old = atomic_dir.read_manifest(found)["facts"]
     step, consumed = old["step"], old["packs_consumed"]
     if plan.packs(step - 1)[1] == consumed:

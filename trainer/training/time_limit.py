@@ -14,7 +14,8 @@ from trainer.runtime.stop_request import StopRequest
 from trainer.storage.run_directory import RunDirectory
 
 _PROBE_BYTES = 16 << 20
-# Per parameter: fp32 weights on rank 0 (bf16: half), fp32 master and two moments of Adam divided among all ranks.
+# Bytes per parameter in a checkpoint. Rank 0 writes the weights (fp32; half in bf16); all ranks together write the fp32
+# master weights and Adam's two moments.
 _WEIGHT_BYTES, _OPTIMIZER_BYTES = 4, 12
 
 

@@ -19,7 +19,11 @@ CHUNK_BYTES = 16 << 20
 
 
 class ChecksumReader:
-    """Context manager for one thread; its memory is one chunk. Without `checksums` only lengths are checked."""
+    """Reader of byte ranges of checkpoint files; `finish` compares their CRC-32 with the files'.
+
+    Without `checksums` only lengths are checked. A context manager, for one thread. Needs CHUNK_BYTES of memory besides
+    the caller's buffers.
+    """
 
     def __init__(self, checksums: bool = True) -> None:
         self._checksums = checksums

@@ -29,7 +29,7 @@ def match_master_weights(
     which is the case if any was matched wrongly.
     """
     found: dict[str, TensorReference] = {}
-    positions = [(0, 0)] * len(groups)  # of each group: index of the next tensor, first unused element in it
+    positions = [(0, 0)] * len(groups)  # per group: (next tensor, its next element)
     with ChecksumReader() as reader:
         for name, low in low_precision.items():
             for index, group in enumerate(groups):

@@ -161,7 +161,10 @@ class _BackendChecks:
         self._reference = Reference(model)
 
     def compare_with_generate(self, reasons: list[str]) -> BackendChoice | None:
-        """Return decoding of one request at a time if plain logits depend on later tokens and it equals `generate`."""
+        """Return the transformers backend without batching, checked against `generate` instead of plain logits.
+
+        None if the plain logits do not depend on later tokens, or if the backend differs from `generate`.
+        """
         candidate = BackendChoice(TRANSFORMERS, next(use for use in CACHE_USES if not use.batch))
         texts = self._texts.own_cache
         try:
