@@ -52,8 +52,8 @@ def _make_capture() -> Callable[[cuda_graphs.Launch], cuda_graphs.Launch]:
 def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> list[cuda_graphs.GraphShape]:
     """Make backends on the CPU decode as on a GPU, in small shapes; return the list that collects the replayed shapes."""
     monkeypatch.setattr(slots, "uses_cuda_graphs", lambda device: True)
-    monkeypatch.setattr(slots, "MAX_GRAPH_PENDING", few_tokens)
-    monkeypatch.setattr(slots, "PREFILL_WAITING_RATIO", 3)
+    monkeypatch.setattr(slots, "MAX_PENDING_FOR_DECODE", few_tokens)
+    monkeypatch.setattr(slots, "PREFILL_ONE_IN", 3)
     monkeypatch.setattr(cuda_graphs, "make_capture", _make_capture)
     monkeypatch.setattr(cuda_graphs, "_cannot_capture", set())
     monkeypatch.setattr(cuda_graphs, "_LENGTH_MULTIPLE", 24)

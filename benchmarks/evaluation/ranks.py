@@ -25,7 +25,7 @@ from trainer.evaluation.work_queue import COUNTER_NAMES
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 from trainer.runtime import distributed
-from trainer.runtime.shared_counter import Counter, ProcessCounter, shared_counter
+from trainer.runtime.shared_counter import ProcessCounter, SharedCounter, shared_counter
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         {STUDENT: RoleModel(model, material.METHOD)}, load_tokenizer(shards.tokenizer_path), shards, decoding
     )
 
-    def solve(problems: Sequence[int], counter: Counter) -> tuple[float, int, dict[str, Any]]:
+    def solve(problems: Sequence[int], counter: SharedCounter) -> tuple[float, int, dict[str, Any]]:
         """Return the seconds of the slowest rank, the forward passes of the busiest, and all ranks' texts by id."""
         serve, passes = counter.serve, []
         counter.serve = lambda: passes.append(serve())  # type: ignore[method-assign]  # after every pass

@@ -26,7 +26,7 @@ from trainer.evaluation.backends import slots
 from trainer.evaluation.backends.slots import SequenceState, SlotBackend
 from trainer.evaluation.decoding import STUDENT
 from trainer.evaluation.generate import generate, make_sampler
-from trainer.evaluation.rollout import ModelSpec, Program, Rollout, RolloutContext
+from trainer.evaluation.rollout import Program, Rollout, RolloutContext, RolloutModel
 from trainer.evaluation.sampling import sampling_seed
 from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
 from trainer.models.kv_cache import ForwardBatch
@@ -81,7 +81,7 @@ def solve(
     ends: frozenset[int] | None = None,
 ) -> dict[int, list[int]]:
     """Return the generated tokens of every text by its index."""
-    spec = ModelSpec(frozenset(), 96, ends or end_of_text_ids(model, tokenizer))
+    spec = RolloutModel(frozenset(), 96, ends or end_of_text_ids(model, tokenizer))
     context = RolloutContext(StopTokens(tokenizer), [spec], {STUDENT: 0}, max_new_tokens, calculator=False)
     written: dict[int, list[int]] = {}
 
@@ -172,7 +172,7 @@ def test_logits_do_not_depend_on_waiting_slots_and_chunks(name: str) -> None:
             for request in requests:
                 if request.next_model is not None:
                     request.begin(step)
-            if backend.num_waiting:
+            if backend.num_runnable:
                 assert len(backend.step()) == sum(request.next_model == 0 for request in requests)
             for request in requests:
                 if not request.steps:
@@ -188,7 +188,7 @@ def test_prompts_are_spread_over_several_steps(
 ) -> None:
     model, texts = make("gpt2"), prompts(8)
     together = solve(model, tokenizer, texts, num_slots=8)
-    monkeypatch.setattr(slots, "MAX_STEP_TOKENS", 20)
+    monkeypatch.setattr(slots, "MAX_PREFILL_TOKENS", 20)
     sizes: list[int] = []
     prepare_prefill = slots.prepare_prefill
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.evaluation.test_generate import MODELS, make, prompts, solve
 from tests.recorded_launches import decode_by_graphs
-from trainer.evaluation.backends.slots import SequenceState, SlotBackend, use_graph_step
+from trainer.evaluation.backends.slots import SequenceState, SlotBackend, next_step_is_decode
 from trainer.models.slot_attention import use_slot_attention
 from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.read import Shards
@@ -82,7 +82,7 @@ def test_waiting_slots_continue_correctly(name: str, monkeypatch: pytest.MonkeyP
                 if one.next_model == 1 and one.given < len(one.text) and numbers.random() < 0.6:
                     left = len(one.text) - one.given
                     one.add_pending(1 if left < 4 else min(numbers.choice((1, 1, 1, 2, 3, 9)), left))
-            if backend.num_waiting:
+            if backend.num_runnable:
                 for one, _ in backend.step():
                     assert not one.sequences[0].pending
                     one.next_model = 1
@@ -133,12 +133,12 @@ def test_graphs_are_freed_with_their_backend(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_prefill_when_enough_slots_need_it() -> None:
-    assert use_graph_step([1])
-    assert use_graph_step([1] * 255 + [16])  # a few pending tokens: token by token
-    assert not use_graph_step([2, 16])  # no slot would choose a token
-    assert not use_graph_step([17, 1, 1])
-    assert use_graph_step([17] * 31 + [1] * 225)
-    assert not use_graph_step([17] * 32 + [1] * 224)
+    assert next_step_is_decode([1])
+    assert next_step_is_decode([1] * 255 + [16])  # a few pending tokens: token by token
+    assert not next_step_is_decode([2, 16])  # no slot would choose a token
+    assert not next_step_is_decode([17, 1, 1])
+    assert next_step_is_decode([17] * 31 + [1] * 225)
+    assert not next_step_is_decode([17] * 32 + [1] * 224)
 
 
 def test_no_slot_is_skipped_forever() -> None:
@@ -152,7 +152,7 @@ def test_no_slot_is_skipped_forever() -> None:
     while waiting or slots:
         while waiting and len(slots) < 64:
             slots.append(waiting.pop())
-        decoding = use_graph_step([pending for pending, _ in slots])
+        decoding = next_step_is_decode([pending for pending, _ in slots])
         num_steps += 1
         for slot, (pending, left) in enumerate(slots):
             num_skipped[slot] = num_skipped[slot] + 1 if decoding and pending > 16 else 0

@@ -17,7 +17,7 @@ from trainer.evaluation.pipeline import Pipeline, RoleModel, predictions
 from trainer.models.load import load_model
 from trainer.models.tokenizer import load_tokenizer
 from trainer.runtime.shared_counter import ProcessCounter
-from trainer.shards.methods import VIEWS, Role
+from trainer.shards.methods import VIEWS, SegmentRole
 from trainer.shards.read import Shards
 
 HOT = {"temperature": 1.4, "seed": 4, "max_new_tokens": 80, "max_steps": 2}
@@ -97,11 +97,11 @@ def test_texts_are_the_memorised_ones_and_every_token_is_processed_once(
         assert (prediction["finished"], prediction["stopped"]) == (True, "")
         assert sum(prediction["generated_by"].values()) == prediction["generated_tokens"]
         assert list(prediction["generated_by"]) == list(methods)
-        written = shards.segment_tokens(index, Role.SUBQUESTION)
+        written = shards.segment_tokens(index, SegmentRole.SUBQUESTION)
         if case == "interleaved":
             assert prediction["generated_by"][DECOMPOSER] == len(written) + 1  # the delimiter
         if "plan" in case:
-            plan = shards.segment_tokens(index, Role.OPERATORS)
+            plan = shards.segment_tokens(index, SegmentRole.OPERATORS)
             assert prediction["plan"] == tokenizer.decode(plan).strip() != ""
             assert prediction["generated_by"].get(PLANNER, len(plan)) == len(plan)
     for role, method in methods.items():

@@ -22,11 +22,11 @@ from trainer.evaluation.decoding import (
 )
 from trainer.evaluation.model_reference import ModelReference
 from trainer.evaluation.pipeline import Pipeline, RoleModel, predictions
-from trainer.evaluation.rollout import ModelSpec, Program, Rollout, RolloutContext
+from trainer.evaluation.rollout import Program, Rollout, RolloutContext, RolloutModel
 from trainer.evaluation.stop_tokens import StopTokens
 from trainer.models.tokenizer import load_tokenizer
 from trainer.runtime.shared_counter import ProcessCounter
-from trainer.shards.methods import VIEWS, Role
+from trainer.shards.methods import VIEWS, SegmentRole
 from trainer.shards.read import Shards
 
 END = 0
@@ -61,7 +61,7 @@ class ScriptedRollout:
     ) -> None:
         stop_tokens = StopTokens(tokenizer)
         specs = [
-            ModelSpec(VIEWS[name].inputs, length, frozenset([END]))
+            RolloutModel(VIEWS[name].inputs, length, frozenset([END]))
             for name, length in zip(methods.values(), contexts, strict=False)
         ]
         numbers = {role: number for number, roles in enumerate(methods) for role in roles.split()}
@@ -300,16 +300,16 @@ def test_gold_questions_are_read_and_not_generated(tokenizer: PreTrainedTokenize
 
 
 def test_plan_is_read_by_the_decomposer_alone(tokenizer: PreTrainedTokenizerBase) -> None:
-    planned = partial(programs.planner_guidance, segment_role=Role.OPERATORS)
+    planned = partial(programs.planner_guidance, segment_role=SegmentRole.OPERATORS)
     tokens = StopTokens(tokenizer).tokens("operators: + *\n")
-    given = partial(programs.gold_guidance, segment_role=Role.OPERATORS, tokens=tokens)
+    given = partial(programs.gold_guidance, segment_role=SegmentRole.OPERATORS, tokens=tokens)
     methods = {DECOMPOSER: "decomposer_interleaved_operators", SOLVER: "solver", PLANNER: "planner_operators"}
     texts = {DECOMPOSER: "A?\n####", SOLVER: "1\n 7|", PLANNER: "operators: + *\nnever generated"}
     for guidance in (planned, given):
         scripted = ScriptedRollout(
             tokenizer, partial(programs.interleaved, max_steps=3, guidance=guidance), methods, texts
         )
-        assert (scripted.text, scripted.rollout.plan) == ("A?\n1\n#### 7", "operators: + *")
+        assert (scripted.text, scripted.rollout.guidance_text) == ("A?\n1\n#### 7", "operators: + *")
         assert scripted.read_text(0).startswith("operators: + *\nA?\n1\n")
         assert scripted.read_text(1) == scripted.text and scripted.rollout.sequences[2].is_done == (
             guidance is planned
@@ -335,12 +335,12 @@ def test_forced_tokens_are_those_of_training(
     for index in range(len(shards)):
         tokens, _ = shards.example(index, VIEWS["socratic"])
         expected = tokens[len(shards.prompt(index)) :].tolist()
-        assert len(shards.segment_tokens(index, Role.CALCULATOR)) > 0
+        assert len(shards.segment_tokens(index, SegmentRole.CALCULATOR)) > 0
         prediction = found[shards.problem(index).id]
         assert prediction["text"] == tokenizer.decode(expected[:-1])
         assert prediction["generated_tokens"] == len(expected)
         assert prediction["correct_strict"] and prediction["finished"]
-        results = [role for role, _ in shards.segments(index) if role == Role.CALCULATOR]
+        results = [role for role, _ in shards.segments(index) if role == SegmentRole.CALCULATOR]
         assert prediction["calculator_results_given"] == len(results)
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import run_well
 from tests.evaluation.conftest import mpiexec
 from tests.evaluation.drain_work_queue import NUM_FAILED, NUM_SLOW, SIZES, counts
-from trainer.evaluation.work_queue import batch_size, exhaust_queue, take_problems
+from trainer.evaluation.work_queue import chunk_size, exhaust_queue, take_problems
 from trainer.runtime.shared_counter import ProcessCounter
 
 COMMAND = ["-m", "tests.evaluation.drain_work_queue"]
@@ -57,6 +57,6 @@ def test_queue_of_one_process() -> None:
 
 
 def test_batches_are_small_enough_for_the_slots() -> None:
-    assert batch_size(10, 32) == 1
-    assert batch_size(1319, 8) == 8
-    assert 8 * 32 * batch_size(1319, 32) <= 1319
+    assert chunk_size(10, 32) == 1
+    assert chunk_size(1319, 8) == 8
+    assert 8 * 32 * chunk_size(1319, 32) <= 1319

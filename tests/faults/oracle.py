@@ -60,7 +60,7 @@ def state_digest(checkpoint: Path) -> str:
             digest.update(f"{key}{tensors[key].shape}".encode())
             for byte_range in tensors[key].ranges:
                 digest.update(reader.tensor(byte_range, 0, byte_range.num_elements).numpy().tobytes())
-        reader.finish()
+        reader.verify_checksums()
     assert len(tensors) > 20
     return digest.hexdigest()
 

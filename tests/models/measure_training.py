@@ -17,7 +17,7 @@ from trainer.models import load, training_kernels
 from trainer.models.default_attention import set_attention
 from trainer.training.batches import MicroBatch
 from trainer.training.layout_check import Example, NoLayout, choose_layout
-from trainer.training.layouts import PACKED, PADDED, Layout, candidates, forward_passes
+from trainer.training.layouts import PACKED, PADDED, BatchLayout, candidates, split_into_batches
 from trainer.training.loss import summed_token_loss
 
 LENGTHS = (40, 57, 23, 23, 9)  # tokens; two are equal
@@ -83,8 +83,8 @@ def measure(folder: str, packing: str, batch: list[Example], wanted: Reference) 
     gradient_error = distance(gradients, wanted.gradients)
     right = loss_error <= _MAX_LOSS_ERROR and gradient_error <= wanted.max_gradient_error
     fastest = PACKED if packing == "auto" else PADDED
-    status = (OK if choice.layout.rows == fastest else FALLBACK) if right else WRONG
-    detail = choice.layout.rows
+    status = (OK if choice.layout.arrangement == fastest else FALLBACK) if right else WRONG
+    detail = choice.layout.arrangement
     if not right:
         detail += f": loss off {loss_error:.0e}, gradient off {gradient_error:.0e}"
     return Cell(status, detail, choice.reason)
@@ -112,9 +112,9 @@ def _plain_loss(model: Any, batch: Sequence[Example]) -> torch.Tensor:
     return torch.stack(losses).sum()
 
 
-def _in_layout(model: Any, layout: Layout, batch: list[Example]) -> tuple[float, Gradients]:
+def _in_layout(model: Any, layout: BatchLayout, batch: list[Example]) -> tuple[float, Gradients]:
     set_attention(model, layout.attention)
-    passes = forward_passes(MicroBatch(0, [], batch), layout, CPU)
+    passes = split_into_batches(MicroBatch(0, [], batch), layout, CPU)
     return _of(model, lambda: torch.stack([summed_token_loss(model, rows) for rows in passes]).sum())
 
 

@@ -15,7 +15,7 @@ from tests.models.row import FALLBACK, OK, STAGES, WRONG
 from trainer.evaluation.backends.choice import SLOTS, BackendChoice
 from trainer.models import packed_attention
 from trainer.training.layout_check import LayoutChoice
-from trainer.training.layouts import PACKED, Layout
+from trainer.training.layouts import PACKED, BatchLayout
 
 # On both fast paths; the comments say what each covers.
 FAST = (
@@ -62,7 +62,7 @@ def test_a_layout_that_leaks_is_measured_as_wrong(tmp_path: Path, monkeypatch: p
     folder, batch = str(family_of("lfm2").save(tmp_path)), measure_training.examples()
     wanted = measure_training.reference(family_of("lfm2").build(), batch)
     assert measure_training.measure(folder, "false", batch, wanted).status == OK
-    leaking = LayoutChoice(Layout(PACKED, packed_attention.register()), 0.0, 0.0, len(batch), (), "fp32")
+    leaking = LayoutChoice(BatchLayout(PACKED, packed_attention.register()), 0.0, 0.0, len(batch), (), "fp32")
     monkeypatch.setattr(measure_training, "choose_layout", lambda *_: leaking)
     assert measure_training.measure(folder, "auto", batch, wanted).status == WRONG
 

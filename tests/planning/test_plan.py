@@ -18,7 +18,15 @@ from trainer.planning import plan, workload
 from trainer.planning.recommend import recommend, train_command
 from trainer.planning.run import plan_study
 from trainer.planning.time import communication_volumes
-from trainer.planning.zero_memory import ACTIVATIONS, LOGITS, MASTERS, OPTIMIZER, WEIGHTS, BucketFill, _fills
+from trainer.planning.zero_memory import (
+    ACTIVATIONS,
+    LOGITS,
+    MASTER_WEIGHTS,
+    OPTIMIZER,
+    WEIGHTS,
+    BucketFill,
+    _simulate_buckets,
+)
 from trainer.runtime.terminal import size_text
 from trainer.settings import PlanSettings
 from trainer.shards.prepare import prepare
@@ -87,7 +95,7 @@ def test_zero_stages_divide_weights_masters_and_moments() -> None:
     one = planned(**values, deepspeed="ds_configs/zero1.json").memory.device
     three = planned(**values, deepspeed="ds_configs/zero3.json").memory.device
     assert one[WEIGHTS] == 2 * parameters
-    assert one[MASTERS] == pytest.approx(4 * parameters / 8, rel=1e-6)
+    assert one[MASTER_WEIGHTS] == pytest.approx(4 * parameters / 8, rel=1e-6)
     assert one[OPTIMIZER] == three[OPTIMIZER] == pytest.approx(8 * parameters / 8, rel=1e-6)
     # small parameters are not partitioned
     assert 2 * parameters / 8 < three[WEIGHTS] < 2 * parameters / 8 * 1.2
@@ -98,7 +106,7 @@ def test_zero_stages_divide_weights_masters_and_moments() -> None:
 
 def test_buckets_fill_as_gradients_arrive() -> None:
     """Bucket of 10: 4 and 5 fit, 6 does not (9 are reduced), 30 is too large for the buffer (6 reduced before it)."""
-    assert list(_fills([4, 5, 6, 30], 10, buffers=2)) == [
+    assert list(_simulate_buckets([4, 5, 6, 30], 10, buffers=2)) == [
         BucketFill(4, 0, 0),
         BucketFill(9, 0, 0),
         BucketFill(15, 9, 9),

@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 
-from trainer.planning.zero_memory import GRADIENTS, ZeroLayout, _step
+from trainer.planning.zero_memory import GRADIENTS, ZeroMemoryConfig, _optimizer_step_memory
 
 MILLION = 10**6
 
 
 def step_bytes(stage: int, zero: dict[str, Any], world_size: int = 1) -> int:
     resolved = {"zero_optimization": {"stage": stage, **zero}, "gradient_accumulation_steps": 1}
-    layout = ZeroLayout.make(resolved, [10 * MILLION] * 100, 2, world_size, on_accelerator=True)
-    return _step(layout)[GRADIENTS]
+    layout = ZeroMemoryConfig.from_ds_config(
+        resolved, [10 * MILLION] * 100, 2, world_size, on_accelerator=True
+    )
+    return _optimizer_step_memory(layout)[GRADIENTS]
 
 
 @pytest.mark.parametrize(

@@ -16,18 +16,18 @@ from trainer.settings import METHODS as NAMES
 from trainer.settings import PrepareSettings
 from trainer.shards import methods
 from trainer.shards.inspect import print_examples
-from trainer.shards.methods import VIEWS, Role, view_of
+from trainer.shards.methods import VIEWS, SegmentRole, view_of
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
 
 UNGUIDED = ("answer_only", "cot", "socratic", "decomposer", "decomposer_interleaved", "solver")
 GUIDED = {
-    "decomposer_operators": ("decomposer", Role.OPERATORS),
-    "decomposer_equations": ("decomposer", Role.EQUATIONS),
-    "decomposer_interleaved_operators": ("decomposer_interleaved", Role.OPERATORS),
-    "decomposer_interleaved_equations": ("decomposer_interleaved", Role.EQUATIONS),
+    "decomposer_operators": ("decomposer", SegmentRole.OPERATORS),
+    "decomposer_equations": ("decomposer", SegmentRole.EQUATIONS),
+    "decomposer_interleaved_operators": ("decomposer_interleaved", SegmentRole.OPERATORS),
+    "decomposer_interleaved_equations": ("decomposer_interleaved", SegmentRole.EQUATIONS),
 }
-PLANNERS = {"planner_operators": Role.OPERATORS, "planner_equations": Role.EQUATIONS}
+PLANNERS = {"planner_operators": SegmentRole.OPERATORS, "planner_equations": SegmentRole.EQUATIONS}
 
 BAGS = {
     "question": "Tom has 3 bags of 4 apples and finds 5 more. How many?",
@@ -118,9 +118,16 @@ def test_a_planner_reads_the_problem_and_learns_the_plan(gsm8k: Shards) -> None:
 def test_text_of_a_plan(shared_data: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(shared_data / "gpt2-tokenizer")
     shards = prepare_records(shared_data / "gpt2-tokenizer", tmp_path, BAGS, PLAIN)
-    assert [role for role, _ in shards.segments(0)[:3]] == [Role.PROBLEM, Role.OPERATORS, Role.EQUATIONS]
+    assert [role for role, _ in shards.segments(0)[:3]] == [
+        SegmentRole.PROBLEM,
+        SegmentRole.OPERATORS,
+        SegmentRole.EQUATIONS,
+    ]
     text = {role: tokenizer.decode(shards.segment_tokens(0, role).tolist()) for role in methods.GUIDANCE}
-    assert text == {Role.OPERATORS: "operators: * +*\n", Role.EQUATIONS: "equations: 3*4; ( 12+5)*2\n"}
+    assert text == {
+        SegmentRole.OPERATORS: "operators: * +*\n",
+        SegmentRole.EQUATIONS: "equations: 3*4; ( 12+5)*2\n",
+    }
     assert tokenizer.decode(shards.prompt(0).tolist()) == BAGS["question"] + "\n"
 
     # Without a calculation there is no plan, and so no example for methods that need one.

@@ -19,7 +19,7 @@ from trainer.models.tokenizer import load_tokenizer
 from trainer.problems.problem import Problem, Step
 from trainer.problems.sources import read_problems
 from trainer.settings import PrepareSettings
-from trainer.shards.methods import Role, view_of
+from trainer.shards.methods import SegmentRole, view_of
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
 from trainer.shards.segments import bos_tokens, segment_texts
@@ -50,7 +50,7 @@ def _prepare(shared_data: Path, tokenizer: Path, folder: Path, **changes: object
     return prepare(PrepareSettings(**{**values, **changes}))  # type: ignore[arg-type]
 
 
-def _text(problem: Problem, roles: frozenset[Role]) -> str:
+def _text(problem: Problem, roles: frozenset[SegmentRole]) -> str:
     return "".join(text for role, text in segment_texts(problem) if role in roles)
 
 
@@ -64,7 +64,7 @@ def test_every_example_decodes_to_its_text(kind: str, built: dict[str, tuple[Pat
         for index in range(0, _COUNT, 7):
             tokens, _ = shards.example(index, view)
             found = plain.decode(tokens.tolist(), skip_special_tokens=False)
-            end = "</s>" if Role.ANSWER in view.inputs else ""
+            end = "</s>" if SegmentRole.ANSWER in view.inputs else ""
             assert found == f"<s> {_text(shards.problem(index), view.inputs)}{end}"
 
 
@@ -90,13 +90,15 @@ def test_calculator_results_have_the_tokens_of_the_shards(
     results = 0
     for index in range(_COUNT):
         segments = shards.segments(index)
-        expected = [text for role, text in segment_texts(shards.problem(index)) if role == Role.CALCULATOR]
-        found = [tokens.tolist() for role, tokens in segments if role == Role.CALCULATOR]
+        expected = [
+            text for role, text in segment_texts(shards.problem(index)) if role == SegmentRole.CALCULATOR
+        ]
+        found = [tokens.tolist() for role, tokens in segments if role == SegmentRole.CALCULATOR]
         assert [list(stop_tokens.tokens(text)) for text in expected] == found
         assert [stop_tokens.text(tokens) for tokens in found] == expected
         results += len(found)
-        delimiter = next(tokens.tolist() for role, tokens in segments if role == Role.DELIMITER)
-        answer = next(tokens.tolist() for role, tokens in segments if role == Role.ANSWER)
+        delimiter = next(tokens.tolist() for role, tokens in segments if role == SegmentRole.DELIMITER)
+        answer = next(tokens.tolist() for role, tokens in segments if role == SegmentRole.ANSWER)
         assert list(stop_tokens.tokens("####")) == delimiter
         assert stop_tokens.text(answer[:-1]) == f" {shards.problem(index).answer}"
     assert results > 50

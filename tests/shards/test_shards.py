@@ -15,7 +15,7 @@ from trainer.models.tokenizer import fingerprint, load_tokenizer
 from trainer.problems.sources import read_problems
 from trainer.settings import PrepareSettings
 from trainer.shards import segments
-from trainer.shards.methods import VIEWS, Role, view_of
+from trainer.shards.methods import VIEWS, SegmentRole, view_of
 from trainer.shards.prepare import prepare
 from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
@@ -49,7 +49,7 @@ def test_decoded_segments_are_the_text(gsm8k: Shards, shared_data: Path) -> None
         expected = segments.segment_texts(gsm8k.problem(index))
         found = [(role, tokenizer.decode(tokens.tolist())) for role, tokens in gsm8k.segments(index)]
         assert found[:-1] == expected[:-1]
-        assert found[-1] == (Role.ANSWER, expected[-1][1] + "<|endoftext|>")
+        assert found[-1] == (SegmentRole.ANSWER, expected[-1][1] + "<|endoftext|>")
 
 
 def test_bulk_lengths_are_those_of_the_examples(gsm8k: Shards) -> None:
@@ -79,8 +79,10 @@ def test_decomposer_and_solver_share_what_socratic_learns(gsm8k: Shards) -> None
         solver_tokens, solver = gsm8k.example(index, view_of("solver"))
         assert np.array_equal(tokens, solver_tokens)
         decomposer = socratic & ~solver
-        num_question_tokens = len(gsm8k.segment_tokens(index, Role.SUBQUESTION))
-        assert decomposer.sum() == num_question_tokens + len(gsm8k.segment_tokens(index, Role.DELIMITER))
+        num_question_tokens = len(gsm8k.segment_tokens(index, SegmentRole.SUBQUESTION))
+        assert decomposer.sum() == num_question_tokens + len(
+            gsm8k.segment_tokens(index, SegmentRole.DELIMITER)
+        )
         assert not (solver & ~socratic).any()
 
 

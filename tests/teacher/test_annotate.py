@@ -16,7 +16,7 @@ from trainer.problems.problem import Problem
 from trainer.problems.sources import read_problems
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import AnnotationDirectory
-from trainer.teacher.annotate import annotate, print_plan
+from trainer.teacher.annotate import annotate, print_dry_run
 from trainer.teacher.prompts import solution_text
 from trainer.teacher.settings import AnnotateSettings
 
@@ -218,7 +218,7 @@ def test_a_dry_run_sends_nothing_and_writes_nothing(
 
     with serving(script) as endpoint:
         wanted = settings(data_file, endpoint.url, price_per_million_output=1000.0)
-        print_plan(wanted)
+        print_dry_run(wanted)
         seen = capsys.readouterr().out
         assert "12 requests at most, 0 of them already answered; a run sends 12\n" in seen
         assert f"cost at most about {12 * 512 / 1000:.2f}" in seen
@@ -226,7 +226,7 @@ def test_a_dry_run_sends_nothing_and_writes_nothing(
         annotate(wanted)
         assert endpoint.prompts[0] in seen or any(prompt in seen for prompt in endpoint.prompts)
         before = sorted(path.stat().st_mtime_ns for path in (data_file.parent / "out").rglob("*"))
-        print_plan(wanted)
+        print_dry_run(wanted)
     assert "12 of them already answered; a run sends 0\n" in capsys.readouterr().out
     assert sorted(path.stat().st_mtime_ns for path in (data_file.parent / "out").rglob("*")) == before
 

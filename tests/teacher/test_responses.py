@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import UserError
-from trainer.teacher.responses import Request, Response, ResponseLog, make_request
+from trainer.teacher.responses import Response, ResponseLog, TeacherRequest, make_request
 
 TEACHER = {"model": "m", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 8, "stop": []}
 ANSWERS = [Response("x\n#### 1", "stop", 3, 4), Response("\ud83d", "length"), Response("", "stop", 0, 0)]
 
 
-def request(prompt: str, sample: int = 0) -> Request:
+def request(prompt: str, sample: int = 0) -> TeacherRequest:
     return make_request("p", sample, prompt, TEACHER)
 
 

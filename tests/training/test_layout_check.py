@@ -24,7 +24,15 @@ from trainer.training import layouts
 from trainer.training.batches import MicroBatch
 from trainer.training.layout_check import Example, LayoutChoice, NoLayout, choose_layout, distances
 from trainer.training.layout_selection import check_same_layout, layout_of_checkpoint
-from trainer.training.layouts import EQUAL, PACKED, PADDED, SINGLE, Layout, forward_passes, group_examples
+from trainer.training.layouts import (
+    EQUAL_LENGTH,
+    ONE_BY_ONE,
+    PACKED,
+    PADDED,
+    BatchLayout,
+    group_examples,
+    split_into_batches,
+)
 from trainer.training.loss import summed_token_loss
 from trainer.training.model_copy import _amplify, set_parameters
 
@@ -69,8 +77,8 @@ EXPECTED = {
     "lfm2": PADDED,
     "mamba": PADDED,
     "openai-gpt": PADDED,
-    "deepseek_v32": EQUAL,
-    "phi4-mini-long": EQUAL,
+    "deepseek_v32": EQUAL_LENGTH,
+    "phi4-mini-long": EQUAL_LENGTH,
 }
 
 
@@ -80,8 +88,8 @@ def test_the_layout_gives_the_models_own_loss_and_gradient(name: str) -> None:
     training_kernels.patch_kernels(model, on_accelerator=False)
     examples = _examples()
     choice = _choose(model, examples=examples)
-    assert choice.layout.rows == EXPECTED[name]
-    assert bool(choice.reason) == (choice.layout.rows != PACKED)
+    assert choice.layout.arrangement == EXPECTED[name]
+    assert bool(choice.reason) == (choice.layout.arrangement != PACKED)
     set_attention(model, choice.layout.attention)
     expected = torch.zeros(())
     for tokens, loss_mask in examples:
@@ -90,9 +98,9 @@ def test_the_layout_gives_the_models_own_loss_and_gradient(name: str) -> None:
         logits = plain(input_ids=row[None]).logits[0, :-1]
         expected = expected + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     expected.backward()
-    passes = forward_passes(MicroBatch(0, [], examples), choice.layout, CPU, num_passes=7)
-    assert len(passes) == (1 if choice.layout.rows in (PACKED, PADDED) else 4) + (
-        6 if choice.layout.rows in (PACKED, PADDED) else 3
+    passes = split_into_batches(MicroBatch(0, [], examples), choice.layout, CPU, num_passes=7)
+    assert len(passes) == (1 if choice.layout.arrangement in (PACKED, PADDED) else 4) + (
+        6 if choice.layout.arrangement in (PACKED, PADDED) else 3
     )
     loss = torch.stack([summed_token_loss(model, rows) for rows in passes]).sum()
     loss.backward()
@@ -115,7 +123,7 @@ def test_rounding_in_a_mixture_of_experts_is_no_difference(seed: int) -> None:
     )  # fmt: skip
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    assert _choose(model, "true").layout.rows == PACKED
+    assert _choose(model, "true").layout.arrangement == PACKED
 
 
 def test_the_check_leaves_the_model_as_it_was() -> None:
@@ -145,7 +153,7 @@ def test_attention_that_ignores_boundaries_is_caught(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(packed_attention, "PackedSequence", one_example)
     choice = _choose(_llama())
-    assert choice.layout == Layout(PADDED, "sdpa")
+    assert choice.layout == BatchLayout(PADDED, "sdpa")
     assert "differ from those of the model alone" in choice.reason
     with pytest.raises(NoLayout, match="differ from those of the model alone"):
         _choose(_llama(), "true")
@@ -158,7 +166,7 @@ def test_a_leak_between_examples_is_caught_in_a_mixture_of_experts(monkeypatch: 
         "PackedSequence",
         lambda lengths, bounds, sdpa: right([sum(lengths)], bounds[[0, -1]], sdpa),
     )
-    assert _choose(family_of("mixtral").build()).layout.rows == PADDED
+    assert _choose(family_of("mixtral").build()).layout.arrangement == PADDED
 
 
 def test_a_layer_that_reads_the_tokens_before_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +176,7 @@ def test_a_layer_that_reads_the_tokens_before_is_caught(monkeypatch: pytest.Monk
         return hidden + 0.01 * torch.nn.functional.pad(hidden[:, :-1], (0, 0, 1, 0))
 
     _patch_mlp(monkeypatch, shifted)
-    assert _choose(_llama()).layout == Layout(PADDED, "sdpa")
+    assert _choose(_llama()).layout == BatchLayout(PADDED, "sdpa")
 
 
 def test_positions_that_do_not_restart_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +195,7 @@ def test_positions_that_do_not_restart_are_caught(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(packed_attention, "use_pack", flat)
     gpt2 = family_of("gpt2").build()
-    assert _choose(gpt2).layout.rows == PADDED
+    assert _choose(gpt2).layout.arrangement == PADDED
 
 
 def test_swallowed_sinks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,20 +210,20 @@ def test_swallowed_sinks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(module, query, key, value, visible, scaling, dropout, True, others)
 
     monkeypatch.setattr(default_attention, "attend", without_sinks)
-    assert _choose(family_of("gpt_oss").build()).layout.rows == PADDED
+    assert _choose(family_of("gpt_oss").build()).layout.arrangement == PADDED
 
 
 def test_padding_that_is_read_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that reads the whole row reads the padding, and in a pack other examples; rows of equal length are right."""
     _patch_mlp(monkeypatch, lambda hidden: hidden + 0.01 * hidden.mean(1, keepdim=True))
     choice = _choose(_llama())
-    assert choice.layout == Layout(EQUAL, "sdpa")
-    assert [layout.rows for layout, _ in choice.rejected] == [PACKED, PADDED, PADDED]
+    assert choice.layout == BatchLayout(EQUAL_LENGTH, "sdpa")
+    assert [layout.arrangement for layout, _ in choice.rejected] == [PACKED, PADDED, PADDED]
 
 
 def test_rows_that_see_each_other_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     _patch_mlp(monkeypatch, lambda hidden: hidden + 0.01 * hidden.mean((0, 1), keepdim=True))
-    assert _choose(_llama()).layout == Layout(SINGLE, "sdpa")
+    assert _choose(_llama()).layout == BatchLayout(ONE_BY_ONE, "sdpa")
 
 
 def test_memory_between_forward_passes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +264,8 @@ def test_a_window_that_only_the_longest_example_exceeds_is_seen(monkeypatch: pyt
     monkeypatch.setattr(MaskPattern, "is_causal", lambda self, length: True)  # ignores the window
     model = family_of("mistral-window").build()
     short = _examples((9, 14, 9))
-    assert _choose(model, examples=short).layout.rows == PACKED
-    assert _choose(model, examples=[*short, *_examples((18,))]).layout.rows == PADDED
+    assert _choose(model, examples=short).layout.arrangement == PACKED
+    assert _choose(model, examples=[*short, *_examples((18,))]).layout.arrangement == PADDED
 
 
 def test_a_kernel_that_is_wrong_in_bf16_only_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,14 +287,14 @@ def test_a_kernel_that_is_wrong_in_bf16_only_is_caught(monkeypatch: pytest.Monke
         set_parameters(model, before)
 
     try:
-        assert _choose(model).layout.rows == PACKED
+        assert _choose(model).layout.arrangement == PACKED
         choice = _choose(model, in_training_dtype=in_bf16)
-        assert choice.layout.rows == PADDED
+        assert choice.layout.arrangement == PADDED
         assert "in the training dtype" in choice.reason
     finally:
         monkeypatch.undo()
         packed_attention.register()
-    assert _choose(model, in_training_dtype=in_bf16).layout.rows == PACKED
+    assert _choose(model, in_training_dtype=in_bf16).layout.arrangement == PACKED
 
 
 def test_a_model_whose_own_forward_pass_fails_is_refused_with_the_reason(
@@ -339,9 +347,9 @@ def test_amplified_initial_weights() -> None:
 def test_examples_are_grouped() -> None:
     lengths = [5, 7, 5, 6, 7]
     assert group_examples(lengths, PACKED) == group_examples(lengths, PADDED) == [[0, 1, 2, 3, 4]]
-    assert group_examples(lengths, EQUAL) == [[0, 2], [1, 4], [3]]
-    assert group_examples(lengths, SINGLE) == [[0], [1], [2], [3], [4]]
-    assert all(group_examples([], rows) == [[]] for rows in (PACKED, PADDED, EQUAL, SINGLE))
+    assert group_examples(lengths, EQUAL_LENGTH) == [[0, 2], [1, 4], [3]]
+    assert group_examples(lengths, ONE_BY_ONE) == [[0], [1], [2], [3], [4]]
+    assert all(group_examples([], rows) == [[]] for rows in (PACKED, PADDED, EQUAL_LENGTH, ONE_BY_ONE))
 
 
 def test_default_attention_is_tried_before_eager() -> None:
@@ -367,7 +375,7 @@ def test_an_old_checkpoint_keeps_its_layout(packing: str, rows: str, tmp_path: P
     assert layout_of_checkpoint(checkpoint, run) is None
     run.settings.write_text(f"packing: {packing}\n", encoding="utf-8")
     layout = layout_of_checkpoint(checkpoint, run)
-    assert layout is not None and layout.rows == rows
+    assert layout is not None and layout.arrangement == rows
     check_same_layout(layout, "auto", checkpoint)
     check_same_layout(layout, packing, checkpoint)
     with pytest.raises(UserError, match="belongs to another run"):

@@ -21,7 +21,7 @@ from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory
 from trainer.training.batches import PackedDataset
-from trainer.training.layouts import EQUAL, PACKED, PADDED, SINGLE
+from trainer.training.layouts import EQUAL_LENGTH, ONE_BY_ONE, PACKED, PADDED
 
 PACKS = 4  # of a step
 SEED = 1
@@ -33,7 +33,7 @@ FAMILIES = {
     "mixtral": PACKED,
     "gpt_neo-window": PADDED,
     "qwen3_5-text": PADDED,
-    "doge": EQUAL,
+    "doge": EQUAL_LENGTH,
 }
 STAGES = (1, 2, 3)
 FAULTY = "llama"  # for planted faults
@@ -89,7 +89,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, stories: Shards, weights: Pat
 
 def _stages(name: str) -> tuple[int, ...]:
     """Return the ZeRO stages in which two ranks train a family: all for a layout with several passes."""
-    return STAGES if FAMILIES[name] == EQUAL else (3,)
+    return STAGES if FAMILIES[name] == EQUAL_LENGTH else (3,)
 
 
 @dataclasses.dataclass
@@ -191,9 +191,9 @@ def test_one_example_a_forward_pass(tmp_path: Path, weights: Path, stories: Shar
     _train_with_fault("see_other_rows", tmp_path, runs, 2)
     first, *others = (tmp_path / name for name in (*map(str, STAGES), "recomputed"))
     (expected,) = trajectory(first)
-    assert _layout(first)["rows"] == SINGLE
+    assert _layout(first)["rows"] == ONE_BY_ONE
     for run in others:
-        assert _layout(run)["rows"] == SINGLE
+        assert _layout(run)["rows"] == ONE_BY_ONE
         (step,) = trajectory(run)
         assert step["loss"] == pytest.approx(expected["loss"], rel=2e-6)
         assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
@@ -238,6 +238,6 @@ def test_a_resumed_run_keeps_its_layout(tmp_path: Path, weights: Path, stories: 
     assert "run 0: " in seen and "now packing is true" in seen
     assert "run 1: " in seen and "now packing is false" in seen
     assert "run 2: " not in seen and "run 3: " not in seen
-    for folder, rows in (("run", EQUAL), ("packed", PACKED)):
+    for folder, rows in (("run", EQUAL_LENGTH), ("packed", PACKED)):
         assert len(trajectory(tmp_path / folder)) == 2
         assert _layout(tmp_path / folder)["rows"] == rows

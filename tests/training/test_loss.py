@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from trainer.models import packed_attention
-from trainer.shards.methods import GUIDANCE, Role, view_of
+from trainer.shards.methods import GUIDANCE, SegmentRole, view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import MicroBatch
 from trainer.training.loss import collate, summed_token_loss
@@ -92,7 +92,7 @@ def _separate_solver_examples(shards: Shards, index: int) -> list[tuple[np.ndarr
             current.clear()
 
     for role, tokens in segments:
-        if role in targets or role == Role.CALCULATOR:
+        if role in targets or role == SegmentRole.CALCULATOR:
             current.append((tokens, role in targets))
         else:
             close()

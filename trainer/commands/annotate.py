@@ -31,8 +31,8 @@ def main() -> None:
 def _annotate(settings: AnnotateSettings) -> None:
     if settings.dry_run:
         with needs_extra("teacher"):
-            from trainer.teacher.annotate import print_plan
-        print_plan(settings)
+            from trainer.teacher.annotate import print_dry_run
+        print_dry_run(settings)
         return
     terminal.redirect_library_output(AnnotationDirectory(Path(settings.output_dir)).logs, "annotate")
     with needs_extra("teacher"):

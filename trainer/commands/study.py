@@ -47,7 +47,7 @@ def _study(tools: Path | None) -> None:
         from trainer.study import executor, table
 
         if flags.dry_run:
-            table.show_plan(study, tools)
+            table.print_dry_run(study, tools)
         else:
             require_extra("report")  # the last stage needs it
             sys.exit(executor.run_study(study, tools, flags.keep_going))

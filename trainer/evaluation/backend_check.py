@@ -220,7 +220,7 @@ def _spread(logits: torch.Tensor) -> torch.Tensor:
     return variance.nan_to_num(0.0).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-class Reference:
+class ReferenceLogits:
     """Plain logits of the texts, computed once per text and dtype of the model."""
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from trainer.evaluation.backends import Backend
 from trainer.evaluation.backends.choice import BackendChoice, choose_backend, make_backend
 from trainer.evaluation.decoding import STUDENT
 from trainer.evaluation.generate import generate, make_sampler
-from trainer.evaluation.rollout import ModelSpec, Program, Rollout, RolloutContext
+from trainer.evaluation.rollout import Program, Rollout, RolloutContext, RolloutModel
 from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
 from trainer.models.load import context_length
 
@@ -46,7 +46,7 @@ def completions(
     length = context_length(model.config) or float("inf")
     context = RolloutContext(
         stop_tokens,
-        [ModelSpec(frozenset(), length, end_of_text_ids(model, tokenizer))],
+        [RolloutModel(frozenset(), length, end_of_text_ids(model, tokenizer))],
         {STUDENT: 0},
         max_new_tokens,
         False,

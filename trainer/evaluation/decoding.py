@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.errors import UserError
-from trainer.shards.methods import Role, guidance_of, is_decomposer, is_interleaved, is_planner
+from trainer.shards.methods import SegmentRole, guidance_of, is_decomposer, is_interleaved, is_planner
 
 if TYPE_CHECKING:
     from trainer.evaluation.model_reference import ModelReference
@@ -42,15 +42,15 @@ class Decoding:
     batch_size: int = 32  # slots per rank
 
     @property
-    def guidance_segment_role(self) -> Role | None:
+    def guidance_segment_role(self) -> SegmentRole | None:
         """Segment role of the plan that the decomposer reads."""
-        return Role[self.guidance.upper()] if self.guidance else None
+        return SegmentRole[self.guidance.upper()] if self.guidance else None
 
     @property
-    def gold_segment_role(self) -> Role | None:
+    def gold_segment_role(self) -> SegmentRole | None:
         """Segment role of the data that a model reads besides the problem."""
         if self.mode == GOLD:
-            return Role.SUBQUESTION
+            return SegmentRole.SUBQUESTION
         return self.guidance_segment_role if self.guidance_from == "gold" else None
 
 

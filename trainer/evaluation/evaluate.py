@@ -19,7 +19,7 @@ from trainer.evaluation.pipeline import Pipeline, RoleModel, predictions
 from trainer.evaluation.score import accuracy_text, summarise
 from trainer.evaluation.work_queue import COUNTER_NAMES, exhaust_queue
 from trainer.runtime import distributed, startup, terminal
-from trainer.runtime.shared_counter import Counter, shared_counter
+from trainer.runtime.shared_counter import SharedCounter, shared_counter
 from trainer.settings import EvaluateSettings
 from trainer.storage import atomic_dir
 
@@ -145,7 +145,7 @@ def _solve(
 class _SharedProgress:
     """Progress bar of all ranks together. A rank adds its counts to the shared counter at most every 0.2 s."""
 
-    def __init__(self, bar: terminal.ProgressBar, counter: Counter, solved: int, correct: int) -> None:
+    def __init__(self, bar: terminal.ProgressBar, counter: SharedCounter, solved: int, correct: int) -> None:
         self._bar, self._counter = bar, counter
         self._before = (solved, correct)
         self._unreported = [0, 0]

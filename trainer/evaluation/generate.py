@@ -39,7 +39,7 @@ def generate(
     """
     with contextlib.ExitStack() as stack:
         for backend in backends:
-            stack.enter_context(backend.active())
+            stack.enter_context(backend.prepared_model())
         num_active = 0
         while True:
             while num_active < num_slots and (request := next(requests, None)) is not None:
@@ -51,7 +51,7 @@ def generate(
                 num_active += 1
             if not num_active:
                 return
-            busiest = max(backends, key=lambda backend: backend.num_waiting)
+            busiest = max(backends, key=lambda backend: backend.num_runnable)
             ended = []
             for request, token in busiest.step():
                 on_token(request, token)

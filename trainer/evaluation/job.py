@@ -32,7 +32,7 @@ from trainer.problems.problem import Problem
 from trainer.problems.sources import read_exemplars
 from trainer.runtime import distributed
 from trainer.settings import EvaluateSettings
-from trainer.shards.methods import Role
+from trainer.shards.methods import SegmentRole
 from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
 from trainer.storage.configuration import to_dict
@@ -70,7 +70,11 @@ class EvaluationJob:
     @property
     def gold_text(self) -> str:
         """Name in messages of the gold segments that a model reads; "" without any."""
-        names = {Role.SUBQUESTION: "sub-questions", Role.OPERATORS: "operators", Role.EQUATIONS: "equations"}
+        names = {
+            SegmentRole.SUBQUESTION: "sub-questions",
+            SegmentRole.OPERATORS: "operators",
+            SegmentRole.EQUATIONS: "equations",
+        }
         segment_role = self.decoding.gold_segment_role
         return "" if segment_role is None else names.get(segment_role, "")
 

@@ -16,11 +16,11 @@ from trainer.evaluation.backends import Backend
 from trainer.evaluation.backends.choice import UNCHECKED, BackendChoice, choose_backend, make_backend
 from trainer.evaluation.decoding import AHEAD, FEW_SHOT, GOLD, SINGLE_MODEL_MODES, SOLVER, UNIFIED, Decoding
 from trainer.evaluation.generate import generate, make_sampler
-from trainer.evaluation.rollout import ModelSpec, Rollout, RolloutContext
+from trainer.evaluation.rollout import Rollout, RolloutContext, RolloutModel
 from trainer.evaluation.sampling import sampling_seed
 from trainer.evaluation.score import score_prediction
 from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
-from trainer.evaluation.work_queue import Counter, batch_size, take_problems
+from trainer.evaluation.work_queue import SharedCounter, chunk_size, take_problems
 from trainer.models.load import context_length
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.problems.problem import DELIMITER, Problem
@@ -59,7 +59,7 @@ class Pipeline:
         self.context = RolloutContext(
             stop_tokens=StopTokens(tokenizer),
             models=[
-                ModelSpec(
+                RolloutModel(
                     VIEWS[found.method].inputs if found.method in VIEWS else frozenset(),
                     context_length(found.model.config) or math.inf,
                     end_of_text_ids(found.model, tokenizer),
@@ -156,7 +156,9 @@ class Pipeline:
         return [sampling_seed(self.decoding.seed, problem_id, names[number]) for number in numbers]
 
 
-def predictions(pipeline: Pipeline, indices: Sequence[int], counter: Counter) -> Iterator[dict[str, Any]]:
+def predictions(
+    pipeline: Pipeline, indices: Sequence[int], counter: SharedCounter
+) -> Iterator[dict[str, Any]]:
     """Solve the problems `indices` together with the other ranks; yield this rank's predictions as they are made.
 
     A problem whose prompt fills the model's context gives a prediction with an empty text. `pipeline.backends` must hold
@@ -168,7 +170,7 @@ def predictions(pipeline: Pipeline, indices: Sequence[int], counter: Counter) ->
     order = longest_first(shards, indices)
     # With more slots than problems the first rank would take all of them.
     num_slots = min(decoding.batch_size, -(-len(order) // distributed.environment().world_size))
-    rollouts = map(pipeline.rollout, take_problems(counter, order, batch_size(len(order), num_slots)))
+    rollouts = map(pipeline.rollout, take_problems(counter, order, chunk_size(len(order), num_slots)))
     sampler = make_sampler(decoding.temperature, decoding.top_p)
     backends: list[Backend[Rollout]] = []
     models = zip(pipeline.backends, pipeline.models, pipeline.capacities(order), strict=True)
@@ -198,7 +200,7 @@ def _prediction(pipeline: Pipeline, rollout: Rollout) -> dict[str, Any]:
         fields["generated_by"] = {role: rollout.generated[role] for role in pipeline.context.roles}
         fields["stopped"] = rollout.stop_reason
     if pipeline.decoding.guidance:
-        fields["plan"] = rollout.plan
+        fields["plan"] = rollout.guidance_text
     return score_prediction(pipeline.shards.problem(rollout.index), rollout.text, fields)
 
 

@@ -26,7 +26,7 @@ from functools import partial
 from trainer.evaluation.decoding import DECOMPOSER, PLANNER, SOLVER, STUDENT
 from trainer.evaluation.rollout import Completion, Program, Rollout
 from trainer.problems.problem import DELIMITER
-from trainer.shards.methods import Role
+from trainer.shards.methods import SegmentRole
 
 ENDED_EARLY = "ended_early"
 
@@ -65,7 +65,7 @@ def interleaved(rollout: Rollout, max_steps: int, guidance: SolvingProgram) -> P
     yield from guidance(rollout)
     step = 0
     while question := (yield from _generate_question(rollout, step, max_steps)):
-        rollout.append(question.tokens, Role.SUBQUESTION, excluding=DECOMPOSER)
+        rollout.append(question.tokens, SegmentRole.SUBQUESTION, excluding=DECOMPOSER)
         if not (yield from _solve_step(rollout, step)):
             return
         step += 1
@@ -93,18 +93,18 @@ def without_guidance(rollout: Rollout) -> Program[None]:
     yield from ()
 
 
-def gold_guidance(rollout: Rollout, segment_role: Role, tokens: Sequence[int]) -> Program[None]:
+def gold_guidance(rollout: Rollout, segment_role: SegmentRole, tokens: Sequence[int]) -> Program[None]:
     """Give the decomposer the data's plan, as tokens; none if the data has no plan for this problem."""
-    rollout.plan = _one_line(rollout.context.stop_tokens.text(tokens))
+    rollout.guidance_text = _one_line(rollout.context.stop_tokens.text(tokens))
     rollout.append(tokens, segment_role)
     yield from ()
 
 
-def planner_guidance(rollout: Rollout, segment_role: Role) -> Program[None]:
+def planner_guidance(rollout: Rollout, segment_role: SegmentRole) -> Program[None]:
     """Generate a plan with the planner and give it to the decomposer."""
 
     def set_text(text: str) -> None:
-        rollout.plan = _one_line(text)
+        rollout.guidance_text = _one_line(text)
 
     plan = yield from _generate_line(rollout, PLANNER, set_text)
     rollout.append(plan.tokens, segment_role, excluding=PLANNER)
@@ -141,13 +141,13 @@ def _solve_step(rollout: Rollout, step: int) -> Program[bool]:
         rollout.finished = True
         rollout.stop_reason = rollout.stop_reason or ENDED_EARLY
         return False
-    rollout.append(completion.tokens, Role.SOLUTION, excluding=SOLVER)
+    rollout.append(completion.tokens, SegmentRole.SOLUTION, excluding=SOLVER)
     return True
 
 
 def _solve_all(rollout: Rollout, questions: Sequence[Sequence[int]]) -> Program[None]:
     for step, question in enumerate(questions):
-        rollout.append(question, Role.SUBQUESTION, excluding=DECOMPOSER)
+        rollout.append(question, SegmentRole.SUBQUESTION, excluding=DECOMPOSER)
         if not (yield from _solve_step(rollout, step)):
             return
     yield from _answer(rollout)
@@ -156,7 +156,7 @@ def _solve_all(rollout: Rollout, questions: Sequence[Sequence[int]]) -> Program[
 def _answer(rollout: Rollout) -> Program[None]:
     """Generate the answer. The solver reads the delimiter first, unless the decomposer is the same model."""
     stop_tokens = rollout.context.stop_tokens
-    rollout.append(stop_tokens.tokens(DELIMITER), Role.DELIMITER, excluding=DECOMPOSER)
+    rollout.append(stop_tokens.tokens(DELIMITER), SegmentRole.DELIMITER, excluding=DECOMPOSER)
     line = len(rollout.lines)
     yield from rollout.generate(
         SOLVER,

@@ -13,17 +13,17 @@ from typing import TypeVar
 
 from trainer.evaluation.backends import SequenceState
 from trainer.evaluation.stop_tokens import StopTokens
-from trainer.shards.methods import Role
+from trainer.shards.methods import SegmentRole
 
 Result = TypeVar("Result")
 Program = Generator[int, int, Result]  # yields model numbers, is sent the tokens that these models choose
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class RolloutModel:
     """Segment roles that a model reads, and where its sequences end."""
 
-    inputs: frozenset[Role]
+    inputs: frozenset[SegmentRole]
     context_length: float  # in tokens; infinity if unlimited
     end_tokens: frozenset[int]
 
@@ -33,7 +33,7 @@ class RolloutContext:
     """Settings shared by all rollouts of an evaluation. `roles`: role -> model number; two roles may share a model."""
 
     stop_tokens: StopTokens
-    models: Sequence[ModelSpec]
+    models: Sequence[RolloutModel]
     roles: Mapping[str, int]
     max_new_tokens: int  # per problem, summed over all roles
     calculator: bool = True
@@ -71,7 +71,7 @@ class Rollout:
         self.context = context
         self.sequences = [SequenceState(list(prompt), seed) for seed in sampling_seeds]
         self.lines: list[str] = []  # of the text
-        self.plan = ""  # guidance of the decomposer
+        self.guidance_text = ""  # guidance of the decomposer
         self.generated: Counter[str] = Counter()  # tokens by role, calculator results included
         self.calculator_results = 0
         self.finished = False
@@ -133,7 +133,7 @@ class Rollout:
         finally:
             set_text(stop_tokens.text(tokens))
 
-    def append(self, tokens: Sequence[int], segment_role: Role, excluding: str = "") -> None:
+    def append(self, tokens: Sequence[int], segment_role: SegmentRole, excluding: str = "") -> None:
         """Append tokens to the sequences of all models that read this segment role.
 
         `excluding`: a role whose model has read the tokens already.

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from trainer.runtime import distributed
-from trainer.runtime.shared_counter import Counter
+from trainer.runtime.shared_counter import SharedCounter
 
 COUNTER_NAMES = ("next_batch", "solved", "correct")
 _EXHAUSTED = 1 << 40
 _MAX_BATCH = 8
 
 
-def take_problems(counter: Counter, order: Sequence[int], size: int = 1) -> Iterator[int]:
+def take_problems(counter: SharedCounter, order: Sequence[int], size: int = 1) -> Iterator[int]:
     """Yield the problems of this rank, taken from `order` in batches of `size`, until all are taken."""
     while True:
         start = counter.add("next_batch", 1) * size
@@ -26,11 +26,11 @@ def take_problems(counter: Counter, order: Sequence[int], size: int = 1) -> Iter
         yield from batch
 
 
-def exhaust_queue(counter: Counter) -> None:
+def exhaust_queue(counter: SharedCounter) -> None:
     """Give no rank another batch; called when a rank has failed."""
     counter.add("next_batch", _EXHAUSTED)
 
 
-def batch_size(num_problems: int, num_slots: int) -> int:
+def chunk_size(num_problems: int, num_slots: int) -> int:
     """Return the batch size for about eight batches per slot of all ranks, so that the ranks end at similar times."""
     return max(1, min(_MAX_BATCH, num_problems // (8 * num_slots * distributed.environment().world_size)))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExportLayout:
+class ExportTensors:
     """Tensors of an export by name, and the dtypes of those that are not written in the export's dtype."""
 
     expected: Architecture
@@ -27,7 +27,7 @@ class ExportLayout:
 
 def check_against_config(
     stored: CheckpointTensors, checkpoint: Path, folder: Path, dtype: str
-) -> ExportLayout:
+) -> ExportTensors:
     """Return the tensors to write for the config.json in `folder`, roughly in storage order.
 
     `dtype`: "fp32" or "bf16". Raises UserError naming a missing or unexpected parameter, or one of another shape.
@@ -50,7 +50,7 @@ def check_against_config(
             if view.first_name in expected.kept[dtype]:
                 kept_dtypes[name] = expected.kept[dtype][view.first_name]
     ordered = dict(sorted(tensors.items(), key=lambda item: order[item[0]]))
-    return ExportLayout(expected, ordered, kept_dtypes)
+    return ExportTensors(expected, ordered, kept_dtypes)
 
 
 def _select_tensors(

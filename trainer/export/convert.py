@@ -21,7 +21,7 @@ from trainer.settings import ConvertSettings
 from trainer.storage import atomic_dir
 
 if TYPE_CHECKING:
-    from trainer.export.config_check import ExportLayout
+    from trainer.export.config_check import ExportTensors
     from trainer.export.safetensors_writer import OutputShard
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -93,7 +93,7 @@ def _stream(
     startup.freeze_gc()
     dtype_name = load.DTYPES[facts["export_dtype"]]
 
-    def plan(export: ExportLayout | None) -> list[OutputShard]:
+    def plan(export: ExportTensors | None) -> list[OutputShard]:
         tensors: Any = stored.tensors if export is None else export.tensors
         kept_dtypes = (
             {}
@@ -155,8 +155,8 @@ def _stream(
 def _write_weights(
     shards: list[OutputShard],
     staging: Path,
-    layout_future: Future[ExportLayout],
-    plan: Callable[[ExportLayout], list[OutputShard]],
+    layout_future: Future[ExportTensors],
+    plan: Callable[[ExportTensors], list[OutputShard]],
 ) -> dict[str, dict[str, Any]]:
     """Write the safetensors files and return their entries in the manifest.
 
@@ -183,7 +183,7 @@ def _write_weights(
         with contextlib.suppress(_LayoutMismatch):
             for shard in shards:
                 files[shard.name] = safetensors_writer.write(shard, staging / shard.name, reader, advance)
-            reader.finish()
+            reader.verify_checksums()
     return files
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.models.saved_layout import Joined, StridedView, merged
+from trainer.models.saved_layout import Concatenation, StridedView, coalesce_dimensions
 from trainer.zero.checksum_reader import ChecksumReader
 from trainer.zero.torch_files import ByteRange, TensorReference
 
@@ -64,7 +64,7 @@ def build_tensor(view: StridedView, stored: dict[str, TensorReference]) -> Tenso
 
 def _runs(view: StridedView) -> list[_Run] | None:
     """Return the contiguous runs of elements of `view` in row-major order; None if they are shorter than the minimum."""
-    sizes, strides = merged(view.shape, view.strides)
+    sizes, strides = coalesce_dimensions(view.shape, view.strides)
     run = 1
     if strides and strides[-1] == 1:
         run, sizes, strides = sizes[-1], sizes[:-1], strides[:-1]
@@ -74,15 +74,15 @@ def _runs(view: StridedView) -> list[_Run] | None:
     starts = [view.offset + sum(index) for index in itertools.product(*steps)]
     if math.prod(view.shape) == 0:
         run, starts = 0, [0]
-    if isinstance(view.of, str):
-        return [(view.of, start, run) for start in starts]
-    joined = _joined_runs(view.of)
+    if isinstance(view.source, str):
+        return [(view.source, start, run) for start in starts]
+    joined = _joined_runs(view.source)
     return (
         None if joined is None else [piece for start in starts for piece in _slice_runs(joined, start, run)]
     )
 
 
-def _joined_runs(joined: Joined) -> list[_Run] | None:
+def _joined_runs(joined: Concatenation) -> list[_Run] | None:
     runs_of_views = [_runs(view) for view in joined.views]
     num_rows = math.prod(joined.views[0].shape[: joined.dim])
     counts = [math.prod(view.shape[joined.dim :]) for view in joined.views]
@@ -111,10 +111,10 @@ def _slice_runs(runs: list[_Run], start: int, num_elements: int) -> list[_Run]:
 
 
 def _read(view: StridedView, stored: dict[str, TensorReference], reader: ChecksumReader) -> torch.Tensor:
-    if isinstance(view.of, str):
+    if isinstance(view.source, str):
         reach = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
-        pieces = stored[view.of].slice(view.offset, reach + 1 if math.prod(view.shape) else 0)
+        pieces = stored[view.source].slice(view.offset, reach + 1 if math.prod(view.shape) else 0)
         flat = torch.cat([reader.tensor(piece, 0, piece.num_elements) for piece in pieces])
         return flat.as_strided(view.shape, view.strides, 0)
-    joined = torch.cat([_read(part, stored, reader) for part in view.of.views], view.of.dim)
+    joined = torch.cat([_read(part, stored, reader) for part in view.source.views], view.source.dim)
     return joined.flatten().as_strided(view.shape, view.strides, view.offset)

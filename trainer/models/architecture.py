@@ -81,8 +81,8 @@ def build_architecture(folder: Path) -> Architecture:
             config.dtype = "float16"
             model: Any = load.build_on_meta(config)
         problem = f"the weights of a {type(model).__name__} cannot be exported under the names of the Hub"
-        written = saved_layout.without_aliases(model)
-        moved = saved_layout.trace(model)
+        written = saved_layout.deduplicated_state_dict(model)
+        moved = saved_layout.trace_saved_tensors(model)
     except Exception as error:  # of many types
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{folder / 'config.json'}: {problem}: {reason}") from None

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class NotAMoveError(Exception):
+class NotARearrangementError(Exception):
     """Raised for a saved tensor that is computed, not merely rearranged, from the model's tensors."""
 
 
 @dataclass(frozen=True)
-class Joined:
+class Concatenation:
     """Views concatenated along dimension `dim`, in row-major order."""
 
     views: tuple[StridedView, ...]
@@ -36,7 +36,7 @@ class Joined:
 class StridedView:
     """View, as of `torch.as_strided`, of `of`: a tensor of the model (its name) or joined views."""
 
-    of: str | Joined
+    source: str | Concatenation
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
@@ -44,20 +44,20 @@ class StridedView:
     @property
     def first_name(self) -> str:
         """Return the name of the model's tensor that holds the first element."""
-        return self.of if isinstance(self.of, str) else self.of.views[0].first_name
+        return self.source if isinstance(self.source, str) else self.source.views[0].first_name
 
     @property
     def names(self) -> set[str]:
         """Return the names of all tensors of the model that the view reads."""
-        if isinstance(self.of, str):
-            return {self.of}
-        return set().union(*(view.names for view in self.of.views))
+        if isinstance(self.source, str):
+            return {self.source}
+        return set().union(*(view.names for view in self.source.views))
 
     def to_json(self) -> list[Any]:
         """Return the view as lists, for a JSON file."""
-        of: Any = self.of
-        if isinstance(self.of, Joined):
-            of = [self.of.dim, [view.to_json() for view in self.of.views]]
+        of: Any = self.source
+        if isinstance(self.source, Concatenation):
+            of = [self.source.dim, [view.to_json() for view in self.source.views]]
         return [of, list(self.shape), list(self.strides), self.offset]
 
     @classmethod
@@ -66,7 +66,7 @@ class StridedView:
         of, shape, strides, offset = content
         if not isinstance(of, str):
             dim, views = of
-            of = Joined(tuple(cls.from_json(view) for view in views), dim)
+            of = Concatenation(tuple(cls.from_json(view) for view in views), dim)
         return cls(of, tuple(shape), tuple(strides), offset)
 
 
@@ -77,10 +77,10 @@ def saved_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, without_aliases(model))
+    return revert_weight_conversion(model, deduplicated_state_dict(model))
 
 
-def without_aliases(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def deduplicated_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the state dict of `model` without tied aliases and other tensors that `save_pretrained` leaves out."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -90,7 +90,7 @@ def without_aliases(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return remove_tied_weights_from_state_dict(state, model)
 
 
-def trace(model: PreTrainedModel) -> dict[str, StridedView]:
+def trace_saved_tensors(model: PreTrainedModel) -> dict[str, StridedView]:
     """Return, by its name in the files, how each saved tensor is made from the tensors of `model`.
 
     Tensors that are written unchanged under their own names are left out. Raises NotAMoveError if transformers does more
@@ -98,9 +98,9 @@ def trace(model: PreTrainedModel) -> dict[str, StridedView]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    state = without_aliases(model)
-    recorder = _Recorder()
-    stand_ins = {name: recorder.stand_in(name, tensor) for name, tensor in state.items()}
+    state = deduplicated_state_dict(model)
+    recorder = _StorageTracker()
+    stand_ins = {name: recorder.meta_tensor(name, tensor) for name, tensor in state.items()}
     with recorder:
         saved = revert_weight_conversion(model, dict(stand_ins))
     views = {name: recorder.view(tensor) for name, tensor in saved.items()}
@@ -108,7 +108,7 @@ def trace(model: PreTrainedModel) -> dict[str, StridedView]:
     moved = {name: view for name, view in views.items() if view != unchanged.get(name)}
     lost = set(state) - set().union(*(view.names for view in views.values()))
     if lost:
-        raise NotAMoveError(f"transformers does not write {sorted(lost)[0]}")
+        raise NotARearrangementError(f"transformers does not write {sorted(lost)[0]}")
     return moved
 
 
@@ -121,15 +121,15 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-class _Recorder(TorchDispatchMode):
+class _StorageTracker(TorchDispatchMode):
     """Dispatch mode that records the content of every storage; a view shares the storage of its base."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._contents: dict[int, str | Joined] = {}
+        self._contents: dict[int, str | Concatenation] = {}
         self._kept: list[Any] = []  # keeps storages alive: the address of a freed one could be reused
 
-    def stand_in(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def meta_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a contiguous meta tensor recorded as the tensor `name` of the model."""
         made = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         self._record(made, name)
@@ -139,11 +139,13 @@ class _Recorder(TorchDispatchMode):
         """Return `tensor` as a view of the model's tensors. Raises NotAMoveError."""
         found = self._contents.get(library_internals.storage_id(tensor))
         if found is None:
-            raise NotAMoveError("transformers writes a tensor that is not made from the model's tensors")
+            raise NotARearrangementError(
+                "transformers writes a tensor that is not made from the model's tensors"
+            )
         view = StridedView(found, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
-        return _normal(view)
+        return _canonicalize(view)
 
-    def _record(self, tensor: torch.Tensor, content: str | Joined) -> None:
+    def _record(self, tensor: torch.Tensor, content: str | Concatenation) -> None:
         self._kept.append(tensor.untyped_storage())
         self._contents[library_internals.storage_id(tensor)] = content
 
@@ -152,38 +154,38 @@ class _Recorder(TorchDispatchMode):
         for tensor in result if isinstance(result, (list, tuple)) else [result]:
             is_tensor = isinstance(tensor, torch.Tensor)
             if is_tensor and library_internals.storage_id(tensor) not in self._contents:
-                self._record(tensor, self._copied(func, tensor, args))
+                self._record(tensor, self._content_of_output(func, tensor, args))
         return result
 
-    def _copied(self, func: Any, made: torch.Tensor, args: Any) -> Joined:
+    def _content_of_output(self, func: Any, made: torch.Tensor, args: Any) -> Concatenation:
         """Return the content of a new tensor. Raises NotAMoveError if `func` does not merely copy."""
         name = func.overloadpacket.__name__
         if name == "clone" and made.is_contiguous():
-            return Joined((self.view(args[0]),), 0)
+            return Concatenation((self.view(args[0]),), 0)
         if name in ("cat", "stack") and made.is_contiguous():
             dim = args[1] if len(args) > 1 else 0
             tensors = [tensor.unsqueeze(dim) for tensor in args[0]] if name == "stack" else list(args[0])
             if all(tensor.dtype == made.dtype for tensor in tensors):
-                return Joined(tuple(self.view(tensor) for tensor in tensors), dim % made.dim())
-        raise NotAMoveError(f"transformers applies {name}")
+                return Concatenation(tuple(self.view(tensor) for tensor in tensors), dim % made.dim())
+        raise NotARearrangementError(f"transformers applies {name}")
 
 
-def _normal(view: StridedView) -> StridedView:
+def _canonicalize(view: StridedView) -> StridedView:
     """Return an equal view in normal form: of a tensor of the model itself where possible, with standard strides for size 1."""
-    if isinstance(view.of, Joined) and len(view.of.views) == 1:
-        direct = _view_of_copied(view.of.views[0], view)
+    if isinstance(view.source, Concatenation) and len(view.source.views) == 1:
+        direct = _compose_views(view.source.views[0], view)
         if direct is not None:
             return direct
     strides = list(contiguous_strides(view.shape))
     for dim, size in enumerate(view.shape):
         if size != 1:
             strides[dim] = view.strides[dim]
-    return StridedView(view.of, view.shape, tuple(strides), view.offset)
+    return StridedView(view.source, view.shape, tuple(strides), view.offset)
 
 
-def _view_of_copied(copied: StridedView, view: StridedView) -> StridedView | None:
+def _compose_views(copied: StridedView, view: StridedView) -> StridedView | None:
     """Return `view`, of a contiguous copy of `copied`, as a view of `copied.of`; None if there is no such view."""
-    shape, strides = merged(copied.shape, copied.strides)
+    shape, strides = coalesce_dimensions(copied.shape, copied.strides)
     steps = contiguous_strides(shape)  # of the copy
     last, offset, rest = [], copied.offset, view.offset
     for step, stride in zip(steps, strides, strict=True):
@@ -203,10 +205,12 @@ def _view_of_copied(copied: StridedView, view: StridedView) -> StridedView | Non
                 break
         else:
             return None
-    return _normal(StridedView(copied.of, view.shape, tuple(found), offset))
+    return _canonicalize(StridedView(copied.source, view.shape, tuple(found), offset))
 
 
-def merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def coalesce_dimensions(
+    shape: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return shape and strides with adjacent dimensions merged where one stride covers both."""
     sizes: list[int] = []
     steps: list[int] = []

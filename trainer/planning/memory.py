@@ -11,7 +11,14 @@ import torch
 from trainer.planning.accelerators import Accelerator
 from trainer.planning.activations import ActivationTrace, trace_activations
 from trainer.planning.workload import Workload
-from trainer.planning.zero_memory import ACTIVATIONS, BUCKETS, LOGITS, Phase, ZeroLayout, estimate_phases
+from trainer.planning.zero_memory import (
+    ACTIVATIONS,
+    BUCKETS,
+    LOGITS,
+    Phase,
+    ZeroMemoryConfig,
+    estimate_phases,
+)
 
 CONTEXT = "CUDA context and NCCL"
 FRAGMENTATION = "fragmentation"
@@ -72,10 +79,10 @@ def estimate_memory(
     """
     element_bytes = 2 if resolved["bf16"]["enabled"] else 4
     sizes, on_accelerator = list(workload.sizes), not accelerator.is_cpu
-    layout = ZeroLayout.make(
+    layout = ZeroMemoryConfig.from_ds_config(
         resolved, sizes, element_bytes, world_size, on_accelerator, workload.largest_layer
     )
-    worst = max(estimate_phases(layout, *traced), key=Phase.total)
+    worst = max(estimate_phases(layout, *traced), key=Phase.device_bytes)
     device, host = worst.device, worst.host
     if accelerator.is_cpu:
         device.update(host)

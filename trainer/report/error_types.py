@@ -33,7 +33,7 @@ from fractions import Fraction
 import pandas as pd
 
 from trainer.report import columns
-from trainer.report.methods import WRITE_QUESTIONS, base
+from trainer.report.methods import WRITE_QUESTIONS, without_guidance
 from trainer.report.run_files import read_predictions
 from trainer.report.solution_steps import Solution, StepText, parse
 from trainer.report.subquestions import Scorer, score_questions
@@ -96,7 +96,7 @@ def analyse(
                 for found in predictions.itertuples()
             ]
             predictions["error_type"], predictions["wrong_step"] = zip(*errors, strict=True)
-            if base(row["method"]) in WRITE_QUESTIONS:
+            if without_guidance(row["method"]) in WRITE_QUESTIONS:
                 pairs = zip(solutions, predictions["gold_steps"], strict=True)
                 questions = [(_questions(solution.steps), _questions(gold)) for solution, gold in pairs]
                 quality = score_questions(questions, scorer)
@@ -126,7 +126,7 @@ def find_error(
     index, matched = _first_difference(solution.steps, gold)
     if not has_answer:
         return "no_answer", index
-    writes_questions = base(method) in WRITE_QUESTIONS or (
+    writes_questions = without_guidance(method) in WRITE_QUESTIONS or (
         method == "few_shot" and any(step.question for step in solution.steps)
     )
     if not solution.steps or not any(step.value is not None or step.question for step in gold):

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.report.columns import records
 from trainer.report.error_types import LABELS
-from trainer.report.methods import base, label
+from trainer.report.methods import label, without_guidance
 from trainer.report.report_data import ReportData
 from trainer.report.solution_steps import StepText
 
@@ -39,7 +39,8 @@ def viewer_data(data: ReportData) -> dict[str, Any]:
             "label": label(row["method"]),
             "seed": row["train_seed"],
             "calculator": row["calculator"],
-            "given": base(row["method"]) == "gold_subquestions",  # the model did not write the sub-questions
+            "given": without_guidance(row["method"])
+            == "gold_subquestions",  # the model did not write the sub-questions
             "shown": int(counts[number]),
             "of": row["n"],
         }

@@ -30,7 +30,7 @@ _EVALUATION_ORDER = ["panel_rank", "parameters", "model", "method_rank", "first_
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyFrames:
     """`runs`: columns.RUNS. `metrics`: columns.METRICS, by run path."""
 
     runs: pd.DataFrame
@@ -47,7 +47,7 @@ class Study:
         return rows.loc[order].reset_index(drop=True)
 
 
-def load_frames(directories: list[Path]) -> Study:
+def load_frames(directories: list[Path]) -> StudyFrames:
     """Load all runs of study directories (or run directories), each once, including runs that are only planned.
 
     Rows are ordered by study, size, model, method, seed and name. Raises UserError for a directory without runs and
@@ -82,7 +82,7 @@ def load_frames(directories: list[Path]) -> Study:
         method_rank=frame["run_method"].map(method_rank),
         run_seed=frame["seed"].fillna(-1),
     )
-    return Study(
+    return StudyFrames(
         frame.loc[keyed.sort_values(_RUN_ORDER, kind="stable").index].reset_index(drop=True), metrics
     )
 

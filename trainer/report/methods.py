@@ -47,7 +47,7 @@ METHODS = {
 _ORDER = list(METHODS)
 
 
-def base(method: str) -> str:
+def without_guidance(method: str) -> str:
     """Return the method without its guidance."""
     return method.partition(GUIDED)[0]
 
@@ -67,7 +67,7 @@ def label(method: str) -> str:
 
 def method_rank(method: str) -> tuple[int, str]:
     """Return a sort key: known methods in their order, each before its guided variants, then others by name."""
-    name = base(method)
+    name = without_guidance(method)
     return (_ORDER.index(name) if name in METHODS else len(METHODS), method)
 
 

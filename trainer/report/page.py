@@ -19,7 +19,7 @@ from trainer.report.comparison import paper_values
 from trainer.report.drawing import GOOD, NEUTRALS, Panel, Styles, error_type_styles, inline_panels
 from trainer.report.error_types import LABELS
 from trainer.report.load import STEPS_OF_FINAL_LOSS
-from trainer.report.methods import PAIRS, base, label
+from trainer.report.methods import PAIRS, label, without_guidance
 from trainer.report.provenance import facts_by_run, remarks
 from trainer.report.report_data import ReportData, result_rows
 from trainer.report.summary import significance_text
@@ -47,7 +47,7 @@ def render_page(data: ReportData, figures: dict[str, list[Panel]], styles: Style
         },
         "rows": records(result_rows(data.study.runs)),
         "num_steps_tables": _num_steps_tables(data.by_num_steps),
-        "has_pairs": any(base(method) in PAIRS for method in data.summary["method"]),
+        "has_pairs": any(without_guidance(method) in PAIRS for method in data.summary["method"]),
         **{"paper": paper_values(), "scaling": scaling, "error_labels": LABELS},
         "has_several_studies": runs["study"].nunique() > 1,
         "unfinished": records(runs[runs["missing"] != ""]),

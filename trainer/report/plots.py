@@ -18,7 +18,7 @@ from trainer.report import drawing
 from trainer.report.drawing import INK, MUTED, PAPER, Panel, Styles
 from trainer.report.error_types import ERROR_TYPES, LABELS, RIGHT
 from trainer.report.format import count, shorten
-from trainer.report.load import Study
+from trainer.report.load import StudyFrames
 from trainer.report.methods import label, method_rank
 from trainer.report.report_data import ReportData
 from trainer.report.summary import CELL
@@ -173,7 +173,7 @@ def _draw_fits(title: str, fits: pd.DataFrame, styles: Styles, axes: Axes) -> No
     drawing.label_lines(axes, ends)
 
 
-def plot_loss(study: Study, styles: Styles) -> list[Panel]:
+def plot_loss(study: StudyFrames, styles: Styles) -> list[Panel]:
     """Return a panel per training set and model, a curve per run."""
     runs = study.runs.drop_duplicates("run_path")
     finite = {path: lines[np.isfinite(lines["loss"])] for path, lines in study.metrics.items()}

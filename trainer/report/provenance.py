@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.report.columns import records
 from trainer.report.format import clean
-from trainer.report.load import Study
+from trainer.report.load import StudyFrames
 from trainer.report.report_data import ReportData
 
 Facts = dict[str, str]
@@ -22,7 +22,7 @@ gradient_checkpointing deepspeed
 _EVALUATION_SETTINGS = "subquestions guidance_from max_steps max_new_tokens temperature dtype"
 
 
-def facts_by_run(study: Study) -> tuple[Facts, list[tuple[dict[str, Any], Facts]]]:
+def facts_by_run(study: StudyFrames) -> tuple[Facts, list[tuple[dict[str, Any], Facts]]]:
     """Return the facts that all started trainings share, and for each run (columns.RUNS) the others."""
     runs = [(rows[0], _facts(rows)) for rows in _rows_by_run(study)]
     trained = [f for run, f in runs if run["is_trained"] and (run["settings"] or run["environment"])]
@@ -31,7 +31,7 @@ def facts_by_run(study: Study) -> tuple[Facts, list[tuple[dict[str, Any], Facts]
     return shared, [(run, {name: f[name] for name in f if name not in shared}) for run, f in runs]
 
 
-def _rows_by_run(study: Study) -> list[list[dict[str, Any]]]:
+def _rows_by_run(study: StudyFrames) -> list[list[dict[str, Any]]]:
     """Return the rows of each run as dicts (columns.RUNS)."""
     return [records(rows) for _, rows in study.runs.groupby("run_path", sort=False)]
 

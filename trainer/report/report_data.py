@@ -11,7 +11,7 @@ import pandas as pd
 from trainer.report import comparison, paired_tests, scaling, summary
 from trainer.report.columns import records
 from trainer.report.error_types import ERROR_TYPES, RIGHT, analyse
-from trainer.report.load import Study
+from trainer.report.load import StudyFrames
 from trainer.report.run_files import RULES
 from trainer.report.subquestions import Scorer
 
@@ -30,7 +30,9 @@ _ESTIMATE = ["mean", "low", "high", "standard_error", "n", "num_seeds"]
 class ReportData:
     """Frames of a report; the function that makes a frame documents its columns."""
 
-    def __init__(self, title: str, study: Study, max_examples: int = 0, bertscore_model: str = "") -> None:
+    def __init__(
+        self, title: str, study: StudyFrames, max_examples: int = 0, bertscore_model: str = ""
+    ) -> None:
         """Raise UserError for damaged predictions and a missing BERTScore model."""
         scorer = Scorer(bertscore_model)
         self.title = title

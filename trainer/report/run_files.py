@@ -18,7 +18,7 @@ import pandas as pd
 from trainer.errors import UserError
 from trainer.report import columns
 from trainer.report.format import clean
-from trainer.report.methods import GUIDED, base
+from trainer.report.methods import GUIDED, without_guidance
 from trainer.report.solution_steps import StepText
 from trainer.storage.json_lines import read_json_lines
 from trainer.storage.run_directory import EvaluationDirectory, parse_run_name
@@ -70,7 +70,7 @@ def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
     stopped_at = first_integer(record.get("step"), 0) if record.get("finished") is False else None
     remarks = (
         "" if same_data or not train_data else f"trained on {train_data}",
-        "" if record["mode"] == base(method) else f"asked for {record['mode']}",
+        "" if record["mode"] == without_guidance(method) else f"asked for {record['mode']}",
         "" if record["calculator"] else "no calculator",
         f"temperature {record['temperature']:g}" if record["temperature"] else "",
         "" if stopped_at is None else f"stopped at step {stopped_at}",

@@ -14,7 +14,7 @@ from trainer.runtime import distributed
 from trainer.runtime.distributed import DistributedEnvironment
 
 
-class Counter:
+class SharedCounter:
     """Base class of counters: named integers shared by all ranks, initially 0."""
 
     def add(self, name: str, amount: int) -> int:
@@ -28,7 +28,7 @@ class Counter:
         """Collective. Must be called after the last `add`."""
 
 
-class ProcessCounter(Counter):
+class ProcessCounter(SharedCounter):
     """Counter within one process."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class ProcessCounter(Counter):
         return before
 
 
-class StoreCounter(Counter):
+class StoreCounter(SharedCounter):
     """Counter on a TCP store that a thread of rank 0 serves. The constructor is collective."""
 
     def __init__(self, environment: DistributedEnvironment) -> None:
@@ -60,7 +60,7 @@ class StoreCounter(Counter):
         distributed.barrier()  # rank 0 must serve until the last `add`
 
 
-class MPICounter(Counter):
+class MPICounter(SharedCounter):
     """Counter in a window of rank 0's memory, with one-sided MPI operations. The constructor is collective.
 
     A passive target on another host makes progress only inside MPI calls: rank 0 must call `serve` at every step, and
@@ -98,13 +98,13 @@ class MPICounter(Counter):
 
 
 @contextlib.contextmanager
-def shared_counter(names: Sequence[str]) -> Iterator[Counter]:
+def shared_counter(names: Sequence[str]) -> Iterator[SharedCounter]:
     """Context manager that yields a counter for this process's launcher.
 
     Collective on entry and exit: the block must raise on all ranks or on none.
     """
     environment = distributed.environment()
-    counter: Counter
+    counter: SharedCounter
     if environment.world_size == 1:
         counter = ProcessCounter()
     elif environment.launcher == "mpi":

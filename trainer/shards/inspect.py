@@ -8,7 +8,7 @@ from rich.text import Text
 from trainer.errors import UserError
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.models.tokenizer import load_tokenizer
-from trainer.shards.methods import Role, view_of
+from trainer.shards.methods import SegmentRole, view_of
 from trainer.shards.read import Shards
 
 _STYLES = {"read": "dim", "learned": "bold green", "calculator": "magenta"}
@@ -37,7 +37,7 @@ def print_examples(directory: str, method_name: str, count: int) -> None:
         shown = Text()
         for role, tokens in shards.segments(index):
             if role in view.inputs:
-                kind = "calculator" if role == Role.CALCULATOR else "read"
+                kind = "calculator" if role == SegmentRole.CALCULATOR else "read"
                 style = _STYLES["learned" if role in view.targets else kind]
                 shown.append(codec.decode_next(tokens.tolist()), style)
         num_targets = int(shards.target_lengths(view)[index])

@@ -18,7 +18,7 @@ from enum import IntEnum
 from trainer.errors import UserError
 
 
-class Role(IntEnum):
+class SegmentRole(IntEnum):
     """Role of a segment of an example, stored as one byte."""
 
     PROBLEM = 0
@@ -35,17 +35,17 @@ class Role(IntEnum):
 class View:
     """Roles that a training method uses of a problem."""
 
-    inputs: frozenset[Role]  # in the sequence, targets included
-    targets: frozenset[Role]  # with loss
-    required: frozenset[Role]  # a problem without them has no example
+    inputs: frozenset[SegmentRole]  # in the sequence, targets included
+    targets: frozenset[SegmentRole]  # with loss
+    required: frozenset[SegmentRole]  # a problem without them has no example
 
 
-GUIDANCE = (Role.OPERATORS, Role.EQUATIONS)
+GUIDANCE = (SegmentRole.OPERATORS, SegmentRole.EQUATIONS)
 
-_P, _Q, _S, _C, _D, _A, _O, _E = Role
+_P, _Q, _S, _C, _D, _A, _O, _E = SegmentRole
 
 
-def _view(inputs: set[Role], targets: set[Role], required: set[Role]) -> View:
+def _view(inputs: set[SegmentRole], targets: set[SegmentRole], required: set[SegmentRole]) -> View:
     return View(frozenset(inputs), frozenset(targets), frozenset(required))
 
 
@@ -73,12 +73,12 @@ def view_of(name: str, train_on_calculator_results: bool = False) -> View:
     if name not in VIEWS:
         raise UserError(f"unknown method {name!r}; choose one of {', '.join(VIEWS)}")
     view = VIEWS[name]
-    if train_on_calculator_results and Role.SOLUTION in view.targets:
-        return View(view.inputs, view.targets | {Role.CALCULATOR}, view.required)
+    if train_on_calculator_results and SegmentRole.SOLUTION in view.targets:
+        return View(view.inputs, view.targets | {SegmentRole.CALCULATOR}, view.required)
     return view
 
 
-def guidance_of(name: str) -> Role | None:
+def guidance_of(name: str) -> SegmentRole | None:
     """Return the role of the plan that method `name` reads or, for a planner, writes; None for methods without a plan."""
     return next((role for role in GUIDANCE if role in VIEWS[name].inputs), None)
 
@@ -90,9 +90,9 @@ def is_planner(name: str) -> bool:
 
 def is_decomposer(name: str) -> bool:
     """Return whether method `name` writes sub-questions but not their solutions."""
-    return Role.SUBQUESTION in VIEWS[name].targets and Role.SOLUTION not in VIEWS[name].targets
+    return SegmentRole.SUBQUESTION in VIEWS[name].targets and SegmentRole.SOLUTION not in VIEWS[name].targets
 
 
 def is_interleaved(name: str) -> bool:
     """Return whether method `name` is a decomposer that reads the solution of each sub-question before the next one."""
-    return is_decomposer(name) and Role.SOLUTION in VIEWS[name].inputs
+    return is_decomposer(name) and SegmentRole.SOLUTION in VIEWS[name].inputs

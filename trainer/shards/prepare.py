@@ -28,7 +28,7 @@ from trainer.problems.problem import Problem, RejectedRecord
 from trainer.problems.sources import read_problems, source_digest
 from trainer.runtime import startup, terminal
 from trainer.settings import PrepareSettings
-from trainer.shards.methods import VIEWS, Role
+from trainer.shards.methods import VIEWS, SegmentRole
 from trainer.shards.read import KIND, PROBLEMS, REJECTS, TOKENIZER, Shards
 from trainer.shards.segments import Segment, bos_tokens, example_length, tokenise
 from trainer.storage import atomic_dir
@@ -218,7 +218,7 @@ class ShardWriter:
         self._ends: list[int] = []
         self._first_segment = [0]
         self._line_starts = [0]
-        self._present: Counter[frozenset[Role]] = Counter()  # roles of a problem -> number of problems
+        self._present: Counter[frozenset[SegmentRole]] = Counter()  # roles of a problem -> number of problems
         self._max_length = 0
 
     @property

@@ -25,7 +25,7 @@ import numpy as np
 
 from trainer.errors import UserError
 from trainer.problems.problem import Problem, Step
-from trainer.shards.methods import Role, View
+from trainer.shards.methods import SegmentRole, View
 from trainer.storage import atomic_dir
 
 KIND = "shards"
@@ -85,16 +85,16 @@ class Shards:
         steps = tuple(Step(step["question"], step["solution"]) for step in record["steps"])
         return Problem(record["id"], record["question"], record["answer"], steps, tuple(record["facts"]))
 
-    def segments(self, index: int) -> list[tuple[Role, np.ndarray]]:
+    def segments(self, index: int) -> list[tuple[SegmentRole, np.ndarray]]:
         """Return (role, tokens [n]) of every segment of a problem, in order."""
         first, last = self._first_segment[index : index + 2].tolist()
         bounds = self._bounds(first, last).tolist()
         return [
-            (Role(role), self.tokens[start:end])
+            (SegmentRole(role), self.tokens[start:end])
             for role, start, end in zip(self.roles[first:last].tolist(), bounds, bounds[1:], strict=False)
         ]
 
-    def segment_tokens(self, index: int, role: Role) -> np.ndarray:
+    def segment_tokens(self, index: int, role: SegmentRole) -> np.ndarray:
         """Return the tokens of all segments of one role, concatenated; empty if the problem has none."""
         found = [tokens for found_role, tokens in self.segments(index) if found_role == role]
         return np.concatenate(found) if found else self.tokens[:0]
@@ -141,7 +141,7 @@ class Shards:
         """Return the number of target tokens of every problem in a view [num_problems] (int64)."""
         return self._num_tokens(view.targets)
 
-    def _num_tokens(self, roles: frozenset[Role]) -> np.ndarray:
+    def _num_tokens(self, roles: frozenset[SegmentRole]) -> np.ndarray:
         """Return the number of tokens of every problem in segments of some roles."""
         segment_lengths = np.diff(self._ends, prepend=0) * np.isin(self.roles, list(roles))
         return np.add.reduceat(segment_lengths, self._first_segment[:-1])

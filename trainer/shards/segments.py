@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from trainer.models.segment_tokenizer import segment_tokenizer
 from trainer.problems import calculator
 from trainer.problems.problem import DELIMITER, Problem
-from trainer.shards.methods import GUIDANCE, Role
+from trainer.shards.methods import GUIDANCE, SegmentRole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,26 +27,26 @@ _SHOWN_CHARACTERS = 20  # before and after the first difference
 class Segment:
     """Run of tokens of one role."""
 
-    role: Role
+    role: SegmentRole
     tokens: list[int]
 
 
-def segment_texts(problem: Problem, with_facts: bool = False) -> list[tuple[Role, str]]:
+def segment_texts(problem: Problem, with_facts: bool = False) -> list[tuple[SegmentRole, str]]:
     """Return the text of a problem split by role; an example is the segments of a view's inputs, plus BOS and EOS."""
     facts = "".join(f"{fact}\n" for fact in problem.facts) if with_facts else ""
-    segments = [(Role.PROBLEM, f"{facts}{problem.question}\n"), *_guidance(problem)]
+    segments = [(SegmentRole.PROBLEM, f"{facts}{problem.question}\n"), *_guidance(problem)]
     for step in problem.steps:
         if step.question:
-            segments.append((Role.SUBQUESTION, f"{step.question}\n"))
+            segments.append((SegmentRole.SUBQUESTION, f"{step.question}\n"))
         if step.solution:
             for text, is_result in calculator.split_annotations(f"{step.solution}\n"):
-                segments.append((Role.CALCULATOR if is_result else Role.SOLUTION, text))
-    segments.append((Role.DELIMITER, DELIMITER))
-    segments.append((Role.ANSWER, f" {problem.answer}"))
+                segments.append((SegmentRole.CALCULATOR if is_result else SegmentRole.SOLUTION, text))
+    segments.append((SegmentRole.DELIMITER, DELIMITER))
+    segments.append((SegmentRole.ANSWER, f" {problem.answer}"))
     return segments
 
 
-def _guidance(problem: Problem) -> list[tuple[Role, str]]:
+def _guidance(problem: Problem) -> list[tuple[SegmentRole, str]]:
     """Return segments like `operators: * +` and `equations: 3*4; 12+5`; none if the solutions have no calculation."""
     expressions = [
         expression for step in problem.steps for expression in calculator.annotated_expressions(step.solution)
@@ -54,9 +54,9 @@ def _guidance(problem: Problem) -> list[tuple[Role, str]]:
     operators = [found for found in map(calculator.operators, expressions) if found]
     segments = []
     if operators:
-        segments.append((Role.OPERATORS, f"operators: {' '.join(operators)}\n"))
+        segments.append((SegmentRole.OPERATORS, f"operators: {' '.join(operators)}\n"))
     if expressions:
-        segments.append((Role.EQUATIONS, f"equations: {'; '.join(expressions)}\n"))
+        segments.append((SegmentRole.EQUATIONS, f"equations: {'; '.join(expressions)}\n"))
     return segments
 
 

@@ -46,7 +46,7 @@ class RunSpec:
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelEntry:
     """An entry under `models`."""
 
     name: str
@@ -62,7 +62,7 @@ class StudyGrid:
     directory: StudyDirectory
     seeds: list[int]
     data: dict[str, dict[str, ProblemSet]]
-    models: dict[str, ModelSpec]
+    models: dict[str, ModelEntry]
     methods: dict[str, MethodEntry]
     train: dict[str, Any]
     convert: dict[str, Any]
@@ -95,7 +95,7 @@ def expand(grid: StudyGrid) -> tuple[RunSpec, ...]:
     return tuple(runs.values())
 
 
-def _training_run(grid: StudyGrid, method: str, data: str, model: ModelSpec, seed: int) -> RunSpec:
+def _training_run(grid: StudyGrid, method: str, data: str, model: ModelEntry, seed: int) -> RunSpec:
     directory = grid.directory.run(f"{data}.{method}.{model.name}.s{seed}")
     own = grid.methods[method].settings if method in grid.methods else {}
     sets = grid.data[data]
@@ -119,7 +119,7 @@ def _training_run(grid: StudyGrid, method: str, data: str, model: ModelSpec, see
     return RunSpec(directory, train, convert, evaluations, model.num_ranks)
 
 
-def _pair_runs(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelSpec, seed: int) -> list[RunSpec]:
+def _pair_runs(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelEntry, seed: int) -> list[RunSpec]:
     """Return the run of a pair, after the training runs of its models."""
     assert entry.pair
     other = grid.models[entry.decomposer_model or model.name]
@@ -144,7 +144,7 @@ def _pair_runs(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelSpec,
     return [*trained.values(), RunSpec(directory, None, None, evaluations, model.num_ranks, names)]
 
 
-def _few_shot_run(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelSpec, seed: int) -> RunSpec:
+def _few_shot_run(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelEntry, seed: int) -> RunSpec:
     directory = grid.directory.run(f"{data}.{FEW_SHOT}.{model.name}.s{seed}")
     pretrained = {**grid.train, **model.settings}.get("model_name_or_path", "")
     if not pretrained:
@@ -189,7 +189,7 @@ def _evaluations(
     return tuple(found.values())
 
 
-def _check_files(train: TrainSettings, model: ModelSpec, where: str) -> None:
+def _check_files(train: TrainSettings, model: ModelEntry, where: str) -> None:
     path = f"{where}: models.{model.name}"
     for key in ("model_name_or_path", "config_name"):
         checks.check_path_exists(getattr(train, key), f"{path}: {key}")

@@ -98,13 +98,13 @@ def load_study(
 
 def _models(
     values: dict[str, Any], num_ranks: int, default_ranks: int, where: str
-) -> dict[str, expand.ModelSpec]:
+) -> dict[str, expand.ModelEntry]:
     found = {}
     for name, given in checks.named_settings(values, "models", where).items():
         path = f"{where}: models.{name}"
         ranks = checks.checked_count(given.pop("num_ranks", default_ranks), f"{path}: num_ranks")
         checks.check_settings(TrainSettings, given, path)
-        found[name] = expand.ModelSpec(name, given, num_ranks or ranks)
+        found[name] = expand.ModelEntry(name, given, num_ranks or ranks)
     return found
 
 

@@ -55,7 +55,7 @@ def show_status(study: Study) -> None:
         terminal.info(f"report: {study.directory.report / 'index.html'}")
 
 
-def show_plan(study: Study, tools: Path | None) -> None:
+def print_dry_run(study: Study, tools: Path | None) -> None:
     """Print models, stages and the commands of stages that are not done. Raises UserError if a run would."""
     changes.check_unchanged(study)
     todo = stages.study_stages(study)

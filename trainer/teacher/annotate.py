@@ -38,7 +38,7 @@ def annotate(settings: AnnotateSettings) -> None:
             _publish(directory.result, job, log)
 
 
-def print_plan(settings: AnnotateSettings) -> None:
+def print_dry_run(settings: AnnotateSettings) -> None:
     """Print the number of requests, the maximum cost and one prompt. Sends nothing and writes nothing."""
     directory = AnnotationDirectory(Path(settings.output_dir))
     job = _prepare(settings)

@@ -20,7 +20,7 @@ import openai
 
 from trainer.errors import UserError
 from trainer.teacher.prompts import stop_texts
-from trainer.teacher.responses import Request, Response
+from trainer.teacher.responses import Response, TeacherRequest
 from trainer.teacher.settings import AnnotateSettings
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
@@ -85,7 +85,7 @@ class Endpoint:
         except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError):
             pass  # an endpoint need not have a list of models
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: TeacherRequest) -> Response:
         """Return the response. Raises RequestFailed, or UserError if every other request would fail too."""
         problem = ""
         for attempt in range(1, self._settings.max_attempts + 1):
@@ -113,7 +113,7 @@ class Endpoint:
                 await asyncio.sleep(backoff_seconds(attempt, self._settings.retry_seconds))
         raise RequestFailed(f"{problem} (attempt {self._settings.max_attempts})")
 
-    async def _request_once(self, request: Request) -> Response:
+    async def _request_once(self, request: TeacherRequest) -> Response:
         """Send the request once. Raises the client's errors and _MalformedResponse."""
         options: dict[str, Any] = {
             "model": self._settings.model,

@@ -9,12 +9,12 @@ from trainer.errors import UserError
 from trainer.runtime import terminal
 from trainer.teacher.endpoint import Endpoint, RequestFailed
 from trainer.teacher.job import AnnotationJob
-from trainer.teacher.responses import Request, Response, ResponseLog
+from trainer.teacher.responses import Response, ResponseLog, TeacherRequest
 
 _MAX_CONSECUTIVE_FAILURES = 5  # then the endpoint counts as down
 
 
-def query_endpoint(job: AnnotationJob, queues: Sequence[Sequence[Request]], log: ResponseLog) -> None:
+def query_endpoint(job: AnnotationJob, queues: Sequence[Sequence[TeacherRequest]], log: ResponseLog) -> None:
     """Process the queues: the next request of a queue is sent unless the previous response satisfies.
 
     Raises UserError if the endpoint is unreachable, refuses or stops answering, and, without `allow_unanswered`, if any
@@ -23,7 +23,7 @@ def query_endpoint(job: AnnotationJob, queues: Sequence[Sequence[Request]], log:
     asyncio.run(_query(job, queues, log))
 
 
-async def _query(job: AnnotationJob, queues: Sequence[Sequence[Request]], log: ResponseLog) -> None:
+async def _query(job: AnnotationJob, queues: Sequence[Sequence[TeacherRequest]], log: ResponseLog) -> None:
     endpoint = Endpoint(job.settings)
     async with endpoint.client:
         await endpoint.probe()
@@ -40,7 +40,7 @@ class _Workers:
         self,
         job: AnnotationJob,
         endpoint: Endpoint,
-        queues: Sequence[Sequence[Request]],
+        queues: Sequence[Sequence[TeacherRequest]],
         log: ResponseLog,
         bar: terminal.ProgressBar,
     ) -> None:
@@ -87,7 +87,7 @@ class _Workers:
             )
         terminal.warning(message)
 
-    async def _respond(self, request: Request) -> Response | None:
+    async def _respond(self, request: TeacherRequest) -> Response | None:
         """Return the response, or None after recording the failure; requests with equal keys are sent once."""
         if request.key not in self._in_flight:
             self._in_flight[request.key] = asyncio.ensure_future(self._send(request))
@@ -95,7 +95,7 @@ class _Workers:
         self._in_flight.pop(request.key, None)
         return response
 
-    async def _send(self, request: Request) -> Response | None:
+    async def _send(self, request: TeacherRequest) -> Response | None:
         try:
             response = await self._endpoint.complete(request)
             self._log.append(request, self._settings.model, response)

@@ -24,7 +24,7 @@ from trainer.teacher.prompts import (
     parse_source,
     stop_texts,
 )
-from trainer.teacher.responses import Request, Response, ResponseLog, make_request
+from trainer.teacher.responses import Response, ResponseLog, TeacherRequest, make_request
 from trainer.teacher.settings import AnnotateSettings
 
 _FINGERPRINT_SETTINGS = (
@@ -46,7 +46,7 @@ class AnnotationJob:
     fingerprint_fields: dict[str, Any]  # equal fields and equal responses give equal files
 
     @cached_property
-    def requests(self) -> dict[str, list[Request]]:
+    def requests(self) -> dict[str, list[TeacherRequest]]:
         """Problem id -> requests for its samples, in order."""
         prompts = {problem.id: self.prompt_builder.build(problem) for problem in self.problems}
         return {
@@ -60,20 +60,20 @@ class AnnotationJob:
     def _by_id(self) -> dict[str, Problem]:
         return {problem.id: problem for problem in self.problems}
 
-    def filter(self, request: Request, response: Response) -> FilterResult:
+    def filter(self, request: TeacherRequest, response: Response) -> FilterResult:
         style, limits = self.settings.style, (self.settings.min_steps, self.settings.max_steps)
         config = FilterConfig(style, *limits, self.settings.require_annotations)
         problem = self._by_id[request.problem_id]
         return filter_sample(response.text, response.finish_reason, problem, config)
 
-    def is_satisfied(self, request: Request, response: Response) -> bool:
+    def is_satisfied(self, request: TeacherRequest, response: Response) -> bool:
         """Return whether no further sample of the problem is needed after this response."""
         return not self.settings.keep_all and self.filter(request, response).is_kept
 
     def num_answered(self, log: ResponseLog) -> int:
         return sum(log.get(request.key) is not None for queue in self.requests.values() for request in queue)
 
-    def queues(self, log: ResponseLog) -> list[list[Request]]:
+    def queues(self, log: ResponseLog) -> list[list[TeacherRequest]]:
         """Return the requests to send, in queues: the next of a queue is needed if the previous is not satisfied."""
         queues = []
         for requests in self.requests.values():

@@ -14,13 +14,15 @@ from trainer.models.tokenizer import load_tokenizer, max_text_token_id
 from trainer.runtime import terminal
 from trainer.teacher.job import AnnotationJob
 from trainer.teacher.prompts import stop_texts
-from trainer.teacher.responses import Request, Response, ResponseLog
+from trainer.teacher.responses import Response, ResponseLog, TeacherRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def query_local_model(job: AnnotationJob, queues: Sequence[Sequence[Request]], log: ResponseLog) -> None:
+def query_local_model(
+    job: AnnotationJob, queues: Sequence[Sequence[TeacherRequest]], log: ResponseLog
+) -> None:
     """Process the queues in rounds: the next request of a queue is run unless the previous response satisfies.
 
     A sample depends on seed and request only, not on the batch. A prompt that fills the model's context gets an empty
@@ -38,7 +40,7 @@ def query_local_model(job: AnnotationJob, queues: Sequence[Sequence[Request]], l
     with terminal.progress_bar("annotate", sum(map(len, waiting))) as bar:
         num_done = 0
         while waiting:
-            by_key: dict[str, Request] = {}  # equal requests run once
+            by_key: dict[str, TeacherRequest] = {}  # equal requests run once
             for queue in waiting:
                 if log.get(queue[0].key) is None:
                     by_key.setdefault(queue[0].key, queue[0])

@@ -19,7 +19,7 @@ from trainer.runtime import terminal
 
 
 @dataclass(frozen=True)
-class Request:
+class TeacherRequest:
     """One sample of one problem. Problems with equal prompts share keys and responses."""
 
     problem_id: str
@@ -38,10 +38,10 @@ class Response:
     completion_tokens: int | None = None
 
 
-def make_request(problem_id: str, sample: int, prompt: str, teacher: dict[str, Any]) -> Request:
+def make_request(problem_id: str, sample: int, prompt: str, teacher: dict[str, Any]) -> TeacherRequest:
     """Return a request. `teacher`: the model and all parameters, JSON-serialisable."""
     content = json.dumps({"teacher": teacher, "prompt": prompt, "sample": sample}, sort_keys=True)
-    return Request(problem_id, sample, prompt, hashlib.sha256(content.encode()).hexdigest())
+    return TeacherRequest(problem_id, sample, prompt, hashlib.sha256(content.encode()).hexdigest())
 
 
 class ResponseLog:
@@ -95,7 +95,7 @@ class ResponseLog:
         """Return the number of responses whose key is not in `used`."""
         return len(self._responses.keys() - set(used))
 
-    def append(self, request: Request, model: str, response: Response) -> None:
+    def append(self, request: TeacherRequest, model: str, response: Response) -> None:
         """Write one response and fsync it. Raises UserError if the disk is full."""
         assert self._descriptor >= 0, "the log is read-only"
         record = {"key": request.key, "problem": request.problem_id, "sample": request.sample, "model": model}

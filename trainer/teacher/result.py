@@ -21,7 +21,7 @@ from trainer.problems.jsonl import record_from_problem
 from trainer.problems.problem import Problem
 from trainer.teacher.filter import FILTER_REASONS, FilterResult
 from trainer.teacher.job import AnnotationJob
-from trainer.teacher.responses import Request, Response, ResponseLog
+from trainer.teacher.responses import Response, ResponseLog, TeacherRequest
 from trainer.teacher.settings import AnnotateSettings
 
 KIND = "annotations"
@@ -35,7 +35,7 @@ _WIDTH = 110  # of the tables, in characters
 class Sample:
     """One request, its response (or None) and the result of the filter."""
 
-    request: Request
+    request: TeacherRequest
     response: Response | None
     result: FilterResult
 

@@ -24,7 +24,7 @@ from trainer.errors import first_line
 from trainer.models import load, training_kernels
 from trainer.models.default_attention import UnsupportedAttention, can_set_attention, set_attention
 from trainer.training.batches import MicroBatch
-from trainer.training.layouts import SINGLE, Layout, forward_passes, group_examples
+from trainer.training.layouts import ONE_BY_ONE, BatchLayout, group_examples, split_into_batches
 from trainer.training.loss import collate, summed_token_loss, target_logits
 
 Example = tuple[np.ndarray, np.ndarray]
@@ -47,11 +47,11 @@ class LayoutChoice:
     layouts tried before it, each with the reason. compared_in: "fp32" or "bf16".
     """
 
-    layout: Layout
+    layout: BatchLayout
     difference: float
     tolerance: float
     num_examples: int
-    rejected: tuple[tuple[Layout, str], ...]
+    rejected: tuple[tuple[BatchLayout, str], ...]
     compared_in: str
 
     @property
@@ -63,14 +63,14 @@ class LayoutChoice:
 class NoLayout(Exception):
     """No layout gives the model's own logits. `rejected`: as in `LayoutChoice`; empty if the plain forward pass fails."""
 
-    def __init__(self, message: str, rejected: tuple[tuple[Layout, str], ...] = ()):
+    def __init__(self, message: str, rejected: tuple[tuple[BatchLayout, str], ...] = ()):
         super().__init__(message)
         self.rejected = rejected
 
 
 def choose_layout(
     model: Any,
-    layouts: Sequence[Layout],
+    layouts: Sequence[BatchLayout],
     examples: Sequence[Example],
     device: torch.device,
     in_training_dtype: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
@@ -87,7 +87,7 @@ def choose_layout(
     module = getattr(model, "module", model)
     was_training = module.training
     module.eval()
-    rejected: list[tuple[Layout, str]] = []
+    rejected: list[tuple[BatchLayout, str]] = []
     try:
         with torch.no_grad():
             comparison.compute_plain()
@@ -139,10 +139,12 @@ def distances(found: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
     return distance
 
 
-def logits_of(model: Any, examples: Sequence[Example], layout: Layout, device: torch.device) -> torch.Tensor:
+def logits_of(
+    model: Any, examples: Sequence[Example], layout: BatchLayout, device: torch.device
+) -> torch.Tensor:
     """Return the logits at the target positions in a layout, fp32 [L, vocabulary], in the order of the examples."""
     by_example: dict[int, torch.Tensor] = {}
-    for group in group_examples([len(tokens) for tokens, _ in examples], layout.rows):
+    for group in group_examples([len(tokens) for tokens, _ in examples], layout.arrangement):
         batch = collate(MicroBatch(0, [], [examples[index] for index in group]), layout.is_packed, device)
         counts = [int(examples[index][1][1:].sum()) for index in group]
         by_example |= zip(group, target_logits(model, batch).float().split(counts), strict=True)
@@ -179,7 +181,7 @@ class _Comparison:
         if self._agree(float(self._plain[False].isnan().any())):
             raise NoLayout("its logits are not finite: its weights hold NaN or infinite numbers")
 
-    def difference(self, layout: Layout) -> tuple[float, float]:
+    def difference(self, layout: BatchLayout) -> tuple[float, float]:
         """Return the largest difference over all positions and the tolerance, from two tries if the first fails."""
         first = self._difference(layout, perturbed=False)
         if first[0] <= first[1]:
@@ -191,7 +193,7 @@ class _Comparison:
         return second if second[0] <= second[1] else first
 
     def rounding_in(
-        self, dtype: Callable[[], contextlib.AbstractContextManager[None]], layout: Layout
+        self, dtype: Callable[[], contextlib.AbstractContextManager[None]], layout: BatchLayout
     ) -> tuple[float, float]:
         """Return the difference from the plain fp32 logits in another dtype and the tolerance.
 
@@ -206,7 +208,7 @@ class _Comparison:
             found = self._percentile_90(distances(self._logits(layout), self._plain[False]))
         return found, max(4 * self._plain_rounding, 1e-3)
 
-    def try_backward(self, layout: Layout) -> None:
+    def try_backward(self, layout: BatchLayout) -> None:
         """Run a backward pass in training mode (some families overwrite values that it needs).
 
         Skipped for an engine, whose bookkeeping it would change. Raises the model's exception, or NoLayout if the batch
@@ -227,7 +229,7 @@ class _Comparison:
         try:
             buffers = self._persistent_buffers()
             with torch.enable_grad():
-                passes = forward_passes(batch, layout, self._device)
+                passes = split_into_batches(batch, layout, self._device)
                 torch.stack([summed_token_loss(self._module, rows) for rows in passes]).sum().backward()
             now = self._persistent_buffers()
             changed = [name for name, buffer in buffers.items() if not torch.equal(now[name], buffer)]
@@ -251,7 +253,7 @@ class _Comparison:
         if hasattr(self._model, "empty_partition_cache"):
             self._model.empty_partition_cache()
 
-    def _difference(self, layout: Layout, perturbed: bool) -> tuple[float, float]:
+    def _difference(self, layout: BatchLayout, perturbed: bool) -> tuple[float, float]:
         found = distances(self._logits(layout), self._plain[perturbed])
         # For bf16 see `rounding_in`.
         is_fp32 = self._dtype == torch.float32
@@ -281,7 +283,7 @@ class _Comparison:
         if self._default != "eager" and can_set_attention(type(self._module)):
             # In a few families eager attention fails.
             with contextlib.suppress(Exception), training_kernels.unpatched(self._module):
-                eager = self._logits(Layout(SINGLE, "eager"))
+                eager = self._logits(BatchLayout(ONE_BY_ONE, "eager"))
                 rounding = max(rounding, self._percentile_90(distances(eager, plain)))
         return rounding
 
@@ -289,13 +291,13 @@ class _Comparison:
         """Return the 90th percentile: a leak between examples raises it, a few positions with other experts do not."""
         return self._agree(float(torch.quantile(values, 0.9)))
 
-    def _logits(self, layout: Layout) -> torch.Tensor:
+    def _logits(self, layout: BatchLayout) -> torch.Tensor:
         set_attention(self._module, layout.attention)
         return logits_of(self._model, self._examples, layout, self._device)
 
     def _plain_logits(self) -> torch.Tensor:
         with training_kernels.unpatched(self._module):
-            return self._logits(Layout(SINGLE, self._default))
+            return self._logits(BatchLayout(ONE_BY_ONE, self._default))
 
     @contextlib.contextmanager
     def _perturbed_embeddings(self, size: float) -> Iterator[None]:

@@ -26,7 +26,7 @@ from trainer.storage.run_directory import RunDirectory
 from trainer.training import layouts, model_copy
 from trainer.training.batches import PackedDataset
 from trainer.training.layout_check import Example, LayoutChoice, NoLayout, choose_layout
-from trainer.training.layouts import DESCRIPTIONS, PACKED, PADDED, Layout
+from trainer.training.layouts import DESCRIPTIONS, PACKED, PADDED, BatchLayout
 
 _CPU_TOKENS = 128  # of the run's first example; an accelerator takes a whole pack
 
@@ -36,7 +36,7 @@ def select_layout(
     settings: TrainSettings,
     config: Any,
     data: PackedDataset,
-    resumed: Layout | None,
+    resumed: BatchLayout | None,
     is_untrained: bool,
 ) -> LayoutChoice:
     """Collective. Check the layouts on the engine's weights and set its attention. Raises UserError on every rank.
@@ -68,7 +68,7 @@ def select_layout(
 
 
 def _check_copy(
-    model: Any, engine: Any, settings: TrainSettings, tried: list[Layout], examples: list[Example]
+    model: Any, engine: Any, settings: TrainSettings, tried: list[BatchLayout], examples: list[Example]
 ) -> LayoutChoice | NoLayout | None:
     # Accelerators have separate kernels for bf16; on a CPU the functions are those of fp32.
     compare_bf16 = settings.bf16 and torch.cuda.is_available()
@@ -84,7 +84,7 @@ def _check_copy(
         return None
 
 
-def _explain(error: NoLayout, settings: TrainSettings, resumed: Layout | None) -> str:
+def _explain(error: NoLayout, settings: TrainSettings, resumed: BatchLayout | None) -> str:
     name = settings.model_name_or_path or settings.config_name
     if resumed is not None:
         return (
@@ -119,22 +119,22 @@ def check_examples(settings: TrainSettings, data: PackedDataset) -> list[Example
     return [*first, longest, *short]
 
 
-def layout_of_checkpoint(checkpoint: Path, run: RunDirectory) -> Layout | None:
+def layout_of_checkpoint(checkpoint: Path, run: RunDirectory) -> BatchLayout | None:
     """Return the layout recorded in a checkpoint or implied by the run's settings, else None."""
     recorded = atomic_dir.read_manifest(checkpoint)["facts"].get("layout")
     if recorded:
-        return Layout(recorded["rows"], recorded["attention"])
+        return BatchLayout(recorded["rows"], recorded["attention"])
     try:
         settings = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
         packing = settings["packing"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return None
     # Before layouts were recorded, `packing` was true or false, and padded rows always had sdpa.
-    layout_of_packing = {True: Layout(PACKED, packed_attention.NAME), False: Layout(PADDED, "sdpa")}
+    layout_of_packing = {True: BatchLayout(PACKED, packed_attention.NAME), False: BatchLayout(PADDED, "sdpa")}
     return layout_of_packing.get(packing)
 
 
-def check_same_layout(layout: Layout | None, packing: str, checkpoint: Path) -> None:
+def check_same_layout(layout: BatchLayout | None, packing: str, checkpoint: Path) -> None:
     """Raise UserError if the setting `packing` contradicts the layout of the checkpoint."""
     if layout is None or packing == "auto" or layout.is_packed == (packing == "true"):
         return
@@ -148,7 +148,9 @@ def report_layout(choice: LayoutChoice) -> None:
     """Log the layout of the run, with a warning if it is not the fastest."""
     if choice.rejected:
         fastest, reason = choice.rejected[0]
-        terminal.warning(f"not {fastest.rows}: {reason}; instead: {DESCRIPTIONS[choice.layout.rows]}")
+        terminal.warning(
+            f"not {fastest.arrangement}: {reason}; instead: {DESCRIPTIONS[choice.layout.arrangement]}"
+        )
     terminal.info(
         f"  layout: {choice.layout}; logits differ from the model's own by {choice.difference:.0e} of their standard "
         f"deviation (allowed: {choice.tolerance:.0e}, {choice.num_examples} examples, {choice.compared_in})"
@@ -158,7 +160,7 @@ def report_layout(choice: LayoutChoice) -> None:
 def record_layout(choice: LayoutChoice, run: RunDirectory) -> dict[str, Any]:
     """Add the layout to environment.json (rank 0); return its facts for the checkpoints."""
     record = {
-        "rows": choice.layout.rows,
+        "rows": choice.layout.arrangement,
         "attention": choice.layout.attention,
         "largest_difference": choice.difference,
         "tolerance": choice.tolerance,

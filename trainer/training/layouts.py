@@ -23,52 +23,52 @@ from trainer.training.loss import PackedBatch, PaddedBatch, collate
 
 PACKED = "packed"
 PADDED = "padded"
-EQUAL = "equal lengths"
-SINGLE = "one example"
+EQUAL_LENGTH = "equal lengths"
+ONE_BY_ONE = "one example"
 DESCRIPTIONS = {
     PACKED: "whole examples in one row",
     PADDED: "one example a row, padded",
-    EQUAL: "rows of equal length, a forward pass for each length",
-    SINGLE: "a forward pass for each example",
+    EQUAL_LENGTH: "rows of equal length, a forward pass for each length",
+    ONE_BY_ONE: "a forward pass for each example",
 }
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """Row arrangement (a key of `DESCRIPTIONS`) and transformers' attention implementation."""
 
-    rows: str
+    arrangement: str
     attention: str
 
     @property
     def is_packed(self) -> bool:
-        return self.rows == PACKED
+        return self.arrangement == PACKED
 
     def __str__(self) -> str:
-        return f"{self.rows} (attention {self.attention})"
+        return f"{self.arrangement} (attention {self.attention})"
 
 
-def candidates(config: Any, packing: str) -> list[Layout]:
+def candidates(config: Any, packing: str) -> list[BatchLayout]:
     """Return the layouts to try, the fastest first, without reading weights.
 
     `packing`: "auto", "true" (packed or nothing) or "false" (never packed).
     """
     default = load.default_attn_implementation(config)
-    found = [] if packing == "false" else [Layout(PACKED, packed_attention.register())]
+    found = [] if packing == "false" else [BatchLayout(PACKED, packed_attention.register())]
     if packing != "true":
-        found.append(Layout(PADDED, default))
+        found.append(BatchLayout(PADDED, default))
         if default != "eager" and can_set_attention(model_class(config)):
-            found.append(Layout(PADDED, "eager"))
-        found += [Layout(EQUAL, default), Layout(SINGLE, default)]
+            found.append(BatchLayout(PADDED, "eager"))
+        found += [BatchLayout(EQUAL_LENGTH, default), BatchLayout(ONE_BY_ONE, default)]
     return found
 
 
-def group_examples(lengths: Sequence[int], rows: str) -> list[list[int]]:
+def group_examples(lengths: Sequence[int], arrangement: str) -> list[list[int]]:
     """Return the indices of the examples of each forward pass; without examples one empty pass."""
     indices = list(range(len(lengths)))
-    if rows in (PACKED, PADDED) or not indices:
+    if arrangement in (PACKED, PADDED) or not indices:
         return [indices]
-    if rows == SINGLE:
+    if arrangement == ONE_BY_ONE:
         return [[index] for index in indices]
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
@@ -76,11 +76,11 @@ def group_examples(lengths: Sequence[int], rows: str) -> list[list[int]]:
     return list(groups.values())
 
 
-def forward_passes(
-    batch: MicroBatch, layout: Layout, device: torch.device, num_passes: int = 0
+def split_into_batches(
+    batch: MicroBatch, layout: BatchLayout, device: torch.device, num_passes: int = 0
 ) -> list[PackedBatch | PaddedBatch]:
     """Return the rows of each forward pass of a micro-batch, with passes without loss up to `num_passes`."""
-    groups = group_examples([len(tokens) for tokens, _ in batch.examples], layout.rows)
+    groups = group_examples([len(tokens) for tokens, _ in batch.examples], layout.arrangement)
     groups += [[]] * (num_passes - len(groups))
     return [
         collate(

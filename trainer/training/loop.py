@@ -21,18 +21,18 @@ from trainer.storage.configuration import to_dict
 from trainer.storage.run_directory import RunDirectory
 from trainer.training import checkpoint, throughput
 from trainer.training.layout_selection import report_layout
-from trainer.training.layouts import forward_passes, passes_of_step
+from trainer.training.layouts import passes_of_step, split_into_batches
 from trainer.training.loss import summed_token_loss
 from trainer.training.metrics_log import MetricsLog
 from trainer.training.setup import TrainState, setup_training
 from trainer.training.watchdog import Watchdog, run_guard
 
 # Collective. Returns the values to log, or None if a stop request interrupted it.
-Evaluation = Callable[[TrainState, StopRequest], dict[str, Any] | None]
+ValidationCallback = Callable[[TrainState, StopRequest], dict[str, Any] | None]
 
 
 def train(
-    settings: TrainSettings, evaluate: Evaluation | None = None, stop: StopRequest | None = None
+    settings: TrainSettings, evaluate: ValidationCallback | None = None, stop: StopRequest | None = None
 ) -> bool:
     """Train until the last step of the plan, from the newest valid checkpoint if there is one. Collective.
 
@@ -62,7 +62,7 @@ def _train(
     settings: TrainSettings,
     environment: DistributedEnvironment,
     run: RunDirectory,
-    evaluate: Evaluation | None,
+    evaluate: ValidationCallback | None,
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> bool:
@@ -113,7 +113,7 @@ def every(step: int, interval: int) -> bool:
 
 
 def validate_if_due(
-    state: TrainState, step: int, evaluate: Evaluation | None, log: MetricsLog, stop: StopRequest
+    state: TrainState, step: int, evaluate: ValidationCallback | None, log: MetricsLog, stop: StopRequest
 ) -> bool:
     """Collective. Run and log the validation of this step if it is due and not logged yet.
 
@@ -144,12 +144,12 @@ def optimizer_step(state: TrainState, step: int, stop: StopRequest) -> tuple[dic
 
     loss_sum = torch.zeros((), dtype=torch.float64, device=state.device)
     problem_indices: list[int] = []
-    num_passes = passes_of_step(data, plan, step, state.layout.rows)
+    num_passes = passes_of_step(data, plan, step, state.layout.arrangement)
     for micro, packs in enumerate(plan.micro_batches(step, environment.rank)):
         batch = data.micro_batch(packs, end)
         problem_indices += batch.problem_indices
         seed_dropout(state.settings.seed, batch.first_pack)
-        passes = forward_passes(batch, state.layout, state.device, num_passes[micro])
+        passes = split_into_batches(batch, state.layout, state.device, num_passes[micro])
         for number, rows in enumerate(passes):
             is_last = (micro + 1, number + 1) == (plan.accumulation_steps, len(passes))
             engine.set_gradient_accumulation_boundary(is_last)  # a layout may need several passes

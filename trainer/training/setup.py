@@ -32,7 +32,7 @@ from trainer.training.layout_selection import (
     record_layout,
     select_layout,
 )
-from trainer.training.layouts import Layout
+from trainer.training.layouts import BatchLayout
 from trainer.training.run_files import code_fingerprint, remove_leftovers, write_run_files
 
 # Settings that may differ when a run is resumed; all others determine its numbers. Ranks, ZeRO stage, offload and
@@ -63,7 +63,7 @@ class TrainState:
     layout_choice: LayoutChoice
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> BatchLayout:
         return self.layout_choice.layout
 
 

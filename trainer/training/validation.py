@@ -11,7 +11,7 @@ from trainer.runtime.stop_request import StopRequest
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.training.batches import PackedDataset
-from trainer.training.layouts import forward_passes, max_passes
+from trainer.training.layouts import max_passes, split_into_batches
 from trainer.training.loss import summed_token_loss
 from trainer.training.setup import TrainState
 
@@ -44,9 +44,9 @@ class ValidationLoss:
                     break
                 # Every rank makes the same number of forward passes (ZeRO-3 gathers weights in them).
                 packs = [range(pack, pack + 1) for pack in range(first, first + environment.world_size)]
-                num_passes = max_passes(data, packs, num_packs, state.layout.rows)
+                num_passes = max_passes(data, packs, num_packs, state.layout.arrangement)
                 batch = data.micro_batch(packs[environment.rank], num_packs)
-                for rows in forward_passes(batch, state.layout, state.device, num_passes):
+                for rows in split_into_batches(batch, state.layout, state.device, num_passes):
                     total += summed_token_loss(state.engine, rows)
         state.engine.train()
         if stopping:

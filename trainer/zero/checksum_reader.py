@@ -19,7 +19,7 @@ CHUNK_BYTES = 16 << 20
 
 
 class ChecksumReader:
-    """Reader of byte ranges of checkpoint files; `finish` compares their CRC-32 with the files'.
+    """Reader of byte ranges of checkpoint files; `verify_checksums` compares their CRC-32 with the files'.
 
     Without `checksums` only lengths are checked. A context manager, for one thread. Needs CHUNK_BYTES of memory besides
     the caller's buffers.
@@ -61,7 +61,7 @@ class ChecksumReader:
         self.read(byte_range, start * byte_range.dtype.itemsize, memoryview(buffer))
         return torch.frombuffer(buffer, dtype=byte_range.dtype)
 
-    def finish(self) -> None:
+    def verify_checksums(self) -> None:
         """Read the rest of every storage that was read from. Raises UserError naming a corrupt file."""
         for storage, (position, crc) in self._progress.items():
             _, crc = self._read_to(storage, position, crc, storage.start + storage.num_bytes)

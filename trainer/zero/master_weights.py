@@ -42,7 +42,7 @@ def match_master_weights(
                     end = start + low.num_elements
                     positions[index] = (number, end) if end < group[number].num_elements else (number + 1, 0)
                     break
-        reader.finish()
+        reader.verify_checksums()
     if any(number < len(group) for (number, _), group in zip(positions, groups, strict=True)):
         raise UserError(
             f"{path}: the optimizer's fp32 weights do not round to the model's weights, so their parameters cannot be "
@@ -81,7 +81,7 @@ def _check_storages(*ranges: ByteRange) -> None:
     with ChecksumReader() as reader:
         for byte_range in ranges:
             reader.tensor(byte_range, 0, 1)
-        reader.finish()
+        reader.verify_checksums()
 
 
 def _rounds_to(reader: ChecksumReader, master: ByteRange, low: ByteRange) -> bool:

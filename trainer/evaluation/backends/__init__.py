@@ -59,7 +59,7 @@ class Backend(ABC, Generic[AnyRequest]):
 
     @property
     @abstractmethod
-    def num_waiting(self) -> int:
+    def num_runnable(self) -> int:
         """Number of requests whose next token this model must choose."""
 
     @abstractmethod
@@ -74,7 +74,7 @@ class Backend(ABC, Generic[AnyRequest]):
         """
 
     @abstractmethod
-    def active(self) -> AbstractContextManager[None]:
+    def prepared_model(self) -> AbstractContextManager[None]:
         """Return a context manager that prepares the model for `step` and restores it afterwards."""
 
     def sequence(self, request: AnyRequest) -> SequenceState:

@@ -21,7 +21,7 @@ from trainer.evaluation.backend_check import (
     CheckText,
     CheckTexts,
     LogitRecorder,
-    Reference,
+    ReferenceLogits,
     depends_on_later_tokens,
     difference,
     generate_continuation,
@@ -158,7 +158,7 @@ class _BackendChecks:
 
     def __init__(self, model: PreTrainedModel, texts: CheckTexts) -> None:
         self._model, self._texts = model, texts
-        self._reference = Reference(model)
+        self._reference = ReferenceLogits(model)
 
     def compare_with_generate(self, reasons: list[str]) -> BackendChoice | None:
         """Return the transformers backend without batching, checked against `generate` instead of plain logits.

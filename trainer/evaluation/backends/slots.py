@@ -15,10 +15,10 @@ from trainer.models.kv_cache import KVCache, prepare_prefill
 from trainer.models.prepacked_weights import prepacked_weights
 from trainer.models.slot_attention import last_token_logits, use_slot_attention
 
-MAX_STEP_TOKENS = 16384  # per prefill step, which bounds the activations
+MAX_PREFILL_TOKENS = 16384  # per prefill step, which bounds the activations
 # GPU: sequences with at most this many pending tokens go through CUDA-graph decode steps
-MAX_GRAPH_PENDING = 16
-PREFILL_WAITING_RATIO = 8  # GPU: prefill when one in this many waiting slots has more pending tokens
+MAX_PENDING_FOR_DECODE = 16
+PREFILL_ONE_IN = 8  # GPU: prefill when one in this many waiting slots has more pending tokens
 
 
 def uses_cuda_graphs(device: torch.device) -> bool:
@@ -26,7 +26,7 @@ def uses_cuda_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def use_graph_step(num_pending: Sequence[int]) -> bool:
+def next_step_is_decode(num_pending: Sequence[int]) -> bool:
     """Return whether the next step on a GPU is a CUDA-graph decode step, else a prefill step.
 
     num_pending: number of pending tokens of each waiting slot. A decode step processes one token per slot and skips slots
@@ -34,8 +34,8 @@ def use_graph_step(num_pending: Sequence[int]) -> bool:
     it runs when enough slots need it, or when no slot would choose a token in a decode step. No slot is skipped forever:
     the number of skipped slots only grows until the next prefill step, and the other slots have finitely many tokens left.
     """
-    num_skipped = sum(number > MAX_GRAPH_PENDING for number in num_pending)
-    return 1 in num_pending and num_skipped < max(1, len(num_pending) // PREFILL_WAITING_RATIO)
+    num_skipped = sum(number > MAX_PENDING_FOR_DECODE for number in num_pending)
+    return 1 in num_pending and num_skipped < max(1, len(num_pending) // PREFILL_ONE_IN)
 
 
 @dataclass(eq=False)
@@ -56,13 +56,13 @@ class SlotBackend(Backend[AnyRequest]):
             self._graphs = CudaGraphRunner(self.model, self._cache, self.num_slots)
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def prepared_model(self) -> Iterator[None]:
         """Context manager that switches the model to slot attention and prepacked weights."""
         with use_slot_attention(self.model), prepacked_weights(self.model):
             yield
 
     @property
-    def num_waiting(self) -> int:
+    def num_runnable(self) -> int:
         return sum(map(self.is_waiting, self.slots))
 
     def add(self, request: AnyRequest) -> None:
@@ -81,16 +81,16 @@ class SlotBackend(Backend[AnyRequest]):
     def step(self) -> list[tuple[AnyRequest, int]]:
         """Run one forward pass over the waiting slots; return the requests without pending tokens left, with next tokens.
 
-        On a CPU every step is a prefill step over all pending tokens; on a GPU see `use_graph_step`.
+        On a CPU every step is a prefill step over all pending tokens; on a GPU see `next_step_is_decode`.
         """
         self._compact()
         sequences = [self.sequence(request) for request in self.slots]
         waiting = [slot for slot, request in enumerate(self.slots) if self.is_waiting(request)]
         num_pending = [len(sequences[slot].pending) for slot in waiting]
-        if self._graphs and self._graphs.is_usable and use_graph_step(num_pending):
+        if self._graphs and self._graphs.is_usable and next_step_is_decode(num_pending):
             active, logits = self._decode(self._graphs, waiting, sequences)
         else:
-            num_active = sum(num_tokens <= MAX_STEP_TOKENS for num_tokens in accumulate(num_pending))
+            num_active = sum(num_tokens <= MAX_PREFILL_TOKENS for num_tokens in accumulate(num_pending))
             active = waiting[: max(1, num_active)]
             logits = self._prefill(active, [sequences[slot] for slot in active])
         tokens = self.sampler(logits, [sequences[slot] for slot in active])
@@ -135,7 +135,7 @@ class SlotBackend(Backend[AnyRequest]):
         active: list[int] = []
         for slot in waiting:
             sequence = sequences[slot]
-            if len(sequence.pending) > MAX_GRAPH_PENDING:
+            if len(sequence.pending) > MAX_PENDING_FOR_DECODE:
                 continue
             tokens[slot] = sequence.pending.pop(0)
             sequence.length += 1

@@ -185,13 +185,13 @@ class TransformersBackend(Backend[AnyRequest]):
         self._batches: list[_Batch[AnyRequest]] = []
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def prepared_model(self) -> Iterator[None]:
         """Context manager that switches the model to evaluation mode, default attention and prepacked weights."""
         with default_attention(self.model), prepacked_weights(self.model):
             yield
 
     @property
-    def num_waiting(self) -> int:
+    def num_runnable(self) -> int:
         return sum(map(self.is_waiting, self._new)) + sum(map(self._num_waiting_in, self._batches))
 
     def add(self, request: AnyRequest) -> None:

@@ -47,7 +47,7 @@ class Story:
         self._sentences: list[str] = []
         self._used_phrases: set[str] = set()
         self.steps: list[Step] = []
-        self._setting = self._choose(templates.SETTINGS)
+        self._setting = self._choose(templates.THEMES)
         hero, friend = self._choose(templates.PEOPLE), self._choose(templates.PEOPLE)
         while friend is hero:
             friend = self._choose(templates.PEOPLE)

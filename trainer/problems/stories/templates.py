@@ -34,7 +34,7 @@ PEOPLE = tuple(
 
 
 @dataclass(frozen=True)
-class Setting:
+class Theme:
     """Phrases about one kind of items."""
 
     units: str
@@ -49,8 +49,8 @@ class Setting:
     packing: str  # all items are put into containers, {b} per container
 
 
-SETTINGS = (
-    Setting(
+THEMES = (
+    Theme(
         units="shells",
         containers="jars",
         openings=(
@@ -86,7 +86,7 @@ SETTINGS = (
         ),
         packing="{He} puts all the shells into jars, {b} shells to a jar.",
     ),
-    Setting(
+    Theme(
         units="apples",
         containers="baskets",
         openings=(
@@ -122,7 +122,7 @@ SETTINGS = (
         ),
         packing="{He} packs all the apples into baskets, {b} apples to a basket.",
     ),
-    Setting(
+    Theme(
         units="muffins",
         containers="boxes",
         openings=(
@@ -158,7 +158,7 @@ SETTINGS = (
         ),
         packing="{He} packs all the muffins into boxes, {b} muffins to a box.",
     ),
-    Setting(
+    Theme(
         units="books",
         containers="crates",
         openings=(
@@ -194,7 +194,7 @@ SETTINGS = (
         ),
         packing="{He} packs all the books into crates, {b} books to a crate.",
     ),
-    Setting(
+    Theme(
         units="eggs",
         containers="cartons",
         openings=(
@@ -230,7 +230,7 @@ SETTINGS = (
         ),
         packing="{He} puts all the eggs into cartons, {b} eggs to a carton.",
     ),
-    Setting(
+    Theme(
         units="lanterns",
         containers="chests",
         openings=(
