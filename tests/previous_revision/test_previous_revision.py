@@ -217,7 +217,13 @@ def test_a_report_has_the_same_numbers(unchanged: Path, tmp_path: Path) -> None:
         json.loads((path / "results.json").read_text())
         for path in (unchanged / "runs/previous/report", tmp_path)
     )
-    assert accuracies(new) == accuracies(old)
+    found, expected = accuracies(new), accuracies(old)
+    assert found.keys() == expected.keys()
+    missing = {name for name, value in expected.items() if value is None}
+    assert missing == {name for name, value in found.items() if value is None}
+    # statsmodels computes intervals in another order, so the last bits differ
+    numbers = {name: value for name, value in expected.items() if value is not None}
+    assert {name: found[name] for name in numbers} == pytest.approx(numbers, rel=1e-12)
     assert len(accuracies(old)) > 4
 
 
