@@ -172,3 +172,23 @@ def test_write_text_replaces_the_file(tmp_path: Path) -> None:
     atomic_dir.write_text(tmp_path / "a" / "file", "two")
     assert (tmp_path / "a" / "file").read_text() == "two"
     assert len(list((tmp_path / "a").iterdir())) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_publish_replaces_when_the_new_directory_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    def write(text: str) -> None:
+        with atomic_dir.atomic_directory(tmp_path / "done", "test", {}, replace=True) as staging:
+            (staging / "file").write_text(text)
+
+    write("old")
+    if fails:
+        full = OSError("no space left on device")
+        monkeypatch.setattr(atomic_dir, "replace_directory", lambda old, new: (_ for _ in ()).throw(full))
+        with pytest.raises(OSError, match="no space"):
+            write("new")
+    else:
+        write("new")
+    assert (tmp_path / "done" / "file").read_text() == ("old" if fails else "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]

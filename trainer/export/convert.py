@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-import secrets
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -208,12 +207,7 @@ def _write_small_files(
 
 def _publish(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
     try:
-        if atomic_dir.is_complete(final):  # the old export stays until the new one is complete
-            fresh = final.parent / f".{final.name}.{secrets.token_hex(4)}.fresh.tmp"
-            atomic_dir.publish(staging, fresh, "export", facts, files)
-            atomic_dir.replace_directory(final, fresh)
-        else:
-            atomic_dir.publish(staging, final, "export", facts, files)
+        atomic_dir.publish(staging, final, "export", facts, files, replace=atomic_dir.is_complete(final))
     except atomic_dir.ArtifactExistsError:
         raise UserError(f"{final} was written by another process meanwhile, and is kept") from None
 

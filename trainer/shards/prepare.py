@@ -58,7 +58,8 @@ def prepare(settings: PrepareSettings) -> Shards:
             f"tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which ends every answer"
         )
     recipe = _fingerprint(settings, tokenizer)
-    if atomic_dir.is_complete(final):
+    replace = atomic_dir.is_complete(final)
+    if replace:
         difference = _difference(final, recipe)
         if not difference:
             shards = Shards.open(final)
@@ -66,19 +67,16 @@ def prepare(settings: PrepareSettings) -> Shards:
             return shards
         if not settings.overwrite:
             raise UserError(difference + "; choose another output_dir or give --overwrite")
-    building = final.parent / f"{final.name}.new-{os.getpid()}" if atomic_dir.is_complete(final) else final
     facts: dict[str, Any] = {"recipe": recipe, "data": settings.data, "split": settings.split}
     facts["tokenizer_fingerprint"] = recipe["tokenizer"]
     start = time.monotonic()
     try:
-        with atomic_dir.atomic_directory(building, KIND, facts) as staging:
+        with atomic_dir.atomic_directory(final, KIND, facts, replace) as staging:
             tokenizer.save_pretrained(staging / TOKENIZER)
             _build(settings, tokenizer, staging, facts)
     except atomic_dir.ArtifactExistsError:
         if difference := _difference(final, recipe):
             raise UserError(difference + "; another process built them first") from None
-    if building != final:
-        atomic_dir.replace_directory(final, building)
     shards = Shards.open(final)
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(shards.facts["rejects"].items()))
     set_aside = f"; set aside: {rejected}" if rejected else ""

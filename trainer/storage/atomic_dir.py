@@ -34,16 +34,16 @@ class ArtifactExistsError(Exception):
 
 
 @contextlib.contextmanager
-def atomic_directory(final: Path, kind: str, facts: dict[str, Any]) -> Iterator[Path]:
+def atomic_directory(final: Path, kind: str, facts: dict[str, Any], replace: bool = False) -> Iterator[Path]:
     """Context manager that yields a staging directory and publishes it as `final` on a normal exit.
 
     For directories written by one process. `facts` goes into the manifest and may be filled inside the block. An
-    exception removes the staging directory. Raises ArtifactExistsError if `final` exists at the rename.
+    exception removes the staging directory. `replace` and errors as in `publish`.
     """
     staging = create_staging(final)
     try:
         yield staging
-        publish(staging, final, kind, facts, digest_files(staging))
+        publish(staging, final, kind, facts, digest_files(staging), replace)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -72,12 +72,17 @@ def digest_files(staging: Path, names: Iterable[str] | None = None) -> dict[str,
 
 
 def publish(
-    staging: Path, final: Path, kind: str, facts: dict[str, Any], files: dict[str, dict[str, Any]]
+    staging: Path,
+    final: Path,
+    kind: str,
+    facts: dict[str, Any],
+    files: dict[str, dict[str, Any]],
+    replace: bool = False,
 ) -> None:
     """Write the manifest and rename `staging` to `final`.
 
     `files` comes from `digest_files` and must list exactly the files below `staging`, else RuntimeError. Raises
-    ArtifactExistsError if `final` exists.
+    ArtifactExistsError if `final` exists; with `replace` it is replaced when the new directory is complete.
     """
     present = set(_files_below(staging))
     if present != set(files):
@@ -87,9 +92,18 @@ def publish(
     _write_and_fsync(staging / MANIFEST, text.encode("utf-8"))
     for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
         _fsync(folder)
-    if not rename_unless_exists(staging, final):
+    replaces = replace and final.exists()
+    target = staging.with_suffix(".fresh.tmp") if replaces else final
+    if not rename_unless_exists(staging, target):
         raise ArtifactExistsError(str(final))
     _fsync(final.parent)
+    if replaces:
+        try:
+            replace_directory(final, target)
+        except BaseException:
+            if final.exists():  # else `target` is the only complete directory
+                shutil.rmtree(target, ignore_errors=True)
+            raise
 
 
 def rename_unless_exists(source: Path, target: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +103,8 @@ def _publish(final: Path, job: AnnotationJob, log: ResponseLog) -> None:
         "endpoint": job.settings.base_url,
         "summary": numbers,
     }
-    exists = atomic_dir.is_complete(final)
-    new = final.parent / f"{final.name}.new-{os.getpid()}" if exists else final
-    with atomic_dir.atomic_directory(new, result.KIND, facts) as staging:
+    with atomic_dir.atomic_directory(final, result.KIND, facts, atomic_dir.is_complete(final)) as staging:
         result.write(staging, job, results, numbers)
-    if exists:
-        atomic_dir.replace_directory(final, new)
     terminal.info(result.table(numbers))
     if not numbers["problems"]["annotated"]:
         terminal.warning(f"no chain was kept; see {final / result.REJECTED}")

@@ -113,20 +113,12 @@ def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model
         }
         with _errors_on_all_ranks():
             if is_main:
-                _publish(staging, final, facts, files)
+                # One of the same step that was damaged or not resumed from is replaced.
+                atomic_dir.publish(staging, final, KIND, facts, files, replace=True)
     except BaseException:
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-
-
-def _publish(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """Publish the checkpoint, replacing one of the same step that was damaged or not resumed from."""
-    if not final.exists():
-        return atomic_dir.publish(staging, final, KIND, facts, files)
-    fresh = staging.with_name(staging.name.replace(".tmp", ".fresh.tmp"))
-    atomic_dir.publish(staging, fresh, KIND, facts, files)
-    atomic_dir.replace_directory(final, fresh)
 
 
 def _check_written(writer: SafeCheckpointEngine, staging: Path) -> None:
