@@ -193,7 +193,7 @@ distributed.initialize()
 from trainer.evaluation.work_queue import COUNTER_NAMES
 from trainer.runtime.shared_counter import shared_counter
 with shared_counter(COUNTER_NAMES) as counter:
-    drawn = [counter.add("next_batch", 1) for _ in range(5)]
+    drawn = [counter.add("next_chunk", 1) for _ in range(5)]
 all_drawn = distributed.gather_objects(drawn)
 if distributed.is_main_process():
     print(type(counter).__name__, sorted(sum(all_drawn, [])))

@@ -8,7 +8,7 @@ import pytest
 from trainer.errors import UserError
 from trainer.evaluation.rank_files import (
     RankFile,
-    errors_on_all_ranks,
+    any_error_on_all_ranks,
     list_rank_files,
     merge_predictions,
     read_rank_files,
@@ -63,10 +63,10 @@ def test_merge_has_every_id_once_in_order() -> None:
 
 
 def test_errors_keep_their_message(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="line 3: fix it"), errors_on_all_ranks():
+    with pytest.raises(UserError, match="line 3: fix it"), any_error_on_all_ranks():
         raise UserError("line 3: fix it")
-    with pytest.raises(UserError, match="ZeroDivisionError"), errors_on_all_ranks():
+    with pytest.raises(UserError, match="ZeroDivisionError"), any_error_on_all_ranks():
         print(1 / 0)
     assert "1 / 0" in capfd.readouterr().err  # the traceback of an unexpected error is printed
-    with pytest.raises(KeyboardInterrupt), errors_on_all_ranks():
+    with pytest.raises(KeyboardInterrupt), any_error_on_all_ranks():
         raise KeyboardInterrupt

@@ -34,7 +34,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     every rank for incompatible models and shards, for results of other settings without `overwrite`, and if the
     predictions do not contain every problem exactly once.
     """
-    with rank_files.errors_on_all_ranks():
+    with rank_files.any_error_on_all_ranks():
         job = resolve_job(settings)
         ids = [job.shards.problem(index).id for index in range(job.num_problems)]
     facts = {role: model.facts for role, model in job.models.items()}
@@ -49,7 +49,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         terminal.warning(warning)
     terminal.info(job.describe())
     _on_rank_0(lambda: _prepare(job, settings))
-    with rank_files.errors_on_all_ranks():
+    with rank_files.any_error_on_all_ranks():
         pipeline = _load_pipeline(job)
     startup.freeze_gc()
 
@@ -123,7 +123,7 @@ def _solve(
     solved: Mapping[str, bool],
 ) -> Path:
     """Solve `indices` with all ranks (collective); return this rank's file, which receives each prediction immediately."""
-    with rank_files.errors_on_all_ranks():
+    with rank_files.any_error_on_all_ranks():
         file = rank_files.RankFile(job.directory.rank_files, job_fingerprint)
     captured = rank_files.CapturedError()
     with (
@@ -167,7 +167,7 @@ class _SharedProgress:
 def _on_rank_0(function: Callable[[], Any]) -> Any:
     """Call `function` on rank 0 and return its result on every rank; an error is raised on every rank (collective)."""
     value = None
-    with rank_files.errors_on_all_ranks():
+    with rank_files.any_error_on_all_ranks():
         if distributed.is_main_process():
             value = function()
     return distributed.broadcast_object(value)

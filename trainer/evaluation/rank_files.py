@@ -123,7 +123,7 @@ class CapturedError:
 
 
 @contextlib.contextmanager
-def errors_on_all_ranks() -> Iterator[None]:
+def any_error_on_all_ranks() -> Iterator[None]:
     """Context manager that raises on all ranks if its block, which must contain no collectives, fails on any rank."""
     captured = CapturedError()
     with captured:
