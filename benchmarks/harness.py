@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.processes import REPOSITORY as REPOSITORY
 from benchmarks.processes import TURNS, Running
-from benchmarks.processes import Failed as Failed
+from benchmarks.processes import ContenderFailed as ContenderFailed
 
 MATERIALS = REPOSITORY / "build" / "benchmarks"  # shards, models and checkpoints made once; safe to delete
 
@@ -46,7 +46,7 @@ class Contender:
     peer: bool = True
     environment: dict[str, str] = field(default_factory=dict)
     ranks: int | None = None
-    stays: bool = False
+    is_persistent: bool = False
     figure: str = ""
 
     @property
@@ -141,9 +141,9 @@ def measure(
     say: Callable[[str], None] = print,
     deadline: float = math.inf,
     patience: float = math.inf,
-    instead: Callable[[Failed], Output] | None = None,
+    instead: Callable[[ContenderFailed], Output] | None = None,
 ) -> Result:
-    """Run all rounds, and the gate on each. Raises Failed, Unequal.
+    """Run all rounds, and the gate on each. Raises ContenderFailed, Unequal.
 
     `deadline`: on the clock of `time.monotonic`. `patience`: maximum time of a peer in multiples of ours, start included
     (MIN_PATIENCE_SECONDS at least). `instead`: returns the output of a peer that fails or is late; None raises.
@@ -169,7 +169,7 @@ def measure(
                     seconds = min(seconds, max(MIN_PATIENCE_SECONDS, waited))
                 try:
                     outputs[-1][contender.name] = _turn(contender, seconds, staying)
-                except Failed as failure:
+                except ContenderFailed as failure:
                     if instead is None or not contender.peer:
                         raise
                     outputs[-1][contender.name] = instead(failure)
@@ -184,12 +184,12 @@ def measure(
 
 
 def _turn(contender: Contender, timeout_seconds: float, staying: dict[Key, Running]) -> Output:
-    """Run one round of one contender. Raises Failed."""
+    """Run one round of one contender. Raises ContenderFailed."""
     if contender.key in staying:
         return staying[contender.key].turn(timeout_seconds)
-    environment = {**contender.environment, **({TURNS: "1"} if contender.stays else {})}
+    environment = {**contender.environment, **({TURNS: "1"} if contender.is_persistent else {})}
     running = Running(contender.name, contender.command, environment, contender.ranks)
-    if contender.stays:
+    if contender.is_persistent:
         staying[contender.key] = running
         return running.turn(timeout_seconds)
     try:
@@ -221,7 +221,7 @@ def no_gate(outputs: Mapping[str, Output]) -> None:
     """Gate without a check, for contenders that compare results themselves."""
 
 
-def same(key: str, tolerance: float = 0.0) -> Gate:
+def equal_outputs(key: str, tolerance: float = 0.0) -> Gate:
     """Return a gate that requires equal values of `key`; numbers may differ by the relative `tolerance`."""
 
     def gate(outputs: Mapping[str, Output]) -> None:

@@ -203,9 +203,8 @@ def time_errors(timed: list[tuple[Case, Any, float]]) -> tuple[float, list[dict[
     rate = time.Rate(statistics.median(flops[::2]), "every other case of this benchmark")
     rows = []
     for number, (case, planned, took) in enumerate(timed):
-        accelerator = planned.hardware.accelerator
         predicted = time.estimate_step_time(
-            planned.workload, planned.resolved, accelerator, 1, RANKS, case.checkpointing, rate
+            planned.workload, planned.deepspeed_config, planned.hardware, case.checkpointing, rate
         ).seconds
         row = {"case": case.name, "predicted_seconds": predicted, "measured_seconds": took}
         rows.append({**row, "error": predicted / took - 1, "held_out": number % 2 == 1})

@@ -39,7 +39,7 @@ _context = multiprocessing.get_context("forkserver")
 _preloaded = False
 
 
-class Failed(Exception):
+class ContenderFailed(Exception):
     """A contender ended with an error, took too long, or printed no result."""
 
 
@@ -105,7 +105,7 @@ class Running:
             threading.Thread(target=self._listen, args=(rank, ours), daemon=True).start()
 
     def turn(self, timeout_seconds: float) -> dict[str, Any]:
-        """Run one round; return the JSON object of rank 0 with `wall_seconds` added. Raises Failed."""
+        """Run one round; return the JSON object of rank 0 with `wall_seconds` added. Raises ContenderFailed."""
         start = time.perf_counter()
         for channel in self._channels:
             with contextlib.suppress(OSError):  # an ended rank is reported below
@@ -116,17 +116,17 @@ class Running:
                 return {**json.loads(line), "wall_seconds": time.perf_counter() - start}
             status = self._status(rank)
             if status or rank == 0:
-                raise Failed(f"{self._name}: exit status {status}\n{self._last_lines()}")
+                raise ContenderFailed(f"{self._name}: exit status {status}\n{self._last_lines()}")
 
     def end(self) -> None:
-        """Wait for all ranks to exit. Raises Failed if one exits with an error or not at all."""
+        """Wait for all ranks to exit. Raises ContenderFailed if one exits with an error or not at all."""
         for channel in self._channels:
             with contextlib.suppress(OSError):
                 channel.shutdown(socket.SHUT_WR)
         statuses = [self._status(rank) for rank in range(len(self._processes))]
         self.kill()
         if any(statuses):
-            raise Failed(f"{self._name}: exit statuses {statuses}\n{self._last_lines()}")
+            raise ContenderFailed(f"{self._name}: exit statuses {statuses}\n{self._last_lines()}")
 
     def kill(self) -> None:
         """Kill all ranks and their child processes."""
@@ -142,7 +142,9 @@ class Running:
         try:
             return self._results.get(timeout=max(0.0, seconds))
         except queue.Empty:
-            raise Failed(f"{self._name}: no end within {limit:.0f} seconds\n{self._last_lines()}") from None
+            raise ContenderFailed(
+                f"{self._name}: no end within {limit:.0f} seconds\n{self._last_lines()}"
+            ) from None
 
     def _listen(self, rank: int, channel: socket.socket) -> None:
         """Read the output until the rank ends: keep the last lines, and queue the results of rank 0."""

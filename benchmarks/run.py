@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import machine, table  # noqa: E402
-from benchmarks.harness import Comparison, Failed, Result, Unequal, measure  # noqa: E402
+from benchmarks.harness import Comparison, ContenderFailed, Result, Unequal, measure  # noqa: E402
 from benchmarks.processes import preload  # noqa: E402
 
 SUITES = ("start", "shards", "conversion", "evaluation", "training")
@@ -96,7 +96,7 @@ def _one(suite: str, comparison: Comparison, rounds: int, last: list[Result]) ->
         return Result(comparison, last[0].rounds)
     try:
         return measure(comparison, rounds, lambda line: print(line, flush=True))
-    except (Failed, Unequal) as error:
+    except (ContenderFailed, Unequal) as error:
         print(f"NOT MEASURED: {comparison.work}: {error}", file=sys.stderr, flush=True)
         return None
 

@@ -3,28 +3,28 @@
 #
 #   slurm/ranks.sh [--OPTION=VALUE OF SRUN ...] .venv/bin/python tools/train.py --config my_run.yaml
 #
-# Slurm does not requeue a job that ends within the grace time of its preemption: it counts as completed. So the tools
-# exit with EXIT_REQUEUE after they have saved, and the job requeues itself.
+# Slurm does not requeue a job that ends within the grace time of its preemption, because such a job counts as completed.
+# So the tools exit with EXIT_REQUEUE after they have saved, and this script requeues the job.
 #
-# When one task fails, srun ends the others with SIGTERM and returns the highest exit status of all, so that a wrong
-# setting would look like a request to stop. So each task exits with a status that is ordered by its cause: killed by a
-# signal > failed > stopped because of another task.
+# When one task fails, srun ends the others with SIGTERM and returns the highest exit status of all tasks. This could be
+# the EXIT_REQUEUE of another task. So each task exits with a status that depends on the cause, in this order: killed by
+# a signal > failed > stopped because of another task.
 set -uo pipefail
 
 EXIT_REQUEUE=75   # as in trainer/runtime/exit_codes.py
 EXIT_PEER_LOST=76 # as in trainer/runtime/exit_codes.py
-FAILED=192        # + the tool's own status, which is below 62
+FAILED=192        # a task failed: FAILED + the tool's own status, which is below 62
 KILLED=254        # a task was killed by a signal: out of memory, a hardware fault, the watchdog
 SRUN_KILLED=137   # status of srun for a killed task
-# Trainings and evaluations count restarts without progress themselves (max_restarts); other tools do not.
+# Needed because only trainings and evaluations count restarts without progress themselves (max_restarts).
 MAX_RESTARTS=10
-# All ranks end together. After a short loss of a node srun is not notified of its tasks, and would wait forever.
+# Limit for the other tasks after one has ended. Without it srun would wait forever after a short loss of a node.
 WAIT_SECONDS=120
 
 main() {
     local status job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     job=${job:-$SLURM_JOB_ID}
-    # Only the ranks handle Slurm's signals; this shell waits until they have saved.
+    # Only the ranks handle Slurm's signals. This shell waits until the ranks have saved.
     trap : TERM USR1
     # Since Slurm 22.05 srun does not inherit --cpus-per-task from the job.
     local options=(--kill-on-bad-exit=1 --wait="$WAIT_SECONDS" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
@@ -37,7 +37,7 @@ main() {
     done
     srun "${options[@]}" bash -c "$(declare -p EXIT_REQUEUE EXIT_PEER_LOST FAILED KILLED); $(declare -f task); task \"\$@\"" task "$@"
     status=$?
-    # Child processes do not inherit a trap, so a late signal would kill them; they do inherit an ignored signal.
+    # Child processes do not inherit a trap, so a late signal would kill them. They inherit an ignored signal.
     trap '' TERM USR1
     if ((status != 0)) && may_requeue "$status" "$job"; then
         local state
@@ -46,7 +46,7 @@ main() {
         # its ranks have already ended.
         if [[ $state == RUNNING || $state == SIGNALING ]] && scontrol requeue "$job"; then
             echo "ranks.sh: $(status_text "$status"), the job is requeued and will resume from the files on disk"
-            # Wait until Slurm ends this script: if it exited first, the job would count as failed.
+            # Wait until Slurm ends this script. If the script exited first, the job would count as failed.
             trap - TERM
             sleep 300
         else
@@ -61,7 +61,7 @@ main() {
     exit "$status"
 }
 
-# One task of srun: run the command, and exit with a status that is ordered by the cause.
+# One task of srun: run the command, and exit with a status that depends on the cause (see above).
 task() {
     local status signalled=""
     trap 'signalled=yes' TERM USR1
@@ -101,7 +101,7 @@ is_preempted() {
     [[ $(job_field PreemptTime "$1") == 20* ]]
 }
 
-# Print a field of the job, or nothing; retry for 5 minutes, as slurmctld may be busy or restarting.
+# Print a field of the job, or nothing. Retry for 5 minutes, because slurmctld may be busy or restarting.
 job_field() {
     local attempt fields
     for attempt in {1..60}; do

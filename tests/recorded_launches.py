@@ -60,7 +60,7 @@ def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> li
     monkeypatch.setattr(cuda_graphs, "_SMALLEST_BLOCK", 2)
     monkeypatch.setattr(cuda_graphs, "_MIN_USES_WITH_LARGER_GRAPH", 6)
     replayed: list[cuda_graphs.GraphShape] = []
-    choose = cuda_graphs.CudaGraphRunner._smallest_that_covers
+    choose = cuda_graphs.CudaGraphRunner._smallest_graph_for
 
     def recorded(
         self: cuda_graphs.CudaGraphRunner, shape: cuda_graphs.GraphShape
@@ -70,5 +70,5 @@ def decode_by_graphs(monkeypatch: pytest.MonkeyPatch, few_tokens: int = 4) -> li
             replayed.append(used)
         return used
 
-    monkeypatch.setattr(cuda_graphs.CudaGraphRunner, "_smallest_that_covers", recorded)
+    monkeypatch.setattr(cuda_graphs.CudaGraphRunner, "_smallest_graph_for", recorded)
     return replayed

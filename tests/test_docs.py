@@ -285,3 +285,19 @@ def test_the_page_lists_the_keys_of_the_files(run: Path) -> None:
     assert keys_of_section("predictions.jsonl") == set(first(evaluation / "predictions.jsonl"))
     results = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))
     assert keys_of_section("results.json") == set(results)
+
+
+def test_the_types_of_records_have_the_fields_of_the_files(run: Path) -> None:
+    from trainer.storage import manifest
+    from trainer.storage.atomic_dir import read_manifest
+
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    types = {
+        run.parents[2] / "shards": manifest.ShardFacts,
+        checkpoint: manifest.CheckpointFacts,
+        run / "export": manifest.ExportFacts,
+    }
+    for path, record in types.items():
+        assert set(read_manifest(path)["facts"]) - record.__optional_keys__ == record.__required_keys__, path
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(set(step) == manifest.StepMetrics.__required_keys__ for step in steps)

@@ -1,4 +1,4 @@
-"""Check that this machine, or every node of a job, can train: python tools/doctor.py (also srun, mpiexec, deepspeed)."""
+"""Check that this machine, or every node of a job, can train: python tools/doctor.py (or with srun, mpiexec, deepspeed)."""
 
 from trainer.commands.doctor import main
 

@@ -1,4 +1,4 @@
-"""Generate and score answers: deepspeed --num_gpus 2 tools/evaluate.py ... --shards DIR (also mpiexec, srun, python)."""
+"""Generate and score answers: deepspeed --num_gpus 2 tools/evaluate.py ... --shards DIR (or with mpiexec, srun, python)."""
 
 from trainer.commands.evaluate import main
 

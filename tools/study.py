@@ -6,4 +6,4 @@ from pathlib import Path
 from trainer.commands.study import main
 
 if __name__ == "__main__":
-    main(tools=Path(os.path.relpath(Path(__file__).parent)))
+    main(scripts_dir=Path(os.path.relpath(Path(__file__).parent)))

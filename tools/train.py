@@ -1,4 +1,4 @@
-"""Train one model with DeepSpeed: deepspeed --num_gpus 2 tools/train.py --config FILE (also mpiexec, srun, python)."""
+"""Train one model with DeepSpeed: deepspeed --num_gpus 2 tools/train.py --config FILE (or with mpiexec, srun, python)."""
 
 from trainer.commands.train import main
 

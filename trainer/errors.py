@@ -1,13 +1,11 @@
 """UserError, the exception for mistakes that the user can correct."""
 
-from __future__ import annotations
-
 
 class UserError(Exception):
     """An error that the user can correct; the message names the fault, its location (file, line, value) and the remedy.
 
-    The tools print the message without a traceback and exit with status 2. Every other exception is a bug and keeps its
-    traceback.
+    The tools print the message without a traceback and exit with status 2. Any other exception is a bug, and the tools
+    print its traceback.
     """
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from benchmarks.conversion import make
-from benchmarks.harness import MATERIALS, Comparison, Contender, python, same
+from benchmarks.harness import MATERIALS, Comparison, Contender, equal_outputs, python
 
 CASES = [("124M", stage, 2) for stage in (1, 3)]
 LARGE = [(size, stage, ranks) for size in ("774M", "1.5B") for stage in (1, 2, 3) for ranks in (1, 8)]
@@ -37,7 +37,7 @@ def comparisons() -> Iterator[Comparison]:
             figure="seconds",
             unit="s",
             contenders=contenders,
-            gate=same("digest"),
+            gate=equal_outputs("digest"),
             goal=2.0 if wanted else None,
             higher_is_better=False,
             notes="ours checks what it reads, digests what it writes and waits for the disk; the peer's file is .bin",
@@ -47,7 +47,7 @@ def comparisons() -> Iterator[Comparison]:
             figure="extra_mb",
             unit="MB",
             contenders=contenders,
-            gate=same("digest"),
+            gate=equal_outputs("digest"),
             limit=MEMORY_LIMIT_MB,
             higher_is_better=False,
         )

@@ -48,7 +48,7 @@ def comparisons() -> Iterator[Comparison]:
         figure="speedup",
         unit="x one rank",
         contenders=[
-            Contender(name, command, peer=name != "ours", ranks=2, stays=True, figure=figure)
+            Contender(name, command, peer=name != "ours", ranks=2, is_persistent=True, figure=figure)
             for name, figure in splits.items()
         ],
         gate=no_gate,  # the contender compares the answers of all three by itself
@@ -75,11 +75,11 @@ def _speed(work: str, contenders: list[Contender], goal: float, notes: str) -> C
 
 
 def _ours(problems: int, *more: str) -> Contender:
-    return Contender("ours", python(HERE / "ours.py", *_how(problems), *more), peer=False, stays=True)
+    return Contender("ours", python(HERE / "ours.py", *_how(problems), *more), peer=False, is_persistent=True)
 
 
 def _peer(way: str, problems: int, *more: str) -> Contender:
-    return Contender(way, python(HERE / "peers.py", way, *_how(problems), *more), stays=True)
+    return Contender(way, python(HERE / "peers.py", way, *_how(problems), *more), is_persistent=True)
 
 
 def _how(problems: int) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.gpu import cases
-from benchmarks.harness import Comparison, no_gate, same
+from benchmarks.harness import Comparison, equal_outputs, no_gate
 
 
 def comparisons(tiny: bool) -> Iterator[Comparison]:
@@ -27,7 +27,7 @@ def comparisons(tiny: bool) -> Iterator[Comparison]:
                 cases.contender("ours", "convert_one", "ours", str(stage), tiny=tiny),
                 cases.contender("zero_to_fp32.py", "convert_one", "deepspeed", str(stage), tiny=tiny),
             ],
-            gate=same("weights_sha256"),
+            gate=equal_outputs("weights_sha256"),
             goal=2.0,
             higher_is_better=False,
             notes="as many of the 32 layers as the disk holds: the JSON has bytes and peak memory",

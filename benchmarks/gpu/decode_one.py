@@ -29,7 +29,7 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = torch.float32 if tiny else torch.bfloat16
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    model.to(device=load.device()).eval()
+    model.to(device=load.local_device()).eval()
     if way == "eager":
         slots.uses_cuda_graphs = lambda device: False
     captures: list[float] = []

@@ -31,7 +31,7 @@ def main() -> None:
     shards = materials.stories("test", problems, tiny)
     export = materials.student(tiny)
     dtype = "fp32" if tiny else "bf16"
-    model = load.load_model(export, dtype, "sdpa").to(device=load.device())
+    model = load.load_model(export, dtype, "sdpa").to(device=load.local_device())
     tokenizer = load_tokenizer(export)
     solve = {"ours": ours, "static": static, "continuous": continuous}[way]
     solve(model, tokenizer, shards, range(min(problems, batch // 2)), limit, batch)

@@ -46,7 +46,7 @@ def model(shape: str, tiny: bool) -> Path:
     target = cases.folder(tiny) / "models" / shape
     if not atomic_dir.is_complete(target):
         torch.manual_seed(0)
-        with torch.device(load.device()):
+        with torch.device(load.local_device()):
             made = AutoModelForCausalLM.from_config(cases.config(shape, tiny), dtype=torch.bfloat16)
         with atomic_dir.atomic_directory(target, "model", {}) as staging:
             made.save_pretrained(staging)

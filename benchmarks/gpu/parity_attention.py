@@ -29,7 +29,7 @@ def main() -> None:
             details[name] = {"packed": packed, "alone": single, "allowed": allowed}
             if not packed <= allowed:
                 failures.append(f"{name}: off by {packed:.2e}, allowed {allowed:.2e}")
-    heads = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=load.device())
+    heads = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=load.local_device())
     kernel = packed_attention.has_kernel(heads, heads)
     print(
         json.dumps({"checks": len(details), "failures": failures, "one_kernel": kernel, "details": details})
@@ -38,7 +38,7 @@ def main() -> None:
 
 def errors(heads: int, groups: int, size: int, dtype: torch.dtype) -> tuple[float, float]:
     """Return the errors against the reference, of outputs and gradients: packed, and example by example."""
-    device, total = load.device(), sum(LENGTHS)
+    device, total = load.local_device(), sum(LENGTHS)
     random = torch.Generator().manual_seed(0)
     shapes = ((1, heads, total, size), (1, groups, total, size), (1, groups, total, size))
     given = [torch.randn(shape, generator=random).to(device).to(dtype) for shape in shapes]
@@ -58,7 +58,7 @@ def with_gradients(function: Any, given: list[torch.Tensor], weight: torch.Tenso
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     ends = torch.tensor([0, *LENGTHS], device=query.device).cumsum(0).int()
-    mask = packed_attention.causal_mask(LENGTHS, ends)
+    mask = packed_attention.causal_pack_mask(LENGTHS, ends)
     out, _ = packed_attention.attend(torch.nn.Module(), query, key, value, mask)
     return out
 

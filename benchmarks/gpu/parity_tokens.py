@@ -25,7 +25,7 @@ def main() -> None:
     problems, limit = (12, 24) if tiny else (200, 450)
     shards, export = materials.stories("test", problems, tiny), materials.student(tiny)
     model, tokenizer = load.load_model(export, "fp32", "sdpa"), load_tokenizer(export)
-    model.to(device=load.device())  # type: ignore[call-arg]
+    model.to(device=load.local_device())  # type: ignore[call-arg]
     many = ours(model, tokenizer, shards, range(problems), limit, 64)
     ways = {
         "generate": static(model, tokenizer, shards, range(problems), limit, 64),

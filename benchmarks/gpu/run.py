@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import cases, facts
-from benchmarks.harness import Comparison, Failed, Output, Unequal, measure
+from benchmarks.harness import Comparison, ContenderFailed, Output, Unequal, measure
 from benchmarks.processes import preload
 
 PARTS = ("parity", "decode", "train", "memory", "evaluate", "convert")
@@ -85,7 +85,7 @@ def measured(part: str, comparison: Comparison, chosen: Any, row: Path, left: fl
     rounds = 1 if chosen.tiny or part in ONE_ROUND else chosen.rounds
     deadline = time.monotonic() + left
 
-    def not_in_time(failure: Failed) -> Output:
+    def not_in_time(failure: ContenderFailed) -> Output:
         print(f"    {failure}".partition("\n")[0], flush=True)
         figure = cases.FAILED_SPEED if comparison.higher_is_better else 1 / cases.FAILED_SPEED
         return {comparison.figure: figure, "failed": str(failure).partition(": ")[2].partition("\n")[0]}
@@ -102,7 +102,7 @@ def measured(part: str, comparison: Comparison, chosen: Any, row: Path, left: fl
             PATIENCE,
             not_in_time,
         )
-    except (Failed, Unequal) as error:
+    except (ContenderFailed, Unequal) as error:
         print(f"NOT MEASURED: {comparison.work}: {error}", file=sys.stderr, flush=True)
         return False
     row.parent.mkdir(parents=True, exist_ok=True)

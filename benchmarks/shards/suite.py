@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.harness import Comparison, Contender, python, same
+from benchmarks.harness import Comparison, Contender, equal_outputs, python
 from benchmarks.shards import material
 from benchmarks.training import material as training
 
@@ -22,7 +22,7 @@ def comparisons() -> Iterator[Comparison]:
             Contender("ours", python(*build, "ours", material.FOLDER / "built"), peer=False),
             Contender("datasets.map", python(*build, "datasets", material.FOLDER / "mapped")),
         ],
-        gate=same("digest"),
+        gate=equal_outputs("digest"),
         goal=2.0,
         higher_is_better=False,
         notes="the same segments; datasets.map in batches of 1000 and two processes; ours digests and flushes its files",
@@ -41,7 +41,7 @@ def comparisons() -> Iterator[Comparison]:
                 Contender("ours", python(access, "ours", paths["ours"], "100000"), peer=False),
                 Contender("datasets.load_from_disk", python(access, "arrow", paths["arrow"], "20000")),
             ],
-            gate=same("digest"),
+            gate=equal_outputs("digest"),
             limit=limit,
             higher_is_better=higher,
             notes="a read is a pack's worth, the tokens of six examples and which of them are learned; datasets in its numpy format",

@@ -64,12 +64,12 @@ def training(dtype: str, shape: str, ranks: int) -> Comparison:
     """Real tokens a second."""
     steps, first = STEPS[shape], (dtype, shape, ranks) == CASES[0]
     contenders = [
-        Contender("trainer", script("ours.py", shape, steps, dtype), False, ranks=ranks, stays=True)
+        Contender("trainer", script("ours.py", shape, steps, dtype), False, ranks=ranks, is_persistent=True)
     ]
     for way, name in PEERS.items():
         if first or way != "padded":  # it loses to grouped by its padding, whatever the model
             command = script("peer.py", way, shape, steps, dtype)
-            contenders.append(Contender(name, command, ranks=ranks, stays=True))
+            contenders.append(Contender(name, command, ranks=ranks, is_persistent=True))
     return Comparison(
         work=f"training, real tokens/s: GPT-2 {shape}, {dtype}, {ranks} rank{'s' * (ranks > 1)} of one core",
         figure="tokens_per_second",

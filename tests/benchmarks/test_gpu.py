@@ -46,12 +46,12 @@ def test_packed_attention_is_that_of_each_example_alone(capsys: pytest.CaptureFi
 def test_attention_that_looks_across_examples_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    causal_mask = packed_attention.causal_mask
+    causal_mask = packed_attention.causal_pack_mask
 
     def of_one_example(lengths: Any, bounds: torch.Tensor) -> Any:
         return causal_mask([sum(lengths)], bounds[[0, -1]])
 
-    monkeypatch.setattr(packed_attention, "causal_mask", of_one_example)
+    monkeypatch.setattr(packed_attention, "causal_pack_mask", of_one_example)
     parity_attention.main()
     found = output(capsys)
     assert len(found["failures"]) == 8
@@ -216,12 +216,12 @@ def test_every_contender_is_a_module_that_is_there(part: str) -> None:
 
 
 def test_of_7b_on_one_h200_stage_3_fits_and_stage_1_does_not() -> None:
-    from trainer.planning import memory, plan, workload
+    from trainer.planning import accelerators, memory, plan, workload
     from trainer.settings import PlanSettings
 
     every = [*cases.training(False), *cases.memory(False)]
     found = {case.stage: case for case in every if case.shape == "llama-2-7b" and not case.checkpointing}
-    fits, traced = {}, None
+    fits, trace = {}, None
     for stage, case in found.items():
         settings = PlanSettings(
             config_name=case.shape, config_overrides=f"vocab_size={cases.VOCABULARY}", bf16=True, gpu="h200",
@@ -229,8 +229,9 @@ def test_of_7b_on_one_h200_stage_3_fits_and_stage_1_does_not() -> None:
             per_device_train_batch_size=case.packs, gradient_accumulation_steps=case.accumulation,
         )  # fmt: skip
         work = workload.estimate_workload(settings, 1)
-        traced = traced or memory.trace_phases(work, bf16=True, checkpointing=False, cuda=True)
-        planned = plan.plan_with_trace(settings, plan.hardware(settings), work, traced, process_bytes=0)
+        trace = trace or memory.trace_micro_batch(work, bf16=True, checkpointing=False, cuda=True)
+        hardware = accelerators.find_hardware(settings)
+        planned = plan.plan_with_trace(settings, hardware, work, trace, process_bytes=0)
         fits[stage] = planned.fits
     assert fits == {3: True, 1: False}
 

@@ -16,12 +16,12 @@ from benchmarks.harness import (
     REPOSITORY,
     Comparison,
     Contender,
-    Failed,
+    ContenderFailed,
     Result,
     Unequal,
+    equal_outputs,
     measure,
     no_gate,
-    same,
 )
 
 FACTS = {"processor": "some processor", "cores": 2, "date": "2026-01-01", "versions": {"torch": "2.13.0"}}
@@ -56,12 +56,12 @@ def test_unequal_results_are_not_timed() -> None:
         contender("them", "print('{\"sum\": 1.001}')"),
     )
     with pytest.raises(Unequal, match=r"sum: us 1\.0, them 1\.001"):
-        measure(comparison(us, them, figure="sum", gate=same("sum", 1e-4)), 1, lambda line: None)
-    assert measure(comparison(us, them, figure="sum", gate=same("sum", 1e-2)), 1, lambda line: None)
+        measure(comparison(us, them, figure="sum", gate=equal_outputs("sum", 1e-4)), 1, lambda line: None)
+    assert measure(comparison(us, them, figure="sum", gate=equal_outputs("sum", 1e-2)), 1, lambda line: None)
 
 
 def test_tokens_are_compared_one_by_one() -> None:
-    gate = same("tokens")
+    gate = equal_outputs("tokens")
     gate({"us": {"tokens": [[1, 2], [3]]}, "them": {"tokens": [[1, 2], [3]]}})
     for other in ([[1, 2]], [[1, 2], [4]], [[1, 2], [3, 3]]):
         with pytest.raises(Unequal):
@@ -78,7 +78,7 @@ def test_tokens_are_compared_one_by_one() -> None:
     ],
 )
 def test_the_error_of_a_contender_has_its_last_lines(code: str, message: str) -> None:
-    with pytest.raises(Failed, match=message):
+    with pytest.raises(ContenderFailed, match=message):
         measure(comparison(contender("them", code), timeout_seconds=1.0), 1, lambda line: None)
 
 
@@ -98,7 +98,7 @@ def staying(tmp_path: Path, name: str, peer: bool = True, **changes: Any) -> Con
     script = tmp_path / "rounds.py"
     script.write_text(ROUNDS)
     command = [sys.executable, str(script), str(tmp_path / f"ended-{name}-")]
-    return Contender(name, command, peer, stays=True, **changes)
+    return Contender(name, command, peer, is_persistent=True, **changes)
 
 
 def test_a_staying_contender_is_started_once_runs_all_rounds_and_exits(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer.cluster.config import (
-    KEYS,
+    CLUSTER_KEYS,
     ClusterConfig,
     parse_cluster_config,
     parse_seconds,
@@ -29,7 +29,7 @@ def test_values_comments_and_quotes() -> None:
 def test_the_example_names_every_key_and_can_be_read() -> None:
     config = read_cluster_config(EXAMPLE)
     text = EXAMPLE.read_text(encoding="utf-8")
-    assert [key for key in KEYS if f"\n{key}=" not in text] == []
+    assert [key for key in CLUSTER_KEYS if f"\n{key}=" not in text] == []
     assert config.partition
 
 

@@ -16,7 +16,7 @@ MakeStudy = Callable[[dict[str, Any]], Study]
 
 
 def plan(study: Study, done: set[str] = frozenset(), live: dict[str, JobId] | None = None) -> list[SlurmJob]:  # type: ignore[assignment]
-    return jobs.plan_jobs(stages.study_stages(study), done, live or {}, study.name)
+    return jobs.make_jobs(stages.study_stages(study), done, live or {}, study.name)
 
 
 def labels(batch: SlurmJob) -> list[str]:

@@ -34,7 +34,7 @@ CONFIGS = {
 
 def all_scripts(config: ClusterConfig, study: Study) -> str:
     """Return all scripts of a study in one text."""
-    planned = jobs.plan_jobs(stages.study_stages(study), set(), {}, study.name)
+    planned = jobs.make_jobs(stages.study_stages(study), set(), {}, study.name)
     return "\n".join(f"### {batch.kind}\n{scripts.script_text(batch, config, PATHS)}" for batch in planned)
 
 
@@ -62,7 +62,7 @@ def test_bash_parses_every_script(name: str, study: Study) -> None:
 
 def test_settings_reach_the_tool_unchanged(study: Study, tmp_path: Path) -> None:
     """Run the lines that set the arguments: the shell must not expand quotes, dollars or stars in settings."""
-    planned = jobs.plan_jobs(stages.study_stages(study), set(), {}, study.name)
+    planned = jobs.make_jobs(stages.study_stages(study), set(), {}, study.name)
     train = next(batch for batch in planned if batch.kind == "train")
     body = scripts.script_text(train, ClusterConfig(), PATHS).partition("case")[2].partition("esac")[0]
     show = 'printf "%s\\n" "$log" "${arguments[@]}"'
@@ -87,20 +87,20 @@ def test_no_secret_gets_into_a_script(study: Study, monkeypatch: pytest.MonkeyPa
     ("ranks", "per_node", "layout"), [(1, 4, (1, 1)), (3, 4, (1, 3)), (4, 4, (1, 4)), (16, 4, (4, 4))]
 )
 def test_ranks_fill_as_few_nodes_as_they_can(ranks: int, per_node: int, layout: tuple[int, int]) -> None:
-    assert scripts.layout(ranks, ClusterConfig(gpus_per_node=per_node)) == layout
+    assert scripts.nodes_and_ranks(ranks, ClusterConfig(gpus_per_node=per_node)) == layout
 
 
 def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
     with pytest.raises(
         UserError, match="num_ranks 6 does not fill nodes of GPUS_PER_NODE 4; take a multiple"
     ):
-        scripts.layout(6, ClusterConfig(gpus_per_node=4))
+        scripts.nodes_and_ranks(6, ClusterConfig(gpus_per_node=4))
     with pytest.raises(UserError, match="nodes of TASKS_PER_NODE 2"):
-        scripts.layout(3, ClusterConfig(tasks_per_node=2))
+        scripts.nodes_and_ranks(3, ClusterConfig(tasks_per_node=2))
 
 
 def test_a_log_folder_slurm_cannot_write_to_is_refused(study: Study) -> None:
-    planned = jobs.plan_jobs(stages.study_stages(study), set(), {}, study.name)
+    planned = jobs.make_jobs(stages.study_stages(study), set(), {}, study.name)
     paths = JobPaths(Path("/home/me"), Path("tools"), Path("slurm"), Path("my runs/tiny/slurm"))
     with pytest.raises(UserError, match="my runs/tiny/slurm: a batch script cannot write there"):
         scripts.script_text(planned[0], ClusterConfig(), paths)

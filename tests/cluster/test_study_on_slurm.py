@@ -146,7 +146,7 @@ def test_only_failed_stages_are_resubmitted_and_can_be_cancelled(command: Comman
         ({"GPUS_PER_NODE": "8"}, "GPUS_PER_NODE=8: a node of low has 4 at most"),
         (
             {"TIME_LIMIT": "30-00:00:00"},
-            "TIME_LIMIT=30-00:00:00: the partition low allows at most 1-00:00:00",
+            "TIME_LIMIT=30-00:00:00: partition low allows at most 1-00:00:00",
         ),
         ({"CONSTRAINT": "nvlink"}, "Slurm rejected the train jobs, so all jobs were cancelled"),
         # This cluster does not manage memory; accounts have a separate test.

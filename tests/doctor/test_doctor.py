@@ -13,13 +13,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import REPOSITORY
 from tests.distributed import run, run_well
-from trainer.doctor import machine, rank_checks, software
+from trainer.doctor import gradient_parity, machine, rank_checks, software
 from trainer.doctor.check_result import FAIL, OK, WARN, CheckResult
 from trainer.doctor.run_checks import print_report
 from trainer.errors import UserError
+from trainer.runtime import distributed
+
+
+def test_each_difference_is_the_largest_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_ranks = [(1e-5, 1e-7), (1e-7, 0.5)]  # of the gradient, of the loss
+    monkeypatch.setattr(gradient_parity, "_compare", lambda case: of_ranks[0])
+    monkeypatch.setattr(
+        distributed, "gather_objects", lambda mine: of_ranks if isinstance(mine, tuple) else [""]
+    )
+    result = gradient_parity._check(gradient_parity.ParityCase(1, torch.float32, False))
+    assert result.status == FAIL and "gradient off by 1.0e-05, loss after a step by 5.0e-01" in result.detail
 
 
 def one(results: list[CheckResult], name: str) -> CheckResult:

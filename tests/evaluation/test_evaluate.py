@@ -132,7 +132,7 @@ def test_finished_results_are_kept(
 def test_two_evaluations_of_one_directory_are_detected(export: Path, shards: Shards, tmp_path: Path) -> None:
     ours = settings(export, shards, output_dir=str(tmp_path))
     resolved = job.resolve_job(ours)
-    fingerprint = job.fingerprint(
+    fingerprint = job.job_fingerprint(
         resolved.fingerprint_fields({"student": atomic_dir.manifest_digest(export)})
     )
     first = shards.problem(0).id
@@ -184,11 +184,12 @@ def test_plain_model_folder(export: Path, shards: Shards, tmp_path: Path) -> Non
     assert direct["impose_answer"] and direct["mode"] == "answer_only"
 
 
-def test_folder_without_a_model_is_rejected_before_its_tokenizer_is_loaded(
-    shards: Shards, tmp_path: Path
-) -> None:
+def test_folder_without_a_model_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no model"):
+        model_reference.find_model(str(tmp_path))
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        model_reference.find_model(str(tmp_path / "nowhere"))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    reference = model_reference.find_model(str(tmp_path / "adapter"))
     with pytest.raises(UserError, match=r"holds an adapter .* merge it first"):
-        model_reference.load_model_and_tokenizer(reference, shards, "fp32", tmp_path)
+        model_reference.find_model(str(tmp_path / "adapter"))

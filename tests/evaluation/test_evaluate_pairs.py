@@ -224,8 +224,8 @@ def test_incompatible_models_are_rejected(
     [
         ({}, "no model to evaluate"),
         ({"decomposer": "d"}, "a solver as well"),
-        ({"solver": "s"}, "asked either by a decomposer"),
-        ({"solver": "s", "decomposer": "d", "subquestions": "gold"}, "asked either by a decomposer"),
+        ({"solver": "s"}, "one source of sub-questions"),
+        ({"solver": "s", "decomposer": "d", "subquestions": "gold"}, "one source of sub-questions"),
         ({"model_name_or_path": "m", "solver": "s", "decomposer": "d"}, "not both"),
         ({"model_name_or_path": "m", "subquestions": "gold"}, "not both"),
         ({"solver": "s", "subquestions": "gold", "planner": "p"}, "a planner needs a decomposer"),

@@ -28,7 +28,7 @@ def problems(shared_data: Path) -> list[Problem]:
 def correct(problems: Iterable[Problem], text: Callable[[Problem], str]) -> dict[str, int]:
     """Return the number of correct predictions by rule if the model generates `text(problem)`."""
     summary: dict[str, Any] = summarise(
-        score_prediction(problem, text(problem), WRITTEN) for problem in problems
+        [score_prediction(problem, text(problem), WRITTEN) for problem in problems]
     )
     assert summary["num_problems"] == NUM_PROBLEMS
     assert sum(group["strict"]["n"] for group in summary["by_num_steps"].values()) == NUM_PROBLEMS

@@ -8,14 +8,14 @@ import torch
 from scipy import stats
 
 from trainer.errors import UserError
-from trainer.evaluation.sampling import greedy, sampled, sampling_seed, uniform_noise
+from trainer.evaluation.sampling import greedy, sampled, sampling_seed, uniform_random
 
 LOGITS = torch.log(torch.tensor([0.5, 0.05, 0.3, 0.15]))
 
 
 def test_noise_is_uniform_and_independent() -> None:
     seeds = [sampling_seed(seed, f"id {i}") for seed in range(2) for i in range(50)]
-    noise = np.array([[uniform_noise(one, position) for position in range(200)] for one in seeds])
+    noise = np.array([[uniform_random(one, position) for position in range(200)] for one in seeds])
     assert noise.min() >= 0 and noise.max() < 1
     assert stats.kstest(noise.ravel(), "uniform").pvalue > 0.001
     assert abs(np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]) < 0.03
@@ -25,7 +25,7 @@ def test_noise_is_uniform_and_independent() -> None:
 def test_noise_is_pinned() -> None:
     """Another stream would change every sampled result. The numbers are those published for SplitMix64 and this seed."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    assert [uniform_noise(1234567, position) for position in range(4)] == [
+    assert [uniform_random(1234567, position) for position in range(4)] == [
         (n >> 11) / 2**53 for n in published
     ]
     assert sampling_seed(0, "gsm8k-test-1") == 4546245424551676520
@@ -33,7 +33,7 @@ def test_noise_is_pinned() -> None:
 
 def test_samples_follow_the_distribution() -> None:
     draws = 4000
-    numbers = [uniform_noise(sampling_seed(0, "x"), position) for position in range(draws)]
+    numbers = [uniform_random(sampling_seed(0, "x"), position) for position in range(draws)]
     for temperature, top_p, expected in (
         (1.0, 1.0, [0.5, 0.05, 0.3, 0.15]),
         (0.5, 1.0, [0.25, 0.0025, 0.09, 0.0225]),

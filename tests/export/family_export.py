@@ -82,23 +82,23 @@ def randomise_tensors(model: PreTrainedModel) -> None:
 def write_checkpoint(
     model: PreTrainedModel, final: Path, dtype: str, model_files: Path | None = None
 ) -> Path:
-    """Write a ZeRO stage 0 checkpoint of one rank in DeepSpeed's layout, with fp32 masters for bf16, and return `final`.
+    """Write a checkpoint of one rank in DeepSpeed's layout and return `final`: stage 0 for fp32, stage 1 for bf16.
 
     `model_files`: folder that is copied into the checkpoint as `model`; None for the config alone.
     """
     staging = atomic_dir.create_staging(final)
-    state = model.state_dict()
+    state, names = model.state_dict(), {}
+    for name, parameter in model.named_parameters():
+        names[parameter.data_ptr()] = name
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     content = {
         "module": state,
-        "buffer_names": [],
+        "buffer_names": [name for name in state if name not in parameters],
         "optimizer": None,
         "dp_world_size": 1,
         "ds_version": "0.19.8",
     }
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    content["buffer_names"] = [name for name in state if name not in parameters]
     if dtype == "bf16":
-        masters = [parameter.detach().clone() for parameter in model.parameters()]
         low: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
         content["module"] = {
             name: low.setdefault(tensor.data_ptr(), tensor.bfloat16())
@@ -106,7 +106,15 @@ def write_checkpoint(
             else tensor
             for name, tensor in state.items()
         }
-        content["optimizer"] = {"fp32_groups": [masters]}
+        trained = dict(model.named_parameters())
+        content["param_shapes"] = [{name: parameter.shape for name, parameter in trained.items()}]
+        content["shared_params"] = {
+            name: names[parameter.data_ptr()] for name, parameter in parameters.items() if name not in trained
+        }
+        flat = torch.cat([parameter.detach().flatten() for parameter in trained.values()])
+        optimizer = {"single_partition_of_fp32_groups": [flat], "partition_count": [1]}
+        name = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": optimizer, "ds_version": "0.19.8"}, staging / name)
     torch.save(content, staging / "mp_rank_00_model_states.pt")
     folder = staging / "model"
     if model_files is not None:
@@ -114,7 +122,7 @@ def write_checkpoint(
     else:
         _write_model_files(model, folder)
     facts = {
-        "step": 1, "packs_consumed": 1, "world_size": 1, "zero_stage": 0, "dtype": dtype, "method": "socratic",
+        "step": 1, "packs_consumed": 1, "world_size": 1, "zero_stage": int(dtype == "bf16"), "dtype": dtype, "method": "socratic",
         "data": "stories", "model_name": model.config.model_type, "seed": 0, "finished": True,
         "num_parameters": model.num_parameters(),
     }  # fmt: skip

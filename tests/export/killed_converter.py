@@ -21,7 +21,6 @@ from trainer.export import (
     config_check,  # noqa: F401
     convert,
     output_file,
-    safetensors_writer,
 )
 from trainer.settings import ConvertSettings
 from trainer.storage import atomic_dir
@@ -57,7 +56,7 @@ def at_call(module: Any, name: str, number: int = 1, before: bool = True) -> Cal
 
 # The manifest is the last file that `publish` writes.
 INSTANTS: dict[str, Callable[[], None]] = {
-    "in the middle of the weights": at_call(safetensors_writer, "_fill", 4),
+    "in the middle of the weights": at_call(output_file.OutputFile, "advance", 4),
     "before a write": at_call(output_file, "_write"),
     "after a write": at_call(output_file, "_write", before=False),
     "weights written": at_call(convert, "_write_small_files"),

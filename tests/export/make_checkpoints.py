@@ -76,10 +76,6 @@ def groups_of(model: PreTrainedModel, case: dict[str, Any]) -> Any:
 
 def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
     """Return every full parameter: the fp32 master, else the model's tensor (collective)."""
-    unfused = dict[Any, torch.Tensor]()
-    if hasattr(engine.optimizer, "fp32_groups"):
-        for low, high in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
-            unfused.update(zip(low, high, strict=True))
     masters = {}
     for name, parameter in engine.module.named_parameters():
         full = None
@@ -88,7 +84,7 @@ def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
             full = deepspeed.utils.safe_get_full_fp32_param(parameter)
         if full is None:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                full = unfused.get(parameter, parameter).detach().clone()
+                full = parameter.detach().clone()
         masters[name] = full.detach().cpu().clone()
     masters.update({name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers()
                     if name in engine.module.state_dict()})  # fmt: skip

@@ -59,7 +59,9 @@ def test_missing_rank_file_is_named(name: str, checkpoint_copy: Copy) -> None:
 def test_world_size_other_than_the_manifests(checkpoint_copy: Copy) -> None:
     checkpoint = checkpoint_copy(ZERO1)
     rewrite_manifest(checkpoint, world_size=1)
-    check_rejected(checkpoint, f"{RANK_1} does not belong to a checkpoint of ZeRO stage 1 on 1 rank,")
+    check_rejected(
+        checkpoint, f"{RANK_1} does not belong to this checkpoint: the manifest says ZeRO stage 1 on 1 rank"
+    )
     (checkpoint / RANK_1).unlink()
     rewrite_manifest(checkpoint)
     check_rejected(checkpoint, "model_states.pt was written by 2 ranks, but the manifest says 1")
@@ -80,7 +82,7 @@ def test_flipped_bytes_in_the_weights_of_any_rank(checkpoint_copy: Copy) -> None
     position = data.index(partition.detach().numpy().tobytes()) + partition.nbytes // 2
     data[position] ^= 0x10
     file.write_bytes(data)
-    check_rejected(checkpoint, f"{RANK_1} is corrupt: .* fails its checksum")
+    check_rejected(checkpoint, f"{RANK_1} is corrupt: the checksum of .* differs")
 
 
 def test_flipped_byte_in_the_description(checkpoint_copy: Copy) -> None:
@@ -163,7 +165,7 @@ def test_compressed_zip_entry_is_rejected(checkpoint_copy: Copy, tmp_path: Path)
     ("change", "pattern"),
     [
         ({"n_layer": 3}, "has no parameter transformer.h.2.ln_1.weight"),
-        ({"n_layer": 1}, "holds transformer.h.1.ln_1.weight, which the GPT2LMHeadModel"),
+        ({"n_layer": 1}, "holds transformer.h.1.ln_1.weight, but the GPT2LMHeadModel"),
         (
             {"n_positions": 17},
             r"transformer.wpe.weight has shape \(16, 12\), but .*config.json makes it \(17, 12\)",
@@ -206,10 +208,10 @@ def test_existing_exports(checkpoint_copy: Copy, capsys: pytest.CaptureFixture) 
     before = {path: path.stat().st_mtime_ns for path in export.iterdir()}
     assert convert(settings) == export and "already exported" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in export.iterdir()} == before
-    with pytest.raises(UserError, match="another export_dtype; give --overwrite"):
+    with pytest.raises(UserError, match="another export_dtype; --overwrite replaces"):
         convert(ConvertSettings(str(checkpoint), dtype="bf16"))
     rewrite_manifest(checkpoint, step=3)
-    with pytest.raises(UserError, match="another checkpoint_digest; give --overwrite"):
+    with pytest.raises(UserError, match="another checkpoint_digest; --overwrite replaces"):
         convert(settings)
     convert(ConvertSettings(str(checkpoint), dtype="bf16", overwrite=True))
     assert atomic_dir.read_manifest(export)["facts"]["step"] == 3
@@ -265,9 +267,11 @@ def test_checkpoint_outside_a_run_needs_an_output_dir(checkpoint_copy: Copy, tmp
 
 def test_full_disk_is_detected_before_writing(tmp_path: Path) -> None:
     from trainer.export.convert import _check_disk
+    from trainer.export.safetensors_writer import OutputShard
 
     with pytest.raises(UserError, match=r"\d+ bytes are missing"):
-        _check_disk(tmp_path / "not" / "there" / "yet", shutil.disk_usage(tmp_path).free + (1 << 40))
+        header = range(shutil.disk_usage(tmp_path).free + (1 << 40))
+        _check_disk(tmp_path / "not" / "there" / "yet", [OutputShard("model.safetensors", (), header)])
 
 
 @pytest.mark.parametrize(
@@ -317,7 +321,7 @@ torch.zeros(10).to(torch.bfloat16)
 before = peak()
 stored = layout.read_tensors(folder, 0, 1, "fp32")
 for dtype in (torch.float32, torch.bfloat16):
-    (shard,) = safetensors_writer.plan_shards(stored.tensors, dtype, 10**10)
+    (shard,) = safetensors_writer.split_into_shards(stored.tensors, dtype, 10**10, {})
     with ChecksumReader() as reader:
         files = safetensors_writer.write(shard, folder / f"{dtype}", reader, lambda num_bytes: None)
         reader.verify_checksums()

@@ -157,9 +157,9 @@ def _saving(name: str, when: str) -> Callable[[Die, Now, int], None]:
 
         saving = False
 
-        def enter(engine: Any, run: Any, at: int, *_: Any) -> None:
+        def enter(engine: Any, run: Any, facts: Any, *_: Any) -> None:
             nonlocal saving
-            saving = at == step
+            saving = facts["step"] == step
 
         wrap(checkpoint, "save", before=enter)
         module, _, function = name.rpartition(".")

@@ -81,7 +81,7 @@ PASSED_OVER: dict[str, Callable[[RunDirectory], Any]] = {
 def test_a_damaged_checkpoint_is_passed_over(copy: Case, damage: str) -> None:
     PASSED_OVER[damage](copy.run)
     output = copy.finish()
-    assert f"checkpoint passed over: {copy.run.checkpoint(NEWEST)}" in output
+    assert f"checkpoint skipped: {copy.run.checkpoint(NEWEST)}" in output
     assert f"resumed from {copy.run.checkpoint(OLDER)}" in output
     copy.assert_same()
 
@@ -112,7 +112,7 @@ def test_an_unfinished_directory_with_a_checkpoints_name_is_passed_over(copy: Ca
     """A directory without a manifest, which the trainer never creates, is not removed either."""
     foreign = copy.run.checkpoint(999)
     foreign.mkdir()
-    assert f"checkpoint passed over: {foreign} is not finished" in copy.finish()
+    assert f"checkpoint skipped: {foreign} is not finished" in copy.finish()
     foreign.rmdir()
     copy.assert_same()
 

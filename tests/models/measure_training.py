@@ -87,7 +87,7 @@ def measure(folder: str, packing: str, batch: list[Example], wanted: Reference) 
     detail = choice.layout.arrangement
     if not right:
         detail += f": loss off {loss_error:.0e}, gradient off {gradient_error:.0e}"
-    return Cell(status, detail, choice.reason)
+    return Cell(status, detail, choice.fallback_reason)
 
 
 def distance(found: Gradients, wanted: Gradients) -> float:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer.models import packed_attention, training_kernels
-from trainer.planning.activations import batch_of, trace_activations
+from trainer.planning.activations import make_packed_batch, trace_activations
 from trainer.training.loss import summed_token_loss
 
 LENGTHS, LEARNED = [96] * 5 + [32], 200
@@ -44,7 +44,7 @@ def peak(config: Any, checkpointing: bool) -> int:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(drop)
-    batch = batch_of(LENGTHS, LEARNED)
+    batch = make_packed_batch(LENGTHS, LEARNED)
     for _ in range(3):
         gc.collect()
         before = resident("VmRSS")

@@ -15,6 +15,7 @@ from tests.models.families import family_of
 from trainer.errors import UserError
 from trainer.models import presets
 from trainer.planning.activations import trace_activations
+from trainer.training import cross_entropy
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -108,3 +109,9 @@ def test_padding_is_counted_where_a_family_is_not_packed() -> None:
 def test_a_model_that_needs_values_is_refused_with_the_reason() -> None:
     with pytest.raises(UserError, match="memory of a jetmoe model cannot be planned, because"):
         trace_activations(family_of("jetmoe").config, [40], 20, torch.float32, False, False)
+
+
+def test_the_loss_on_a_gpu_is_computed_in_large_blocks() -> None:
+    tokens, vocabulary = [64] * 256, 50_000
+    cpu, gpu = (peak(tokens, 64 * 256, cuda=cuda, vocab_size=vocabulary) for cuda in (False, True))
+    assert gpu - cpu > 0.5 * cross_entropy.ACCELERATOR_BLOCK_BYTES

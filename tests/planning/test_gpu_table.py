@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.planning import accelerators, plan, plan_table
+from trainer.planning import accelerators, command, plan
 from trainer.settings import PlanSettings
 from trainer.training import gpu_table
 from trainer.training.throughput import peak_flops
@@ -32,7 +32,7 @@ CORES = {
 
 
 def gpu(name: str) -> gpu_table.Gpu:
-    found = gpu_table.by_name(name)
+    found = gpu_table.gpu_by_name(name)
     assert found is not None
     return found
 
@@ -74,7 +74,7 @@ def test_every_row_is_plausible() -> None:
     ],
 )
 def test_names_that_torch_reports(device_name: str, name: str) -> None:
-    found = gpu_table.by_device_name(device_name)
+    found = gpu_table.gpu_by_device_name(device_name)
     assert found is not None and found.name == name
 
 
@@ -88,7 +88,7 @@ def test_names_that_torch_reports(device_name: str, name: str) -> None:
     ],
 )
 def test_a_similar_name_is_another_gpu(device_name: str) -> None:
-    assert gpu_table.by_device_name(device_name) is None
+    assert gpu_table.gpu_by_device_name(device_name) is None
 
 
 def test_short_names() -> None:
@@ -128,7 +128,7 @@ def test_the_planner_reads_the_same_table(monkeypatch: pytest.MonkeyPatch) -> No
     fake_gpu(monkeypatch, "NVIDIA H100 NVL")
     found = accelerators.find_accelerator("auto", 1)
     assert found == accelerators.find_accelerator("h100-nvl", 1)
-    assert (found.bf16_flops, found.memory_bandwidth, found.link) == (835e12, 3.9e12, 64e9)
+    assert (found.bf16_flops, found.memory_bandwidth, found.link_bandwidth) == (835e12, 3.9e12, 64e9)
 
 
 def test_an_unknown_gpu_is_planned_with_its_memory_and_without_seconds(
@@ -142,7 +142,7 @@ def test_an_unknown_gpu_is_planned_with_its_memory_and_without_seconds(
         7 * 10**9,
         False,
     )
-    monkeypatch.setattr(accelerators, "_detect", lambda per_machine: found)
+    monkeypatch.setattr(accelerators, "_detect", lambda gpus_per_node: found)
     values: dict[str, Any] = {
         "config_name": "gpt2",
         "config_overrides": "n_layer=4",
@@ -152,10 +152,10 @@ def test_an_unknown_gpu_is_planned_with_its_memory_and_without_seconds(
     made = plan.make_plan(PlanSettings(**values, gpu="auto"))
     assert made.fits and made.seconds == 0
     assert any("its speed is unknown" in note for note in made.notes)
-    times = plan_table.as_dict(made)["time"]
+    times = command.as_dict(made)["time"]
     assert times["seconds_per_step"] is None and times["accelerator_hours"] is None
-    assert "Infinity" not in json.dumps(plan_table.as_dict(made))
-    plan_table.print_plan(made, None)
+    assert "Infinity" not in json.dumps(command.as_dict(made))
+    command.print_plan(made, None)
     assert (
         "time: rate unknown: NVIDIA Titan of tomorrow is not in the table of GPUs" in capsys.readouterr().out
     )

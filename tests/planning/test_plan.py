@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.conftest import REPOSITORY
 from tests.training.conftest import settings, train_many
 from trainer.errors import UserError
 from trainer.models import load, presets
 from trainer.planning import plan, workload
+from trainer.planning.command import print_study_plan
 from trainer.planning.recommend import recommend, train_command
-from trainer.planning.run import plan_study
 from trainer.planning.time import communication_volumes
 from trainer.planning.zero_memory import (
     ACTIVATIONS,
@@ -208,7 +210,7 @@ def test_shards_decide_targets_and_steps(stories: Shards) -> None:
         ({"gpu": "a100-80g"}, r"gpu is 'a100-80g'; choose one of .*did you mean 'a100-80gb'"),
         ({"nodes": 0}, "nodes is 0; it must be at least 1"),
         ({"bf16": True, "deepspeed": "ds_configs/zero0.json"}, "wrongly in bf16 at ZeRO stage 0"),
-        ({"config_name": "./no-such-model"}, "no model config at ./no-such-model"),
+        ({"config_name": "./no-such-model"}, "./no-such-model does not exist"),
         ({"calibrate": "no-such-run"}, "calibrate: no-such-run is not a run directory"),
     ],
 )
@@ -247,7 +249,7 @@ def test_a_study_is_planned_run_by_run(capsys: pytest.CaptureFixture[str]) -> No
     file = REPOSITORY / "studies" / "quickstart.yaml"
     study = load_study(read_yaml(file), file)
     asked = PlanSettings(study=str(file), gpu="cpu", gpus_per_node=2, disk_gb=0.02, json=True)
-    assert not plan_study(asked, study)
+    assert not print_study_plan(asked, study)
     result = json.loads(capsys.readouterr().out)
     assert set(result["runs"]) == {run.name for run in study.runs if run.train}
     hours = sum(run["time"]["accelerator_hours"] for run in result["runs"].values())
@@ -256,6 +258,28 @@ def test_a_study_is_planned_run_by_run(capsys: pytest.CaptureFixture[str]) -> No
     refused = {name for name, run in result["runs"].items() if not run["fits"]}
     assert refused == {name for name in result["runs"] if ".0.7m." in name}
     assert all("disk: " in result["runs"][name]["refusals"][0] for name in refused)
+
+
+def test_a_study_is_planned_on_its_own_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    file = REPOSITORY / "studies" / "quickstart.yaml"
+    study = load_study(yaml.safe_load(file.read_text()), file)
+    print_study_plan(PlanSettings(study=str(file), gpu="cpu", json=True), study)
+    plans = json.loads(capsys.readouterr().out)["runs"].values()
+    assert {plan["per_node"] for plan in plans} == {study.num_ranks} == {2}
+
+
+def test_a_study_without_training_is_refused_with_the_reason() -> None:
+    file = REPOSITORY / "studies" / "quickstart.yaml"
+    study = load_study(yaml.safe_load(file.read_text()), file)
+    evaluated_only = replace(study, runs=tuple(replace(run, train=None) for run in study.runs[:1]))
+    with pytest.raises(UserError, match="has no training to plan"):
+        print_study_plan(PlanSettings(study=str(file)), evaluated_only)
+
+
+def test_ds_configs_are_found_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recommended = recommend(planned(gpu="a100-40gb"))
+    assert recommended is not None and recommended.plan.settings.deepspeed.endswith("zero1.json")
 
 
 @pytest.mark.slow

@@ -12,11 +12,11 @@ MILLION = 10**6
 
 
 def step_bytes(stage: int, zero: dict[str, Any], world_size: int = 1) -> int:
-    resolved = {"zero_optimization": {"stage": stage, **zero}, "gradient_accumulation_steps": 1}
-    layout = ZeroMemoryConfig.from_ds_config(
-        resolved, [10 * MILLION] * 100, 2, world_size, on_accelerator=True
+    deepspeed_config = {"zero_optimization": {"stage": stage, **zero}, "gradient_accumulation_steps": 1}
+    config = ZeroMemoryConfig.from_ds_config(
+        deepspeed_config, [10 * MILLION] * 100, 2, world_size, on_accelerator=True
     )
-    return _optimizer_step_memory(layout)[GRADIENTS]
+    return _optimizer_step_memory(config)[GRADIENTS]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from trainer.problems import answers
-from trainer.problems.answers import RULES, answer_type, answers_match, extract_answer
+from trainer.problems.answers import ANSWER_RULES, answer_type, answers_match, extract_answer
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_time_is_linear_in_the_text():
     pieces = ["9", "1,", "-$", "####", "yes ", "1/", ".5", " ", "no,", "a-", "'", "1 a", "\n", "$ -", "1."]
     start = time.perf_counter()
     for text in [piece * 20_000 for piece in pieces] + ["#### " + piece * 20_000 for piece in pieces]:
-        for rule in RULES:
+        for rule in ANSWER_RULES:
             for gold_type in (None, *answers.ANSWER_TYPES):
                 extract_answer(text, rule, gold_type)
         for gold in ("18", "yes", "Paris"):
@@ -249,12 +249,12 @@ def test_every_gold_solution_of_gsm8k_is_right_and_every_changed_answer_wrong(sh
             f"{gold} dollars",
             f" {with_commas} ",
         ):
-            for rule in RULES:
+            for rule in ANSWER_RULES:
                 answer = extract_answer(f"{body}#### {stated}", rule, "number")
                 assert answers_match(answer, gold), (rule, stated, answer, gold)
         wrong = [value + 1, value - 1, value * 10, -value, value / 10, value + Fraction(1, 100)]
         for changed in (str(w) for w in wrong if w != value):
-            for rule in RULES:
+            for rule in ANSWER_RULES:
                 assert not answers_match(extract_answer(f"{body}#### {changed}", rule, "number"), gold), (
                     rule,
                     changed,

@@ -132,7 +132,7 @@ def test_strategyqa_answers_facts_and_references(shared_data):
     assert sum("#1" in step.question for problem in problems for step in problem.steps) > 2000
 
 
-@pytest.mark.parametrize("rule", answers.RULES)
+@pytest.mark.parametrize("rule", answers.ANSWER_RULES)
 def test_the_gold_answer_is_right_on_every_data_set(shared_data, rule):
     for data, split in (("gsm8k", "train"), ("svamp", "all"), ("strategyqa", "train")):
         for problem in _read(shared_data, data, split):

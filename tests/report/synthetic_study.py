@@ -14,7 +14,7 @@ import numpy as np
 from tests.report.synthetic_answers import answer, possible_mistakes, problems
 from trainer.evaluation.score import wilson_interval
 from trainer.problems import answers
-from trainer.report.methods import PAIRS
+from trainer.report.methods import PAIR_METHODS
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory, StudyDirectory
 
@@ -173,7 +173,7 @@ def write_evaluation(
         "shards_fingerprint": "f" * 64,
         "export_digest": "e" * 64,
     }
-    if method in PAIRS:
+    if method in PAIR_METHODS:
         asks = "decomposer_interleaved" if method == "iterative_interleaved" else "decomposer"
         for role, trained_as in (("decomposer", asks), ("solver", "solver")):
             results[role] = {"name": f"runs/{role}", "model_name": model, "method": trained_as}
@@ -214,7 +214,7 @@ def _predictions(method: str, seed: int, level: float, num_problems: int) -> lis
                 "generated_tokens": 4 if method == "answer_only" else 20 * num_steps,
                 "finished": mistake != "no_answer",
             }
-            | ({"stopped": "max_steps" if mistake == "no_answer" else ""} if method in PAIRS else {})
+            | ({"stopped": "max_steps" if mistake == "no_answer" else ""} if method in PAIR_METHODS else {})
         )
     return lines
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.report.synthetic_study import make_study
+from tests.report.synthetic_study import make_evaluation_run, make_study, write_evaluation
+from trainer.report.build import build_report
 from trainer.report.comparison import (
-    comparison_tables,
     escape_latex,
+    paper_tables,
     paper_values,
     same_size,
     to_latex,
@@ -28,7 +29,7 @@ def _rows(report: Path) -> list[dict[str, str]]:
 
 def _tables(folder: Path) -> list[dict[str, Any]]:
     evaluations = load_frames([folder]).evaluations
-    return comparison_tables(evaluations, summarise(evaluations))
+    return paper_tables(evaluations, summarise(evaluations))
 
 
 def test_every_value_was_read_or_quoted() -> None:
@@ -86,6 +87,16 @@ def test_no_paper_values_for_other_settings(tmp_path: Path) -> None:
     (table,) = _tables(study.path)
     assert table["title"] == "gsm8k test · no calculator"
     assert not any(row["is_paper"] for row in table["rows"])
+
+
+def test_no_table_without_a_method_that_has_a_column(tmp_path: Path) -> None:
+    run = make_evaluation_run(tmp_path / "study", "iterative_ahead_operators", "m", 1000, 0)
+    path = write_evaluation(run, "iterative_ahead", "m", 1000, 0, 0, num_problems=20) / "results.json"
+    results = json.loads(path.read_text())
+    results["decomposer"]["method"] = "decomposer_operators"
+    path.write_text(json.dumps(results))
+    page = build_report([run.path])
+    assert not (page.parent / "comparison.csv").exists() and "comparison.csv" not in page.read_text()
 
 
 def test_latex_has_as_many_cells_in_every_row(whole_report: Path) -> None:

@@ -5,17 +5,19 @@ import pytest
 from tests.report.synthetic_answers import MISTAKES, answer, possible_mistakes, problems
 from trainer.problems import answers
 from trainer.report.error_types import find_error, same_question
-from trainer.report.solution_steps import StepText, parse
+from trainer.report.solution_steps import SolutionStep, parse
 
 APPLES, EATEN = "How many apples does Tom have?", "How many apples are left?"
 GOLD = (
-    StepText(APPLES, "Tom has 3*4 = <<3*4=12>>12 apples."),
-    StepText(EATEN, "He has 12-5 = <<12-5=7>>7 apples left."),
+    SolutionStep(APPLES, "Tom has 3*4 = <<3*4=12>>12 apples."),
+    SolutionStep(EATEN, "He has 12-5 = <<12-5=7>>7 apples left."),
 )
 MOON = "How many miles is it to the moon?"
 
 
-def _error(text: str, mode: str = "socratic", gold: tuple[StepText, ...] = GOLD, right: str = "7") -> tuple:
+def _error(
+    text: str, mode: str = "socratic", gold: tuple[SolutionStep, ...] = GOLD, right: str = "7"
+) -> tuple:
     strict = answers.extract_answer(text, "strict")
     return find_error(parse(text, mode), answers.answers_match(strict, right), bool(strict), mode, gold)
 
@@ -68,7 +70,7 @@ def test_chain_of_thought_has_no_subquestions_and_may_take_steps_together() -> N
     assert _error(f"{GOLD[0].solution}\n<<12-6=6>>6\n#### 6", "cot") == ("operation", 1)
     assert _error(f"{GOLD[0].solution}\n#### 12", "cot") == ("operation", 1)  # a step too few
     assert _error("He has 3*4-5 = <<3*4-5=7>>7.\n#### 8", "cot") == ("other", None)  # both steps in one
-    two = (StepText("", "<<3*4=12>>12 and <<12*2=24>>24"),)
+    two = (SolutionStep("", "<<3*4=12>>12 and <<12*2=24>>24"),)
     assert _error("<<3*4=12>>12\n<<12*2=20>>20\n#### 20", "cot", two, "24") == (
         "arithmetic",
         1,
@@ -83,13 +85,13 @@ def test_gold_without_steps() -> None:
 
 
 def test_gold_questions_without_solutions_are_compared_by_their_words() -> None:
-    gold = (StepText("What is a yeti made of?", ""), StepText("Can that float?", ""))
+    gold = (SolutionStep("What is a yeti made of?", ""), SolutionStep("Can that float?", ""))
     text = "What is a yeti made of?\nIt is made of ice.\nWho owns the moon?\nNobody.\n#### no"
     assert _error(text, "socratic", gold, "yes") == ("subquestion", 1)
 
 
 def test_results_written_to_fewer_decimals_are_right() -> None:
-    gold = (StepText("", "1/3 = <<1/3=0.333333>>0.333333"),)
+    gold = (SolutionStep("", "1/3 = <<1/3=0.333333>>0.333333"),)
     assert _error("1/3 = <<1/3=0.33>>0.33\n#### 5", "cot", gold, "0.33")[0] == "other"
 
 
@@ -114,7 +116,7 @@ def test_subquestions_are_compared_by_their_words(ours: str, gold: str, same: bo
 )
 def test_planted_mistakes_are_found_where_they_were_planted(mode: str) -> None:
     for index, problem in enumerate(problems(60)):
-        gold = tuple(StepText(step.question, step.solution) for step in problem.steps)
+        gold = tuple(SolutionStep(step.question, step.solution) for step in problem.steps)
         at = index % len(gold)
         assert _error(answer(problem, mode), mode, gold, problem.answer) == ("right", None)
         for mistake in possible_mistakes(mode):

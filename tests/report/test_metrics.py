@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trainer.errors import UserError
-from trainer.report.drawing import bin_curve, dodge_labels, order_apart, smooth
+from trainer.report.drawing import bin_curve, dodge_labels, select_spaced, smooth
 from trainer.report.load import training_columns
 from trainer.report.run_files import read_metrics
 
@@ -99,4 +99,4 @@ def test_labels_do_not_collide_and_keep_their_order() -> None:
     assert np.diff(np.sort(placed)).min() >= 0.1 - 1e-12
     assert placed[2] == 0.9 and placed[0] < placed[3] < placed[1]
     assert np.mean([placed[0], placed[1], placed[3]]) == pytest.approx(np.mean([0.5, 0.51, 0.5]))
-    assert order_apart([0.0, 0.05, 1.0], 0.1) == [1, 2]
+    assert select_spaced([0.0, 0.05, 1.0], 0.1) == [1, 2]

@@ -10,12 +10,12 @@ import pytest
 
 from tests.report.synthetic_study import make_run, make_study, write_evaluation
 from trainer.errors import UserError
-from trainer.report.columns import records
+from trainer.report.columns import to_dicts
 from trainer.report.error_types import analyse
 from trainer.report.load import load_frames
-from trainer.report.paired_tests import answers_by_evaluation, compare_methods
+from trainer.report.paired_tests import compare_methods, predictions_by_evaluation
 from trainer.report.statistics import mcnemar
-from trainer.report.summary import headline, headline_text, summarise
+from trainer.report.summary import headline_parts, headline_text, summarise
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory, StudyDirectory
 
@@ -28,13 +28,13 @@ def _one(folder: Path, **changes: Any) -> RunDirectory:
 
 def _comparisons(folder: Path) -> list[dict[str, Any]]:
     evaluations = load_frames([folder]).evaluations
-    answers = answers_by_evaluation(analyse(evaluations)[0])
-    return records(compare_methods(evaluations, answers))
+    answers = predictions_by_evaluation(analyse(evaluations)[0])
+    return to_dicts(compare_methods(evaluations, answers))
 
 
 def _runs(*paths: Path) -> dict[str, dict[str, Any]]:
     """Return one row of each run, by name."""
-    return {row["run"]: row for row in records(load_frames(list(paths)).runs)}
+    return {row["run"]: row for row in to_dicts(load_frames(list(paths)).runs)}
 
 
 def _panels(*paths: Path) -> list[str]:
@@ -42,7 +42,7 @@ def _panels(*paths: Path) -> list[str]:
 
 
 def _headline(path: Path) -> str:
-    return headline_text(headline(summarise(load_frames([path]).evaluations)))
+    return headline_text(headline_parts(summarise(load_frames([path]).evaluations)))
 
 
 def _change_results(run: RunDirectory, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -150,7 +150,7 @@ def test_seeds_do_not_narrow_the_interval(study: StudyDirectory) -> None:
     assert cells["panel"].unique().tolist() == ["stories test"] and len(cells) == 2 * 3
     assert cells["method"].tolist() == ["answer_only", "cot", "socratic"] * 2
     assert cells["model"].unique().tolist() == ["stories-2m", "stories-13m"]
-    for cell in records(cells):
+    for cell in to_dicts(cells):
         seeds = evaluations[
             (evaluations["model"] == cell["model"]) & (evaluations["method"] == cell["method"])
         ]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from trainer.report.columns import records
+from trainer.report.columns import to_dicts
 from trainer.report.error_types import analyse
 from trainer.report.load import load_frames
-from trainer.report.paired_tests import answers_by_evaluation
+from trainer.report.paired_tests import predictions_by_evaluation
 from trainer.report.scaling import fit_curves, fit_logistic
 from trainer.storage.run_directory import StudyDirectory
 
@@ -50,8 +50,8 @@ def test_separable_data_end_in_finite_numbers() -> None:
 def test_the_bootstrap_interval_is_the_asymptotic_one(whole_study: StudyDirectory) -> None:
     """One seed: problems are resampled together at all sizes, so the interval includes the covariance between sizes."""
     evaluations = load_frames([whole_study.path]).evaluations
-    answers = answers_by_evaluation(analyse(evaluations)[0])
-    fits = {(fit["panel"], fit["method"]): fit for fit in records(fit_curves(evaluations, answers))}
+    answers = predictions_by_evaluation(analyse(evaluations)[0])
+    fits = {(fit["panel"], fit["method"]): fit for fit in to_dicts(fit_curves(evaluations, answers))}
     fit = fits["gsm8k test", "cot"]
     assert not fit["refusal"] and fit["n"] == 60
     assert fit["slope_low"] < fit["slope"] < fit["slope_high"]
@@ -76,7 +76,7 @@ def test_fits_are_refused_below_three_sizes_and_without_the_same_problems(
 ) -> None:
     paths = [whole_study.run(f"stories.cot.{m}.s0").path for m in ("gpt2", "gpt2-large")]
     evaluations = load_frames(paths).evaluations
-    fits = fit_curves(evaluations, answers_by_evaluation(analyse(evaluations)[0]))
+    fits = fit_curves(evaluations, predictions_by_evaluation(analyse(evaluations)[0]))
     assert fits["refusal"].tolist() == ["2 of at least 3 sizes"] * 2
 
 

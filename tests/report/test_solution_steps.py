@@ -8,7 +8,7 @@ import pytest
 
 from trainer.problems import answers
 from trainer.report.error_types import find_error
-from trainer.report.solution_steps import StepText, parse
+from trainer.report.solution_steps import SolutionStep, parse
 
 
 def test_texts_are_split_by_mode() -> None:
@@ -50,16 +50,16 @@ def test_no_text_and_several_delimiters() -> None:
     ],
 )
 def test_calculations_of_a_line(line: str, expected: list) -> None:
-    assert [(e.expression, e.computed, e.stated) for e in StepText("", line).equations] == expected
+    assert [(e.expression, e.computed, e.stated) for e in SolutionStep("", line).equations] == expected
 
 
 def test_the_value_of_a_step_without_a_calculation_is_its_last_number() -> None:
-    assert StepText("", "He had 3 and now has 5 apples.").value == 5
-    assert StepText("", "He has some.").value is None
+    assert SolutionStep("", "He had 3 and now has 5 apples.").value == 5
+    assert SolutionStep("", "He has some.").value is None
 
 
 def test_results_that_equal_the_calculators() -> None:
-    assert StepText("", "<<1/2=0.5>>0.5 <<1/2=.5>>.5 <<3*4=13>>13").computed == [True, False, False]
+    assert SolutionStep("", "<<1/2=0.5>>0.5 <<1/2=.5>>.5 <<3*4=13>>13").computed == [True, False, False]
 
 
 def test_long_garbage_is_parsed_quickly() -> None:
@@ -75,7 +75,7 @@ def test_gold_solutions_are_right_step_by_step(shared_data: Path) -> None:
         pairs = [
             step.split(" ** ", 1) for step in steps if " ** " in step and step.split(" ** ", 1)[1].strip()
         ]
-        gold = tuple(StepText(question.strip(), solution.strip()) for question, solution in pairs)
+        gold = tuple(SolutionStep(question.strip(), solution.strip()) for question, solution in pairs)
         text = "\n".join(f"{step.question}\n{step.solution}" for step in gold) + f"\n{ending}1"
         assert answers.extract_answer(text) == ending.removeprefix("#### ") + "1"
         found = find_error(parse(text, "socratic"), False, True, "socratic", gold)

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from scipy import stats
 
 from tests.report.synthetic_study import make_evaluation_run, make_run, make_study, write_evaluation
 from trainer.errors import UserError
 from trainer.report.build import build_report
-from trainer.report.columns import records
+from trainer.report.columns import to_dicts
 from trainer.report.error_types import ERROR_TYPES, analyse
 from trainer.report.load import load_frames
 from trainer.report.provenance import facts_by_run, remarks
 from trainer.report.report_data import ReportData
 from trainer.report.statistics import mcnemar
-from trainer.report.summary import significance_text
+from trainer.report.summary import uncertainty_text
 from trainer.storage.run_directory import StudyDirectory
 
 
@@ -85,13 +86,13 @@ def test_differences_that_are_not_significant_are_listed(
     whole_study: StudyDirectory, whole_report: Path
 ) -> None:
     data = ReportData("whole", load_frames([whole_study.path]))
-    first, second = records(data.significance)
+    first, second = to_dicts(data.uncertainty)
     weak = data.comparisons[
         (data.comparisons["panel"] == "gsm8k test") & (data.comparisons["p_holm"] >= 0.05)
     ]
     num_weak = len(weak[["model", "first", "second"]].drop_duplicates())
     assert 0 < len(first["not_significant"]) == num_weak < first["num_pairs"] == 63
-    assert significance_text(first) in (whole_report / "index.html").read_text()
+    assert uncertainty_text(first) in (whole_report / "index.html").read_text()
     assert second["panel"].endswith("no calculator")
     assert any(text.startswith("gpt2, CoT and Socratic: ") for text in first["not_significant"])
 
@@ -126,11 +127,11 @@ def test_evaluation_runs_and_roles_of_pairs_are_not_unfinished(tmp_path: Path) -
     pair = make_evaluation_run(
         folder, "iterative_ahead", "m", 1000, 3
     )  # seed: 0 in its settings is of the sampling
-    runs = {row["run"]: row for row in records(load_frames([folder]).runs)}
+    runs = {row["run"]: row for row in to_dicts(load_frames([folder]).runs)}
     assert runs[pair.name]["missing"] == "not evaluated" and runs[pair.name]["seed"] == 3
     assert {runs[name]["missing"] for name in runs if name != pair.name} == {""}
     write_evaluation(pair, "iterative_ahead", "m", 1000, 3, 0, num_problems=20)
-    (run,) = records(load_frames([folder]).evaluations)
+    (run,) = to_dicts(load_frames([folder]).evaluations)
     assert run["run"] == pair.name and run["missing"] == ""
     assert run["max_steps"] is None and not run["is_trained"]
     assert [member["role"] for member in run["members"]] == ["decomposer", "solver"]
@@ -188,6 +189,19 @@ def test_provenance_names_the_layout_of_examples(tmp_path: Path) -> None:
     ]
 
 
+def test_provenance_shows_a_setting_that_differs_from_the_trainings(tmp_path: Path) -> None:
+    pair = make_evaluation_run(tmp_path / "study", "iterative_ahead", "m", 1000, 0)
+    trained = [make_run(tmp_path / "study", "cot", "m", 1000, seed) for seed in (0, 1)]
+    for run, dtype in ((pair, "bf16"), (trained[0], "fp32"), (trained[1], "fp32")):
+        record = run.settings if run is pair else run.environment
+        content = {**yaml.safe_load(record.read_text()), "dtype": dtype}
+        record.write_text(json.dumps(content))  # JSON is YAML
+    shared, own = facts_by_run(load_frames([pair.path, *(run.path for run in trained)]))
+    facts = {run["run"]: facts for run, facts in own}
+    assert shared["dtype"] == "fp32" and facts[pair.name]["dtype"] == "bf16"
+    assert all("dtype" not in facts[run.name] for run in trained)
+
+
 def test_guidance_is_part_of_the_method(tmp_path: Path) -> None:
     run = make_evaluation_run(tmp_path / "study", "iterative_ahead_operators", "m", 1000, 0)
     assert load_frames([run.path]).runs["run_method"].tolist() == ["iterative_ahead+operators"]
@@ -197,7 +211,7 @@ def test_guidance_is_part_of_the_method(tmp_path: Path) -> None:
     results["decomposer"]["method"] = "decomposer_interleaved_operators"
     for guidance_from, method in (("planner", "+operators"), ("gold", "+gold operators")):
         (path / "results.json").write_text(json.dumps(results | {"guidance_from": guidance_from}))
-        (row,) = records(load_frames([run.path]).evaluations)
+        (row,) = to_dicts(load_frames([run.path]).evaluations)
         assert row["method"] == f"iterative_ahead{method}" and row["panel"] == "mine-hard"
 
 
@@ -206,7 +220,7 @@ def test_a_published_model_has_its_name_in_the_study(tmp_path: Path) -> None:
     results = write_evaluation(run, "few_shot", "gpt2", 1000, 0, 0, num_problems=20) / "results.json"
     unknown = {"method": "", "train_data": ""}  # as of a model that was not trained here
     results.write_text(json.dumps(json.loads(results.read_text()) | unknown))
-    (row,) = records(load_frames([run.path]).evaluations)
+    (row,) = to_dicts(load_frames([run.path]).evaluations)
     found = [row[name] for name in ("panel", "method", "parameters", "model")]
     assert found == ["stories test", "few_shot", 1000, "m"]
 

@@ -201,7 +201,7 @@ def test_fingerprint_is_equal_after_saving_and_differs_between_tokenizers(
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no tokenizer at"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         load_tokenizer(tmp_path / "nowhere")
 
 

@@ -59,7 +59,7 @@ def test_unfinished_and_missing_directories_have_different_errors(tmp_path: Path
 
 def test_another_kind_and_an_invalid_manifest_are_refused(tmp_path: Path) -> None:
     _make(tmp_path / "done")
-    with pytest.raises(UserError, match="expected a shards"):
+    with pytest.raises(UserError, match="expected shards made by"):
         atomic_dir.read_manifest(tmp_path / "done", "shards")
     (tmp_path / "done" / atomic_dir.MANIFEST).write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

@@ -68,19 +68,19 @@ def test_counts_come_from_shards_or_settings(values: dict[str, Any], make_study:
     values["methods"] = ["cot", "iterative_ahead"]
     values["evaluate"] = {"max_problems": 20}
     study = make_study(values)
-    train, test = study.shards
+    train, test = study.prepare_settings
     solver = next(run for run in study.runs if run.train and run.train.method == "solver")
     assert solver.train
     assert (table.num_problems(train), table.num_problems(test)) == (300, 30)
-    assert table.num_examples(solver.train, study.shards) == 300
-    assert table.num_answers(study.runs[0].evaluations[0], study.shards) == 20
+    assert table.num_examples(solver.train, study.prepare_settings) == 300
+    assert table.num_answers(study.runs[0].evaluations[0], study.prepare_settings) == 20
 
     per_method = {"cot": 290, "solver": 280}
     publish_directory(
         Path(train.output_dir), "shards", num_problems=299, problems_per_method=per_method, recipe={}
     )
     assert table.num_problems(train) == 299
-    assert table.num_examples(solver.train, study.shards) == 280
+    assert table.num_examples(solver.train, study.prepare_settings) == 280
     source = PrepareSettings(
         data="gsm8k", data_path="openai/gsm8k", tokenizer_name="gpt2", output_dir="shards/gsm8k-train"
     )

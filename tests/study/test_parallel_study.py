@@ -244,4 +244,4 @@ def test_one_stage_is_ended_and_then_all(tmp_path: Path) -> None:
 def test_help_names_the_flag(command: Command) -> None:
     study = [sys.executable, str(command.tools / "study.py"), "--help"]
     text = subprocess.run(study, capture_output=True, text=True, check=True).stdout
-    assert "--num_parallel" in text and "stages at the same time" in text
+    assert "--num_parallel" in text and "concurrent stages" in text

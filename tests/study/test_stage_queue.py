@@ -24,7 +24,7 @@ def todo(values: dict[str, Any], make_study: MakeStudy) -> list[Stage]:
 
 def startable(queue: StageQueue) -> list[Stage]:
     """Take all stages that can be started now."""
-    return list(iter(queue.take_ready, None))
+    return list(iter(queue.pop_ready, None))
 
 
 def labels(found: list[Stage]) -> list[str]:
@@ -34,7 +34,7 @@ def labels(found: list[Stage]) -> list[str]:
 def test_one_at_a_time_is_the_order_of_the_study(todo: list[Stage]) -> None:
     queue = StageQueue(todo, [])
     order = []
-    while stage := queue.take_ready():
+    while stage := queue.pop_ready():
         order.append(stage)
         queue.mark_ended(stage, succeeded=True)
     assert order == todo
@@ -44,7 +44,7 @@ def test_a_stage_waits_for_all_that_it_needs(todo: list[Stage]) -> None:
     queue = StageQueue(todo, [])
     prepare_train, prepare_test = startable(queue)
     assert labels([prepare_train, prepare_test]) == ["prepare stories-train", "prepare stories-test"]
-    assert queue.take_ready() is None
+    assert queue.pop_ready() is None
     queue.mark_ended(prepare_train, succeeded=True)
     first, second = startable(queue)
     assert labels([first, second]) == [f"train {ANSWER_ONLY}", f"train {COT}"]
@@ -52,7 +52,7 @@ def test_a_stage_waits_for_all_that_it_needs(todo: list[Stage]) -> None:
     [convert] = startable(queue)
     assert convert.label == f"convert {COT}"
     queue.mark_ended(convert, succeeded=True)
-    assert queue.take_ready() is None, "the problems of the evaluation are not prepared yet"
+    assert queue.pop_ready() is None, "the problems of the evaluation are not prepared yet"
     queue.mark_ended(prepare_test, succeeded=True)
     assert labels(startable(queue)) == [f"evaluate {COT} on stories-test"]
 
@@ -81,12 +81,12 @@ def test_a_report_is_made_anew_when_anything_else_is(
 ) -> None:
     evaluate, report = todo[-2:]
     queue = StageQueue(todo, [stage for stage in todo if stage is not evaluate])
-    assert queue.take_ready() is evaluate
-    assert queue.take_ready() is None
+    assert queue.pop_ready() is evaluate
+    assert queue.pop_ready() is None
     queue.mark_ended(evaluate, succeeded=True)
-    assert queue.take_ready() is report
+    assert queue.pop_ready() is report
     monkeypatch.setattr(status, "is_done", lambda stage: True)
-    assert StageQueue(todo, todo).take_ready() is None
+    assert StageQueue(todo, todo).pop_ready() is None
 
 
 def test_stages_share_devices_only_if_there_are_too_few() -> None:

@@ -13,7 +13,7 @@ from trainer.problems.problem import Problem
 from trainer.problems.sources import read_problems
 from trainer.study import stages
 from trainer.study.methods import FEW_SHOT, PAIRS, SINGLE_MODEL_METHODS
-from trainer.study.study_file import KEYS, Study, load_study
+from trainer.study.study_file import STUDY_KEYS, Study, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STUDIES = sorted((REPOSITORY / "studies").glob("*.yaml"))
@@ -63,7 +63,7 @@ def test_data_without_steps_has_a_teacher(monkeypatch: pytest.MonkeyPatch) -> No
         assert prepare.needs == (annotate.label,)
         assert prepare.settings.data == "jsonl"
         assert prepare.settings.data_path == f"annotations/{name}-train/result/annotated.jsonl"
-        assert found.shards[1].data == name, "the evaluated set is the published one"
+        assert found.prepare_settings[1].data == name, "the evaluated set is the published one"
 
 
 def test_larger_models_are_divided_further(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,10 +106,10 @@ def test_yes_and_no_are_balanced_enough() -> None:
 
 def test_the_documentation_names_every_key_and_method() -> None:
     text = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
-    for name in (*KEYS, *SINGLE_MODEL_METHODS, *PAIRS, FEW_SHOT, *(path.name for path in STUDIES)):
+    for name in (*STUDY_KEYS, *SINGLE_MODEL_METHODS, *PAIRS, FEW_SHOT, *(path.name for path in STUDIES)):
         assert f"`{name}`" in text, name
     for example in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
-        assert set(yaml.safe_load(example)) <= set(KEYS)
+        assert set(yaml.safe_load(example)) <= set(STUDY_KEYS)
 
 
 def test_the_first_example_of_the_documentation_is_a_study(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def test_ranks_of_a_killed_study_are_ended_by_the_next(command: Command, values:
     process.communicate()
     orphans = {p.pid for p in processes.processes_of_study(command.study)}
     assert len(orphans) >= 2
-    assert "of an earlier start are alive; a run ends them first" in command("status")[1]
+    assert "of an earlier start are alive; a run ends them" in command("status")[1]
 
     command.write({**values, "models": {"sleepy": {"config_name": "stories-0.2m"}}})
     status, output = command("run")

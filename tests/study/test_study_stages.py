@@ -92,7 +92,7 @@ def test_the_devices_that_are_visible_are_used(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     assert commands(study)[2][1:2] == ["--include=localhost:2,5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
-    with pytest.raises(UserError, match="has 1 devices for num_ranks 2"):
+    with pytest.raises(UserError, match="has 1 devices for 2 ranks"):
         commands(study)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-3a,GPU-3b")
     with pytest.raises(UserError, match="launcher: mpiexec"):

@@ -234,7 +234,7 @@ def test_a_dry_run_sends_nothing_and_writes_nothing(
 def test_no_kept_chain_is_a_warning(data_file: Path, capsys: pytest.CaptureFixture) -> None:
     with serving(lambda *_: chat("Sorry.")) as endpoint:
         annotate(settings(data_file, endpoint.url))
-    assert "no chain was kept" in capsys.readouterr().out
+    assert "no sample was kept" in capsys.readouterr().out
     again = read_problems("jsonl", "train", str(result_of(data_file) / "unannotated.jsonl"))
     assert sum(isinstance(problem, Problem) for problem in again) == 12
 
@@ -286,7 +286,7 @@ def test_mistakes_are_reported_before_a_request_is_sent(
         ({"timeout_seconds": 0.0}, "timeout_seconds"),
         ({"top_p": 0.0}, "top_p"),
         ({"style": "soctratic"}, "did you mean 'socratic'"),
-        ({"data": "stories"}, "choose one of svamp"),
+        ({"data": "stories"}, "choose one of gsm8k, svamp"),
     ],
 )
 def test_invalid_settings(data_file: Path, changes: dict[str, Any], message: str) -> None:

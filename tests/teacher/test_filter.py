@@ -8,7 +8,7 @@ import pytest
 
 from trainer.problems.problem import Problem, Step
 from trainer.problems.sources import read_problems
-from trainer.teacher.filter import FILTER_REASONS, FilterConfig, filter_sample, recomputes
+from trainer.teacher.filter import FILTER_REASONS, FilterConfig, evaluates_to, filter_sample
 from trainer.teacher.prompts import solution_text
 
 PROBLEM = Problem("p", "How many?", "10", steps=(Step("", "x"),))
@@ -76,7 +76,7 @@ def test_yes_and_no(gold: str, answer: str, kept: bool) -> None:
     ],
 )
 def test_recomputing(expression: str, result: str, is_right: bool) -> None:
-    assert recomputes(expression, result) is is_right
+    assert evaluates_to(expression, result) is is_right
 
 
 def test_gold_chains_of_gsm8k_are_kept_and_perturbed_ones_are_not(shared_data: Path) -> None:

@@ -151,5 +151,5 @@ def test_a_prompt_that_fills_the_context_is_truncated(data_file: Path, teacher: 
 
 
 def test_no_such_model(data_file: Path) -> None:
-    with pytest.raises(UserError, match="no model"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         annotate(local(data_file, data_file.parent / "nowhere"))

@@ -81,7 +81,10 @@ def test_positional_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*REQUIRED, "--max_step", "3"], "unrecognized arguments: --max_step"),
+        ([*REQUIRED, "--max_step", "3"], "unknown flag --max_step (did you mean '--max_steps'?); see --help"),
+        ([*REQUIRED, "--fp16=true"], "unknown flag --fp16 (did you mean '--bf16'?)"),
+        (REQUIRED[:4], "no model: give model_name_or_path"),
+        ([*REQUIRED, "--model_name_or_path", "m"], "are both set"),
         ([*REQUIRED, "--seed", "x"], "seed is 'x', expected int"),
         ([], "train_shards is required"),
         ([*REQUIRED, "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
@@ -106,6 +109,36 @@ def test_a_file_that_is_not_settings_is_named_with_its_line(
             parse(TrainSettings, "", [*REQUIRED, "--config", str(file)])
         error = capsys.readouterr().err
         assert message in error and "run.yaml" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("study run studies/quickstar.yaml", "does not exist (did you mean 'quickstart.yaml'?)"),
+        ("study status studies/quickstart.yaml extra", "status takes no run, but got 'extra'"),
+        (
+            "train --train_shards README.md --output_dir OUT --config_name c",
+            "README.md is a file; expected shards",
+        ),
+        ("train --train_shards s --output_dir README.md --config_name c", "README.md"),
+        (
+            "prepare_shards --tokenizer_name ./nowhere --output_dir OUT",
+            "./nowhere does not exist; give a local",
+        ),
+        (
+            "prepare_shards --tokenizer_name stories --num_problems 9 --output_dir README.md",
+            "is a file; choose",
+        ),
+        ("plot_scaling docs", "docs holds no runs"),
+        ("convert_checkpoint studies", "expected a checkpoint made by tools/train.py"),
+    ],
+)
+def test_a_wrong_path_gives_one_message_with_a_remedy(arguments: str, message: str, tmp_path: Path) -> None:
+    words = arguments.replace("OUT", str(tmp_path / "out")).split()
+    command = [sys.executable, "-m", "trainer.commands", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    output = done.stdout + done.stderr
+    assert done.returncode and message in output and "Traceback" not in output, done
 
 
 @dataclass

@@ -96,10 +96,16 @@ def save(case: dict[str, Any], folder: Path, rank: int, world_size: int) -> None
         step(engine)
     name = f"{case['name']}-{world_size}"
     found = digests(engine, "robin" in name)
-    facts = {"world_size": world_size, "zero_stage": case["stage"], "dtype": case["dtype"], "digests": found}
+    facts = {
+        "step": STEPS,
+        "world_size": world_size,
+        "zero_stage": case["stage"],
+        "dtype": case["dtype"],
+        "digests": found,
+    }
     model = folder / "model"
     model.mkdir(exist_ok=True)
-    checkpoint.save(engine, RunDirectory(folder / name), STEPS, facts, model)
+    checkpoint.save(engine, RunDirectory(folder / name), facts, model)
     engine.destroy()
 
 

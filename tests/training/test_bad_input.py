@@ -33,7 +33,7 @@ def _train(folder: Path, values: dict[str, Any], num_ranks: int = 1, **environme
         ({"learning_rate": "fast"}, "learning_rate is 'fast', expected float"),
         ({"max_steps": 1.5}, "max_steps is 1.5, expected int"),
         ({"bf16": "maybe"}, "bf16 is 'maybe', expected bool"),
-        ({"model_name_or_path": "gpt2"}, "not both"),
+        ({"model_name_or_path": "gpt2"}, "are both set"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"save_steps": 0}, "save_steps is 0"),
         ({"eval_steps": 5}, "eval_shards is not"),
@@ -64,7 +64,7 @@ CANNOT_BE_TRAINED = {
         "has 100 embeddings but token",
     ),
     "context": ({"config_overrides": "max_position_embeddings=64"}, "examples of up to"),
-    "override": ({"config_overrides": "n_layer=2"}, "'n_layer=2' does not name a setting"),
+    "override": ({"config_overrides": "n_layer=2"}, "has no setting 'n_layer'"),
     "pack": ({"pack_length": 32}, "longer than pack_length 32"),
 } | {
     f"not finite, ZeRO {stage}": (

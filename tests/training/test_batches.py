@@ -63,7 +63,7 @@ def test_ranks_and_micro_batches_share_the_packs_of_a_step(
             for p in packs
             if p < plan.total_packs
         ]
-        first, end = plan.packs(step)
+        first, end = plan.pack_range(step)
         assert sorted(taken) == list(range(first, end))
         seen += taken
     assert sorted(seen) == list(range(10))

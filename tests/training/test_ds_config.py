@@ -9,7 +9,7 @@ import pytest
 
 from trainer.errors import UserError
 from trainer.settings import TrainSettings
-from trainer.training.ds_config import resolve_ds_config
+from trainer.training.ds_config import offloads_optimizer, resolve_ds_config
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -74,7 +74,10 @@ def test_numbers_are_those_of_the_settings() -> None:
             "DeepSpeed does not save all moments",
         ),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
-        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm.*remove it"),
+        (
+            {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
+            "NaN gradients are detected.*compute_grad_norm",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, content: dict, message: str) -> None:
@@ -98,3 +101,7 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes, message: str
         resolve_ds_config(_settings(deepspeed=str(tmp_path / "mine.json")), world_size=1)
     with pytest.raises(UserError, match="does not exist"):
         resolve_ds_config(_settings(deepspeed=str(tmp_path / "nowhere.json")), world_size=1)
+
+
+def test_null_means_no_offload() -> None:
+    assert not offloads_optimizer({"zero_optimization": {"stage": 2, "offload_optimizer": None}})

@@ -89,7 +89,7 @@ def test_the_layout_gives_the_models_own_loss_and_gradient(name: str) -> None:
     examples = _examples()
     choice = _choose(model, examples=examples)
     assert choice.layout.arrangement == EXPECTED[name]
-    assert bool(choice.reason) == (choice.layout.arrangement != PACKED)
+    assert bool(choice.fallback_reason) == (choice.layout.arrangement != PACKED)
     set_attention(model, choice.layout.attention)
     expected = torch.zeros(())
     for tokens, loss_mask in examples:
@@ -154,7 +154,7 @@ def test_attention_that_ignores_boundaries_is_caught(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(packed_attention, "PackedSequence", one_example)
     choice = _choose(_llama())
     assert choice.layout == BatchLayout(PADDED, "sdpa")
-    assert "differ from those of the model alone" in choice.reason
+    assert "differ from those of the model alone" in choice.fallback_reason
     with pytest.raises(NoLayout, match="differ from those of the model alone"):
         _choose(_llama(), "true")
 
@@ -290,7 +290,7 @@ def test_a_kernel_that_is_wrong_in_bf16_only_is_caught(monkeypatch: pytest.Monke
         assert _choose(model).layout.arrangement == PACKED
         choice = _choose(model, in_training_dtype=in_bf16)
         assert choice.layout.arrangement == PADDED
-        assert "in the training dtype" in choice.reason
+        assert "in the training dtype" in choice.fallback_reason
     finally:
         monkeypatch.undo()
         packed_attention.register()

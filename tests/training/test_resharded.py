@@ -222,7 +222,7 @@ def test_other_micro_batches(folder: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over_and_written_again(folder: Path) -> None:
     run = RunDirectory(folder / "damaged")
     printed = (folder / "printed.txt").read_text(encoding="utf-8")
-    assert re.search(rf"checkpoint passed over: {re.escape(str(run.checkpoint(STEPS)))}", printed)
+    assert re.search(rf"checkpoint skipped: {re.escape(str(run.checkpoint(STEPS)))}", printed)
     atomic_dir.verify_digests(run.checkpoint(STEPS))
     expected, found = trajectory(folder / "undisturbed" / "1-2-3"), trajectory(run.path)
     assert [(step["loss"], step["grad_norm"]) for step in found] == [

@@ -1,7 +1,5 @@
 """The subcommands of tools/study.py that use Slurm."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from trainer.cluster import slurm, status, submit, submitted_jobs
@@ -17,7 +15,7 @@ _TAIL_LINES = 30
 def run_command(
     command: str,
     study: Study,
-    tools: Path | None,
+    scripts_dir: Path | None,
     cluster: Path | None,
     dry_run: bool,
     run_name: str,
@@ -31,42 +29,34 @@ def run_command(
     elif command == "submit":
         if cluster is None:
             raise UserError("submit requires --cluster cluster.env (see slurm/cluster.env.example)")
-        submit.submit(study, tools, cluster, dry_run)
+        submit.submit(study, scripts_dir, cluster, dry_run)
     elif command == "resubmit":
         if not failed:
             raise UserError("resubmit requires --failed; 'submit' submits everything that is not done")
-        submit.resubmit(study, tools)
+        submit.resubmit(study, scripts_dir)
     elif command == "logs":
         if not run_name:
             raise UserError(f"logs requires the name of a run, e.g. {study.runs[0].name}")
         _show_logs(study, run_name)
     else:
-        _cancel(study)
-
-
-def _cancel(study: Study) -> None:
-    """Cancel every pending or running job of the study. A running training gets SIGTERM and saves."""
-    live = submit.live_jobs(study.directory)
-    if live:
-        slurm.cancel(sorted({str(job) for job in live.values()}))
-    terminal.info(f"study {study.name}: {len(live)} jobs cancelled; finished stages are kept")
+        if live := submit.live_jobs(study.directory):
+            slurm.cancel(sorted(map(str, live.values())))
+        terminal.info(f"study {study.name}: {len(live)} jobs cancelled; finished stages are kept")
 
 
 def _show_logs(study: Study, name: str) -> None:
-    """Print the end of every log of a run, a shard set or `report`. Raises UserError if there is no such name."""
-    known_stages = stages.study_stages(study)
-    chosen = [stage for stage in known_stages if name in (stage.subject, stage.label, stage.kind)]
-    if not chosen:
-        names = list(dict.fromkeys(stage.subject for stage in known_stages))
+    """Print the last lines of the logs of each stage whose subject (e.g. a run), label or kind is `name`."""
+    all_stages = stages.study_stages(study)
+    named_stages = [stage for stage in all_stages if name in (stage.subject, stage.label, stage.kind)]
+    if not named_stages:
+        names = list(dict.fromkeys(stage.subject for stage in all_stages))
         raise UserError(
             f"study {study.name} has no run {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
         )
-    known = submitted_jobs.read_jobs(study.directory)
-    for stage in chosen:
-        job = known.get(stage.label)
+    jobs = submitted_jobs.read_jobs(study.directory)
+    for stage in named_stages:
+        job = jobs.get(stage.label)
         for log in [stage.log, *([Path(job.output)] if job else [])]:
             if log.is_file() and log.stat().st_size:
                 end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-                terminal.info(f"--- {stage.label}: {log}")
-                for line in end:
-                    terminal.info(line)
+                terminal.info("\n".join([f"--- {stage.label}: {log}", *end]))

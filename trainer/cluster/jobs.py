@@ -1,9 +1,9 @@
-"""Group the stages of a study into Slurm jobs with their dependencies.
+"""Group the stages of a study into Slurm jobs with dependencies.
 
-Training, conversion and evaluation of runs with the same resources are one job array each, so that a study of any size
-is a few submissions, and MAX_RUNNING limits how many tasks run at a time. Task 3 of an array depends on task 3 of the
-array before it (`aftercorr`), so that no run waits for the slowest. A stage that depends on several runs (a pair of
-models) is a separate job. Shards are prepared by jobs without accelerator.
+Runs with the same resources share three job arrays: training, conversion and evaluation. So a study of any size takes
+few submissions, and MAX_RUNNING limits the number of tasks that run at a time. A conversion or evaluation depends only on
+the task of the same index in the previous array (`aftercorr`), not on the slowest run. The evaluation of a pair of models
+depends on several runs, so it is a separate job. Jobs that prepare shards request no accelerator.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from trainer.study.stages import SCRIPTS, Stage
 
 _ARRAYS = ("train", "convert", "evaluate")
-_MAX_ARRAY_SIZE = 1000  # Slurm's default MaxArraySize is 1001
-JobReference = tuple[int | str, int | None]  # a job as in Dependency, and the task of an array
+_MAX_ARRAY_SIZE = 1000  # maximum number of tasks; at most Slurm's MaxArraySize (default: 1001)
+JobReference = tuple[int | str, int | None]  # `job` and `index` of a Dependency
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,22 @@ class JobId:
 
 @dataclass(frozen=True)
 class Dependency:
-    """A dependency on a job, or on the task `index` of an array."""
+    """A dependency on a job, or on the task `index` of a job array."""
 
     condition: str  # afterok, aftercorr, afterany
-    job: int | str  # number in this submission (int), or the id of a submitted job
+    job: int | str  # position in this submission (int), or the id of a job that was submitted earlier (str)
     index: int | None = None
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """One batch script. `indices`: the array's task numbers, one per stage; empty for a single job."""
+    """One batch script: a job array with one task per stage, or a single job with one stage."""
 
     name: str
     kind: str
     stages: tuple[Stage, ...]
     dependencies: tuple[Dependency, ...]
-    indices: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()  # task indices in the array, one per stage; empty for a single job
 
     @property
     def num_ranks(self) -> int:
@@ -59,19 +59,19 @@ class SlurmJob:
 
     @property
     def needs_accelerator(self) -> bool:
-        """True if the job trains, evaluates, or annotates with a local model."""
+        """True if the job trains or evaluates a model, or annotates with a local model."""
         local_teacher = self.kind == "annotate" and bool(self.stages[0].settings.model_name_or_path)
         return self.kind in ("train", "evaluate") or local_teacher
 
 
-def plan_jobs(
+def make_jobs(
     stages: Sequence[Stage], done: Collection[str], live: Mapping[str, JobId], study_name: str
 ) -> list[SlurmJob]:
-    """Return jobs for all stages that are neither done nor `live` (label -> job), in an order for submission."""
+    """Return jobs for the stages that are neither `done` nor `live` (pending or running), dependencies first."""
     jobs: list[SlurmJob] = []
     assigned: dict[str, JobReference] = {label: (job.job, job.index) for label, job in live.items()}
     waiting = [stage for stage in stages if stage.label not in done and stage.label not in live]
-    for kind in SCRIPTS:  # in the order of dependencies
+    for kind in SCRIPTS:  # a stage depends only on stages of earlier kinds
         groups: dict[object, list[Stage]] = {}
         for stage in (stage for stage in waiting if stage.kind == kind):
             groups.setdefault(_signature(stage, assigned), []).append(stage)
@@ -86,24 +86,21 @@ def plan_jobs(
 
 
 def _signature(stage: Stage, assigned: Mapping[str, JobReference]) -> object:
-    """Return a key that is equal for stages of one array; the stage's label if it must be a single job."""
+    """Return a key that all stages of one job array share, or the stage's label if the stage must be a single job."""
     refs = [assigned[label] for label in stage.needs if label in assigned]
     tasks = [ref for ref in refs if ref[1] is not None]
     if stage.kind not in _ARRAYS or len(tasks) > 1:
         return stage.label
     whole = frozenset(ref[0] for ref in refs if ref[1] is None)
-    # Two evaluations of one run depend on the same task of the conversion, so they cannot be in one array.
+    # aftercorr pairs tasks of equal index, so two evaluations that need the same conversion cannot be in one array.
     return (stage.num_ranks, whole, tasks[0][0] if tasks else None, stage.detail)
 
 
-def _slurm_job(
-    name: str, stages: Sequence[Stage], assigned: Mapping[str, JobReference], is_array: bool
-) -> SlurmJob:
+def _slurm_job(name: str, stages: list[Stage], assigned: dict[str, JobReference], is_array: bool) -> SlurmJob:
     refs = [[assigned[label] for label in stage.needs if label in assigned] for stage in stages]
-    # A report is made even after failures.
-    condition = "afterany" if stages[0].kind == "report" else "afterok"
+    condition = "afterany" if stages[0].kind == "report" else "afterok"  # the report starts even if jobs fail
     dependencies = {Dependency(condition, job) for job, index in refs[0] if index is None}
-    tasks = [(job, index) for of_stage in refs for job, index in of_stage if index is not None]
+    tasks = [(job, index) for stage_refs in refs for job, index in stage_refs if index is not None]
     indices: tuple[int, ...] = ()
     if is_array and len(stages) > 1:
         indices = tuple(index for _, index in tasks) or tuple(range(len(stages)))
@@ -112,5 +109,5 @@ def _slurm_job(
         dependencies |= {Dependency(condition, job) for job, _ in tasks}
     else:
         dependencies |= {Dependency(condition, job, index) for job, index in tasks}
-    ordered = sorted(dependencies, key=lambda one: (one.condition, str(one.job), one.index or 0))
+    ordered = sorted(dependencies, key=lambda need: (need.condition, str(need.job), need.index or 0))
     return SlurmJob(name, stages[0].kind, tuple(stages), tuple(ordered), indices)

@@ -1,7 +1,6 @@
-"""Generate batch scripts. They contain no secrets and no job ids: dependencies are arguments of sbatch."""
+"""Generate batch scripts without secrets. Job dependencies are arguments of sbatch, so scripts contain no job ids."""
 
-from __future__ import annotations
-
+import itertools
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +14,17 @@ from trainer.study.stages import Stage
 
 @dataclass(frozen=True)
 class JobPaths:
-    """Paths of a job: `directory` (absolute, shared by all nodes), and below it the tools, slurm/ and the job logs.
+    """Paths of a job. Relative paths are relative to `directory`."""
 
-    `tools` is None if there is no repository: jobs then run the modules of the installed package.
-    """
-
-    directory: Path
-    tools: Path | None
-    slurm: Path
-    logs: Path
+    directory: Path  # absolute; all nodes share it
+    scripts_dir: Path | None  # None if the package is installed (no checkout): jobs run the package's modules
+    slurm: Path  # folder of ranks.sh
+    logs: Path  # folder of Slurm's own messages
 
 
-def script_text(batch: SlurmJob, config: ClusterConfig, paths: JobPaths) -> str:
-    """Return the text of a script. Raises UserError if the ranks do not fit the nodes of the cluster."""
-    lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{option}" for option in options(batch, config, paths))]
+def script_text(slurm_job: SlurmJob, config: ClusterConfig, paths: JobPaths) -> str:
+    """Return the text of a batch script. Raises UserError if the ranks do not fit the nodes of the cluster."""
+    lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{option}" for option in options(slurm_job, config, paths))]
     lines += ["set -euo pipefail", f"cd {shlex.quote(str(paths.directory))}"]
     if config.modules:
         lines.append(f"module load {shlex.join(config.modules)}")
@@ -40,15 +36,15 @@ def script_text(batch: SlurmJob, config: ClusterConfig, paths: JobPaths) -> str:
             '"${on_every_node[@]}" mkdir -p "$TMPDIR"',
             """trap '"${on_every_node[@]}" rm -rf "$TMPDIR"' EXIT""",
         ]
-    if batch.indices:
+    if slurm_job.indices:
         lines.append('case "$SLURM_ARRAY_TASK_ID" in')
-        for index, stage in zip(batch.indices, batch.stages, strict=True):
+        for index, stage in zip(slurm_job.indices, slurm_job.stages, strict=True):
             lines += [f"{index})", *_stage_arguments(stage, "    "), "    ;;"]
         lines.append("esac")
     else:
-        lines += _stage_arguments(batch.stages[0], "")
+        lines += _stage_arguments(slurm_job.stages[0], "")
     python = f"{config.venv}/bin/python" if config.venv else "python"
-    script = shlex.join([python, *stages.program(batch.kind, paths.tools)])
+    script = shlex.join([python, *stages.python_arguments(slurm_job.kind, paths.scripts_dir)])
     run = f'{shlex.quote(str(paths.slurm / "ranks.sh"))} {_container_command(config, paths)}{script} "${{arguments[@]}}"'
     job = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     lines += [
@@ -60,45 +56,42 @@ def script_text(batch: SlurmJob, config: ClusterConfig, paths: JobPaths) -> str:
     return "\n".join(lines) + "\n"
 
 
-def options(batch: SlurmJob, config: ClusterConfig, paths: JobPaths) -> list[str]:
-    """Return the options of sbatch, without dashes."""
-    on_accelerator = batch.needs_accelerator
-    nodes, tasks = layout(batch.num_ranks, config) if on_accelerator else (1, 1)
+def options(slurm_job: SlurmJob, config: ClusterConfig, paths: JobPaths) -> list[str]:
+    """Return the options of sbatch, e.g. "nodes=1"."""
+    on_accelerator = slurm_job.needs_accelerator
+    nodes, tasks = nodes_and_ranks(slurm_job.num_ranks, config) if on_accelerator else (1, 1)
     limit = {"train": config.time_limit, "evaluate": config.evaluate_time_limit}
     partition = config.partition if on_accelerator else config.cpu_partition or config.partition
     memory = config.memory_per_node if on_accelerator else config.cpu_memory
-    result = [f"job-name={batch.name}", f"output={output(batch, paths)}", "open-mode=append"]
-    # After preemption or the loss of a node, a job restarts and resumes from the files on disk.
-    result += ["requeue", f"time={limit.get(batch.kind, config.cpu_time_limit)}"]
+    result = [f"job-name={slurm_job.name}", f"output={output(slurm_job, paths)}", "open-mode=append"]
+    # After preemption or the loss of a node, Slurm requeues the job. The job resumes from the files on disk.
+    result += ["requeue", f"time={limit.get(slurm_job.kind, config.cpu_time_limit)}"]
     result += [f"nodes={nodes}", f"ntasks-per-node={tasks}", f"cpus-per-task={config.cpus_per_task}"]
     if on_accelerator and config.gpus_per_node:
-        kind = f"{config.gpu_type}:" if config.gpu_type else ""
-        per = ("task", 1) if config.gpu_binding == "task" else ("node", tasks)
-        result.append(f"gpus-per-{per[0]}={kind}{per[1]}")
-    if batch.kind in stages.RANKED:
+        gpu_type = f"{config.gpu_type}:" if config.gpu_type else ""
+        gpus = 1 if config.gpu_binding == "task" else tasks
+        result.append(f"gpus-per-{config.gpu_binding}={gpu_type}{gpus}")
+    if slurm_job.kind in stages.MULTI_RANK_KINDS:
         result.append(f"signal=USR1@{config.signal_seconds}")
     names = {"partition": partition, "account": config.account, "qos": config.qos, "mem": memory}
     names |= {"constraint": config.constraint if on_accelerator else "", "reservation": config.reservation}
     result += [f"{name}={value}" for name, value in names.items() if value]
-    if batch.indices:
+    if slurm_job.indices:
         running = f"%{config.max_running}" if config.max_running else ""
-        result.append(f"array={_ranges(batch.indices)}{running}")
+        result.append(f"array={_ranges(slurm_job.indices)}{running}")
     return result
 
 
-def output(batch: SlurmJob, paths: JobPaths) -> str:
-    """Return the path of Slurm's own messages, with its placeholders %A, %a and %j.
-
-    Raises UserError for a path with %, spaces or quotes, which Slurm would interpret.
-    """
+def output(slurm_job: SlurmJob, paths: JobPaths) -> str:
+    """Return the path for Slurm's own messages, e.g. logs/name-%j.out. Raises UserError if sbatch would misread it."""
     logs = str(paths.logs)
     if any(character.isspace() or character in "\"'\\%" for character in logs):
         raise UserError(f"{logs}: a batch script cannot write there; use a path without spaces, quotes and %")
-    return f"{logs}/{batch.name}-{'%A_%a' if batch.indices else '%j'}.out"
+    return f"{logs}/{slurm_job.name}-{'%A_%a' if slurm_job.indices else '%j'}.out"
 
 
-def layout(num_ranks: int, config: ClusterConfig) -> tuple[int, int]:
-    """Return (nodes, ranks per node) with the fewest nodes. Raises UserError if the ranks do not fill them."""
+def nodes_and_ranks(num_ranks: int, config: ClusterConfig) -> tuple[int, int]:
+    """Return (number of nodes, ranks per node). Raises UserError if the ranks need several nodes and do not fill them."""
     per_node = config.max_ranks_per_node
     if num_ranks <= per_node:
         return 1, num_ranks
@@ -111,13 +104,12 @@ def layout(num_ranks: int, config: ClusterConfig) -> tuple[int, int]:
 
 
 def _stage_arguments(stage: Stage, indent: str) -> list[str]:
-    """Return lines that set `log` and `arguments`."""
     flags = [f"{indent}    {shlex.quote(flag)}" for flag in stages.to_flags(stage.settings)]
     return [f"{indent}log={shlex.quote(str(stage.log))}", f"{indent}arguments=(", *flags, f"{indent})"]
 
 
 def _container_command(config: ClusterConfig, paths: JobPaths) -> str:
-    """Return the container command for srun to start; for pyxis, which extends srun, options of srun."""
+    """Return the prefix with which a command runs in a container (for pyxis: options of srun)."""
     if not config.container:
         return ""
     if config.container_runtime == "pyxis":
@@ -130,11 +122,9 @@ def _container_command(config: ClusterConfig, paths: JobPaths) -> str:
 
 
 def _ranges(indices: tuple[int, ...]) -> str:
-    """Return "0-3,5" for 0 1 2 3 5."""
-    ranges: list[list[int]] = []
-    for index in sorted(indices):
-        if ranges and ranges[-1][-1] == index - 1:
-            ranges[-1] = [ranges[-1][0], index]
-        else:
-            ranges.append([index])
-    return ",".join("-".join(str(end) for end in ends) for ends in ranges)
+    """Return indices in the form of sbatch --array, e.g. "0-3,5" for 0, 1, 2, 3, 5."""
+    ranges = []
+    for _, pairs in itertools.groupby(enumerate(sorted(indices)), lambda pair: pair[1] - pair[0]):
+        numbers = [str(index) for _, index in pairs]
+        ranges.append("-".join(dict.fromkeys([numbers[0], numbers[-1]])))
+    return ",".join(ranges)

@@ -1,15 +1,13 @@
 """Status table of a study's jobs, from Slurm and from the files on disk.
 
-Without accounting (sacct), Slurm drops ended jobs after minutes; then only the run directories show their state.
+Without accounting (sacct), Slurm forgets a job minutes after its end. Then only the run directories show the state.
 """
-
-from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer.cluster import slurm, submitted_jobs
 from trainer.cluster.slurm import JobState
@@ -27,37 +25,32 @@ _TAIL_BYTES = 16 << 10
 _HEADER = re.compile(r"^=== .* job .*\brestart \d+$")
 
 
-@dataclass(frozen=True)
-class StageStatus:
-    """State of a stage and of its job. `note`: progress, or the reason of a failure."""
+class StageStatus(NamedTuple):
+    """State of a stage and of its job."""
 
     label: str
     state: str  # done, pending, failed, not submitted, or the job's state in lower case, e.g. running
-    job: str  # its id, "" without one
-    note: str
+    job: str  # job id; "" if the stage was not submitted
+    note: str  # progress, or why the job is pending or failed
 
 
 def print_status(study: Study) -> None:
     """Print the number of stages in each state, and every submitted stage that is not done."""
-    found = stage_statuses(study)
+    submitted = submitted_jobs.read_jobs(study.directory)
+    jobs = slurm.jobs([job.job for job in submitted.values()]) if submitted else {}
+    todo = stages.study_stages(study)
+    statuses = [_stage_status(stage, submitted.get(stage.label), jobs) for stage in todo]
     table = make_table("stage", "state", "job", "")
-    for line in found:
-        if line.state not in ("done", "not submitted"):
-            table.add_row(line.label, line.state, line.job, line.note)
-    counts = Counter(line.state for line in found)
+    for stage_status in statuses:
+        if stage_status.state not in ("done", "not submitted"):
+            table.add_row(*stage_status)
+    counts = Counter(stage_status.state for stage_status in statuses)
     counts_text = ", ".join(f"{count} {name}" for name, count in counts.items())
     terminal.info(f"jobs of study {study.name}: {counts_text}")
     if table.row_count:
         terminal.info(table_text(table))
     if counts["failed"]:
         terminal.info(f"submit what failed again: tools/study.py resubmit {study.file} --failed")
-
-
-def stage_statuses(study: Study) -> list[StageStatus]:
-    """Return the status of every stage."""
-    known = submitted_jobs.read_jobs(study.directory)
-    jobs = slurm.jobs([job.job for job in known.values()]) if known else {}
-    return [_stage_status(stage, known.get(stage.label), jobs) for stage in stages.study_stages(study)]
 
 
 def _stage_status(stage: Stage, submitted: SubmittedJob | None, jobs: Mapping[str, JobState]) -> StageStatus:
@@ -77,7 +70,7 @@ def _stage_status(stage: Stage, submitted: SubmittedJob | None, jobs: Mapping[st
 
 
 def progress_text(stage: Stage) -> str:
-    """Return step, loss, tokens/s and time left of a training, or the solved problems of an evaluation."""
+    """Return step, loss, tokens/s and remaining time of a training, or the number of solved problems of an evaluation."""
     if stage.kind == "train":
         progress = status.training_progress(stage.settings)
         if not progress.done:
@@ -98,7 +91,7 @@ def progress_text(stage: Stage) -> str:
 
 
 def _requeued_text(stage: Stage, job: JobState | None) -> str:
-    """Return how often the job was requeued, from Slurm or from the run's restart file; "" if never."""
+    """Return "requeued N times", or "" if N is 0. N is the larger of two counts: Slurm's and the restart file's."""
     count = job.restarts if job is not None and job.restarts is not None else 0
     if stage.kind in ("train", "evaluate"):
         directory = RunDirectory if stage.kind == "train" else EvaluationDirectory
@@ -108,7 +101,7 @@ def _requeued_text(stage: Stage, job: JobState | None) -> str:
 
 
 def _failure_text(stage: Stage, submitted: SubmittedJob, job: JobState | None) -> str:
-    """Return Slurm's state and exit code, and the last error in the logs."""
+    """Return the job's state, reason and exit code, and the last error in the logs (or the log's path if the logs are empty)."""
     state = "ended without a result"
     if job is not None:
         code = slurm.exit_code(submitted.job)
@@ -121,7 +114,7 @@ def _failure_text(stage: Stage, submitted: SubmittedJob, job: JobState | None) -
 
 
 def last_error(log: Path) -> str:
-    """Return the last `error:` line of the last start, or else its last line; "" without a log."""
+    """Return the last `error:` line since the job's last start, else the log's last line; "" if there is no log."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
@@ -135,7 +128,7 @@ def last_error(log: Path) -> str:
 
 
 def _readable(text: str) -> str:
-    """Return "node fail" for NODE_FAIL; mixed-case reasons like BeginTime are unchanged."""
+    """Return a state or reason of Slurm in lower case, e.g. "node fail" for NODE_FAIL; keep mixed case, e.g. BeginTime."""
     return text.lower().replace("_", " ") if text.isupper() or "_" in text else text
 
 

@@ -1,6 +1,4 @@
-"""The last submitted job of every stage of a study, stored in jobs.json beside the scripts."""
-
-from __future__ import annotations
+"""Read and write jobs.json, which holds the last submitted job of every stage of a study."""
 
 import json
 import time
@@ -18,11 +16,11 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """The job of a stage. `output`: file of Slurm's own messages; the stage's log is in the run directory."""
+    """The last submitted job of a stage."""
 
-    job: str
+    job: str  # job id, e.g. "12", or "12_3" for a task of a job array
     script: str
-    output: str
+    output: str  # log file of the Slurm job; the stage writes a log of its own
     time: str
 
     @property
@@ -35,7 +33,7 @@ def jobs_file(study: StudyDirectory) -> Path:
 
 
 def read_jobs(study: StudyDirectory) -> dict[str, SubmittedJob]:
-    """Return stage label -> last job; {} without a file. Raises UserError for a damaged file."""
+    """Return {stage label: last submitted job}; {} if there is no file. Raises UserError if the file is damaged."""
     path = jobs_file(study)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -49,7 +47,7 @@ def read_jobs(study: StudyDirectory) -> dict[str, SubmittedJob]:
 
 
 def add_jobs(study: StudyDirectory, jobs: Mapping[str, JobId], script: Path, output: str) -> None:
-    """Add jobs to the file after each submission, so that after a kill at most one job is missing from it."""
+    """Add the jobs of one submission to the file. `output`: path with the placeholders %j, %A and %a of sbatch."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     submitted = {}
     for label, job in jobs.items():
@@ -59,7 +57,7 @@ def add_jobs(study: StudyDirectory, jobs: Mapping[str, JobId], script: Path, out
 
 
 def write_jobs(study: StudyDirectory, jobs: Mapping[str, SubmittedJob]) -> None:
-    """Write jobs.json; without jobs, delete it."""
+    """Write jobs.json, or delete it if there are no jobs."""
     if not jobs:
         jobs_file(study).unlink(missing_ok=True)
         return

@@ -1,1 +1,1 @@
-"""The `socratic` command: one module for each sub-command, and the command line parser they share."""
+"""The `socratic` command: one module for each sub-command, and their common command line parser."""

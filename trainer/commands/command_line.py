@@ -1,26 +1,25 @@
-"""Flags for a settings dataclass: what every command's `--help` shows and how its values are read."""
-
-from __future__ import annotations
+"""Command line of a settings dataclass: flags, `--help` and the YAML file of `--config`."""
 
 import argparse
 import dataclasses
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from trainer.errors import UserError
 from trainer.runtime import terminal
-from trainer.storage.configuration import from_dict, rename_old_keys
+from trainer.storage.configuration import did_you_mean, from_dict, rename_old_keys
 
 Settings = TypeVar("Settings")
 
 
 def parse(cls: type[Settings], description: str, arguments: list[str] | None = None) -> Settings:
-    """Read flags and, below them, `--config file.yaml`: a flag wins over the file, the file over the default.
+    """Return the settings of a command line. Flags take precedence over the YAML file of `--config`.
 
-    `--local_rank N`, which DeepSpeed's launcher adds, is accepted and ignored (the environment has it too). On a
-    wrong value prints one message and exits with status 2.
+    `--local_rank N`, which DeepSpeed's launcher adds, is accepted and ignored: the rank is read from the environment. A
+    wrong value is reported in one message, with exit status 2.
     """
     parser = _parser(cls, description)
     flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
@@ -28,7 +27,7 @@ def parse(cls: type[Settings], description: str, arguments: list[str] | None = N
     config = flags.pop("config", None)
     try:
         values = read_yaml(Path(config)) if config else {}
-        # Before they are merged: a flag must win over the file under either name.
+        # Rename before the merge, so that a flag also takes precedence over an old name in the file.
         rename_old_keys(cls, values, str(config), terminal.deprecation)
         rename_old_keys(cls, flags, "flags", terminal.deprecation)
         where = f"{config} and flags" if config else "flags"
@@ -38,14 +37,30 @@ def parse(cls: type[Settings], description: str, arguments: list[str] | None = N
         raise SystemExit(2) from None
 
 
+def command(
+    cls: type[Settings], description: str
+) -> Callable[[Callable[[Settings], object]], Callable[[], None]]:
+    """Return a decorator that makes a command. The command parses its flags into `cls` and calls the decorated function."""
+
+    def decorate(run: Callable[[Settings], object]) -> Callable[[], None]:
+        def main() -> None:
+            settings = parse(cls, description)
+            terminal.run_main(lambda: run(settings))
+
+        return main
+
+    return decorate
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping. Raises UserError naming file and line."""
-    import yaml  # here: without --config it is not needed, and importing it takes time
+    """Return the mapping in a YAML file, {} for an empty file. Raises UserError if the file is missing or invalid."""
+    import yaml  # slow to import, and not needed without --config
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        similar = did_you_mean(path.name, (other.name for other in path.parent.glob("*.yaml")))
+        raise UserError(f"{path} does not exist{similar}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -56,8 +71,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser without flags that shows the description as it is written."""
-    return argparse.ArgumentParser(
+    """Return a parser that keeps the line breaks of `description` in `--help`. The caller adds the flags."""
+    return _Parser(
         prog=Path(sys.argv[0]).name,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,11 +80,27 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Parser that reports a wrong flag in one line, with the most similar known flag."""
+
+    def __init__(self, **options: Any) -> None:
+        self._flags: list[str] = []
+        super().__init__(**options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        self._flags += names
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
+        if unknown != message and unknown.startswith("--"):
+            message = f"unknown flag {unknown}{did_you_mean(unknown, self._flags)}"
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
 def _parser(cls: type, description: str) -> argparse.ArgumentParser:
     parser = new_parser(description)
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with any of these settings; flags win over it"
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags take precedence")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -79,7 +110,7 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
 
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any, name: str) -> None:
-    """Add the flag of a setting; under an earlier spelling it is accepted but not shown by `--help`."""
+    """Add the flag `name` of a setting. `--help` hides the flag if `name` is an earlier spelling."""
     default = field.default if field.default is not dataclasses.MISSING else ""
     text = field.metadata["help"].replace("%", "%%")
     if default != "":
@@ -94,6 +125,6 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any, n
         parser.add_argument(f"--{name}", nargs="?", const="true", metavar="BOOL", help=text)
     else:
         metavar = "{" + ",".join(choices) + "}" if choices else getattr(hint, "__name__", "value").upper()
-        # a list may be given at once or flag by flag: the second flag must not silently undo the first
+        # A list may be given with one flag or several: a second flag must not replace the values of the first.
         listed: dict[str, Any] = {"nargs": "+", "action": "extend"} if is_list else {}
         parser.add_argument(f"--{name}", metavar=metavar, help=text, **listed)

@@ -1,42 +1,38 @@
 """`socratic evaluate`: generate answers with one or several models and score them."""
 
-from __future__ import annotations
-
-from trainer.commands.command_line import parse
+from trainer.commands.command_line import command
 from trainer.runtime import distributed, restarts, startup, terminal
 from trainer.runtime.stop_request import StopRequest
 from trainer.settings import EvaluateSettings
 
-DESCRIPTION = """A student, or several together, answer every problem of a shard set once; all ranks take problems from one queue.
+DESCRIPTION = """Generate one answer per problem of a shard directory and score the answers; all ranks take problems from one queue.
 
   deepspeed --num_gpus 2 --module trainer.commands.evaluate --model_name_or_path runs/mine/gsm8k.socratic.gpt2.s0/export \\
       --shards shards/gsm8k-test
   mpiexec -n 2 socratic evaluate ...          socratic evaluate ...
 
-Two models: a decomposer asks the sub-questions, all ahead or in turn with the solutions (as it was trained), and a solver
-solves them. Their sizes may differ, their tokenizer may not; one socratic export can play both. Or the data asks:
+A pair of models: a decomposer writes the sub-questions and a solver writes their solutions. The method of the decomposer
+decides whether it writes all sub-questions ahead or reads each solution before the next sub-question. The sizes of the two
+models may differ, their tokenizers may not. One socratic export can have both roles. With --subquestions gold, the
+sub-questions are taken from the data:
 
   socratic evaluate --decomposer runs/mine/gsm8k.decomposer_interleaved.gpt2.s0/export \\
       --solver runs/mine/gsm8k.solver.gpt2.s0/export --shards shards/gsm8k-test
   socratic evaluate --subquestions gold --solver runs/mine/gsm8k.solver.gpt2.s0/export --shards shards/gsm8k-test
 
-A decomposer_operators or _equations is guided by a plan: add --planner EXPORT, or --guidance_from gold.
+A decomposer_*operators or decomposer_*equations reads a plan: add --planner EXPORT, or --guidance_from gold.
 
-Before the first answer a few prompts are decoded and compared with the model's own forward pass. With --backend auto a
-model is decoded in slots where the logits are its own, else by its own forward pass and cache, which is slower and works
-for every family; results.json says which, how far apart the logits were, and why.
+At the start, the logits of the fast backend (slots) are compared with the model's own forward pass on a few prompts. With
+--backend auto the fast backend is used if they agree, else transformers. results.json has the backend, the largest
+difference and the reason.
 
-Writes predictions.jsonl and results.json into evaluation/<data>-<split>-<mode> of the run directory; of a pair, in a run
-beside those of its students, <data>.iterative_interleaved.<model>.s<seed>. Run the same command again after an
-interruption: what is solved is kept."""
-
-
-def main() -> None:
-    settings = parse(EvaluateSettings, DESCRIPTION)
-    terminal.run_main(lambda: _evaluate(settings))
+Writes predictions.jsonl and results.json into evaluation/<data>-<split>-<mode> of the run directory. The results of a pair
+are in a run directory of their own, <data>.iterative_interleaved.<model>.s<seed>, beside the runs of its models. Run the
+same command again after an interruption: finished answers are kept."""
 
 
-def _evaluate(settings: EvaluateSettings) -> None:
+@command(EvaluateSettings, DESCRIPTION)
+def main(settings: EvaluateSettings) -> None:
     startup.pause_gc()
     StopRequest().install_signal_handlers()
     from trainer.evaluation import job

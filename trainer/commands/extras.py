@@ -1,6 +1,4 @@
-"""The optional packages, and the error for a command that needs them."""
-
-from __future__ import annotations
+"""Check that the optional packages of a command are installed."""
 
 import contextlib
 import importlib.util
@@ -8,7 +6,7 @@ from collections.abc import Iterator
 
 from trainer.errors import UserError
 
-# Names to import, by extra of pyproject.toml. tests/test_packaging.py compares the two.
+# Importable names of the packages in each extra of pyproject.toml. tests/test_packaging.py compares EXTRAS with that file.
 EXTRAS = {
     "report": ("pandas", "scipy", "statsmodels", "matplotlib", "jinja2", "sacrebleu"),
     "teacher": ("openai", "jinja2"),
@@ -16,7 +14,7 @@ EXTRAS = {
 
 
 def require_extra(extra: str) -> None:
-    """Raise UserError if a package of the extra is not installed. Imports nothing."""
+    """Raise UserError if a package of the extra is not installed. Imports no package."""
     missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(_message(extra, missing))
@@ -24,7 +22,7 @@ def require_extra(extra: str) -> None:
 
 @contextlib.contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Context manager that turns a failed import of one of the extra's packages into a UserError with the remedy."""
+    """Context manager for imports: a missing package of the extra raises UserError with the remedy."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,6 +1,4 @@
-"""`socratic COMMAND ...`: run the module of this name in trainer/commands."""
-
-from __future__ import annotations
+"""`socratic COMMAND ...`: run trainer/commands/COMMAND.py."""
 
 import importlib
 import sys
@@ -8,17 +6,17 @@ import sys
 from trainer import __version__
 from trainer.storage.configuration import did_you_mean
 
-# Summaries are repeated here because importing every module for `--help` takes longer than printing it.
+# These summaries are not read from the modules' docstrings, because importing every module would make `--help` slow.
 COMMANDS = {
     "doctor": "check that this machine, or every node of a job, can train and computes correct gradients",
     "plan": "estimate memory, disk and time of a training or a study before it is submitted",
-    "annotate": "let a teacher model write the steps of problems, and verify them",
+    "annotate": "let a teacher model write the solution steps of problems, and check them",
     "prepare_shards": "tokenize problems once, for all methods",
     "train": "train one model with DeepSpeed ZeRO, on one or many ranks",
     "convert_checkpoint": "convert a ZeRO checkpoint to a Hugging Face folder",
     "evaluate": "generate answers with one or several models and score them",
     "plot_scaling": "write a report with tables and plots of finished runs",
-    "study": "run all of the above for models x methods x data sets x seeds, here or on Slurm",
+    "study": "prepare, train, convert, evaluate and report models x methods x data x seeds, here or on Slurm",
 }
 
 
@@ -41,16 +39,12 @@ def main() -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<20}{summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: socratic COMMAND ...",
-            "",
-            "Distil step-by-step reasoning into small language models with DeepSpeed ZeRO.",
-            "",
-            *lines,
-            "",
-            "socratic COMMAND --help shows examples and all flags. --version shows the version.",
-            "Several ranks: mpiexec -n 2 socratic train ..., or deepspeed --module trainer.commands.train ...",
-        ]
-    )
+    lines = "\n".join(f"  {name:<20}{summary}" for name, summary in COMMANDS.items())
+    return f"""usage: socratic COMMAND ...
+
+Distil step-by-step reasoning into small language models with DeepSpeed ZeRO.
+
+{lines}
+
+socratic COMMAND --help shows examples and all flags. --version shows the version.
+Several ranks: mpiexec -n 2 socratic train ..., or deepspeed --module trainer.commands.train ..."""

@@ -1,35 +1,27 @@
 """`socratic plot_scaling`: write a report with tables and plots of finished runs."""
 
-from __future__ import annotations
-
-from trainer.commands.command_line import parse
+from trainer.commands.command_line import command
 from trainer.commands.extras import needs_extra
 from trainer.runtime import terminal
 from trainer.settings import PlotSettings
 
-DESCRIPTION = """Make a report of studies or runs: what the numbers are, how sure they are, and what went wrong.
+DESCRIPTION = """Write a report of studies or runs: accuracies with confidence intervals, tests between methods, and types of errors.
 
   socratic plot_scaling runs/quickstart
   socratic plot_scaling runs/small runs/large --output_dir runs/both --title "Two studies"
   socratic plot_scaling runs/gsm8k --max_examples 10000 --bertscore_model models/roberta-large
 
-Reads run directories and writes one page that opens from disk (index.html: tables, figures, tests between methods,
-predictions to page through), the figures as SVG and PNG, the comparison with the paper as LaTeX and CSV, and all
-numbers as CSV and JSON. The same directories give the same bytes. Needs no accelerator, and torch only for
-BERTScore."""
+Reads run directories. Writes a page to open in a browser (index.html: tables, figures, tests between methods, examples of
+predictions), the figures as SVG and PNG, the comparison with the paper as LaTeX and CSV, and all numbers as CSV and JSON.
+The same run directories give the same bytes. Needs no accelerator, and torch only for BERTScore."""
 
 
-def main() -> None:
-    settings = parse(PlotSettings, DESCRIPTION)
-    terminal.run_main(lambda: _plot(settings))
-
-
-def _plot(settings: PlotSettings) -> None:
+@command(PlotSettings, DESCRIPTION)
+def main(settings: PlotSettings) -> None:
     with needs_extra("report"):
         from trainer.report.build import build_report
-    page = build_report(
-        settings.runs, settings.output_dir, settings.title, settings.max_examples, settings.bertscore_model
-    )
+    s = settings
+    page = build_report(s.runs, s.output_dir, s.title, s.max_examples, s.bertscore_model)
     terminal.info(f"report: {page}")
 
 

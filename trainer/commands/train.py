@@ -1,35 +1,29 @@
 """`socratic train`: train one model with DeepSpeed ZeRO, on one or many ranks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
-from trainer.commands.command_line import parse
+from trainer.commands.command_line import command
 from trainer.runtime import restarts, startup, terminal
 from trainer.runtime.stop_request import StopRequest
 from trainer.settings import TrainSettings
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory
 
-DESCRIPTION = """Train one student: a model, a method, a shard set, a seed.
+DESCRIPTION = """Train one model on one shard directory by one method.
 
   deepspeed --num_gpus 2 tools/train.py --train_shards shards/gsm8k-train --method socratic \\
       --model_name_or_path gpt2 --deepspeed ds_configs/zero2.json --output_dir runs/mine/gsm8k.socratic.gpt2.s0
-  deepspeed --num_gpus 2 --module trainer.commands.train ...    (the same without the repository)
+  deepspeed --num_gpus 2 --module trainer.commands.train ...    (without the repository)
   socratic train ...    mpiexec -n 2 socratic train ...    srun socratic train ...
 
 Run the same command again to resume from the latest valid checkpoint.
-On a machine without a GPU --num_gpus is the number of processes."""
+On a machine without GPUs, --num_gpus is the number of processes."""
 
 
-def main() -> None:
-    settings = parse(TrainSettings, DESCRIPTION)
-    terminal.run_main(lambda: _train(settings))
-
-
-def _train(settings: TrainSettings) -> None:
+@command(TrainSettings, DESCRIPTION)
+def main(settings: TrainSettings) -> None:
     if settings.dry_run:
-        from trainer.planning.run import dry_run
+        from trainer.planning.command import dry_run
 
         raise SystemExit(0 if dry_run(settings) else 1)
     startup.pause_gc()
@@ -42,10 +36,10 @@ def _train(settings: TrainSettings) -> None:
     from trainer.training.loop import train
     from trainer.training.validation import ValidationLoss
 
-    evaluate = (
-        ValidationLoss(settings.eval_shards, settings.eval_max_problems) if settings.eval_steps else None
-    )
-    if not train(settings, evaluate, stop):
+    validation = None
+    if settings.eval_steps:
+        validation = ValidationLoss(settings.eval_shards, settings.eval_max_problems)
+    if not train(settings, validation, stop):
         terminal.exit_for_requeue()
 
 

@@ -1,6 +1,4 @@
-"""Result of one check."""
-
-from __future__ import annotations
+"""Result of one check, and the possible statuses."""
 
 from dataclasses import dataclass
 
@@ -9,18 +7,16 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Result of one check. `status`: ok, warn or fail. `remedy`: what to do, empty if ok."""
+    """Result of the check `name` of `group`. `host`: machines with this result, or "" for all machines."""
 
     group: str
     name: str
-    status: str
+    status: str  # OK, WARN or FAIL
     detail: str
-    remedy: str = ""
+    remedy: str = ""  # empty if ok
     host: str = ""
 
 
-def ok_if(
-    condition: bool, group: str, name: str, detail: str, remedy: str, otherwise: str = WARN
-) -> CheckResult:
-    """Return an ok result without the remedy if `condition`, else one with the status `otherwise`."""
-    return CheckResult(group, name, OK if condition else otherwise, detail, "" if condition else remedy)
+def ok_if(is_ok: bool, group: str, name: str, detail: str, remedy: str, otherwise: str = WARN) -> CheckResult:
+    """Return an ok result without a remedy if `is_ok`, else a result with the status `otherwise`."""
+    return CheckResult(group, name, OK if is_ok else otherwise, detail, "" if is_ok else remedy)

@@ -1,18 +1,15 @@
-"""Compare gradients of the installed DeepSpeed with plain PyTorch, at every ZeRO stage, on a tiny tied-weight model.
+"""Compare gradients of the installed DeepSpeed with plain PyTorch at every ZeRO stage, on a tiny model with tied weights.
 
-Several DeepSpeed releases had wrong gradients at some stages without an error. Each rank computes two micro-batches in
-a DeepSpeed engine, and the micro-batches of all ranks without DeepSpeed, with fp32 master weights and torch's AdamW.
-Gradients, and the loss after one step, must agree.
+Several DeepSpeed releases computed wrong gradients at some stages without an error. Each rank computes its two
+micro-batches in a DeepSpeed engine. Each rank also computes the micro-batches of all ranks without DeepSpeed, with fp32
+master weights and torch's AdamW. The gradients of a step and the losses after the step must agree.
 """
 
-from __future__ import annotations
-
-import copy
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from trainer.doctor.check_result import FAIL, WARN, CheckResult, ok_if
@@ -23,14 +20,13 @@ _MICRO_BATCHES = 2
 _TOKENS = 24
 _VOCABULARY = 61
 _LEARNING_RATE = 3e-3
-# Largest relative difference of the gradients (by norm), and of the losses after the step.
+# dtype -> (maximum relative difference of the gradients, maximum relative difference of the losses after a step)
 _TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (3e-2, 3e-3)}
-# bf16 at stage 0 is known to be wrong in DeepSpeed 0.19.8; training refuses it (training/ds_config.py).
+# DeepSpeed 0.19.8 computes wrong gradients in bf16 at stage 0. Training refuses this case (training/ds_config.py).
 _KNOWN_WRONG = {(0, torch.bfloat16)}
 
 
-@dataclass(frozen=True)
-class ParityCase:
+class ParityCase(NamedTuple):
     stage: int
     dtype: torch.dtype
     checkpointing: bool
@@ -42,7 +38,7 @@ class ParityCase:
 
 
 def cases() -> list[ParityCase]:
-    """Return all stages in fp32 and bf16, with and without recomputation; the known wrong case only without."""
+    """Return all ZeRO stages in fp32 and bf16, with and without recomputation; those of `_KNOWN_WRONG` only without it."""
     return [
         ParityCase(stage, dtype, checkpointing)
         for dtype in (torch.float32, torch.bfloat16)
@@ -53,26 +49,24 @@ def cases() -> list[ParityCase]:
 
 
 def check_gradients() -> list[CheckResult]:
-    """Return one result per case, equal on all ranks. Collective, after `distributed.initialize`."""
+    """Collective. Return one result per case, equal on all ranks. Must be called after `distributed.initialize`."""
     return [_check(case) for case in cases()]
 
 
 def _check(case: ParityCase) -> CheckResult:
     is_known_wrong = (case.stage, case.dtype) in _KNOWN_WRONG
     remedy = "do not train with this DeepSpeed: pip install the version of constraints.txt"
+    differences, error = (math.inf, math.inf), ""
     try:
-        gradient, loss = _compare(case)
-        error = None
+        differences = _compare(case)
     except Exception as failure:  # a broken installation may raise anything
-        gradient = loss = math.inf
         error = f"{type(failure).__name__}: {first_line(failure)}"
-    errors = [text for text in distributed.gather_objects(error) if text]
-    if errors:
+    if errors := list(filter(None, distributed.gather_objects(error))):
         return CheckResult("parity", case.name, WARN if is_known_wrong else FAIL, errors[0], remedy)
-    worst = max(distributed.gather_objects((gradient, loss)))
+    gradient, loss = map(max, zip(*distributed.gather_objects(differences), strict=True))
     max_gradient, max_loss = _TOLERANCE[case.dtype]
-    detail = f"gradient off by {worst[0]:.1e}, loss after a step by {worst[1]:.1e}"
-    is_correct = worst[0] <= max_gradient and worst[1] <= max_loss
+    detail = f"gradient off by {gradient:.1e}, loss after a step by {loss:.1e}"
+    is_correct = gradient <= max_gradient and loss <= max_loss
     if not is_correct:
         allowed = f"; allowed: {max_gradient:.0e} and {max_loss:.0e}"
         detail += ": known in DeepSpeed 0.19.8, training refuses it" if is_known_wrong else allowed
@@ -80,20 +74,21 @@ def _check(case: ParityCase) -> CheckResult:
 
 
 def _compare(case: ParityCase) -> tuple[float, float]:
-    """Return the relative differences of the gradients and of the losses after the step."""
+    """Train a step with and without DeepSpeed. Return the relative differences of (gradients, losses after the step)."""
     environment = distributed.environment()
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # the current device
-    first = _make_model()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     batches = [
         [_tokens(rank, micro).to(device) for micro in range(_MICRO_BATCHES)]
         for rank in range(environment.world_size)
     ]
-    wanted, wanted_loss = _run_torch(copy.deepcopy(first).to(device), batches, case.dtype)
-    engine = _make_engine(copy.deepcopy(first), case, environment.world_size)
-    found, found_loss = _run_deepspeed(engine, batches, environment.rank)
-    difference = math.sqrt(sum(float((found[name] - wanted[name]).double().pow(2).sum()) for name in wanted))
-    norm = math.sqrt(sum(float(value.double().pow(2).sum()) for value in wanted.values()))
-    return difference / norm, abs(found_loss - wanted_loss) / wanted_loss
+    expected, expected_loss = _run_torch(_make_model().to(device), batches, case.dtype)
+    engine = _make_engine(_make_model(), case, environment.world_size)
+    gradients, loss = _run_deepspeed(engine, batches, environment.rank)
+    difference, norm = (
+        math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in tensors))
+        for tensors in ([gradients[name] - expected[name] for name in expected], expected.values())
+    )
+    return difference / norm, abs(loss - expected_loss) / expected_loss
 
 
 def _make_model() -> torch.nn.Module:
@@ -108,24 +103,23 @@ def _make_model() -> torch.nn.Module:
 
 
 def _tokens(rank: int, micro: int) -> torch.Tensor:
-    """Return [1, tokens] int64; ranks have different numbers of tokens, as in training."""
+    """Return random tokens [1, length] int64. As in training, ranks have different numbers of tokens."""
     random = torch.Generator().manual_seed(rank * _MICRO_BATCHES + micro)
     return torch.randint(_VOCABULARY, (1, _TOKENS - 3 * ((rank + micro) % 4)), generator=random)
 
 
 def _loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the token losses."""
     logits = model(input_ids=tokens).logits[0, :-1].float()
     return cross_entropy(logits, tokens[0, 1:], reduction="sum")
 
 
 def _run_torch(
-    model: torch.nn.Module, batches: list[list[torch.Tensor]], dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Return gradients by name (fp32) and the loss after one step, without DeepSpeed."""
+    model: torch.nn.Module, batches: list[list[Tensor]], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], float]:
+    """Train one step in plain PyTorch. Return the gradients (fp32, by name) and the mean token loss after the step."""
     masters = {name: parameter.detach().clone().float() for name, parameter in model.named_parameters()}
     model.to(dtype)
-    all_tokens = [tokens for rank in batches for tokens in rank]
+    all_tokens = [tokens for rank_batches in batches for tokens in rank_batches]
     total = sum(tokens.shape[1] - 1 for tokens in all_tokens)
     gradients = {name: torch.zeros_like(master) for name, master in masters.items()}
     for tokens in all_tokens:
@@ -137,17 +131,15 @@ def _run_torch(
     for name, master in masters.items():
         master.grad = gradients[name].clone()
     torch.optim.AdamW(masters.values(), lr=_LEARNING_RATE, weight_decay=0.0).step()
+    model.load_state_dict(masters, strict=False)  # `masters` has only one of a tied weight's names
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(masters[name])
-        after = sum(float(_loss(model, tokens)) for tokens in all_tokens) / total
-    return gradients, after
+        return gradients, sum(float(_loss(model, tokens)) for tokens in all_tokens) / total
 
 
 def _make_engine(model: Any, case: ParityCase, world_size: int) -> Any:
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled here
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles this extension
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -170,25 +162,23 @@ def _make_engine(model: Any, case: ParityCase, world_size: int) -> Any:
     return engine
 
 
-def _run_deepspeed(
-    engine: Any, batches: list[list[torch.Tensor]], rank: int
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Return the same as `_run_torch` from DeepSpeed, with the loss of a step as training computes it."""
+def _run_deepspeed(engine: Any, batches: list[list[Tensor]], rank: int) -> tuple[dict[str, Tensor], float]:
+    """Train one step with DeepSpeed, with losses scaled as in training. Return what `_run_torch` returns."""
     from deepspeed.utils import safe_get_full_grad
 
     total = sum(tokens.shape[1] - 1 for rank_batches in batches for tokens in rank_batches)
-    gradients: dict[str, torch.Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     for micro, tokens in enumerate(batches[rank]):
         engine.backward(_loss(engine, tokens) * (len(batches) / total), scale_wrt_gas=False)
         if micro + 1 == len(batches[rank]):
             for name, parameter in engine.module.named_parameters():
-                found = safe_get_full_grad(parameter)
-                if found is None:
+                gradient = safe_get_full_grad(parameter)
+                if gradient is None:
                     raise RuntimeError(f"DeepSpeed has no gradient for {name}")
-                gradients[name] = found.detach().float().clone()
+                gradients[name] = gradient.detach().float().clone()
         engine.step()
     with torch.no_grad():
-        own = sum(float(_loss(engine, tokens)) for tokens in batches[rank])
-    after = sum(distributed.gather_objects(own)) / total
+        rank_loss = sum(float(_loss(engine, tokens)) for tokens in batches[rank])
+    loss = sum(distributed.gather_objects(rank_loss)) / total
     engine.destroy()
-    return gradients, after
+    return gradients, loss

@@ -1,7 +1,6 @@
 """Checks of one machine: disk, shared memory, CPU cores, GPUs."""
 
-from __future__ import annotations
-
+import functools
 import os
 import shutil
 import tempfile
@@ -15,13 +14,13 @@ from trainer.runtime import terminal
 _GB, _MB = 10**9, 10**6
 _TEST_BYTES = 64 * _MB
 _SMALL_WRITES = 5
-_MIN_WRITE_SPEED = 50 * _MB  # bytes/s: below it a checkpoint of 1 GB takes more than 20 s
+_MIN_WRITE_SPEED = 50 * _MB  # bytes/s; at this speed a checkpoint of 1 GB takes 20 s
 _MAX_RENAME_SECONDS = 1.0
 _MIN_SHARED_MEMORY_BYTES = 1 * _GB
 
 
 def disk(output_dir: str, min_free_gb: float) -> list[CheckResult]:
-    """Check free space, and write, fsync and rename as a checkpoint does; temporary files are deleted."""
+    """Check the free space and the speed of write, fsync and rename in `output_dir`. Delete the temporary files."""
     path = Path(output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -53,7 +52,7 @@ def _write_speed(folder: Path, num_bytes: int) -> CheckResult:
 
 
 def _rename_speed(folder: Path) -> CheckResult:
-    """Write, fsync and rename small files over another; reading must give the new content immediately."""
+    """Measure the time to replace a small file. Check that the new content can be read immediately after the rename."""
     target = folder / "committed"
     start = time.perf_counter()
     for number in range(_SMALL_WRITES):
@@ -73,40 +72,35 @@ def _rename_speed(folder: Path) -> CheckResult:
 
 
 def shared_memory() -> CheckResult:
-    """Check the size of /dev/shm, which NCCL and data loaders use; a container has 64 MB by default."""
+    """Check the size of /dev/shm, which NCCL and data loaders use. A container has 64 MB by default."""
     path = "/dev/shm"
     if not os.path.isdir(path):
         remedy = "NCCL between the GPUs of a machine needs it"
         return CheckResult("memory", "shared", WARN, f"there is no {path}", remedy)
     size = shutil.disk_usage(path).total
-    detail, remedy = (
-        f"{path} has {terminal.size_text(size)}",
-        "start the container with --shm-size=8g (or --ipc=host)",
-    )
+    detail = f"{path} has {terminal.size_text(size)}"
+    remedy = "start the container with --shm-size=8g (or --ipc=host)"
     return ok_if(size >= _MIN_SHARED_MEMORY_BYTES, "memory", "shared", detail, remedy)
 
 
-def processor() -> CheckResult:
+def cpu_cores() -> CheckResult:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    if threads.isdigit() and int(threads) > cores:
-        remedy = f"set OMP_NUM_THREADS to at most {cores}, or give the task more cores"
-        detail = f"OMP_NUM_THREADS={threads} but {cores} core(s) are usable"
-        return CheckResult("cpu", "cores", WARN, detail, remedy)
     detail = f"{cores} usable" + (f", OMP_NUM_THREADS={threads}" if threads else "")
-    return CheckResult("cpu", "cores", OK, detail)
+    remedy = f"set OMP_NUM_THREADS to at most {cores}, or give the task more cores"
+    return ok_if(not threads.isdigit() or int(threads) <= cores, "cpu", "cores", detail, remedy)
 
 
 def accelerators() -> CheckResult:
-    """Check a matrix product on every visible GPU; fail if there is an NVIDIA driver but torch has no CUDA."""
+    """Check that every visible GPU multiplies matrices correctly. If there is an NVIDIA driver, torch must have CUDA."""
     import torch
 
+    result = functools.partial(CheckResult, "gpu", "cuda")
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and Path("/proc/driver/nvidia").exists():
-            remedy = "install the CUDA build of torch that fits the driver"
             detail = f"an NVIDIA driver is installed but torch {torch.__version__} has no CUDA"
-            return CheckResult("gpu", "cuda", FAIL, detail, remedy)
-        return CheckResult("gpu", "cuda", OK, "no GPU: training runs on the CPU")
+            return result(FAIL, detail, "install the CUDA build of torch that fits the driver")
+        return result(OK, "no GPU: training runs on the CPU")
     descriptions = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -114,12 +108,9 @@ def accelerators() -> CheckResult:
             ones = torch.ones(256, 256, device=f"cuda:{index}")
             is_correct = float((ones @ ones).sum()) == 256.0**3
         except RuntimeError as error:
-            detail = f"GPU {index}: {first_line(error)}"
-            return CheckResult("gpu", "cuda", FAIL, detail, "is it in use, or broken?")
+            return result(FAIL, f"GPU {index}: {first_line(error)}", "is it in use, or broken?")
         if not is_correct:
-            detail = f"GPU {index} computes 256^3 wrongly"
-            return CheckResult("gpu", "cuda", FAIL, detail, "take it out of service")
+            return result(FAIL, f"GPU {index} computes 256^3 wrongly", "take it out of service")
         descriptions.append(f"{properties.name} {properties.total_memory / _GB:.0f} GB")
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
-    detail = f"{', '.join(descriptions)}; CUDA {torch.version.cuda}, NCCL {nccl}"
-    return CheckResult("gpu", "cuda", OK, detail)
+    return result(OK, f"{', '.join(descriptions)}; CUDA {torch.version.cuda}, NCCL {nccl}")

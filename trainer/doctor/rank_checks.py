@@ -1,6 +1,4 @@
-"""Checks that need several ranks: clocks, network, gradient parity. Also `python -m trainer.doctor.rank_checks GROUP...`."""
-
-from __future__ import annotations
+"""Checks that need several ranks. run_checks.py starts `python -m trainer.doctor.rank_checks GROUP...` once per rank."""
 
 import dataclasses
 import json
@@ -13,35 +11,30 @@ from trainer.doctor.check_result import FAIL, OK, CheckResult, ok_if
 from trainer.runtime import distributed, terminal
 
 GROUPS = ("clock", "network", "parity")
-RESULTS_PREFIX = "doctor-findings: "  # of the line of JSON on stdout
+RESULTS_PREFIX = "doctor-findings: "  # prefix of the line on stdout that has the results as JSON
 _MAX_SKEW_SECONDS = 1.0
-_SMALL, _LARGE = 1, 8 * 2**20  # fp32 numbers
+_SMALL, _LARGE = 1, 8 * 2**20  # number of fp32 elements in an all-reduce
 _NUM_ROUNDS = {_SMALL: 20, _LARGE: 3}
-_MAX_LATENCY_SECONDS, _MIN_BANDWIDTH = 5e-3, 50e6  # bytes/s
+_MAX_LATENCY_SECONDS, _MIN_BANDWIDTH = 5e-3, 50e6  # bandwidth in bytes/s
 
 
 def check_ranks(groups: list[str]) -> list[CheckResult]:
-    """Return the results of these groups, equal on all ranks. Collective, after `distributed.initialize`."""
-    found: list[CheckResult] = []
-    if "clock" in groups:
-        found.append(clocks())
-    if "network" in groups:
-        found.append(network())
+    """Collective. Return these groups' results (the same on all ranks). Must be called after `distributed.initialize`."""
+    results = [check() for group, check in (("clock", clocks), ("network", network)) if group in groups]
     if "parity" in groups:
         from trainer.doctor import gradient_parity
 
-        found += gradient_parity.check_gradients()
-    return found
+        results += gradient_parity.check_gradients()
+    return results
 
 
 def clocks() -> CheckResult:
-    """Check the difference of the ranks' clocks at a barrier."""
     distributed.barrier()
     times = distributed.gather_objects((time.time(), socket.gethostname()))
     early, late = min(times), max(times)
     skew = late[0] - early[0]
-    hosts = len({host for _, host in times})
-    detail = f"{skew * 1000:.1f} ms between {len(times)} ranks on {hosts} machine(s)"
+    num_hosts = len({host for _, host in times})
+    detail = f"{skew * 1000:.1f} ms between {len(times)} ranks on {num_hosts} machine(s)"
     if skew > _MAX_SKEW_SECONDS:
         detail += f": {late[1]} is ahead of {early[1]}"
     remedy = "synchronise the clocks (chrony); time limits and timestamps in logs depend on them"
@@ -49,7 +42,7 @@ def clocks() -> CheckResult:
 
 
 def network() -> CheckResult:
-    """Check sum, latency and bandwidth of all-reduces, with the backend that training uses."""
+    """Check the sum, latency and bandwidth of all-reduces, with the backend that training uses."""
     import torch
     import torch.distributed as dist
 
@@ -58,7 +51,7 @@ def network() -> CheckResult:
     if world_size == 1:
         return CheckResult("network", "all-reduce", OK, "one rank: nothing is sent")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds = {}
+    seconds = {}  # number of elements -> median duration on the slowest rank
     for elements in (_SMALL, _LARGE):
         durations = []
         for _ in range(_NUM_ROUNDS[elements]):
@@ -73,25 +66,21 @@ def network() -> CheckResult:
                 remedy = "the network or its library corrupts data: do not train here"
                 return CheckResult("network", "all-reduce", FAIL, detail, remedy)
         seconds[elements] = max(distributed.gather_objects(statistics.median(durations)))
-    # A ring sends every byte 2 (W-1)/W times.
-    moved = 4 * _LARGE * 2 * (world_size - 1) / world_size
-    bandwidth = moved / seconds[_LARGE]
-    detail = (
-        f"{seconds[_SMALL] * 1e6:,.0f} us, {bandwidth / 1e6:,.0f} MB/s a rank, {world_size} ranks ({device})"
-    )
-    is_fast = seconds[_SMALL] <= _MAX_LATENCY_SECONDS and bandwidth >= _MIN_BANDWIDTH
-    remedy = (
-        "slow: is it the right interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), are the cores overloaded?"
-    )
+    # In a ring all-reduce of n bytes (4 per element), each of W ranks sends 2 (W-1)/W * n bytes.
+    bandwidth = 4 * _LARGE * 2 * (world_size - 1) / world_size / seconds[_LARGE]
+    latency = seconds[_SMALL]
+    detail = f"{latency * 1e6:,.0f} us, {bandwidth / 1e6:,.0f} MB/s a rank, {world_size} ranks ({device})"
+    is_fast = latency <= _MAX_LATENCY_SECONDS and bandwidth >= _MIN_BANDWIDTH
+    remedy = "slow: check the interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and the load of the cores"
     return ok_if(is_fast, "network", "all-reduce", detail, remedy)
 
 
 def main(groups: list[str]) -> None:
-    """Run checks as one of the ranks that run_checks.py starts; rank 0 prints the results as one line of JSON."""
+    """Run the checks in this rank. Rank 0 prints the results as one line of JSON."""
     distributed.initialize(timeout_seconds=120)
-    found = check_ranks(groups)
+    results = [dataclasses.asdict(result) for result in check_ranks(groups)]
     if distributed.is_main_process():
-        print(RESULTS_PREFIX + json.dumps([dataclasses.asdict(result) for result in found]), flush=True)
+        print(RESULTS_PREFIX + json.dumps(results), flush=True)
     distributed.barrier()
 
 

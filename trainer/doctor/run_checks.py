@@ -1,7 +1,5 @@
 """Run the checks on this machine, or on every machine of a launched job, and print a report."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -28,49 +26,49 @@ _MACHINE_CHECKS: dict[str, Callable[[DoctorSettings], list[CheckResult]]] = {
     "slurm": lambda settings: software.slurm(),
     "disk": lambda settings: machine.disk(settings.output_dir, settings.min_free_gb),
     "memory": lambda settings: [machine.shared_memory()],
-    "cpu": lambda settings: [machine.processor()],
+    "cpu": lambda settings: [machine.cpu_cores()],
     "gpu": lambda settings: [machine.accelerators()],
 }
 GROUPS = (*_MACHINE_CHECKS, *rank_checks.GROUPS)
 
 
 def run_checks(settings: DoctorSettings) -> list[CheckResult]:
-    """Return all results. Without a launcher, two ranks are started here for the checks that need several.
+    """Return the results of all checks. Raises UserError if `settings.skip` has an unknown group.
 
-    Collective under a launcher, with equal results on all ranks. Raises UserError for an unknown group.
+    Without a launcher, two ranks are started for the checks that need several ranks. Under a launcher, the call is
+    collective, and the results are equal on all ranks.
     """
     for group in settings.skip:
         if group not in GROUPS:
             raise UserError(
                 f"skip: there is no group {group!r}; known: {', '.join(GROUPS)}{did_you_mean(group, GROUPS)}"
             )
-    wanted = [group for group in rank_checks.GROUPS if group not in settings.skip]
+    rank_groups = [group for group in rank_checks.GROUPS if group not in settings.skip]
     environment = distributed.environment_from_launcher(os.environ)
     if environment.world_size == 1:
-        return [*_check_machine(settings), *(_start_ranks(wanted) if wanted else [])]
+        return [*_check_machine(settings), *(_start_ranks(rank_groups) if rank_groups else [])]
     distributed.initialize(timeout_seconds=_RANKS_TIMEOUT_SECONDS)
     own = _check_machine(settings) if environment.local_rank == 0 else []
     host = socket.gethostname()
     by_rank = distributed.gather_objects([replace(result, host=host) for result in own])
-    found = [result for results in by_rank for result in results]
-    num_machines = sum(bool(results) for results in by_rank)
+    results = [result for rank_results in by_rank for result in rank_results]
+    num_machines = sum(bool(rank_results) for rank_results in by_rank)
     if num_machines > 1:
-        found = _merge(found, num_machines)
-    return [*found, *rank_checks.check_ranks(wanted)]
+        results = _merge(results, num_machines)
+    return [*results, *rank_checks.check_ranks(rank_groups)]
 
 
 def print_report(results: list[CheckResult], seconds: float, as_json: bool) -> bool:
-    """Print one line per result (rank 0); return whether no check failed."""
+    """Print the results on rank 0, as text or JSON. Return True if no check failed."""
     failed = sum(result.status == FAIL for result in results)
     warned = sum(result.status == WARN for result in results)
     if as_json:
-        findings = [asdict(result) for result in results]
-        report = {"ok": not failed, "seconds": seconds, "findings": findings}
+        report = {"ok": not failed, "seconds": seconds, "findings": [asdict(result) for result in results]}
         terminal.info(json.dumps(report, indent=1))
         return not failed
     for result in results:
-        where = f" [{result.host}]" if result.host else ""
-        terminal.info(f"{result.status:<4}  {result.group}: {result.name}{where}: {result.detail}")
+        host = f" [{result.host}]" if result.host else ""
+        terminal.info(f"{result.status:<4}  {result.group}: {result.name}{host}: {result.detail}")
         if result.remedy:
             terminal.info(f"      -> {result.remedy}")
     terminal.info(f"{len(results)} checks in {seconds:.0f} s: {failed} failed, {warned} warning(s)")
@@ -83,36 +81,30 @@ def _check_machine(settings: DoctorSettings) -> list[CheckResult]:
 
 
 def _merge(results: list[CheckResult], num_machines: int) -> list[CheckResult]:
-    """Join equal results of several machines; `host` lists the machines, and is empty if all are ok."""
-    merged: dict[tuple[str, str, str], list[CheckResult]] = {}
+    """Merge equal results of several machines. `host` of a merged result lists its machines; "" if it is OK on all."""
+    groups: dict[tuple[str, str, str], list[CheckResult]] = {}
     for result in results:
         text = OK if result.status == OK else result.detail
-        merged.setdefault((result.group, result.name, text), []).append(result)
-    found = []
-    for same in merged.values():
-        is_ok_everywhere = len(same) == num_machines and same[0].status == OK
-        hosts = "" if is_ok_everywhere else ", ".join(dict.fromkeys(result.host for result in same))
-        found.append(replace(same[0], host=hosts))
-    return found
+        groups.setdefault((result.group, result.name, text), []).append(result)
+    merged = []
+    for equal_results in groups.values():
+        is_ok_everywhere = len(equal_results) == num_machines and equal_results[0].status == OK
+        hosts = "" if is_ok_everywhere else ", ".join(dict.fromkeys(result.host for result in equal_results))
+        merged.append(replace(equal_results[0], host=hosts))
+    return merged
 
 
 def _start_ranks(groups: list[str]) -> list[CheckResult]:
-    """Run the checks of `groups` in two ranks started on this machine."""
-    common = {"WORLD_SIZE": str(_NUM_RANKS), "LOCAL_WORLD_SIZE": str(_NUM_RANKS)}
+    common = distributed.without_launcher_variables(os.environ)
+    common |= {"WORLD_SIZE": str(_NUM_RANKS), "LOCAL_WORLD_SIZE": str(_NUM_RANKS)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(process_group.free_port())}
-    common = {**distributed.without_launcher_variables(os.environ), **common}
+    command = [sys.executable, "-m", "trainer.doctor.rank_checks", *groups]
     processes = []
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         for rank in range(_NUM_RANKS):
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "trainer.doctor.rank_checks", *groups],
-                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                    stderr=log,
-                    text=True,
-                )
-            )
+            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            stdout = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+            processes.append(subprocess.Popen(command, env=env, stdout=stdout, stderr=log, text=True))
         deadline = time.monotonic() + _RANKS_TIMEOUT_SECONDS
         try:
             output, _ = processes[0].communicate(timeout=_RANKS_TIMEOUT_SECONDS)
@@ -129,7 +121,7 @@ def _start_ranks(groups: list[str]) -> list[CheckResult]:
     for line in output.splitlines():
         if line.startswith(rank_checks.RESULTS_PREFIX):
             results = json.loads(line.removeprefix(rank_checks.RESULTS_PREFIX))
-            return [CheckResult(**values) for values in results]
+            return [CheckResult(**result) for result in results]
     detail = f"two ranks did not finish: {lines[-1] if lines else 'they printed nothing'}"
     remedy = f"without these ranks {', '.join(groups)} cannot be checked"
     return [CheckResult("ranks", "start", FAIL, detail, remedy)]

@@ -1,7 +1,6 @@
 """Checks of installed software: package versions, compiler, MPI, Slurm."""
 
-from __future__ import annotations
-
+import functools
 import os
 import platform
 import shutil
@@ -20,7 +19,7 @@ from trainer.runtime import distributed
 
 _TIMEOUT_SECONDS = 60
 _MAX_BUILD_SECONDS = 1800
-# One write for the whole line: under PYTHONUNBUFFERED `print` writes word by word, and the lines of two ranks mix.
+# os.write writes the whole line in one call. Under PYTHONUNBUFFERED, `print` would mix the lines of the two ranks.
 _MPI_PROGRAM = (
     "import os; from mpi4py import MPI; world = MPI.COMM_WORLD; "
     "library = MPI.Get_library_version().split(',')[0].split(chr(10))[0]; "
@@ -29,9 +28,9 @@ _MPI_PROGRAM = (
 
 
 def versions(known_good: str) -> list[CheckResult]:
-    """Compare installed packages with the known-good versions: older is a failure, newer (not measured) a warning.
+    """Compare installed packages with the versions in a file: `known_good`, or known_good.txt if `known_good` is "".
 
-    Raises UserError if the file cannot be read.
+    An older version is a failure, a newer version a warning. Raises UserError if the file cannot be read.
     """
     if known_good:
         try:
@@ -40,56 +39,55 @@ def versions(known_good: str) -> list[CheckResult]:
             raise UserError(f"known_good: cannot read {known_good}: {error}") from None
     else:
         text = files("trainer.doctor").joinpath("known_good.txt").read_text(encoding="utf-8")
-    found = []
+    results = []
     for number, line in enumerate(text.splitlines(), 1):
-        line = line.partition("#")[0].strip()
-        if not line:
-            continue
-        name, _, wanted = line.partition("==")
-        try:
-            found.append(_check_version(name.strip(), Version(wanted.strip())))
-        except InvalidVersion:
-            raise UserError(
-                f"known_good: {known_good}, line {number}: expected name==version, found {line!r}"
-            ) from None
+        if line := line.partition("#")[0].strip():
+            name, _, good = line.partition("==")
+            try:
+                results.append(_check_version(name.strip(), Version(good.strip())))
+            except InvalidVersion:
+                raise UserError(
+                    f"known_good: {known_good}, line {number}: expected name==version, found {line!r}"
+                ) from None
     python, remedy = platform.python_version(), "use Python 3.11 or newer"
-    return [*found, ok_if(sys.version_info >= (3, 11), "versions", "python", python, remedy, FAIL)]
+    return [*results, ok_if(sys.version_info >= (3, 11), "versions", "python", python, remedy, FAIL)]
 
 
-def _check_version(name: str, wanted: Version) -> CheckResult:
-    pip = f"pip install '{name}=={wanted}'"
+def _check_version(name: str, good: Version) -> CheckResult:
+    pip = f"pip install '{name}=={good}'"
     try:
         installed = Version(version(name))
     except PackageNotFoundError:
-        return CheckResult("versions", name, FAIL, f"not installed (known good: {wanted})", pip)
-    public = Version(installed.public)  # 2.13.0+cpu is 2.13.0
-    if public == wanted:
+        return CheckResult("versions", name, FAIL, f"not installed (known good: {good})", pip)
+    public = Version(installed.public)  # without the local version: 2.13.0 for 2.13.0+cpu
+    if public == good:
         return CheckResult("versions", name, OK, str(installed))
-    if public < wanted:
-        return CheckResult("versions", name, FAIL, f"{installed} is older than the known-good {wanted}", pip)
+    if public < good:
+        return CheckResult("versions", name, FAIL, f"{installed} is older than the known-good {good}", pip)
     remedy = f"not measured with it: trust it if the gradient parity below is ok, or {pip}"
-    return CheckResult("versions", name, WARN, f"{installed} is newer than the known-good {wanted}", remedy)
+    return CheckResult("versions", name, WARN, f"{installed} is newer than the known-good {good}", remedy)
 
 
 def compiler() -> CheckResult:
-    """Check for g++ and ninja: DeepSpeed compiles its CPU AdamW for the offload configurations."""
-    remedy = "install g++ (and ninja) before you use an offload ds_config; the others need no compiler"
+    """Check for g++ and ninja. If the ds_config uses offload, DeepSpeed compiles its CPU AdamW with them."""
+    result = functools.partial(CheckResult, "compiler", "c++")
+    remedy = "install g++ (and ninja) before you use an offload ds_config; other ds_configs need no compiler"
     path = shutil.which(os.environ.get("CXX", "g++"))
     if path is None:
-        return CheckResult("compiler", "c++", WARN, "there is no g++ on the PATH", remedy)
+        return result(WARN, "there is no g++ on the PATH", remedy)
     done = _run([path, "-dumpfullversion", "-dumpversion"])
     if done.returncode:
-        return CheckResult("compiler", "c++", WARN, f"{path} does not run: {_last_line(done)}", remedy)
+        return result(WARN, f"{path} does not run: {_last_line(done)}", remedy)
     detail = f"{path} {done.stdout.strip()}"
     if shutil.which("ninja") is None and not (Path(sys.executable).parent / "ninja").exists():
-        return CheckResult("compiler", "c++", WARN, f"{detail}, but no ninja", "pip install ninja")
-    return CheckResult("compiler", "c++", OK, detail)
+        return result(WARN, f"{detail}, but no ninja", "pip install ninja")
+    return result(OK, detail)
 
 
 def unfinished_builds(root: Path | None = None) -> list[CheckResult]:
-    """Warn of locks left by killed builds of DeepSpeed's C++ extensions: every later start waits for them forever.
+    """Return a warning if killed builds of C++ extensions left lock files. Later starts wait for these files forever.
 
-    `root`: torch's cache of extensions, by default the one of torch.utils.cpp_extension.
+    `root`: torch's cache of extensions. The default is the cache that torch.utils.cpp_extension uses.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
@@ -102,63 +100,59 @@ def unfinished_builds(root: Path | None = None) -> list[CheckResult]:
 
 
 def mpi() -> CheckResult:
-    """Check that two processes under mpiexec form one world; under another MPI's mpiexec each is a world of one."""
-    remedy = (
-        "training needs no MPI; to evaluate under mpiexec: pip install mpich mpi4py, or your cluster's module"
-    )
+    """Check that mpiexec starts one world of size 2. It starts two worlds of size 1 if mpi4py was built with another MPI."""
+    result = functools.partial(CheckResult, "mpi", "mpiexec")
+    remedy = "training needs no MPI; for mpiexec: pip install mpich mpi4py, or your cluster's module"
     try:
         version("mpi4py")
     except PackageNotFoundError:
-        return CheckResult("mpi", "mpiexec", WARN, "mpi4py is not installed", remedy)
+        return result(WARN, "mpi4py is not installed", remedy)
     beside = Path(sys.executable).parent / "mpiexec"
     path = shutil.which("mpiexec") or (str(beside) if beside.exists() else None)
     if path is None:
-        return CheckResult("mpi", "mpiexec", WARN, "there is no mpiexec on the PATH", remedy)
+        return result(WARN, "there is no mpiexec on the PATH", remedy)
     done = _run([path, "-n", "2", sys.executable, "-c", _MPI_PROGRAM])
     worlds = [line.split(maxsplit=3) for line in done.stdout.splitlines() if line.startswith("world ")]
     if done.returncode or not worlds:
         detail = f"{path} -n 2 failed (status {done.returncode}): {_last_line(done)}"
-        remedy = "use the mpiexec of the MPI that mpi4py was built with"
-        return CheckResult("mpi", "mpiexec", FAIL, detail, remedy)
+        return result(FAIL, detail, "use the mpiexec of the MPI that mpi4py was built with")
     sizes = sorted(int(size) for _, _, size, _ in worlds)
     if sizes != [2, 2]:
         detail = f"{path} -n 2 gives {len(worlds)} worlds of {sizes[0]}: it is not the MPI of mpi4py ({worlds[0][3]})"
         remedy = f"put the right mpiexec first on the PATH (e.g. {beside}), or rebuild mpi4py with this MPI"
-        return CheckResult("mpi", "mpiexec", FAIL, detail, remedy)
-    return CheckResult("mpi", "mpiexec", OK, f"{path}: a world of 2, {worlds[0][3]}")
+        return result(FAIL, detail, remedy)
+    return result(OK, f"{path}: a world of 2, {worlds[0][3]}")
 
 
 def slurm() -> list[CheckResult]:
-    """Check that Slurm's controller answers and that this job's variables are consistent."""
-    found = []
+    """Check that Slurm's controller answers and that this job's environment variables are consistent."""
+    results = []
     try:
         environment = distributed.environment()
         if "SLURM_JOB_ID" in os.environ:
             detail = f"job {os.environ['SLURM_JOB_ID']}, {environment.world_size} rank(s) by {environment.launcher}"
-            found.append(CheckResult("slurm", "environment", OK, detail))
+            results.append(CheckResult("slurm", "environment", OK, detail))
     except UserError as error:
         remedy = "start with srun alone, or unset the variables"
-        found.append(CheckResult("slurm", "environment", FAIL, str(error), remedy))
+        results.append(CheckResult("slurm", "environment", FAIL, str(error), remedy))
     if shutil.which("sinfo") is None:
-        return [*found, CheckResult("slurm", "controller", OK, "no Slurm here (none is needed)")]
+        return [*results, CheckResult("slurm", "controller", OK, "no Slurm here (none is needed)")]
     done = _run(["sinfo", "--noheader", "--format=%P %D %t"])
     if done.returncode:
         detail = f"sinfo failed: {_last_line(done)}"
     else:
         detail = "; ".join(" ".join(line.split()) for line in done.stdout.splitlines())
     remedy = "is slurmctld running, and slurm.conf readable?"
-    return [*found, ok_if(done.returncode == 0, "slurm", "controller", detail, remedy)]
+    return [*results, ok_if(done.returncode == 0, "slurm", "controller", detail, remedy)]
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run `command` without launcher variables; a timeout or a missing program is a non-zero status."""
-    environment = distributed.without_launcher_variables(os.environ)
+    """Run `command` without the launcher's variables. Return status 124 after a timeout, 127 if `command` cannot start."""
+    env = distributed.without_launcher_variables(os.environ)
     if "SLURM_CONF" in os.environ:
-        environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
+        env["SLURM_CONF"] = os.environ["SLURM_CONF"]
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, env=environment
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, env=env)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 124, "", f"no answer within {_TIMEOUT_SECONDS} s")
     except OSError as error:

@@ -1,18 +1,16 @@
-"""Compare a backend's logits with those of the model's plain forward pass on real prompts, before an evaluation.
+"""Compare a backend's logits with the logits of the model's plain forward pass on real prompts, before an evaluation.
 
-The plain forward pass processes one text at a time, without padding and without a cache, with the attention that
-transformers chooses. The backend decodes more texts than it has slots, of different lengths, some with several forced
-tokens at once. All tokens are fixed beforehand, so the logits at every token can be compared. A difference is measured in
-standard deviations of the plain logits at that token.
+The plain forward pass processes one text at a time, without padding or cache, with the attention that transformers chooses.
+The backend decodes more texts than it has slots. The texts differ in length. Their tokens are fixed beforehand, so that the
+logits can be compared at every position where the backend chooses a token. The unit of a difference is the standard
+deviation of the plain logits at that position.
 """
-
-from __future__ import annotations
 
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, cycle, islice
+from itertools import accumulate, chain, cycle, islice
 from typing import Any, TypeVar
 
 import torch
@@ -21,69 +19,73 @@ from transformers import GenerationConfig, PreTrainedModel
 from trainer.errors import UserError, first_line
 from trainer.evaluation.backends import SequenceState
 from trainer.evaluation.backends.transformers import default_attention
-from trainer.evaluation.sampling import not_finite
+from trainer.evaluation.sampling import non_finite_logits_error
 from trainer.models.default_attention import UnsupportedAttention
 from trainer.runtime import library_internals
 
 T = TypeVar("T")
 
-MIN_TOLERANCE = 1e-4  # rounding of fp32
+MIN_TOLERANCE = 1e-4  # in standard deviations of the logits; a smaller difference is considered fp32 rounding
 MAX_TOLERANCE = 1e-2
-_NOISE_FACTOR = 10  # allowed ratio to the difference between two implementations of transformers
+_NOISE_FACTOR = 10  # allowed ratio of a backend's difference to the noise (see `ReferenceLogits.tolerance`)
 MIN_TOLERANCE_BF16 = 0.05
-BF16_FACTOR = 4  # allowed ratio to the difference between plain forward passes in bf16 and in fp32
-_MAX_LENGTH = 4608  # in tokens; the longest prompt is extended to the longest answer, at most to this
+BF16_FACTOR = 4  # allowed ratio of a backend's error in bf16 to the plain forward pass's error in bf16
+_MAX_LENGTH = 4608  # maximum number of tokens of the extended longest prompt, including its forced tokens
 _MAX_LOGITS_BYTES = 1 << 28
 
-# Number of forced tokens after each choice: of a long text, one that ends early, its successor in the slot, a batch.
+# Number of forced tokens after each choice of a text (see `CheckText`).
 _LONG = (1, 1, 4, 1, 1, 1, 1)
-_SHORT = (1, 2)
+_SHORT = (1, 2)  # the text ends early, so another text reuses its slot
 _MIDDLE = (1, 3, 1, 1, 1, 1, 1)
 _BATCH = ((1,), (1, 1, 1, 1, 1, 1, 1), (1, 1, 1), (1, 2, 1, 1))
 
 
 class BackendError(Exception):
-    """A backend raised an exception for this model; the message describes it."""
+    """Raised if a backend or the plain forward pass fails for a model. The message describes the failure."""
 
 
 @dataclass(frozen=True)
 class CheckText:
-    """A prompt, and the forced tokens after each choice except the last, which ends the text."""
+    """A prompt, and the forced tokens that follow it in place of generated tokens.
+
+    A choice is a position at which a backend chooses the next token: the last token of the prompt and of each list in
+    `forced`. The tokens `forced[i]` follow choice i. No token follows the last choice.
+    """
 
     prompt: list[int]
     forced: list[list[int]]
 
     @property
     def tokens(self) -> list[int]:
-        return [*self.prompt, *(token for tokens in self.forced for token in tokens)]
+        return [*self.prompt, *chain(*self.forced)]
 
     @property
     def choices(self) -> list[int]:
-        """Positions of the tokens at whose logits the next token is chosen."""
+        """Positions of the choices in `tokens`."""
         return list(accumulate(map(len, self.forced), initial=len(self.prompt) - 1))
 
 
 @dataclass(frozen=True)
 class CheckTexts:
-    """Texts for the slot backend (more than its two slots) and for the transformers backend."""
+    """Texts for checks of the slot backend (`slots`) and of the transformers backend (`own_cache`)."""
 
-    slots: list[CheckText]
+    slots: list[CheckText]  # more texts than a check has slots
     own_cache: list[CheckText]
-    prefix: list[int]
+    prefix: list[int]  # tokens that all prompts start with
     capacity: int  # maximum sequence length in tokens
 
 
 def shortest_middle_longest(items: Iterable[T], length: Callable[[T], int]) -> list[T]:
-    """Return these three of `items`, which must not be empty; fewer if there are fewer."""
+    """Return the items of smallest, middle and largest length, without duplicates. `items` must not be empty."""
     ordered = sorted(items, key=length)
     return [ordered[position] for position in dict.fromkeys((0, len(ordered) // 2, len(ordered) - 1))]
 
 
 def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequence[int] = ()) -> CheckTexts:
-    """Return texts made of the shortest, the middle and the longest of the prompts, all of which start with `prefix`.
+    """Return texts made of the shortest, the middle and the longest of `prompts`. All prompts must start with `prefix`.
 
-    The longest is extended with tokens of the prompts to nearly `capacity`, to detect attention windows or chunks shorter
-    than an answer. Raises UserError if the capacity leaves no room for a token.
+    The longest prompt is extended to nearly `capacity` tokens by repeating tokens of `prompts`. This detects attention
+    windows shorter than a prompt with its answer. Raises UserError if `capacity` is less than the prefix plus two tokens.
     """
     if capacity < len(prefix) + 2:
         raise UserError(f"a text has room for {capacity} tokens, but the prompt alone has {len(prefix) + 1}")
@@ -92,9 +94,8 @@ def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequenc
     longest = max(len(by_length[-1]), min(capacity, _MAX_LENGTH) - sum(_LONG))
 
     def text(prompt: Sequence[int], counts: Sequence[int], length: int, offset: int) -> CheckText:
-        tokens = cycle(material[offset % len(material) :] + material[: offset % len(material)])
-        room = capacity - len(prefix) - 1  # for what follows the prefix and one token of the prompt
-        while sum(counts) > room:
+        tokens = islice(cycle(material), offset % len(material), None)
+        while len(prefix) + 1 + sum(counts) > capacity:
             counts = counts[:-1]
         length = max(len(prefix) + 1, min(length, capacity - sum(counts)))
         extended = [*prompt, *islice(tokens, max(0, length - len(prompt)))][:length]
@@ -105,13 +106,13 @@ def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequenc
     early = text(short, _SHORT, len(short), 2)
     late = text(middle, _MIDDLE, len(middle), 3)
     beside = text(middle, _SHORT, len(long_text.prompt) - 3, 4)
-    # The rows of a batch end one after another, the first one first: the cache must keep the unfinished rows.
+    # The rows of the batch end at different steps, row 0 first. When a row ends, the cache must keep the other rows.
     batch = [text(short, counts, len(short) + row, 5 + row) for row, counts in enumerate(_BATCH)]
     return CheckTexts([long_text, early, late], [*batch, long_text, beside], list(prefix), capacity)
 
 
 class CheckRequest:
-    """Request that forces the tokens of a text. `logits`: those of its choices so far."""
+    """Request that reads the forced tokens of a text. `logits`: the recorded logits [vocabulary], one tensor per choice."""
 
     def __init__(self, text: CheckText) -> None:
         self.sequences = [SequenceState(list(text.prompt))]
@@ -120,14 +121,14 @@ class CheckRequest:
         self._forced = iter(text.forced)
 
     def on_token(self, token: int) -> None:
-        """Append the next forced tokens instead of the chosen one."""
+        """Append the next forced tokens. The chosen token `token` is ignored."""
         tokens = next(self._forced, None)
         self.next_model = None if tokens is None else 0
         self.sequences[0].pending += tokens or ()
 
 
 class LogitRecorder:
-    """Sampler of a backend under check, which records the logits; the tokens that it returns are ignored."""
+    """Sampler that records logits in `requests`, one request per text. The requests ignore the returned tokens."""
 
     def __init__(self, texts: Sequence[CheckText]) -> None:
         self.requests = [CheckRequest(text) for text in texts]
@@ -141,7 +142,7 @@ class LogitRecorder:
 
 @contextlib.contextmanager
 def raise_backend_error() -> Iterator[None]:
-    """Context manager that turns any exception into BackendError, so that another backend can be tried."""
+    """Context manager that raises BackendError for any exception of its block, so that another backend can be tried."""
     try:
         yield
     except Exception as error:
@@ -155,9 +156,9 @@ def raise_backend_error() -> Iterator[None]:
 def plain_logits(
     model: PreTrainedModel, text: CheckText, attention: str | None = None, copies: int = 1
 ) -> torch.Tensor:
-    """Return logits [choices, vocabulary] of the plain forward pass over one text, fp32 on the CPU.
+    """Return logits [choices, vocabulary] of the plain forward pass over one text, in fp32 on the CPU.
 
-    attention: "sdpa" or "eager"; None for the one that transformers chooses. copies: rows of the batch, all with this text.
+    attention: "sdpa" or "eager"; None: the default of transformers. copies: number of equal rows in the batch.
     """
     ids = torch.tensor([text.tokens] * copies, device=model.device)
     choices = torch.tensor(text.choices, device=model.device)
@@ -175,8 +176,8 @@ def plain_logits(
 def depends_on_later_tokens(model: PreTrainedModel, text: CheckText) -> bool:
     """Return whether the plain logits at a token depend on the tokens after it.
 
-    They do where attention selects keys from the whole text; the reference for such a model is `generate`. Raises
-    BackendError.
+    This is so if the model's attention selects keys from the whole text. In this case, the reference must be the logits
+    of `generate`. Raises BackendError if a forward pass fails.
     """
     with raise_backend_error():
         prefixes = [plain_logits(model, CheckText(text.tokens[: at + 1], [])) for at in text.choices]
@@ -184,13 +185,13 @@ def depends_on_later_tokens(model: PreTrainedModel, text: CheckText) -> bool:
 
 
 def generate_continuation(model: PreTrainedModel, text: CheckText) -> tuple[CheckText, torch.Tensor]:
-    """Return the prompt with the tokens that `generate` chooses, and its logits [choices, vocabulary].
+    """Continue the prompt of `text` with `generate`. Return the new text and the logits [choices, vocabulary].
 
-    Raises BackendError.
+    Raises BackendError if `generate` fails.
     """
-    number = len(text.choices)
+    num_new = len(text.choices)
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=number, min_new_tokens=number, pad_token_id=0,
+        do_sample=False, max_new_tokens=num_new, min_new_tokens=num_new, pad_token_id=0,
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     ids = torch.tensor([text.prompt], device=model.device)
@@ -201,60 +202,56 @@ def generate_continuation(model: PreTrainedModel, text: CheckText) -> tuple[Chec
     return CheckText(text.prompt, [[token] for token in tokens]), torch.cat(outputs.logits).float().cpu()
 
 
-def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Return the maximum over all positions of |found - expected| / standard deviation of the expected logits there."""
-    return max(
-        float(
-            ((logits - plain).abs().where(logits != plain, 0.0).amax(-1) / _spread(plain))
-            .nan_to_num(torch.inf)
-            .max()
-        )
-        for logits, plain in zip(found, expected, strict=True)
-    )
+def difference(texts_logits: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the maximum difference between logits, in standard deviations of the expected logits at the same choice.
 
+    Both arguments hold one tensor of logits [choices, vocabulary] per text.
+    """
 
-def _spread(logits: torch.Tensor) -> torch.Tensor:
-    """Return the standard deviation of each row, without entries that a family sets to -inf."""
-    finite = logits.where(logits.isfinite(), torch.nan)
-    variance = (finite - finite.nanmean(-1, keepdim=True)).square().nanmean(-1)
-    return variance.nan_to_num(0.0).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    def text_difference(logits: torch.Tensor, plain: torch.Tensor) -> float:
+        absolute = (logits - plain).abs().where(logits != plain, 0.0).amax(-1)
+        finite = plain.where(plain.isfinite(), torch.nan)  # some families set logits to -inf
+        variance = (finite - finite.nanmean(-1, keepdim=True)).square().nanmean(-1)
+        deviation = variance.nan_to_num(0.0).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        return float((absolute / deviation).nan_to_num(torch.inf).max())
+
+    return max(text_difference(*pair) for pair in zip(texts_logits, expected, strict=True))
 
 
 class ReferenceLogits:
-    """Plain logits of the texts, computed once per text and dtype of the model."""
+    """Cache of the plain logits, by text and dtype of the model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._logits: dict[tuple[torch.dtype, int], torch.Tensor] = {}
 
     def logits(self, texts: Sequence[CheckText]) -> list[torch.Tensor]:
-        """Return the logits of each text. Raises UserError if they are not finite, BackendError if the forward pass fails."""
+        """Return the plain logits of each text. Raises UserError for NaN or +inf, BackendError if the forward pass fails."""
         keys = [(self._model.dtype, id(text)) for text in texts]
         for key, text in zip(keys, texts, strict=True):
             if key not in self._logits:
                 with raise_backend_error():
                     plain = self._logits[key] = plain_logits(self._model, text)
                 if plain.isnan().any() or not plain.amax(-1).isfinite().all():
-                    raise not_finite()
+                    raise non_finite_logits_error()
         return [self._logits[key] for key in keys]
 
-    def tolerance(self, texts: Sequence[CheckText], found: float, smallest: float) -> float:
-        """Return the maximum difference that counts as rounding.
+    def tolerance(self, texts: Sequence[CheckText], measured: float, min_tolerance: float) -> float:
+        """Return the maximum difference that counts as rounding: `min_tolerance` if the difference `measured` is not larger.
 
-        If the difference `found` exceeds `smallest`, the tolerance is a multiple of the difference between transformers'
-        own implementations on these texts.
+        If it is larger, return `_NOISE_FACTOR` times the noise (at most `MAX_TOLERANCE`, but at least `min_tolerance`). The
+        noise is the change of the plain logits with eager attention or in a batch of two equal rows (the larger change).
         """
-        if found <= smallest:
-            return smallest
+        if measured <= min_tolerance:
+            return min_tolerance
         noise = max(self._noise(text) for text in texts)
-        return max(smallest, min(_NOISE_FACTOR * noise, MAX_TOLERANCE))
+        return max(min_tolerance, min(_NOISE_FACTOR * noise, MAX_TOLERANCE))
 
     def _noise(self, text: CheckText) -> float:
-        expected = self.logits([text])
-        others: list[torch.Tensor] = []
+        variants: list[torch.Tensor] = []
         if library_internals.supports_sdpa(self._model):
             with contextlib.suppress(Exception):
-                others.append(plain_logits(self._model, text, "eager"))
+                variants.append(plain_logits(self._model, text, "eager"))
         with contextlib.suppress(Exception):
-            others.append(plain_logits(self._model, text, copies=2))
-        return max((difference([other], expected) for other in others), default=0.0)
+            variants.append(plain_logits(self._model, text, copies=2))
+        return max((difference([variant], self.logits([text])) for variant in variants), default=0.0)

@@ -1,6 +1,4 @@
-"""Complete any prompts with any causal LM, e.g. a teacher or a base model."""
-
-from __future__ import annotations
+"""Complete prompts with a causal LM, e.g. a teacher or a base model."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +13,7 @@ from trainer.evaluation.rollout import Program, Rollout, RolloutContext, Rollout
 from trainer.evaluation.stop_tokens import StopTokens, end_of_text_ids
 from trainer.models.load import context_length
 
-_TOKENS_PER_CHARACTER = 4  # at most: a token is at least a byte
+_MAX_TOKENS_PER_CHARACTER = 4  # a UTF-8 character has at most 4 bytes, and a token at least one byte
 
 
 def completions(
@@ -33,29 +31,26 @@ def completions(
 ) -> Iterator[tuple[int, str, int, bool]]:
     """Yield (index of the prompt, text, number of generated tokens, finished) in the order in which texts end.
 
-    A text ends with an end token or before the first of the `stop` strings (finished), else at `max_new_tokens` or at the
-    model's context length. `seeds`: one per prompt (default: its index); a sample depends on prompt and seed alone. To
-    sample k texts, pass a prompt k times. backend: a checked choice, or a name that is checked first. Raises UserError
-    for logits that are not finite, and if no backend passes the check.
+    finished: True if the text ended with an end token or before the first `stop` string, False if it reached
+    `max_new_tokens` or the context length. seeds: one per prompt (default: the prompt's index); a sample depends on prompt
+    and seed alone. For k samples, pass a prompt k times. backend: a choice that passed the check, or a name to check.
+    Raises UserError if logits are not finite, or if no backend passes the check.
     """
     if not prompts:
         return
     if isinstance(backend, str):
         backend = completion_backend(model, prompts, max_new_tokens, "the model", backend)
     stop_tokens = StopTokens(tokenizer)
-    length = context_length(model.config) or float("inf")
-    context = RolloutContext(
-        stop_tokens,
-        [RolloutModel(frozenset(), length, end_of_text_ids(model, tokenizer))],
-        {STUDENT: 0},
-        max_new_tokens,
-        False,
+    rollout_model = RolloutModel(
+        frozenset(), context_length(model.config) or float("inf"), end_of_text_ids(model, tokenizer)
     )
-    tail = max((_TOKENS_PER_CHARACTER * len(text) for text in stop), default=0)
+    context = RolloutContext(stop_tokens, [rollout_model], {STUDENT: 0}, max_new_tokens, calculator=False)
+    # If the newest token completes a stop string, the stop string lies within the last `num_last` tokens.
+    num_last = _MAX_TOKENS_PER_CHARACTER * max(map(len, stop), default=0)
 
     def program(rollout: Rollout) -> Program[None]:
         def is_done(tokens: list[int]) -> bool:
-            return bool(stop) and _find_first(stop_tokens.text(tokens[-tail:]), stop) is not None
+            return bool(stop) and _find_first(stop_tokens.text(tokens[-num_last:]), stop) is not None
 
         def set_text(text: str) -> None:
             rollout.lines = [text[: _find_first(text, stop)]]
@@ -83,20 +78,18 @@ def completion_backend(
     name: str,
     requested: str = "auto",
 ) -> BackendChoice:
-    """Return the backend for `completions` of these prompts, checked on the shortest, a middle and the longest.
+    """Return the backend for `completions` of these prompts, checked on prompts of different lengths.
 
-    name: the model's name in messages. Raises UserError if the requested backend fails the check (auto: if all fail).
+    name: the model's name in messages. requested: a backend, or "auto" for any. Raises UserError if no backend passes.
     """
     texts = check_texts(prompts, _capacity(model, prompts, max_new_tokens))
     return choose_backend(model, texts, name, requested)
 
 
 def _capacity(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """Return the maximum sequence length in tokens."""
     return int(min(max(map(len, prompts)) + max_new_tokens, context_length(model.config) or float("inf")))
 
 
 def _find_first(text: str, stop: tuple[str, ...]) -> int | None:
-    """Return the position of the first stop string in `text`."""
-    found = [position for position in (text.find(one) for one in stop) if position >= 0]
-    return min(found, default=None)
+    """Return the position of the first stop string in `text`; None if `text` contains no stop string."""
+    return min((text.find(string) for string in stop if string in text), default=None)

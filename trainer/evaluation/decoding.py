@@ -1,4 +1,4 @@
-"""Decoding settings and modes of an evaluation, and the training methods that each role accepts. Imports nothing heavy."""
+"""Decoding settings, and checks of modes and training methods. This module imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.errors import UserError
+from trainer.settings import FEW_SHOT
 from trainer.shards.methods import SegmentRole, guidance_of, is_decomposer, is_interleaved, is_planner
 
 if TYPE_CHECKING:
     from trainer.evaluation.model_reference import ModelReference
 
 UNIFIED = ("answer_only", "cot", "socratic")
-FEW_SHOT = "few_shot"  # an undistilled model that reads exemplars
 SINGLE_MODEL_MODES = (*UNIFIED, FEW_SHOT)
 AHEAD, INTERLEAVED, GOLD = "iterative_ahead", "iterative_interleaved", "gold_subquestions"
-# Roles; a STUDENT answers alone.
+# Roles of models. A STUDENT solves problems alone.
 STUDENT, PLANNER, DECOMPOSER, SOLVER = "student", "planner", "decomposer", "solver"
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """The fields of `EvaluateSettings` that rollouts depend on; `mode` is resolved (not "auto").
+    """Settings that rollouts depend on. `EvaluateSettings` explains most of them. `mode` is never "auto".
 
-    impose_answer: every text starts with the delimiter, so that a model of another method answers immediately.
-    guidance: plan that the decomposer reads, "operators" or "equations". guidance_from: source of the plan, "planner" or
-    "gold". Both are "" without a plan.
+    impose_answer: if True, the delimiter `####` is put before every generated text, so that a model that was trained to
+    write steps writes only the answer. guidance: kind of plan that the decomposer reads, "operators" or "equations".
+    guidance_from: source of the plan, "planner" or "gold". `guidance` and `guidance_from` are "" if there is no plan.
     """
 
     mode: str
@@ -43,22 +43,23 @@ class Decoding:
 
     @property
     def guidance_segment_role(self) -> SegmentRole | None:
-        """Segment role of the plan that the decomposer reads."""
+        """Segment role of the plan that the decomposer reads; None if there is no plan."""
         return SegmentRole[self.guidance.upper()] if self.guidance else None
 
     @property
     def gold_segment_role(self) -> SegmentRole | None:
-        """Segment role of the data that a model reads besides the problem."""
+        """Role of the gold segments (sub-questions or plan) that a model reads; None if no model reads gold segments."""
         if self.mode == GOLD:
             return SegmentRole.SUBQUESTION
         return self.guidance_segment_role if self.guidance_from == "gold" else None
 
 
 def resolve_mode(mode: str, method: str | None) -> tuple[str, bool]:
-    """Return the mode of a model that answers alone, and whether the answer must be imposed.
+    """Return the mode of a model that answers alone, and whether its answer must be imposed (see `Decoding`).
 
-    "auto" selects the model's training method. Only `answer_only` can be imposed on a model of another method. `method`:
-    None if unknown. Raises UserError if the model cannot answer in this mode.
+    method: the model's training method; None: unknown. mode: the requested mode; "auto": the mode named like the method. In
+    `answer_only` the answer is imposed if the model was trained by another or an unknown method. Raises UserError if a model
+    of this method cannot answer in this mode, or if mode is "auto" and the method is unknown.
     """
     if method is not None and method not in UNIFIED:
         raise UserError(
@@ -78,7 +79,8 @@ def resolve_mode(mode: str, method: str | None) -> tuple[str, bool]:
 def resolve_pair(models: Mapping[str, ModelReference], guidance_from: str) -> tuple[str, str]:
     """Return the mode of models that answer together, and the decomposer's guidance ("operators", "equations" or "").
 
-    Raises UserError if a model's method does not fit its role, or a plan is missing or would not be read.
+    models: role -> model. Raises UserError if a model's method is unknown or does not fit its role, if a guided decomposer
+    has no plan or a planner for another kind of plan, or if an unguided decomposer has a planner or gold guidance.
     """
     for role, model in models.items():
         method = model.method
@@ -87,13 +89,13 @@ def resolve_pair(models: Mapping[str, ModelReference], guidance_from: str) -> tu
                 f"the {role} {model.name} does not record its training method; give an export of "
                 "tools/convert_checkpoint.py"
             )
-        fits, accepted = {
+        is_accepted, accepted_methods = {
             DECOMPOSER: (method == "socratic" or is_decomposer(method), "decomposer* or socratic"),
             SOLVER: (method in ("socratic", "solver"), "solver or socratic"),
             PLANNER: (is_planner(method), "planner_*"),
         }[role]
-        if not fits:
-            raise UserError(f"{model.name} is of method {method}; a {role} is of method {accepted}")
+        if not is_accepted:
+            raise UserError(f"{model.name} is of method {method}; a {role} is of method {accepted_methods}")
     if DECOMPOSER not in models:
         return GOLD, ""
     decomposer = models[DECOMPOSER]

@@ -1,11 +1,9 @@
-"""Run an evaluation: predictions.jsonl with every problem once, then results.json."""
-
-from __future__ import annotations
+"""Run an evaluation and write predictions.jsonl and results.json."""
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from trainer.errors import UserError
 from trainer.evaluation import model_reference, rank_files
 from trainer.evaluation.backends.choice import TRANSFORMERS
 from trainer.evaluation.decoding import FEW_SHOT
-from trainer.evaluation.job import EvaluationJob, fingerprint, resolve_job, write_settings
+from trainer.evaluation.job import EvaluationJob, job_fingerprint, resolve_job, write_settings
 from trainer.evaluation.pipeline import Pipeline, RoleModel, predictions
 from trainer.evaluation.score import accuracy_text, summarise
 from trainer.evaluation.work_queue import COUNTER_NAMES, exhaust_queue
@@ -23,23 +21,23 @@ from trainer.runtime.shared_counter import SharedCounter, shared_counter
 from trainer.settings import EvaluateSettings
 from trainer.storage import atomic_dir
 
-FORMAT = 1
+RESULTS_FORMAT = 1
 _PROGRESS_INTERVAL_SECONDS = 0.2
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Evaluate a model or a pair (collective); return the content of results.json on every rank.
 
-    Resumes an interrupted evaluation with the same settings; returns finished results unchanged. Raises UserError on
-    every rank for incompatible models and shards, for results of other settings without `overwrite`, and if the
-    predictions do not contain every problem exactly once.
+    If an evaluation with the same settings was interrupted, resume it; if it has finished, return its results. Raises
+    UserError on every rank if models and shards are incompatible, if the directory holds results of other settings and
+    `overwrite` is not set, or if the predictions do not contain every problem exactly once.
     """
     with rank_files.any_error_on_all_ranks():
         job = resolve_job(settings)
         ids = [job.shards.problem(index).id for index in range(job.num_problems)]
-    facts = {role: model.facts for role, model in job.models.items()}
+    model_facts = {role: model.facts for role, model in job.models.items()}
     distributed.assert_same_on_all_ranks(
-        "evaluation", {**job.fingerprint_fields({}), "models": facts, "code": trainer.__version__}
+        "evaluation", {**job.fingerprint_fields({}), "models": model_facts, "code": trainer.__version__}
     )
     digests, earlier = _on_rank_0(lambda: _earlier_results(job, settings.overwrite))
     if earlier is not None:
@@ -54,10 +52,12 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     startup.freeze_gc()
 
     fields = job.fingerprint_fields(digests)
-    job_fingerprint = fingerprint(fields)
-    files = _on_rank_0(lambda: rank_files.list_rank_files(job.directory.rank_files, job_fingerprint))
-    # id -> is correct, of the predictions of interrupted runs of this job
-    solved = _on_rank_0(lambda: {p["id"]: p["correct_strict"] for p in rank_files.read_rank_files(files)})
+    fingerprint = job_fingerprint(fields)
+    files = _on_rank_0(lambda: rank_files.list_rank_files(job.directory.rank_files, fingerprint))
+    # Predictions of interrupted runs of this job: problem id -> whether the prediction is correct.
+    solved: dict[str, bool] = _on_rank_0(
+        lambda: {line["id"]: line["correct_strict"] for line in rank_files.read_rank_files(files)}
+    )
     if solved:
         terminal.info(f"{len(solved)} of {len(ids)} problems were solved before; resuming")
     remaining = [index for index, problem_id in enumerate(ids) if problem_id not in solved]
@@ -68,23 +68,22 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             if choice.name == TRANSFORMERS:
                 terminal.info(f"{role}: {choice.describe()}")
     start = time.monotonic()
-    path = _solve(job, pipeline, remaining, job_fingerprint, solved)
-    finished = distributed.gather_objects((path, time.monotonic() - start))
+    path = _solve(job, pipeline, remaining, fingerprint, solved)
+    new_files, seconds = zip(*distributed.gather_objects((path, time.monotonic() - start)), strict=True)
 
-    sizes = {
+    num_parameters = {
         role: model.facts.get("num_parameters", pipeline.role_models[role].model.num_parameters())
         for role, model in job.models.items()
     }
     description = {
-        **job.result_fields(sizes, digests),
-        "seconds": round(max(seconds for _, seconds in finished), 3),
+        **job.result_fields(num_parameters, digests),
+        "seconds": round(max(seconds), 3),
         "world_size": distributed.environment().world_size,
         "backends": {role: pipeline.backend_of(role).to_dict() for role in job.models},
         **fields,
-        "identity": job_fingerprint,
+        "identity": fingerprint,
     }
-    files += [path for path, _ in finished]
-    results = _on_rank_0(lambda: _write_results(job, files, ids, description))
+    results = _on_rank_0(lambda: _write_results(job, [*files, *new_files], ids, description))
     terminal.info(
         f"{accuracy_text(results['accuracy'])}; {results['generated_tokens']} tokens in "
         f"{terminal.duration_text(results['seconds'])}; {job.directory.results}"
@@ -93,9 +92,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def _prepare(job: EvaluationJob, settings: EvaluateSettings) -> None:
-    """Export checkpoints and write settings.yaml (rank 0, before any rank loads a model)."""
     for role in job.first_roles.values():
-        model_reference.convert_checkpoint(job.models[role], job.scratch(job.models[role]))
+        model_reference.convert_checkpoint(job.models[role], job.export_scratch_dir(job.models[role]))
     if job.is_pair or job.decoding.mode == FEW_SHOT:
         write_settings(settings, job.directory)
 
@@ -104,7 +102,7 @@ def _load_pipeline(job: EvaluationJob) -> Pipeline:
     """Load each distinct model once onto this rank's device."""
     loaded = {
         name: model_reference.load_model_and_tokenizer(
-            job.models[role], job.shards, job.dtype, job.scratch(job.models[role])
+            job.models[role], job.shards, job.dtype, job.export_scratch_dir(job.models[role])
         )
         for name, role in job.first_roles.items()
     }
@@ -116,52 +114,46 @@ def _load_pipeline(job: EvaluationJob) -> Pipeline:
 
 
 def _solve(
-    job: EvaluationJob,
-    pipeline: Pipeline,
-    indices: list[int],
-    job_fingerprint: str,
-    solved: Mapping[str, bool],
+    job: EvaluationJob, pipeline: Pipeline, indices: list[int], fingerprint: str, solved: dict[str, bool]
 ) -> Path:
-    """Solve `indices` with all ranks (collective); return this rank's file, which receives each prediction immediately."""
+    """Solve the problems `indices` with all ranks (collective). Return the file of this rank's predictions."""
     with rank_files.any_error_on_all_ranks():
-        file = rank_files.RankFile(job.directory.rank_files, job_fingerprint)
-    captured = rank_files.CapturedError()
+        file = rank_files.RankFile(job.directory.rank_files, fingerprint)
     with (
         file,
         terminal.progress_bar("solve", job.num_problems, len(solved)) as bar,
         shared_counter(COUNTER_NAMES) as counter,
     ):
-        progress = _SharedProgress(bar, counter, len(solved), sum(solved.values()))
-        with captured:
+        progress = _SharedProgress(bar, counter, solved)
+        with rank_files.capture_error() as messages:
             for prediction in predictions(pipeline, indices, counter):
                 file.append(prediction)
                 progress.add(prediction["correct_strict"])
-        if captured.error:
+        if messages:
             exhaust_queue(counter)
-    distributed.raise_on_all_ranks(captured.error)
+    distributed.raise_on_all_ranks("".join(messages))
     return file.path
 
 
 class _SharedProgress:
-    """Progress bar of all ranks together. A rank adds its counts to the shared counter at most every 0.2 s."""
+    """Progress bar over the problems of all ranks. A rank adds its counts to the shared counter at most every 0.2 s."""
 
-    def __init__(self, bar: terminal.ProgressBar, counter: SharedCounter, solved: int, correct: int) -> None:
+    def __init__(self, bar: terminal.ProgressBar, counter: SharedCounter, solved: dict[str, bool]) -> None:
         self._bar, self._counter = bar, counter
-        self._before = (solved, correct)
-        self._unreported = [0, 0]
+        self._num_resumed, self._num_resumed_correct = len(solved), sum(solved.values())
+        self._unreported: list[bool] = []  # correctness of each prediction since the counter was last updated
         self._last = time.monotonic()
 
     def add(self, correct: bool) -> None:
-        self._unreported = [self._unreported[0] + 1, self._unreported[1] + correct]
+        self._unreported.append(correct)
         if time.monotonic() - self._last < _PROGRESS_INTERVAL_SECONDS:
             return
-        cells = zip(("solved", "correct"), self._unreported, self._before, strict=True)
-        all_solved, all_correct = (
-            self._counter.add(cell, more) + more + before for cell, more, before in cells
-        )
-        self._unreported = [0, 0]
+        new, new_correct = len(self._unreported), sum(self._unreported)
+        num_solved = self._num_resumed + self._counter.add("solved", new) + new
+        num_correct = self._num_resumed_correct + self._counter.add("correct", new_correct) + new_correct
+        self._unreported.clear()
         self._last = time.monotonic()
-        self._bar.update(all_solved, f"strict {100 * all_correct / all_solved:.1f} %")
+        self._bar.update(num_solved, f"strict {100 * num_correct / num_solved:.1f} %")
 
 
 def _on_rank_0(function: Callable[[], Any]) -> Any:
@@ -174,7 +166,7 @@ def _on_rank_0(function: Callable[[], Any]) -> Any:
 
 
 def _earlier_results(job: EvaluationJob, overwrite: bool) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Return the models' content digests by role, and the finished results of this job or None."""
+    """Return the models' content digests by role, and the results of this job (None if the job has not finished before)."""
     by_name = {
         name: model_reference.content_digest(job.models[role]) for name, role in job.first_roles.items()
     }
@@ -185,7 +177,7 @@ def _earlier_results(job: EvaluationJob, overwrite: bool) -> tuple[dict[str, str
         return digests, None
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        is_same = earlier["identity"] == fingerprint(fields)
+        is_same = earlier["identity"] == job_fingerprint(fields)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the result of an evaluation; give another output_dir") from None
     if is_same or overwrite:
@@ -205,14 +197,13 @@ def _write_results(
 ) -> dict[str, Any]:
     """Merge the rank files into predictions.jsonl, write results.json, then remove temporary files."""
     merged = rank_files.merge_predictions(rank_files.read_rank_files(files), ids)
-    results = {"format": FORMAT, **description, **summarise(merged)}
+    results = {"format": RESULTS_FORMAT, **description, **summarise(merged)}
     directory = job.directory
-    directory.results.unlink(missing_ok=True)  # no old results beside new predictions
-    atomic_dir.write_text(
-        directory.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in merged)
-    )
+    directory.results.unlink(missing_ok=True)  # old results must not lie beside new predictions
+    lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in merged]
+    atomic_dir.write_text(directory.predictions, "".join(lines))
     atomic_dir.write_text(directory.results, json.dumps(results, indent=1) + "\n")
     for model in job.models.values():
-        shutil.rmtree(job.scratch(model), ignore_errors=True)
+        shutil.rmtree(job.export_scratch_dir(model), ignore_errors=True)
     rank_files.remove_rank_files(files)
     return results

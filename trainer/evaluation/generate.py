@@ -1,6 +1,4 @@
-"""Continuous batching: decode many requests with one or several models, and refill free slots as requests end."""
-
-from __future__ import annotations
+"""Continuous batching: decode many requests with one or several models, and refill the slots of ended requests."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +10,14 @@ from trainer.evaluation.backends import AnyRequest, Backend, Sampler, SequenceSt
 
 
 def make_sampler(temperature: float, top_p: float) -> Sampler:
-    """Return a greedy sampler at temperature 0, else one that samples with each sequence's own random numbers."""
+    """Return a sampler: greedy at temperature 0, else with random numbers from each sequence's `sampling_seed`."""
 
     def sample(logits: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
         if temperature == 0:
             return sampling.greedy(logits)
-        uniforms = [sampling.uniform_noise(sequence.sampling_seed, sequence.length) for sequence in sequences]
+        uniforms = [
+            sampling.uniform_random(sequence.sampling_seed, sequence.length) for sequence in sequences
+        ]
         return sampling.sampled(logits, temperature, top_p, uniforms)
 
     return sample
@@ -30,12 +30,11 @@ def generate(
     num_slots: int,
     each_step: Callable[[], object] = lambda: None,
 ) -> Iterator[AnyRequest]:
-    """Yield requests as they end; up to `num_slots` of them are decoded at the same time.
+    """Yield requests as they end. Up to `num_slots` requests are decoded at the same time.
 
-    `requests` is advanced when a slot is free; `on_token` receives a request and the token chosen for it; `each_step` is
-    called after each step. Of several backends the one with most waiting requests steps next, which
-    fills the batches best; every request ends because its length is bounded. The models are restored when the iterator is
-    exhausted or closed.
+    When a slot is free, the next request is taken from `requests`. `on_token` receives a request and its next token.
+    `each_step` is called after each step. The backend with the most runnable requests runs the next step, so that batches
+    are large. Lengths are limited, so no request starves. The backends restore their models when the iterator ends.
     """
     with contextlib.ExitStack() as stack:
         for backend in backends:

@@ -1,9 +1,7 @@
 """Models, shards, decoding settings and output directory of an evaluation, checked before any weights are loaded.
 
-Imports nothing heavy.
+Importing this module imports neither torch nor transformers.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -32,20 +30,17 @@ from trainer.problems.problem import Problem
 from trainer.problems.sources import read_exemplars
 from trainer.runtime import distributed
 from trainer.settings import EvaluateSettings
-from trainer.shards.methods import SegmentRole
 from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
 from trainer.storage.configuration import to_dict
 from trainer.storage.run_directory import EvaluationDirectory, RunDirectory, evaluation_name, pair_run
 
-_PAIR_ONLY = ("max_steps", "guidance", "guidance_from")
-
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """One checked evaluation: the models have the tokenizer of the shards and can answer in this mode."""
+    """An evaluation after its checks: the models use the tokenizer of the shards and support the decoding mode."""
 
-    models: Mapping[str, ModelReference]  # by role; a model may have several
+    models: Mapping[str, ModelReference]  # by role; two roles may have the same model
     shards: Shards
     decoding: Decoding
     dtype: str
@@ -69,18 +64,12 @@ class EvaluationJob:
 
     @property
     def gold_text(self) -> str:
-        """Name in messages of the gold segments that a model reads; "" without any."""
-        names = {
-            SegmentRole.SUBQUESTION: "sub-questions",
-            SegmentRole.OPERATORS: "operators",
-            SegmentRole.EQUATIONS: "equations",
-        }
-        segment_role = self.decoding.gold_segment_role
-        return "" if segment_role is None else names.get(segment_role, "")
+        """Name of the gold segments, for messages. Valid only if a model reads gold segments."""
+        return self.decoding.guidance or "sub-questions"
 
     @property
     def num_problems_without_gold(self) -> int:
-        """Number of problems without the gold segments that a model must read: sub-questions, or a plan."""
+        """Number of problems that lack the gold segments that a model reads; 0 if no model reads gold segments."""
         segment_role = self.decoding.gold_segment_role
         if segment_role is None:
             return 0
@@ -88,59 +77,60 @@ class EvaluationJob:
 
     @property
     def first_roles(self) -> dict[str, str]:
-        """Model name -> the first of its roles, once per distinct model."""
+        """Map from the name of each model to the first role that uses the model."""
         first: dict[str, str] = {}
         for role, model in self.models.items():
             first.setdefault(model.name, role)
         return first
 
-    def scratch(self, model: ModelReference) -> Path:
-        """Return the directory for the temporary export of a checkpoint, which a restarted evaluation reuses."""
+    def export_scratch_dir(self, model: ModelReference) -> Path:
+        """Return the directory for the temporary export of a checkpoint. A restarted evaluation reuses this export."""
         return self.directory.rank_files / self.first_roles[model.name]
 
     def fingerprint_fields(self, digests: Mapping[str, str]) -> dict[str, Any]:
-        """Return the settings that predictions depend on. `digests`: content digests of the models by role."""
-        fields = {name: value for name, value in asdict(self.decoding).items() if name != "batch_size"}
-        if not self.is_pair:
-            fields = {name: value for name, value in fields.items() if name not in _PAIR_ONLY}
-        fields["dtype"] = self.dtype
-        fields["max_problems"] = self.max_problems
+        """Return the settings and digests that predictions depend on. `digests`: content digests of the models by role."""
+        pair_fields = ("max_steps", "guidance", "guidance_from")
+        omitted = ("batch_size", *(() if self.is_pair else pair_fields))
+        fields = {name: value for name, value in asdict(self.decoding).items() if name not in omitted}
+        fields |= {"dtype": self.dtype, "max_problems": self.max_problems}
         fields["shards_fingerprint"] = self.shards.fingerprint
         if self.decoding.mode == FEW_SHOT:
-            fields["exemplars"] = fingerprint({"problems": [asdict(problem) for problem in self.exemplars]})
+            fields["exemplars"] = job_fingerprint(
+                {"problems": [asdict(problem) for problem in self.exemplars]}
+            )
         if self.is_pair:
             return {**fields, "export_digests": dict(digests)}
         return {**fields, "export_digest": digests.get(STUDENT, "")}
 
-    def result_fields(self, sizes: Mapping[str, int], digests: Mapping[str, str]) -> dict[str, Any]:
-        """Return the fields of results.json about models and data; "" or None where the model's manifest lacks a fact.
+    def result_fields(self, num_parameters: Mapping[str, int], digests: Mapping[str, str]) -> dict[str, Any]:
+        """Return the fields of results.json about models and data. Facts that the model's manifest lacks are "" or None.
 
-        sizes, digests: parameters and content digests by role. `total_parameters` counts each distinct model once.
+        num_parameters: by role. digests: content digests of the models, by role. In `total_parameters` a model with two
+        roles is counted once.
         """
-        main = self.models[self.answering_role]
-        models = (_model_name(model) for role, model in self.models.items() if role != PLANNER)
-        mode = self.decoding.mode
-        facts = {
+        facts, mode = self.models[self.answering_role].facts, self.decoding.mode
+        model_names = (_model_name(model) for role, model in self.models.items() if role != PLANNER)
+        result = {
             "data": self.shards.facts["data"],
             "split": self.shards.facts["split"],
-            "model_name": self.model_label or " + ".join(dict.fromkeys(models)),
-            "method": mode if self.is_pair or mode == FEW_SHOT else main.facts.get("method", ""),
-            "train_seed": main.facts.get("seed"),
-            "train_data": main.facts.get("data", ""),
-            "step": main.facts.get("step"),
-            "finished": main.facts.get("finished"),
-            "num_parameters": sizes[self.answering_role],
-            "total_parameters": sum(sizes[role] for role in self.first_roles.values()),
+            "model_name": self.model_label or " + ".join(dict.fromkeys(model_names)),
+            "method": mode if self.is_pair or mode == FEW_SHOT else facts.get("method", ""),
+            "train_seed": facts.get("seed"),
+            "train_data": facts.get("data", ""),
+            "step": facts.get("step"),
+            "finished": facts.get("finished"),
+            "num_parameters": num_parameters[self.answering_role],
+            "total_parameters": sum(num_parameters[role] for role in self.first_roles.values()),
             "warnings": self.warnings(),
         }
         if not self.is_pair:
-            return facts
-        return facts | {
+            return result
+        return result | {
             role: {
                 "name": model.name,
                 "model_name": _model_name(model),
                 "method": model.method,
-                "num_parameters": sizes[role],
+                "num_parameters": num_parameters[role],
                 "export_digest": digests[role],
             }
             for role, model in self.models.items()
@@ -148,27 +138,29 @@ class EvaluationJob:
 
     def warnings(self) -> list[str]:
         """Return the warnings to log and to record in results.json."""
-        found = []
-        main = self.models[self.answering_role]
-        learned = main.facts.get("train_on_calculator_results") is not False
-        if self.decoding.mode != "answer_only" and not self.decoding.calculator and not learned:
-            found.append(
-                f"the {self.answering_role} has no calculator and did not learn the calculator's results "
+        warnings, answering_role = [], self.answering_role
+        answering_facts = self.models[answering_role].facts
+        learned_results = answering_facts.get("train_on_calculator_results") is not False
+        if self.decoding.mode != "answer_only" and not self.decoding.calculator and not learned_results:
+            warnings.append(
+                f"the {answering_role} has no calculator and did not learn the calculator's results "
                 "(train_on_calculator_results)"
             )
         for role in self.first_roles.values():
             facts = self.models[role].facts
             if facts.get("finished") is False:
-                found.append(f"the {role}'s training stopped at step {facts.get('step')}, before its end")
-            for fact in ("data", "seed"):
-                if facts.get(fact) != main.facts.get(fact):
-                    found.append(
-                        f"the {role} was trained with {fact} {facts.get(fact)}, "
-                        f"the {self.answering_role} with {fact} {main.facts.get(fact)}"
-                    )
-        if lacking := self.num_problems_without_gold:
-            found.append(f"{lacking} of {self.num_problems} problems have no gold {self.gold_text} to show")
-        return found
+                warnings.append(f"the {role}'s training stopped at step {facts.get('step')}, before its end")
+            warnings += [
+                f"the {role} was trained with {name} {facts.get(name)}, "
+                f"the {answering_role} with {name} {answering_facts.get(name)}"
+                for name in ("data", "seed")
+                if facts.get(name) != answering_facts.get(name)
+            ]
+        if num_lacking := self.num_problems_without_gold:
+            warnings.append(
+                f"{num_lacking} of {self.num_problems} problems have no gold {self.gold_text} to show"
+            )
+        return warnings
 
     def describe(self) -> str:
         """Return the job as one log line."""
@@ -183,21 +175,17 @@ class EvaluationJob:
 
 
 def resolve_job(settings: EvaluateSettings) -> EvaluationJob:
-    """Return the checked job. Raises UserError if models, shards and settings are incompatible, or without a directory."""
+    """Return the checked job. Raises UserError for incompatible models, shards or settings, or if a required output_dir is not set."""
     shards = Shards.open(settings.shards)
-    names = {
-        STUDENT: settings.model_name_or_path,
-        PLANNER: settings.planner,
-        DECOMPOSER: settings.decomposer,
-        SOLVER: settings.solver,
-    }
+    names = {STUDENT: settings.model_name_or_path, PLANNER: settings.planner}
+    names |= {DECOMPOSER: settings.decomposer, SOLVER: settings.solver}
     models = _deduplicate({role: model_reference.find_model(name) for role, name in names.items() if name})
     model_reference.check_models(models, shards, settings.allow_unfinished)
     fields = ("calculator", "temperature", "top_p", "seed", "max_new_tokens", "max_steps", "batch_size")
-    given = {name: getattr(settings, name) for name in fields}
+    shared = {name: getattr(settings, name) for name in fields}
     if STUDENT in models:
         mode, impose_answer = resolve_mode(settings.mode, models[STUDENT].method)
-        decoding = Decoding(mode, impose_answer, **given)
+        decoding = Decoding(mode, impose_answer, **shared)
     else:
         if settings.mode != "auto":
             raise UserError(
@@ -205,99 +193,94 @@ def resolve_job(settings: EvaluateSettings) -> EvaluationJob:
             )
         mode, guidance = resolve_pair(models, settings.guidance_from)
         guidance_from = settings.guidance_from if guidance else ""
-        decoding = Decoding(mode, guidance=guidance, guidance_from=guidance_from, **given)
-    directory = evaluation_directory(settings, models, shards, decoding)
+        decoding = Decoding(mode, guidance=guidance, guidance_from=guidance_from, **shared)
+    directory = _evaluation_directory(settings, models, shards, decoding)
     exemplars = read_exemplars(settings.exemplars) if decoding.mode == FEW_SHOT else []
-    job = EvaluationJob(
-        *(models, shards, decoding, settings.dtype, settings.max_problems, directory),
-        exemplars=exemplars,
-        model_label=settings.model_label,
-    )
+    limits = settings.dtype, settings.max_problems
+    job = EvaluationJob(models, shards, decoding, *limits, directory, exemplars, settings.model_label)
     if decoding.gold_segment_role is not None and job.num_problems_without_gold == job.num_problems:
         raise UserError(f"{shards.path} holds no {job.gold_text}; prepare shards of data that has them")
     return job
 
 
 def _deduplicate(models: Mapping[str, ModelReference]) -> dict[str, ModelReference]:
-    """Return the models with one reference per folder, also if two roles spell its path differently."""
+    """Return `models` with one reference per folder, even if two roles spell the path of a folder in different ways."""
     by_folder: dict[Path | str, ModelReference] = {}
-    found = {}
-    for role, model in models.items():
-        folder = model.name if model.kind == "model" else Path(model.name).resolve()
-        found[role] = by_folder.setdefault(folder, model)
-    return found
+    return {
+        role: by_folder.setdefault(model.name if model.kind == "model" else Path(model.name).resolve(), model)
+        for role, model in models.items()
+    }
 
 
 def _model_name(model: ModelReference) -> str:
     return str(model.facts.get("model_name", Path(model.name).name))
 
 
-def evaluation_directory(
+def _evaluation_directory(
     settings: EvaluateSettings, models: Mapping[str, ModelReference], shards: Shards, decoding: Decoding
 ) -> EvaluationDirectory:
-    """Return `output_dir`, else an evaluation directory in the run of the model, or in a run of the pair.
+    """Return `output_dir` if it is set, else an evaluation directory in the run directory of the model or pair.
 
-    The run of a pair lies beside those of its models, which must have the same study, data set and seed. Raises UserError
-    if there is no such run.
+    The run directory of a pair lies beside those of its two models. Raises UserError if a model is in no run directory, or
+    if the two models differ in study, data set or seed.
     """
     if settings.output_dir:
         return EvaluationDirectory(Path(settings.output_dir))
-    fields = [shards.facts["data"], shards.facts["split"], _method(models, decoding)]
-    if decoding.guidance_from == "gold":
-        fields += ["gold_guidance"]
+    method = _method(models, decoding)
+    fields = [shards.facts["data"], shards.facts["split"], method]
+    fields += ["gold_guidance"] * (decoding.guidance_from == "gold")
     name = evaluation_name(
         *fields, calculator=decoding.calculator, temperature=decoding.temperature, seed=decoding.seed
     )
     checkpoints = dict.fromkeys(model.name for model in models.values() if model.kind == "checkpoint")
     name = "-".join([name, *(Path(checkpoint).name for checkpoint in checkpoints)])
     if STUDENT in models:
-        run = models[STUDENT].run
+        run = models[STUDENT].run_directory
         if run is None:
             raise UserError(
                 f"{models[STUDENT].name} is not in a run directory; give output_dir for the results"
             )
         return run.evaluation(name)
-    runs = [models[role].run for role in (DECOMPOSER, SOLVER) if role in models]
-    pair = (
-        pair_run(_method(models, decoding), [run for run in runs if run is not None]) if all(runs) else None
-    )
-    if pair is None:
+    role_runs = [models[role].run_directory for role in (DECOMPOSER, SOLVER) if role in models]
+    runs = [run for run in role_runs if run is not None]
+    run = pair_run(method, runs) if len(runs) == len(role_runs) else None
+    if run is None:
         names = " and ".join(model.name for model in models.values())
         raise UserError(
             f"{names} are not in runs of one study with the same data and seed; give output_dir for the results"
         )
-    return pair.evaluation(name)
+    return run.evaluation(name)
 
 
 def write_settings(settings: EvaluateSettings, directory: EvaluationDirectory) -> None:
-    """Write settings.yaml of the run that holds the evaluation.
+    """Write `settings` to settings.yaml of the run directory that contains the evaluation directory `directory`.
 
-    Does nothing if a training wrote that file, or if `directory` is not in a run directory.
+    Does nothing if the existing settings.yaml is not from an evaluation, or if `directory` is not in a run directory.
     """
     run = RunDirectory(directory.path.parent.parent)
-    if run.evaluation(directory.path.name) != directory or (
-        run.settings.is_file() and not _is_of_evaluation(run.settings)
-    ):
+    if run.evaluation(directory.path.name) != directory:
         return
+    if run.settings.is_file():
+        try:
+            existing: Any = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError):
+            return
+        if not isinstance(existing, dict) or "shards" not in existing:
+            return
     atomic_dir.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
 
 
-def _is_of_evaluation(path: Path) -> bool:
-    try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(values, dict) and "shards" in values
-
-
 def _method(models: Mapping[str, ModelReference], decoding: Decoding) -> str:
-    """Return mode and guidance, then "socratic" with the roles of unified models, without roles if all are unified."""
+    """Return the method for the name of a run or evaluation, e.g. "iterative_ahead_operators_socratic_solver".
+
+    Parts: mode, guidance, "socratic" if one or both models have this method, and the model's role if only one has this method.
+    """
     roles = [role for role in (DECOMPOSER, SOLVER) if role in models]
     unified = [role for role in roles if models[role].method == "socratic"]
     suffix = ["socratic"] * bool(unified) + (unified if unified != roles else [])
     return "_".join(filter(None, (decoding.mode, decoding.guidance, *suffix)))
 
 
-def fingerprint(fields: dict[str, Any]) -> str:
-    """Return the hash of `fingerprint_fields`: jobs with equal fingerprints give equal predictions."""
+def job_fingerprint(fields: dict[str, Any]) -> str:
+    """Return a SHA-256 of the result of `fingerprint_fields`. Jobs with equal fingerprints make equal predictions."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,12 +1,10 @@
 """Map roles (planner, decomposer, solver, student) to models, build one rollout per problem, and solve the problems."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +26,7 @@ from trainer.runtime import distributed
 from trainer.shards.methods import VIEWS
 from trainer.shards.read import Shards
 from trainer.shards.segments import bos_tokens, segment_texts
+from trainer.storage.manifest import Generation, Prediction
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class RoleModel:
 
 
 class Pipeline:
-    """The models of an evaluation and the rollouts of its problems. Roles of one model share its sequences."""
+    """The models of an evaluation by role. Creates rollouts, in which roles with the same model share one sequence."""
 
     def __init__(
         self,
@@ -50,51 +49,47 @@ class Pipeline:
         decoding: Decoding,
         exemplars: Sequence[Problem] = (),
     ) -> None:
-        """`role_models`: by role, all with the same tokenizer. `exemplars`: few-shot exemplars before every problem."""
+        """Create a pipeline. All models must use `tokenizer`. `exemplars` (few-shot) precede every problem."""
         self.role_models, self.shards, self.decoding = role_models, shards, decoding
         self._tokenizer, self._exemplars = tokenizer, exemplar_tokens(exemplars, tokenizer)
         distinct = {id(role_model.model): role_model for role_model in role_models.values()}
         self.models = [role_model.model for role_model in distinct.values()]
         self.backends = [UNCHECKED] * len(self.models)
+        numbers = {key: number for number, key in enumerate(distinct)}
+        rollout_models = [
+            RolloutModel(
+                VIEWS[role_model.method].inputs if role_model.method in VIEWS else frozenset(),
+                context_length(role_model.model.config) or math.inf,
+                end_of_text_ids(role_model.model, tokenizer),
+            )
+            for role_model in distinct.values()
+        ]
+        roles = {role: numbers[id(role_model.model)] for role, role_model in role_models.items()}
         self.context = RolloutContext(
-            stop_tokens=StopTokens(tokenizer),
-            models=[
-                RolloutModel(
-                    VIEWS[found.method].inputs if found.method in VIEWS else frozenset(),
-                    context_length(found.model.config) or math.inf,
-                    end_of_text_ids(found.model, tokenizer),
-                )
-                for found in distinct.values()
-            ],
-            roles={role: list(distinct).index(id(found.model)) for role, found in role_models.items()},
-            max_new_tokens=decoding.max_new_tokens,
-            calculator=decoding.calculator,
+            StopTokens(tokenizer), rollout_models, roles, decoding.max_new_tokens, decoding.calculator
         )
 
     def rollout(self, index: int) -> Rollout:
-        """Return a new rollout of problem `index`."""
-        return Rollout(
-            index, self.prompt(index), self.context, self._program(index), self._sampling_seeds(index)
-        )
+        program, seeds = self._program(index), self._sampling_seeds(index)
+        return Rollout(index, self.prompt(index), self.context, program, seeds)
 
     def prompt(self, index: int) -> list[int]:
-        """Return the tokens that every model's sequence starts with."""
+        """Return the tokens at the start of every model's sequence for problem `index`."""
         prompt: list[int] = self.shards.prompt(index).tolist()
         return insert_exemplars(prompt, self._exemplars, self._tokenizer) if self._exemplars else prompt
 
     def choose_backends(self, indices: Sequence[int], requested: str) -> list[BackendChoice]:
-        """Return the backend of each model, checked on prompts of `indices`, which must not be empty.
+        """Return the backend of each model, checked on prompts of `indices` (at least one problem).
 
         requested: "auto", "slots" or "transformers". Raises UserError if no backend passes the check.
         """
-        chosen = shortest_middle_longest(indices, lambda index: len(self.shards.prompt(index)))
-        prompts = [self.prompt(index) for index in chosen]
+        checked = shortest_middle_longest(indices, lambda index: len(self.shards.prompt(index)))
+        prompts = [self.prompt(index) for index in checked]
         names = {id(role_model.model): role_model.name for role_model in self.role_models.values()}
+        prefix, capacities = self.shared_prefix, self.capacities(indices)
         return [
-            choose_backend(
-                model, check_texts(prompts, capacity, self.shared_prefix), names[id(model)], requested
-            )
-            for model, capacity in zip(self.models, self.capacities(indices), strict=True)
+            choose_backend(model, check_texts(prompts, capacity, prefix), names[id(model)], requested)
+            for model, capacity in zip(self.models, capacities, strict=True)
         ]
 
     def backend_of(self, role: str) -> BackendChoice:
@@ -102,16 +97,15 @@ class Pipeline:
 
     @property
     def shared_prefix(self) -> list[int]:
-        """Tokens that all prompts start with; empty without exemplars."""
+        """Tokens that all prompts start with: BOS and exemplars; empty if there are no exemplars."""
         if not self._exemplars:
             return []
         return insert_exemplars(bos_tokens(self._tokenizer), self._exemplars, self._tokenizer)
 
     def capacities(self, indices: Sequence[int]) -> list[int]:
-        """Return for each model the maximum length in tokens of its sequences."""
-        given = max(len(self.shards.prompt(index)) + sum(map(len, self._gold(index))) for index in indices)
+        """Return the maximum sequence length of each model, in tokens, for the problems `indices`."""
         longest = (
-            given
+            max(len(self.shards.prompt(index)) + sum(map(len, self._gold(index))) for index in indices)
             + len(self._exemplars)
             + len(self.context.stop_tokens.tokens(DELIMITER))
             + self.decoding.max_new_tokens
@@ -129,15 +123,15 @@ class Pipeline:
         guidance: programs.SolvingProgram = programs.without_guidance
         segment_role = decoding.guidance_segment_role
         if segment_role and decoding.guidance_from == "gold":
-            plan = [token for tokens in self._gold(index) for token in tokens]
-            guidance = partial(programs.gold_guidance, segment_role=segment_role, tokens=plan)
+            plan_tokens = list(chain.from_iterable(self._gold(index)))
+            guidance = partial(programs.gold_guidance, segment_role=segment_role, tokens=plan_tokens)
         elif segment_role:
             guidance = partial(programs.planner_guidance, segment_role=segment_role)
         iterative = programs.ahead if decoding.mode == AHEAD else programs.interleaved
         return partial(iterative, max_steps=decoding.max_steps, guidance=guidance)
 
     def _gold(self, index: int) -> list[list[int]]:
-        """Return the data's segments that a model reads besides the problem: sub-questions, or the plan."""
+        """Return the tokens of each gold segment that a model reads: sub-questions, or the plan."""
         return [
             tokens.tolist()
             for segment_role, tokens in self.shards.segments(index)
@@ -145,9 +139,8 @@ class Pipeline:
         ]
 
     def _sampling_seeds(self, index: int) -> list[int]:
-        """Return one seed per model. The solver has the seed of a model that answers alone, so that one model in both
-        roles samples the text that it would sample alone."""
-        numbers = range(len(self.context.models))
+        """Return one seed per model (0 for greedy decoding). A solver gets the seed of a model without a pair."""
+        numbers = range(len(self.models))
         if not self.decoding.temperature:
             return [0] * len(numbers)
         problem_id = self.shards.problem(index).id
@@ -156,19 +149,15 @@ class Pipeline:
         return [sampling_seed(self.decoding.seed, problem_id, names[number]) for number in numbers]
 
 
-def predictions(
-    pipeline: Pipeline, indices: Sequence[int], counter: SharedCounter
-) -> Iterator[dict[str, Any]]:
-    """Solve the problems `indices` together with the other ranks; yield this rank's predictions as they are made.
+def predictions(pipeline: Pipeline, indices: Sequence[int], counter: SharedCounter) -> Iterator[Prediction]:
+    """Solve the problems `indices` together with the other ranks; yield each prediction of this rank once it is complete.
 
-    A problem whose prompt fills the model's context gives a prediction with an empty text. `pipeline.backends` must hold
-    the chosen backends.
+    A prediction has an empty text if its prompt fills the model's context. `pipeline.backends` must hold the chosen backends.
     """
     if not indices:
         return
-    shards, decoding = pipeline.shards, pipeline.decoding
-    order = longest_first(shards, indices)
-    # With more slots than problems the first rank would take all of them.
+    decoding, order = pipeline.decoding, longest_first(pipeline.shards, indices)
+    # If the first rank had more slots than its share of the problems, it would take the problems of other ranks.
     num_slots = min(decoding.batch_size, -(-len(order) // distributed.environment().world_size))
     rollouts = map(pipeline.rollout, take_problems(counter, order, chunk_size(len(order), num_slots)))
     sampler = make_sampler(decoding.temperature, decoding.top_p)
@@ -182,56 +171,52 @@ def predictions(
 
 
 def longest_first(shards: Shards, indices: Iterable[int]) -> list[int]:
-    """Return the indices, longest first, by the length of the whole problem in the shards (question, steps, answer).
+    """Return the indices of problems, sorted by descending length of question, steps and answer in the shards.
 
-    It predicts the generated length better than the length of the prompt does.
+    This length predicts the number of generated tokens better than the prompt's length does.
     """
     totals = shards.total_lengths()
     return sorted(indices, key=lambda index: -totals[index])
 
 
-def _prediction(pipeline: Pipeline, rollout: Rollout) -> dict[str, Any]:
-    fields: dict[str, Any] = {
+def _prediction(pipeline: Pipeline, rollout: Rollout) -> Prediction:
+    generation: Generation = {
         "generated_tokens": rollout.generated.total(),
         "calculator_results_given": rollout.calculator_results,
         "finished": rollout.finished,
     }
     if pipeline.decoding.mode not in SINGLE_MODEL_MODES:
-        fields["generated_by"] = {role: rollout.generated[role] for role in pipeline.context.roles}
-        fields["stopped"] = rollout.stop_reason
+        generation["generated_by"] = {role: rollout.generated[role] for role in pipeline.context.roles}
+        generation["stopped"] = rollout.stop_reason
     if pipeline.decoding.guidance:
-        fields["plan"] = rollout.guidance_text
-    return score_prediction(pipeline.shards.problem(rollout.index), rollout.text, fields)
+        generation["plan"] = rollout.guidance_text
+    return score_prediction(pipeline.shards.problem(rollout.index), rollout.text, generation)
 
 
 def exemplar_tokens(exemplars: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens of few-shot exemplars (Brown et al., 2020), between the tokenizer's prefix (BOS) and the problem.
+    """Return the tokens of few-shot exemplars (Brown et al., 2020), which follow BOS and precede the problem.
 
-    An exemplar has the text of the chain-of-thought view (question, solutions, `#### answer`), then an empty line. It is
-    tokenised in the same pieces as training examples, so that base and distilled models read the same format.
+    An exemplar is the text of the chain-of-thought view (question, solutions, `#### answer`), then an empty line. It is
+    tokenised segment by segment, as training examples are, so base and distilled models read the same format.
     """
-    if not exemplars:
-        return []
-    pieces = [
-        text
-        for problem in exemplars
-        for text in (*(text for role, text in segment_texts(problem) if role in VIEWS["cot"].inputs), "\n\n")
-    ]
+    segments: list[str] = []
+    for problem in exemplars:
+        segments += [text for role, text in segment_texts(problem) if role in VIEWS["cot"].inputs] + ["\n\n"]
     codec = segment_tokenizer(tokenizer)
-    encoded = [*codec.encode_first(pieces[:1]), *codec.encode_next(pieces[1:])]
-    return [token for tokens in encoded for token in tokens]
+    return list(chain(*codec.encode_first(segments[:1]), *codec.encode_next(segments[1:])))
 
 
 def insert_exemplars(
     prompt: Sequence[int], exemplars: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Return the prompt of a problem (prefix and problem, as in the shards) with the exemplars' tokens inserted.
+    """Return `prompt` (BOS and a problem) with the tokens of the exemplars inserted after BOS.
 
-    Some tokenizers encode a problem that starts a text, as in the shards, differently from one that continues a text.
+    In the shards, each problem is tokenised as the start of a text. Some tokenizers encode a problem differently if other
+    text precedes it. For these tokenizers, the problem is encoded again.
     """
-    prefix = len(bos_tokens(tokenizer))
-    problem = list(prompt[prefix:])
+    num_bos = len(bos_tokens(tokenizer))
+    problem = list(prompt[num_bos:])
     codec = segment_tokenizer(tokenizer)
     if exemplars and problem and codec.continues_differently:
         problem = codec.encode_next(codec.decode_texts([problem]))[0]
-    return [*prompt[:prefix], *exemplars, *problem]
+    return [*prompt[:num_bos], *exemplars, *problem]

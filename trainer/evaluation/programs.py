@@ -1,24 +1,22 @@
 """Solving programs: generators that define which role generates next and which tokens each model reads (see rollout.py).
 
 *Unified*: one model generates everything: an answer, a chain of thought, or sub-questions and their solutions.
-*Iterative*: a decomposer generates sub-questions and a solver answers them, alternately or after all sub-questions.
-*Gold*: the solver answers the data's sub-questions. A sub-question and a solution are one line each; a line ends with the
-first token whose text contains a line break. A decomposer that generates `####` instead of a sub-question ends the
-questions; the solver then reads `####` and generates the answer. The two models are those of Shridhar, Stolfo and Sachan
-(Findings of ACL 2023).
+*Iterative* (Shridhar, Stolfo and Sachan, Findings of ACL 2023): a decomposer generates sub-questions. A solver solves each
+sub-question immediately (interleaved), or all sub-questions at the end (ahead).
+*Gold*: a solver solves the data's sub-questions.
 
-Lines 0, 2, 4, ... of the text are sub-questions, each followed by its solution, then `#### answer`, as in training. The
-values of `stop_reason`:
+A sub-question or solution is one line, which ends with the first token that contains a line break. After the last
+sub-question, the decomposer generates `####`; the solver reads `####` and generates the answer. As in training, lines 0, 2,
+4, ... of the text are sub-questions, lines 1, 3, 5, ... are their solutions, and the last line is `#### answer`.
 
-    max_steps       the decomposer generated one sub-question too many: it is dropped, and the solver reads `####`
-    ended_early     the decomposer generated an end token or an empty line instead of `####`, which counts as `####`; or a
-                    role generated an end token within a line, which counts as a line break; or the solver generated
-                    `####` instead of a solution, which is taken as the answer
-    max_new_tokens, context     a limit on all generated tokens, or on one model's positions, cut the text; this
-                    overrides the others
+Values of `stop_reason`:
+
+    max_steps       The decomposer generated more than `max_steps` sub-questions. The last one is dropped.
+    ended_early     One of: the decomposer generated an end token or an empty line instead of `####`; a role generated an
+                    end token within a line; the solver generated `####` (then the answer) instead of a solution.
+    max_new_tokens  The text reached the limit on generated tokens. Overrides the reasons above.
+    context         A sequence reached the model's context length. Overrides the reasons above.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,7 +32,7 @@ SolvingProgram = Callable[[Rollout], Program[None]]
 
 
 def unified(rollout: Rollout, opening: str = "") -> Program[None]:
-    """Generate until an end token. `opening`: text that the model's output is forced to start with."""
+    """Generate until an end token. The model first reads the text `opening`, which also starts the rollout's text."""
     rollout.lines = [opening]
     _append_for_role(rollout, STUDENT, opening)
 
@@ -46,7 +44,7 @@ def unified(rollout: Rollout, opening: str = "") -> Program[None]:
 
 
 def few_shot(rollout: Rollout) -> Program[None]:
-    """Generate until the line of `#### answer` ends; an undistilled model would continue with another exemplar."""
+    """Generate until the line `#### answer` ends. A few-shot model would otherwise continue with another problem."""
     stop_tokens = rollout.context.stop_tokens
 
     def is_done(tokens: list[int]) -> bool:
@@ -61,7 +59,7 @@ def few_shot(rollout: Rollout) -> Program[None]:
 
 
 def interleaved(rollout: Rollout, max_steps: int, guidance: SolvingProgram) -> Program[None]:
-    """Alternate between the decomposer, which reads all solutions so far, and the solver."""
+    """Generate sub-questions and solutions alternately. The decomposer reads all earlier solutions."""
     yield from guidance(rollout)
     step = 0
     while question := (yield from _generate_question(rollout, step, max_steps)):
@@ -89,19 +87,19 @@ def gold_subquestions(rollout: Rollout, questions: Sequence[Sequence[int]]) -> P
 
 
 def without_guidance(rollout: Rollout) -> Program[None]:
-    """Give the decomposer no plan."""
+    """Do nothing: the decomposer reads no plan."""
     yield from ()
 
 
 def gold_guidance(rollout: Rollout, segment_role: SegmentRole, tokens: Sequence[int]) -> Program[None]:
-    """Give the decomposer the data's plan, as tokens; none if the data has no plan for this problem."""
+    """Append the data's plan to the decomposer's sequence. `tokens` is empty if the data has no plan."""
     rollout.guidance_text = _one_line(rollout.context.stop_tokens.text(tokens))
     rollout.append(tokens, segment_role)
     yield from ()
 
 
 def planner_guidance(rollout: Rollout, segment_role: SegmentRole) -> Program[None]:
-    """Generate a plan with the planner and give it to the decomposer."""
+    """Generate a plan with the planner and append its tokens to the decomposer's sequence."""
 
     def set_text(text: str) -> None:
         rollout.guidance_text = _one_line(text)
@@ -112,7 +110,7 @@ def planner_guidance(rollout: Rollout, segment_role: SegmentRole) -> Program[Non
 
 
 def _generate_question(rollout: Rollout, step: int, max_steps: int) -> Program[Completion | None]:
-    """Return the decomposer's next sub-question, None after the last."""
+    """Generate the decomposer's next sub-question and return it; return None after the last sub-question."""
     stop_tokens, line = rollout.context.stop_tokens, 2 * step
 
     def is_delimiter(tokens: list[int]) -> bool:
@@ -133,9 +131,8 @@ def _generate_question(rollout: Rollout, step: int, max_steps: int) -> Program[C
 def _solve_step(rollout: Rollout, step: int) -> Program[bool]:
     """Generate the solution of a step; return False if the solver generated the final answer instead."""
     line = 2 * step + 1
-    completion = yield from _generate_line(
-        rollout, SOLVER, partial(_set_line, rollout, line), calculator=True
-    )
+    set_text = partial(_set_line, rollout, line)
+    completion = yield from _generate_line(rollout, SOLVER, set_text, calculator=True)
     if _is_delimiter(rollout.lines[line]):
         del rollout.lines[line + 1 :]
         rollout.finished = True
@@ -154,15 +151,14 @@ def _solve_all(rollout: Rollout, questions: Sequence[Sequence[int]]) -> Program[
 
 
 def _answer(rollout: Rollout) -> Program[None]:
-    """Generate the answer. The solver reads the delimiter first, unless the decomposer is the same model."""
-    stop_tokens = rollout.context.stop_tokens
+    """Append `####` to every sequence except the decomposer's (which ends with `####`). Then generate the answer."""
+    stop_tokens, line = rollout.context.stop_tokens, len(rollout.lines)
     rollout.append(stop_tokens.tokens(DELIMITER), SegmentRole.DELIMITER, excluding=DECOMPOSER)
-    line = len(rollout.lines)
-    yield from rollout.generate(
-        SOLVER,
-        lambda tokens: tokens[-1] in stop_tokens.newlines,
-        lambda text: _set_line(rollout, line, DELIMITER + text),
-    )
+
+    def set_text(text: str) -> None:
+        _set_line(rollout, line, DELIMITER + text)
+
+    yield from rollout.generate(SOLVER, lambda tokens: tokens[-1] in stop_tokens.newlines, set_text)
     rollout.finished = True
 
 
@@ -173,7 +169,7 @@ def _generate_line(
     is_done: Callable[[list[int]], bool] = lambda tokens: False,
     calculator: bool = False,
 ) -> Program[Completion]:
-    """Generate one line; an end token is replaced by a line break."""
+    """Generate one line. If the model ends its text, a line break is appended to its sequence in place of the end token."""
     stop_tokens = rollout.context.stop_tokens
     completion = yield from rollout.generate(
         role, lambda tokens: tokens[-1] in stop_tokens.newlines or is_done(tokens), set_text, calculator
@@ -185,14 +181,14 @@ def _generate_line(
 
 
 def _append_for_role(rollout: Rollout, role: str, text: str) -> Sequence[int]:
-    """Append a text to the sequence of the role's model alone; return its tokens."""
+    """Append the tokens of `text` to the sequence of this role's model only; return the tokens."""
     tokens = rollout.context.stop_tokens.tokens(text)
     rollout.sequences[rollout.context.roles[role]].pending += tokens
     return tokens
 
 
 def _set_line(rollout: Rollout, line: int, text: str) -> None:
-    """Set a line of the text; missing lines before it become empty."""
+    """Set line number `line` of the rollout's text to the first line of `text`. Missing lines before it become empty."""
     rollout.lines += [""] * (line + 1 - len(rollout.lines))
     rollout.lines[line] = _one_line(text)
 

@@ -1,10 +1,7 @@
-"""Prediction files of the ranks, and their merge, which must contain every id exactly once.
+"""Write one prediction file per rank and merge the files.
 
-Each rank appends to its own file, so no lock is needed and a killed rank loses only its unfinished problems. A restarted
-evaluation resumes from these files.
+A killed rank loses only its unfinished problems: a restarted evaluation resumes from these files.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -13,46 +10,43 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from trainer.errors import UserError
 from trainer.runtime import distributed
+from trainer.storage.manifest import Prediction
 
 _MAX_LISTED_IDS = 5
 
 
-class RankFile:
-    """Context manager for this process's prediction file: JSON lines, flushed after every line.
+class RankFile(contextlib.AbstractContextManager["RankFile"]):
+    """Prediction file of this process: JSON lines, flushed after every line. Context manager that closes the file on exit.
 
-    The file name contains the start of the job fingerprint, so files of other settings are kept but not read.
+    The file name contains the start of the job fingerprint, so the files of other jobs are neither read nor removed.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"rank-{distributed.environment().rank}-{fingerprint[:16]}-{secrets.token_hex(4)}.jsonl"
-        self.path = folder / name
+        rank = distributed.environment().rank
+        self.path = folder / f"rank-{rank}-{fingerprint[:16]}-{secrets.token_hex(4)}.jsonl"
         self._file = open(self.path, "x", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by __exit__)
 
-    def append(self, prediction: dict[str, Any]) -> None:
+    def append(self, prediction: Prediction) -> None:
         self._file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
         self._file.flush()
-
-    def __enter__(self) -> RankFile:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
 
 
 def list_rank_files(folder: Path, fingerprint: str) -> list[Path]:
-    """Return the rank files of an evaluation, finished or not."""
+    """Return the rank files of the job with this fingerprint."""
     return sorted(folder.glob(f"rank-*-{fingerprint[:16]}-*.jsonl"))
 
 
-def read_rank_files(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the predictions of rank files, without truncated last lines (their writers were killed).
+def read_rank_files(paths: Iterable[Path]) -> Iterator[Prediction]:
+    """Yield the predictions of rank files, without the truncated last line that a killed process leaves.
 
-    Raises UserError naming file and line for a line that is not a prediction.
+    Raises UserError, with file and line number, for a line that is not a prediction.
     """
     for path in paths:
         with open(path, "rb") as file:
@@ -63,27 +57,26 @@ def read_rank_files(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
                     prediction = json.loads(line)
                     prediction["id"], prediction["correct_strict"]
                 except (ValueError, TypeError, KeyError):
-                    raise UserError(
-                        f"{path}, line {number} is corrupt; remove that line and evaluate again"
-                    ) from None
+                    message = f"{path}, line {number} is corrupt; remove that line and evaluate again"
+                    raise UserError(message) from None
                 yield prediction
 
 
-def merge_predictions(predictions: Iterable[dict[str, Any]], ids: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the predictions in the order of `ids`. Raises UserError naming missing, repeated or unknown ids."""
+def merge_predictions(predictions: Iterable[Prediction], ids: Sequence[str]) -> list[Prediction]:
+    """Return the predictions in the order of `ids`. Raises UserError for ids that are missing, repeated or unknown."""
     predictions = list(predictions)
     counts = Counter(prediction["id"] for prediction in predictions)
-    problems = {
+    wrong_ids = {
         "are missing": [i for i in ids if i not in counts],
         "occur more than once": [i for i, count in counts.items() if count > 1],
         "are not of these problems": list(counts.keys() - set(ids)),
     }
     messages = []
-    for problem, found in problems.items():
-        listed = ", ".join(repr(i) for i in found[:_MAX_LISTED_IDS])
-        num_more = len(found) - _MAX_LISTED_IDS
-        if found:
-            messages.append(f"{listed}{f' and {num_more} more' if num_more > 0 else ''} {problem}")
+    for fault, listed in wrong_ids.items():
+        if listed:
+            num_more = len(listed) - _MAX_LISTED_IDS
+            more = f" and {num_more} more" if num_more > 0 else ""
+            messages.append(f"{', '.join(map(repr, listed[:_MAX_LISTED_IDS]))}{more} {fault}")
     if messages:
         raise UserError(
             f"predictions do not match the problems: {'; '.join(messages)}. "
@@ -94,38 +87,32 @@ def merge_predictions(predictions: Iterable[dict[str, Any]], ids: Sequence[str])
 
 
 def remove_rank_files(paths: Iterable[Path]) -> None:
-    """Remove rank files that have been merged, and their folder if it is empty then."""
+    """Remove rank files, and their folder if no file is left in it."""
     for path in paths:
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             path.parent.rmdir()
 
 
-class CapturedError:
-    """Context manager that stores an exception of this rank, so that all ranks can raise it together.
+@contextlib.contextmanager
+def capture_error() -> Iterator[list[str]]:
+    """Context manager that yields a list. If the block raises an exception, its message is appended to the list.
 
-    The block must contain no collectives. The traceback of an exception other than UserError is printed on its rank.
+    The exception is suppressed. Its traceback is printed, except for a UserError.
     """
-
-    def __init__(self) -> None:
-        self.error: str | None = None
-
-    def __enter__(self) -> CapturedError:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, where: object) -> bool:
-        if isinstance(error, UserError):
-            self.error = str(error)
-        elif isinstance(error, Exception):
-            traceback.print_exception(error)
-            self.error = f"{type(error).__name__}: {error}"
-        return self.error is not None
+    messages: list[str] = []
+    try:
+        yield messages
+    except UserError as error:
+        messages.append(str(error))
+    except Exception as error:
+        traceback.print_exception(error)
+        messages.append(f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
 def any_error_on_all_ranks() -> Iterator[None]:
-    """Context manager that raises on all ranks if its block, which must contain no collectives, fails on any rank."""
-    captured = CapturedError()
-    with captured:
+    """Collective context manager: if the block fails on any rank, raise UserError on all. Use no collectives in the block."""
+    with capture_error() as messages:
         yield
-    distributed.raise_on_all_ranks(captured.error)
+    distributed.raise_on_all_ranks("".join(messages))

@@ -1,7 +1,7 @@
 """State of one problem while it is solved: sequences of the models, lines of the text, token counts and limits.
 
-A solving program (programs.py) is a generator: it yields the number of the model that must choose the next token, and is
-sent that token. It does not depend on how many problems are decoded together (generate.py).
+A solving program (programs.py) is a generator. It yields the index of the model that must choose the next token, and
+receives this token through `send`. generate.py decides how many problems are decoded together.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from trainer.evaluation.stop_tokens import StopTokens
 from trainer.shards.methods import SegmentRole
 
 Result = TypeVar("Result")
-Program = Generator[int, int, Result]  # yields model numbers, is sent the tokens that these models choose
+Program = Generator[int, int, Result]  # yields model indices and receives the tokens that these models choose
 
 
 @dataclass(frozen=True)
 class RolloutModel:
-    """Segment roles that a model reads, and where its sequences end."""
+    """Properties of a model that rollouts depend on."""
 
-    inputs: frozenset[SegmentRole]
+    inputs: frozenset[SegmentRole]  # segment roles that the model reads
     context_length: float  # in tokens; infinity if unlimited
-    end_tokens: frozenset[int]
+    end_tokens: frozenset[int]  # ids of the tokens that end a text
 
 
 @dataclass(frozen=True)
 class RolloutContext:
-    """Settings shared by all rollouts of an evaluation. `roles`: role -> model number; two roles may share a model."""
+    """Settings shared by all rollouts of an evaluation."""
 
     stop_tokens: StopTokens
     models: Sequence[RolloutModel]
-    roles: Mapping[str, int]
-    max_new_tokens: int  # per problem, summed over all roles
+    roles: Mapping[str, int]  # role -> index in `models`; two roles may share a model
+    max_new_tokens: int  # limit on the tokens of all roles together, per problem
     calculator: bool = True
 
 
@@ -44,18 +44,18 @@ class Completion:
     """Tokens that a role generated in one call of `generate`, without the end token."""
 
     tokens: list[int]
-    is_end_of_text: bool  # an end token was generated
+    is_end_of_text: bool  # whether an end token followed
 
 
 class LengthLimit(Exception):
-    """A rollout reached `max_new_tokens` or a model's `context`; the message is that word."""
+    """Raised if a rollout reaches a length limit; the message is the stop reason, "max_new_tokens" or "context"."""
 
 
 class Rollout:
-    """One problem being solved.
+    """One problem that is being solved.
 
-    next_model: number of the model that chooses the next token, None when the rollout has ended. finished: the program
-    ran to its end, else a length limit cut the text. stop_reason: "" after a normal end, else one of those in programs.py.
+    next_model: index of the model that chooses the next token; None when the rollout has ended. finished: False if a length
+    limit cut the text. stop_reason: "" after a normal end, else a value that programs.py lists.
     """
 
     def __init__(
@@ -64,15 +64,14 @@ class Rollout:
         prompt: Sequence[int],
         context: RolloutContext,
         program: Callable[[Rollout], Program[None]],
-        sampling_seeds: Sequence[int],
+        sampling_seeds: Sequence[int],  # one per model
     ) -> None:
-        """`sampling_seeds`: one per model."""
         self.index = index
         self.context = context
         self.sequences = [SequenceState(list(prompt), seed) for seed in sampling_seeds]
-        self.lines: list[str] = []  # of the text
-        self.guidance_text = ""  # guidance of the decomposer
-        self.generated: Counter[str] = Counter()  # tokens by role, calculator results included
+        self.lines: list[str] = []
+        self.guidance_text = ""  # the plan that the decomposer reads
+        self.generated: Counter[str] = Counter()  # number of tokens by role, calculator results included
         self.calculator_results = 0
         self.finished = False
         self.stop_reason = ""
@@ -85,7 +84,7 @@ class Rollout:
         return "\n".join(self.lines)
 
     def on_token(self, token: int | None) -> None:
-        """Resume the program with the chosen token (None: start it) and update `next_model`."""
+        """Send the chosen token to the program, or start the program if `token` is None. Update `next_model`."""
         try:
             self.next_model = next(self._program) if token is None else self._program.send(token)
         except StopIteration:
@@ -100,10 +99,10 @@ class Rollout:
         set_text: Callable[[str], None],
         calculator: bool = False,
     ) -> Program[Completion]:
-        """Generate tokens of `role` until an end token or `is_done(tokens)`; its model reads all but the end token.
+        """Generate tokens of `role` until an end token or until `is_done(tokens)` is true.
 
-        `set_text` receives the decoded text, also when a length limit cuts it. With `calculator`, results of open
-        calculator annotations are inserted.
+        The role's model reads all tokens except the end token. `set_text` receives the decoded text, also if LengthLimit is
+        raised. If `calculator` and `context.calculator` are true, results are inserted into calculator annotations.
         """
         stop_tokens, number = self.context.stop_tokens, self.context.roles[role]
         sequence, model = self.sequences[number], self.context.models[number]
@@ -124,26 +123,23 @@ class Rollout:
                 if has_calculator and (result := stop_tokens.calculator_result(tokens)):
                     self.calculator_results += 1
                     room = self.context.max_new_tokens - self.generated.total()
-                    given = result[: int(min(room, model.context_length - sequence.num_tokens))]
-                    tokens += given
-                    sequence.pending += given
-                    self.generated[role] += len(given)
+                    inserted = result[: int(min(room, model.context_length - sequence.num_tokens))]
+                    tokens += inserted
+                    sequence.pending += inserted
+                    self.generated[role] += len(inserted)
                 if is_done(tokens):
                     return Completion(tokens, False)
         finally:
             set_text(stop_tokens.text(tokens))
 
     def append(self, tokens: Sequence[int], segment_role: SegmentRole, excluding: str = "") -> None:
-        """Append tokens to the sequences of all models that read this segment role.
-
-        `excluding`: a role whose model has read the tokens already.
-        """
+        """Append tokens to all unfinished sequences whose model reads `segment_role`, except that of role `excluding`."""
         for number, (sequence, model) in enumerate(zip(self.sequences, self.context.models, strict=True)):
             is_excluded = number == self.context.roles.get(excluding)
             if segment_role in model.inputs and not sequence.is_done and not is_excluded:
                 sequence.pending += tokens
 
     def release(self, role: str, unless_shared_with: str) -> None:
-        """End the sequence of a role, which frees its slot, unless the other role uses the same model."""
+        """End the sequence of `role` and free its slot, unless the role `unless_shared_with` has the same model."""
         number = self.context.roles[role]
         self.sequences[number].is_done = number != self.context.roles[unless_shared_with]

@@ -1,10 +1,8 @@
 """Greedy and sampled next tokens.
 
-The random numbers are a pure function of (seed, problem id, position), so samples do not depend on the batch, the number
-of ranks or the order of the problems.
+The random numbers are a function of seed, problem id, role and position alone. Samples therefore do not depend on the
+batch, the number of ranks or the order of the problems.
 """
-
-from __future__ import annotations
 
 import hashlib
 
@@ -16,13 +14,13 @@ _MASK = (1 << 64) - 1
 
 
 def sampling_seed(seed: int, problem_id: str, role: str = "") -> int:
-    """Return a 64-bit seed for one problem and, if several models solve it, one role."""
+    """Return a 64-bit seed for one problem and one role; `role` is "" for a single model and for the solver of a pair."""
     name = f"{seed}\0{problem_id}" + (f"\0{role}" if role else "")
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
-def uniform_noise(seed: int, position: int) -> float:
-    """Return random number `position` of stream `seed`, in [0, 1), by SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+def uniform_random(seed: int, position: int) -> float:
+    """Return the random number in [0, 1) at `position` of stream `seed`, by SplitMix64 (Steele et al., OOPSLA 2014)."""
     state = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -30,24 +28,24 @@ def uniform_noise(seed: int, position: int) -> float:
 
 
 def greedy(logits: torch.Tensor) -> list[int]:
-    """Return the most probable token of each row; logits [rows, vocabulary]. Raises UserError for NaN or infinite logits."""
+    """Return the most probable token of each row of logits [rows, vocabulary]. Raises UserError for NaN or +inf logits."""
     largest, tokens = logits.max(dim=-1)
-    chosen: list[int] = tokens.where(largest.isfinite(), -1).tolist()  # one copy from the device
+    chosen: list[int] = tokens.where(largest.isfinite(), -1).tolist()  # a single transfer from the device
     if -1 in chosen:
-        raise not_finite()
+        raise non_finite_logits_error()
     return chosen
 
 
 def sampled(logits: torch.Tensor, temperature: float, top_p: float, uniforms: list[float]) -> list[int]:
-    """Return one token per row of logits [rows, vocabulary], by inversion of the distribution at uniforms[row].
+    """Return one token per row of logits [rows, vocabulary]. `uniforms`: a random number in [0, 1) per row.
 
-    top_p < 1 keeps the smallest set of most probable tokens that reaches top_p (nucleus sampling: Holtzman et al.,
-    ICLR 2020). Raises UserError for NaN or infinite logits.
+    top_p < 1 keeps only the smallest set of most probable tokens whose total probability reaches top_p (nucleus sampling:
+    Holtzman et al., ICLR 2020). Raises UserError for NaN or +inf logits.
     """
-    # Double precision: rounding in the sums must not move a boundary between tokens.
+    # In single precision, rounding errors of the cumulative sums could change the chosen token.
     scaled = logits.double() / temperature
     if not scaled.amax(dim=-1).isfinite().all():
-        raise not_finite()
+        raise non_finite_logits_error()
     probabilities = torch.softmax(scaled, dim=-1)
     order = None
     if top_p < 1:
@@ -58,13 +56,13 @@ def sampled(logits: torch.Tensor, temperature: float, top_p: float, uniforms: li
     total = cumulative[:, -1:].contiguous()
     threshold = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
     column = torch.searchsorted(cumulative, threshold, right=True)
-    # Rounding could put the threshold at the very end: stay on the last token with a probability above 0.
+    # Rounding can make the threshold equal to the total: then take the last token with a probability above 0.
     column = torch.minimum(column, torch.searchsorted(cumulative, total))
     return (column if order is None else order.gather(-1, column))[:, 0].tolist()
 
 
-def not_finite() -> UserError:
-    """Return the error for a row whose maximum is not finite; the maximum is NaN if any logit is."""
+def non_finite_logits_error() -> UserError:
+    """Return the error for logits whose maximum is NaN or infinite."""
     return UserError(
         "the model's logits are not finite: its weights hold NaN or infinity; use another checkpoint"
     )

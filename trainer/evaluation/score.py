@@ -1,24 +1,20 @@
-"""Scores of one prediction, and the accuracy of many."""
-
-from __future__ import annotations
+"""Score predictions and compute their accuracy."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import NormalDist
 from typing import Any
 
 from trainer.problems import answers
 from trainer.problems.problem import Problem
+from trainer.storage.manifest import Accuracy, Generation, Prediction
 
 
-def score_prediction(problem: Problem, text: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return one line of predictions.jsonl: the raw text, the answer by each extraction rule, and `fields`.
-
-    `fields`: at least generated_tokens, calculator_results_given and finished.
-    """
-    kind = answers.answer_type(problem.answer)
-    extracted = {rule: answers.extract_answer(text, rule, kind) for rule in answers.RULES}
+def score_prediction(problem: Problem, text: str, generation: Generation) -> Prediction:
+    """Return the prediction with the generated `text`, its answer by each rule, and whether each answer is correct."""
+    gold_type = answers.answer_type(problem.answer)
+    strict, flexible = (answers.extract_answer(text, rule, gold_type) for rule in ("strict", "flexible"))
     return {
         "id": problem.id,
         "question": problem.question,
@@ -26,19 +22,17 @@ def score_prediction(problem: Problem, text: str, fields: dict[str, Any]) -> dic
         "num_steps": len(problem.steps),
         "gold_steps": [asdict(step) for step in problem.steps],
         "text": text,
-        **extracted,
-        **{
-            f"correct_{rule}": answers.answers_match(answer, problem.answer)
-            for rule, answer in extracted.items()
-        },
-        **fields,
+        "strict": strict,
+        "flexible": flexible,
+        "correct_strict": answers.answers_match(strict, problem.answer),
+        "correct_flexible": answers.answers_match(flexible, problem.answer),
+        **generation,
     }
 
 
-def summarise(predictions: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return accuracy by rule, overall and by number of gold steps, and totals of the generated tokens."""
-    predictions = list(predictions)
-    groups: dict[int, list[dict[str, Any]]] = {}
+def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Return the accuracy by extraction rule, for all problems and by number of gold steps, and the token counts."""
+    groups: dict[int, list[Prediction]] = {}
     for prediction in predictions:
         groups.setdefault(prediction["num_steps"], []).append(prediction)
     return {
@@ -51,35 +45,30 @@ def summarise(predictions: Iterable[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _accuracy(predictions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return by rule: correct, n, accuracy and its 95 % Wilson interval."""
-    n = len(predictions)
-    result = {}
-    for rule in answers.RULES:
-        correct = sum(prediction[f"correct_{rule}"] for prediction in predictions)
+def _accuracy(predictions: Sequence[Prediction]) -> dict[str, Accuracy]:
+    strict = sum(prediction["correct_strict"] for prediction in predictions)
+    flexible = sum(prediction["correct_flexible"] for prediction in predictions)
+    n, by_rule = len(predictions), {}
+    for rule, correct in (("strict", strict), ("flexible", flexible)):
         low, high = wilson_interval(correct, n)
-        result[rule] = {
-            "correct": correct,
-            "n": n,
-            "accuracy": correct / n if n else 0.0,
-            "low": low,
-            "high": high,
-        }
-    return result
+        fraction = correct / n if n else 0.0
+        by_rule[rule] = Accuracy(correct=correct, n=n, accuracy=fraction, low=low, high=high)
+    return by_rule
 
 
-def accuracy_text(accuracy: dict[str, dict[str, Any]]) -> str:
+def accuracy_text(by_rule: dict[str, Accuracy]) -> str:
     """Return e.g. `strict 67.0 % (201/300, 95 %: 61.5-72.1), flexible ...`."""
     return ", ".join(
-        f"{rule} {100 * s['accuracy']:.1f} % ({s['correct']}/{s['n']}, 95 %: {100 * s['low']:.1f}-{100 * s['high']:.1f})"
-        for rule, s in accuracy.items()
+        f"{rule} {100 * record['accuracy']:.1f} % ({record['correct']}/{record['n']}, "
+        f"95 %: {100 * record['low']:.1f}-{100 * record['high']:.1f})"
+        for rule, record in by_rule.items()
     )
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion as two fractions in [0, 1], (0, 1) for n = 0.
+    """Return the 95 % Wilson score interval of a proportion as two fractions in [0, 1]; (0, 1) for n = 0.
 
-    Written out because a compute node has no statsmodels, which the report uses; a test compares the two.
+    The report computes the same interval with statsmodels, which compute nodes may lack. A test compares both results.
     """
     if not 0 <= correct <= n:
         raise ValueError(f"correct = {correct} is not between 0 and n = {n}")
@@ -89,5 +78,5 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     proportion, denominator = correct / n, 1 + z * z / n
     centre = (proportion + z * z / (2 * n)) / denominator
     half_width = z / denominator * math.sqrt(proportion * (1 - proportion) / n + z * z / (4 * n * n))
-    # Rounding must not leave 1e-17 where the interval touches an end.
+    # For correct = 0 and correct = n, the exact bound is set: rounding would give e.g. 1e-17 instead of 0.
     return (0.0 if correct == 0 else centre - half_width), (1.0 if correct == n else centre + half_width)

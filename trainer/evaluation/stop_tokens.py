@@ -1,6 +1,4 @@
-"""Tokenizer functions of the solving programs: tokens that end a line, a text or an expression, and calculator results."""
-
-from __future__ import annotations
+"""Tokens after which a rollout program decodes the text: line breaks, end tokens, `#`, and "=" of calculator annotations."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,29 +10,29 @@ from trainer.problems import calculator
 
 
 class StopTokens:
-    """Sets of token ids at which solving programs look at the text, and conversion between tokens and text.
+    """Conversion between tokens and text, and sets of token ids after which a program must decode its text.
 
-    `newlines`, `equals` and `hashes` are the tokens whose text contains a line break, ends with "=", or contains "#".
+    newlines: tokens whose text contains a line break. equals: tokens that can complete `<<48/2=`. hashes: tokens that can
+    complete `####`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._codec = segment_tokenizer(tokenizer)
         texts = _texts_of_tokens(tokenizer)
         self.newlines = frozenset(token for token, text in enumerate(texts) if "\n" in text)
-        # A text is decoded only after a token that can complete `<<48/2=` or `####`.
         self.equals = frozenset(token for token, text in enumerate(texts) if text.endswith("="))
         self.hashes = frozenset(token for token, text in enumerate(texts) if "#" in text)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens that continue a text."""
+        """Return the text of `tokens`, which are the continuation of another text."""
         return self._codec.decode_next(tokens)
 
     def tokens(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of a text that continues a text, as in the shards."""
+        """Return the tokens of `text` as the continuation of another text, tokenised as in the shards."""
         return _tokens_of(self._codec, text)
 
     def calculator_result(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """Return the tokens of `result>>` if the text ends in an open, valid calculator annotation, else ()."""
+        """Return the tokens to insert (`24>>`) if the text ends with a valid calculator expression (`<<48/2=`), else ()."""
         if tokens[-1] not in self.equals:
             return ()
         expression = calculator.open_expression(self.text(tokens))
@@ -43,10 +41,10 @@ class StopTokens:
 
 
 def end_of_text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the end tokens of the tokenizer and of the model's generation_config, which may have several."""
+    """Return the ids of the tokenizer's end token and of the end tokens in the model's generation_config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    many = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*many, tokenizer.eos_token_id) if token is not None)
+    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
+    return frozenset(ids - {None})
 
 
 @lru_cache(maxsize=2)

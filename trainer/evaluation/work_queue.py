@@ -1,10 +1,7 @@
-"""Work queue of problems: each rank takes the next chunk of problem numbers from a shared counter.
+"""Work queue of problems: a rank with a free slot takes the next chunk of problem numbers from a shared counter.
 
-The longest problems come first; a rank takes a chunk when it has a free slot. Each problem is taken exactly once, also
-with slow or failed ranks.
+No problem is taken twice, even if ranks are slow or fail. Small chunks let all ranks end at similar times.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
@@ -17,7 +14,7 @@ _MAX_CHUNK = 8
 
 
 def take_problems(counter: SharedCounter, order: Sequence[int], size: int = 1) -> Iterator[int]:
-    """Yield the problems of this rank, taken from `order` in chunks of `size`, until all are taken."""
+    """Yield problems that this rank takes from `order` in chunks of `size`, until all problems are taken."""
     while True:
         start = counter.add("next_chunk", 1) * size
         chunk = order[start : start + size]
@@ -27,10 +24,10 @@ def take_problems(counter: SharedCounter, order: Sequence[int], size: int = 1) -
 
 
 def exhaust_queue(counter: SharedCounter) -> None:
-    """Give no rank another chunk; called when a rank has failed."""
+    """Make `take_problems` end on all ranks after their current chunks, because a rank has failed."""
     counter.add("next_chunk", _EXHAUSTED)
 
 
 def chunk_size(num_problems: int, num_slots: int) -> int:
-    """Return the chunk size for about eight chunks per slot of all ranks, so that the ranks end at similar times."""
+    """Return the number of problems per chunk: at most 8, fewer if a slot would otherwise get less than eight chunks."""
     return max(1, min(_MAX_CHUNK, num_problems // (8 * num_slots * distributed.environment().world_size)))

@@ -1,4 +1,4 @@
-"""Compare a checkpoint with its config.json, and list the tensors that `save_pretrained` would write."""
+"""Compare a checkpoint with its config.json, and build the tensors and JSON files of the export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportTensors:
-    """Tensors of an export by name, and the dtypes of those that are not written in the export's dtype."""
+    """Tensors of an export by name. `kept_dtypes`: dtypes of the tensors that are not written in the export's dtype."""
 
     expected: Architecture
     tensors: dict[str, TensorReference | RearrangedTensor]
@@ -28,25 +28,26 @@ class ExportTensors:
 def check_against_config(
     stored: CheckpointTensors, checkpoint: Path, folder: Path, dtype: str
 ) -> ExportTensors:
-    """Return the tensors to write for the config.json in `folder`, roughly in storage order.
+    """Return the tensors that `save_pretrained` would write for the config.json in `folder`.
 
-    `dtype`: "fp32" or "bf16". Raises UserError naming a missing or unexpected parameter, or one of another shape.
+    The tensors are roughly in the order of the checkpoint's files. `dtype`: "fp32" or "bf16". Raises UserError if
+    the checkpoint and the config differ in the names or shapes of the parameters.
     """
     expected = architecture.read_architecture(folder)
-    chosen = _select_tensors(stored, checkpoint, folder / "config.json", expected)
+    parameters = _select_tensors(stored, checkpoint, folder / "config.json", expected)
     positions = {tensor.ranges: number for number, tensor in enumerate(stored.tensors.values())}
-    order = {name: (positions[tensor.ranges], 0) for name, tensor in chosen.items()}
-    tensors: dict[str, TensorReference | RearrangedTensor] = dict(chosen)
+    order = {name: (positions[tensor.ranges], 0) for name, tensor in parameters.items()}
+    tensors: dict[str, TensorReference | RearrangedTensor] = dict(parameters)
     kept_dtypes = dict(expected.kept[dtype])
     if expected.moved:
         from trainer.export import rearrange
 
         for name in set().union(*(view.names for view in expected.moved.values())):
             del tensors[name]
-        kept_dtypes = {name: kind for name, kind in kept_dtypes.items() if name in tensors}
+            kept_dtypes.pop(name, None)
         for name, view in expected.moved.items():
-            tensors[name] = rearrange.build_tensor(view, chosen)
-            order[name] = (positions[chosen[view.first_name].ranges], view.offset)
+            tensors[name] = rearrange.build_tensor(view, parameters)
+            order[name] = (positions[parameters[view.first_name].ranges], view.offset)
             if view.first_name in expected.kept[dtype]:
                 kept_dtypes[name] = expected.kept[dtype][view.first_name]
     ordered = dict(sorted(tensors.items(), key=lambda item: order[item[0]]))
@@ -56,17 +57,16 @@ def check_against_config(
 def _select_tensors(
     stored: CheckpointTensors, checkpoint: Path, config: Path, expected: Architecture
 ) -> dict[str, TensorReference]:
-    chosen: dict[str, TensorReference] = {}
+    parameters: dict[str, TensorReference] = {}
+    model = f"the {expected.class_name} of {config}"
     for name, shape in expected.shapes.items():
         tensor = stored.find(name)
         if tensor is None:
-            raise UserError(
-                f"{checkpoint} has no parameter {name}, which the {expected.class_name} of {config} has"
-            )
+            raise UserError(f"{checkpoint} has no parameter {name}, but {model} has it")
         if tensor.shape != shape:
             raise UserError(f"{checkpoint}: {name} has shape {tensor.shape}, but {config} makes it {shape}")
-        chosen[name] = tensor
-    used = {tensor.ranges for tensor in chosen.values()}
+        parameters[name] = tensor
+    used = {tensor.ranges for tensor in parameters.values()}
     for name, tensor in stored.tensors.items():
         if tensor.ranges in used:
             continue
@@ -75,19 +75,16 @@ def _select_tensors(
                 f"{checkpoint}: {name} was trained apart from the weight that {config} ties it to; set "
                 '"tie_word_embeddings": false there'
             )
-        raise UserError(
-            f"{checkpoint} holds {name}, which the {expected.class_name} of {config} does not have"
-        )
-    return chosen
+        raise UserError(f"{checkpoint} holds {name}, but {model} does not have it")
+    return parameters
 
 
 def config_text(folder: Path, expected: Architecture, dtype: str) -> str:
-    """Return config.json of the export: the checkpoint's, with the dtype of the files (transformers 5 calls it `dtype`).
+    """Return config.json of the export: the checkpoint's config with `dtype`, the dtype of the export's files.
 
-    `quantization_config` is removed, and `auto_map` unless its Python files exist in `folder`.
+    `quantization_config` is removed. `auto_map` is removed if a Python file that it names is missing in `folder`.
     """
-    text = expected.own_config or (folder / "config.json").read_text(encoding="utf-8")
-    config = json.loads(text)
+    config = json.loads(expected.own_config or (folder / "config.json").read_text(encoding="utf-8"))
     for name in ("torch_dtype", "quantization_config"):
         config.pop(name, None)
     if not _has_code(config.get("auto_map"), folder):
@@ -96,7 +93,7 @@ def config_text(folder: Path, expected: Architecture, dtype: str) -> str:
 
 
 def tokenizer_config_text(folder: Path) -> str | None:
-    """Return tokenizer_config.json without an `auto_map` whose Python files are missing; None if it needs no change."""
+    """Return tokenizer_config.json without `auto_map`, or None if the file needs no change (see `_has_code`)."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "auto_map" not in config or _has_code(config.pop("auto_map"), folder):
@@ -105,15 +102,14 @@ def tokenizer_config_text(folder: Path) -> str | None:
 
 
 def generation_config_text(folder: Path, expected: Architecture) -> str:
-    """Return generation_config.json: that of the checkpoint, else the model class's default."""
+    """Return generation_config.json from `folder` or, if there is no such file, the default of the model class."""
     path = folder / "generation_config.json"
-    return _json(
-        json.loads(path.read_text(encoding="utf-8") if path.is_file() else expected.generation_config)
-    )
+    text = path.read_text(encoding="utf-8") if path.is_file() else expected.generation_config
+    return _json(json.loads(text))
 
 
 def _has_code(auto_map: Any, folder: Path) -> bool:
-    """Return whether the files named by `auto_map` exist in `folder` or, "repository--module.Class", in a repository."""
+    """Return whether all classes in `auto_map` are in files of `folder` or on the Hub ("repository--module.Class")."""
     if not isinstance(auto_map, dict):
         return False
     values = [

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 from trainer.export import model_card
-from trainer.export.source import CheckpointSource, find_checkpoint, is_already_exported, output_directory
+from trainer.export.source import CheckpointSource, is_already_exported, open_checkpoint, output_directory
 from trainer.models import architecture, load
 from trainer.runtime import startup, terminal
 from trainer.settings import ConvertSettings
 from trainer.storage import atomic_dir
+from trainer.storage.manifest import ExportFacts, FileDigest
 
 if TYPE_CHECKING:
     from trainer.export.config_check import ExportTensors
@@ -29,31 +30,36 @@ _MEGABYTE = 10**6
 
 
 def convert(settings: ConvertSettings) -> Path:
-    """Write the export and return its folder. An existing export of the same checkpoint and options is kept.
+    """Write the export and return its folder. Without `overwrite`, an export of the same checkpoint and options is kept.
 
-    Peak memory is a few chunks of 16 MiB for any model size; only `verify` loads the whole model. Each storage read is
-    compared with the checksum in its file; all files are compared with the manifest by size, with `verify` by digest.
-    Raises UserError for an unfinished or corrupt checkpoint, one that does not match its config.json, an `output_dir` with
-    other content, and a full disk.
+    Peak memory is a few chunks of 16 MiB, or twice the largest rearranged tensor if this is more. Only `verify` loads the
+    whole model. The CRC-32 of every storage is checked. File sizes must match the manifest; with `verify`, the digests must
+    match too. Raises UserError if the checkpoint is unfinished, is corrupt or does not match its config.json, if
+    `output_dir` has other content, or if the disk is full.
     """
     max_shard_bytes = parse_size(settings.max_shard_size)
-    source = find_checkpoint(Path(settings.checkpoint_dir))
+    source = open_checkpoint(Path(settings.checkpoint_dir))
     final = output_directory(source, settings.output_dir)
     dtype = source.facts["dtype"] if settings.dtype == "same" else settings.dtype
-    options = {"checkpoint_digest": source.digest, "export_dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    if is_already_exported(final, options, settings.overwrite or settings.dry_run):
+    facts: ExportFacts = {
+        **source.facts,
+        "checkpoint": str(source.path),
+        "checkpoint_digest": source.digest,
+        "export_dtype": dtype,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    if is_already_exported(final, facts, settings.overwrite or settings.dry_run):
         terminal.info(f"already exported: {final}")
         if settings.verify:
             _verify(final, source, dtype)
         return final
-    facts = {**source.facts, "checkpoint": str(source.path), **options}
     with ThreadPoolExecutor(1) as background:
         _stream(settings, source, final, facts, background)
     return final
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "500MB" (decimal units, as in transformers). Raises UserError if it is invalid."""
+    """Return a size such as "500MB" in bytes. Units are decimal, as in transformers. Raises UserError for invalid text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?B)", text.strip().upper().replace(" ", ""))
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
@@ -65,49 +71,42 @@ def _stream(
     settings: ConvertSettings,
     source: CheckpointSource,
     final: Path,
-    facts: dict[str, Any],
+    facts: ExportFacts,
     background: ThreadPoolExecutor,
 ) -> None:
     """Plan, write, verify and publish the export.
 
-    Training records the tensors that the model class saves. Without that record the layout is computed in the background,
-    because importing transformers takes longer than writing a small model: the tensors are written meanwhile under their
-    stored names, and again if the layout differs.
+    architecture.json in the checkpoint usually lists the tensors that the model class saves. Without this file, the list is
+    computed in the background, because importing transformers takes longer than writing a small model. Meanwhile the stored
+    tensors are written under their names in the checkpoint. If the computed list differs, all files are written again.
     """
     import torch
 
-    from trainer.export import safetensors_writer
-    from trainer.export.config_check import (
-        check_against_config,
-        config_text,
-        generation_config_text,
-        tokenizer_config_text,
-    )
+    from trainer.export import config_check, safetensors_writer
     from trainer.zero import layout
 
     stored = layout.read_tensors(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
-    layout_future = background.submit(
-        check_against_config, stored, source.path, source.model_folder, facts["export_dtype"]
-    )
+    folder = source.model_folder
+    check = config_check.check_against_config
+    layout_future = background.submit(check, stored, source.path, folder, facts["export_dtype"])
     startup.freeze_gc()
-    dtype_name = load.DTYPES[facts["export_dtype"]]
+    dtype_name = load.TORCH_DTYPE_NAMES[facts["export_dtype"]]
 
     def plan(export: ExportTensors | None) -> list[OutputShard]:
-        tensors: Any = stored.tensors if export is None else export.tensors
-        kept_dtypes = (
-            {}
-            if export is None
-            else {name: getattr(torch, kind) for name, kind in export.kept_dtypes.items()}
-        )
-        return safetensors_writer.plan_shards(
-            tensors, getattr(torch, dtype_name), facts["max_shard_bytes"], kept_dtypes
+        tensors: Any = export.tensors if export else stored.tensors
+        names = export.kept_dtypes.items() if export else ()
+        return safetensors_writer.split_into_shards(
+            tensors,
+            getattr(torch, dtype_name),
+            facts["max_shard_bytes"],
+            {name: getattr(torch, kept_dtype) for name, kept_dtype in names},
         )
 
     if settings.dry_run:
-        _print_plan(plan(layout_future.result()), final)
+        _print_shards(plan(layout_future.result()), final)
         return
-    shards = plan(layout_future.result() if architecture.is_recorded(source.model_folder) else None)
-    _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
+    shards = plan(layout_future.result() if architecture.is_recorded(folder) else None)
+    _check_disk(final, shards)
     staging = atomic_dir.create_staging(final)
     try:
         files = _write_weights(shards, staging, layout_future, plan)
@@ -116,39 +115,38 @@ def _stream(
             for path in staging.iterdir():
                 path.unlink()
             shards = plan(export)
-            _check_disk(final, _weight_bytes(shards) + _SPARE_BYTES)
+            _check_disk(final, shards)
             files = _write_weights(shards, staging, layout_future, plan)
         expected = export.expected
         facts["num_parameters"] = expected.num_parameters
         if expected.text_part_of:
             facts["text_part_of"] = expected.text_part_of
-            terminal.info(
-                f"the export is the text part of the multimodal model ({expected.text_part_of}): a {expected.class_name}"
-            )
+            whole = f"the multimodal model ({expected.text_part_of})"
+            terminal.info(f"the export is the text part of {whole}: a {expected.class_name}")
         texts = {
-            "config.json": config_text(source.model_folder, expected, dtype_name),
-            "generation_config.json": generation_config_text(source.model_folder, expected),
+            "config.json": config_check.config_text(folder, expected, dtype_name),
+            "generation_config.json": config_check.generation_config_text(folder, expected),
             "README.md": model_card.text(facts, expected.class_name, dtype_name),
         }
-        if (tokenizer_config := tokenizer_config_text(source.model_folder)) is not None:
+        if (tokenizer_config := config_check.tokenizer_config_text(folder)) is not None:
             texts["tokenizer_config.json"] = tokenizer_config
         if len(shards) > 1:
-            texts[safetensors_writer.INDEX_NAME] = safetensors_writer.index_text(
-                shards, expected.num_parameters
-            )
-        files |= _write_small_files(texts, source.model_folder, staging, set(files))
+            index = safetensors_writer.index_text(shards, expected.num_parameters)
+            texts[safetensors_writer.INDEX_NAME] = index
+        files |= _write_small_files(texts, folder, staging, set(files))
         if settings.verify:
             _verify(staging, source, facts["export_dtype"])
-        _publish(staging, final, facts, files)
+        atomic_dir.publish(staging, final, "export", facts, files, replace=atomic_dir.is_complete(final))
+    except atomic_dir.ArtifactExistsError:
+        raise UserError(f"{final} was written by another process meanwhile, and is kept") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"{final.parent}: the disk is full; all files of this export were removed") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    terminal.info(
-        f"exported {source.path} to {final} ({terminal.size_text(_weight_bytes(shards))}, {dtype_name})"
-    )
+    size = terminal.size_text(_weight_bytes(shards))
+    terminal.info(f"exported {source.path} to {final} ({size}, {dtype_name})")
 
 
 def _write_weights(
@@ -156,10 +154,11 @@ def _write_weights(
     staging: Path,
     layout_future: Future[ExportTensors],
     plan: Callable[[ExportTensors], list[OutputShard]],
-) -> dict[str, dict[str, Any]]:
-    """Write the safetensors files and return their entries in the manifest.
+) -> dict[str, FileDigest]:
+    """Write the safetensors files and return their sizes and digests for the manifest.
 
-    Stops early, with files missing, if the result of `layout_future` gives other shards. Raises its UserError.
+    Writing stops early if the result of `layout_future` requires other files than `shards`. Raises UserError if
+    `layout_future` fails or the checkpoint is corrupt.
     """
     from trainer.export import safetensors_writer
     from trainer.zero.checksum_reader import ChecksumReader
@@ -187,13 +186,16 @@ def _write_weights(
 
 
 class _LayoutMismatch(Exception):
-    """The model class saves other tensors than those being written."""
+    """Raised if the export needs other files than those being written."""
 
 
 def _write_small_files(
     texts: dict[str, str], model_folder: Path, staging: Path, weights: set[str]
-) -> dict[str, dict[str, Any]]:
-    """Write `texts` by name and copy the other files of the checkpoint's model folder: tokenizer, licence, Python files."""
+) -> dict[str, FileDigest]:
+    """Copy the files of `model_folder`, then write `texts` (name -> content). `weights`: names of weight files.
+
+    Return the digests of all files in `staging` that are not in `weights`.
+    """
     for path in sorted(model_folder.rglob("*")):
         name = path.relative_to(model_folder).as_posix()
         if path.is_file() and name not in weights | {architecture.ARCHITECTURE_FILE}:
@@ -201,15 +203,8 @@ def _write_small_files(
             shutil.copyfile(path, staging / name)
     for name, content in texts.items():
         (staging / name).write_text(content, encoding="utf-8")
-    written = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
-    return atomic_dir.digest_files(staging, [name for name in written if name not in weights])
-
-
-def _publish(staging: Path, final: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    try:
-        atomic_dir.publish(staging, final, "export", facts, files, replace=atomic_dir.is_complete(final))
-    except atomic_dir.ArtifactExistsError:
-        raise UserError(f"{final} was written by another process meanwhile, and is kept") from None
+    written = {path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()}
+    return atomic_dir.digest_files(staging, written - weights)
 
 
 def _verify(export: Path, source: CheckpointSource, dtype: str) -> None:
@@ -218,26 +213,24 @@ def _verify(export: Path, source: CheckpointSource, dtype: str) -> None:
     from trainer.export.verify import verify
 
     atomic_dir.verify_digests(source.path)
-    result = verify(export, source.path, source.facts, getattr(torch, load.DTYPES[dtype]))
+    result = verify(export, source.path, source.facts, getattr(torch, load.TORCH_DTYPE_NAMES[dtype]))
     terminal.info(
         f"verified: {result.num_tensors} tensors equal the checkpoint bit for bit"
         f"{'' if dtype == 'fp32' else ' after rounding'}; largest logit difference {result.max_logit_difference:.3g}"
     )
 
 
-def _print_plan(shards: list[OutputShard], final: Path) -> None:
+def _print_shards(shards: list[OutputShard], final: Path) -> None:
     for shard in shards:
-        terminal.info(
-            f"{terminal.size_text(shard.num_bytes):>10}  {shard.name}, {len(shard.tensors)} tensors"
-        )
-    free = shutil.disk_usage(_existing_parent(final)).free
-    terminal.info(
-        f"would write {terminal.size_text(_weight_bytes(shards))} to {final}; {terminal.size_text(free)} are free there"
-    )
+        size = terminal.size_text(shard.num_bytes)
+        terminal.info(f"{size:>10}  {shard.name}, {len(shard.tensors)} tensors")
+    total = terminal.size_text(_weight_bytes(shards))
+    free = terminal.size_text(shutil.disk_usage(_existing_parent(final)).free)
+    terminal.info(f"would write {total} to {final}; {free} are free there")
 
 
-def _check_disk(final: Path, needed: int) -> None:
-    folder = _existing_parent(final)
+def _check_disk(final: Path, shards: list[OutputShard]) -> None:
+    folder, needed = _existing_parent(final), _weight_bytes(shards) + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(

@@ -1,11 +1,10 @@
 """README.md of an export: the model, its training, and how to load it."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import PurePath
-from typing import Any
+
+from trainer.storage.manifest import ExportFacts
 
 _OUTPUTS = {
     "answer_only": "the final answer alone",
@@ -17,13 +16,13 @@ _OUTPUTS = {
 }
 _PROMPT = "The prompt is the question and a line break. The text ends with `####` and the final answer."
 _HALF = (
-    "This is one half of a pair: `tools/evaluate.py` runs a decomposer and a solver alternately. The prompt is the question,"
-    "\na line break, and the text of both so far."
+    "This is one model of a pair: `tools/evaluate.py` runs a decomposer and a solver alternately. The prompt is the question,"
+    "\na line break, and the text that both models have written so far."
 )
 _CALCULATOR = {
     True: "The model writes the results of its calculations, `<<3*4=12>>`, itself.",
     False: "The model was not trained on results of calculations: after `<<3*4=` a calculator must insert `12>>`, as\n"
-    "`tools/evaluate.py` does. Without it the model guesses.",
+    "`tools/evaluate.py` does. Without a calculator the model guesses the results.",
 }
 
 _CARD = """\
@@ -63,14 +62,15 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0]))
 
 `tools/convert_checkpoint.py` of Socratic Trainer copied the master weights of `{checkpoint}`
 into these safetensors files{rounding}.
-`MANIFEST.json` has the SHA-256 of every file, and that of the checkpoint's own manifest.
+`MANIFEST.json` has the SHA-256 of every file and of the checkpoint's manifest.
 """
 
 
-def text(facts: dict[str, Any], class_name: str, export_dtype: str) -> str:
-    """Return the model card. `facts`: those of the export's manifest; `export_dtype`: "float32" or "bfloat16"."""
+def text(facts: ExportFacts, class_name: str, export_dtype: str) -> str:
+    """Return the text of the model card. `export_dtype`: "float32" or "bfloat16"."""
     name, method = str(facts.get("model_name", "model")), str(facts.get("method", "unknown"))
     base_model, pretrained = str(facts.get("base_model", name)), bool(facts.get("pretrained"))
+    text_part_of = facts.get("text_part_of")
     front_matter = ["library_name: transformers", "pipeline_tag: text-generation"]
     if pretrained and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model):  # a Hub name, not a path
         front_matter.append(f"base_model: {json.dumps(base_model)}")
@@ -81,9 +81,7 @@ def text(facts: dict[str, Any], class_name: str, export_dtype: str) -> str:
         parameters=f"{facts['num_parameters']:,}",
         writes=_OUTPUTS.get(method, "what its training data shows"),
         base_model=f"`{base_model}`{'' if pretrained else ', random weights'}",
-        text_part=f", its text part alone (of `{facts['text_part_of']}`)"
-        if facts.get("text_part_of")
-        else "",
+        text_part=f", its text part alone (of `{text_part_of}`)" if text_part_of else "",
         method=method,
         data=facts.get("data", "unknown"),
         step=f"{facts['step']:,}",

@@ -1,10 +1,8 @@
-"""Tensors of an export as byte ranges of checkpoint tensors, or rearranged in memory.
+"""Tensors of an export: byte ranges of checkpoint tensors, or tensors that are rearranged in memory.
 
-Renamed, split, stacked and row-wise concatenated tensors (all mixtures of experts) are byte ranges, so memory stays
-bounded. Transposed and permuted ones consist of runs of a few elements; they are read whole and rearranged in memory.
+Renamed, split, stacked and row-wise concatenated tensors are byte ranges, so that memory stays bounded. Mixture-of-experts
+models need only these changes. Transposed and permuted tensors have only short contiguous runs, so they are rearranged.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -16,14 +14,14 @@ from trainer.models.saved_layout import Concatenation, StridedView, coalesce_dim
 from trainer.zero.checksum_reader import ChecksumReader
 from trainer.zero.torch_files import ByteRange, TensorReference
 
-_MIN_RUN_ELEMENTS = 1024  # a byte range takes about as much time as copying this many elements
+_MIN_RUN_ELEMENTS = 1024  # reading one more byte range takes about as long as copying this many elements
 
-_Run = tuple[str, int, int]  # name of the model's tensor, first element, number of elements
+_Run = tuple[str, int, int]  # name of a parameter, first element, number of elements
 
 
 @dataclass(frozen=True)
 class RearrangedTensor:
-    """A strided view of checkpoint tensors that is read whole and rearranged in memory."""
+    """Tensor of an export, described as a strided view of checkpoint tensors. `read` loads them in the order of the view."""
 
     view: StridedView
     stored: tuple[tuple[str, TensorReference], ...]
@@ -43,7 +41,7 @@ class RearrangedTensor:
     @property
     def ranges(self) -> tuple[ByteRange, ...]:
         """Byte ranges of the elements, unordered."""
-        return tuple(piece for _, tensor in self.stored for piece in tensor.ranges)
+        return tuple(byte_range for _, tensor in self.stored for byte_range in tensor.ranges)
 
     def read(self, reader: ChecksumReader) -> torch.Tensor:
         """Return the elements as a contiguous tensor of the stored dtype. Raises UserError for a corrupt file."""
@@ -51,19 +49,16 @@ class RearrangedTensor:
 
 
 def build_tensor(view: StridedView, stored: dict[str, TensorReference]) -> TensorReference | RearrangedTensor:
-    """Return a TensorReference if the elements of `view` are long runs of the checkpoint, else a RearrangedTensor.
-
-    stored: the checkpoint's tensors by name.
-    """
+    """Return a TensorReference if `view` consists of long contiguous runs of elements, else a RearrangedTensor."""
     runs = _runs(view)
     if runs is None:
         return RearrangedTensor(view, tuple((name, stored[name]) for name in sorted(view.names)))
-    pieces = [piece for name, start, count in runs for piece in stored[name].slice(start, count)]
-    return TensorReference(view.shape, tuple(pieces))
+    ranges = [byte_range for name, start, count in runs for byte_range in stored[name].slice(start, count)]
+    return TensorReference(view.shape, tuple(ranges))
 
 
 def _runs(view: StridedView) -> list[_Run] | None:
-    """Return the contiguous runs of elements of `view` in row-major order; None if they are shorter than the minimum."""
+    """Return the runs of contiguous elements of `view` in row-major order; None if the runs are too short."""
     sizes, strides = coalesce_dimensions(view.shape, view.strides)
     run = 1
     if strides and strides[-1] == 1:
@@ -77,44 +72,41 @@ def _runs(view: StridedView) -> list[_Run] | None:
     if isinstance(view.source, str):
         return [(view.source, start, run) for start in starts]
     joined = _joined_runs(view.source)
-    return (
-        None if joined is None else [piece for start in starts for piece in _slice_runs(joined, start, run)]
-    )
+    return None if joined is None else [part for start in starts for part in _slice_runs(joined, start, run)]
 
 
 def _joined_runs(joined: Concatenation) -> list[_Run] | None:
-    runs_of_views = [_runs(view) for view in joined.views]
     num_rows = math.prod(joined.views[0].shape[: joined.dim])
     counts = [math.prod(view.shape[joined.dim :]) for view in joined.views]
     if num_rows > 1 and min(counts) < _MIN_RUN_ELEMENTS:
         return None
-    found: list[_Run] = []
-    for row in range(num_rows):
-        for runs, count in zip(runs_of_views, counts, strict=True):
-            if runs is None:
-                return None
-            found += _slice_runs(runs, row * count, count)
-    return found
+    parts = []
+    for view, count in zip(joined.views, counts, strict=True):
+        runs = _runs(view)
+        if runs is None:
+            return None
+        parts.append([_slice_runs(runs, row * count, count) for row in range(num_rows)])
+    return [run for row in zip(*parts, strict=True) for runs in row for run in runs]
 
 
 def _slice_runs(runs: list[_Run], start: int, num_elements: int) -> list[_Run]:
     """Return the runs of elements [start, start + num_elements) of the concatenation of `runs`."""
-    found = []
+    parts = []
     for name, first, count in runs:
         if start < count and num_elements:
             length = min(count - start, num_elements)
-            found.append((name, first + start, length))
+            parts.append((name, first + start, length))
             start, num_elements = 0, num_elements - length
         else:
             start -= min(start, count)
-    return found
+    return parts
 
 
 def _read(view: StridedView, stored: dict[str, TensorReference], reader: ChecksumReader) -> torch.Tensor:
     if isinstance(view.source, str):
         reach = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
-        pieces = stored[view.source].slice(view.offset, reach + 1 if math.prod(view.shape) else 0)
-        flat = torch.cat([reader.tensor(piece, 0, piece.num_elements) for piece in pieces])
+        ranges = stored[view.source].slice(view.offset, reach + 1 if math.prod(view.shape) else 0)
+        flat = torch.cat([reader.tensor(byte_range, 0, byte_range.num_elements) for byte_range in ranges])
         return flat.as_strided(view.shape, view.strides, 0)
     joined = torch.cat([_read(part, stored, reader) for part in view.source.views], view.source.dim)
     return joined.flatten().as_strided(view.shape, view.strides, view.offset)

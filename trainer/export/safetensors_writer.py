@@ -1,10 +1,8 @@
 """Write safetensors files by copying byte ranges; the layout is planned before the first byte is written.
 
-Format (github.com/huggingface/safetensors): 8 bytes little-endian length of the header, the header as JSON padded
-with spaces, then the tensors' bytes without holes. Files are named and split as transformers does.
+Format (github.com/huggingface/safetensors): the length of the header (8 bytes, little-endian), the header (JSON padded with
+spaces), then the tensors' bytes without gaps. transformers would write the same tensors into files of the same names.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
@@ -16,8 +14,9 @@ import torch
 
 from trainer.export.output_file import OutputFile
 from trainer.export.rearrange import RearrangedTensor
+from trainer.storage.manifest import FileDigest
 from trainer.zero.checksum_reader import ChecksumReader
-from trainer.zero.torch_files import ByteRange, TensorReference
+from trainer.zero.torch_files import TensorReference
 
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPE_NAMES = {
@@ -28,7 +27,7 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of an output file, written in `dtype`."""
+    """Tensor of an output file, written in `dtype`."""
 
     name: str
     source: TensorReference | RearrangedTensor
@@ -41,7 +40,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputShard:
-    """One output file: the header, then the bytes of the tensors in order."""
+    """Output file: the header, then the bytes of the tensors in order."""
 
     name: str
     tensors: tuple[OutputTensor, ...]
@@ -52,38 +51,32 @@ class OutputShard:
         return len(self.header) + sum(entry.num_bytes for entry in self.tensors)
 
 
-def plan_shards(
+def split_into_shards(
     tensors: Mapping[str, TensorReference | RearrangedTensor],
     dtype: torch.dtype,
     max_shard_bytes: int,
-    kept_dtypes: dict[str, torch.dtype] | None = None,
+    kept_dtypes: dict[str, torch.dtype],
 ) -> list[OutputShard]:
-    """Return files of at most `max_shard_bytes`, tensors in the given order; a larger tensor has a file of its own.
+    """Distribute tensors in order over files of at most `max_shard_bytes`. A larger tensor has a file of its own.
 
-    Floating-point tensors are written in `dtype`, or in that of `kept_dtypes` by name; others in their stored dtype.
+    Floating-point tensors are converted to `dtype`, or to `kept_dtypes[name]` if it exists. Other tensors keep their dtype.
     """
-    kept_dtypes = kept_dtypes or {}
-    entries = [
-        OutputTensor(
-            name, source, kept_dtypes.get(name, dtype) if source.dtype.is_floating_point else source.dtype
-        )
-        for name, source in tensors.items()
-    ]
     groups: list[list[OutputTensor]] = [[]]
     size = 0
-    for entry in entries:
+    for name, source in tensors.items():
+        is_float = source.dtype.is_floating_point
+        entry = OutputTensor(name, source, kept_dtypes.get(name, dtype) if is_float else source.dtype)
         if groups[-1] and size + entry.num_bytes > max_shard_bytes:
             groups.append([])
             size = 0
         groups[-1].append(entry)
         size += entry.num_bytes
-    total = len(groups)
     shards = []
     for number, group in enumerate(groups, start=1):
-        # Wide types first, so that every tensor starts at a multiple of its item size.
+        # Tensors of wide types come first, so that every tensor starts at a multiple of its item size.
         ordered = tuple(sorted(group, key=lambda entry: -entry.dtype.itemsize))
-        name = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-        shards.append(OutputShard(name, ordered, _header(ordered)))
+        suffix = "" if len(groups) == 1 else f"-{number:05d}-of-{len(groups):05d}"
+        shards.append(OutputShard(f"model{suffix}.safetensors", ordered, _header(ordered)))
     return shards
 
 
@@ -114,10 +107,10 @@ def index_text(shards: list[OutputShard], num_parameters: int) -> str:
 
 def write(
     shard: OutputShard, path: Path, reader: ChecksumReader, advance: Callable[[int], None]
-) -> dict[str, Any]:
-    """Write one file to disk and return {"bytes", "sha256"}. `advance` receives the number of newly written bytes.
+) -> FileDigest:
+    """Write one file to disk and return its size and digest. `advance` receives the number of bytes of each written part.
 
-    Memory: a few chunks of 16 MiB, and for a RearrangedTensor twice the span of elements that it reads.
+    Memory: a few chunks of 16 MiB, and for a RearrangedTensor twice the bytes that are read for it.
     """
     with OutputFile(path) as out:
         out.write(shard.header)
@@ -141,21 +134,14 @@ def _write_ranges(
     for byte_range in source.ranges:
         start = 0
         while start < byte_range.num_elements:
-            # A tensor starts at a multiple of its item size, so an element never crosses buffers.
+            # Every tensor starts at a multiple of its item size, so no element crosses a buffer boundary.
             buffer = out.free_buffer()
             count = min(len(buffer) // dtype.itemsize, byte_range.num_elements - start)
             buffer = buffer[: count * dtype.itemsize]
-            _fill(buffer, dtype, reader, byte_range, start, count)
+            if byte_range.dtype == dtype:
+                reader.read(byte_range, start * dtype.itemsize, buffer)
+            else:  # `copy_` rounds to nearest, ties to even
+                torch.frombuffer(buffer, dtype=dtype).copy_(reader.tensor(byte_range, start, count))
             out.advance(len(buffer))
             advance(len(buffer))
             start += count
-
-
-def _fill(
-    out: memoryview, dtype: torch.dtype, reader: ChecksumReader, byte_range: ByteRange, start: int, count: int
-) -> None:
-    """Read elements [start, start + count) of `byte_range` into `out` as `dtype` (rounded to nearest, ties to even)."""
-    if byte_range.dtype == dtype:
-        reader.read(byte_range, start * byte_range.dtype.itemsize, out)
-    else:
-        torch.frombuffer(out, dtype=dtype).copy_(reader.tensor(byte_range, start, count))

@@ -1,18 +1,17 @@
-"""Find the checkpoint to convert and the output directory, and detect an existing export."""
+"""Find the checkpoint to convert and the output directory; detect an existing export."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer.errors import UserError
 from trainer.runtime import terminal
 from trainer.settings import DTYPES
 from trainer.storage import atomic_dir
+from trainer.storage.manifest import CheckpointFacts
 from trainer.storage.run_directory import RunDirectory
 
-MODEL_FOLDER = "model"  # of a checkpoint: config, generation config and tokenizer
+MODEL_FOLDER = "model"  # folder in a checkpoint that holds config, generation config and tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,19 +19,19 @@ class CheckpointSource:
     """A finished checkpoint whose file sizes match its manifest."""
 
     path: Path
-    facts: dict[str, Any]
-    digest: str  # of the manifest
+    facts: CheckpointFacts
+    digest: str  # SHA-256 of the manifest
 
     @property
     def model_folder(self) -> Path:
         return self.path / MODEL_FOLDER
 
 
-def find_checkpoint(path: Path) -> CheckpointSource:
-    """Return the checkpoint at `path`, or the newest valid one if `path` is a run directory.
+def open_checkpoint(path: Path) -> CheckpointSource:
+    """Return the checkpoint at `path`, or the latest valid checkpoint if `path` is a run directory.
 
-    Raises UserError if there is none, or it is unfinished, incomplete, or the files of its model folder are corrupt. Weight
-    files are compared with the manifest by size only; their checksums are compared when they are read.
+    Only the sizes of weight files are compared with the manifest; their checksums are verified later. Raises UserError if
+    there is no checkpoint, if it is unfinished or incomplete, or if a file of its model folder is corrupt.
     """
     run = RunDirectory(path)
     if not run.checkpoints.is_dir() and not run.settings.is_file():
@@ -44,9 +43,7 @@ def find_checkpoint(path: Path) -> CheckpointSource:
             return _open(run.checkpoint(step))
         except UserError as error:
             terminal.warning(f"{error}; trying the checkpoint before it")
-    raise UserError(
-        f"{run.checkpoints} holds no finished checkpoint; train first, or name a checkpoint directory"
-    )
+    raise UserError(f"{run.checkpoints} holds no finished checkpoint; train first, or name a checkpoint")
 
 
 def _open(path: Path) -> CheckpointSource:
@@ -55,23 +52,18 @@ def _open(path: Path) -> CheckpointSource:
     atomic_dir.verify_sizes(path, files, files)
     atomic_dir.verify_digests(path, [name for name in files if name.startswith(f"{MODEL_FOLDER}/")])
     if f"{MODEL_FOLDER}/config.json" not in files:
-        raise UserError(
-            f"{path / MODEL_FOLDER / 'config.json'} is missing; the weights cannot be loaded without it"
-        )
+        raise UserError(f"{path / MODEL_FOLDER / 'config.json'} is missing; the weights need it to be loaded")
     for name, known in {"zero_stage": (0, 1, 2, 3), "dtype": DTYPES}.items():
-        if facts.get(name) not in known:
-            raise UserError(
-                f"{path / atomic_dir.MANIFEST}: {name} is {facts.get(name)!r}, expected one of {known}"
-            )
-    if not isinstance(facts.get("world_size"), int) or facts["world_size"] < 1:
-        raise UserError(
-            f"{path / atomic_dir.MANIFEST}: world_size is {facts.get('world_size')!r}, expected 1 or more"
-        )
+        if (value := facts.get(name)) not in known:
+            raise UserError(f"{path / atomic_dir.MANIFEST}: {name} is {value!r}, expected one of {known}")
+    world_size = facts.get("world_size")
+    if not isinstance(world_size, int) or world_size < 1:
+        raise UserError(f"{path / atomic_dir.MANIFEST}: world_size is {world_size!r}, expected 1 or more")
     return CheckpointSource(path, facts, atomic_dir.manifest_digest(path))
 
 
 def output_directory(source: CheckpointSource, output_dir: str) -> Path:
-    """Return `output_dir`, else the export folder of the checkpoint's run. Raises UserError if there is no run."""
+    """Return `output_dir`, or the run's export folder if `output_dir` is "" (UserError if the checkpoint is not in a run)."""
     if output_dir:
         return Path(output_dir)
     run = RunDirectory(source.path.absolute().parent.parent)
@@ -80,27 +72,25 @@ def output_directory(source: CheckpointSource, output_dir: str) -> Path:
     return run.export
 
 
-def is_already_exported(final: Path, facts: dict[str, Any], overwrite: bool) -> bool:
-    """Return whether `final` is an intact export with these facts; False if it may be written.
+def is_already_exported(final: Path, facts: Mapping[str, object], overwrite: bool) -> bool:
+    """Return True if `final` is an intact export of the same checkpoint and options, and False if it must be written.
 
-    Raises UserError if `final` is not an export, or is an export with other facts and `overwrite` is off.
+    Raises UserError if `final` has content that is not an export. Without `overwrite`, also raises UserError if `final` is
+    a damaged export, or an export of another checkpoint, dtype or maximum file size.
     """
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return False
     if not atomic_dir.is_complete(final):
-        raise UserError(
-            f"{final} exists and is not an export; choose another output_dir or remove it yourself"
-        )
+        raise UserError(f"{final} exists and is not an export; remove it, or choose another output_dir")
     manifest = atomic_dir.read_manifest(final, kind="export")
     if overwrite:
         return False
-    different = [name for name, value in facts.items() if manifest["facts"].get(name) != value]
+    options = ("checkpoint_digest", "export_dtype", "max_shard_bytes")
+    different = [name for name in options if manifest["facts"].get(name) != facts[name]]
     if different:
         made_from = manifest["facts"].get("checkpoint", "another checkpoint")
-        raise UserError(
-            f"{final} is an export of {made_from} with another {' and '.join(different)}; "
-            "give --overwrite to replace it"
-        )
+        difference = f"another {' and '.join(different)}"
+        raise UserError(f"{final} is an export of {made_from} with {difference}; --overwrite replaces it")
     try:
         atomic_dir.verify_sizes(final, manifest["files"], manifest["files"])
     except UserError as error:

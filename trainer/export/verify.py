@@ -1,11 +1,8 @@
 """Load an export with transformers, and compare it with its checkpoint and with the output of `save_pretrained`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -15,23 +12,24 @@ from trainer.export import reference_weights
 from trainer.models import saved_layout
 from trainer.models.architecture import quiet_transformers
 from trainer.runtime import library_internals, terminal
+from trainer.storage.manifest import CheckpointFacts
 
 _NUM_TOKENS = 32
 
 
-@dataclass(frozen=True)
-class VerificationResult:
-    num_tensors: int  # compared bit for bit
-    max_logit_difference: float  # between the export and the checkpoint's own weights, both computed in fp32
+class VerificationResult(NamedTuple):
+    num_tensors: int  # number of compared tensors
+    max_logit_difference: float  # between export and checkpoint, both computed in fp32
 
 
-def verify(export: Path, checkpoint: Path, facts: dict[str, Any], dtype: torch.dtype) -> VerificationResult:
+def verify(export: Path, checkpoint: Path, facts: CheckpointFacts, dtype: torch.dtype) -> VerificationResult:
     """Load `export` with `from_pretrained` and compare it with the reference weights of `checkpoint`.
 
-    Every tensor must equal the stored one bit for bit after rounding to `dtype` (to fp32 where the family keeps that), and
-    the files must have the names, shapes, dtypes and bits that `save_pretrained` of the loaded model would write. Logits
-    are computed in fp32 from the export and from the unrounded weights; their difference is 0 for an fp32 export, the
-    rounding error for bf16. Memory: up to four times the model. Raises UserError naming the first tensor that differs.
+    Every tensor must equal the checkpoint's tensor bit for bit after rounding to `dtype`, or to fp32 for tensors that the
+    model class keeps in fp32. (If transformers sets elements to a constant while loading, only a warning is shown.) The files
+    must have the names, shapes, dtypes and bits that `save_pretrained` of the loaded model would write. Logits are computed
+    in fp32 from the export and from the unrounded weights. Their difference is 0 for an fp32 export, and the rounding error
+    for bf16. Memory: up to four times the model's size. Raises UserError that names the first tensor that differs.
     """
     from transformers import AutoModelForCausalLM
 
@@ -43,10 +41,9 @@ def verify(export: Path, checkpoint: Path, facts: dict[str, Any], dtype: torch.d
             export, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     model, report = reloaded
-    problems = {name: found for name, found in report.items() if found}
-    if problems:
+    if problems := {name: value for name, value in report.items() if value}:
         raise UserError(f"{export} does not load: {problems}")
-    # Names must be those of the class: transformers would write fused experts again if it had read them.
+    # After this call, `saved_state_dict` uses the names of the model class instead of the names in the loaded files.
     library_internals.forget_weight_conversions(model)
     _compare_names(export, saved_layout.saved_state_dict(model))
     loaded = model.state_dict()
@@ -57,15 +54,14 @@ def verify(export: Path, checkpoint: Path, facts: dict[str, Any], dtype: torch.d
         expected = tensor.to(loaded[name].dtype) if tensor.is_floating_point() else tensor
         if not _same_bits(loaded[name], expected):
             changed[name] = loaded[name][loaded[name] != expected]
-            loaded[name].copy_(expected)  # so that save_pretrained would write the checkpoint's values
+            loaded[name].copy_(expected)  # so that `saved_state_dict` returns the checkpoint's values
     _compare_values(export, checkpoint, saved_layout.saved_state_dict(model))
     for name, values in changed.items():
         fault = f"a bug of {type(model).__name__}; the files have the values of {checkpoint}"
         if len(values.unique()) != 1:
             raise UserError(f"{export}: transformers loads {name} with other values, {fault}")
-        terminal.warning(
-            f"whenever transformers loads {name}, it sets {len(values)} elements to {values[0].item():g}: {fault}"
-        )
+        change = f"sets {len(values)} elements to {values[0].item():g}"
+        terminal.warning(f"whenever transformers loads {name}, it {change}: {fault}")
     tied = set(loaded) - set(stored)
     model = model.float().eval()
     config = model.config.get_text_config()
@@ -81,22 +77,21 @@ def verify(export: Path, checkpoint: Path, facts: dict[str, Any], dtype: torch.d
 
 
 def _compare_names(export: Path, saved: dict[str, torch.Tensor]) -> None:
-    """Compare names, shapes and dtypes in the files with those of `save_pretrained`. Raises UserError naming a difference."""
+    """Raise UserError unless the files' tensors have the names, shapes and dtypes of `saved`, the output of `save_pretrained`."""
     missing = dict(saved)
     for path, name, written in _tensors(export):
         expected = missing.pop(name, None)
         if expected is None:
             raise UserError(f"{path}: save_pretrained would not write {name}")
         if written.dtype != expected.dtype or written.shape != expected.shape:
-            raise UserError(
-                f"{path}: {name} is {_dtype_and_shape(written)}, but save_pretrained would write {_dtype_and_shape(expected)}"
-            )
+            texts = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (written, expected)]
+            raise UserError(f"{path}: {name} is {texts[0]}, but save_pretrained would write {texts[1]}")
     if missing:
         raise UserError(f"{export} has no {min(missing)}, which save_pretrained would write")
 
 
 def _compare_values(export: Path, checkpoint: Path, saved: dict[str, torch.Tensor]) -> None:
-    """Compare the files bit for bit with `save_pretrained` of the checkpoint's weights. Raises UserError naming a difference."""
+    """Raise UserError unless the files' tensors equal `saved`, the checkpoint's weights as `save_pretrained` writes them."""
     for path, name, written in _tensors(export):
         if not _same_bits(written, saved[name]):
             raise UserError(f"{path}: {name} differs from the checkpoint {checkpoint}")
@@ -109,15 +104,9 @@ def _tensors(export: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
                 yield path, name, file.get_tensor(name)
 
 
-def _dtype_and_shape(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Return whether all bytes are equal: NaN equals NaN, and 0.0 differs from -0.0."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    return torch.equal(
-        left.detach().contiguous().view(-1).view(torch.uint8),
-        right.detach().contiguous().view(-1).view(torch.uint8),
-    )
+    left_bytes, right_bytes = (t.detach().flatten().contiguous().view(torch.uint8) for t in (left, right))
+    return torch.equal(left_bytes, right_bytes)

@@ -1,1 +1,1 @@
-"""Causal language models and tokenizers: made or loaded, by name, folder or hub name."""
+"""Causal language models and tokenizers, made from a preset or loaded from a folder or the Hub."""

@@ -1,9 +1,9 @@
 """Names, shapes and dtypes of the tensors that `save_pretrained` writes for a config.json.
 
-The model is built on the meta device (no memory, no random numbers). Its state dict, after transformers' own removal of
-tied aliases and reversal of weight conversions, is what `save_pretrained` would write. Training records the result in
-architecture.json beside the config, so that an export need not import transformers: on a small machine the import
-takes longer than converting a model of 355M parameters.
+The model is built on the meta device, without weights or random numbers. As in `save_pretrained`, transformers removes tied
+aliases from the model's state dict and reverts weight conversions. Training writes the result to architecture.json beside
+config.json. An export that reads this file need not import transformers: on a small machine the import takes longer than
+the conversion of a model of 355M parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 from trainer.models import load
-from trainer.models.load import DTYPES
+from trainer.models.load import TORCH_DTYPE_NAMES
 from trainer.runtime import library_internals
 from trainer.storage import atomic_dir
 
@@ -35,28 +35,30 @@ class Architecture:
     """Description of a model's weight files; architecture.json holds the fields under the same names."""
 
     class_name: str  # e.g. GPT2LMHeadModel
-    shapes: dict[str, tuple[int, ...]]  # of the model's tensors without tied aliases, in model order
-    tied: tuple[str, ...]  # aliases that are not written
-    num_parameters: int  # tied ones counted once
-    generation_config: str  # JSON, the class's default
-    moved: dict[str, StridedView]  # tensors of the files that differ from the model's tensor of that name
-    kept: dict[str, dict[str, str]]  # "bf16" -> a model's tensor -> its dtype if not bfloat16, e.g. "float32"
-    own_config: str = ""  # JSON of the config to write if the model is the text part of a wrapper, else ""
-    text_part_of: str = ""  # model type of the multimodal wrapper whose text part this is, else ""
+    shapes: dict[str, tuple[int, ...]]  # shapes of the model's tensors without tied aliases, in model order
+    tied: tuple[str, ...]  # names of tied aliases, which are not in the files
+    num_parameters: int  # tied parameters counted once
+    generation_config: str  # JSON of the class's default generation config
+    # Name in the file -> view of the model's tensors. Only tensors that `save_pretrained` renames or changes are listed.
+    moved: dict[str, StridedView]
+    # Requested dtype ("bf16") -> {name: dtype ("float32")} of the tensors that `from_pretrained` loads in another dtype.
+    kept: dict[str, dict[str, str]]
+    own_config: str = ""  # JSON of the text part's config if the model is in a multimodal wrapper, else ""
+    text_part_of: str = ""  # model type of the multimodal wrapper that contains the model, else ""
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Return the architecture of the config.json in `folder`: recorded if architecture.json matches the config, else built."""
+    """Read the architecture from architecture.json. If this file is not of `folder`/config.json, build the architecture."""
     return _recorded(folder) or build_architecture(folder)
 
 
 def is_recorded(folder: Path) -> bool:
-    """Return whether `read_architecture` needs no transformers."""
+    """Return whether architecture.json belongs to `folder`/config.json. If so, transformers need not be imported."""
     return _recorded(folder) is not None
 
 
 def record_architecture(folder: Path, text_part_of: str = "") -> None:
-    """Write architecture.json beside the config.json in `folder`."""
+    """Write architecture.json beside the config.json in `folder`. `text_part_of`: see `Architecture`."""
     built = build_architecture(folder)
     content = {"config_sha256": atomic_dir.file_digest(folder / "config.json"), **vars(built)}
     content["moved"] = {name: view.to_json() for name, view in built.moved.items()}
@@ -67,7 +69,7 @@ def record_architecture(folder: Path, text_part_of: str = "") -> None:
 def build_architecture(folder: Path) -> Architecture:
     """Return the architecture of the model that transformers builds on the meta device from `folder`/config.json.
 
-    Raises UserError if transformers cannot build the model or cannot revert its weights' names.
+    Raises UserError if transformers cannot build the model or cannot revert its weight conversions.
     """
     from transformers import AutoConfig
 
@@ -77,52 +79,49 @@ def build_architecture(folder: Path) -> Architecture:
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            # No class requests float16, so a tensor of another dtype is one whose dtype the class fixes.
+            # A tensor that is not float16 after the build has a dtype that the model class fixes. (No class fixes float16.)
             config.dtype = "float16"
             model: Any = load.build_on_meta(config)
         problem = f"the weights of a {type(model).__name__} cannot be exported under the names of the Hub"
-        written = saved_layout.deduplicated_state_dict(model)
+        tensors = saved_layout.deduplicated_state_dict(model)
         moved = saved_layout.trace_saved_tensors(model)
-    except Exception as error:  # of many types
+    except Exception as error:  # transformers raises errors of many types
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{folder / 'config.json'}: {problem}: {reason}") from None
-    shapes = {name: tuple(tensor.shape) for name, tensor in written.items()}
-    tied = tuple(name for name in model.state_dict() if name not in shapes)
-    generation = "{}" if model.generation_config is None else model.generation_config.to_json_string()
-    is_part = type(model.config) is not type(config)
+    is_text_part = type(model.config) is not type(config)
     return Architecture(
         class_name=type(model).__name__,
-        shapes=shapes,
-        tied=tied,
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        tied=tuple(name for name in model.state_dict() if name not in tensors),
         num_parameters=model.num_parameters(),
-        generation_config=generation,
+        generation_config=model.generation_config.to_json_string() if model.generation_config else "{}",
         moved=moved,
-        kept={dtype: _kept(model, written, dtype) for dtype in DTYPES},
-        own_config=model.config.to_json_string() if is_part else "",
-        text_part_of=config.model_type if is_part else "",
+        kept={dtype: _kept_dtypes(model, tensors, dtype) for dtype in TORCH_DTYPE_NAMES},
+        own_config=model.config.to_json_string() if is_text_part else "",
+        text_part_of=config.model_type if is_text_part else "",
     )
 
 
-def _kept(model: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, str]:
-    """Return the dtype that `from_pretrained` gives each floating-point tensor that it does not load as `dtype`."""
+def _kept_dtypes(model: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, str]:
+    """Return a dict name -> dtype of the floating-point tensors that `from_pretrained` does not load as `dtype`."""
     import torch
     from transformers.core_model_loading import build_glob_alternation
 
-    wanted = getattr(torch, DTYPES[dtype])
-    plan = library_internals.dtype_plan(model, wanted)
+    requested = getattr(torch, TORCH_DTYPE_NAMES[dtype])
+    plan = library_internals.dtype_plan(model, requested)
     pattern, names, _ = build_glob_alternation(list(plan))
     kept = {}
     for name, tensor in tensors.items():
-        found = wanted if tensor.dtype == torch.float16 else tensor.dtype
+        loaded = requested if tensor.dtype == torch.float16 else tensor.dtype
         if plan and (match := pattern.search(name)):
-            found = plan[names[str(match.lastgroup)]]
-        if found != wanted and tensor.is_floating_point():
-            kept[name] = str(found).removeprefix("torch.")
+            loaded = plan[names[str(match.lastgroup)]]
+        if loaded != requested and tensor.is_floating_point():
+            kept[name] = str(loaded).removeprefix("torch.")
     return kept
 
 
 def _recorded(folder: Path) -> Architecture | None:
-    """Return the content of architecture.json; None if missing, of another config.json, or of an incompatible version."""
+    """Return the content of architecture.json; None if it is missing, incompatible, or belongs to another config.json."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         recorded = json.loads((folder / ARCHITECTURE_FILE).read_text(encoding="utf-8"))
         if recorded.pop("config_sha256") == atomic_dir.file_digest(folder / "config.json"):

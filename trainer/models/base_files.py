@@ -1,10 +1,11 @@
-"""Files of a pretrained model besides its weights: config, tokenizer, licence, Python files, generation settings.
+"""Copy and adapt the files of a pretrained model other than the weights: config, tokenizer, licence, Python files.
 
-A run copies them beside its config, from where checkpoints and exports take them. No copied code is executed.
+A run stores these files beside its config. Checkpoints and exports copy them from there. Copied code is never executed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -20,7 +21,7 @@ from trainer.runtime import terminal
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-# Names in lower case, relative to the folder.
+# Patterns for paths relative to the model's folder. A path is converted to lower case before it is compared.
 _WRITTEN_BY_TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
     "additional_chat_templates/*.jinja",
@@ -32,21 +33,21 @@ _OTHER_TOKENIZER_FILES = (
 _LICENCE = ("license*", "licence*", "notice*", "use_policy*", "copying*", "copyright*")
 _GENERATION_CONFIG = "generation_config.json"
 _CODE = ("*.py",)
-_UPPER_CASE_LICENCE = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # patterns of the Hub are case-sensitive
+_UPPER_CASE_LICENCE = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # Hub download patterns are case-sensitive
 _ROPE = "rope_parameters"
 _ROPE_NAMES = (("rope_theta", "partial_rotary_factor"), ("rotary_emb_base", "rotary_pct"))
-# Not settings of the model, or written by this program.
+# Fields of config.json that are not copied, because they do not describe the model or save_pretrained writes them.
 _NOT_SETTINGS = {
     "architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype", "transformers_version",
     "use_cache", "_name_or_path",
 }  # fmt: skip
-_NOT_COPIED = ("_from_model_config", "transformers_version")
+_NOT_COPIED = ("_from_model_config", "transformers_version")  # fields of generation_config.json
 
 
 def base_folder(name: str) -> Path | None:
-    """Return the folder with the small files of a pretrained model; None, with a warning, if they cannot be downloaded.
+    """Return a local folder with the config, tokenizer, licence and Python files of a pretrained model.
 
-    `name`: a local folder, or a Hub name, whose files are downloaded into the Hub's cache.
+    name: a local folder, or a Hub name, whose files are downloaded. Return None if `name` is a file or the download fails.
     """
     path = Path(name)
     if path.is_dir():
@@ -55,40 +56,40 @@ def base_folder(name: str) -> Path | None:
         return None
     from huggingface_hub import snapshot_download
 
-    wanted = [*_WRITTEN_BY_TOKENIZER, *_OTHER_TOKENIZER_FILES, *_LICENCE, *_UPPER_CASE_LICENCE, *_CODE]
+    patterns = [*_WRITTEN_BY_TOKENIZER, *_OTHER_TOKENIZER_FILES, *_LICENCE, *_UPPER_CASE_LICENCE, *_CODE]
     try:
-        return Path(snapshot_download(name, allow_patterns=[*wanted, "config.json", _GENERATION_CONFIG]))
-    except Exception as error:  # of many types: no network, no such name, a gated repository
+        return Path(snapshot_download(name, allow_patterns=[*patterns, "config.json", _GENERATION_CONFIG]))
+    except Exception as error:  # many types of error: no network, no such name, a gated repository
         terminal.warning(f"{name}: licence and generation settings are not copied ({first_line(error)})")
         return None
 
 
 def copy_tokenizer(base: Path | None, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Write the shards' tokenizer into `target`, which holds the config.
+    """Write the files of `tokenizer` into `target`, which must contain the config.
 
-    The files of `base` are copied unchanged if transformers loads this tokenizer from them beside this config. Otherwise
-    the tokenizer is saved; if the tokenizer of `base` has the same tokens, its other files (`tokenizer.model`) are kept.
+    The tokenizer files of `base` are copied if transformers then loads an equal tokenizer from `target`. Otherwise,
+    `tokenizer` is saved. If `base` has an equal tokenizer, its other files (e.g. tokenizer.model) stay in `target`.
     """
     from transformers import AutoTokenizer
 
     if base is not None:
         copied = _copy(base, target, _WRITTEN_BY_TOKENIZER + _OTHER_TOKENIZER_FILES)
-        ours = fingerprint(tokenizer)
-        try:
-            found = AutoTokenizer.from_pretrained(target, local_files_only=True, trust_remote_code=False)
-            if fingerprint(found) == ours:
+        expected = fingerprint(tokenizer)
+        still_valid: tuple[str, ...] = ()
+        # Many types of exception are possible if `base` has no tokenizer or transformers cannot load the tokenizer.
+        with contextlib.suppress(Exception):
+            loaded = AutoTokenizer.from_pretrained(target, local_files_only=True, trust_remote_code=False)
+            if fingerprint(loaded) == expected:
                 return
-            kept = _OTHER_TOKENIZER_FILES if fingerprint(load_tokenizer(base)) == ours else ()
-        except Exception:  # of many types: no tokenizer in the base, or one that transformers cannot load
-            kept = ()
+            still_valid = _OTHER_TOKENIZER_FILES if fingerprint(load_tokenizer(base)) == expected else ()
         for name in copied:
-            if not _matches(name, kept):
+            if not _matches(name, still_valid):
                 (target / name).unlink()
     tokenizer.save_pretrained(target)
 
 
 def copy_licence_and_code(base: Path | None, target: Path) -> None:
-    """Copy the licence of `base` into `target`, and its Python files if a config names some (`auto_map`)."""
+    """Copy the licence files from `base` to `target`, and the Python files if a config refers to them (`auto_map`)."""
     if base is None:
         return
     _copy(base, target, _LICENCE)
@@ -99,26 +100,25 @@ def copy_licence_and_code(base: Path | None, target: Path) -> None:
 def generation_config(base: Path | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the content of generation_config.json.
 
-    Sampling settings come from `base`; BOS and padding tokens from `base`, or from the tokenizer if `base` has none.
-    `eos_token_id` is that of `base` plus the tokenizer's EOS token, because every training example ends with it.
+    Sampling settings come from `base`. BOS and padding tokens come from `base`, else from the tokenizer. `eos_token_id`
+    holds the end tokens of `base` and the tokenizer's EOS token, because the latter ends every training example.
     """
     import transformers
 
     settings = _json_of(base, _GENERATION_CONFIG)
     inherited = [settings, _json_of(base, "config.json"), published_settings(base)]
 
-    def token(kind: str, *others: int | None) -> Any:
-        values = [*(found.get(kind) for found in inherited), *others]
+    def token(name: str, *defaults: int | None) -> Any:
+        values = [*(config.get(name) for config in inherited), *defaults]
         return next((value for value in values if value is not None), None)
 
-    ends = token("eos_token_id")
-    ours = tokenizer.eos_token_id
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if ours is not None and ours not in known:
-        ends = [*known, ours] if known else ours
+    ends, eos = token("eos_token_id"), tokenizer.eos_token_id
+    base_ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if eos is not None and eos not in base_ends:
+        ends = [*base_ends, eos] if base_ends else eos
     tokens = {
         "eos_token_id": ends,
-        "pad_token_id": token("pad_token_id", tokenizer.pad_token_id, ours),
+        "pad_token_id": token("pad_token_id", tokenizer.pad_token_id, eos),
         "bos_token_id": token("bos_token_id", tokenizer.bos_token_id),
     }
     result = {name: value for name, value in settings.items() if name not in _NOT_COPIED}
@@ -127,76 +127,76 @@ def generation_config(base: Path | None, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def published_settings(base: Path | None) -> dict[str, Any]:
-    """Return config.json of `base`, its `text_config` if there is one, without transformers' defaults; {} without a base."""
+    """Return `text_config` of config.json in `base`, or the whole config if it has no text_config; {} if `base` is None."""
     config = _json_of(base, "config.json")
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
 
 
 def add_old_settings(path: Path, published: dict[str, Any]) -> None:
-    """Add to the config.json at `path` the settings of `published`, the base model's config.json, that it lacks.
+    """Add settings to the config.json at `path` under the names of transformers 4.
 
     transformers 5 moves the settings of rotary positions (`rope_theta`, `rope_scaling`, `rotary_pct`, ...) into
-    `rope_parameters`, and Qwen3-MoE's `num_experts` into `num_local_experts`. Software that reads only the names of
-    transformers 4 would use its defaults, for positions silently.
+    `rope_parameters`, and renames Qwen3-MoE's `num_experts` to `num_local_experts`. Software that reads only the old names
+    would use default values; wrong values for rotary positions raise no error.
 
-    Settings of rotary positions and numbers of experts that `published` lacks are derived. Settings are added only if
-    transformers reads the same config from the result, with and without `rope_parameters`.
+    The old settings come from `published`, the base model's config.json. If `published` lacks the rotary settings or the
+    number of experts, they are derived from the new settings. Settings are added only if transformers then reads the same
+    config as before, both from the whole file and from the file without `rope_parameters`.
     """
     from transformers import AutoConfig
 
-    ours = json.loads(path.read_text(encoding="utf-8"))
+    current = json.loads(path.read_text(encoding="utf-8"))
     config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
-    kind, expected = type(config), {**config.to_dict(), "_name_or_path": ""}
-    kept = {key: value for key, value in published.items() if key not in ours and key not in _NOT_SETTINGS}
+    expected = {**config.to_dict(), "_name_or_path": ""}
+    missing = {name: published[name] for name in published.keys() - current.keys() - _NOT_SETTINGS}
     for old, new in config.attribute_map.items():
-        if "experts" in old and new in ours and old not in ours:
-            kept.setdefault(old, ours[new])
-    for rope_settings, other_settings in itertools.product(_candidates(ours.get(_ROPE)), (kept, {})):
+        if "experts" in old and new in current and old not in current:
+            missing.setdefault(old, current[new])
+    without_rope = {name: value for name, value in current.items() if name != _ROPE}
+    for rope_settings, other_settings in itertools.product(_old_rope(current.get(_ROPE)), (missing, {})):
         added = {**rope_settings, **other_settings}
-        without_new = {key: value for key, value in ours.items() if key != _ROPE}
-        if all(_reads_same(kind, content | added, expected, added) for content in (ours, without_new)):
-            path.write_text(json.dumps(ours | added, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        compared = {name: value for name, value in expected.items() if name not in added}
+        if all(_reads_as(type(config), {**form, **added}, compared) for form in (current, without_rope)):
+            path.write_text(json.dumps(current | added, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             return
 
 
-def _candidates(rope: Any) -> Iterator[dict[str, Any]]:
-    """Yield forms in which configs of transformers 4 spell `rope_parameters`, last the empty one."""
+def _old_rope(rope: Any) -> Iterator[dict[str, Any]]:
+    """Yield candidates for the transformers 4 form of `rope`, the value of `rope_parameters`. The last candidate is {}."""
     if isinstance(rope, dict):
-        whole, local = rope, None
+        full, sliding = rope, None
         if isinstance(rope.get("full_attention"), dict):
-            whole, local = rope["full_attention"], rope.get("sliding_attention")
-        theta, share = whole.get("rope_theta"), whole.get("partial_rotary_factor")
-        rest = {name: whole[name] for name in whole if name not in ("rope_theta", "partial_rotary_factor")}
+            full, sliding = rope["full_attention"], rope.get("sliding_attention")
+        theta, fraction = full.get("rope_theta"), full.get("partial_rotary_factor")
+        rest = {name: full[name] for name in full if name not in ("rope_theta", "partial_rotary_factor")}
         scaling = {} if rest.get("rope_type", "default") == "default" else {"rope_scaling": rest}
-        for theta_name, share_name in _ROPE_NAMES:
-            names = {theta_name: theta, share_name: share}
-            if isinstance(local, dict):
-                names["rope_local_base_freq"] = local.get("rope_theta")
-            yield {name: value for name, value in names.items() if value is not None} | scaling
+        for theta_name, fraction_name in _ROPE_NAMES:
+            settings = {theta_name: theta, fraction_name: fraction}
+            if isinstance(sliding, dict):
+                settings["rope_local_base_freq"] = sliding.get("rope_theta")
+            yield {name: value for name, value in settings.items() if value is not None} | scaling
     yield {}
 
 
-def _reads_same(
-    kind: type[PreTrainedConfig], content: dict[str, Any], expected: dict[str, Any], added: dict[str, Any]
-) -> bool:
-    """Return whether transformers reads `expected` from `content`; the names in `added` are not compared."""
+def _reads_as(config_class: type[PreTrainedConfig], content: Any, expected: dict[str, Any]) -> bool:
+    """Return whether a config that transformers reads from `content` has all settings in `expected`, with equal values."""
     try:
-        found = kind.from_dict(json.loads(json.dumps(content))).to_dict()
-    except Exception:  # of many types: the family has no such setting
+        settings = config_class.from_dict(json.loads(json.dumps(content))).to_dict()
+    except Exception:  # the type of the exception depends on the model family
         return False
-    return all(found.get(name) == value for name, value in expected.items() if name not in added)
+    return all(settings.get(name) == value for name, value in expected.items())
 
 
 def wrapper_type(base: Path | None, model_type: str) -> str:
-    """Return the model type of `base` if it is a multimodal wrapper whose text part (of `model_type`) is used, else ""."""
+    """Return the model type of `base` if `base` is a multimodal wrapper of a text model of type `model_type`, else ""."""
     config = _json_of(base, "config.json")
     is_wrapper = "text_config" in config and config.get("model_type") != model_type
     return str(config.get("model_type", "")) if is_wrapper else ""
 
 
 def _copy(base: Path, target: Path, patterns: tuple[str, ...]) -> list[str]:
-    """Copy the files of `base` whose relative names match and return the names."""
+    """Copy the files of `base` whose relative names match a pattern; return the names."""
     copied = []
     for path in sorted([*base.iterdir(), *base.glob("additional_chat_templates/*")]):
         name = path.relative_to(base).as_posix()
@@ -212,9 +212,9 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _json_of(base: Path | None, name: str) -> dict[str, Any]:
-    """Return the content of a JSON file of `base`; {} if there is none."""
+    """Return the content of a JSON file in `base`; {} if the file is missing or holds no JSON object."""
     try:
-        found = {} if base is None else json.loads((base / name).read_text(encoding="utf-8"))
+        content = {} if base is None else json.loads((base / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

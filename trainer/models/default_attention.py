@@ -1,20 +1,21 @@
 """Attention of one sequence, as transformers' default implementation of a model family computes it.
 
-Packed attention and slot attention split a flat row of tokens into sequences and call `attend` for each. Mask and
+Packed attention and slot attention split a flat row of tokens into sequences and call `attend` for each sequence. Mask and
 arithmetic come from transformers:
 
-- Transformers calls a registered mask function with the family's rule of the keys that a query sees (causal, sliding
-  window, chunk). `MaskPattern` keeps that rule and evaluates it for the positions of one sequence.
-- Families that support sdpa get torch's kernel, as in transformers. All others (soft caps, attention sinks) get the
-  `eager_attention_forward` of their own modeling file.
+- transformers passes the family's mask function (causal, sliding window, chunk) to a registered attention. `MaskPattern`
+  evaluates this function for the positions of one sequence.
+- Families that support sdpa use torch's kernel, as in transformers. All other families (soft caps, attention sinks) use
+  `eager_attention_forward` of their modeling file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ class UnsupportedAttention(RuntimeError):
 
 
 class MaskPattern:
-    """Rule of the keys that a query sees, as a function of both positions within one sequence.
+    """Mask as a function of the positions of query and key in their sequence.
 
-    `function`: transformers' mask function. `max_causal_length`: sequences up to this length are plainly causal.
+    function: transformers' mask function. max_causal_length: longest sequence (in tokens) whose mask is purely causal.
     """
 
     def __init__(self, function: _MaskFunction, max_causal_length: float) -> None:
@@ -43,33 +44,28 @@ class MaskPattern:
         self._max_causal_length = max_causal_length
 
     def is_causal(self, length: int) -> bool:
-        """Return whether the pattern is plain causal attention for sequences of up to `length` tokens."""
+        """Return whether the mask of `length` tokens is purely causal, i.e. not limited by a window or chunks."""
         return length <= self._max_causal_length
 
     def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Return a boolean mask of the broadcast shape of the positions `queries` and `keys` (int64)."""
+        """Return the boolean mask for int64 positions `queries` and `keys`, which broadcast to the shape of the mask."""
         first = torch.zeros((), dtype=torch.int64, device=queries.device)
         return self._function(first, first, queries, keys)
 
 
 def register(name: str, attention: Callable[..., Any], make_mask: Callable[[MaskPattern], LayerMask]) -> None:
-    """Register an attention implementation with transformers; its layers get `make_mask(...)` as `attention_mask`."""
+    """Register an attention implementation with transformers. Layers get the result of `make_mask` as `attention_mask`."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-    def mask(
-        *_: Any,
-        mask_function: Any = causal_mask_function,
-        local_size: int | None = None,
-        use_vmap: bool = False,
-        config: Any = None,
-        **__: Any,
-    ) -> object:
-        if use_vmap or not getattr(config, "is_causal", True):
+    def mask(*_: Any, mask_function: Any = causal_mask_function, **options: Any) -> object:
+        if options.get("use_vmap") or not getattr(options.get("config"), "is_causal", True):
             raise UnsupportedAttention("its attention mask is not a causal function of positions")
-        # A window or a chunk hides nothing from sequences that fit into it.
-        max_causal_length = math.inf if mask_function is causal_mask_function else local_size or 0
-        return make_mask(MaskPattern(mask_function, max_causal_length))
+        # In sequences that are not longer than the window or chunk, the mask is purely causal.
+        is_causal = mask_function is causal_mask_function
+        return make_mask(
+            MaskPattern(mask_function, math.inf if is_causal else options.get("local_size") or 0)
+        )
 
     disable_cudnn_sdpa()
     _registered[name] = attention
@@ -80,14 +76,14 @@ def register(name: str, attention: Callable[..., Any], make_mask: Callable[[Mask
 def disable_cudnn_sdpa() -> None:
     """Exclude cuDNN's kernel from `scaled_dot_product_attention` in this process.
 
-    On Hopper and Blackwell torch (2.11 to 2.13) prefers cuDNN's kernel, which builds a plan for every new shape: 0.4 s
-    on a B200 (modelscope/FunASR #3704). Packed examples and generation slots have a new shape at almost every call.
+    On Hopper and Blackwell torch (2.11 to 2.13) prefers cuDNN's kernel, which takes 0.4 s to plan every new shape (B200,
+    modelscope/FunASR #3704). Packed examples and generation slots have a new shape at almost every call.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def uses_sdpa(model: Any) -> bool:
-    """Return whether transformers would choose sdpa, not eager, for this model (or the engine around it)."""
+    """Return whether transformers chooses sdpa, not eager, for `model` (a model or a DeepSpeed engine)."""
     return bool(getattr(getattr(model, "module", model), "_supports_sdpa", False))
 
 
@@ -101,33 +97,28 @@ def attend(
     dropout: float,
     use_sdpa: bool,
     kwargs: dict[str, Any],
-    key_bias: torch.Tensor | None = None,
+    alibi_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the attention of `batch` sequences [batch, queries, heads, value head_dim].
+    """Return the attention output [batch, queries, heads, value head_dim] of a batch of sequences.
 
-    query [batch, heads, queries, head_dim], key and value [batch, key-value heads, keys, ...]. visible: boolean mask
-    that broadcasts to [batch, heads, queries, keys]; None: causal, as many keys as queries. key_bias [heads, at least
-    keys]: added to the scores of the keys (alibi.py). kwargs: the layer's other arguments, for the family's eager function.
+    query [batch, heads, queries, head_dim], key and value [batch, key-value heads, keys, ...]. visible: boolean mask that
+    broadcasts to [batch, heads, queries, keys]; None: causal mask (requires as many queries as keys).
+    alibi_bias [heads, n >= keys]: columns 0 to keys - 1 are added to the scores. kwargs: arguments for the eager function.
     """
-    if use_sdpa and key_bias is None:
+    if use_sdpa and alibi_bias is None:
         mask = visible
     else:
         if visible is None:
             length = query.shape[2]
             visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         mask = visible.view((1,) * (4 - visible.dim()) + visible.shape)
-        if key_bias is not None:
-            mask = torch.where(mask, key_bias[:, None, : key.shape[2]].to(query.dtype), float("-inf"))
-    if use_sdpa or key_bias is not None:
+        if alibi_bias is not None:
+            mask = torch.where(mask, alibi_bias[:, None, : key.shape[2]].to(query.dtype), float("-inf"))
+    if use_sdpa or alibi_bias is not None:
+        is_causal = mask is None and query.shape[2] > 1
+        is_grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None and query.shape[2] > 1,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query, key, value, mask, dropout, is_causal, scale=scaling, enable_gqa=is_grouped
         ).transpose(1, 2)
     assert mask is not None
     additive = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
@@ -138,7 +129,7 @@ def attend(
 
 
 class _MaskIsNoTensor(UnsupportedAttention, AttributeError):
-    """Raised where a layer uses a `LayerMask` as a tensor; an AttributeError, so that `hasattr` returns False."""
+    """Raised if a layer uses a `LayerMask` as a tensor. It is an AttributeError, so `hasattr` returns False."""
 
     def __init__(self) -> None:
         super().__init__("its layers compute with the attention mask themselves")
@@ -147,10 +138,10 @@ class _MaskIsNoTensor(UnsupportedAttention, AttributeError):
 class LayerMask:
     """Object that layers receive as `attention_mask`; any use as a tensor raises UnsupportedAttention."""
 
-    ndim = 0  # Falcon adds its own bias to masks of 4 dimensions
+    ndim = 0  # Falcon would add its own bias to a mask with ndim 4
 
     def to(self, *_: Any) -> LayerMask:
-        """Return the mask itself: MPT converts its mask to bool."""
+        """Return `self`: MPT calls `.to(torch.bool)` on its mask."""
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -167,7 +158,7 @@ class LayerMask:
 def set_attention(model: Any, name: str) -> None:
     """Set the attention implementation of a transformers model and of the submodels that support it.
 
-    Raises UnsupportedAttention, with nothing changed, if the layers of the text model do not support it.
+    Raises UnsupportedAttention and leaves the model unchanged if the layers of the text model do not support it.
     """
     if name in _registered:
         disable_cudnn_sdpa()
@@ -181,12 +172,30 @@ def set_attention(model: Any, name: str) -> None:
     else:
         model.set_attn_implementation(name)
     if library_internals.get_attention(text) != name:
-        restore_attention(model, before)
+        _restore_attention(model, before)
         raise UnsupportedAttention("its attention layers in transformers cannot be replaced")
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: Any, attention: str | None) -> Iterator[None]:
+    """Context manager that sets evaluation mode and an attention implementation, and restores both on exit.
+
+    attention: name of the implementation; None: keep the current one. Raises UnsupportedAttention as `set_attention` does.
+    """
+    before, training = attention_of_submodules(model), model.training
+    model.eval()
+    try:
+        if attention is not None:
+            set_attention(model, attention)
+        yield
+    finally:
+        if attention is not None:
+            _restore_attention(model, before)
+        model.train(training)
+
+
 def attention_of_submodules(model: Any) -> list[tuple[Any, str]]:
-    """Return (config, attention implementation) of `model` and of each submodel, outer models first."""
+    """Return (config, attention implementation) of `model` and of each submodel, in the order of `model.modules()`."""
     from transformers import PreTrainedModel
 
     submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
@@ -194,10 +203,9 @@ def attention_of_submodules(model: Any) -> list[tuple[Any, str]]:
     return [(config, library_internals.get_attention(config)) for config in configs.values()]
 
 
-def restore_attention(model: Any, before: list[tuple[Any, str]]) -> None:
-    """Restore the attention implementations `before` that `attention_of_submodules` returned."""
+def _restore_attention(model: Any, before: list[tuple[Any, str]]) -> None:
     alibi.use_attention(model, _registered.get(before[0][1]))
-    for config, name in before:  # outer first: transformers passes the setting on to submodels
+    for config, name in before:  # `set_attention` also changes sub-configs, which come later in `before`.
         if library_internals.get_attention(config) != name:
             library_internals.set_attention(config, name)
 
@@ -208,7 +216,7 @@ def can_set_attention(model_class: Any) -> bool:
 
 
 def check_keywords(kwargs: dict[str, Any]) -> None:
-    """Raise UnsupportedAttention for an argument of transformers' sdpa that cannot be split into sequences."""
+    """Raise UnsupportedAttention if a layer's keyword arguments hold a bias per pair of tokens, or switch off causality."""
     if kwargs.get("position_bias") is not None:
         raise UnsupportedAttention("its attention adds a bias of its own to every pair of tokens")
     if kwargs.get("is_causal") is False:
@@ -217,7 +225,7 @@ def check_keywords(kwargs: dict[str, Any]) -> None:
 
 @functools.cache
 def _eager_function(layer: type) -> Callable[..., Any]:
-    """Return `eager_attention_forward` of the module that defines the attention layer or one of its base classes."""
+    """Return `eager_attention_forward` of the modeling module that defines the class `layer` or one of its bases."""
     for ancestor in layer.__mro__:
         function = getattr(sys.modules.get(ancestor.__module__), "eager_attention_forward", None)
         if function is not None:

@@ -1,18 +1,16 @@
-"""KV cache of generation slots, one sequence each, and the inputs of a forward pass over it.
+"""KV cache of generation slots, with one sequence per slot, and the inputs of a forward pass over the cache.
 
-A forward pass takes one flat row of tokens, shape [1, tokens], from any number of sequences: no padding, and one pass
-can prefill a prompt while other slots decode (continuous batching: Yu et al., "Orca", OSDI 2022). slot_attention.py
-computes the attention of each token over its own slot.
+A forward pass takes one flat row of tokens, shape [1, tokens], from any number of sequences. There is no padding. One pass
+can prefill a prompt while other slots decode (continuous batching: Yu et al., "Orca", OSDI 2022). slot_attention.py computes
+the attention of each token over the token's slot.
 """
-
-from __future__ import annotations
 
 import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,22 +20,21 @@ _LENGTH_MULTIPLE = 8  # CUDA's memory-efficient kernel needs mask rows aligned t
 class KVCache:
     """Keys and values of every attention call of a forward pass, each [slots, key-value heads, capacity, head_dim].
 
-    The index is the number of the attention call, since a layer may call attention twice and a looped model runs its
-    layers several times. Allocated on first use.
+    Tensors belong to attention calls, not to layers: a layer may call attention twice, and a looped model runs its layers
+    several times. The first forward pass allocates the tensors.
     """
 
     def __init__(self, num_slots: int, capacity: int) -> None:
-        self.num_slots = num_slots
-        self.capacity = capacity
+        self.num_slots, self.capacity = num_slots, capacity
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cached keys and values of attention call `index`.
+        """Return the cached keys and values of attention call `index`. The first call allocates both tensors.
 
-        `key`, `value` [1, key-value heads, tokens, head_dim] give shapes (which may differ), dtype and device.
+        `key` and `value` [1, key-value heads, tokens, head_dim] determine the shape, dtype and device of the tensors.
         """
         if index not in self._layers:
-            # Zeros, not empty: positions after a sequence's end are masked by adding -inf, which NaN would survive.
+            # Not `empty`: positions after a sequence's end are masked by adding -inf to scores, but NaN + -inf is NaN.
             keys, values = (
                 like.new_zeros(self.num_slots, like.shape[1], self.capacity, like.shape[3])
                 for like in (key, value)
@@ -46,15 +43,13 @@ class KVCache:
         return self._layers[index]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of slot `source` over those of slot `target`."""
-        for keys, values in self._layers.values():
-            keys[target, :, :length] = keys[source, :, :length]
-            values[target, :, :length] = values[source, :, :length]
+        """Copy the first `length` positions of slot `source` into slot `target`."""
+        for tensor in chain.from_iterable(self._layers.values()):
+            tensor[target, :, :length] = tensor[source, :, :length]
 
 
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Tokens `start:stop` of the flat row, which continue the sequence of `num_cached` tokens in `slot`."""
+class PrefillChunk(NamedTuple):
+    """Tokens `start:stop` of the flat row. They follow the `num_cached` tokens that `slot` holds."""
 
     start: int
     stop: int
@@ -63,53 +58,50 @@ class PrefillChunk:
 
     @property
     def end(self) -> int:
-        """Return the length of the sequence after this chunk."""
+        """Length of the sequence after this chunk."""
         return self.num_cached + self.stop - self.start
 
 
-@dataclass(frozen=True)
-class VarlenBatch:
-    """Arguments of variable-length attention over all chunks of a pass; the keys of a chunk start at position 0."""
+class VarlenBatch(NamedTuple):
+    """Arguments of variable-length attention over the chunks of a pass. A chunk has keys for its cached and its new tokens."""
 
-    cu_seqlens: torch.Tensor  # [chunks + 1] int32, cumulated numbers of queries
-    cu_seqlens_k: torch.Tensor  # [chunks + 1] int32, cumulated numbers of keys
+    cu_seqlens: torch.Tensor  # [chunks + 1] int32, cumulative numbers of queries
+    cu_seqlens_k: torch.Tensor  # [chunks + 1] int32, cumulative numbers of keys
     key_slots: torch.Tensor  # [keys] int64, slot of each key in the cache
-    key_positions: torch.Tensor  # [keys] int64
-    max_seqlen: int  # queries of a chunk
-    max_seqlen_k: int  # keys of a chunk
+    key_positions: torch.Tensor  # [keys] int64, position of each key in its slot
+    max_seqlen: int  # largest number of queries of a chunk
+    max_seqlen_k: int  # largest number of keys of a chunk
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
     """Inputs of one forward pass.
 
-    The flat row ends with one token for each active slot, in slot order: the last token of its sequence, whose attention
-    runs as one batch over the slots. Before them come the `chunks`: the other new tokens of a slot (a prompt, or forced
-    tokens).
+    The active slots are those with new tokens; other slots with a sequence are parked. The flat row ends with the last new
+    token of each active slot, in slot order. Before them come all other new tokens of the active slots, as `chunks`.
 
-    A parked slot has no token in the row. If its index is below an active one's, it is in the batch of the attention
-    with a zero query whose result is dropped: gathering the keys and values of the active slots would cost more. In a
-    pass from `prepare_decode` all slots of the block are active.
+    The attention of the last tokens runs as one batch over the slots 0 to block - 1. In this batch a parked slot has a zero
+    query, and the slot's result is dropped. Gathering only the keys and values of the active slots would cost more.
     """
 
     cache: KVCache
     input_ids: torch.Tensor  # [1, tokens] int64
     positions: torch.Tensor  # [1, tokens] int64, position of each token in its own sequence
-    slots: torch.Tensor  # [tokens] int64
-    num_decode: int  # active slots
-    block: int  # 1 + the last active slot
-    active_slots: torch.Tensor | None  # [num_decode] int64; None: all slots of the block
-    max_seqlen: int  # tokens of the longest active sequence after this pass, rounded up
+    slots: torch.Tensor  # [tokens] int64, slot of each token
+    num_decode: int  # number of active slots
+    block: int  # 1 + index of the last active slot
+    active_slots: torch.Tensor | None  # [num_decode] int64; None: the slots 0 to block - 1 are all active
+    max_seqlen: int  # at least the length of each active sequence after this pass, in tokens
     last_positions: torch.Tensor  # [block] int64, position of each slot's last token; 0 for a parked slot
     mask: torch.Tensor  # [block, 1, 1, max_seqlen], 0 inside a sequence and -inf after its end
     chunks: tuple[PrefillChunk, ...]
-    # Weak references to the keys and values of each attention call.
+    # weak references to the (key, value) arguments of earlier `store` calls, by index of the attention call
     _stored: list[tuple[Any, Any]] = field(default_factory=list)
 
     def store(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the row's keys and values into their slots; return all cached ones of this attention call.
+        """Cache the keys and values of the new tokens; return all keys and values that this attention call has cached.
 
-        A layer that reuses the keys and values of an earlier one (Gemma 4) uses the earlier layer's cache.
+        If a layer passes the same tensors as an earlier layer (Gemma 4), both layers use the cache of the earlier layer.
         """
         for index, (earlier_key, earlier_value) in enumerate(self._stored):
             if earlier_key() is key and earlier_value() is value:
@@ -123,7 +115,7 @@ class ForwardBatch:
 
     @functools.cached_property
     def varlen_batch(self) -> VarlenBatch:
-        """Return the arguments of variable-length attention over the chunks, of which there must be at least one."""
+        """Arguments of variable-length attention over the chunks. There must be at least one chunk."""
         device = self.input_ids.device
         keys = [chunk.end for chunk in self.chunks]
         cu_seqlens = [0, *(chunk.stop for chunk in self.chunks)]
@@ -151,32 +143,31 @@ def prepare_prefill(
     dtype: torch.dtype,
     device: torch.device,
 ) -> ForwardBatch:
-    """Return a batch that appends `new_tokens[i]`, at least one, to the `lengths[i]` cached tokens of slot `active[i]`.
+    """Return a batch that appends `new_tokens[i]` to the `lengths[i]` cached tokens of slot `active[i]`.
 
-    `active` must be ascending and not empty.
+    Each slot must have at least one new token. `active` must be ascending and not empty.
     """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     chunks: list[PrefillChunk] = []
-    for slot, length, new in zip(active, lengths, new_tokens, strict=True):
-        if len(new) > 1:
-            start = len(tokens)
-            tokens += new[:-1]
-            positions += range(length, length + len(new) - 1)
-            slots += [slot] * (len(new) - 1)
-            chunks.append(PrefillChunk(start, len(tokens), slot, length))
-    num_decode, block = len(active), active[-1] + 1
     ends = [length + len(new) for length, new in zip(lengths, new_tokens, strict=True)]
+    for slot, length, end, new in zip(active, lengths, ends, new_tokens, strict=True):
+        if len(new) > 1:
+            chunks.append(PrefillChunk(len(tokens), len(tokens) + len(new) - 1, slot, length))
+            tokens += new[:-1]
+            positions += range(length, end - 1)
+            slots += [slot] * (len(new) - 1)
+    num_decode, block = len(active), active[-1] + 1
     assert max(ends) <= cache.capacity and block <= cache.num_slots
     tokens += [new[-1] for new in new_tokens]
     positions += [end - 1 for end in ends]
     slots += active
-    # One transfer to the device for all three.
+    # Copy all three lists to the device in one transfer.
     numbers = torch.tensor([tokens, positions, slots], dtype=torch.int64).to(device)
     active_slots = numbers[2, len(tokens) - num_decode :] if num_decode < block else None
     last_positions = numbers[1, len(tokens) - num_decode :]
-    # A parked slot attends to its first position, so that its dropped result has no NaN.
+    # A parked slot attends to its first position. If all positions were masked, its result would be NaN.
     if active_slots is not None:
         last_positions = last_positions.new_zeros(block).index_copy_(0, active_slots, last_positions)
     max_seqlen = min(-(-max(ends) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, cache.capacity)
@@ -198,10 +189,10 @@ def prepare_prefill(
 def prepare_decode(
     cache: KVCache, numbers: torch.Tensor, max_seqlen: int, dtype: torch.dtype
 ) -> ForwardBatch:
-    """Return a batch that appends one token to each of the slots 0..block-1, with device operations only.
+    """Return a batch that appends one token to each of the slots 0 to block - 1. All operations run on the device.
 
-    numbers: [2, block] int64 on the device, token and position of each slot: all that changes between replays of a CUDA
-    graph (cuda_graphs.py). A slot attends to at most `max_seqlen` positions.
+    numbers: [2, block] int64 on the device, token and position of each slot. Replays of a CUDA graph (cuda_graphs.py) differ
+    only in these numbers. A slot attends to at most `max_seqlen` positions.
     """
     block = numbers.shape[1]
     return ForwardBatch(
@@ -220,8 +211,6 @@ def prepare_decode(
 
 
 def _mask(last_positions: torch.Tensor, max_seqlen: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return a mask [block, 1, 1, max_seqlen] for last_positions [block]: 0 up to the last position, -inf after it."""
-    device = last_positions.device
-    is_hidden = torch.arange(max_seqlen, device=device) > last_positions[:, None]
-    mask = torch.zeros(is_hidden.shape, dtype=dtype, device=device).masked_fill_(is_hidden, float("-inf"))
-    return mask[:, None, None, :]
+    """Return the mask [block, 1, 1, max_seqlen] for last_positions [block]: 0 up to the last position, -inf after it."""
+    is_hidden = torch.arange(max_seqlen, device=last_positions.device) > last_positions[:, None, None, None]
+    return torch.zeros_like(is_hidden, dtype=dtype).masked_fill_(is_hidden, float("-inf"))

@@ -1,12 +1,9 @@
-"""Causal attention over packs: every example of a pack attends to itself alone.
+"""Causal attention over packs: the tokens of an example attend only to this example.
 
-Registered with transformers as the attention "packed". Inside `use_pack` its mask function returns a `PackMask`, which
-every family passes to its layers as `attention_mask`, so that the boundaries of the examples reach the attention even
-where layers drop the caller's keyword arguments. Any other use of the mask raises an error, and
-training/layout_check.py compares the result with the model's own forward pass.
+This attention is registered with transformers as "packed". Inside `use_pack`, transformers passes a `PackMask` to all layers
+as `attention_mask`. The mask holds the boundaries of the examples, because some layers drop other keyword arguments. A layer
+that uses the mask as a tensor gets an error. training/layout_check.py compares the result with the model's own forward pass.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -26,11 +23,11 @@ NAME = "packed"
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Examples of a flat row: `lengths` in tokens; `cu_seqlens` int32 [examples + 1], their cumulated lengths."""
+    """Boundaries of the examples in a flat row of tokens."""
 
-    lengths: Sequence[int]
-    cu_seqlens: torch.Tensor
-    use_sdpa: bool  # else the family's eager attention
+    lengths: Sequence[int]  # number of tokens of each example
+    cu_seqlens: torch.Tensor  # [examples + 1] int32, cumulated lengths
+    use_sdpa: bool  # True: torch's sdpa; False: the model family's eager attention
 
     @functools.cached_property
     def max_seqlen(self) -> int:
@@ -38,7 +35,7 @@ class PackedSequence:
 
 
 class PackMask(LayerMask):
-    """Mask of a pack: that of every example is the upper left corner of the longest example's."""
+    """Mask of a pack. The mask of an example with n tokens is the first n rows and columns of the longest example's mask."""
 
     def __init__(self, pack: PackedSequence, pattern: MaskPattern) -> None:
         self.pack = pack
@@ -47,19 +44,19 @@ class PackMask(LayerMask):
         self._pattern = pattern
 
     def of_example(self, length: int) -> torch.Tensor | None:
-        """Return the boolean mask [length, length] of an example, None for plain causal attention."""
+        """Return the boolean mask [length, length] of an example; None for plain causal attention."""
         if self.is_causal or self._pattern.is_causal(length):
             return None
-        return self._longest[:length, :length]
+        return self._longest_mask[:length, :length]
 
     @functools.cached_property
-    def _longest(self) -> torch.Tensor:
+    def _longest_mask(self) -> torch.Tensor:
         positions = torch.arange(self.max_seqlen, device=self.pack.cu_seqlens.device)
         return self._pattern.visible(positions[:, None], positions)
 
 
-def causal_mask(lengths: Sequence[int], cu_seqlens: torch.Tensor) -> PackMask:
-    """Return the mask of a pack (see `PackedSequence`) in plain causal attention, to call `attend` without a model."""
+def causal_pack_mask(lengths: Sequence[int], cu_seqlens: torch.Tensor) -> PackMask:
+    """Return the mask for plain causal attention over a pack, with which `attend` can be called without a model."""
     from transformers.masking_utils import causal_mask_function
 
     pattern = MaskPattern(causal_mask_function, math.inf)  # type: ignore[arg-type]
@@ -71,9 +68,9 @@ _current: PackedSequence | None = None
 
 @contextlib.contextmanager
 def use_pack(model: Any, lengths: Sequence[int], cu_seqlens: torch.Tensor) -> Iterator[None]:
-    """Context manager for the forward pass of a pack by `model` (or its engine), whose attention is "packed".
+    """Context manager for a forward pass over a pack. `model`: a model with attention "packed", or its engine.
 
-    The backward pass, which may recompute layers, does not need it.
+    The backward pass may run outside this context, even if it recomputes layers.
     """
     global _current
     before = _current
@@ -104,43 +101,41 @@ def attend(
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
-    key_bias: torch.Tensor | None = None,
+    alibi_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return the attention output [1, tokens, heads, value head_dim] of a pack; transformers' attention function.
+    """Return the attention output [1, tokens, heads, value head_dim] of a pack; an attention function for transformers.
 
-    query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, ...], key_bias [heads, at least max_seqlen]
-    (see default_attention.attend). Raises UnsupportedAttention if `attention_mask` is not a `PackMask`.
+    query [1, heads, tokens, head_dim], key and value [1, key-value heads, tokens, ...], alibi_bias [heads, at least
+    max_seqlen] (see default_attention.attend). Raises UnsupportedAttention unless the batch size is 1 and the mask a `PackMask`.
     """
     if not isinstance(attention_mask, PackMask) or query.shape[0] != 1:
         raise UnsupportedAttention("its layers do not pass the attention mask on")
     mask, pack = attention_mask, attention_mask.pack
     default_attention.check_keywords(kwargs)
-    plain = pack.use_sdpa and mask.is_causal and key_bias is None and dropout == 0.0
-    if plain and has_kernel(query, value):
-        lengths = pack.cu_seqlens, pack.max_seqlen, pack.cu_seqlens, pack.max_seqlen
-        return varlen_attention(query, key, value, scaling, *lengths), None
-    # One call per example: the cost is the sum of squared lengths, not the square of the pack's.
-    split = [tensor.split(list(pack.lengths), 2) for tensor in (query, key, value)]
+    is_plain = pack.use_sdpa and mask.is_causal and alibi_bias is None and dropout == 0.0
+    if is_plain and has_kernel(query, value):
+        lengths = pack.cu_seqlens, pack.max_seqlen
+        return varlen_attention(query, key, value, scaling, *lengths, *lengths), None
+    # Call once per example: the cost of one call for the whole pack would grow with the square of the pack's length.
+    examples = zip(*(tensor.split(list(pack.lengths), 2) for tensor in (query, key, value)), strict=True)
+    masks, options = map(mask.of_example, pack.lengths), (scaling, dropout, pack.use_sdpa, kwargs, alibi_bias)
     outputs = [
-        default_attention.attend(
-            module, q, k, v, mask.of_example(length), scaling, dropout, pack.use_sdpa, kwargs, key_bias
-        )
-        for q, k, v, length in zip(*split, pack.lengths, strict=True)
+        default_attention.attend(module, q, k, v, visible, *options)
+        for (q, k, v), visible in zip(examples, masks, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
 
 
 def has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether `varlen_attention` supports the tensors: Ampere or newer, 16 bits, one head_dim, <= 256, multiple of 8."""
+    """Return whether `varlen_attention` supports the tensors' device, dtype and head_dim."""
     head_dim = query.shape[3]
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 256
+        and head_dim in range(0, 257, 8)
         and value.shape[3] == head_dim
-        and torch.cuda.get_device_capability(query.device)[0] >= 8
+        and torch.cuda.get_device_capability(query.device)[0] >= 8  # Ampere or newer
     )
 
 
@@ -156,24 +151,25 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Return the causal attention of all examples from one kernel (torch's flash attention), without dropout.
 
-    Shapes as in `attend`. `cu_seqlens` of the queries and `cu_seqlens_k` of the keys are int32; if an example has more
-    keys than queries, its last query is aligned with its last key.
+    Shapes as in `attend`. cu_seqlens, cu_seqlens_k: int32 [examples + 1], cumulated numbers of queries and of keys. If an
+    example has more keys than queries, its last query is aligned with its last key.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    # squeeze, not [0]: the gradient of an index is a copy into zeros, in an axis order that is copied once more.
+    # Use squeeze(0), not [0]. In the backward pass, [0] copies the gradient twice: into a tensor of zeros, and to reorder
+    # the axes.
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     is_grouped = query.shape[1] != key.shape[1]
     grouped: dict[str, Any] = {"enable_gqa": True} if is_grouped and _takes_enable_gqa() else {}
     lengths = cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k
     out = varlen_attn(q, k, v, *lengths, scale=scaling, window_size=(-1, 0), **grouped)
-    assert isinstance(out, torch.Tensor)  # without return_aux
+    assert isinstance(out, torch.Tensor)  # varlen_attn returns a tuple only if return_aux is given
     return out.unsqueeze(0)
 
 
 @functools.cache
 def _takes_enable_gqa() -> bool:
-    """Return whether `varlen_attn` takes `enable_gqa` (torch >= 2.12); torch 2.11 supports grouped-query attention without it."""
+    """Return whether `varlen_attn` takes `enable_gqa` (torch >= 2.12). torch 2.11 groups queries without this argument."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -1,15 +1,13 @@
-"""Model shapes by name: small students with random weights, and published models for planning without a network.
+"""Model shapes by name: small students with random weights, and published models for planning without internet access.
 
-The student shapes are Llama's (rotary positions, gated MLP, tied embeddings). Models learn to copy a number much sooner
-with rotary than with learned positions, and with heads of 16 than of 32; a rotary base of 500 fits short texts. From
-10m on, heads have 32 and then 64 dimensions, since heads of 16 are slow on a GPU.
+Students are Llama models (rotary positions, gated MLP, tied embeddings). With rotary positions and heads of 16 dimensions, a
+model learns to copy numbers much sooner than with learned positions and heads of 32 dimensions. A rotary base of 500 fits
+short texts. Heads of 16 dimensions are slow on a GPU, so larger students have heads of 32 (10m, 30m) or 64 dimensions.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
-# name -> (layers, width, heads, width of the gated MLP)
+# name -> (number of layers, model width, number of heads, width of the gated MLP)
 _STUDENTS = {
     "stories-0.2m": (2, 64, 4, 160),
     "stories-0.7m": (3, 128, 8, 320),
@@ -20,11 +18,9 @@ _STUDENTS = {
     "stories-100m": (14, 768, 12, 2048),
     "stories-300m": (24, 1024, 16, 2752),
 }
-_ROTARY_BASE = 500.0
 
 
 def student_names() -> list[str]:
-    """Return the names of the student shapes."""
     return list(_STUDENTS)
 
 
@@ -33,19 +29,10 @@ def student_config(name: str, vocabulary_size: int) -> Any:
     from transformers import LlamaConfig
 
     layers, width, heads, mlp_width = _STUDENTS[name]
-    return LlamaConfig(
-        vocab_size=vocabulary_size,
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        intermediate_size=mlp_width,
-        max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": _ROTARY_BASE},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    settings = _llama(layers, width, heads, heads, mlp_width, vocabulary_size, tied=True)
+    settings["max_position_embeddings"] = 1024
+    settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
+    return LlamaConfig(**settings, bos_token_id=None, eos_token_id=None)
 
 
 def _neox(layers: int, width: int, heads: int, vocabulary: int = 50304) -> dict[str, Any]:
@@ -101,12 +88,11 @@ _PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def published_names() -> list[str]:
-    """Return the names of the published models."""
     return list(_PUBLISHED)
 
 
 def published_config(name: str) -> Any:
-    """Return the transformers config of a published model; settings not listed here have the class's defaults."""
+    """Return the transformers config of a published model. Settings not in `_PUBLISHED` have transformers' defaults."""
     from transformers import AutoConfig
 
     model_type, settings = _PUBLISHED[name]

@@ -1,8 +1,8 @@
-"""Tokenise and decode a text segment by segment; a segment after the first continues the text.
+"""Tokenise and decode a text segment by segment. Each segment after the first continues the text.
 
-SentencePiece tokenizers (Llama 2, TinyLlama, Mistral 7B, Phi-3) put a space before every text. The first segment of a
-text keeps it, as the base model was trained; a segment that continues a text is tokenised without it. When such a
-tokenizer decodes a continuation alone, it drops the leading space; `decode_next` keeps it.
+SentencePiece tokenizers (Llama 2, TinyLlama, Mistral 7B, Phi-3) insert a space before every text. This module keeps that
+space before the first segment, as in the base model's training, and omits it before all other segments. When such a
+tokenizer decodes tokens, it removes a leading space. `decode_next` keeps this space.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LETTER = "x"
-_BYTE_LEVEL_STEPS = {"ByteLevel", "Digits", "Split"}  # of a pre-tokenizer that keeps every byte
+_BYTE_LEVEL_STEPS = {"ByteLevel", "Digits", "Split"}  # steps of pre-tokenizers that keep every byte
 
 
 class SegmentTokenizer:
-    """Encoder and decoder of text segments for one tokenizer; created by `segment_tokenizer`.
+    """Encoder and decoder of text segments for one tokenizer; created by `segment_tokenizer`. Encoding is thread-safe.
 
-    Special tokens are neither added nor recognised: "<|endoftext|>" in a text is plain text. Encoding is thread-safe.
-
-    is_lossless: every text can be decoded exactly from its tokens, by construction of the tokenizer.
+    Special tokens are neither added nor recognised: "<|endoftext|>" in a text is plain text. is_lossless: whether the type
+    of the tokenizer guarantees that decoding restores every text exactly.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -38,9 +37,10 @@ class SegmentTokenizer:
             self.is_lossless = _keeps_every_byte(rules)
             self._next = _without_prefix_space(rules) or self._first
         letter = self.encode_first([_LETTER])[0]
-        # Prefix that decoding adds to a whole text: a space for GPT-2 with add_prefix_space, nothing for Llama.
-        self._lead = self._decode(letter).removesuffix(_LETTER)
+        # Text that decoding adds before the first segment: a space for GPT-2 with add_prefix_space, "" for Llama.
+        self._added_prefix = self._decode(letter).removesuffix(_LETTER)
         keeps_space = self._decode(self.encode_next([f" {_LETTER}"])[0]) == f" {_LETTER}"
+        # Tokens that `decode_next` puts before its argument, so that decoding keeps a leading space of the text.
         self._context = [] if keeps_space else letter
         self._context_text = "" if keeps_space else self._decode(letter)
 
@@ -49,39 +49,37 @@ class SegmentTokenizer:
         return self._encode(self._first, texts)
 
     def encode_next(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of texts that continue a text before them."""
+        """Return the token ids of texts that each continue an example."""
         return self._encode(self._next, texts)
 
     def decode_next(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens that continue a text, with its leading space."""
-        text = self._decode([*self._context, *tokens])
-        return text.removeprefix(self._context_text)
+        """Return the text of tokens that continue a text. A leading space is kept."""
+        return self._decode([*self._context, *tokens]).removeprefix(self._context_text)
 
-    def decode_texts(self, texts: Sequence[Sequence[int]]) -> list[str]:
+    def decode_texts(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         """Return the texts of token sequences that each start an example (without BOS and EOS)."""
         if self._first is None:
-            found = [self._decode(tokens) for tokens in texts]
+            texts = list(map(self._decode, sequences))
         else:
-            found = self._first.decode_batch([list(tokens) for tokens in texts], skip_special_tokens=False)
-        return [text.removeprefix(self._lead) for text in found]
+            texts = self._first.decode_batch(list(map(list, sequences)), skip_special_tokens=False)
+        return [text.removeprefix(self._added_prefix) for text in texts]
 
     @property
     def continues_differently(self) -> bool:
-        """True if a text that continues another has other tokens, or decodes otherwise, than one that starts an example."""
+        """True if a text inside an example is encoded or decoded differently from a text at the start of an example."""
         return self._next is not self._first or bool(self._context)
 
     def _encode(self, backend: Tokenizer | None, texts: Sequence[str]) -> list[list[int]]:
-        # Not transformers' `__call__`, whose offsets, masks and dictionaries double the time.
+        # transformers' `__call__` would take twice as long, because it also makes offsets, masks and dictionaries.
         if backend is None:
             encode = self._tokenizer.encode
             return [encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
         if backend.truncation or backend.padding or not backend.encode_special_tokens:
-            # Once: other threads may be encoding.
+            # Change the backend only if needed, because other threads may use it.
             backend.no_truncation()
             backend.no_padding()
             backend.encode_special_tokens = True
-        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         if self._first is not None:
@@ -91,12 +89,11 @@ class SegmentTokenizer:
 
 @lru_cache(maxsize=8)
 def segment_tokenizer(tokenizer: PreTrainedTokenizerBase) -> SegmentTokenizer:
-    """Return the segment tokenizer of `tokenizer`, cached."""
     return SegmentTokenizer(tokenizer)
 
 
 def _without_prefix_space(rules: dict[str, Any]) -> Tokenizer | None:
-    """Return the tokenizer without the steps that add a prefix to a text; None if it has no such step."""
+    """Return the tokenizer without the steps that add a prefix to a text; None if there is no such step."""
     from tokenizers import Tokenizer
 
     changed = rules | {name: _plain_step(rules[name]) for name in ("normalizer", "pre_tokenizer")}
@@ -117,30 +114,22 @@ def _plain_step(step: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _keeps_every_byte(rules: dict[str, Any]) -> bool:
-    """Return whether decoding is exact by construction: byte-level BPE, nothing normalised or removed."""
+    """Return whether the tokenizer is a byte-level BPE that neither normalises nor removes text."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     steps = _steps(rules["pre_tokenizer"])
-    for step in steps:
-        if step.get("add_prefix_space") or step.get("behavior") == "Removed":
-            return False
-    types = {step["type"] for step in steps}
-    decoder = (rules["decoder"] or {}).get("type")
-    vocabulary = rules["model"].get("vocab", ())
     return (
         rules["normalizer"] is None
-        and "ByteLevel" in types
-        and types <= _BYTE_LEVEL_STEPS
-        and decoder == "ByteLevel"
+        and {"ByteLevel"} <= {step["type"] for step in steps} <= _BYTE_LEVEL_STEPS
+        and not any(step.get("add_prefix_space") or step.get("behavior") == "Removed" for step in steps)
+        and (rules["decoder"] or {}).get("type") == "ByteLevel"
         and rules["model"]["type"] == "BPE"
-        and all(letter in vocabulary for letter in ByteLevel.alphabet())
+        and set(ByteLevel.alphabet()) <= set(rules["model"]["vocab"])
         and all(token["special"] for token in rules["added_tokens"])
     )
 
 
 def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if step is None:
-        return []
-    if step["type"] != "Sequence":
-        return [step]
-    return [found for inner in step["pretokenizers"] for found in _steps(inner)]
+    if step is None or step["type"] != "Sequence":
+        return [step] if step else []
+    return [leaf for inner in step["pretokenizers"] for leaf in _steps(inner)]

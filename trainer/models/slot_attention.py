@@ -1,16 +1,12 @@
 """Attention over generation slots (kv_cache.py), for any transformers model whose attention can be replaced.
 
-Registered with transformers as the attention "slots". Its mask function returns a `SlotMask`, which every family passes
-to its layers as `attention_mask`, so that the slots reach the attention even where layers drop the caller's keyword
-arguments. Recurrent and convolutional layers do not call attention: evaluation/backend_check.py compares the result
-with the model's own forward pass.
+This attention is registered with transformers as "slots". transformers passes a `SlotMask` to all layers, as
+`attention_mask`. The mask holds the pass's inputs, because some layers drop other keyword arguments. Models with
+recurrent or convolutional layers do not work in slots; evaluation/backend_check.py detects them.
 """
 
-from __future__ import annotations
-
-import contextlib
 import functools
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,7 +22,7 @@ NAME = "slots"
 
 
 class SlotMask(LayerMask):
-    """Mask of a forward pass over slots, shared by all layers of one pattern."""
+    """Mask of a forward pass over slots, shared by all layers with the same mask pattern."""
 
     def __init__(self, batch: ForwardBatch, pattern: MaskPattern, use_sdpa: bool) -> None:
         self.batch = batch
@@ -37,32 +33,32 @@ class SlotMask(LayerMask):
 
     @functools.cached_property
     def decode(self) -> torch.Tensor:
-        """Return the mask [block, 1, 1, max_seqlen] of the last tokens: 0 or -inf for a causal pattern, else boolean."""
+        """Mask [block, 1, 1, max_seqlen] for each slot's last token: 0 and -inf for a causal pattern, else boolean."""
         return self.batch.mask if self.is_causal else self.decode_visible
 
     @functools.cached_property
     def decode_visible(self) -> torch.Tensor:
-        """Return the boolean mask [block, 1, 1, max_seqlen] of the last tokens."""
+        """Boolean mask [block, 1, 1, max_seqlen] for the last token of each slot."""
         keys = torch.arange(self.batch.max_seqlen, device=self.batch.slots.device)
         return self._pattern.visible(self.batch.last_positions[:, None, None, None], keys)
 
     def of_chunk(self, chunk: PrefillChunk) -> torch.Tensor | None:
-        """Return the boolean mask [tokens of the chunk, tokens of the sequence]; None for a causal first chunk."""
+        """Return the boolean mask [tokens of the chunk, tokens of the sequence]; None for a causal, square mask."""
         if chunk.num_cached == 0 and self._pattern.is_causal(chunk.end):
             return None
         positions = torch.arange(chunk.end, device=self.batch.slots.device)
         return self._pattern.visible(positions[chunk.num_cached :, None], positions)
 
 
-# During a forward pass: its batch, and whether it uses sdpa.
+# Batch of the current forward pass, and whether the model uses sdpa. None between forward passes.
 _current: tuple[ForwardBatch, bool] | None = None
 
 
 def last_token_logits(model: PreTrainedModel, batch: ForwardBatch) -> torch.Tensor:
-    """Run one forward pass and return the logits [active slots, vocabulary] of their last tokens."""
+    """Run one forward pass; return the logits [active slots, vocabulary] of the last token of each active slot."""
     global _current
     num_tokens = batch.input_ids.shape[1]
-    # A tensor: given a number, Gemma 4's layers that share keys and values would process the last tokens only.
+    # `logits_to_keep` must be a tensor. With an int, Gemma 4's KV-sharing layers would process only the last tokens.
     last = torch.arange(num_tokens - batch.num_decode, num_tokens, device=batch.input_ids.device)
     _current = batch, default_attention.uses_sdpa(model)
     try:
@@ -92,12 +88,12 @@ def slot_attention(
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
-    key_bias: torch.Tensor | None = None,
+    alibi_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return the attention of each token over its own slot [1, tokens, heads, value head_dim]; transformers' attention function.
+    """Compute attention within each slot for transformers; return the output [1, tokens, heads, value head_dim].
 
-    query [1, heads, tokens, head_dim]. Raises UnsupportedAttention if `attention_mask` is not a `SlotMask`.
+    Arguments as in packed_attention.attend. Raises UnsupportedAttention if `attention_mask` is not a `SlotMask`.
     """
     if not isinstance(attention_mask, SlotMask) or query.shape[0] != 1:
         raise UnsupportedAttention("its layers do not pass the attention mask on")
@@ -105,54 +101,42 @@ def slot_attention(
     default_attention.check_keywords(kwargs)
     keys, values = batch.store(key, value)
 
-    num_tokens = query.shape[2]
-    plain = mask.use_sdpa and mask.is_causal and key_bias is None
-    if batch.chunks and plain and has_kernel(query, value):
-        outputs = [_varlen_attention(batch, query, keys, values, scaling)]
+    options = scaling, 0.0, mask.use_sdpa, kwargs, alibi_bias
+    is_plain = mask.use_sdpa and mask.is_causal and alibi_bias is None
+    outputs = []
+    if batch.chunks and is_plain and has_kernel(query, value):
+        outputs.append(_varlen_attention(batch, query, keys, values, scaling))
     else:
-        outputs = []
         for chunk in batch.chunks:
             new = slice(chunk.start, chunk.stop)
-            if chunk.num_cached == 0:
-                seen = key[:, :, new], value[:, :, new]
-            else:
-                seen = keys[chunk.slot, None, :, : chunk.end], values[chunk.slot, None, :, : chunk.end]
-            attended = default_attention.attend(
-                module,
-                query[:, :, new],
-                *seen,
-                mask.of_chunk(chunk),
-                scaling,
-                0.0,
-                mask.use_sdpa,
-                kwargs,
-                key_bias,
-            )
-            outputs.append(attended[0])
-    last = query[0, :, num_tokens - batch.num_decode :].transpose(0, 1)
+            k, v = key[:, :, new], value[:, :, new]
+            if chunk.num_cached:
+                k, v = keys[chunk.slot, None, :, : chunk.end], values[chunk.slot, None, :, : chunk.end]
+            visible = mask.of_chunk(chunk)
+            outputs.append(default_attention.attend(module, query[:, :, new], k, v, visible, *options)[0])
+    last = query[0, :, query.shape[2] - batch.num_decode :].transpose(0, 1)
     if batch.active_slots is not None:
         last = last.new_zeros(batch.block, *last.shape[1:]).index_copy_(0, batch.active_slots, last)
-    cached = keys[: batch.block, :, : batch.max_seqlen], values[: batch.block, :, : batch.max_seqlen]
-    if key_bias is not None or mask.use_sdpa:
-        decode_mask = mask.decode
-        if key_bias is not None:
-            decode_mask = _biased(decode_mask, key_bias, keys.shape[1])
-        # Grouped queries are rows of one query matrix: no repetition of keys and values, and one mask for all heads.
-        grouped = last.unflatten(1, (keys.shape[1], -1))
-        attended = scaled_dot_product_attention(grouped, *cached, attn_mask=decode_mask, scale=scaling)
+    k, v = (tensor[: batch.block, :, : batch.max_seqlen] for tensor in (keys, values))
+    if alibi_bias is not None or mask.use_sdpa:
+        decode_mask, num_groups = mask.decode, keys.shape[1]
+        if alibi_bias is not None:
+            decode_mask = _biased(decode_mask, alibi_bias, num_groups)
+        # Query heads that share a key-value head are rows of one matrix, so keys and values need not be repeated.
+        grouped = last.unflatten(1, (num_groups, -1))
+        attended = scaled_dot_product_attention(grouped, k, v, attn_mask=decode_mask, scale=scaling)
         attended = attended.flatten(1, 2)
     else:
-        attended = default_attention.attend(
-            module, last.unsqueeze(2), *cached, mask.decode_visible, scaling, 0.0, False, kwargs
-        ).squeeze(1)
+        visible = mask.decode_visible
+        attended = default_attention.attend(module, last.unsqueeze(2), k, v, visible, *options).squeeze(1)
     outputs.append(attended if batch.active_slots is None else attended[batch.active_slots])
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined[None], None
 
 
-def _biased(mask: torch.Tensor, key_bias: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Return key_bias [heads, positions] + mask [block, 1, 1, max_seqlen]: [block, groups, heads of a group, max_seqlen]."""
-    bias = key_bias[:, : mask.shape[3]].unflatten(0, (num_groups, -1))
+def _biased(mask: torch.Tensor, alibi_bias: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Return the sum [block, groups, heads per group, max_seqlen] of mask [block, 1, 1, max_seqlen] and bias [heads, ...]."""
+    bias = alibi_bias[:, : mask.shape[3]].unflatten(0, (num_groups, -1))
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, float("-inf"))
     return mask + bias.to(mask.dtype)
@@ -161,10 +145,10 @@ def _biased(mask: torch.Tensor, key_bias: torch.Tensor, num_groups: int) -> torc
 def _varlen_attention(
     batch: ForwardBatch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """Return the attention of all chunks [tokens of the chunks, heads, head_dim].
+    """Return the attention [tokens of all chunks, heads, head_dim] of the chunks.
 
-    One call and two copies out of the cache per layer. One call per chunk would dominate the prefill of many prompts:
-    about 400 ms for 256 of them in 10 layers on an H200.
+    A layer needs one kernel call and two copies out of the cache. One call per prompt would take about 400 ms on an H200 for
+    256 prompts and 10 layers.
     """
     varlen = batch.varlen_batch
     key, value = (
@@ -175,21 +159,12 @@ def _varlen_attention(
     return varlen_attention(query, key, value, scaling, *lengths)[0]
 
 
-@contextlib.contextmanager
-def use_slot_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Context manager with `model` in slot attention and evaluation mode; both are restored on exit.
+def use_slot_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Return a context manager that sets slot attention and evaluation mode, and restores both on exit.
 
-    Raises UnsupportedAttention if the attention of its layers cannot be replaced.
+    Raises UnsupportedAttention on entry if the attention of the model's layers cannot be replaced.
     """
-    before = default_attention.attention_of_submodules(model)
-    training = model.training
-    default_attention.set_attention(model, NAME)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        default_attention.restore_attention(model, before)
+    return default_attention.evaluation_mode(model, NAME)
 
 
 default_attention.register(NAME, slot_attention, _make_mask)

@@ -1,10 +1,8 @@
 """Small tokenizer for the stories data set: byte-level BPE in which every digit is a token of its own.
 
-The space before a number is a token too, so "12" is the same two tokens after a space, after `<<` and after `+`, and a
-student need not learn that " 1" and "1" are the same digit. Byte-level: any text survives the round trip.
+The space before a number is a separate token. Therefore "12" is the same two tokens after a space, after `<<` and after `+`,
+and a student need not learn that " 1" and "1" are the same digit. Decoding restores any text exactly.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +15,14 @@ from trainer.problems import stories
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 1024
 _NUM_STORIES = 4_000
-_MAX_TOKENS = 2048  # of an example; ten steps take about 700
+_MAX_TOKENS = 2048  # per example; an example of ten steps has about 700 tokens
 
 
 def train_tokenizer(directory: Path, seed: int = 0) -> None:
-    """Train on training stories of `seed` and save into `directory`, for `AutoTokenizer.from_pretrained`.
+    """Train a tokenizer on training stories of `seed` and save it into `directory`, for `AutoTokenizer.from_pretrained`.
 
-    The same seed gives the same bytes. At most VOCAB_SIZE tokens; `<|endoftext|>` is token 0 and BOS, EOS and padding.
-    Encoding adds no special token.
+    The same seed gives the same bytes. The tokenizer has at most VOCAB_SIZE tokens and adds no special token to a text.
+    `<|endoftext|>` is token 0 and serves as BOS, EOS and padding.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -38,21 +36,18 @@ def train_tokenizer(directory: Path, seed: int = 0) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(seed), trainer)
-    fast = PreTrainedTokenizerFast(
+    special_tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
         model_max_length=_MAX_TOKENS,
         clean_up_tokenization_spaces=False,
-    )
-    fast.save_pretrained(str(directory))
+        **special_tokens,
+    ).save_pretrained(str(directory))
 
 
 def _texts(seed: int) -> Iterator[str]:
-    for problem in stories.generate_problems(
-        "train", seed=seed, num_problems=_NUM_STORIES, min_steps=2, max_steps=8
-    ):
+    sizes = {"num_problems": _NUM_STORIES, "min_steps": 2, "max_steps": 8}
+    for problem in stories.generate_problems("train", seed=seed, **sizes):
         yield problem.question + "\n"
         for step in problem.steps:
             yield step.question + "\n"

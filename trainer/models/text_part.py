@@ -1,7 +1,7 @@
 """Config and class of the text model inside a multimodal wrapper (Qwen3.5, Gemma 3 and 4, Mistral 3).
 
-Only the text part is loaded, trained and exported. It has its own causal LM class and model type (`gemma3_text`), gives
-the same logits for text, and saves the memory, files and optimizer state of the other towers.
+Only the text part is loaded, trained and exported. It has its own causal LM class and model type (`gemma3_text`), and gives
+the same logits for text as the wrapper. The towers for images and audio would need memory, files and optimizer state.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from trainer.runtime import library_internals
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Taken from the wrapper's config if the text config has no value.
+# settings that `causal_lm_config` copies from the wrapper's config if the text config lacks them
 _INHERITED = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "dtype")
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of the text part of a multimodal wrapper, else `config` itself."""
+    """Return the text part's config if `config` is a multimodal wrapper's, else `config` itself."""
     return config.get_text_config(decoder=True) if is_wrapper(config) else config
 
 
 def is_wrapper(config: PreTrainedConfig) -> bool:
-    """Return whether `config` is that of a multimodal wrapper around a text model."""
+    """Return whether `config` is the config of a multimodal wrapper around a text model."""
     return "text_config" in getattr(config, "sub_configs", {}) and hasattr(config, "text_config")
 
 
 def causal_lm_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    """Return the config of the causal LM for `config`: for a wrapper a completed copy of its text config.
+    """Return the config of the causal LM: `config` itself or, for a multimodal wrapper, a copy of the text config.
 
-    Raises UserError for encoders and if transformers has no causal LM class for it.
+    The copy takes missing settings from the wrapper. Raises UserError for an encoder, or if no causal LM class exists.
     """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -45,21 +45,21 @@ def causal_lm_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
                 "choose a decoder-only model"
             )
         return config
-    found = copy.deepcopy(inner)
-    if not has_causal_lm(found):
+    completed = copy.deepcopy(inner)
+    if not has_causal_lm(completed):
         raise UserError(
             f"{name} is a multimodal model ({config.model_type}) and transformers cannot build its text part "
-            f"({found.model_type}) alone: choose a text model"
+            f"({completed.model_type}) alone: choose a text model"
         )
     for key in _INHERITED:
-        if getattr(found, key, None) is None and getattr(config, key, None) is not None:
-            setattr(found, key, getattr(config, key))
+        if getattr(completed, key, None) is None and getattr(config, key, None) is not None:
+            setattr(completed, key, getattr(config, key))
     if hasattr(config, "tie_word_embeddings"):
-        # The wrapper's class reads the wrapper's setting.
-        found.tie_word_embeddings = config.tie_word_embeddings
-    found.architectures = [model_class(found).__name__]
-    library_internals.copy_origin(found, config)
-    return found
+        # The wrapper's class uses the wrapper's setting, not the text config's.
+        completed.tie_word_embeddings = config.tie_word_embeddings
+    completed.architectures = [model_class(completed).__name__]
+    library_internals.copy_origin(completed, config)
+    return completed
 
 
 def has_causal_lm(config: PreTrainedConfig) -> bool:
@@ -70,27 +70,26 @@ def has_causal_lm(config: PreTrainedConfig) -> bool:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return transformers' causal LM class for `config`. Raises UserError if there is none for its model type."""
+    """Return transformers' causal LM class for `config`. Raises UserError if there is no such class."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if not has_causal_lm(config):
         raise UserError(
             f"transformers has no causal language model for model type {config.model_type!r}: choose a decoder-only model"
         )
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if not isinstance(found, (list, tuple)):
-        return found  # type: ignore[no-any-return]
-    by_name: dict[str, Any] = {known.__name__: known for known in found}
-    return next((by_name[name] for name in config.architectures or () if name in by_name), found[0])
+    mapped: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    classes = mapped if isinstance(mapped, (list, tuple)) else [mapped]
+    by_name: dict[str, Any] = {class_.__name__: class_ for class_ in classes}
+    return next((by_name[name] for name in config.architectures or () if name in by_name), classes[0])
 
 
 def key_mapping(model: type[PreTrainedModel]) -> dict[str, str]:
-    """Return the `key_mapping` argument of `from_pretrained` that maps a wrapper's weight names to its text model's.
+    """Return the `key_mapping` with which `from_pretrained` loads the causal LM `model` from the files of a wrapper.
 
-    Wrappers are saved as `language_model.model.*` (transformers 4), `model.language_model.*` or, Llama 4,
-    `language_model.*` (transformers 5).
+    In these files the weights of the text part begin with `language_model.model.` (written by transformers 4),
+    `model.language_model.` (transformers 5) or `language_model.` (Llama 4 in transformers 5).
     """
-    # Name of the body inside the causal LM; Llama 4's base_model_prefix is the name inside the wrapper.
+    # `body`: attribute that holds the decoder. In Llama 4 base_model_prefix is wrong, so use the name of a tied weight.
     tied, body = library_internals.tied_weight_keys(model), model.base_model_prefix
     if isinstance(tied, dict) and tied:
         body = next(iter(tied.values())).split(".")[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
-from trainer.models.source import check_gguf, error_reason, find_file
+from trainer.models.source import check_gguf, check_local, error_reason, find_file
 from trainer.runtime import terminal
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 STORIES = "stories"
 _FILE = "tokenizer.json"
-_NUM_VOCABULARY_PROBES = 500  # texts made of the vocabulary, in addition to _PROBES
+_NUM_VOCABULARY_PROBES = 500  # number of test texts that consist of vocabulary entries
 _inform_once = lru_cache(maxsize=64)(terminal.info)
 _PROBES = (
     "2023 = 15", "1 + 2 = 3\n", "12,345.67%", "  two  spaces ", "tab\tand\r\n\n\nlines", "don't we'll I'M",
@@ -29,9 +29,9 @@ _PROBES = (
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a local folder or Hub name; `stories` is the small embedded one, trained by this call.
+    """Return the tokenizer of a local folder or Hub name. For "stories", train and return the stories tokenizer.
 
-    If transformers' tokenizer class would change a tokenizer.json, the file is used unchanged, with a line on rank 0.
+    If transformers' tokenizer class would change a tokenizer.json, the file is used unchanged, and rank 0 logs a line.
     Raises UserError if there is no tokenizer.
     """
     from transformers import AutoTokenizer
@@ -46,9 +46,10 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.name_or_path = STORIES
         return tokenizer
+    check_local(name)
     check_gguf(name)
     try:
-        tokenizer = _as_written(AutoTokenizer.from_pretrained(name, trust_remote_code=False), name)
+        tokenizer = _as_in_file(AutoTokenizer.from_pretrained(name, trust_remote_code=False), name)
     except UserError:
         raise
     except Exception as error:  # transformers raises errors of many types for files it cannot read
@@ -61,7 +62,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a SHA-256 of all that determines the tokens of a text; equal before and after saving and loading."""
+    """Return a SHA-256 of the settings that determine the tokens of a text. Saving and loading preserves this hash."""
     state: dict[str, object] = {"vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -73,40 +74,40 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def max_text_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the largest token id of texts, BOS and EOS; other special tokens are not counted.
+    """Return the largest token id that can occur in a text with BOS and EOS. Other special tokens are ignored.
 
-    Gemma 3's tokenizer has an image token for which its text model has no embedding.
+    Gemma 3's tokenizer, for example, has a special token for images, for which the text model has no embedding.
     """
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ours = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
-    return max((set(tokenizer.get_vocab().values()) - special) | ours, default=0)
+    bos_and_eos = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    return max((set(tokenizer.get_vocab().values()) - special) | bos_and_eos, default=0)
 
 
 def check_saved_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError if transformers changes the tokenizer when it is loaded from beside this config, as in an export.
+    """Save `config` and `tokenizer` in a temporary folder; raise UserError if transformers loads a different tokenizer.
 
-    For some model types (qwen2) transformers chooses the tokenizer's class by the config, regardless of the files.
+    For some model types (qwen2), transformers chooses the tokenizer's class by the config, regardless of the files.
     """
     from transformers import AutoTokenizer
     from transformers.models.auto import tokenization_auto
 
-    fixed = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", None)
-    if fixed is not None and config.model_type not in fixed:
+    fixed_types = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", None)
+    if fixed_types is not None and config.model_type not in fixed_types:
         return
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if fingerprint(found) != fingerprint(tokenizer) and not _same_tokens(found, tokenizer):
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if fingerprint(loaded) != fingerprint(tokenizer) and not _same_tokens(loaded, tokenizer):
         raise UserError(
-            f"transformers loads every tokenizer beside a {config.model_type} config as {type(found).__name__}, which gives "
+            f"transformers loads every tokenizer beside a {config.model_type} config as {type(loaded).__name__}, which gives "
             f"other tokens than {tokenizer.name_or_path}: exports would be loaded with another tokenizer. "
             f"Prepare the shards with the tokenizer of a {config.model_type} model, or choose another model type"
         )
 
 
-def _as_written(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that tokenizer.json defines; `tokenizer` itself unless transformers' class has changed it."""
+def _as_in_file(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that tokenizer.json defines if the class of `tokenizer` gives other tokens, else `tokenizer`."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -114,55 +115,54 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToke
     if not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast:
         return tokenizer
     path = find_file(name, _FILE)
-    if path is None or _is_written_in(Path(path), tokenizer.backend_tokenizer):
+    if path is None or _equals_file(Path(path), tokenizer.backend_tokenizer):
         return tokenizer
-    written = Tokenizer.from_file(path)
-    changed = _differences(tokenizer.backend_tokenizer, written)
-    if _same_tokens(tokenizer, written):
+    file_tokenizer = Tokenizer.from_file(path)
+    if _same_tokens(tokenizer, file_tokenizer):
         return tokenizer
     loaded = PreTrainedTokenizerFast.from_pretrained(name)
-    if not _same_tokens(loaded, written):
+    if not _same_tokens(loaded, file_tokenizer):
         raise UserError(
             f"the tokenizer at {name}: transformers changes {_FILE} when it loads it "
-            f"({', '.join(_differences(loaded.backend_tokenizer, written))}); save it again with a newer transformers"
+            f"({', '.join(_differences(loaded.backend_tokenizer, file_tokenizer))}); save it again with a newer transformers"
         )
     _inform_once(
         f"tokenizer {name}: {_FILE} is used unchanged; transformers' {type(tokenizer).__name__} would change its "
-        f"{' and '.join(changed)}, and so its tokens"
+        f"{' and '.join(_differences(tokenizer.backend_tokenizer, file_tokenizer))}, and so its tokens"
     )
     return loaded
 
 
-def _is_written_in(path: Path, backend: Tokenizer) -> bool:
-    """Return whether a compiled tokenizer equals a tokenizer.json; faster than compiling the file too."""
-    written, ours = json.loads(path.read_text(encoding="utf-8")), json.loads(backend.to_str())
+def _equals_file(path: Path, backend: Tokenizer) -> bool:
+    """Return whether `backend` has the same steps and model as the tokenizer.json at `path`, which is not compiled."""
+    in_file, compiled = json.loads(path.read_text(encoding="utf-8")), json.loads(backend.to_str())
     steps = ("normalizer", "pre_tokenizer", "decoder")
-    return all(written.get(step) == ours[step] for step in steps) and all(
-        _plain_merges(written["model"].get(key)) == _plain_merges(value)
-        for key, value in ours["model"].items()
+    return all(in_file.get(step) == compiled[step] for step in steps) and all(
+        _plain_merges(in_file["model"].get(key)) == _plain_merges(value)
+        for key, value in compiled["model"].items()
     )
 
 
 def _plain_merges(value: Any) -> Any:
-    """Return merges in the older form, one string "a b" for each; other values unchanged."""
+    """Return merges in the older form, one string "a b" per merge. Other values are returned unchanged."""
     is_list_of_lists = isinstance(value, list) and value and isinstance(value[0], list)
     return [" ".join(merge) for merge in value] if is_list_of_lists else value
 
 
-def _differences(one: Tokenizer, other: Tokenizer) -> list[str]:
+def _differences(a: Tokenizer, b: Tokenizer) -> list[str]:
     """Return the names of the steps in which two compiled tokenizers differ."""
-    changed = []
-    for name in ("normalizer", "pre_tokenizer", "decoder", "model"):
-        steps = [getattr(tokenizer, name) for tokenizer in (one, other)]
-        states = [None if step is None else step.__getstate__() for step in steps]
-        if states[0] != states[1]:
-            changed.append(name.replace("_", "-"))
-    return changed
+
+    def state(tokenizer: Tokenizer, name: str) -> object:
+        step = getattr(tokenizer, name)
+        return None if step is None else step.__getstate__()
+
+    names = ("normalizer", "pre_tokenizer", "decoder", "model")
+    return [name.replace("_", "-") for name in names if state(a, name) != state(b, name)]
 
 
-def _same_tokens(one: Any, other: Any) -> bool:
-    """Return whether two tokenizers, compiled or of transformers, agree on the vocabulary and on the tokens of many texts."""
-    compiled = [getattr(tokenizer, "backend_tokenizer", tokenizer) for tokenizer in (one, other)]
+def _same_tokens(a: Any, b: Any) -> bool:
+    """Return whether two tokenizers have the same vocabulary, and encode and decode many test texts equally."""
+    compiled = [getattr(tokenizer, "backend_tokenizer", tokenizer) for tokenizer in (a, b)]
     vocabularies = [tokenizer.get_vocab(with_added_tokens=False) for tokenizer in compiled]
     if vocabularies[0] != vocabularies[1]:
         return False

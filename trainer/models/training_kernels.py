@@ -1,12 +1,10 @@
-"""Faster kernels for GELU, RMS norm and the language model head; values agree to rounding, config and weights are unchanged.
+"""Faster kernels for GELU, RMS norm and the language model head. They change rounding only, not config or weights.
 
-On one core of an EPYC with AVX-512 GPT-2's head at 600 positions runs at 56 GFLOP/s in MKL, which `torch.nn.Linear`
-calls, and at 90 in oneDNN; transformers' GELU is eight passes over memory instead of one. On an H200 the products with
-GPT-2's vocabulary of 50257, whose rows are not aligned, ran in kernels of an older generation and took a third of a
-training step of 124M; transformers' RMS norm is six kernels instead of one.
+GELU: transformers makes eight passes over memory instead of one. RMS norm: transformers launches six kernels instead of
+one. Head on one core of an EPYC with AVX-512 (GPT-2, 600 positions): `torch.nn.Linear` (MKL) reaches 56 GFLOP/s, oneDNN
+90 GFLOP/s. Head on an H200: if the vocabulary is not a multiple of 64 (GPT-2: 50257), torch uses slow kernels of an older
+generation, and the head takes a third of the training step of a 124M model.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -18,21 +16,21 @@ from torch.nn.functional import gelu, linear, pad, rms_norm
 
 from trainer.runtime import library_internals
 
-_VOCABULARY_MULTIPLE = 64  # on an accelerator the head's rows are padded to a multiple of this
-# transformers' classes with the formula weight * (x / sqrt(mean(x^2) + epsilon)).
+# On an accelerator, the rows of the head (one per token of the vocabulary) are padded to a multiple of this number.
+_VOCABULARY_MULTIPLE = 64
+# Classes of transformers that compute weight * (x / sqrt(mean(x^2) + epsilon)).
 _RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 def patch_kernels(model: Any, on_accelerator: bool) -> None:
-    """Replace kernels of a transformers model, whole or in ZeRO-3 shards, by the faster ones for its device."""
+    """Replace kernels of a transformers model with faster kernels. Works for models partitioned by ZeRO-3 too."""
     from transformers.activations import NewGELUActivation
 
     forwards: list[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]] = []
-    if on_accelerator:  # on a CPU torch has no fused RMS norm
+    if on_accelerator:  # on a CPU, torch has no fused RMS norm
         forwards += [(norm, functools.partial(_normalise, norm)) for norm in rms_norms(model)]
-    for module in model.modules():
-        if type(module) is NewGELUActivation:
-            forwards.append((module, functools.partial(gelu, approximate="tanh")))
+    fast_gelu = functools.partial(gelu, approximate="tanh")
+    forwards += [(module, fast_gelu) for module in model.modules() if type(module) is NewGELUActivation]
     head = model.get_output_embeddings()
     function = _projection(head, on_accelerator)
     if function is not None:
@@ -44,10 +42,10 @@ def patch_kernels(model: Any, on_accelerator: bool) -> None:
 
 @contextlib.contextmanager
 def unpatched(model: Any) -> Iterator[None]:
-    """Context manager in which `model` uses transformers' own kernels, whether or not it was patched."""
+    """Context manager in which `model` uses transformers' own kernels. Does nothing if the model is not patched."""
     forwards = getattr(model, "_kernel_replacements", [])
     for module, _ in forwards:
-        del module.forward  # uncovers the class's own
+        del module.forward  # the forward method of the class applies again
     try:
         yield
     finally:
@@ -56,7 +54,7 @@ def unpatched(model: Any) -> Iterator[None]:
 
 
 def _projection(head: Any, on_accelerator: bool) -> type[torch.autograd.Function] | None:
-    """Return the faster product for a language model head; None if torch's own is as fast."""
+    """Return a faster autograd function for a head's logits, or None if the head keeps torch's `linear`."""
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return None
     if on_accelerator and head.out_features % _VOCABULARY_MULTIPLE:
@@ -78,13 +76,13 @@ def _normalise(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
 def _project(head: torch.nn.Linear, function: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Return logits [..., vocabulary] for hidden [..., width]."""
     if function is _Projection and hidden.dtype != torch.float32:
-        return linear(hidden, head.weight)  # in bf16 torch uses oneDNN itself
+        return linear(hidden, head.weight)  # in bf16, torch itself uses oneDNN
     logits: torch.Tensor = function.apply(hidden.flatten(0, -2), head.weight)
     return logits.unflatten(0, hidden.shape[:-1])
 
 
 class _Projection(torch.autograd.Function):
-    """hidden @ weight^T in oneDNN. The two products of the backward pass are as fast in MKL."""
+    """hidden @ weight^T by oneDNN. The backward pass uses torch's default (MKL), which is as fast for both gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -101,34 +99,31 @@ class _Projection(torch.autograd.Function):
 class _AlignedProjection(torch.autograd.Function):
     """hidden [tokens, width] @ weight^T [width, vocabulary] with the vocabulary padded to an aligned size.
 
-    The logits are a view of the padded product; so is a gradient that is written over them (cross_entropy.py). Each call
-    copies the weight, which costs little beside a product with many rows.
+    The logits are a view of the padded product. cross_entropy.py overwrites this view with the gradient of the logits, so
+    the gradient needs no padding. Each call copies the weight, which costs little compared with a product of many rows.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
         wide = hidden @ _aligned(weight).t()
-        # Not a view for autograd, which would forbid writing over it.
-        return wide.new_empty(0).set_(
-            wide.untyped_storage(), 0, (len(hidden), weight.shape[0]), wide.stride()
-        )
+        # Avoid the view `wide[:, :n]`: autograd raises an error if a view that a Function made is overwritten later.
+        shape = len(hidden), weight.shape[0]
+        return wide.new_empty(0).set_(wide.untyped_storage(), 0, shape, wide.stride())
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, weight = ctx.saved_tensors
-        tokens, wide_weight = weight.shape[0], _aligned(weight)
+        vocabulary, wide_weight = weight.shape[0], _aligned(weight)
         rows, width = len(gradient), len(wide_weight)
-        if gradient.stride() == (width, 1) and gradient.untyped_storage().nbytes() == (
-            rows * width * gradient.element_size()
-        ):
+        padded_bytes = rows * width * gradient.element_size()
+        if gradient.stride() == (width, 1) and gradient.untyped_storage().nbytes() == padded_bytes:
             wide = gradient.as_strided((rows, width), (width, 1))
-            wide[:, tokens:] = 0
+            wide[:, vocabulary:] = 0
         else:
-            wide = pad(gradient, (0, width - tokens))
-        return wide @ wide_weight, (wide.t() @ hidden)[:tokens]
+            wide = pad(gradient, (0, width - vocabulary))
+        return wide @ wide_weight, (wide.t() @ hidden)[:vocabulary]
 
 
 def _aligned(weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight [vocabulary, width] padded with rows of zeros to a multiple of _VOCABULARY_MULTIPLE."""
     return pad(weight, (0, 0, 0, -weight.shape[0] % _VOCABULARY_MULTIPLE))

@@ -1,11 +1,9 @@
-"""Memory of activations, traced by running the real forward and backward pass on tensors without data.
+"""Memory of activations, traced by running the forward and backward pass on tensors without data.
 
-Model and loss of training run under torch's FakeTensorMode: shapes and dtypes are real, storage is not. Counting the
-live bytes needs no formula per architecture, and no special case for checkpointing, tied heads or logits at target
-positions.
+A training step is executed under torch's FakeTensorMode, where tensors have shapes and dtypes but no data. The bytes of
+live tensors are counted. So no architecture needs a formula, and checkpointing, tied heads and logits at target
+positions are not special cases.
 """
-
-from __future__ import annotations
 
 import contextlib
 import copy
@@ -15,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +25,7 @@ from trainer.models import default_attention, load, packed_attention, training_k
 from trainer.models.architecture import quiet_transformers
 from trainer.models.default_attention import set_attention
 from trainer.runtime import library_internals
+from trainer.training import cross_entropy
 from trainer.training.loss import PackedBatch, PaddedBatch, summed_token_loss
 
 _CUDA_ATTENTION = "planned"
@@ -33,23 +33,19 @@ _CUDA_ATTENTION = "planned"
 
 @dataclass(frozen=True)
 class MemorySample:
-    """Activation memory between the completion of two parameters' gradients.
+    """Activation memory in one interval of a training step. An interval ends when a parameter's gradient is complete."""
 
-    gradient_elements: elements of the gradients completed so far. bytes: peak of live activations in the interval.
-    bytes_at_start: live activations at its start.
-    """
-
-    gradient_elements: int
-    bytes: int
-    bytes_at_start: int
+    gradient_elements: int  # number of elements of the gradients completed before the interval
+    bytes: int  # peak size of live activations in the interval
+    bytes_at_start: int  # size of live activations at the start of the interval
 
 
 @dataclass(frozen=True)
 class ActivationTrace:
-    """Activation memory of one forward and backward pass, without weights and parameters' gradients."""
+    """Activation memory of one forward and backward pass, without the weights and their gradients."""
 
     samples: tuple[MemorySample, ...]
-    saved_bytes: int  # alive between forward and backward
+    logits_bytes: int = 0  # bytes of logits in `samples[0]`; 0 if the logits were not measured separately
 
     @property
     def peak_bytes(self) -> int:
@@ -57,14 +53,14 @@ class ActivationTrace:
 
 
 def trace_activations(
-    config: Any, lengths: list[int], learned_tokens: int, dtype: torch.dtype, checkpointing: bool, cuda: bool
+    config: Any, lengths: list[int], num_targets: int, dtype: torch.dtype, checkpointing: bool, cuda: bool
 ) -> ActivationTrace:
-    """Trace one micro-batch: examples of `lengths` tokens in one packed row, of which `learned_tokens` are targets.
+    """Return the trace of one micro-batch: one pack of examples of `lengths` tokens, with `num_targets` target tokens.
 
-    `cuda`: attention over a pack is one kernel that keeps query, key, value, output and one fp32 number per head and
-    token (flash attention), an RMS norm is one kernel, and dropout keeps one byte per element; otherwise torch's CPU
-    kernels are counted. Families that cannot be packed are traced in padded rows. Raises UserError for a model that
-    does not run on shapes alone.
+    Models that cannot be packed are traced with one padded row per example. `cuda`: count the tensors of GPU kernels, not
+    those of CPU kernels. On a GPU, flash attention keeps query, key, value, output and one fp32 number per head and token
+    for the backward pass; dropout keeps one byte per element; the RMS norm is fused; the blocks of the loss are large.
+    Raises UserError if the model's forward pass reads the values of tensors.
     """
     reason = ""
     with (
@@ -74,12 +70,12 @@ def trace_activations(
         library_internals.without_grouped_products(),
     ):
         warnings.simplefilter("ignore")
-        for packed in (True, False):  # as in training: packed where the family allows it, else padded
+        for packed in (True, False):  # as in training: packed if the model can be packed, else padded
             try:
-                model = _model(config, packed, dtype, checkpointing, cuda)
-                make_batch = batch_of if packed else padded_batch_of
-                return _trace(model, make_batch(lengths, learned_tokens), cuda)
-            except Exception as error:  # models raise errors of many types for an unknown attention
+                model = _make_model(config, packed, dtype, checkpointing, cuda)
+                make_batch = make_packed_batch if packed else make_padded_batch
+                return _trace(model, make_batch(lengths, num_targets), cuda)
+            except Exception as error:  # of any type, if the model cannot be packed or reads tensor values
                 reason = first_line(error)
     raise UserError(
         f"the memory of a {config.model_type} model cannot be planned, because its forward pass does not run on shapes alone "
@@ -91,22 +87,20 @@ def _trace(model: torch.nn.Module, batch: PackedBatch | PaddedBatch, cuda: bool)
     counter = _LiveBytes([*model.parameters(), *model.buffers(), *vars(batch).values()])
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(counter.gradient_done)
-    with counter, _dropout(cuda):
-        loss = summed_token_loss(model, batch)
-        saved = counter.live
-        loss.backward()
-    return ActivationTrace((*counter.samples, counter.sample()), saved)
+            parameter.register_post_accumulate_grad_hook(counter.end_interval)
+    with counter, _gpu_kernels() if cuda else contextlib.nullcontext():
+        summed_token_loss(model, batch).backward()
+    return ActivationTrace((*counter.samples, counter.sample()))
 
 
-def _model(config: Any, packed: bool, dtype: torch.dtype, checkpointing: bool, cuda: bool) -> torch.nn.Module:
+def _make_model(
+    config: Any, packed: bool, dtype: torch.dtype, checkpointing: bool, cuda: bool
+) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    # A copy: a model shares its config, and the attention set below would stay in it.
+    config = copy.deepcopy(config)  # because `set_attention` changes the model's config
     attention = load.default_attn_implementation(config)
-    model = AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), attn_implementation=attention, dtype=dtype
-    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     if packed and cuda:
         default_attention.register(_CUDA_ATTENTION, _attend, lambda pattern: default_attention.LayerMask())
         set_attention(model, _CUDA_ATTENTION)
@@ -121,107 +115,89 @@ def _model(config: Any, packed: bool, dtype: torch.dtype, checkpointing: bool, c
     return model.train()
 
 
-def batch_of(lengths: list[int], learned_tokens: int) -> PackedBatch:
+def make_packed_batch(lengths: list[int], num_targets: int) -> PackedBatch:
     tokens = sum(lengths)
     return PackedBatch(
         tokens=torch.zeros(1, tokens, dtype=torch.int64),
         positions=torch.zeros(1, tokens, dtype=torch.int64),
         lengths=lengths,
         cu_seqlens=torch.zeros(len(lengths) + 1, dtype=torch.int32),
-        target_positions=torch.zeros(learned_tokens, dtype=torch.int64),
-        labels=torch.zeros(learned_tokens, dtype=torch.int64),
+        target_positions=torch.zeros(num_targets, dtype=torch.int64),
+        labels=torch.zeros(num_targets, dtype=torch.int64),
         has_targets=True,
     )
 
 
-def padded_batch_of(lengths: list[int], learned_tokens: int) -> PaddedBatch:
-    """Return one row per example; the targets are at the ends of the rows."""
+def make_padded_batch(lengths: list[int], num_targets: int) -> PaddedBatch:
+    """Return a batch with one row per example. The targets are at the ends of the rows."""
     rows, longest = len(lengths), max(lengths)
-    columns = min(longest, -(-learned_tokens // rows))
+    columns = min(longest, -(-num_targets // rows))
     mask = torch.zeros(rows, longest, dtype=torch.int64)
-    places = torch.arange(learned_tokens)
+    indices = torch.arange(num_targets)
     return PaddedBatch(
         tokens=torch.zeros(rows, longest, dtype=torch.int64),
         attention_mask=mask if len(set(lengths)) > 1 else None,
         columns=torch.arange(longest - columns, longest),
-        rows=(places // columns).clamp(max=rows - 1),
-        column_indices=places % columns,
-        labels=torch.zeros(learned_tokens, dtype=torch.int64),
+        rows=(indices // columns).clamp(max=rows - 1),
+        column_indices=indices % columns,
+        labels=torch.zeros(num_targets, dtype=torch.int64),
         has_targets=True,
     )
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Dispatch mode that counts the bytes of live storages made by operators; views share their storage.
+    """Dispatch mode that counts the bytes of live storages. Storages of the tensors in `excluded` are not counted."""
 
-    `given`: tensors that are not counted.
-    """
-
-    def __init__(self, given: list[Any]) -> None:
+    def __init__(self, excluded: list[Any]) -> None:
         super().__init__()
-        self.live = 0
-        self._peak = self._at_start = 0
+        self._live = self._peak = self._at_start = 0
         self._gradient_elements = 0
         self.samples: list[MemorySample] = []
-        storages = [value.untyped_storage() for value in given if isinstance(value, torch.Tensor)]
+        storages = [value.untyped_storage() for value in excluded if isinstance(value, torch.Tensor)]
         self._known = weakref.WeakSet(storages)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
-        self._peak = max(self._peak, self.live)
+            if isinstance(leaf, torch.Tensor) and (storage := leaf.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self._live += storage.nbytes()
+                weakref.finalize(storage, self._subtract, storage.nbytes())
+        self._peak = max(self._peak, self._live)
         return out
 
-    def gradient_done(self, parameter: torch.Tensor) -> None:
-        """End an interval: a complete gradient is no activation any more (zero_memory.py counts it)."""
+    def end_interval(self, parameter: torch.Tensor) -> None:
+        """Add a sample when a parameter's gradient is complete. Free the gradient, because zero_memory.py counts it."""
         self.samples.append(self.sample())
         self._gradient_elements += parameter.numel()
         parameter.grad = None
-        self._peak = self._at_start = self.live
+        self._peak = self._at_start = self._live
 
     def sample(self) -> MemorySample:
-        """Return the interval since the last complete gradient."""
+        """Return the memory sample of the current interval."""
         return MemorySample(self._gradient_elements, self._peak, self._at_start)
 
-    def _count(self, storage: Any) -> None:
-        if storage not in self._known:
-            size = storage.nbytes()
-            self._known.add(storage)
-            self.live += size
-            weakref.finalize(storage, self._drop, size)
-
-    def _drop(self, size: int) -> None:
-        self.live -= size
+    def _subtract(self, size: int) -> None:
+        self._live -= size
 
 
 @contextlib.contextmanager
-def _dropout(cuda: bool) -> Iterator[None]:
-    """Context manager that traces a GPU's dropout, which keeps one byte per element; a CPU's keeps noise of the dtype.
+def _gpu_kernels() -> Iterator[None]:
+    """Context manager that imitates GPU kernels: dropout keeps one byte per element, and the loss has large blocks."""
 
-    The function is patched, because a TorchFunctionMode is not active when checkpointing recomputes in backward.
-    """
-    functions: Any = torch.nn.functional
-    before = functions.dropout
-
-    def fused(
-        input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> torch.Tensor:
+    def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         return torch.native_dropout(input, p, True)[0] if training and p else input
 
-    functions.dropout = fused if cuda else before
-    try:
+    # These are patches, because a TorchFunctionMode is not active when checkpointing recomputes activations.
+    with (
+        mock.patch.object(torch.nn.functional, "dropout", dropout),
+        mock.patch.object(cross_entropy, "block_bytes", lambda _: cross_entropy.ACCELERATOR_BLOCK_BYTES),
+    ):
         yield
-    finally:
-        functions.dropout = before
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Placeholder for fused attention over all examples of a pack: allocates and saves what the kernel does.
-
-    It computes no values.
-    """
+    """Placeholder for fused attention over a pack: allocates the kernel's tensors, but computes no values."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
@@ -241,10 +217,7 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Placeholder for a fused RMS norm: saves for backward what the kernel saves (input, one fp32 number per token).
-
-    It computes no values.
-    """
+    """Placeholder for a fused RMS norm: keeps input, weight and one fp32 number per token, but computes no values."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any) -> Any:

@@ -1,98 +1,88 @@
-"""Estimate of the memory of one rank in the worst phase of a step."""
+"""Estimate the memory of one rank, in the phase of a training step that needs the most device memory."""
 
-from __future__ import annotations
-
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from trainer.planning.accelerators import Accelerator
+from trainer.planning.accelerators import Hardware
 from trainer.planning.activations import ActivationTrace, trace_activations
 from trainer.planning.workload import Workload
-from trainer.planning.zero_memory import (
-    ACTIVATIONS,
-    BUCKETS,
-    LOGITS,
-    Phase,
-    ZeroMemoryConfig,
-    estimate_phases,
-)
+from trainer.planning.zero_memory import ACTIVATIONS, BUCKETS, LOGITS, ZeroMemoryConfig, estimate_phases
 
 CONTEXT = "CUDA context and NCCL"
 FRAGMENTATION = "fragmentation"
 PROCESS = "process (interpreter, libraries)"
 LOADING = "loading the model"
 
-# Assumed: driver and kernels of torch (about 0.5 GiB), and NCCL's channels (about 0.5 GiB).
+# Assumed: about 0.5 GiB for the CUDA driver and torch's kernels, and about 0.5 GiB for NCCL's channels.
 _CUDA_CONTEXT_BYTES = 2**30
-# Assumed: the part of a step's transient memory that torch's caching allocator cannot reuse.
+# Assumed: the fraction of a step's transient memory that torch's caching allocator cannot reuse.
 _FRAGMENTATION = 0.05
-_TRANSIENT = (ACTIVATIONS, LOGITS, BUCKETS)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by component in the worst phase of a rank. On a CPU `device` is the memory of the process."""
+    """Memory of one rank by component, in the phase with the largest device memory. On a CPU, all memory is in `device`."""
 
     phase: str
     device: Counter[str]
-    host: Counter[str]  # of one rank
+    host: Counter[str]  # host memory of one rank
     transient_bytes: int  # peak of activations and logits over all phases
 
     @property
     def device_bytes(self) -> int:
-        return sum(self.device.values())
+        return self.device.total()
 
     @property
     def host_bytes(self) -> int:
-        return sum(self.host.values())
+        return self.host.total()
 
 
-def trace_phases(
-    workload: Workload, bf16: bool, checkpointing: bool, cuda: bool
-) -> tuple[ActivationTrace, int]:
-    """Return the trace of the fullest micro-batch, and the bytes of its peak that are due to the logits."""
+def trace_micro_batch(workload: Workload, bf16: bool, checkpointing: bool, cuda: bool) -> ActivationTrace:
+    """Trace the micro-batch with the most tokens. The logits' memory is the difference from a trace with one target token."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    full, without = (
-        trace_activations(workload.config, list(workload.lengths), learned_tokens, dtype, checkpointing, cuda)
-        for learned_tokens in (max(1, workload.num_target_tokens), 1)
+    full, without_logits = (
+        trace_activations(workload.config, list(workload.lengths), num_targets, dtype, checkpointing, cuda)
+        for num_targets in (max(1, workload.num_target_tokens), 1)
     )
-    return full, max(0, full.samples[0].bytes - without.samples[0].bytes)
+    logits_bytes = max(0, full.samples[0].bytes - without_logits.samples[0].bytes)
+    return dataclasses.replace(full, logits_bytes=logits_bytes)
 
 
 def estimate_memory(
     workload: Workload,
-    resolved: dict[str, Any],
-    accelerator: Accelerator,
-    world_size: int,
-    traced: tuple[ActivationTrace, int],
+    deepspeed_config: dict[str, Any],
+    hardware: Hardware,
+    trace: ActivationTrace,
     process_bytes: int,
     kept_by_glibc: float,
 ) -> MemoryEstimate:
-    """Return the phase with the largest device memory.
+    """Return the memory in the phase with the largest device memory.
 
-    `traced`: of `trace_phases`. `process_bytes`: measured resident set of a rank with a tiny model. `kept_by_glibc`: on
-    a CPU, the measured fraction of freed activations that malloc keeps in its heap; blocks up to 32 MB are not returned
-    to the system (mallopt(3), M_MMAP_THRESHOLD).
+    `process_bytes`: measured resident set of a rank with a tiny model. `kept_by_glibc`: on a CPU, the measured fraction
+    of freed activations that malloc keeps in its heap (blocks of up to 32 MB, see M_MMAP_THRESHOLD in mallopt(3)).
     """
-    element_bytes = 2 if resolved["bf16"]["enabled"] else 4
-    sizes, on_accelerator = list(workload.sizes), not accelerator.is_cpu
-    layout = ZeroMemoryConfig.from_ds_config(
-        resolved, sizes, element_bytes, world_size, on_accelerator, workload.largest_layer
+    is_cpu = hardware.accelerator.is_cpu
+    element_bytes = 2 if deepspeed_config["bf16"]["enabled"] else 4
+    sizes, largest_layer = workload.sizes, workload.largest_layer
+    config = ZeroMemoryConfig.from_ds_config(
+        deepspeed_config, sizes, element_bytes, hardware.world_size, not is_cpu, largest_layer
     )
-    worst = max(estimate_phases(layout, *traced), key=Phase.device_bytes)
+    worst = max(estimate_phases(config, trace), key=lambda phase: phase.device.total())
     device, host = worst.device, worst.host
-    if accelerator.is_cpu:
+    if is_cpu:
         device.update(host)
-        device[FRAGMENTATION] += int(kept_by_glibc * traced[0].peak_bytes)
+        device[FRAGMENTATION] += int(kept_by_glibc * trace.peak_bytes)
         device[PROCESS] += process_bytes
-        return MemoryEstimate(worst.name, +device, Counter(), traced[0].peak_bytes)
+        return MemoryEstimate(worst.name, +device, Counter(), trace.peak_bytes)
     host[PROCESS] += process_bytes
-    # Rank 0 makes random weights whole; pretrained ones are read file by file.
-    loaded = layout.largest_parameter if layout.stage == 3 else layout.num_parameters
-    host[LOADING] += layout.element_bytes * loaded
-    device[FRAGMENTATION] += int(_FRAGMENTATION * sum(device[name] for name in _TRANSIENT))
+    # Stage 3 loads one parameter at a time; other stages load the whole model on the host. If stage 3 starts from random
+    # weights, rank 0 also makes the whole model. This estimate does not include that memory.
+    loaded = config.largest_parameter if config.stage == 3 else config.num_parameters
+    host[LOADING] += config.element_bytes * loaded
+    device[FRAGMENTATION] += int(_FRAGMENTATION * (device[ACTIVATIONS] + device[LOGITS] + device[BUCKETS]))
     device[CONTEXT] += _CUDA_CONTEXT_BYTES
-    return MemoryEstimate(worst.name, +device, +host, traced[0].peak_bytes)
+    return MemoryEstimate(worst.name, +device, +host, trace.peak_bytes)

@@ -1,20 +1,13 @@
-"""Plan of a training run: its memory, disk and time, and the reasons why it does not fit the hardware."""
+"""Plan of a training run: memory, disk space, time, and the reasons why the run does not fit the hardware."""
 
-from __future__ import annotations
-
-import dataclasses
-import json
 import os
-import shutil
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from trainer.planning import memory, time
-from trainer.planning.accelerators import GB, Accelerator, find_accelerator, host_memory_bytes
+from trainer.planning.accelerators import Hardware, find_hardware
 from trainer.planning.activations import ActivationTrace
+from trainer.planning.measurements import read_measurements
 from trainer.planning.memory import MemoryEstimate
 from trainer.planning.time import StepTime
 from trainer.planning.workload import Workload, estimate_workload
@@ -25,24 +18,11 @@ from trainer.training import ds_config
 
 
 @dataclass(frozen=True)
-class Hardware:
-    accelerator: Accelerator
-    nodes: int
-    per_node: int
-    host_bytes: int  # of a machine; 0: not known
-    disk_bytes: int  # 0: not known
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.per_node
-
-
-@dataclass(frozen=True)
 class DiskEstimate:
-    """Bytes that a run writes to disk, of all ranks together."""
+    """Disk space of a run in bytes, for all ranks together."""
 
     checkpoint_bytes: int
-    num_checkpoints: int  # those kept, and the one being written
+    num_checkpoints: int  # save_total_limit + 1: the checkpoint that is being written counts too
     export_bytes: int
 
     @property
@@ -52,12 +32,12 @@ class DiskEstimate:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Estimates for one run. `refusals`: reasons why it cannot run, with remedies; empty if it fits."""
+    """Estimates for one run. `refusals`: reasons why the run does not fit, with remedies; empty if it fits."""
 
     settings: PlanSettings
     hardware: Hardware
     workload: Workload
-    resolved: dict[str, Any]  # resolved ds_config
+    deepspeed_config: dict[str, Any]  # from `ds_config.resolve_ds_config`
     memory: MemoryEstimate
     disk: DiskEstimate
     step: StepTime
@@ -66,7 +46,7 @@ class RunPlan:
 
     @property
     def stage(self) -> int:
-        return ds_config.stage(self.resolved)
+        return ds_config.zero_stage(self.deepspeed_config)
 
     @property
     def fits(self) -> bool:
@@ -74,7 +54,7 @@ class RunPlan:
 
     @property
     def memory_fits(self) -> bool:
-        """True if there is no refusal that another ds_config could remove."""
+        """True if no refusal is about memory. Disk space is ignored, because it depends little on the ds_config."""
         return all(refusal.startswith("disk: ") for refusal in self.refusals)
 
     @property
@@ -83,7 +63,7 @@ class RunPlan:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all steps; 0 if their number or the GPU's speed is not known."""
+        """Seconds of all steps; 0 if the number of steps or the speed of the GPU is not known."""
         return self.step.seconds * self.workload.total_steps if self.is_speed_known else 0.0
 
     @property
@@ -91,97 +71,76 @@ class RunPlan:
         return self.seconds * self.hardware.world_size / 3600
 
 
-def hardware(settings: PlanSettings) -> Hardware:
-    """Return the hardware of the settings. Raises UserError for an unknown accelerator."""
-    accelerator = find_accelerator(settings.gpu, settings.gpus_per_node)
-    host = int(settings.host_memory_gb * GB)
-    if accelerator.is_cpu or (not host and settings.gpu == "auto"):
-        host = host or host_memory_bytes()
-    if accelerator.is_cpu:
-        accelerator = dataclasses.replace(accelerator, memory_bytes=host // settings.gpus_per_node)
-    space = int(settings.disk_gb * GB)
-    if not space and settings.output_dir:
-        output = Path(settings.output_dir)
-        folder = next((path for path in (output, *output.parents) if path.is_dir()), None)
-        space = shutil.disk_usage(folder).free if folder else 0
-    return Hardware(accelerator, settings.nodes, settings.gpus_per_node, host, space)
-
-
 def make_plan(
     settings: PlanSettings, process_bytes: int | None = None, ignore_glibc_heap: bool = False
 ) -> RunPlan:
-    """Plan one training.
+    """Return the plan of one training run.
 
-    `process_bytes` replaces the measured memory of a process, and `ignore_glibc_heap` sets the memory that glibc's heap
-    keeps to 0. Raises UserError for an unknown model, file or accelerator and for contradictory settings.
+    `process_bytes`: memory of a process with a tiny model; None: the measured value. `ignore_glibc_heap`: do not count
+    freed blocks that glibc keeps in its heap. Raises UserError for an unknown model, file or accelerator, and for
+    contradictory settings.
     """
-    machine = hardware(settings)
-    workload = estimate_workload(settings, machine.world_size)
-    traced = memory.trace_phases(
-        workload, settings.bf16, settings.gradient_checkpointing, cuda=not machine.accelerator.is_cpu
+    hardware = find_hardware(settings)
+    workload = estimate_workload(settings, hardware.world_size)
+    trace = memory.trace_micro_batch(
+        workload, settings.bf16, settings.gradient_checkpointing, cuda=not hardware.accelerator.is_cpu
     )
-    return plan_with_trace(settings, machine, workload, traced, process_bytes, ignore_glibc_heap)
+    return plan_with_trace(settings, hardware, workload, trace, process_bytes, ignore_glibc_heap)
 
 
 def plan_with_trace(
     settings: PlanSettings,
-    machine: Hardware,
+    hardware: Hardware,
     workload: Workload,
-    traced: tuple[ActivationTrace, int],
+    trace: ActivationTrace,
     process_bytes: int | None = None,
     ignore_glibc_heap: bool = False,
 ) -> RunPlan:
-    """Plan one training whose activations were traced already (`memory.trace_phases`)."""
-    accelerator = machine.accelerator
-    resolved = ds_config.resolve_ds_config(settings, machine.world_size)
-    measured = read_measurements()
-    if process_bytes is None:  # stages import different parts of DeepSpeed
+    """Return the plan of one training run (see `make_plan`). `trace`: activations of the micro-batch with the most tokens."""
+    accelerator, measured = hardware.accelerator, read_measurements()
+    config = ds_config.resolve_ds_config(settings, hardware.world_size)
+    if process_bytes is None:  # measured per ZeRO stage: each stage imports other parts of DeepSpeed
         by_stage = measured["process_bytes"]
-        process_bytes = int(by_stage.get(str(ds_config.stage(resolved)), max(by_stage.values())))
+        process_bytes = int(by_stage.get(str(ds_config.zero_stage(config)), max(by_stage.values())))
     returns_memory = ignore_glibc_heap or "MALLOC_MMAP_THRESHOLD_" in os.environ
-    kept = 0.0 if returns_memory else measured["kept_by_glibc"]
-    ranks, nodes = machine.world_size, machine.nodes
-    needed = memory.estimate_memory(workload, resolved, accelerator, ranks, traced, process_bytes, kept)
-    space = estimate_disk(workload, resolved, settings.save_total_limit)
+    kept_by_glibc = 0.0 if returns_memory else measured["kept_by_glibc"]
+    needed = memory.estimate_memory(workload, config, hardware, trace, process_bytes, kept_by_glibc)
+    disk = estimate_disk(workload, config, settings.save_total_limit)
     if settings.calibrate:
-        rate = time.measured_rate(settings.calibrate, workload.mean_length)
+        rate = time.measured_flops_rate(settings.calibrate, workload.mean_length)
     else:
-        rate = time.default_rate(workload.num_parameters, settings.bf16, accelerator, measured)
-    checkpointing = settings.gradient_checkpointing
-    step = time.estimate_step_time(
-        workload, resolved, accelerator, nodes, machine.per_node, checkpointing, rate
-    )
+        rate = time.default_flops_rate(workload.num_parameters, settings.bf16, accelerator)
+    step = time.estimate_step_time(workload, config, hardware, settings.gradient_checkpointing, rate)
     notes = list(workload.assumptions)
     if step.is_extrapolated:
         notes.append("several machines: extrapolated from measurements on one machine")
     if not accelerator.is_cpu:
         notes.append("GPU memory, CUDA context and fragmentation: computed, not measured on a GPU")
     if not accelerator.is_speed_known:
-        notes.append(
-            f"{accelerator.name}: {accelerator.note}; --calibrate RUN takes the speed of a finished run"
-        )
+        notes.append(f"{accelerator.name}: {accelerator.note}; --calibrate RUN takes a finished run's speed")
     if settings.bf16 and accelerator.name.startswith("v100"):
         notes.append("a V100 has no bf16 units: bf16 runs at the rate of fp32")
-    refusals = _refusals(machine, needed, space)
-    return RunPlan(settings, machine, workload, resolved, needed, space, step, refusals, tuple(notes))
+    refusals = _refusals(hardware, needed, disk)
+    return RunPlan(settings, hardware, workload, config, needed, disk, step, refusals, tuple(notes))
 
 
-def estimate_disk(workload: Workload, resolved: dict[str, Any], save_total_limit: int) -> DiskEstimate:
-    """Return the bytes of all ranks together, without the kilobytes of names and shapes.
+def estimate_disk(workload: Workload, config: dict[str, Any], save_total_limit: int) -> DiskEstimate:
+    """Return the disk space of the checkpoints and the export, without metadata. `config`: the resolved ds_config.
 
-    Stage 0 writes weights and AdamW's two fp32 moments; stages 1 and 2 weights, fp32 masters and moments; stage 3
-    masters and moments.
+    Stage 0 writes weights and AdamW's two fp32 moments. Stages 1 and 2 write weights, fp32 master weights and moments.
+    Stage 3 writes master weights and moments.
     """
-    element_bytes = 2 if resolved["bf16"]["enabled"] else 4
-    per_parameter = (element_bytes + 8, element_bytes + 12, element_bytes + 12, 12)[ds_config.stage(resolved)]
+    element_bytes = 2 if config["bf16"]["enabled"] else 4
+    per_parameter = (element_bytes + 8, element_bytes + 12, element_bytes + 12, 12)[
+        ds_config.zero_stage(config)
+    ]
     export = element_bytes * workload.num_parameters
     return DiskEstimate(per_parameter * workload.num_parameters, save_total_limit + 1, export)
 
 
-def _refusals(machine: Hardware, needed: MemoryEstimate, space: DiskEstimate) -> tuple[str, ...]:
-    found = []
-    limit = machine.accelerator.memory_bytes
-    unit = "process" if machine.accelerator.is_cpu else "GPU"
+def _refusals(hardware: Hardware, needed: MemoryEstimate, disk: DiskEstimate) -> tuple[str, ...]:
+    refusals = []
+    limit = hardware.accelerator.memory_bytes
     if needed.device_bytes > limit:
         missing = needed.device_bytes - limit
         within_batch = needed.device[ACTIVATIONS] + needed.device[LOGITS]
@@ -195,27 +154,20 @@ def _refusals(machine: Hardware, needed: MemoryEstimate, space: DiskEstimate) ->
                 "divide more among ranks (ds_configs/zero3.json, more GPUs), offload "
                 "(ds_configs/zero3_offload.json), or use a smaller model"
             )
-        found.append(
-            f"memory: a {unit} needs {size_text(needed.device_bytes)} and has {size_text(limit)}, "
+        refusals.append(
+            f"memory: a {hardware.unit} needs {size_text(needed.device_bytes)} and has {size_text(limit)}, "
             f"{size_text(missing)} are missing; {remedy}"
         )
-    host = needed.host_bytes * machine.per_node
-    if machine.host_bytes and host > machine.host_bytes:
-        found.append(
-            f"host memory: {machine.per_node} rank(s) of a machine need {size_text(host)} and it has "
-            f"{size_text(machine.host_bytes)}, {size_text(host - machine.host_bytes)} are missing; "
+    host = needed.host_bytes * hardware.gpus_per_node
+    if hardware.host_bytes and host > hardware.host_bytes:
+        refusals.append(
+            f"host memory: {hardware.gpus_per_node} rank(s) of a machine need {size_text(host)} and it has "
+            f"{size_text(hardware.host_bytes)}, {size_text(host - hardware.host_bytes)} are missing; "
             "use more machines, or a ds_config without offload"
         )
-    if machine.disk_bytes and space.total_bytes > machine.disk_bytes:
-        found.append(
-            f"disk: checkpoints and export need {size_text(space.total_bytes)}, {size_text(machine.disk_bytes)} are free, "
-            f"{size_text(space.total_bytes - machine.disk_bytes)} are missing; lower save_total_limit, or another output_dir"
+    if hardware.disk_bytes and disk.total_bytes > hardware.disk_bytes:
+        refusals.append(
+            f"disk: checkpoints and export need {size_text(disk.total_bytes)}, {size_text(hardware.disk_bytes)} are free, "
+            f"{size_text(disk.total_bytes - hardware.disk_bytes)} are missing; lower save_total_limit, or another output_dir"
         )
-    return tuple(found)
-
-
-@lru_cache
-def read_measurements() -> dict[str, Any]:
-    """Return measured.json, written by benchmarks/plan_accuracy.py: hardware, date, errors of all cases, rates."""
-    text = files("trainer.planning").joinpath("measured.json").read_text(encoding="utf-8")
-    return json.loads(text)
+    return tuple(refusals)

@@ -1,6 +1,4 @@
-"""Workload of a training, estimated before it starts: model, fullest micro-batch, steps, tokens."""
-
-from __future__ import annotations
+"""Estimate the workload of a training run before it starts: model, fullest micro-batch, steps, tokens."""
 
 import math
 from dataclasses import dataclass
@@ -14,24 +12,20 @@ from trainer.shards.read import Shards
 from trainer.training.batches import BatchPlan, PackedDataset
 
 _MAX_SAMPLED_PACKS = 20_000
-_STORIES_VOCABULARY = 1024  # of the embedded tokenizer, for the stories shapes without shards
+_STORIES_VOCABULARY = 1024  # size of the built-in stories vocabulary; assumed if no shards are given
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Workload of a training.
-
-    `sizes`: elements of every parameter, tied ones once. `largest_layer`: elements of the largest decoder layer.
-    `lengths`: tokens of each example of the fullest micro-batch.
-    """
+    """Model and batches of a training run."""
 
     model_name: str
     config: Any
-    sizes: tuple[int, ...]
-    largest_layer: int
-    lengths: tuple[int, ...]
-    num_target_tokens: int  # targets in the fullest micro-batch
-    mean_length: float
+    sizes: tuple[int, ...]  # number of elements of each parameter; tied parameters count once
+    largest_layer: int  # number of elements of the largest decoder layer
+    lengths: tuple[int, ...]  # number of tokens of each example in the fullest micro-batch
+    num_target_tokens: int  # number of targets in the fullest micro-batch
+    mean_length: float  # mean number of tokens of an example
     tokens_per_step: float
     total_steps: int  # 0: not known
     assumptions: tuple[str, ...]
@@ -42,43 +36,40 @@ class Workload:
 
 
 def estimate_workload(settings: PlanSettings, world_size: int) -> Workload:
-    """Return the workload from the shards, or without shards for full packs in which every token is a target.
+    """Return the workload of a plan. Without shards, assume that all packs are full and all tokens are targets.
 
     Raises UserError for an unknown or missing model.
     """
     name = settings.model_name_or_path or settings.config_name
-    config = _model_config(settings)
+    config = _model_config(settings, name)
     model = load.build_on_meta(config)
     sizes = tuple(parameter.numel() for parameter in model.parameters())
-    layers = [sum(part.numel() for part in layer.parameters()) for layer in load.decoder_layers(model)]
-    found = (_from_shards if settings.train_shards else _assumed)(settings, world_size)
-    return Workload(settings.model_label or Path(name).name, config, sizes, max(layers, default=0), **found)
+    layers = [sum(weight.numel() for weight in layer.parameters()) for layer in load.decoder_layers(model)]
+    batches = (_read_batches if settings.train_shards else _assume_batches)(settings, world_size)
+    return Workload(settings.model_label or Path(name).name, config, sizes, max(layers, default=0), **batches)
 
 
-def _model_config(settings: PlanSettings) -> Any:
-    """Return the config of the settings' model: a folder, a hub name, or a preset."""
-    name = settings.model_name_or_path or settings.config_name
+def _model_config(settings: PlanSettings, name: str) -> Any:
+    """Return the config of the model `name`, which is a folder, a Hub name or a preset."""
     short = name.rpartition("/")[2].lower()
     if short in presets.published_names() and not Path(name).exists():
         config = load.apply_overrides(presets.published_config(short), settings.config_overrides)
     else:
-        facts = Shards.open(settings.train_shards).facts if settings.train_shards else {}
-        config = load.load_config(
-            name, settings.config_overrides, facts.get("vocabulary_size", _STORIES_VOCABULARY)
-        )
+        shards = Shards.open(settings.train_shards) if settings.train_shards else None
+        vocabulary_size = shards.facts["vocabulary_size"] if shards else _STORIES_VOCABULARY
+        config = load.load_config(name, settings.config_overrides, vocabulary_size)
     config.use_cache = False
     return config
 
 
-def _from_shards(settings: PlanSettings, world_size: int) -> dict[str, Any]:
-    shards = Shards.open(settings.train_shards)
+def _read_batches(settings: PlanSettings, world_size: int) -> dict[str, Any]:
+    """Read the shards and return the fields of Workload from `lengths` to `assumptions`."""
     view = view_of(settings.method, settings.train_on_calculator_results)
+    shards = Shards.open(settings.train_shards)
     data = PackedDataset(shards, settings.method, view, settings.pack_length, settings.seed)
-    micro = settings.per_device_train_batch_size
+    micro, accumulation_steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     epochs, steps = settings.num_train_epochs, settings.max_steps
-    plan = BatchPlan.make(
-        micro, settings.gradient_accumulation_steps, world_size, data.packs_per_epoch, epochs, steps
-    )
+    plan = BatchPlan.make(micro, accumulation_steps, world_size, data.packs_per_epoch, epochs, steps)
     packs = min(plan.total_packs, data.packs_per_epoch, _MAX_SAMPLED_PACKS)
 
     def num_tokens_and_targets(start: int) -> tuple[int, int]:
@@ -97,7 +88,7 @@ def _from_shards(settings: PlanSettings, world_size: int) -> dict[str, Any]:
     }
 
 
-def _assumed(settings: PlanSettings, world_size: int) -> dict[str, Any]:
+def _assume_batches(settings: PlanSettings, world_size: int) -> dict[str, Any]:
     tokens = settings.per_device_train_batch_size * settings.pack_length
     length = min(settings.mean_length, settings.pack_length)
     full, rest = divmod(tokens, length)
@@ -105,9 +96,7 @@ def _assumed(settings: PlanSettings, world_size: int) -> dict[str, Any]:
     steps = settings.max_steps
     if not steps and settings.num_problems:
         steps = math.ceil(settings.num_train_epochs * settings.num_problems * length / per_step)
-    assumption = (
-        f"no train_shards: full packs, examples of {length} tokens, every token learned (an upper bound)"
-    )
+    assumption = f"no train_shards: full packs, examples of {length} tokens, all tokens learned (upper bound)"
     return {
         "lengths": (length,) * full + ((rest,) if rest else ()),
         "num_target_tokens": tokens,

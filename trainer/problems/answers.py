@@ -1,22 +1,20 @@
-"""Extraction of the final answer from a generated text, and comparison with the gold answer.
+"""Extract the final answer from a generated text, and compare it with the gold answer.
 
 Two rules are reported side by side, as in lm-evaluation-harness for GSM8K:
 
 - `strict`: the rest of the line after the last `####`. Measures answer and format.
-- `flexible`: the same if it is an answer of the gold's type, else the last number (or yes/no) in the text. An answer
-  that is right under `strict` is right under `flexible`. lm-evaluation-harness always takes the last number; the two
-  differ only for texts that continue after `#### answer`.
+- `flexible`: the `strict` answer if it has the type of the gold answer, else the last number, yes/no or line, depending on
+  that type. An answer that is right under `strict` is right under `flexible`. lm-evaluation-harness always takes the last
+  number. Its results differ from ours only for texts that continue after `#### answer`.
 
-Numbers are compared as exact fractions: `18`, `18.`, `18.00`, `$18`, `+18`, `36/2` and `18 dollars` are equal (some are
-missed by lm-evaluation-harness, issue 2707), and `0.33` is not `1/3`. A percent sign is a unit: `18%` is 18, not 0.18. Up
-to four words may follow a number as its unit, except words of scale (`18 million` is not 18). A comma must group digits
-(`1,5` is not a number). All other answers are compared as text: Unicode-normalised, case-folded, on one line, without
-quotes and final period.
+Numbers are compared as exact fractions: `18`, `18.`, `18.00`, `$18`, `+18`, `36/2` and `18 dollars` are equal, and `0.33` is
+not `1/3`. (lm-evaluation-harness misses some of these forms, see its issue 2707.) A percent sign is a unit: `18%` is 18,
+not 0.18. A unit of up to four words may follow a number, but not a scale such as million: `18 million` is not 18. A comma
+must group digits (`1,5` is not a number). Other answers are compared as text: Unicode-normalised, case-folded, on one
+line, without quotes or final period.
 
-Time is linear in the text. A number of over 200 characters is not an answer.
+An extraction takes time linear in the length of the text. A number of over 200 characters is not an answer.
 """
-
-from __future__ import annotations
 
 import functools
 import re
@@ -25,7 +23,7 @@ from fractions import Fraction
 
 from trainer.problems.problem import DELIMITER, one_line
 
-RULES = ("strict", "flexible")
+ANSWER_RULES = ("strict", "flexible")
 ANSWER_TYPES = ("number", "yes_no", "text")
 
 MAX_NUMBER_CHARACTERS = 200
@@ -35,7 +33,7 @@ _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?:\.[0-9]*)?|[0-9]+\.?[0-9]*|
 _NUMBER = re.compile(rf"([-+−–]?)\s?[$€£¥]?\s?([-−]?)({_DIGITS})(?:\s?/\s?([0-9]+))?(?![0-9])(.*)", re.DOTALL)
 _UNIT_WORD = re.compile(r"[%°¢$€£¥]?(?:[^\W\d_]|[-/.'’²³])*")
 _SCALES = re.compile(r"(?:dozen|hundred|thousand|million|billion|trillion)s?|k|mn|bn", re.IGNORECASE)
-# A minus after a letter, digit or bracket is a subtraction or a range: the last number of "5-3" is 3.
+# A minus after a letter, digit or bracket is a subtraction or a range, not a sign: the last number of "5-3" is 3.
 _IN_TEXT = re.compile(
     r"(?:(?<![\w)\]])[-−–])?[$€£¥]?(?:(?<=[$€£¥])[-−])?"
     r"(?:[0-9][0-9,]*(?:\.[0-9]+)*|(?<!\w)\.[0-9]+)(?:/[0-9]+)?"
@@ -46,15 +44,14 @@ _EDGES = " \t\r\n.,;:!?\"'“”‘’`*"
 
 
 def extract_answer(text: str, rule: str = "strict", gold_type: str | None = None) -> str | None:
-    """Return the final answer of a generated text, unparsed (`$1,000`); None if the rule finds none.
+    """Return the final answer of a generated text, unparsed (`$1,000`); None if the rule finds no answer.
 
-    rule: one of RULES. gold_type: `answer_type(gold)`, one of ANSWER_TYPES; used by the flexible rule only. With None
-    the flexible rule prefers a number to yes/no. Raises ValueError for an unknown rule or type.
+    rule: one of ANSWER_RULES. gold_type: `answer_type(gold)`, for the flexible rule only; without a type, the flexible rule
+    prefers numbers to yes/no. Raises ValueError for an unknown rule or type.
     """
-    if rule not in RULES or gold_type not in (None, *ANSWER_TYPES):
-        raise ValueError(
-            f"unknown rule {rule!r} or type {gold_type!r}; rules are {RULES}, types are {ANSWER_TYPES}"
-        )
+    if rule not in ANSWER_RULES or gold_type not in (None, *ANSWER_TYPES):
+        known = f"rules are {ANSWER_RULES}, types are {ANSWER_TYPES}"
+        raise ValueError(f"unknown rule {rule!r} or type {gold_type!r}; {known}")
     _, delimiter, rest = text.rpartition(DELIMITER)
     stated = (rest.partition("\n")[0].strip() or None) if delimiter else None
     if rule == "strict" or gold_type == "text":
@@ -75,7 +72,7 @@ def extract_answer(text: str, rule: str = "strict", gold_type: str | None = None
 
 
 def answers_match(answer: str | None, gold: str) -> bool:
-    """Return whether an extracted answer equals the gold answer, compared as the gold's type. None never matches."""
+    """Return whether an extracted answer equals the gold answer by the rules of the gold answer's type."""
     if answer is None:
         return False
     if (gold_number := _bare_number(gold)) is not None:
@@ -86,14 +83,14 @@ def answers_match(answer: str | None, gold: str) -> bool:
 
 
 def answer_type(gold: str) -> str:
-    """Return the type of a gold answer: `number` (without unit words), `yes_no` or `text`."""
+    """Return the type of a gold answer, one of ANSWER_TYPES. A number with unit words is `text`."""
     if _bare_number(gold) is not None:
         return "number"
     return "text" if _bare_yes_no(gold) is None else "yes_no"
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Return the exact value of a number with optional currency sign, percent sign or unit words; else None."""
+    """Return the exact value of a number with optional currency sign, percent sign or unit; None for other texts."""
     parsed = _number_and_unit(text)
     if parsed is None:
         return None
@@ -105,17 +102,17 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def strip_thousands(answer: str) -> str:
-    """Return a number without thousands separators (`1,080` -> `1080`), any other answer unchanged."""
+    """Remove the thousands separators of a number (`1,080` -> `1080`); return other answers unchanged."""
     return answer.replace(",", "") if answer_type(answer) == "number" else answer
 
 
 def parse_yes_no(text: str) -> bool | None:
-    """Return True for yes/true and False for no/false, alone or before punctuation ("No, it sinks."); else None."""
+    """Return True for yes/true, False for no/false, and None for other texts. Punctuation and text may follow ("No, never")."""
     match = _YES_NO.fullmatch(text.lstrip(_EDGES).rstrip())
     return match[1].casefold() in ("yes", "true") if match else None
 
 
-@functools.lru_cache(maxsize=1024)  # called for an answer's type and then for its value
+@functools.lru_cache(maxsize=1024)  # called twice per answer: for its type and for its value
 def _number_and_unit(text: str) -> tuple[Fraction, str] | None:
     text = text.strip(_EDGES.replace(".", "")).rstrip(_EDGES)  # keep a leading decimal point
     if len(text) > MAX_NUMBER_CHARACTERS or not (match := _NUMBER.fullmatch(text)):
@@ -139,12 +136,11 @@ def _bare_yes_no(gold: str) -> bool | None:
 
 
 def _last_number(text: str) -> str | None:
-    numbers = _IN_TEXT.findall(text)
-    if not numbers:
+    if not (numbers := _IN_TEXT.findall(text)):
         return None
     last = numbers[-1].rstrip(",")
     for candidate in (last, last.rpartition(",")[2], re.findall("[0-9]+", last)[-1]):
-        if parse_number(candidate) is not None:  # the last number of the list "3,4,5" is 5
+        if parse_number(candidate) is not None:  # "3,4,5" is not a number, so the next candidate is "5"
             return candidate
     return None
 

@@ -1,23 +1,21 @@
-"""Reader and writer of the user's own problems: one JSON object per line (or one JSON array) with these keys.
+"""Reader and writer of the user's own problems: one JSON object per line, or one JSON array, with these keys.
 
 | key | | value |
 | --- | --- | --- |
 | `question` | required | text, may have several lines |
 | `answer` | required | one line of text, a number, or true/false (read as yes/no) |
-| `steps` | optional | list of `{"question": ..., "solution": ...}`, in order; one of the two may be missing |
+| `steps` | optional | list of `{"question": ..., "solution": ...}`, in order; either key may be missing |
 | `facts` | optional | list of texts |
-| `id` | optional | text or integer, unique; by default `<split>-000012`, counted from 0 |
-| `meta` | optional | any value, ignored; for other columns |
+| `id` | optional | text or integer, unique; default: split and position from 0, e.g. `train-000012` |
+| `meta` | optional | any value, for example other columns of the data; ignored |
 
 A solution may contain calculator annotations, `48/2 = <<48/2=24>>24`. A numeric answer should have no unit, `18` and not
-`18 dollars`: only then it is compared as a number. Line breaks in steps and facts become spaces. A record with any other
-key is rejected: with a misspelt `step` a model would be trained without the steps.
+`18 dollars`: answers with a unit are compared as text. Line breaks in steps and facts become spaces. A record with any
+other key is rejected, because a record with the misspelt key `step` would be read without its steps.
 
     {"question": "Ann has 3 bags of 4 nuts. How many nuts?", "answer": 12,
      "steps": [{"question": "How many nuts are in 3 bags?", "solution": "3*4 = <<3*4=12>>12 nuts"}]}
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -25,13 +23,13 @@ from trainer.problems import answers
 from trainer.problems.problem import Problem, RecordError, Step, one_line
 from trainer.problems.records import answer_text, json_type, optional_texts, required_text
 
-KEYS = ("id", "question", "answer", "steps", "facts", "meta")
+PROBLEM_KEYS = ("id", "question", "answer", "steps", "facts", "meta")
 STEP_KEYS = ("question", "solution")
 
 
 def problem_from_record(record: dict[str, Any], id: str) -> Problem:
-    """Return the problem of one record; `id` is used if the record has none. Raises RecordError."""
-    _check_keys("the record", record, KEYS)
+    """Return the problem of one record. `id` is the default id. Raises RecordError for an invalid record."""
+    _check_keys("the record", record, PROBLEM_KEYS)
     own_id = record.get("id")
     if own_id is not None:
         id = str(own_id) if type(own_id) is int else required_text(record, "id", "bad_id")

@@ -1,10 +1,8 @@
-"""Problem, the common format of all data sets, and RejectedRecord, for records that are not valid problems.
+"""Define the common format of all data sets (Problem) and of records that are not valid problems (RejectedRecord).
 
-Examples are written line by line: sub-questions, solutions and answers must be one line each and must not contain the
-answer delimiter `####`. Readers normalise texts with `one_line`; a text that breaks the rule raises RecordError.
+An example is written line by line. Every sub-question, solution and answer must be one line and must not contain the answer
+delimiter `####`. Readers normalise texts with `one_line`; a text that still breaks these rules raises RecordError.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -16,7 +14,7 @@ REJECTION_REASONS = {
     "not_utf8": "the bytes are not UTF-8, or a text contains half of a surrogate pair",
     "not_json": "the record is not JSON",
     "not_an_object": "the record is JSON, but not an object",
-    "too_long": "the record is longer than 1 MiB, or its example than max_length tokens",
+    "too_long": "the record is longer than 1 MiB, or its example is longer than max_length tokens",
     "changed_by_tokenizer": "the tokens of the problem do not decode to its text",
     "nul_character": "a text contains the character NUL",
     "unknown_key": "the record has an unknown key",
@@ -45,9 +43,9 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Step:
-    """One reasoning step: a one-line sub-question, and a one-line solution with calculator annotations `<<3*4=12>>`.
+    """Reasoning step: a one-line sub-question, and a one-line solution with calculator annotations `<<3*4=12>>`.
 
-    One of the two may be "" if the data has none. Raises RecordError for an invalid text.
+    Either text may be "", but not both. Raises RecordError for an invalid text.
     """
 
     question: str = ""
@@ -59,20 +57,18 @@ class Step:
         for name, text in (("sub-question", self.question), ("solution", self.solution)):
             _check_characters(f"the {name}", text)
             if text != one_line(text):
-                raise RecordError(
-                    "bad_step", f"the {name} is not one line of single-spaced text: {text[:80]!r}"
-                )
+                raise RecordError("bad_step", f"the {name} is not one single-spaced line: {text[:80]!r}")
             if DELIMITER in text:
                 raise RecordError("bad_step", f"the {name} contains the delimiter {DELIMITER}: {text[:80]!r}")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its answer and the reasoning steps.
+    """Question, answer and reasoning steps.
 
-    id: unique within a data set. question: may have several lines, stripped. answer: one line; a number has no thousands
-    separators. steps: in order, () if the data has none. facts: one-line statements (StrategyQA) that are not part of
-    the question. Raises RecordError for an invalid text.
+    id: unique within a data set. question: one or several lines, stripped. answer: one line; a number has no thousands
+    separators. steps: in order, () if the data has none. facts: one-line statements (StrategyQA) that are not part of the
+    question. Raises RecordError for an invalid text.
     """
 
     id: str
@@ -89,7 +85,7 @@ class Problem:
         if not self.question:
             raise RecordError("no_question", "the question is blank")
         if self.question != self.question.strip():
-            raise RecordError("no_question", "the question has blanks around it; strip it")
+            raise RecordError("no_question", "the question starts or ends with white space")
         _check_characters("the answer", self.answer)
         if not self.answer:
             raise RecordError("no_answer", "the answer is blank")
@@ -103,9 +99,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class RejectedRecord:
-    """A record that is not a valid problem, for the report of a data set's preparation.
+    """Record that is not a valid problem, for rejects.jsonl.
 
-    source: file or hub name. line: the record's first line (Hub: its row), counted from 1. reason: a key of
+    source: file or Hub name. line: first line of the record (Hub: its row), counted from 1. reason: a key of
     REJECTION_REASONS. detail: the fault. text: the first 200 characters of the raw record.
     """
 
@@ -121,7 +117,7 @@ class RejectedRecord:
 
 
 def one_line(text: str) -> str:
-    """Return the text stripped, with every run of white space, including line breaks, replaced by one space."""
+    """Return the stripped text. Each run of white space (including line breaks) is replaced with one space."""
     return " ".join(text.split())
 
 
@@ -132,7 +128,6 @@ def _check_characters(name: str, text: str) -> None:
         raise RecordError("nul_character", f"{name} contains NUL at character {text.index(chr(0))}")
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, "\ud83d", UTF-8 cannot
-        raise RecordError(
-            "not_utf8", f"{name} contains half a surrogate pair at character {error.start}"
-        ) from None
+    except UnicodeEncodeError as error:  # JSON can encode a lone surrogate ("\ud83d"); UTF-8 cannot
+        detail = f"{name} contains half a surrogate pair at character {error.start}"
+        raise RecordError("not_utf8", detail) from None

@@ -1,10 +1,9 @@
-"""Reader of JSON Lines files and JSON arrays (SVAMP, StrategyQA) in which a bad record does not affect the others.
+"""Reader of JSON Lines files and JSON arrays (SVAMP, StrategyQA) that continues after invalid records.
 
-Records have line numbers; bad ones are yielded as RejectedRecord. Decimal numbers are read as Decimal.
+Records have line numbers. Invalid records are yielded as RejectedRecord. Decimal numbers are read as Decimal.
 """
 
-from __future__ import annotations
-
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -16,17 +15,18 @@ from typing import Any, BinaryIO, NoReturn
 from trainer.errors import UserError
 from trainer.problems.problem import MAX_REJECTED_TEXT, RecordError, RejectedRecord
 
-MAX_RECORD_BYTES = 1 << 20  # the longest record of the supported data sets, in StrategyQA, has 3 kB
-_BUFFER_BYTES = 1 << 20  # large, as every read releases the GIL and waits for it while threads tokenise
+MAX_RECORD_BYTES = 1 << 20  # the longest record of the supported data sets has 3 kB (StrategyQA)
+_BUFFER_BYTES = 1 << 20  # large, because this thread waits for the GIL after every read
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
 
 
 @dataclass(frozen=True)
 class JsonRecord:
-    """A parsed record. line: its first line, from 1. position: its index in the file, from 0, including bad records.
+    """Parsed record of a file.
 
-    raw: the first 200 characters of its text, for RejectedRecord.
+    line: first line of the record, from 1. position: index among all records of the file, from 0. raw: first 200 characters
+    of the record's text, for RejectedRecord.
     """
 
     line: int
@@ -38,8 +38,8 @@ class JsonRecord:
 def read_records(path: Path) -> Iterator[JsonRecord | RejectedRecord]:
     """Yield every record of a file in order, skipping blank lines.
 
-    A file named `.jsonl`, or whose first character is not `[`, is read as JSON Lines. Raises UserError if the file cannot
-    be read.
+    A file is read as JSON Lines if its name ends in `.jsonl` or its first character is not `[`. Raises UserError if the file
+    cannot be read.
     """
     try:
         with path.open("rb", buffering=_BUFFER_BYTES) as file:
@@ -47,23 +47,21 @@ def read_records(path: Path) -> Iterator[JsonRecord | RejectedRecord]:
             file.seek(0)
             is_array = start.startswith(b"[") and path.suffix != ".jsonl"
             for position, (line, raw) in enumerate(_elements(file.read()) if is_array else _lines(file)):
-                begin = (
-                    raw[: 4 * MAX_REJECTED_TEXT].decode("utf-8", errors="replace").strip()[:MAX_REJECTED_TEXT]
-                )
+                text = raw[: 4 * MAX_REJECTED_TEXT].decode("utf-8", errors="replace").strip()
+                text = text[:MAX_REJECTED_TEXT]
+                record: JsonRecord | RejectedRecord
                 try:
-                    record = JsonRecord(line, position, _parse(raw), begin)
+                    record = JsonRecord(line, position, _parse(raw), text)
                 except RecordError as error:
-                    yield RejectedRecord(str(path), line, error.reason, error.detail, begin)
-                else:
-                    yield record
+                    record = RejectedRecord(str(path), line, error.reason, error.detail, text)
+                yield record
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; check the path and its permissions"
-        ) from error
+        message = f"cannot read {path}: {error.strerror}; check the path and its permissions"
+        raise UserError(message) from error
 
 
 def required_text(record: dict[str, Any], key: str, reason: str) -> str:
-    """Return the text under `key`, stripped. Raises RecordError(reason) if missing, null or blank, else "wrong_type"."""
+    """Return the stripped text under `key`. Raises RecordError if it is missing or blank (`reason`) or not a string."""
     value = record.get(key)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise RecordError(reason, f"no {key!r}" if value is None else f"{key!r} is blank")
@@ -73,25 +71,25 @@ def required_text(record: dict[str, Any], key: str, reason: str) -> str:
 
 
 def answer_text(record: dict[str, Any], key: str) -> str:
-    """Return the answer under `key`: numbers without exponent and trailing zeros, true as yes, false as no.
+    """Return the answer under `key` as text: 1E2 as "100", 2.50 as "2.5", true as "yes", false as "no".
 
-    Raises RecordError.
+    Raises RecordError if the answer is missing, blank, a list or an object, or if its decimal exponent is beyond +-30.
     """
     value = record.get(key)
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):  # from the Hub; repr gives the shortest decimal, as in the original file
+    if isinstance(value, float):  # only records from the Hub have floats; repr restores the original decimal
         value = Decimal(repr(value))
     if isinstance(value, Decimal):
         if not value.is_finite() or abs(value.adjusted()) > 30:
-            raise RecordError("bad_answer", f"{key!r} is {value}, no number of a word problem")
+            raise RecordError("bad_answer", f"{key!r} is {value}, which is no number of a word problem")
         text = format(value, "f")
         return text.rstrip("0").rstrip(".") if "." in text else text
     return str(value) if isinstance(value, int) else required_text(record, key, "no_answer")
 
 
 def optional_texts(record: dict[str, Any], key: str) -> list[str]:
-    """Return the list of texts under `key`, [] if missing or null. Raises RecordError("wrong_type")."""
+    """Return the list of texts under `key`, or [] if the key is missing or null. Raises RecordError for another type."""
     value = record.get(key)
     if value is None:
         return []
@@ -101,11 +99,11 @@ def optional_texts(record: dict[str, Any], key: str) -> list[str]:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number, bytes) of every line that is not blank, truncated to MAX_RECORD_BYTES + 1."""
-    number = 0
-    while raw := file.readline(MAX_RECORD_BYTES + 1):
-        number += 1
-        rest = raw
+    """Yield (line number, bytes) of every line that is not blank. Lines are cut to MAX_RECORD_BYTES + 1 bytes."""
+    for number in itertools.count(1):
+        rest = raw = file.readline(MAX_RECORD_BYTES + 1)
+        if not raw:
+            return
         while rest and not rest.endswith(b"\n"):  # skip the rest of a line that is too long
             rest = file.readline(MAX_RECORD_BYTES)
         raw = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
@@ -116,8 +114,8 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _elements(content: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield (line number, bytes) of every element of a JSON array.
 
-    After an invalid element, continues at the next `{` at the start of a line with the first element's indentation;
-    without line breaks, the rest is one invalid element. A truncated array ends with an element that does not parse.
+    An invalid element ends before the next line that has the first element's indentation and then `{`. If no such line
+    follows, the element extends to the end of the file. If the array is truncated, the last yielded bytes are not JSON.
     """
     text = content.decode("utf-8", errors="surrogateescape")  # encode() below restores invalid bytes
     at = _BETWEEN_ELEMENTS.match(text, text.index("[") + 1).end()  # type: ignore[union-attr]
@@ -129,8 +127,8 @@ def _elements(content: bytes) -> Iterator[tuple[int, bytes]]:
         try:
             _, end = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError):
-            found = next_element.search(text, at + 1)
-            end = found.end() if found else len(text)
+            match = next_element.search(text, at + 1)
+            end = match.end() if match else len(text)
         yield line, text[at:end].encode("utf-8", errors="surrogateescape")
         if end == len(text):
             return
@@ -138,10 +136,10 @@ def _elements(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    """Return the JSON object of one record. Raises RecordError."""
+    """Return a record's JSON object. Raises RecordError if the record is too long, contains NUL or is not an object."""
     if len(raw) > MAX_RECORD_BYTES:
         raise RecordError("too_long", f"over {MAX_RECORD_BYTES} bytes")
-    if b"\0" in raw:  # a hole in the file, e.g. after a crash or on a full disk
+    if b"\0" in raw:  # the file has a hole, e.g. after a crash or on a full disk
         raise RecordError("nul_character", f"the record contains NUL at byte {raw.index(0)}")
     try:
         value = _DECODER.decode(raw.decode("utf-8").strip())

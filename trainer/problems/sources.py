@@ -1,10 +1,8 @@
-"""Reading problems of a data set from a local file or folder, the Hugging Face Hub, or the stories generator.
+"""Read the problems of a data set from a local file or folder, the Hugging Face Hub, or the stories generator.
 
-The Hub is for the preparation step: one process, with internet or a filled cache. Training and evaluation read shards, so
-ranks do not race for the cache of `datasets` (its issues 4661, 5412), and compute nodes need no network.
+Only the tools that prepare data read the Hub, in one process with internet or a filled cache. Training and evaluation read
+shards, so that ranks do not race for the cache of `datasets` (its issues 4661, 5412) and compute nodes need no network.
 """
-
-from __future__ import annotations
 
 import hashlib
 import itertools
@@ -18,6 +16,7 @@ from trainer.errors import UserError
 from trainer.problems import gsm8k, jsonl, strategyqa, svamp
 from trainer.problems.problem import MAX_REJECTED_TEXT, Problem, RecordError, RejectedRecord
 from trainer.problems.records import JsonRecord, read_records
+from trainer.settings import DATA
 from trainer.storage.atomic_dir import file_digest
 from trainer.storage.configuration import did_you_mean
 
@@ -30,54 +29,34 @@ _SPLIT_NAMES = ("train", "validation", "dev", "test")
 class DatasetSource:
     """Format and file names of a data set.
 
-    from_record: (record, default id) -> Problem. files: split -> file names in a folder, in order of preference.
-    hub: split -> (configuration, split) on the Hub, split None for all. hub_example: a data set's name there.
-    options: accepted options of `read_problems`.
+    from_record: function (record, default id) -> Problem. files: file names in a folder, in order of preference, with {} in
+    place of the split. hub: function split -> (configuration, split) on the Hub; a split None on the Hub means all splits.
+    hub_example: a Hub name. options: accepted options of `read_problems`.
     """
 
     name: str
     from_record: Callable[[dict[str, Any], str], Problem]
-    files: Callable[[str], tuple[str, ...]]
-    hub: Callable[[str], tuple[str | None, str | None]]
+    files: tuple[str, ...]
+    hub: Callable[[str], tuple[str | None, str | None]] = lambda split: (None, split)
     hub_example: str = ""
     options: tuple[str, ...] = ("revision",)
 
 
 _SOURCES = (
+    DatasetSource("gsm8k", gsm8k.problem_from_record, ("{}.jsonl",), gsm8k.hub_split, "openai/gsm8k"),
     DatasetSource(
-        "gsm8k",
-        gsm8k.problem_from_record,
-        files=lambda split: (f"{split}.jsonl",),
-        hub=lambda split: (
-            "socratic" if split.endswith(gsm8k.SOCRATIC) else "main",
-            split.removesuffix(gsm8k.SOCRATIC),
-        ),
-        hub_example="openai/gsm8k",
-    ),
-    DatasetSource(
-        "svamp",
-        svamp.problem_from_record,
-        files=lambda split: ("SVAMP.json",),
-        hub=lambda split: (None, None),
-        hub_example="ChilleD/SVAMP",
+        *("svamp", svamp.problem_from_record, ("SVAMP.json",), lambda split: (None, None), "ChilleD/SVAMP"),
         options=("revision", "seed"),
     ),
     DatasetSource(
         "strategyqa",
         strategyqa.problem_from_record,
-        files=lambda split: (f"{split}.json", f"{split}.jsonl"),
-        hub=lambda split: (None, split),
+        ("{}.json", "{}.jsonl"),
         hub_example="ChilleD/StrategyQA",
     ),
-    DatasetSource(
-        "jsonl",
-        jsonl.problem_from_record,
-        files=lambda split: (f"{split}.jsonl", f"{split}.json"),
-        hub=lambda split: (None, split),
-    ),
+    DatasetSource("jsonl", jsonl.problem_from_record, ("{}.jsonl", "{}.json")),
 )
 _DATASETS = {source.name: source for source in _SOURCES}
-DATA = (*_DATASETS, "stories")
 
 
 def read_problems(
@@ -85,19 +64,18 @@ def read_problems(
 ) -> Iterator[Problem | RejectedRecord]:
     """Yield the problems of one split in the order of the data, with a RejectedRecord for every invalid record.
 
-    data: one of DATA. split: see the data set's module (gsm8k: train, test, train_socratic, test_socratic; svamp: train,
-    test, all; strategyqa: train, dev; jsonl: the name of a file in a folder, or for a file the prefix of default ids).
+    data: a name in DATA. split: see the data set's module (gsm8k: train, test, train_socratic, test_socratic; svamp: train,
+    test, all; strategyqa: train, dev; jsonl: prefix of default ids and, if `path` is a folder, file name without suffix).
     path: a local file, a local folder with the published files (jsonl: `<split>.jsonl`), a folder of .parquet files
-    downloaded from the Hub, or a Hub name; none for stories. options: `seed` for svamp, `revision` for the Hub, those of
-    `stories.read` for stories.
+    downloaded from the Hub, or a Hub name; empty for stories. options: `seed` for svamp, `revision` for the Hub, the
+    arguments of `stories.generate_problems` for stories.
 
-    A record with the id of an earlier one is rejected. Raises UserError for an unknown data set, split, option or path,
-    for an unreachable Hub, and, after the last record, if there is no valid problem.
+    A record is rejected if an earlier record has the same id. Raises UserError for an unknown data set, split, option or
+    path, for an unreachable Hub, and, after the last record, if there is no valid problem.
     """
     if data not in DATA:
-        raise UserError(
-            f"unknown data set {data!r}; choose one of {', '.join(DATA)}{did_you_mean(data, DATA)}"
-        )
+        hint = did_you_mean(data, DATA)
+        raise UserError(f"unknown data set {data!r}; choose one of {', '.join(DATA)}{hint}")
     if data == "stories":
         from trainer.problems import stories
 
@@ -112,33 +90,30 @@ def read_problems(
         raise UserError(f"svamp has no split {split!r}; choose one of {', '.join(svamp.SPLITS)}")
     source, records = _open(data_set, split, path, options.get("revision"))
     if data == "svamp" and split != "all":
-        seed = options.get("seed", 0)
-        records = (
-            r for r in records if isinstance(r, RejectedRecord) or svamp.in_split(r.value, split, seed)
-        )
+        args = (split, options.get("seed", 0))
+        records = (r for r in records if isinstance(r, RejectedRecord) or svamp.in_split(r.value, *args))
     return _problems(data_set, split, source, records)
 
 
 def read_exemplars(path: str) -> list[Problem]:
     """Return the solved problems for few-shot prompts from a JSONL file (see jsonl.py), in order.
 
-    Raises UserError naming the first invalid line.
+    Raises UserError if a line is invalid; the message names the first such line.
     """
-    found = []
+    exemplars = []
     for record in read_problems("jsonl", Path(path).stem, path):
         if isinstance(record, RejectedRecord):
-            raise UserError(
-                f"{path}, line {record.line}: {record.reason}: {record.detail}; correct the exemplar"
-            )
-        found.append(record)
-    return found
+            fault = f"{record.reason}: {record.detail}"
+            raise UserError(f"{path}, line {record.line}: {fault}; correct the exemplar")
+        exemplars.append(record)
+    return exemplars
 
 
 def source_digest(data: str, split: str, path: str | None = None, **options: Any) -> str:
     """Return a digest of the source's content.
 
-    SHA-256 of a local file or of a downloaded folder's parquet files, `hub:<name>@<revision>` for a Hub name, and SHA-256
-    of the first 64 problems for stories, which depends on the generator's code.
+    SHA-256 of a local file or of the parquet files in a downloaded folder, or `hub:<name>@<revision>` for a Hub name. For
+    stories, SHA-256 of the first 64 problems, so that the digest depends on the generator's code.
     """
     if data == "stories":
         first = itertools.islice(read_problems(data, split, path, **options), 64)
@@ -163,10 +138,8 @@ def _problems(
         if isinstance(record, JsonRecord):
             try:
                 problem = data_set.from_record(record.value, f"{prefix}-{record.position:06d}")
-                if problem.id in first_line:
-                    raise RecordError(
-                        "repeated_id", f"{problem.id!r} is the id of line {first_line[problem.id]} too"
-                    )
+                if line := first_line.get(problem.id):
+                    raise RecordError("repeated_id", f"{problem.id!r} is the id of line {line} too")
             except RecordError as error:
                 record = RejectedRecord(source, record.line, error.reason, error.detail, record.raw)
             else:
@@ -175,35 +148,31 @@ def _problems(
                 continue
         first_reject = first_reject or record
         yield record
-    if first_reject and not first_line:
+    if first_line:
+        return
+    if first_reject:
         raise UserError(
             f"{source}: not one record of the {data} split {split!r} is a problem. The first, "
             f"line {first_reject.line}: {first_reject.reason}, {first_reject.detail}. Is it {data} data?"
         )
-    if not first_line:
-        raise UserError(
-            f"{source}: the {data} split {split!r} is empty; check that the file was copied completely"
-        )
+    raise UserError(f"{source}: the {data} split {split!r} is empty; check that the file is complete")
 
 
 def _open(
     data_set: DatasetSource, split: str, path: str | None, revision: str | None
 ) -> tuple[str, Iterable[JsonRecord | RejectedRecord]]:
-    """Return the source's path or Hub name and its records."""
-    hub_example = f", or a hub name such as {data_set.hub_example}" if data_set.hub_example else ""
+    """Return the source's path or Hub name, and the source's records."""
+    hub_example = f", or a Hub name such as {data_set.hub_example}" if data_set.hub_example else ""
     if not path:
-        raise UserError(
-            f"{data_set.name} needs a path: a file, or a folder with {data_set.files(split)[0]}{hub_example}"
-        )
+        folder = f"a folder with {data_set.files[0].format(split)}"
+        raise UserError(f"{data_set.name} needs a path: a file, or {folder}{hub_example}")
     local = Path(path).expanduser()
-    if not local.exists() and _HUB_NAME.fullmatch(path) and local.suffix not in _SUFFIXES:
-        return path, _read_hub(path, *data_set.hub(split), revision)
-    if local.is_dir() and next(local.rglob("*.parquet"), None):  # a hub data set, downloaded
-        return path, _read_hub(str(local), *data_set.hub(split), revision)
+    is_hub_name = not local.exists() and _HUB_NAME.fullmatch(path) and local.suffix not in _SUFFIXES
+    # The data set is on the Hub, or the folder was downloaded from the Hub.
+    if is_hub_name or next(local.rglob("*.parquet"), None):
+        return path, _read_hub(path if is_hub_name else str(local), *data_set.hub(split), revision)
     if revision:
-        raise UserError(
-            f"revision ({revision!r}) is for hub data sets, but {path} is a local path; leave one of them out"
-        )
+        raise UserError(f"revision ({revision!r}) is for Hub data sets, but {path} is a local path")
     if not local.exists():
         raise UserError(f"{path} does not exist; give an existing file or folder{hub_example}")
     file = _file_in(local, data_set, split) if local.is_dir() else local
@@ -216,21 +185,21 @@ def _open(
 def _read_hub(
     name: str, configuration: str | None, split: str | None, revision: str | None
 ) -> Iterator[JsonRecord]:
-    """Return the rows of one split, or of all splits in order if `split` is None. Downloads before it returns.
+    """Return the rows of a split on the Hub or in a folder from the Hub. Split None: the rows of all splits, in order.
 
-    Raises UserError with the message of `datasets`: unknown data set, configuration or split, no network, broken cache.
+    Raises UserError with the message of `datasets` if the data set, configuration or split is unknown or cannot be loaded.
     """
     from datasets import DatasetDict, load_dataset
 
     try:
         loaded = load_dataset(name, configuration, split=split, revision=revision)
         splits = list(loaded.values()) if isinstance(loaded, DatasetDict) else [loaded]
-    except Exception as error:  # a dozen unrelated classes of four packages
+    except Exception as error:  # `datasets` raises a dozen types of error, from four packages
         raise UserError(
             f"cannot load {name} (configuration {configuration}, split {split}, revision {revision}) as a hub "
             f"data set: {type(error).__name__}: {str(error).strip()}\n"
-            "A local file or folder of that name would have been read instead. Without internet, run this once "
-            "on a machine that has it (same HF_HOME, then set HF_HUB_OFFLINE=1), or give a path to the files."
+            "A local path must be a file or folder with the data set's files. Without internet, run this once on a "
+            "machine with internet and the same HF_HOME, then set HF_HUB_OFFLINE=1; or give a path to the files."
         ) from error
     return (
         JsonRecord(position + 1, position, row, raw=repr(row)[:MAX_REJECTED_TEXT])
@@ -239,11 +208,12 @@ def _read_hub(
 
 
 def _file_in(folder: Path, data_set: DatasetSource, split: str) -> Path:
-    for name in data_set.files(split):
+    names = [name.format(split) for name in data_set.files]
+    for name in names:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    present = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
     raise UserError(
-        f"no {data_set.name} split {split!r} in {folder}: there is no {' or '.join(data_set.files(split))}; "
-        + (f"found {', '.join(found)}" if found else "found no .json or .jsonl file")
+        f"no {data_set.name} split {split!r} in {folder}: there is no {' or '.join(names)}; "
+        f"found {', '.join(present) or 'no .json or .jsonl file'}"
     )

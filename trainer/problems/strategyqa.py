@@ -1,12 +1,10 @@
 """Reader of StrategyQA (Geva et al. 2021, arXiv:2101.02235): yes/no questions with implicit reasoning steps.
 
 The published files are `train.json` (2061 problems) and `dev.json` (229), one JSON array each; the official test set has
-no answers. `decomposition` gives sub-questions without solutions, with unresolved references `#1`, `#2` to earlier
-answers. `facts` become `Problem.facts`; `term`, `description` and `evidence` are ignored. Copies on the Hub without
+no answers. The steps are the sub-questions of `decomposition`, without solutions. References to earlier answers stay
+`#1`, `#2`. `facts` become `Problem.facts`. `term`, `description` and `evidence` are ignored. Hub copies without
 `decomposition` give problems without steps.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -15,7 +13,7 @@ from trainer.problems.records import json_type, optional_texts, required_text
 
 
 def problem_from_record(record: dict[str, Any], id: str) -> Problem:
-    """Return the problem of one element of `train.json`; `id` is used if it has no `qid`. Raises RecordError."""
+    """Return the problem of a record. `id` is used if there is no `qid`. Raises RecordError for an invalid record."""
     if record.get("qid") is not None:
         id = required_text(record, "qid", "bad_id")
     answer = record.get("answer")
@@ -23,14 +21,12 @@ def problem_from_record(record: dict[str, Any], id: str) -> Problem:
         raise RecordError("no_answer", "no 'answer': the official test set has none")
     if not isinstance(answer, bool):
         raise RecordError("wrong_type", f"'answer' is {json_type(answer)}, expected true or false")
-    facts = record.get("facts")
+    has_one_fact = isinstance(record.get("facts"), str)
+    facts = [record["facts"]] if has_one_fact else optional_texts(record, "facts")
     return Problem(
         id=id,
         question=one_line(required_text(record, "question", "no_question")),
         answer="yes" if answer else "no",
         steps=tuple(Step(question=one_line(text)) for text in optional_texts(record, "decomposition")),
-        facts=tuple(
-            one_line(text)
-            for text in ([facts] if isinstance(facts, str) else optional_texts(record, "facts"))
-        ),
+        facts=tuple(map(one_line, facts)),
     )

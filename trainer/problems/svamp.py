@@ -1,18 +1,16 @@
 """Reader of SVAMP (Patel et al. 2021, NAACL): 1000 word problems of one or two operations in one file, `SVAMP.json`.
 
-The single step of a problem is its equation with a calculator annotation: `( 76.0 - 25.0 )` becomes
-`76 - 25 = <<76-25=51>>51`. The question is `Body` and `Question` joined by a space, as in zero-shot CoT (Kojima et al.
-2022); 358 bodies have no full stop, and none is added.
+A problem has one step, its equation with a calculator annotation: `( 76.0 - 25.0 )` becomes `76 - 25 = <<76-25=51>>51`.
+The question is `Body` and `Question` joined by a space, as in zero-shot CoT (Kojima et al. 2022). In 358 problems `Body`
+does not end with a full stop, and the reader does not add one.
 
-There is no official split. `split_of` divides the ids `chal-1` ... `chal-1000` into 700 for training and 300 for testing
-by a hash of seed and id, independently of the order and completeness of the file or Hub copy. Training and test problems
-must be read with the same seed.
+There is no official split. `split_of` divides the ids `chal-1` ... `chal-1000` into 700 for training and 300 for testing by
+a hash of seed and id. The split depends neither on the order nor on the completeness of the file or Hub copy. Training
+and test problems must be read with the same seed.
 
-The record `chal-680` is rejected: its answer is 1, its text and its equation give 5. With seed 0 this leaves 299 test
-problems.
+The record `chal-680` is rejected: its answer is 1, but its text and its equation give 5. With seed 0, 299 test problems are
+left.
 """
-
-from __future__ import annotations
 
 import functools
 import hashlib
@@ -29,9 +27,9 @@ NUM_TEST = 300
 
 
 def problem_from_record(record: dict[str, Any], id: str = "") -> Problem:
-    """Return the problem of one element of SVAMP.json or row of a Hub copy. Raises RecordError.
+    """Return the problem of an element of SVAMP.json or a row of a Hub copy. Raises RecordError for an invalid record.
 
-    The argument `id` is ignored, since every record has an `ID`.
+    The argument `id` is ignored, because every record has an `ID`.
     """
     id = required_text(record, "ID", "bad_id")
     split_of(id)  # raises for an invalid id
@@ -43,23 +41,22 @@ def problem_from_record(record: dict[str, Any], id: str = "") -> Problem:
     if result is None:
         raise RecordError("bad_step", f"the equation is not arithmetic: {record['Equation']!r}")
     if not answers.answers_match(answer, result):
-        raise RecordError(
-            "answer_mismatch", f"the equation {expression} gives {result}, the answer is {answer}"
-        )
+        detail = f"the equation {expression} gives {result}, the answer is {answer}"
+        raise RecordError("answer_mismatch", detail)
     spaced = re.sub(r"\s*([-+*/])\s*", r" \1 ", expression)
     step = Step(solution=f"{spaced} = <<{expression}={result}>>{result}")
     return Problem(id, f"{one_line(body)} {one_line(question)}", result, steps=(step,))
 
 
 def split_of(id: str, seed: int = 0) -> str:
-    """Return `train` or `test`. Raises RecordError("bad_id") for an id that is not in the data set."""
+    """Return the split of an id, `train` or `test`. Raises RecordError for an id that is not in the data set."""
     if not re.fullmatch(r"chal-[1-9][0-9]{0,3}", id) or int(id[5:]) > NUM_PROBLEMS:
         raise RecordError("bad_id", f"{id[:80]!r} is not one of chal-1 ... chal-{NUM_PROBLEMS}")
     return "test" if id in _test_ids(seed) else "train"
 
 
 def in_split(record: dict[str, Any], split: str, seed: int = 0) -> bool:
-    """Return whether a record is in the split. Records with an invalid id are in every split, so that they are reported."""
+    """Return whether a record is in the split. A record with an invalid id is in every split, so that the reader rejects it."""
     try:
         return split == "all" or split == split_of(required_text(record, "ID", "bad_id"), seed)
     except RecordError:
@@ -74,21 +71,12 @@ def _test_ids(seed: int) -> frozenset[str]:
 
 
 def _expression(equation: str) -> str:
-    """Return an equation without spaces, outer parentheses and trailing zeros: `( ( 4.0 - 2.0 ) + 3.0 )` -> `(4-2)+3`."""
+    """Return an equation without spaces, outer parentheses and final zeros of decimals: `((4.0 - 2.0) + 3.0)` -> `(4-2)+3`."""
     expression = re.sub(r"[0-9]+\.[0-9]+", lambda match: _without_zeros(match[0]), "".join(equation.split()))
-    while expression.startswith("(") and _closing_index(expression) == len(expression) - 1:
+    # "(1)+(2)" stays as it is, because "1)+(2" cannot be evaluated.
+    while re.fullmatch(r"\(.*\)", expression) and calculator.evaluate(expression[1:-1]) is not None:
         expression = expression[1:-1]
     return expression
-
-
-def _closing_index(expression: str) -> int:
-    """Return the index of the parenthesis that closes the first character; -1 if there is none."""
-    depth = 0
-    for index, character in enumerate(expression):
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if depth == 0:
-            return index
-    return -1
 
 
 def _without_zeros(number: str) -> str:

@@ -1,4 +1,4 @@
-"""Make figures, tables and one self-contained page from run directories. Imports no torch; needs the extra "report"."""
+"""Make figures, tables and one self-contained page from run directories. Needs the extra "report", but not torch."""
 
 from importlib.util import find_spec
 

@@ -1,48 +1,50 @@
 """Columns of the report's frames, with dtypes and units.
 
-Text columns have dtype object, with None for missing values: Arrow strings cannot store the lone surrogates that
-predictions may contain.
+Text columns have dtype object, because predictions may contain lone surrogates, which Arrow strings cannot store.
+Missing texts are None.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
 import pandas as pd
 
-# A row per run and evaluation; a run without evaluations has one row with empty evaluation columns.
+from trainer.problems.answers import ANSWER_RULES
+
+# One row per evaluation of a run. A run without evaluations has one row without values in the evaluation columns.
 RUNS = {
     "study": "object",
     "run": "object",
     "run_path": "object",  # Path
     "train_data": "object",
-    "run_method": "object",  # of the run; `method` is the evaluation's
+    "run_method": "object",  # method of the run; the column `method` is the method of the evaluation
     "model": "object",
-    "parameters": "Int64",  # of a pair, the solver's
-    "seed": "Int64",  # of training
+    "parameters": "Int64",  # number of parameters of the model; for a pair, of the solver model
+    "seed": "Int64",  # training seed
     "max_steps": "Int64",
-    "is_trained": "bool",  # False: the run only evaluates models of other runs or a base model
-    "settings": "object",  # dict of settings.yaml
-    "environment": "object",  # dict of environment.json
-    "settings_digest": "object",  # SHA-256, "" without a file
-    "missing": "object",  # the first stage that is not done, in words, else ""
+    "is_trained": "bool",  # False: the run only evaluates a base model or models of other runs
+    "settings": "object",  # dict, the content of settings.yaml
+    "environment": "object",  # dict, the content of environment.json
+    "settings_digest": "object",  # SHA-256 of settings.yaml; "" if there is no file
+    "missing": "object",  # text about the first stage that is not done; "" if all stages are done
     "training_steps": "int64",
     "learned_tokens": "int64",
-    "final_loss": "float64",  # nats per learned token, mean of the last steps
+    "final_loss": "float64",  # nats per learned token, mean over the last STEPS_OF_FINAL_LOSS steps
     "tokens_per_second": "float64",  # median over the steps
     "tokens_per_second_q1": "float64",
     "tokens_per_second_q3": "float64",
     "training_seconds": "float64",
-    "broken_metrics_lines": "int64",  # incomplete because the process was killed
-    "undone_steps": "int64",  # after the checkpoint from which a killed run resumed
+    "broken_metrics_lines": "int64",  # lines of metrics.jsonl that were cut when the process was killed
+    "undone_steps": "int64",  # number of steps that were lost when the run resumed from an earlier checkpoint
     "non_finite_losses": "int64",
-    # Of the evaluation; its number in Study.evaluations is called `evaluation` in other frames:
-    "evaluation_name": "object",  # of the directory
+    # The columns below are about the evaluation.
+    "evaluation_name": "object",  # name of the evaluation's directory
     "results_path": "object",  # Path
     "predictions_path": "object",  # Path
-    "panel": "object",  # title of the evaluations that are comparable with this one
+    "panel": "object",  # title of the panel; evaluations in the same panel can be compared
     "panel_rank": "Int64",
-    "is_plain": "object",  # bool: finished model trained on this data, data as published, greedy, with calculator
+    # bool: True if training finished, data and mode are those of the training, decoding is greedy, the calculator is on,
+    # and the run has no other such evaluation of these problems with the same sampling seed.
+    "is_plain": "object",
     "problems": "object",
     "data": "object",
     "split": "object",
@@ -50,70 +52,67 @@ RUNS = {
     "calculator": "object",  # bool
     "temperature": "float64",
     "sampling_seed": "Int64",
-    "method": "object",  # of training; of a pair, the mode and the guidance of its decomposer
-    "train_seed": "Int64",  # of the evaluated model; missing for a base model
-    "total_parameters": "Int64",  # of all models that answer together
-    "stopped_at": "Int64",  # step, if training was not finished
-    "n": "Int64",  # problems
-    "strict_correct": "Int64",
-    "flexible_correct": "Int64",
-    "strict_accuracy": "float64",  # fractions; low and high: 95 % Wilson interval
-    "strict_low": "float64",
-    "strict_high": "float64",
-    "flexible_accuracy": "float64",
-    "flexible_low": "float64",
-    "flexible_high": "float64",
-    "by_num_steps": "object",  # {steps of the gold solution: (strict correct, n)}
-    "unfinished_generations": "Int64",  # cut at max_new_tokens
+    "method": "object",  # training method; for a pair, the mode and the plan that the decomposer reads
+    "train_seed": "Int64",  # training seed of the evaluated model; missing for a base model
+    "total_parameters": "Int64",  # sum over all models of the evaluation
+    "stopped_at": "Int64",  # last step of the evaluated model if its training is not finished; else missing
+    "n": "Int64",  # number of problems
+    **{f"{rule}_correct": "Int64" for rule in ANSWER_RULES},
+    # Fractions. `low` and `high` are the ends of the 95 % Wilson interval.
+    **{f"{rule}_{number}": "float64" for rule in ANSWER_RULES for number in ("accuracy", "low", "high")},
+    "by_num_steps": "object",  # dict: number of gold steps -> (number of correct answers, number of problems)
+    "unfinished_generations": "Int64",  # number of generations that were cut at max_new_tokens
     "generated_tokens": "Int64",
     "calculator_results_given": "Int64",
     "evaluation_seconds": "float64",
-    "members": "object",  # list of dict: role, model_name, method of the models of a pair
-    "backends": "object",  # list of dict: role, name, difference, reason
-    "warnings": "object",  # list of text
+    "members": "object",  # list with a dict per model of a pair; keys: role, model_name, method
+    # List with a dict per role. Keys: role; name of the backend; difference of its logits from those of the plain forward
+    # pass; reason why it is not the default backend.
+    "backends": "object",
+    "warnings": "object",  # list of str
 }
 
-# A row per valid line of metrics.jsonl that no resume undid, by step.
+# One row per valid line of metrics.jsonl, ordered by step. Steps that a resume undid are left out.
 METRICS = {
     "step": "int64",
     "is_validation": "bool",
-    "loss": "float64",  # nats per learned token of the whole step; NaN where the log has no number
+    "loss": "float64",  # nats per learned token of the global batch; NaN if the line has no numeric loss
     "learned_tokens": "float64",
     "tokens_per_second": "float64",
     "seconds": "float64",
 }
 
-# A row per prediction of one evaluation, in the order of the file.
+# One row per prediction of one evaluation, in the order of predictions.jsonl.
 PREDICTIONS = {
     "id": "object",
     "question": "object",
     "gold": "object",
-    "gold_steps": "object",  # tuple of StepText; None in files of older versions
+    "gold_steps": "object",  # tuple of SolutionStep; None in files of older versions
     "text": "object",
-    "has_answer": "bool",  # the strict rule extracted one
-    "correct": "bool",  # strict
+    "has_answer": "bool",  # whether the strict rule found an answer
+    "correct": "bool",  # whether the answer is right under the strict rule
     "generated_tokens": "int64",
     "finished": "bool",
-    "stopped": "object",  # reason for which a pair was cut, else ""
+    "stopped": "object",  # reason why the rollout of a pair ended early; "" after a normal end
 }
 
-# Added to PREDICTIONS by error_types.py, which drops the texts of predictions that the page does not show.
+# Columns that error_types.analyse adds to PREDICTIONS. If `is_shown` is False, large values are None, to save memory.
 ANALYSED = {
-    "evaluation": "int64",  # number of the row in Study.evaluations
-    "problem": "object",  # bytes, digest of question and gold answer
-    "is_shown": "bool",  # as an example on the page
+    "evaluation": "int64",  # row number in StudyFrames.evaluations
+    "problem": "object",  # SHA-256 digest (bytes) of question and gold answer
+    "is_shown": "bool",  # whether the page shows the prediction as an example
     "solution": "object",  # solution_steps.Solution
-    "error_type": "object",  # "right" or one of ERROR_TYPES; None without gold steps
+    "error_type": "object",  # RIGHT or one of ERROR_TYPES; None without gold steps
     "wrong_step": "Int64",  # index of the first step that is not right
 }
 
 
 def frame(rows: list[dict[str, Any]], columns: dict[str, str]) -> pd.DataFrame:
-    """Return a frame with exactly these columns and dtypes; values that a row lacks are missing."""
+    """Return a frame with exactly these columns and dtypes. Columns that a row does not contain get a missing value."""
     return pd.DataFrame(rows, columns=list(columns), dtype=object).astype(columns)
 
 
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows as dicts of plain Python values, None where a value is missing."""
+def to_dicts(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows as dicts of Python values, with None for missing values."""
     plain = table.astype(object)
     return plain.where(table.notna(), None).to_dict("records")  # type: ignore[return-value]

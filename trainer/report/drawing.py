@@ -1,11 +1,9 @@
-"""Colours, marks that several figures share, and rendering to SVG and PNG.
+"""Colours, drawing functions that several figures share, and rendering to SVG and PNG.
 
-The colours of the most compared methods are Okabe and Ito's (2008), which colour-blind readers can separate, with a
-grey for the baseline; markers differ as well. Figures are drawn in the light colours; on the page each becomes a CSS
-variable. The same data give the same bytes.
+The baseline is grey. The methods that are compared most often have colours of Okabe and Ito (2008), which colour-blind
+readers can distinguish. Each method also has a marker. Figures are drawn in the light colours. On the page a CSS
+variable replaces each colour, for dark mode. The same data always give identical files.
 """
-
-from __future__ import annotations
 
 import contextlib
 import io
@@ -27,9 +25,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from scipy.optimize import isotonic_regression
 
 from trainer.report.format import count, shorten
-from trainer.report.methods import METHODS, method_rank
+from trainer.report.methods import DISPLAYED_METHODS, method_order
 from trainer.report.statistics import Floats
 
 # name of the CSS variable -> (light, dark)
@@ -39,7 +38,7 @@ NEUTRALS = {
     "grid": ("#e4e5e7", "#33363b"),
     "paper": ("#fefefe", "#17191c"),
 }
-GOOD = ("#1f7a55", "#6cc79c")  # a right answer, on the page
+GOOD = ("#1f7a55", "#6cc79c")  # colour of right answers on the page: (light, dark)
 INK, MUTED, GRID, PAPER = (light for light, _ in NEUTRALS.values())
 _SPARE = (
     ("#6699cc", "#94bce6", "h"),
@@ -47,7 +46,7 @@ _SPARE = (
     ("#661100", "#d48f7e", "*"),
     ("#aa4499", "#d88fcb", "8"),
 )
-# (light, dark); right answers are pale, so that the errors stand out.
+# error type -> (light, dark). Right answers are pale, so that errors stand out.
 _ERROR_TYPES = {
     "right": ("#cfd8d3", "#3c4742"),
     "subquestion": ("#7a5fae", "#a78fdb"),
@@ -59,12 +58,12 @@ _ERROR_TYPES = {
 _COLORS = {"text.color": INK, "grid.color": GRID}
 _COLORS |= dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), MUTED)
 _MAX_COLUMNS = 3
-_MAX_WIDTH = 12.0  # inches of a whole figure
+_MAX_WIDTH = 12.0  # inches, width of a whole figure
 _DPI = 200
-_TITLE_LENGTH = 46  # characters that fit above a panel
-_NAME_LENGTH = 22  # characters beside a panel
-_LABEL_GAP = 0.075  # of the axes' height, between two lines of text
-_LOG_RATIO = 8  # values that span more than this get a log axis
+_TITLE_LENGTH = 46  # maximum number of characters of a panel's title
+_NAME_LENGTH = 22  # maximum number of characters of a line's name, written to the right of the panel
+_LABEL_GAP = 0.075  # minimum vertical distance between two names, as a fraction of the axes' height
+_LOG_RATIO = 8  # an axis is logarithmic if the values span more than this factor
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 ElementTree.register_namespace("", _SVG)
 ElementTree.register_namespace("xlink", _XLINK)
@@ -73,7 +72,7 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 @dataclass(frozen=True)
 class Style:
-    """Colours of a method or error type; `dark` is for dark mode, `variable` the name of the CSS variable."""
+    """Colours of a method or error type. `dark` is for dark mode. `variable` is the name of the CSS variable."""
 
     color: str
     dark: str
@@ -86,7 +85,7 @@ Styles = dict[str, Style]
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of a figure. `description` is for screen readers, `size` in inches."""
+    """One panel of a figure. `description` is a text for screen readers. `size` is (width, height) in inches."""
 
     description: str
     draw: Callable[[Axes], None]
@@ -94,21 +93,21 @@ class Panel:
 
 
 def method_styles(methods: Iterable[str]) -> Styles:
-    """Return a style per method, the same in every figure; unknown methods get spare colours in name order."""
-    looks = {name: method[2:] for name, method in METHODS.items() if method.color}
-    ordered = sorted(set(methods), key=method_rank)
+    """Return {method: style} for all figures. Methods without a colour get the spare colours in display order."""
+    looks = {name: method[2:] for name, method in DISPLAYED_METHODS.items() if method.color}
+    ordered = sorted(set(methods), key=method_order)
     unknown = [name for name in ordered if name not in looks]
     looks |= {name: _SPARE[index % len(_SPARE)] for index, name in enumerate(unknown)}
     return {name: Style(*looks[name], f"method-{index}") for index, name in enumerate(ordered)}
 
 
 def error_type_styles() -> Styles:
-    """Return a style for right answers and for every error type, without markers."""
+    """Return {error type: style}. Right answers count as a type. The styles have no markers."""
     return {name: Style(light, dark, "", f"cause-{name}") for name, (light, dark) in _ERROR_TYPES.items()}
 
 
 def figure_files(name: str, panels: Sequence[Panel]) -> dict[str, bytes]:
-    """Return {file name: content}: all panels in one grid, as SVG and PNG."""
+    """Return {file name: content} of an SVG and a PNG file, each with all panels in one grid."""
     fitting = int(_MAX_WIDTH / max(panel.size[0] for panel in panels))
     with _matplotlib(PAPER):
         figure = _draw(panels, max(1, min(_MAX_COLUMNS, len(panels), fitting)))
@@ -120,7 +119,7 @@ def figure_files(name: str, panels: Sequence[Panel]) -> dict[str, bytes]:
 
 
 def inline_panels(name: str, panels: Sequence[Panel], styles: Styles) -> list[str]:
-    """Return each panel as an SVG element for the page, with CSS variables as colours and ids of its own."""
+    """Return each panel as an SVG element for the page, with CSS variables as colours and with unique ids."""
     with _matplotlib("none"):
         return [
             _for_page(_svg(_draw([panel], 1)), f"{name}-{index}", panel.description, styles)
@@ -130,7 +129,7 @@ def inline_panels(name: str, panels: Sequence[Panel], styles: Styles) -> list[st
 
 def _svg(figure: Figure) -> bytes:
     svg = io.BytesIO()
-    # Without date and version, two builds of the same study are the same bytes.
+    # Date and version are left out, so that two builds of the same study have the same bytes.
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
     return svg.getvalue()
 
@@ -149,7 +148,7 @@ def _draw(panels: Sequence[Panel], columns: int) -> Figure:
 
 @contextlib.contextmanager
 def _matplotlib(background: str) -> Iterator[None]:
-    """Context manager with our settings, and without warnings about glyphs that the font lacks and the page has."""
+    """Context manager that applies our settings and hides warnings about glyphs that the font of the figures lacks."""
     style = matplotlib.rc_params_from_file(
         str(resources.files("trainer.report") / "templates" / "figures.mplstyle"), use_default_template=False
     )
@@ -164,12 +163,11 @@ def _for_page(svg: bytes, prefix: str, description: str, styles: Styles) -> str:
     variables |= {style.color: f"var(--{style.variable})" for style in styles.values()}
     colors = re.compile("|".join(map(re.escape, variables)))
     root = ElementTree.fromstring(svg)
-    for parent in root.iter():
-        for child in list(parent):
-            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
-                parent.remove(child)
     for element in root.iter():
-        for name, value in list(element.attrib.items()):
+        element[:] = [
+            child for child in element if child.tag not in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style")
+        ]
+        for name, value in element.items():
             if name == "id":
                 value = f"{prefix}-{value}"
             elif name == f"{{{_XLINK}}}href" and value.startswith("#"):
@@ -180,22 +178,21 @@ def _for_page(svg: bytes, prefix: str, description: str, styles: Styles) -> str:
             element.set(name, value)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
-    root.set("role", "img")
-    root.set("aria-label", description)
+    root.attrib |= {"role": "img", "aria-label": description}
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def draw_points(axes: Axes, x: Sequence[float], cells: pd.DataFrame, style: Style) -> None:
-    """Draw a line through the means, a bar over each interval, and a dot for every seed (statistics.estimates)."""
+    """Draw a line through the means, a bar per interval, and a dot per seed. `cells`: rows of statistics.estimates."""
     axes.plot(x, cells["mean"], color=style.color, linewidth=1.5, alpha=0.9, zorder=2)
     axes.vlines(x, cells["low"], cells["high"], color=style.color, linewidth=1.1, zorder=2)
     dots = np.concatenate(list(cells["accuracies"]))
-    # Not clipped: a dot at 0 % is on the axis.
+    # A dot at 0 % lies on the axis, and clipping would cut the dot in half.
     draw_dots(axes, np.repeat(x, cells["num_seeds"]), dots, style, s=17, zorder=3, clip_on=False)
 
 
 def draw_dots(axes: Axes, x: Any, y: Any, style: Style, **look: Any) -> None:
-    """Draw the markers of a method."""
+    """Draw a marker at each point (x, y), in the style of a method."""
     axes.scatter(x, y, marker=style.marker, color=style.color, edgecolors=PAPER, linewidths=0.6, **look)
 
 
@@ -203,7 +200,7 @@ def headings(axes: Axes, title: str, quantity: str) -> None:
     """Write the panel's title and, below it, the quantity of the vertical axis."""
     at: dict[str, Any] = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
     at["annotation_clip"] = False
-    # The blank reserves the title's height; reserving its width would squeeze the axes below a long title.
+    # This blank reserves height for the title in matplotlib's layout. A long title in the layout would make the axes narrower.
     axes.annotate(" ", xytext=(0, 19), fontsize=9, **at)
     title = shorten(title, _TITLE_LENGTH)
     axes.annotate(title, xytext=(0, 19), fontsize=9, fontweight="bold", color=INK, **at).set_in_layout(False)
@@ -211,7 +208,7 @@ def headings(axes: Axes, title: str, quantity: str) -> None:
 
 
 def percent_axis(axes: Axes, highest: float) -> None:
-    """Set the vertical axis from 0 to a little above the highest value, or to 100 % if it is close, in percent."""
+    """Set the vertical axis to percent, from 0 to a little above `highest`. If `highest` is near 100 %, end at 100 %."""
     top = max(0.05, 1.06 * highest)
     axes.set_ylim(0, 1.0 if top > 0.92 else top)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
@@ -219,8 +216,8 @@ def percent_axis(axes: Axes, highest: float) -> None:
 
 
 def parameters_axis(axes: Axes, sizes: Sequence[int], gap: float, **look: Any) -> None:
-    """Set ticks at the model sizes, at least `gap` apart in log parameters."""
-    shown = order_apart([math.log(max(size, 1)) for size in sizes], gap)
+    """Set the ticks of the horizontal axis to model sizes that are at least `gap` apart in log(parameters)."""
+    shown = select_spaced([math.log(max(size, 1)) for size in sizes], gap)
     axes.xaxis.set_major_locator(FixedLocator([sizes[index] for index in shown]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -232,7 +229,8 @@ def value_axis(
 ) -> None:
     """Set limits and ticks of axis `name` ("x" or "y") for values from `low` to `high`.
 
-    The axis is linear with limits `linear`, or logarithmic if the values are positive and span a factor of _LOG_RATIO.
+    The axis is logarithmic if the values are positive and span more than a factor of _LOG_RATIO. Else the axis is
+    linear and has the limits `linear`.
     """
     axis = axes.xaxis if name == "x" else axes.yaxis
     if low > 0 and high / low > _LOG_RATIO:
@@ -245,60 +243,55 @@ def value_axis(
 
 
 def label_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Name lines right of the axes: (value at the end of the line, text, colour), moved apart where they collide.
+    """Write the names of lines to the right of the axes. Names that would overlap are moved apart.
 
-    The limits and scale of the axes must be final.
+    `ends` has (value at the end of the line, name, colour). The limits and scale of the axes must be final.
     """
     to_axes = axes.transScale + axes.transLimits
-    wanted = [float(to_axes.transform((1.0, value))[1]) for value, _, _ in ends]
+    heights = [float(to_axes.transform((1.0, value))[1]) for value, _, _ in ends]
     look: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "xytext": (5, 0)}
     look |= {"annotation_clip": False, "fontsize": 8, "fontweight": "bold", "va": "center"}
-    for height, (_, text, color) in zip(dodge_labels(wanted, _LABEL_GAP), ends, strict=True):
+    for height, (_, text, color) in zip(dodge_labels(heights, _LABEL_GAP), ends, strict=True):
         axes.annotate(shorten(text, _NAME_LENGTH), xy=(1, height), color=color, **look)
 
 
-def dodge_labels(heights: Sequence[float], gap: float) -> list[float]:
-    """Return heights moved apart until neighbours are `gap` from each other; order and group centres are kept."""
-    groups: list[tuple[float, list[int]]] = []  # (centre, indices of its labels, lowest first)
-    for index in sorted(range(len(heights)), key=lambda i: heights[i]):
-        centre, members = heights[index], [index]
-        while groups and centre - gap * len(members) / 2 < groups[-1][0] + gap * len(groups[-1][1]) / 2:
-            below, before = groups.pop()
-            total = len(before) + len(members)
-            centre = (below * len(before) + centre * len(members)) / total
-            members = before + members
-        groups.append((centre, members))
-    placed = [0.0] * len(heights)
-    for centre, members in groups:
-        for rank, index in enumerate(members):
-            placed[index] = centre + gap * (rank - (len(members) - 1) / 2)
-    return placed
+def dodge_labels(heights: Sequence[float], gap: float) -> Floats:
+    """Return heights that are moved apart until neighbours are at least `gap` apart.
+
+    The order is kept, and the sum of squared movements is minimal, so a group of labels keeps its centre.
+    """
+    order = np.argsort(heights, kind="stable")
+    ranks = gap * np.arange(len(heights))
+    dodged = np.empty(len(heights))
+    dodged[order] = isotonic_regression(np.array(heights)[order] - ranks).x + ranks
+    return dodged
 
 
-def order_apart(positions: Sequence[float], gap: float) -> list[int]:
-    """Return indices of ascending positions at least `gap` apart, always including the last one."""
-    kept: list[int] = []
+def select_spaced(positions: Sequence[float], gap: float) -> list[int]:
+    """Return indices of `positions` (ascending) that are at least `gap` apart. The last position is always selected."""
+    indices: list[int] = []
     for index in reversed(range(len(positions))):
-        if not kept or positions[kept[-1]] - positions[index] >= gap:
-            kept.append(index)
-    return kept[::-1]
+        if not indices or positions[indices[-1]] - positions[index] >= gap:
+            indices.append(index)
+    return indices[::-1]
 
 
 def bin_curve(x: Floats, y: Floats, num_bins: int) -> tuple[Floats, Floats]:
-    """Return at most 2 * num_bins points: the smallest and the largest y of each bin, in the order they occur."""
+    """Return at most 2 * num_bins points of a curve: those with the smallest and the largest y of each bin."""
     if len(x) <= 2 * num_bins:
         return x, y
-    kept: list[int] = []
-    for members in np.array_split(np.arange(len(x)), num_bins):
-        kept += sorted({int(members[np.argmin(y[members])]), int(members[np.argmax(y[members])])})
-    return x[kept], y[kept]
+    bins = np.array_split(np.arange(len(x)), num_bins)
+    indices = np.unique(
+        [members[extreme(y[members])] for members in bins for extreme in (np.argmin, np.argmax)]
+    )
+    return x[indices], y[indices]
 
 
 def smooth(y: Floats, window: int) -> Floats:
-    """Return the moving mean over `window` values (odd), centred.
+    """Return the centred moving mean of `y` over `window` values. `window` is odd.
 
-    Near the start it is narrower and still centred, because the loss falls steeply there; at the end it is one-sided,
-    because a narrow window would end the curve in the noise of a single step.
+    Near the start the window is narrower and still centred, because the loss falls steeply there. Near the end
+    the window is cut on the right only, because the mean over a narrow window would be noisy.
     """
     total = np.concatenate([[0.0], np.cumsum(y)])
     index = np.arange(len(y))

@@ -2,28 +2,25 @@
 
 Every wrong prediction (under the strict rule) has exactly one type:
 
-- `no_answer`: there is no `####`, or nothing after the last one. Checked first, whatever the steps are.
-- else the steps are compared with the gold steps in order. A step is right if it has the value of the gold step
-  (`StepText.value`), whatever its words. The value of a later gold step is right too if the step has as many
-  operations as the gold steps it joins, and so is an intermediate result of a gold step of several calculations. At
-  the first step that is not right, in the order in which a step is written:
-  - `subquestion`: another sub-question (only for models that write the sub-questions).
-  - `operation`: the expression has no value of the gold step (another operation or operand), or there is a step
-    too many or too few and the model does not write sub-questions.
-  - `arithmetic`: the expression has a value of the gold step, the result written after it is another. With the
-    calculator this is only possible in a calculation without annotation. A right expression shows that the sub-question
-    was understood, so this is checked before the wording of the sub-question.
-  Too many or too few steps, all others being right, are a wrong `subquestion` if the model writes sub-questions.
-- `other`: none of this can be determined: an answer without steps; no expression; gold steps without values; or every
-  step is right and the final answer is still another.
+- `no_answer`: the text has no `####`, or no text follows the last `####`. The steps do not matter.
+- Otherwise the steps are compared with the gold steps in order. A step is right if its value (`SolutionStep.value`) is
+  the value of the gold step. The words of the step are ignored. A step may join n gold steps. It is then right if it
+  has the value of the last joined gold step and at least n operations. A step with an intermediate result of a gold
+  step is right, too. The first step that is not right decides the type:
+  - `arithmetic`: the expression evaluates to a value of the gold step, but the written result differs. If the
+    calculator writes the results of annotations, only expressions without annotation can have this error. This type
+    is checked before `subquestion`, because a right expression shows that the sub-question was understood.
+  - `subquestion`: the sub-question differs from the gold one. Only models that write sub-questions have this type.
+  - `operation`: the expression does not evaluate to a value of the gold step: an operation or operand is wrong.
+  If the only fault is that steps are missing or superfluous, the type is `subquestion` for models that write
+  sub-questions, else `operation`.
+- `other`: the cause cannot be determined, because the answer has no steps or no expression, the gold steps have no
+  values, or every step is right and only the final answer is wrong.
 
-Sub-questions are compared by their words, not by their meaning: they differ if their numbers or the names in them
-differ, or if they share less than half of the content words (Dice's coefficient). A good question that is
-worded differently counts as wrong only if its step is wrong too, so the border between `subquestion` and `operation`
-is rough.
+Sub-questions are compared by their words, not by their meaning. Two sub-questions differ if their numbers or names
+differ, or if Dice's coefficient of their content words is below 0.5. So a good but differently worded sub-question
+may count as different. A wrong step with such a sub-question has type `subquestion`, although `operation` would be right.
 """
-
-from __future__ import annotations
 
 import hashlib
 import re
@@ -35,11 +32,9 @@ import pandas as pd
 from trainer.report import columns
 from trainer.report.methods import WRITE_QUESTIONS, without_guidance
 from trainer.report.run_files import read_predictions
-from trainer.report.solution_steps import Solution, StepText, parse
+from trainer.report.solution_steps import Solution, SolutionStep, parse
 from trainer.report.subquestions import Scorer, score_questions
 
-RIGHT = "right"
-ERROR_TYPES = ("subquestion", "operation", "arithmetic", "no_answer", "other")
 LABELS = {
     "right": "right",
     "subquestion": "wrong sub-question",
@@ -48,9 +43,16 @@ LABELS = {
     "no_answer": "no answer",
     "other": "cannot be told",
 }
-_LARGE = ["question", "gold", "gold_steps", "text", "solution"]  # kept only of predictions that are shown
-_SHARED_WORDS = 0.5
-_DECIMALS = range(2, 6)
+RIGHT, *ERROR_TYPES = LABELS
+_LARGE = [
+    "question",
+    "gold",
+    "gold_steps",
+    "text",
+    "solution",
+]  # columns that are set to None if the page does not show the prediction
+_SHARED_WORDS = 0.5  # sub-questions with a smaller Dice coefficient of their words count as different
+_DECIMALS = range(2, 6)  # a result may be rounded to 2, 3, 4 or 5 decimal places
 _OPERATOR = re.compile(r"(?<=[\d) ])[-+*/×÷−]")
 _WORD = re.compile(r"\d[\d,]*(?:\.\d+)?|[^\W\d_]+(?:['’][^\W\d_]+)?")
 _STOP_WORDS = frozenset((
@@ -65,18 +67,18 @@ _STOP_WORDS = frozenset((
 def analyse(
     evaluations: pd.DataFrame, max_examples: int = 0, scorer: Scorer | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return all predictions with their error types, and the quality of the sub-questions by evaluation.
+    """Return a frame of all predictions with their error types, and a frame of the quality of the sub-questions.
 
-    The first frame has columns.PREDICTIONS and columns.ANALYSED. `max_examples` predictions in all are shown, an equal
-    number per evaluation: the same problems in every evaluation of the same problems, chosen by a digest of their ids.
-    The second frame has the column evaluation and those of score_questions, for evaluations whose models write sub-questions.
-    Raises UserError for damaged predictions.
+    The first frame has columns.PREDICTIONS and columns.ANALYSED. `is_shown` selects the same number of predictions of each
+    evaluation, in total at most `max_examples`. It selects the problem ids with the smallest digests, so that evaluations
+    on the same problems show the same ids. The second frame has a row for each evaluation whose models write sub-questions.
+    Its columns are `evaluation` and the keys of score_questions. Raises UserError if a file of predictions is damaged.
     """
     quota = max_examples // max(len(evaluations), 1)
     scorer = scorer or Scorer()
     frames = [columns.frame([], columns.PREDICTIONS | columns.ANALYSED)]
     qualities = []
-    for number, row in enumerate(columns.records(evaluations)):
+    for number, row in enumerate(columns.to_dicts(evaluations)):
         predictions = read_predictions(row["predictions_path"], row)
         if predictions is None:
             continue
@@ -92,8 +94,10 @@ def analyse(
         )
         if predictions["gold_steps"].notna().all():
             errors = [
-                find_error(found.solution, found.correct, found.has_answer, row["method"], found.gold_steps)
-                for found in predictions.itertuples()
+                find_error(
+                    answer.solution, answer.correct, answer.has_answer, row["method"], answer.gold_steps
+                )
+                for answer in predictions.itertuples()
             ]
             predictions["error_type"], predictions["wrong_step"] = zip(*errors, strict=True)
             if without_guidance(row["method"]) in WRITE_QUESTIONS:
@@ -110,16 +114,16 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
-def _questions(steps: Sequence[StepText]) -> list[str]:
+def _questions(steps: Sequence[SolutionStep]) -> list[str]:
     return [step.question for step in steps if step.question]
 
 
 def find_error(
-    solution: Solution, correct: bool, has_answer: bool, method: str, gold: Sequence[StepText]
+    solution: Solution, correct: bool, has_answer: bool, method: str, gold: Sequence[SolutionStep]
 ) -> tuple[str, int | None]:
-    """Return the error type of one prediction and the index of the first step that is not right (None without one).
+    """Return the error type of a prediction, and the index of the first step that is not right (or None).
 
-    `has_answer`: whether the strict rule found an answer.
+    If the only fault is missing steps, the index is len(solution.steps). `has_answer`: the strict rule found an answer.
     """
     if correct:
         return RIGHT, None
@@ -140,37 +144,41 @@ def find_error(
 
 
 def same_question(ours: str, gold: str) -> bool:
-    """Return whether two sub-questions are the same by their words (module docstring)."""
+    """Return whether two sub-questions are the same by the rules of the module docstring."""
+    our_words, gold_words = (
+        {_stem(word) for word in _WORD.findall(text)} - _STOP_WORDS for text in (ours, gold)
+    )
+    num_shared, num_words = len(our_words & gold_words), len(our_words) + len(gold_words)
     return (
         _numbers(ours) == _numbers(gold)
         and _names(ours, gold) == _names(gold, ours)
-        and _shared(_content_words(ours), _content_words(gold)) >= _SHARED_WORDS
+        and 2 * num_shared >= _SHARED_WORDS * num_words
     )
 
 
-def _first_difference(steps: Sequence[StepText], gold: Sequence[StepText]) -> tuple[int | None, int]:
-    """Return the index of the first step that is not right (None if all are), and the number of gold steps matched before it.
+def _first_difference(steps: Sequence[SolutionStep], gold: Sequence[SolutionStep]) -> tuple[int | None, int]:
+    """Return the index of the first step that is not right, and how many gold steps are matched before that step.
 
-    Gold steps without a value (sub-questions alone) are compared by the sub-question.
+    The index is None if all steps are right. A gold step without a value is compared by its sub-question.
     """
     matched = 0
     for index, step in enumerate(steps):
         if matched < len(gold) and gold[matched].value is None:
-            found = matched if same_question(step.question, gold[matched].question) else None
+            match = matched if same_question(step.question, gold[matched].question) else None
         else:
-            found = _matching_gold_step(step, gold, matched)
-        if found is not None:
-            matched = found + 1
+            match = _matching_gold_step(step, gold, matched)
+        if match is not None:
+            matched = match + 1
         elif matched == len(gold) or step.value not in {e.stated for e in gold[matched].equations} - {None}:
             return index, matched
     return None, matched
 
 
-def _matching_gold_step(step: StepText, gold: Sequence[StepText], begin: int) -> int | None:
-    """Return the index of the first gold step, from `begin` on, with the same value as `step`; None if there is none.
+def _matching_gold_step(step: SolutionStep, gold: Sequence[SolutionStep], begin: int) -> int | None:
+    """Return the index of the first gold step from `begin` on that has the value of `step`, or None.
 
-    A step that equals gold step `begin + k` must have at least k + 1 operations. Otherwise the equal value is a
-    coincidence: with the gold steps 3*4=12 and 12-5=7, the single step 3+4=7 does not count.
+    A match with gold step `begin + k` (k > 0) requires that `step` has at least k + 1 operations. With fewer
+    operations, the equal value is a coincidence: for the gold steps 3*4=12 and 12-5=7, the step 3+4=7 does not match.
     """
     operations = sum(len(_OPERATOR.findall(equation.expression)) for equation in step.equations)
     for index in range(begin, len(gold) if step.value is not None else begin):
@@ -180,19 +188,17 @@ def _matching_gold_step(step: StepText, gold: Sequence[StepText], begin: int) ->
     return None
 
 
-def _same(one: Fraction | None, other: Fraction) -> bool:
-    """Return whether two results are equal, or one is the other with fewer decimals (0.33 for 0.333333)."""
-    if one is None or one == other:
-        return one == other
-    return any(one == round(other, digits) or other == round(one, digits) for digits in _DECIMALS)
+def _same(first: Fraction | None, second: Fraction) -> bool:
+    """Return whether two results are equal, or become equal if one of them is rounded (0.33 and 0.333333)."""
+    if first is None or first == second:
+        return first == second
+    return any(first == round(second, digits) or second == round(first, digits) for digits in _DECIMALS)
 
 
-def _error_of_step(step: StepText, gold: StepText, writes_questions: bool) -> str:
+def _error_of_step(step: SolutionStep, gold: SolutionStep, writes_questions: bool) -> str:
     values = {gold.value, *(e.stated for e in gold.equations), *(e.computed for e in gold.equations)}
-    other_expression = False
     for equation in step.equations:
         if equation.computed is None or equation.computed not in values:
-            other_expression = True
             break
         if not _same(equation.stated, equation.computed):
             return "arithmetic"
@@ -200,8 +206,8 @@ def _error_of_step(step: StepText, gold: StepText, writes_questions: bool) -> st
         return "subquestion"
     if gold.value is None:
         return "other"
-    # Without an expression, operation and arithmetic cannot be distinguished.
-    return "operation" if other_expression or step.equations else "other"
+    # Without an expression, a wrong operation and wrong arithmetic cannot be distinguished.
+    return "operation" if step.equations else "other"
 
 
 def _numbers(question: str) -> set[str]:
@@ -209,25 +215,20 @@ def _numbers(question: str) -> set[str]:
 
 
 def _names(question: str, other: str) -> set[str]:
-    """Return capitalised words that begin no sentence, and the first word if the other question has it as a name."""
-    words = [(found.group(), found.start()) for found in _WORD.finditer(question)]
+    """Return the names in a question: its capitalised words, except words that begin a sentence.
+
+    The question's first word is also a name if it occurs, capitalised but not first, in `other` (the compared question).
+    """
+    words = [(match.group(), match.start()) for match in _WORD.finditer(question)]
     names = {
         _stem(word) for word, start in words[1:] if word[0].isupper() and question[start - 2] not in ".?!"
     }
-    elsewhere = {_stem(found) for found in _WORD.findall(other)[1:] if found[0].isupper()}
+    elsewhere = {_stem(word) for word in _WORD.findall(other)[1:] if word[0].isupper()}
     first = {_stem(word) for word, _ in words[:1]} & elsewhere
     return (names | first) - _STOP_WORDS
-
-
-def _content_words(question: str) -> set[str]:
-    return {_stem(word) for word in _WORD.findall(question)} - _STOP_WORDS
 
 
 def _stem(word: str) -> str:
     """Return a word in lower case, without a possessive or plural ending."""
     word = re.sub(r"['’]s?$", "", word.casefold())
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
-
-
-def _shared(ours: set[str], gold: set[str]) -> float:
-    return 2 * len(ours & gold) / (len(ours) + len(gold)) if ours or gold else 1.0

@@ -1,12 +1,10 @@
 """Format numbers and names for figures and the page."""
 
-from __future__ import annotations
-
 import math
 
 
 def count(value: float | None) -> str:
-    """Return 1234 as "1.23k", 124439808 as "124M": at most three digits, no trailing zeros; None as an en dash."""
+    """Return a number with at most three digits: 1234 as "1.23k", 124439808 as "124M". None and infinity give "–"."""
     if value is None or not math.isfinite(value):
         return "–"
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -26,7 +24,7 @@ def interval(low: float, high: float, digits: int = 1) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """Return 0.0312 as "0.031"; small ones as a bound, "< 0.0001"; never "0"."""
+    """Return 0.0312 as "0.031". Values below 0.0001 give "< 0.0001", and None gives "–"."""
     if p is None:
         return "–"
     if p < 0.0001:
@@ -40,18 +38,15 @@ def seconds(value: float | None) -> str:
         return "–"
     if value < 60:
         return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
-    whole = round(value)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def shorten(text: str, limit: int) -> str:
-    """Return a text without its middle if it has more than `limit` characters: both ends distinguish names."""
-    if len(text) <= limit:
-        return text
-    return f"{text[: limit // 2]}…{text[-((limit - 1) // 2) :]}"
+    """Return the text with at most `limit` characters. Cut the middle, because names differ mostly at their start and end."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-((limit - 1) // 2) :]}"
 
 
-def clean(text: str) -> str:
-    """Return a text with control characters, line ends and undecodable bytes replaced: a page cannot hold them."""
+def replace_unprintable(text: str) -> str:
+    """Return the text with U+FFFD for characters that are not printable, e.g. line ends and lone surrogates."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)

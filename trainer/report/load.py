@@ -1,9 +1,7 @@
 """Load studies from disk into pandas frames, from which all tables, figures and texts of the report are made.
 
-columns.py documents the frames. Incomplete runs stay in the runs frame; its column `missing` names what they lack.
+columns.py documents the frames. Incomplete runs have rows too. Their column `missing` names what is not done.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,93 +9,88 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from trainer.errors import UserError
+from trainer.problems.answers import ANSWER_RULES
 from trainer.report import columns
-from trainer.report.format import clean
-from trainer.report.methods import canonical, is_role_of_pair, method_rank
-from trainer.report.run_files import RULES, first_integer, read_evaluation, read_json, read_metrics
+from trainer.report.format import replace_unprintable
+from trainer.report.methods import canonical, is_role_of_pair, method_order
+from trainer.report.run_files import first_integer, read_evaluation, read_json, read_metrics, read_settings
 from trainer.report.statistics import wilson_interval
-from trainer.settings import TrainSettings
 from trainer.storage import atomic_dir
-from trainer.storage.configuration import rename_old_keys
 from trainer.storage.run_directory import RunDirectory, StudyDirectory, parse_run_name
 
 STEPS_OF_FINAL_LOSS = 20
-_RUN_ORDER = ["study", "run_parameters", "model", "method_rank", "run_seed", "run"]
-_EVALUATION_ORDER = ["panel_rank", "parameters", "model", "method_rank", "first_seed", "run", "sampling_seed"]
 
 
 @dataclass(frozen=True)
 class StudyFrames:
-    """`runs`: columns.RUNS. `metrics`: columns.METRICS, by run path."""
+    """All runs of a report. `runs` has columns.RUNS. `metrics`: run path -> frame with columns.METRICS."""
 
     runs: pd.DataFrame
     metrics: dict[Path, pd.DataFrame]
 
     @property
     def evaluations(self) -> pd.DataFrame:
-        """Return the rows with an evaluation, by panel, size, model, method and seed."""
+        """Return the rows that have an evaluation, sorted by panel, size, model, method and seed."""
         rows = self.runs[self.runs["evaluation_name"].notna()]
-        keys = rows.assign(
-            method_rank=rows["method"].map(method_rank), first_seed=rows["train_seed"].fillna(0)
+        keys = rows.assign(order=rows["method"].map(method_order), train_seed=rows["train_seed"].fillna(0))
+        return _sort(
+            rows, keys, "panel_rank", "parameters", "model", "order", "train_seed", "run", "sampling_seed"
         )
-        order = keys.sort_values(_EVALUATION_ORDER, kind="stable").index
-        return rows.loc[order].reset_index(drop=True)
 
 
 def load_frames(directories: list[Path]) -> StudyFrames:
-    """Load all runs of study directories (or run directories), each once, including runs that are only planned.
+    """Load each run of the given study or run directories once, including planned runs that have not started.
 
-    Rows are ordered by study, size, model, method, seed and name. Raises UserError for a directory without runs and
-    for results that are unreadable or contradictory.
+    Rows are ordered by study, size, model, method, seed and name. Raises UserError if a directory has no runs, or if
+    results are unreadable or contradictory.
     """
     metrics: dict[Path, pd.DataFrame] = {}
     rows: list[dict[str, Any]] = []
     for directory, planned in _find_runs(directories):
-        log, counts = read_metrics(directory.metrics)
-        metrics[directory.path] = log
-        rows += _load_run(directory, planned, training_columns(log) | counts)
+        metrics[directory.path], counts = read_metrics(directory.metrics)
+        rows += _load_run(directory, planned, training_columns(metrics[directory.path]) | counts)
     models = {parse_run_name(row["run"])[2]: row for row in rows if row["parameters"] is not None}
-    for (
-        row
-    ) in rows:  # stopped before its model was recorded: take name and size from another run of the model
-        known = models.get(parse_run_name(row["run"])[2])
-        if row["parameters"] is None and known is not None:
-            row |= {name: known[name] for name in ("model", "parameters")}
+    for row in rows:
+        same_model = models.get(parse_run_name(row["run"])[2])
+        # If a run stopped before it recorded its model, take the model's name and size from another run of that model.
+        if row["parameters"] is None and same_model is not None:
+            row |= {name: same_model[name] for name in ("model", "parameters")}
     frame = columns.frame(rows, columns.RUNS)
-    for rule in RULES:
+    for rule in ANSWER_RULES:
         correct, n = frame[[f"{rule}_correct", "n"]].to_numpy(np.float64, na_value=np.nan).T
         frame[f"{rule}_accuracy"] = correct / n
         frame[f"{rule}_low"], frame[f"{rule}_high"] = wilson_interval(correct, n)
     keys = _panel_keys(rows)
-    # Panels with fewer remarks come first.
+    # Panels whose titles have fewer components come first.
     ranked = sorted({key for key in keys if key}, key=lambda key: (sum(map(bool, key)), key))
     frame["panel"] = [" · ".join(filter(None, key)) if key else None for key in keys]
     frame["panel_rank"] = pd.array([ranked.index(key) if key else None for key in keys], dtype="Int64")
     frame["is_plain"] = [not any(key[2:]) if key else None for key in keys]
-    keyed = frame.assign(
-        run_parameters=frame["parameters"].fillna(0),
-        method_rank=frame["run_method"].map(method_rank),
-        run_seed=frame["seed"].fillna(-1),
+    sort_keys = frame.fillna({"parameters": 0, "seed": -1}).assign(
+        order=frame["run_method"].map(method_order)
     )
     return StudyFrames(
-        frame.loc[keyed.sort_values(_RUN_ORDER, kind="stable").index].reset_index(drop=True), metrics
+        _sort(frame, sort_keys, "study", "parameters", "model", "order", "seed", "run"), metrics
     )
+
+
+def _sort(frame: pd.DataFrame, keys: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """Return the rows of `frame`, sorted by the columns `names` of the frame `keys`."""
+    return frame.loc[keys.sort_values(list(names), kind="stable").index].reset_index(drop=True)
 
 
 def _panel_keys(rows: list[dict[str, Any]]) -> list[tuple[str, ...] | None]:
-    """Return for each row the components of its panel's title, None without an evaluation.
+    """Return for each row the components of its panel's title, or None if the row has no evaluation.
 
-    The study is a component only if a run occurs in several studies, the evaluation's name only if a model was
-    evaluated twice under the same title.
+    The study is a component only if several studies have a run of the same name. The name of the evaluation is a
+    component only if several evaluations of a run would otherwise have the same title and the same sampling seed.
     """
-    paths = {row["run_path"]: row["run"] for row in rows}
-    several = len(set(paths.values())) < len(paths)
+    is_ambiguous = len({row["run"] for row in rows}) < len({row["run_path"] for row in rows})
     keys = [
-        (row["study"] if several else "", row["problems"], *row["remarks"])
-        if "evaluation_name" in row
+        (row["study"] if is_ambiguous else "", row["problems"], *row["remarks"])
+        if "problems" in row
         else None
         for row in rows
     ]
@@ -110,7 +103,7 @@ def _panel_keys(rows: list[dict[str, Any]]) -> list[tuple[str, ...] | None]:
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a directory is a run's and not a study's."""
+    """Return whether a directory is a run directory: it contains the settings or metrics of a run."""
     return RunDirectory(path).settings.is_file() or RunDirectory(path).metrics.is_file()
 
 
@@ -125,48 +118,49 @@ def _find_runs(directories: list[Path]) -> list[tuple[RunDirectory, set[str]]]:
         runs = [RunDirectory(path)] if is_run(path) else [*study.runs(), *map(study.run, plan)]
         if not runs:
             raise UserError(
-                f"{path} holds no runs (folders with a settings.yaml); train first, or check the path"
+                f"{path} holds no runs (folders with a settings.yaml); name a study directory such as runs/quickstart"
             )
         found |= {run.path.resolve(): (run, plan.get(run.name, set())) for run in runs}
     return list(found.values())
 
 
 def _planned_evaluations(study: StudyDirectory) -> dict[str, set[str]]:
-    """Return run -> evaluations of the study's settings; {} without settings."""
-    runs = _read_settings(study.settings).get("runs")
-    plans = {str(name): plan for name, plan in runs.items()} if isinstance(runs, dict) else {}
-    evaluations = {name: plan.get("evaluate") for name, plan in plans.items() if isinstance(plan, dict)}
-    return {
-        name: set(map(str, found)) if isinstance(found, dict) else set()
-        for name, found in evaluations.items()
-    }
+    """Return {run name: names of its planned evaluations} from the study's settings file; {} if the file is missing."""
+    runs = read_settings(study.settings).get("runs")
+    plan = {}
+    for name, run in runs.items() if isinstance(runs, dict) else ():
+        if isinstance(run, dict):
+            evaluations = run.get("evaluate")
+            plan[str(name)] = set(map(str, evaluations)) if isinstance(evaluations, dict) else set()
+    return plan
 
 
 def _load_run(directory: RunDirectory, planned: set[str], training: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each evaluation of a run, or one row without evaluation; `training` are further columns."""
-    name = clean(directory.name)
-    settings = _read_settings(directory.settings)
+    """Return one row per evaluation of a run, or one row if there is no evaluation. Add `training` to all rows."""
+    name = replace_unprintable(directory.name)
+    settings = read_settings(directory.settings)
     environment = read_json(directory.environment) if directory.environment.is_file() else {}
     is_trained = "shards" not in settings
-    trained = (
-        settings if is_trained else {}
-    )  # seed and max_steps of an evaluation are not those of a training
+    trained = settings if is_trained else {}  # in an evaluation, seed and max_steps have other meanings
     manifest = _manifest_facts(directory)
     facts = environment | manifest
     data, method, model, seed = parse_run_name(name)
-    names = {found for found in directory.evaluation_names() if not found.startswith(".")} | planned
-    finished = [found for found in sorted(names) if directory.evaluation(found).results.is_file()]
-    evaluations = [read_evaluation(directory.evaluation(found), name) for found in finished]
+    names = {evaluation for evaluation in directory.evaluation_names() if not evaluation.startswith(".")}
+    names |= planned
+    finished = {evaluation for evaluation in names if directory.evaluation(evaluation).results.is_file()}
+    evaluations = [read_evaluation(directory.evaluation(evaluation), name) for evaluation in sorted(finished)]
     first = evaluations[0] if evaluations else {}
 
     def fact(key: str, otherwise: Any) -> str:
-        return clean(str(facts.get(key) or otherwise))
+        return replace_unprintable(str(facts.get(key) or otherwise))
 
     run = {
-        "study": clean(directory.path.resolve().parent.name),
+        "study": replace_unprintable(directory.path.resolve().parent.name),
         "run": name,
         "run_path": directory.path,
-        "train_data": clean(data or str(facts.get("data") or first.get("evaluated_train_data", ""))),
+        "train_data": replace_unprintable(
+            data or str(facts.get("data") or first.get("evaluated_train_data", ""))
+        ),
         "run_method": first.get("method") or canonical(fact("method", trained.get("method") or method)),
         "model": first.get("evaluated_model")
         or fact("model_name", trained.get("model_label") or model or name),
@@ -180,7 +174,7 @@ def _load_run(directory: RunDirectory, planned: set[str], training: dict[str, An
         **training,
     }
     _check_same_model(directory, evaluations, trained)
-    run["missing"] = clean(_missing(run, evaluations, manifest, sorted(names - set(finished))))
+    run["missing"] = replace_unprintable(_missing(run, evaluations, facts, sorted(names - finished)))
     return [run | evaluation for evaluation in evaluations or [{}]]
 
 
@@ -200,7 +194,7 @@ def training_columns(metrics: pd.DataFrame) -> dict[str, Any]:
 
 
 def _manifest_facts(directory: RunDirectory) -> dict[str, Any]:
-    """Return the facts of the export, or else of the newest complete checkpoint; {} without either."""
+    """Return the facts in the manifest of the export, or else of the newest complete checkpoint, or else {}."""
     checkpoints = [directory.checkpoint(step) for step in reversed(directory.checkpoint_steps())]
     for path in (directory.export, *checkpoints):
         if atomic_dir.is_complete(path):
@@ -209,60 +203,48 @@ def _manifest_facts(directory: RunDirectory) -> dict[str, Any]:
 
 
 def _missing(
-    run: dict[str, Any], found: list[dict[str, Any]], facts: dict[str, Any], waiting: list[str]
+    run: dict[str, Any], evaluations: list[dict[str, Any]], facts: dict[str, Any], unfinished: list[str]
 ) -> str:
-    """Return the first stage that is not done, in words, "" if all are.
+    """Return a message that names the run's first unfinished stage; "" if all stages are finished.
 
-    The results of an evaluated run count even if its checkpoints and export were deleted since.
+    `unfinished`: names of evaluations without results. An evaluated run needs no checkpoint and no export.
     """
-    not_evaluated = "" if found else "not evaluated"
-    if waiting:
-        not_evaluated = f"evaluation missing: {', '.join(waiting)}"
+    not_evaluated = "" if evaluations else "not evaluated"
+    if unfinished:
+        not_evaluated = f"evaluation missing: {', '.join(unfinished)}"
     if not run["is_trained"]:
         return not_evaluated
-    reached = f"step {run['training_steps']}" + (f" of {run['max_steps']}" if run["max_steps"] else "")
-    facts = run["environment"] | facts
-    if not run["training_steps"] and not facts.get("step") and not found:
+    of_all = f" of {run['max_steps']}" if run["max_steps"] else ""
+    stopped = f"training stopped at step {run['training_steps']}{of_all}"
+    if not run["training_steps"] and not facts.get("step") and not evaluations:
         return "not started"
-    if facts.get("finished") is False or (found and all(row["stopped_at"] is not None for row in found)):
-        return f"training stopped at {reached}"
-    if not found and "finished" not in facts:
-        return f"training stopped at {reached}, no checkpoint"
-    if not found and not facts.get("is_export"):
+    if facts.get("finished") is False or (
+        evaluations and all(row["stopped_at"] is not None for row in evaluations)
+    ):
+        return stopped
+    if not evaluations and "finished" not in facts:
+        return f"{stopped}, no checkpoint"
+    if not evaluations and not facts.get("is_export"):
         return "trained, not exported"
-    return not_evaluated if waiting or not is_role_of_pair(run["run_method"]) else ""
+    return not_evaluated if unfinished or not is_role_of_pair(run["run_method"]) else ""
 
 
-def _check_same_model(directory: RunDirectory, found: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Raise UserError unless all evaluations of a run are of the same model, the one of its settings."""
-    for row in found:
+def _check_same_model(
+    directory: RunDirectory, evaluations: list[dict[str, Any]], settings: dict[str, Any]
+) -> None:
+    """Raise UserError if a run's evaluations disagree about the model, or if one contradicts the run's settings."""
+    for row in evaluations:
         path = row["results_path"]
         for name, expected in (("method", settings.get("method")), ("train_seed", settings.get("seed"))):
-            if expected is not None and row[name] not in (expected, None, ""):  # "" and None: not stated
+            if expected is not None and row[name] not in (expected, None, ""):  # "" and None: unknown
                 raise UserError(
                     f"{path}: {name} is {row[name]!r} but {directory.settings} says {expected!r}; "
                     "the evaluation is of another run, move it or evaluate again"
                 )
         for name, column in (("num_parameters", "parameters"), ("model_name", "model"), ("train_data",) * 2):
-            value, first = row[f"evaluated_{column}"], found[0][f"evaluated_{column}"]
+            value, first = row[f"evaluated_{column}"], evaluations[0][f"evaluated_{column}"]
             if value != first:
                 raise UserError(
-                    f"{path}: {name} is {value!r} but {found[0]['results_path']} says {first!r}; "
-                    "one of them is of another run, evaluate again"
+                    f"{path}: {name} is {value!r} but {evaluations[0]['results_path']} says {first!r}; "
+                    "one of the two evaluations is of another run, evaluate again"
                 )
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it") from None
-    settings = {} if settings is None else settings
-    if not isinstance(settings, dict):
-        raise UserError(
-            f"{path} holds a {type(settings).__name__}, expected settings (key: value); restore it"
-        )
-    rename_old_keys(TrainSettings, settings, str(path))
-    return settings

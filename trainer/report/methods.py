@@ -1,20 +1,19 @@
-"""Labels, order, colours and kinds of the methods."""
-
-from __future__ import annotations
+"""Labels, display order and colours of the methods, and groups of methods."""
 
 from typing import NamedTuple
 
-PAIRS = (
-    "iterative_ahead",
-    "iterative_interleaved",
-)  # a decomposer writes the sub-questions, a solver answers
-WRITE_QUESTIONS = ("socratic", *PAIRS)  # the evaluated models write the sub-questions
-WITH_QUESTIONS = (*WRITE_QUESTIONS, "gold_subquestions")  # sub-questions and solutions alternate in the text
-GUIDED = "+"  # "iterative_ahead+operators": the decomposer was given the operators
+# A decomposer writes the sub-questions, and a solver answers them.
+PAIR_METHODS = ("iterative_ahead", "iterative_interleaved")
+WRITE_QUESTIONS = ("socratic", *PAIR_METHODS)  # methods whose models write the sub-questions
+WITH_QUESTIONS = (*WRITE_QUESTIONS, "gold_subquestions")  # methods whose texts contain sub-questions
+GUIDED = "+"  # separates the guidance: in "iterative_ahead+operators", the decomposer reads the operators
 
 
-class Method(NamedTuple):
-    """`header` is the column of the comparison with the paper, "" without one; "" as a colour: a spare one is taken."""
+class DisplayedMethod(NamedTuple):
+    """Display of a method in the report. `header`: title of its column in the comparison with the paper, or "".
+
+    `color` is for light mode, `dark` for dark mode. A method without a colour gets a spare colour.
+    """
 
     label: str
     header: str = ""
@@ -23,54 +22,57 @@ class Method(NamedTuple):
     marker: str = ""
 
 
-# In display order. The methods after gold_subquestions train one model of a pair, which is evaluated only in a pair.
-METHODS = {
-    "few_shot": Method("few-shot", "few-shot", "#3b3178", "#a9a0ee", "X"),
-    "answer_only": Method("answer only", "answer only", "#767b82", "#a2a7ae", "o"),
-    "cot": Method("CoT", "CoT", "#0072b2", "#5bb4ea", "s"),
-    "socratic": Method("Socratic", "Socratic unified", "#d55e00", "#f28a3c", "D"),
-    "iterative_ahead": Method("iterative, ahead", "Socratic iterative, ahead", "#009e73", "#3cc69d", "^"),
-    "iterative_interleaved": Method(
+# In display order. The methods after gold_subquestions train one model of a pair, which is evaluated only with the pair.
+DISPLAYED_METHODS = {
+    "few_shot": DisplayedMethod("few-shot", "few-shot", "#3b3178", "#a9a0ee", "X"),
+    "answer_only": DisplayedMethod("answer only", "answer only", "#767b82", "#a2a7ae", "o"),
+    "cot": DisplayedMethod("CoT", "CoT", "#0072b2", "#5bb4ea", "s"),
+    "socratic": DisplayedMethod("Socratic", "Socratic unified", "#d55e00", "#f28a3c", "D"),
+    "iterative_ahead": DisplayedMethod(
+        "iterative, ahead", "Socratic iterative, ahead", "#009e73", "#3cc69d", "^"
+    ),
+    "iterative_interleaved": DisplayedMethod(
         "iterative, interleaved", "Socratic iterative, interleaved", "#b8568f", "#e191bf", "v"
     ),
-    "gold_subquestions": Method("gold sub-questions", "with gold sub-questions", "#8a6d00", "#d9b93a", "P"),
-    "solver": Method("solver", "", "#44aa99", "#74d0c1", "p"),
-    "decomposer": Method("decomposer", "", "#882255", "#d97ba6", ">"),
-    "decomposer_operators": Method("decomposer operators"),
-    "decomposer_equations": Method("decomposer equations"),
-    "decomposer_interleaved": Method("decomposer interleaved", "", "#117733", "#5fbf7c", "<"),
-    "decomposer_interleaved_operators": Method("decomposer interleaved operators"),
-    "decomposer_interleaved_equations": Method("decomposer interleaved equations"),
-    "planner_operators": Method("planner operators"),
-    "planner_equations": Method("planner equations"),
+    "gold_subquestions": DisplayedMethod(
+        "gold sub-questions", "with gold sub-questions", "#8a6d00", "#d9b93a", "P"
+    ),
+    "solver": DisplayedMethod("solver", "", "#44aa99", "#74d0c1", "p"),
+    "decomposer": DisplayedMethod("decomposer", "", "#882255", "#d97ba6", ">"),
+    "decomposer_operators": DisplayedMethod("decomposer operators"),
+    "decomposer_equations": DisplayedMethod("decomposer equations"),
+    "decomposer_interleaved": DisplayedMethod("decomposer interleaved", "", "#117733", "#5fbf7c", "<"),
+    "decomposer_interleaved_operators": DisplayedMethod("decomposer interleaved operators"),
+    "decomposer_interleaved_equations": DisplayedMethod("decomposer interleaved equations"),
+    "planner_operators": DisplayedMethod("planner operators"),
+    "planner_equations": DisplayedMethod("planner equations"),
 }
-_ORDER = list(METHODS)
 
 
 def without_guidance(method: str) -> str:
-    """Return the method without its guidance."""
+    """Return the method without its guidance, e.g. iterative_ahead for iterative_ahead+operators."""
     return method.partition(GUIDED)[0]
 
 
 def canonical(method: str) -> str:
-    """Return iterative_ahead+operators (as in evaluations) for iterative_ahead_operators (as in run names)."""
-    pair = next((pair for pair in PAIRS if method.startswith(f"{pair}_")), "")
+    """Return a method's name in evaluations, e.g. iterative_ahead+operators for iterative_ahead_operators."""
+    pair = next((pair for pair in PAIR_METHODS if method.startswith(f"{pair}_")), "")
     return f"{pair}{GUIDED}{method.removeprefix(pair)[1:]}" if pair else method
 
 
 def label(method: str) -> str:
-    """Return `iterative, ahead + gold operators` for iterative_ahead+gold operators; an unknown name unchanged."""
+    """Return the label, e.g. `iterative, ahead + operators`. The label of an unknown method is its name."""
     name, mark, guidance = method.partition(GUIDED)
-    known = METHODS[name].label if name in METHODS else name
+    known = DISPLAYED_METHODS[name].label if name in DISPLAYED_METHODS else name
     return f"{known} + {guidance}" if mark else known
 
 
-def method_rank(method: str) -> tuple[int, str]:
-    """Return a sort key: known methods in their order, each before its guided variants, then others by name."""
-    name = without_guidance(method)
-    return (_ORDER.index(name) if name in METHODS else len(METHODS), method)
+def method_order(method: str) -> tuple[int, str]:
+    """Return a sort key: known methods in display order, each before its guided variants, then other methods by name."""
+    names = [*DISPLAYED_METHODS, name := without_guidance(method)]
+    return (names.index(name), method)
 
 
 def is_role_of_pair(method: str) -> bool:
-    """Return whether models of this method answer only as a role of a pair, so their runs are not evaluated."""
+    """Return whether models of this method are evaluated only as a role of a pair."""
     return method.startswith(("decomposer", "planner_")) or method == "solver"

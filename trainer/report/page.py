@@ -1,12 +1,9 @@
-"""Render index.html from templates, which escape all texts of the run directories."""
-
-from __future__ import annotations
+"""Render index.html from templates. The templates escape all texts of the run directories."""
 
 import base64
 import hashlib
 import json
 from importlib import resources
-from typing import Any
 
 import jinja2
 import pandas as pd
@@ -14,27 +11,28 @@ from markupsafe import Markup
 
 import trainer
 from trainer.report import example_viewer, format, scaling
-from trainer.report.columns import records
+from trainer.report.columns import to_dicts
 from trainer.report.comparison import paper_values
 from trainer.report.drawing import GOOD, NEUTRALS, Panel, Styles, error_type_styles, inline_panels
 from trainer.report.error_types import LABELS
 from trainer.report.load import STEPS_OF_FINAL_LOSS
-from trainer.report.methods import PAIRS, label, without_guidance
+from trainer.report.methods import PAIR_METHODS, label, without_guidance
 from trainer.report.provenance import facts_by_run, remarks
-from trainer.report.report_data import ReportData, result_rows
-from trainer.report.summary import significance_text
+from trainer.report.report_data import ReportData, results_table
+from trainer.report.summary import CELL_KEYS, uncertainty_text
 
 
 def render_page(data: ReportData, figures: dict[str, list[Panel]], styles: Styles) -> str:
-    """Return index.html with style sheet, figures, predictions and script inside; it loads nothing."""
+    """Return the text of index.html. The page contains style sheet, figures, predictions and script; it loads no other file."""
     runs = data.study.runs.drop_duplicates("run_path")
-    examples = example_viewer.viewer_data(data)
+    examples = example_viewer.viewer_data(data.evaluations, data.predictions)
     script = _read("example_viewer.js")
-    # "method: CSS variable" for the script, which draws method names as the templates do.
+    # Method -> CSS variable of its colour, for the script and the templates.
     variables = {method: style.variable for method, style in styles.items()}
+    by_num_steps = [to_dicts(rows) for _, rows in data.by_num_steps.groupby(CELL_KEYS, sort=False)]
     shared, own = facts_by_run(data.study)
     values = {
-        **{name: records(v) if isinstance(v, pd.DataFrame) else v for name, v in vars(data).items()},
+        **{name: to_dicts(v) if isinstance(v, pd.DataFrame) else v for name, v in vars(data).items()},
         **{"num_runs": len(runs), "num_predictions": len(data.predictions), "version": trainer.__version__},
         "style_sheet": Markup(_variables(styles) + _read("page.css")),
         "script": Markup(script),
@@ -45,12 +43,12 @@ def render_page(data: ReportData, figures: dict[str, list[Panel]], styles: Style
             name: list(map(Markup, inline_panels(name, panels, styles | error_type_styles())))
             for name, panels in figures.items()
         },
-        "rows": records(result_rows(data.study.runs)),
-        "num_steps_tables": _num_steps_tables(data.by_num_steps),
-        "has_pairs": any(without_guidance(method) in PAIRS for method in data.summary["method"]),
+        "rows": to_dicts(results_table(data.study.runs)),
+        "num_steps_rows": [{**cells[0], "cells": cells} for cells in by_num_steps],
+        "has_pairs": any(without_guidance(method) in PAIR_METHODS for method in data.summary["method"]),
         **{"paper": paper_values(), "scaling": scaling, "error_labels": LABELS},
         "has_several_studies": runs["study"].nunique() > 1,
-        "unfinished": records(runs[runs["missing"] != ""]),
+        "unfinished": to_dicts(runs[runs["missing"] != ""]),
         **{"remarks": remarks(data), "shared_facts": shared, "own_facts": own},
         "steps_of_final_loss": STEPS_OF_FINAL_LOSS,
     }
@@ -67,7 +65,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         **{"count": format.count, "percent": format.percent, "p_value": format.p_value},
-        **{"seconds": format.seconds, "label": label, "significance_text": significance_text},
+        **{"seconds": format.seconds, "label": label, "uncertainty_text": uncertainty_text},
         "interval": lambda row: format.interval(row["low"], row["high"]),
         "points": lambda fraction: f"{100 * fraction:+.1f}".replace("-", "−"),
     }
@@ -79,7 +77,7 @@ def _read(name: str) -> str:
 
 
 def _variables(styles: Styles) -> str:
-    """Return CSS variables for the colours of drawing.py, light ones and, on dark screens, dark ones."""
+    """Return CSS that defines the colours of drawing.py as variables, for light mode and for dark mode."""
     named = [*styles.values(), *error_type_styles().values()]
     pairs = {**NEUTRALS, "good": GOOD} | {style.variable: (style.color, style.dark) for style in named}
 
@@ -87,15 +85,3 @@ def _variables(styles: Styles) -> str:
         return ":root { " + " ".join(f"--{name}: {pair[shade]};" for name, pair in pairs.items()) + " }"
 
     return f"{block(0)}\n@media screen and (prefers-color-scheme: dark) {{ {block(1)} }}\n"
-
-
-def _num_steps_tables(by_num_steps: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return a table per panel: a row per (model, method), a column per number of steps."""
-    tables = []
-    for title, cells in by_num_steps.groupby("panel", sort=False):
-        rows = [
-            (key, {row["num_steps"]: row for row in records(found)})
-            for key, found in cells.groupby(["model", "method"], sort=False)
-        ]
-        tables.append({"title": title, "nums": sorted(cells["num_steps"].unique()), "rows": rows})
-    return tables

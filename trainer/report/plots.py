@@ -1,6 +1,4 @@
-"""The figures of the report. A figure is a list of panels; a figure without panels is left out."""
-
-from __future__ import annotations
+"""Figures of the report. A figure is a list of panels. Figures without panels are left out."""
 
 import math
 from collections.abc import Callable
@@ -19,20 +17,20 @@ from trainer.report.drawing import INK, MUTED, PAPER, Panel, Styles
 from trainer.report.error_types import ERROR_TYPES, LABELS, RIGHT
 from trainer.report.format import count, shorten
 from trainer.report.load import StudyFrames
-from trainer.report.methods import label, method_rank
+from trainer.report.methods import label, method_order
 from trainer.report.report_data import ReportData
-from trainer.report.summary import CELL
+from trainer.report.summary import CELL_KEYS
 
-_NUM_RAW_BINS = 250  # bins to which a long loss curve is thinned, each with its smallest and largest loss
-_WIDTH = 6.4  # inches, of figures with a row for each method
-_ROW = 0.21  # inches
-_CALCULATOR_ROW = 1.8  # rows that the two bars of a method take
+_NUM_BINS = 250  # bins of a long loss curve; the smallest and largest loss of each bin are drawn
+_WIDTH = 6.4  # inches, width of figures with a row for each method
+_ROW = 0.21  # inches, height of a row
+_CALCULATOR_ROW = 1.8  # height of the two bars of a method, as a multiple of _ROW
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 _COUNT = FuncFormatter(lambda value, _: count(value))
 
 
 def all_figures(data: ReportData, styles: Styles) -> dict[str, list[Panel]]:
-    """Return the panels of every figure by its file name, in the order of the page."""
+    """Return {file name: panels} for all figures, in the order in which the page shows them."""
     return {
         "accuracy_vs_parameters": plot_accuracy(data.summary, styles),
         "scaling_fit": plot_fits(data.fits, styles),
@@ -46,33 +44,36 @@ def all_figures(data: ReportData, styles: Styles) -> dict[str, list[Panel]]:
 
 def _panels(
     rows: pd.DataFrame,
-    describe: Callable[[str, pd.DataFrame], str],
+    description: str,
     draw: Callable[..., None],
     styles: Styles,
     height: tuple[float, float] | None = None,
 ) -> list[Panel]:
-    """Return a panel for each set of problems; `draw` gets its title, its rows, styles and axes.
+    """Return one panel per set of problems. `draw` is called with title, rows, styles and axes of a panel.
 
-    `height`: of a panel with a row for each method, inches without rows and the height of one (_rows).
+    `description` may contain {title}, {methods} and {bars}. {bars} is replaced by the texts in the column `in_words`.
+    `height`, for panels with a row per method: (inches without the rows, spacing of the rows as a multiple of _ROW).
     """
     panels = []
-    for title, found in rows.groupby("panel", sort=False):
-        panel = Panel(describe(str(title), found), partial(draw, str(title), found, styles))
+    for title, cells in rows.groupby("panel", sort=False):
+        methods, bars = ", ".join(map(label, _methods(cells))), "; ".join(cells.get("in_words", []))
+        text = description.format(title=title, methods=methods, bars=bars)
+        panel = Panel(text, partial(draw, title, cells, styles))
         if height:
-            inches = height[0] + _ROW * (height[1] * len(found) + 1.4 * found["model"].nunique())
+            inches = height[0] + _ROW * (height[1] * len(cells) + 1.4 * cells["model"].nunique())
             panel = replace(panel, size=(_WIDTH, inches))
         panels.append(panel)
     return panels
 
 
+def _methods(cells: pd.DataFrame) -> list[str]:
+    return sorted(cells["method"].unique(), key=method_order)
+
+
 def plot_accuracy(summary: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return a panel per set of problems: a line through the means of each method, intervals, and every seed."""
-
-    def describe(title: str, cells: pd.DataFrame) -> str:
-        methods = sorted(cells["method"].unique(), key=method_rank)
-        return f"Strict accuracy against parameters on {title}, for {', '.join(map(label, methods))}"
-
-    return _panels(summary, describe, partial(_draw_accuracy, summary["high"].max()), styles)
+    """Return one panel per set of problems. Each method has intervals, a dot per seed, and a line through its means."""
+    text = "Strict accuracy against parameters on {title}, for {methods}"
+    return _panels(summary, text, partial(_draw_accuracy, summary["high"].max()), styles)
 
 
 def _draw_accuracy(highest: float, title: str, cells: pd.DataFrame, styles: Styles, axes: Axes) -> None:
@@ -83,25 +84,21 @@ def _draw_accuracy(highest: float, title: str, cells: pd.DataFrame, styles: Styl
     axes.set_xscale("log")
     axes.set_xlim(math.exp(low), math.exp(high))
     drawing.percent_axis(axes, highest)
-    methods = sorted(cells["method"].unique(), key=method_rank)
     gap = (high - low) * (0.015 if len(sizes) > 1 else 0.1)
     drawing.parameters_axis(axes, sizes, (high - low) * 0.11)
     cells = cells.assign(x=cells["parameters"].astype(int))
-    _draw_methods(axes, title, cells, methods, lambda x, shift: x * math.exp(gap * shift), styles)
+    _draw_methods(axes, title, cells, _methods(cells), lambda x, shift: x * math.exp(gap * shift), styles)
 
 
 def plot_num_steps(summary: pd.DataFrame, by_num_steps: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return a panel per set of problems and model, smallest model first."""
-    highest = by_num_steps["high"].max()
+    """Return one panel per set of problems and model: accuracy by number of gold steps. The smallest model comes first."""
     panels = []
-    for (panel, _, model), cells in summary.groupby(["panel", "parameters", "model"], sort=False):
-        found = by_num_steps[(by_num_steps["panel"] == panel) & (by_num_steps["model"] == model)]
-        found = found[found["parameters"] == cells["parameters"].iat[0]]
-        if not found.empty:
-            title = f"{panel}, {model}"
-            text = f"Strict accuracy by the number of steps of the gold solution: {title}"
-            draw = partial(_draw_num_steps, title, found, list(cells["method"]), highest, styles)
-            panels.append(Panel(text, draw))
+    for (panel, size, model), cells in by_num_steps.groupby(["panel", "parameters", "model"], sort=False):
+        title = f"{panel}, {model}"
+        is_model = (summary[["panel", "parameters", "model"]] == [panel, size, model]).all(axis=1)
+        methods = list(summary["method"][is_model])
+        draw = partial(_draw_num_steps, title, cells, methods, by_num_steps["high"].max(), styles)
+        panels.append(Panel(f"Strict accuracy by the number of steps of the gold solution: {title}", draw))
     return panels
 
 
@@ -112,7 +109,7 @@ def _draw_num_steps(
     nums = [int(num) for num in num_problems.index]
     drawing.percent_axis(axes, highest)
     axes.set_xlim(nums[0] - 0.5, nums[-1] + 0.5)
-    shown = drawing.order_apart(nums, (nums[-1] - nums[0] + 1) * 0.09)
+    shown = drawing.select_spaced(nums, (nums[-1] - nums[0] + 1) * 0.09)
     axes.xaxis.set_major_locator(FixedLocator([nums[index] for index in shown]))
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda num, _: f"{num:g}\n{num_problems.get(round(num), 0)}")
@@ -130,28 +127,26 @@ def _draw_methods(
     move: Callable[[float, float], float],
     styles: Styles,
 ) -> None:
-    """Draw a line per method through the means at `x`, moved sideways so that intervals do not hide each other.
+    """Draw a line per method through the means. The column `x` of `cells` is the horizontal position.
 
-    Methods without cells keep their position. The axes' limits must be final.
+    `move(x, n)` returns x shifted by n small gaps. n differs between methods, so that their intervals do not hide each
+    other. The limits of the axes must be final.
     """
     ends = []
     for index, method in enumerate(methods):
-        found = cells[cells["method"] == method]
-        if not found.empty:
-            x = [move(value, index - (len(methods) - 1) / 2) for value in found["x"]]
-            drawing.draw_points(axes, x, found, styles[method])
-            ends.append((found["mean"].iat[-1], label(method), styles[method].color))
+        of_method = cells[cells["method"] == method]
+        if not of_method.empty:
+            x = [move(value, index - (len(methods) - 1) / 2) for value in of_method["x"]]
+            drawing.draw_points(axes, x, of_method, styles[method])
+            ends.append((of_method["mean"].iat[-1], label(method), styles[method].color))
     drawing.headings(axes, title, "strict accuracy")
     drawing.label_lines(axes, ends)
 
 
 def plot_fits(fits: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return a panel per set of problems: the fitted curves with their bands, and the means they were fitted to."""
-
-    def describe(title: str, drawn: pd.DataFrame) -> str:
-        return f"Fitted accuracy against parameters on {title}, for {', '.join(map(label, drawn['method']))}"
-
-    return _panels(fits[fits["refusal"] == ""], describe, _draw_fits, styles)
+    """Return one panel per set of problems: fitted curves, their 95 % bands, and the means that the curves were fitted to."""
+    text = "Fitted accuracy against parameters on {title}, for {methods}"
+    return _panels(fits[fits["refusal"] == ""], text, _draw_fits, styles)
 
 
 def _draw_fits(title: str, fits: pd.DataFrame, styles: Styles, axes: Axes) -> None:
@@ -167,26 +162,25 @@ def _draw_fits(title: str, fits: pd.DataFrame, styles: Styles, axes: Axes) -> No
         ends.append((mean[-1], label(fit.method), style.color))
     sizes = sorted(set().union(*fits["sizes"]))
     axes.set_xlim(min(curve[0][0] for curve in curves), max(curve[0][-1] for curve in curves))
-    gap = (math.log(sizes[-1]) - math.log(sizes[0])) * 0.11
-    drawing.parameters_axis(axes, sizes, gap, color=MUTED)
+    drawing.parameters_axis(axes, sizes, math.log(sizes[-1] / sizes[0]) * 0.11, color=MUTED)
     drawing.headings(axes, title, "strict accuracy, fitted")
     drawing.label_lines(axes, ends)
 
 
 def plot_loss(study: StudyFrames, styles: Styles) -> list[Panel]:
-    """Return a panel per training set and model, a curve per run."""
+    """Return one panel per training set and model, with a loss curve per run."""
     runs = study.runs.drop_duplicates("run_path")
     finite = {path: lines[np.isfinite(lines["loss"])] for path, lines in study.metrics.items()}
     has_loss = [bool((~finite[path]["is_validation"]).any()) for path in runs["run_path"]]
     runs = runs[has_loss].assign(
-        parameters=runs["parameters"].fillna(0), rank=runs["run_method"].map(method_rank)
+        parameters=runs["parameters"].fillna(0), order=runs["run_method"].map(method_order)
     )
     panels = []
     for (data, _, model), members in runs.groupby(["train_data", "parameters", "model"]):
-        # One scale for all sizes trained on the same data, so that their curves can be compared.
+        # All panels of a training set have the same scale, so that curves of different models can be compared.
         losses = pd.concat([finite[path]["loss"] for path in runs["run_path"][runs["train_data"] == data]])
         title = f"{data}, {model}" if data else str(model)
-        members = members.sort_values(["rank", "run"], kind="stable")
+        members = members.sort_values(["order", "run"], kind="stable")
         curves = [(run.run_method, finite[run.run_path]) for run in members.itertuples()]
         draw = partial(_draw_loss, title, curves, losses.min(), losses.max(), styles)
         panels.append(Panel(f"Training loss by step: {title}", draw))
@@ -205,7 +199,7 @@ def _draw_loss(
         color = styles[method].color
         curve = drawing.smooth(loss, 2 * max(2, len(loss) // 60) + 1)
         for y, width, alpha, order in ((loss, 0.6, 0.22, 1), (curve, 1.3, 0.9, 2)):
-            points = drawing.bin_curve(steps, y, _NUM_RAW_BINS)
+            points = drawing.bin_curve(steps, y, _NUM_BINS)
             axes.plot(*points, color=color, linewidth=width, alpha=alpha, zorder=order)
         ring: dict[str, Any] = {"color": PAPER, "edgecolors": color, "linewidths": 0.9, "zorder": 3}
         axes.scatter(validation["step"], validation["loss"], s=12, **ring)
@@ -219,55 +213,55 @@ def _draw_loss(
 
 
 def plot_throughput(runs: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return one panel: a row per model and method, a dot at each run's median and a bar over its middle half."""
+    """Return one panel with a row per model and method.
+
+    Each run has a dot at the median tokens per second of its steps, and a bar between the quartiles.
+    """
     rows = runs.drop_duplicates("run_path").dropna(subset="tokens_per_second")
     if rows.empty:
         return []
-    rows = rows.assign(parameters=rows["parameters"].fillna(0), rank=rows["run_method"].map(method_rank))
-    rows = rows.sort_values(["parameters", "model", "rank"], kind="stable")
-    rows = rows.drop(columns="method").rename(columns={"run_method": "method"})
-    bars = [(key, found) for key, found in rows.groupby(["parameters", "model", "method"], sort=False)]
-    names = pd.DataFrame([key for key, _ in bars], columns=["parameters", "model", "method"])
-    height = 0.85 + 0.2 * (1.4 * len(names.groupby(["parameters", "model"])) + len(names))
+    rows = rows.assign(parameters=rows["parameters"].fillna(0), method=rows["run_method"])
+    rows = rows.assign(order=rows["method"].map(method_order))
+    rows = rows.sort_values(["parameters", "model", "order"], kind="stable")
+    bars = [cells for _, cells in rows.groupby(["parameters", "model", "method"], sort=False)]
+    num_models = rows.groupby(["parameters", "model"]).ngroups
+    size = (6.0, 0.85 + 0.2 * (1.4 * num_models + len(bars)))
     text = "Training throughput in tokens per second, for each model and method"
-    draw = partial(_draw_throughput, names, [found for _, found in bars], styles)
-    return [Panel(text, draw, (6.0, height))]
+    return [Panel(text, partial(_draw_throughput, bars, styles), size)]
 
 
-def _draw_throughput(names: pd.DataFrame, bars: list[pd.DataFrame], styles: Styles, axes: Axes) -> None:
-    for y, found in zip(_rows(axes, names, 1.0, styles), bars, strict=True):
-        style = styles[found["method"].iat[0]]
-        nudges = drawing.dodge_labels([y] * len(found), min(0.18, 0.6 / len(found)))
-        quartiles = found["tokens_per_second_q1"], found["tokens_per_second_q3"]
+def _draw_throughput(bars: list[pd.DataFrame], styles: Styles, axes: Axes) -> None:
+    names = pd.concat([cells.head(1) for cells in bars])
+    for y, cells in zip(_label_rows(axes, names, 1.0, styles), bars, strict=True):
+        style = styles[cells["method"].iat[0]]
+        nudges = drawing.dodge_labels([y] * len(cells), min(0.18, 0.6 / len(cells)))
+        quartiles = cells["tokens_per_second_q1"], cells["tokens_per_second_q3"]
         axes.hlines(nudges, *quartiles, color=style.color, linewidth=1.2, alpha=0.5)
-        drawing.draw_dots(axes, found["tokens_per_second"], nudges, style, s=20)
-    low = min(found["tokens_per_second_q1"].min() for found in bars)
-    high = max(found["tokens_per_second_q3"].max() for found in bars)
+        drawing.draw_dots(axes, cells["tokens_per_second"], nudges, style, s=20)
+    low = min(cells["tokens_per_second_q1"].min() for cells in bars)
+    high = max(cells["tokens_per_second_q3"].max() for cells in bars)
     drawing.value_axis(axes, "x", low, high, (0, 1.08 * high or 1.0), log_margin=1.5, bins=6)
     axes.xaxis.set_major_formatter(_COUNT)
     axes.grid(True, axis="both")
     axes.set_xlabel("tokens per second", loc="right", color=MUTED)
-    quantity = "median step of each run; bars span the middle half of its steps"
+    quantity = "dot: median over the steps of a run; bar: between the quartiles"
     drawing.headings(axes, "Training throughput", quantity)
 
 
 def plot_error_types(error_types: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return a panel per set of problems: a stacked bar per model and method, the mean over seeds."""
-    counts = error_types.groupby(CELL, sort=False)[[RIGHT, *ERROR_TYPES]].sum()
+    """Return one panel per set of problems, with a stacked bar per model and method. Shares are means over seeds."""
+    counts = error_types.groupby(CELL_KEYS, sort=False)[[RIGHT, *ERROR_TYPES]].sum()
     shares = counts.div(counts.sum(axis=1), axis=0).reset_index()
-
-    def describe(title: str, bars: pd.DataFrame) -> str:
-        in_words = []
-        for bar in bars.to_dict("records"):
-            shown = [f"{LABELS[name]} {100 * bar[name]:.0f} %" for name in (RIGHT, *ERROR_TYPES) if bar[name]]
-            in_words.append(f"{bar['model']}, {label(bar['method'])}: {', '.join(shown)}")
-        return f"What went wrong on {title}: {'; '.join(in_words)}"
-
-    return _panels(shares, describe, _draw_error_types, styles, height=(1.5, 1.0))
+    shares["in_words"] = [
+        f"{bar['model']}, {label(bar['method'])}: "
+        + ", ".join(f"{LABELS[name]} {100 * bar[name]:.0f} %" for name in (RIGHT, *ERROR_TYPES) if bar[name])
+        for bar in shares.to_dict("records")
+    ]
+    return _panels(shares, "What went wrong on {title}: {bars}", _draw_error_types, styles, height=(1.5, 1.0))
 
 
 def _draw_error_types(title: str, bars: pd.DataFrame, styles: Styles, axes: Axes) -> None:
-    y = _rows(axes, bars, 1.0, styles)
+    y = _label_rows(axes, bars, 1.0, styles)
     left = bars[list(ERROR_TYPES)].cumsum(axis=1).shift(axis=1, fill_value=0).assign(right=1 - bars[RIGHT])
     for name in (*ERROR_TYPES, RIGHT):
         look: dict[str, Any] = {"color": drawing.error_type_styles()[name].color, "edgecolor": PAPER}
@@ -284,17 +278,16 @@ def _draw_error_types(title: str, bars: pd.DataFrame, styles: Styles, axes: Axes
 
 
 def plot_calculator(comparisons: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return a panel per set of problems: two bars per model and method, with the calculator and without."""
-
-    def describe(title: str, _: pd.DataFrame) -> str:
-        return f"Accuracy with and without the calculator on {title}"
-
-    return _panels(comparisons, describe, _draw_calculator, styles, height=(1.0, _CALCULATOR_ROW))
+    """Return one panel per set of problems. Each model and method has two bars: with and without the calculator."""
+    text = "Accuracy with and without the calculator on {title}"
+    return _panels(comparisons, text, _draw_calculator, styles, height=(1.0, _CALCULATOR_ROW))
 
 
 def _draw_calculator(title: str, pairs: pd.DataFrame, styles: Styles, axes: Axes) -> None:
     highest = 0.0
-    for y_pair, pair in zip(_rows(axes, pairs, _CALCULATOR_ROW, styles), pairs.itertuples(), strict=True):
+    for y_pair, pair in zip(
+        _label_rows(axes, pairs, _CALCULATOR_ROW, styles), pairs.itertuples(), strict=True
+    ):
         color = styles[pair.method].color
         for y, score, fill in ((y_pair - 0.36, pair.on, color), (y_pair + 0.36, pair.off, "none")):
             axes.barh([y], [score["accuracy"]], height=0.62, color=fill, edgecolor=color, linewidth=0.9)
@@ -306,33 +299,27 @@ def _draw_calculator(title: str, pairs: pd.DataFrame, styles: Styles, axes: Axes
     drawing.headings(axes, title, "strict accuracy; filled: with the calculator, outlined: without")
 
 
-def _rows(axes: Axes, cells: pd.DataFrame, step: float, styles: Styles) -> list[float]:
-    """Label the vertical axis with each model and, below it, a row per method; return the y of the rows.
-
-    step: height of a row.
-    """
-    name: dict[str, Any] = {
+def _label_rows(axes: Axes, cells: pd.DataFrame, step: float, styles: Styles) -> list[float]:
+    """Label the vertical axis: each model, and below it a row per method. `step`: row spacing. Return the y of each row."""
+    is_first = (cells["model"] != cells["model"].shift()).to_numpy()
+    models_above = np.cumsum(is_first) - 1
+    below_model = (1 + step) / 2
+    y = step * np.arange(len(cells)) + (0.4 + below_model) * models_above + below_model
+    look: dict[str, Any] = {
         "color": INK,
         "fontweight": "bold",
         "ha": "right",
         "va": "center",
         "xytext": (-4, 0),
     }
-    name |= {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
-    rows: list[float] = []
-    y, before = 0.0, None
-    for model in cells["model"]:
-        if model != before:
-            y += 0.4 if rows else 0.0
-            axes.annotate(shorten(model, 30), xy=(0, y), **name)
-            y, before = y + (1 + step) / 2, model
-        rows.append(y)
-        y += step
-    axes.set_ylim(y - step / 2, -0.6)
-    axes.yaxis.set_major_locator(FixedLocator(rows))
+    look |= {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
+    for height, model in zip(y[is_first] - below_model, cells["model"][is_first], strict=True):
+        axes.annotate(shorten(model, 30), xy=(0, height), **look)
+    axes.set_ylim(y[-1] + step / 2, -0.6)
+    axes.yaxis.set_major_locator(FixedLocator(list(y)))
     axes.set_yticklabels([shorten(label(method), 30) for method in cells["method"]])
     for tick, method in zip(axes.get_yticklabels(), cells["method"], strict=True):
         tick.set_color(styles[method].color)
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
-    return rows
+    return list(y)

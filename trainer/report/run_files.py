@@ -1,29 +1,30 @@
-"""Read and check single files: results.json, metrics.jsonl and predictions.jsonl.
+"""Read and check single files of a run: settings.yaml, results.json, metrics.jsonl and predictions.jsonl.
 
-Fractions and intervals are computed again from the counts; a file that contradicts itself raises UserError.
+Accuracies and intervals are recomputed from the counts. A file that contradicts itself raises UserError.
 """
-
-from __future__ import annotations
 
 import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
+import yaml
 
 from trainer.errors import UserError
+from trainer.problems.answers import ANSWER_RULES
 from trainer.report import columns
-from trainer.report.format import clean
+from trainer.report.format import replace_unprintable
 from trainer.report.methods import GUIDED, without_guidance
-from trainer.report.solution_steps import StepText
+from trainer.report.solution_steps import SolutionStep
+from trainer.settings import TrainSettings
+from trainer.storage.configuration import rename_old_keys
 from trainer.storage.json_lines import read_json_lines
 from trainer.storage.run_directory import EvaluationDirectory, parse_run_name
 
-RULES = ("strict", "flexible")
 _ROLES = ("decomposer", "solver", "planner")
 _ACCURACY_TOLERANCE = 1e-3  # results.json may round a fraction to three digits
 _TEXTS = ("data", "split", "mode", "model_name", "train_data", "method")
@@ -37,33 +38,31 @@ _ROLE_TYPES = {"model_name": str, "method": str, "num_parameters": int}
 
 
 def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
-    """Return the evaluation columns of columns.RUNS for one results.json of the run with this name.
+    """Return the evaluation columns of columns.RUNS for one results.json. `run` is the name of the run.
 
-    Raises UserError with the path of the file and the wrong value.
+    Raises UserError, with the path and the wrong value, if the file is damaged or has another format.
     """
     path = directory.results
     record = read_json(path)
     if record.get("format") != 1:
         raise UserError(
-            f"{path}: format is {record.get('format')!r}, expected 1; it was made by another version"
+            f"{path}: format is {record.get('format')!r}, expected 1; another version of the trainer wrote the file"
         )
-    types = _TYPES | ({"train_seed": int} if record.get("train_seed") is not None else {})
-    for name, kind in types.items():
-        if kind is float and type(record.get(name)) is int:
-            record[name] = float(record[name])
-        if type(record.get(name)) is not kind:
-            raise UserError(
-                f"{path}: {name} is {record.get(name)!r}, expected {kind.__name__}; evaluate again"
-            )
-    counts = _counts(path, record)
-    record |= {name: clean(record[name]) for name in _TEXTS}
+    types = _TYPES if record.get("train_seed") is None else _TYPES | {"train_seed": int}
+    for key, expected in types.items():
+        if expected is float and type(record.get(key)) is int:
+            record[key] = float(record[key])
+        if type(record.get(key)) is not expected:
+            raise _damaged(path, f"{key} is {record.get(key)!r}, expected {expected.__name__}")
+    correct, by_num_steps = _counts(path, record)
+    record |= {key: replace_unprintable(record[key]) for key in _TEXTS}
     run_data, run_method, run_model, _ = parse_run_name(run)
     if record["mode"] == "few_shot" and not record["train_data"]:
-        # Results of a published model lack its name in the study; the run's name puts it beside its trained models.
-        record["model_name"] = clean(run_model) or record["model_name"]
+        # Use the model name in the run name, so that the base model has the same name as models trained from it.
+        record["model_name"] = replace_unprintable(run_model) or record["model_name"]
     members = [_member(role, record[role], path) for role in _ROLES if record.get(role)]
     method = (record["method"] or record["mode"]) + _guidance(members, record)
-    name = clean(directory.path.name)
+    name = replace_unprintable(directory.path.name)
     problems = _problems(name, run_method, record)
     train_data = run_data or record["train_data"]
     same_data = record["data"] in (train_data, record["train_data"]) or problems.startswith(f"{train_data}-")
@@ -78,8 +77,8 @@ def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
     warnings = record.get("warnings")
     return {
         **{
-            name: record[name]
-            for name in ("data", "split", "mode", "calculator", "temperature", "generated_tokens")
+            key: record[key]
+            for key in ("data", "split", "mode", "calculator", "temperature", "generated_tokens")
         },
         "evaluation_name": name,
         "results_path": path,
@@ -95,95 +94,98 @@ def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
         "evaluated_parameters": record["num_parameters"],
         "total_parameters": first_integer(record.get("total_parameters"), record["num_parameters"]),
         "n": record["num_problems"],
-        **{f"{rule}_correct": counts[None, rule][0] for rule in RULES},
-        "by_num_steps": {
-            num: count for (num, rule), count in counts.items() if num is not None and rule == "strict"
-        },
+        **{f"{rule}_correct": correct[rule] for rule in ANSWER_RULES},
+        "by_num_steps": by_num_steps,
         "unfinished_generations": record["unfinished"],
         "calculator_results_given": first_integer(record.get("calculator_results_given")),
         "evaluation_seconds": record["seconds"],
         "members": members,
         "backends": _backends(record.get("backends")),
-        "warnings": [clean(str(warning)) for warning in warnings] if isinstance(warnings, list) else [],
+        "warnings": [replace_unprintable(str(warning)) for warning in warnings]
+        if isinstance(warnings, list)
+        else [],
     }
 
 
-def _counts(path: Path, record: dict[str, Any]) -> dict[tuple[int | None, str], tuple[int, int]]:
-    """Return (correct, n) by (number of steps, rule), None for all problems together, after checking that they add up."""
-    counts = {(None, rule): _count(path, record["accuracy"], "accuracy", rule) for rule in RULES}
-    groups: dict[tuple[int | None, str], tuple[int, int]] = {}
-    for key, scores in record["by_num_steps"].items():
+def _counts(path: Path, record: dict[str, Any]) -> tuple[dict[str, int], dict[int, tuple[int, int]]]:
+    """Return {rule: correct answers}, and for the strict rule {number of gold steps: (correct answers, problems)}.
+
+    Raises UserError unless the counts by number of steps add up to the counts of all problems.
+    """
+    for key in record["by_num_steps"]:
         if not key.isdecimal():
-            raise UserError(
-                f"{path}: by_num_steps has the key {key!r}, expected a number of steps; evaluate again"
-            )
-        groups |= {(int(key), rule): _count(path, scores, f"by_num_steps {key}", rule) for rule in RULES}
-    for (_, rule), (correct, n) in counts.items():
+            raise _damaged(path, f"by_num_steps has the key {key!r}, expected a number of steps")
+    correct, by_num_steps = {}, {}
+    for rule in ANSWER_RULES:
+        correct[rule], n = total = _count(path, record["accuracy"], "accuracy", rule)
+        by_num_steps[rule] = {
+            int(key): _count(path, scores, f"by_num_steps {key}", rule)
+            for key, scores in record["by_num_steps"].items()
+        }
         if n != record["num_problems"]:
-            raise UserError(
-                f"{path}: {rule} n is {n} but num_problems is {record['num_problems']}; evaluate again"
-            )
-        of_rule = [count for (_, other), count in groups.items() if other == rule]
-        if of_rule and tuple(map(sum, zip(*of_rule, strict=True))) != (correct, n):
-            raise UserError(f"{path}: by_num_steps does not add up to {rule} {correct}/{n}; evaluate again")
+            raise _damaged(path, f"{rule} n is {n} but num_problems is {record['num_problems']}")
+        if by_num_steps[rule] and tuple(map(sum, zip(*by_num_steps[rule].values(), strict=True))) != total:
+            raise _damaged(path, f"by_num_steps does not add up to {rule} {correct[rule]}/{n}")
     if not record["num_problems"]:
-        raise UserError(f"{path}: no problem was evaluated; evaluate again on shards that contain some")
-    return counts | dict(sorted(groups.items()))
+        raise UserError(f"{path}: no problem was evaluated; evaluate again on shards that contain problems")
+    return correct, dict(sorted(by_num_steps["strict"].items()))
 
 
 def _count(path: Path, scores: Any, where: str, rule: str) -> tuple[int, int]:
     entry = scores.get(rule) if isinstance(scores, dict) else None
     correct, n, stated = map((entry if isinstance(entry, dict) else {}).get, ("correct", "n", "accuracy"))
     if type(correct) is not int or type(n) is not int or not 0 <= correct <= n:
-        raise UserError(f"{path}: {where} {rule} is {entry!r}, expected correct <= n; evaluate again")
+        raise _damaged(path, f"{where} {rule} is {entry!r}, expected correct <= n")
     if n and isinstance(stated, (int, float)) and not abs(stated - correct / n) <= _ACCURACY_TOLERANCE:
-        raise UserError(
-            f"{path}: {where} {rule} says {stated} but {correct}/{n} = {correct / n:.4f}; evaluate again"
-        )
+        raise _damaged(path, f"{where} {rule} says {stated} but {correct}/{n} = {correct / n:.4f}")
     return correct, n
 
 
 def _problems(name: str, run_method: str, record: dict[str, Any]) -> str:
-    """Return the name of the set of problems, which a study may rename for its own data.
+    """Return the study file's name for the problem set; "<data> <split>" if the study file gives it no name.
 
-    The evaluation is called <data>-<split>-<mode>, where a guided pair has its run's method as the mode, followed by
-    the settings that differ from the defaults.
+    `name` is the name of the evaluation: <problem set>-<mode>, followed by the settings that differ from the defaults.
+    For a guided pair, <mode> is the method of the run.
     """
-    usual = f"{record['data']}-{record['split']}"
     for mode in filter(None, (run_method, record["mode"])):
-        found = re.fullmatch(f"(.+)-{re.escape(mode)}(?:-.*)?", name)
-        if found and found[1] != usual:
-            return found[1]
+        match = re.fullmatch(f"(.+)-{re.escape(mode)}(?:-.*)?", name)
+        if match and match[1] != f"{record['data']}-{record['split']}":
+            return match[1]
     return f"{record['data']} {record['split']}"
 
 
 def _member(role: str, record: Any, path: Path) -> dict[str, Any]:
-    """Return role, model_name and method of one model of a pair."""
     if not isinstance(record, dict) or any(type(record.get(key)) is not t for key, t in _ROLE_TYPES.items()):
-        raise UserError(f"{path}: {role} is {record!r}, expected {', '.join(_ROLE_TYPES)}; evaluate again")
-    return {"role": role, "model_name": clean(record["model_name"]), "method": clean(record["method"])}
+        raise _damaged(path, f"{role} is {record!r}, expected {', '.join(_ROLE_TYPES)}")
+    return {
+        "role": role,
+        "model_name": replace_unprintable(record["model_name"]),
+        "method": replace_unprintable(record["method"]),
+    }
 
 
 def _backends(record: Any) -> list[dict[str, Any]]:
-    """Return role, name, difference and reason of the generation backends; [] in results of older versions.
+    """Return a dict per generation backend with keys role, name, difference, reason; [] for results of older versions.
 
-    difference: the largest one between its logits and those of the plain forward pass, in standard deviations of the
-    logits (None: not checked). reason: why the default backend was not used.
+    difference: the largest difference between the backend's logits and the logits of the plain forward pass, in
+    standard deviations of the logits; None if not measured. reason: why the backend is not the default backend.
     """
-    found = []
+    backends = []
     for role, choice in record.items() if isinstance(record, dict) else ():
         if isinstance(choice, dict) and choice.get("name"):
-            name, difference = clean(str(choice["name"])), choice.get("difference")
-            if choice.get("compared_with") == "generate":  # not with the plain forward pass
+            name, difference = replace_unprintable(str(choice["name"])), choice.get("difference")
+            if choice.get("compared_with") == "generate":  # not compared with the plain forward pass
                 difference, name = None, f"{name} (as generate decodes)"
             number = float(difference) if isinstance(difference, (int, float)) else None
-            reason = clean(str(choice.get("reason") or ""))
-            found.append({"role": clean(str(role)), "name": name, "difference": number, "reason": reason})
-    return found
+            reason = replace_unprintable(str(choice.get("reason") or ""))
+            backends.append(
+                {"role": replace_unprintable(str(role)), "name": name, "difference": number, "reason": reason}
+            )
+    return backends
 
 
 def _guidance(members: list[dict[str, Any]], record: dict[str, Any]) -> str:
-    """Return "+operators" for a decomposer guided by a planner's operators, "+gold operators" for gold ones, else ""."""
+    """Return e.g. "+operators" if the decomposer reads a plan, "+gold operators" if it reads a gold plan, "" without a plan."""
     method = next((member["method"] for member in members if member["role"] == "decomposer"), "")
     if not method.startswith("decomposer"):
         return ""
@@ -193,41 +195,43 @@ def _guidance(members: list[dict[str, Any]], record: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Return columns.METRICS of a training log, and the counts broken_metrics_lines and undone_steps.
+    """Return a training log as a frame of columns.METRICS, and a dict with keys broken_metrics_lines and undone_steps.
 
-    A missing file is an empty log. A step that is not after the last one is a resume at an earlier checkpoint and
-    undoes that step and all later ones. Lines that are not JSON (cut by a kill) are left out and counted. Raises
-    UserError if most lines are unreadable, because then it is another kind of file.
+    A missing file gives an empty log. If a step number does not increase, the run resumed from an earlier checkpoint:
+    all earlier lines with the same or a higher step number are dropped. Lines that are not JSON (cut when the process
+    was killed) are dropped and counted. Raises UserError if most lines are not JSON, because the file is then no log.
     """
     lines = [record for _, record in read_json_lines(path)]
-    found = [_metrics_row(record) for record in lines if record and type(record.get("step")) is int]
-    broken = len(lines) - len(found)
+    rows = [_metrics_row(record) for record in lines if record and type(record.get("step")) is int]
+    broken = len(lines) - len(rows)
     if broken > 1 and 2 * broken > len(lines):
         raise UserError(
             f"{path}: {broken} of {len(lines)} lines are not metrics (JSON with a step); restore the file"
         )
-    metrics = columns.frame(found, columns.METRICS)
+    metrics = columns.frame(rows, columns.METRICS)
     steps = metrics["step"].where(~metrics["is_validation"])
     next_steps = steps[::-1].cummin().ffill()[::-1].shift(-1, fill_value=math.inf).fillna(math.inf)
-    undone = metrics["step"] >= next_steps
-    kept = metrics[~undone].drop_duplicates(["step", "is_validation"], keep="last")
-    counts = {"broken_metrics_lines": broken, "undone_steps": int((undone & ~metrics["is_validation"]).sum())}
-    return kept.sort_values("step", kind="stable", ignore_index=True), counts
+    is_undone = metrics["step"] >= next_steps
+    valid = metrics[~is_undone].drop_duplicates(["step", "is_validation"], keep="last")
+    undone_steps = int((is_undone & ~metrics["is_validation"]).sum())
+    return (
+        valid.sort_values("step", kind="stable", ignore_index=True),
+        {"broken_metrics_lines": broken, "undone_steps": undone_steps},
+    )
 
 
 def _metrics_row(record: dict[str, Any]) -> dict[str, Any]:
     validation = record.get("evaluation")
     values = validation if isinstance(validation, dict) else record
-    row = {name: values.get(name) for name in columns.METRICS if columns.METRICS[name] == "float64"}
-    numbers = {name: value if type(value) in (int, float) else np.nan for name, value in row.items()}
-    return {"step": record["step"], "is_validation": values is validation, **numbers}
+    numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
+    return numbers | {"step": record["step"], "is_validation": values is validation}
 
 
 def read_predictions(path: Path, expected: dict[str, Any]) -> pd.DataFrame | None:
-    """Return columns.PREDICTIONS of one evaluation, None if there is no predictions.jsonl.
+    """Return a frame of columns.PREDICTIONS for one evaluation, or None if there is no predictions.jsonl.
 
-    `expected`: n, strict_correct and flexible_correct of results.json. Raises UserError if the file is damaged,
-    contains an id twice, or has other counts.
+    `expected` holds n, strict_correct and flexible_correct of results.json. Raises UserError if the file is damaged,
+    contains an id twice, or if its counts differ from `expected`.
     """
     if not path.is_file():
         return None
@@ -235,32 +239,30 @@ def read_predictions(path: Path, expected: dict[str, Any]) -> pd.DataFrame | Non
     for number, record in read_json_lines(path):
         row = _prediction(record, f"{path}, line {number}")
         if row["id"] in rows:
-            raise UserError(f"{path}, line {number}: id {row['id']!r} occurs twice; evaluate again")
+            raise _damaged(f"{path}, line {number}", f"id {row['id']!r} occurs twice")
         rows[row["id"]] = row
-    for rule in RULES:
-        counted = sum(row[f"correct_{rule}"] for row in rows.values()), len(rows)
-        stated = expected[f"{rule}_correct"], expected["n"]
-        if counted != stated:
-            raise UserError(
-                f"{path}: {counted[0]} of {counted[1]} {rule} correct, but "
-                f"{path.with_name('results.json')} says {stated[0]} of {stated[1]}; evaluate again"
-            )
+    for rule in ANSWER_RULES:
+        correct, stated = sum(row[f"correct_{rule}"] for row in rows.values()), expected[f"{rule}_correct"]
+        if (correct, len(rows)) != (stated, expected["n"]):
+            results = f"{path.with_name('results.json')} says {stated} of {expected['n']}"
+            raise _damaged(path, f"{correct} of {len(rows)} {rule} correct, but {results}")
     return columns.frame(list(rows.values()), columns.PREDICTIONS)
 
 
 def _prediction(record: dict[str, Any] | None, where: str) -> dict[str, Any]:
     if record is None:
-        raise UserError(f"{where}: not JSON of one object; evaluate again")
-    if type(record.get("id")) is not str or any(type(record.get(f"correct_{r}")) is not bool for r in RULES):
-        raise UserError(f"{where}: not a prediction (id, correct_strict, correct_flexible); evaluate again")
+        raise _damaged(where, "not JSON of one object")
+    flags = {f"correct_{rule}": record.get(f"correct_{rule}") for rule in ANSWER_RULES}
+    if type(record.get("id")) is not str or any(type(flag) is not bool for flag in flags.values()):
+        raise _damaged(where, "not a prediction (id, correct_strict, correct_flexible)")
     steps, answer, tokens = (record.get(name) for name in ("gold_steps", "strict", "generated_tokens"))
     if steps is not None:
         if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-            raise UserError(f"{where}: gold_steps is not a list of steps; evaluate again")
+            raise _damaged(where, "gold_steps is not a list of steps")
         steps = tuple(_gold_step(_text(step, "question"), _text(step, "solution")) for step in steps)
     return {
         **{name: _text(record, name) for name in ("id", "question", "gold", "text", "stopped")},
-        **{f"correct_{rule}": record[f"correct_{rule}"] for rule in RULES},
+        **flags,
         "correct": record["correct_strict"],
         "gold_steps": steps,
         "has_answer": isinstance(answer, str) and answer != "",
@@ -269,8 +271,8 @@ def _prediction(record: dict[str, Any] | None, where: str) -> dict[str, Any]:
     }
 
 
-# All evaluations on a data set share the gold steps, so their values are computed once.
-_gold_step = functools.lru_cache(maxsize=1 << 15)(StepText)
+# All evaluations on a data set have the same gold steps. With the cache, each step is parsed once.
+_gold_step = functools.lru_cache(maxsize=1 << 15)(SolutionStep)
 
 
 def _text(record: dict[str, Any], name: str) -> str:
@@ -278,17 +280,35 @@ def _text(record: dict[str, Any], name: str) -> str:
     return value if isinstance(value, str) else "" if value is None else str(value)
 
 
+def _damaged(where: Path | str, problem: str) -> UserError:
+    return UserError(f"{where}: {problem}; evaluate again")
+
+
 def first_integer(*candidates: Any) -> int | None:
-    """Return the first candidate that is an int (and no bool), else None."""
+    """Return the first candidate that is an int and not a bool, else None."""
     return next((value for value in candidates if type(value) is int), None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file. Raises UserError if it cannot be read or is not an object."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return settings.yaml of a run or study, with old names of settings replaced; {} for a missing or empty file.
+
+    Raises UserError if the file cannot be read or is not a mapping.
+    """
+    if not path.is_file():
+        return {}
+    settings = read_json(path, lambda text: {} if (parsed := yaml.safe_load(text)) is None else parsed)
+    rename_old_keys(TrainSettings, settings, str(path))
+    return settings
+
+
+def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises UserError if the file cannot be read or holds no JSON object."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it or make it again") from None
+        record = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore the file") from None
     if not isinstance(record, dict):
-        raise UserError(f"{path} holds a {type(record).__name__}, expected an object; make it again")
+        raise UserError(
+            f"{path} holds a {type(record).__name__}, expected keys with values; restore the file"
+        )
     return record

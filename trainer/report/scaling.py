@@ -1,11 +1,9 @@
-"""Accuracy as a function of size: a logistic curve over log parameters, with a bootstrap over the problems.
+"""Fit accuracy as a function of size: a logistic curve over log10(parameters), with a bootstrap over the problems.
 
-accuracy = 1 / (1 + exp(-(a + b * log10(parameters)))), fitted by maximum likelihood to the mean number of right
-answers over seeds at each size. Unlike a power law, the curve stays between 0 and 1; for
-small accuracies it is a power law, accuracy ~ parameters ** (b / ln 10).
+accuracy = 1 / (1 + exp(-(a + b * log10(parameters)))), fitted by maximum likelihood to the numbers of right answers at
+each size (means over seeds). Unlike a power law, the curve stays between 0 and 1. For small accuracies the curve is
+close to the power law accuracy ~ parameters ** (b / ln 10).
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -13,51 +11,48 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
-from trainer.report.methods import method_rank
-from trainer.report.paired_tests import Answers, why_not_comparable
+from trainer.report.methods import method_order
+from trainer.report.paired_tests import PredictionsByEvaluation, why_not_comparable
 from trainer.report.statistics import Floats
 
-MIN_SIZES = 3  # a curve with two parameters fits any two points
+MIN_SIZES = 3  # a curve with two coefficients fits any two points
 NUM_RESAMPLES = 1000
-SEED = 0  # of the resampling
+SEED = 0  # seed of the resampling
 _MAX_ITERATIONS = 100
 _MAX_LOG_ODDS = 30.0
-_NUM_POINTS = 60  # of the drawn curve
+_NUM_POINTS = 60  # number of points of the drawn curve
 _WITHOUT_FIT: dict[str, Any] = {
     **{"refusal": "", "n": 0, "num_seeds": 0, "slope": 0.0, "slope_low": 0.0, "slope_high": 0.0},
     **{"half_at": None, "largest_residual": 0.0, "accuracies": (), "curve": ()},
 }
 
 
-def fit_curves(evaluations: pd.DataFrame, answers: Answers) -> pd.DataFrame:
+def fit_curves(evaluations: pd.DataFrame, answers: PredictionsByEvaluation) -> pd.DataFrame:
     """Return a row per panel and method.
 
-    Columns: panel, method, sizes, refusal (the reason why there is no curve, else ""), n, num_seeds, slope (log-odds for ten times
-    the parameters), slope_low, slope_high, half_at (parameters at which half of the problems would be solved, None if
-    the slope is not positive), largest_residual (between curve and mean, as a fraction), accuracies (means over seeds
-    at `sizes`), curve (rows of parameters, accuracy, low, high). Intervals are 95 % percentile intervals over
-    resamples of the problems, the same resample for every size and seed; sizes and seeds are not resampled.
+    Columns: panel; method; sizes, in parameters; refusal, the reason why there is no curve, else ""; n, the number of
+    problems; num_seeds; slope, the increase of the log-odds for ten times the parameters; slope_low; slope_high; half_at,
+    the size at which half of the problems are solved (None if the slope is not positive); largest_residual, the largest
+    difference between an accuracy and the curve; accuracies, the mean accuracy at each size; curve, (size, accuracy, low,
+    high) of each drawn point. All low and high values bound 95 % percentile intervals (resampled problems, not seeds).
     """
     rows = []
     for title, panel in evaluations.groupby("panel", sort=False):
-        for method in sorted(panel["method"].unique(), key=method_rank):
-            found = panel[panel["method"] == method]
-            sizes = tuple(int(size) for size in sorted(found["parameters"].unique()))
-            rows.append(
-                {"panel": title, "method": method, "sizes": sizes}
-                | _WITHOUT_FIT
-                | _fit(found, sizes, answers)
-            )
+        for method in sorted(panel["method"].unique(), key=method_order):
+            cells = panel[panel["method"] == method]
+            sizes = tuple(int(size) for size in sorted(cells["parameters"].unique()))
+            row = {"panel": title, "method": method, "sizes": sizes}
+            rows.append(row | _WITHOUT_FIT | _fit(cells, sizes, answers))
     return pd.DataFrame(rows, columns=["panel", "method", "sizes", *_WITHOUT_FIT])
 
 
 def fit_logistic(x: Floats, successes: Floats, n: int) -> tuple[Floats, Floats]:
-    """Return maximum-likelihood a and b of successes ~ Binomial(n, expit(a + b x)), by Newton's method.
+    """Return the maximum-likelihood a and b of successes ~ Binomial(n, expit(a + b x)), by Newton's method.
 
-    x: (S,) float64. successes: (..., S), between 0 and n, fractions allowed (means over seeds). a and b: shape (...,).
-    All resamples are fitted at once: 1,000 take 2 ms, with a statsmodels GLM per resample 1.7 s (one CPU core; slopes
-    equal to 3e-14). Separable data (0 % below some size, 100 % above) have no maximum; then the log-odds
-    end at 30.
+    x: (S,) float64. successes: (..., S), between 0 and n, perhaps not integer (means over seeds). a and b: (...,). All
+    resamples are fitted at once: 1,000 take 2 ms on one CPU core. With one statsmodels GLM per resample, 1,000 take
+    1.7 s, and the slopes are equal to within 3e-14. The likelihood of separable data (0 % below a size and 100 % above)
+    has no maximum, so log-odds are limited to [-30, 30].
     """
     centre, spread = x.mean(), x.std()
     z = (x - centre) / spread
@@ -79,17 +74,17 @@ def fit_logistic(x: Floats, successes: Floats, n: int) -> tuple[Floats, Floats]:
     return a - b * centre / spread, b / spread
 
 
-def _fit(found: pd.DataFrame, sizes: tuple[int, ...], answers: Answers) -> dict[str, Any]:
-    """Return the columns of a curve, or its refusal alone."""
+def _fit(cells: pd.DataFrame, sizes: tuple[int, ...], answers: PredictionsByEvaluation) -> dict[str, Any]:
+    """Return the values of one row of fit_curves: the columns from `n` to `curve`, or only `refusal`."""
     if len(sizes) < MIN_SIZES:
         return {"refusal": f"{len(sizes)} of at least {MIN_SIZES} sizes"}
-    by_evaluation = [answers.get(number) for number in found.index]
-    refusal = next(filter(None, (why_not_comparable(by_evaluation[0], other) for other in by_evaluation)), "")
-    if refusal:
-        return {"refusal": refusal}
+    by_evaluation = [answers.get(number) for number in cells.index]
+    for frame in by_evaluation:
+        if refusal := why_not_comparable(by_evaluation[0], frame):
+            return {"refusal": refusal}
     solved = pd.concat([frame["correct"] for frame in by_evaluation if frame is not None], axis=1)
-    solved.columns = found["parameters"].astype(int)
-    # (sizes, problems): the share of the seeds (and of models of one size) that solved each problem.
+    solved.columns = cells["parameters"].astype(int)
+    # Shape (sizes, problems): share of the evaluations at this size (all seeds and models) that solve the problem.
     correct = np.ascontiguousarray(solved.sort_index().astype(np.float64).T.groupby(level=0).mean())
     means, n = correct.mean(axis=1), correct.shape[1]
     if means.max() == 0 or means.min() == 1:
@@ -104,7 +99,7 @@ def _fit(found: pd.DataFrame, sizes: tuple[int, ...], answers: Answers) -> dict[
     band = np.quantile(_curve(all_a[:, None], all_b[:, None], points), [0.025, 0.975], axis=0)
     return {
         "n": n,
-        "num_seeds": int(found.groupby(["parameters", "model"]).size().max()),
+        "num_seeds": int(cells.groupby(["parameters", "model"]).size().max()),
         **{"slope": float(b), "slope_low": float(low), "slope_high": float(high)},
         "half_at": float(10 ** (-a / b)) if b > 0 and abs(a / b) < 300 else None,
         "largest_residual": float(np.abs(_curve(a, b, x) - means).max()),

@@ -1,10 +1,8 @@
-"""Parse a written solution into steps: the sub-question, the calculations and the value of each.
+"""Parse a generated solution into steps. A step has a sub-question, calculations and a value.
 
-Generated texts have the format of the training data, one segment per line: alternating sub-questions and solutions
-(or solutions alone), then `#### answer`.
+Generated texts have the format of the training data, with one segment per line. Sub-questions and solutions alternate,
+or there are only solutions. The last line is `#### answer`.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterable
@@ -18,14 +16,17 @@ from trainer.report.methods import WITH_QUESTIONS
 
 _ANNOTATION = re.compile(r"<<([^<>=\n]*)=([^<>\n]*)>>")
 _NUMBER = r"[$(]*(?:\d[\d,]*\.?\d*|\.\d+)\)?"
-# A calculation without annotation, "3 + 4 = 7" or "$3 x 4 = $12"; it does not begin inside a number or a word.
+# A calculation without annotation: "3 + 4 = 7" or "$3 x 4 = $12". A match does not begin inside a number or a word.
 _PLAIN = re.compile(rf"(?<![\w.,])(-?{_NUMBER}(?:\s*[-+*/×÷−x]\s*{_NUMBER})+)\s*=\s*(-?[$]?\d[\d,]*\.?\d*)")
 
 
 @dataclass(frozen=True)
 class Equation:
-    """`expression = result` as written. `computed` is the value of the expression, None if it is no arithmetic;
-    `stated` is the written result, None if that is no number."""
+    """A calculation `expression = result` as written.
+
+    `computed` is the value of the expression, None if the expression is not arithmetic. `stated` is the value of the
+    written result, None if the result is not a number.
+    """
 
     expression: str
     result: str
@@ -41,16 +42,16 @@ class Equation:
 
 
 @dataclass(frozen=True)
-class StepText:
-    """One step; either text may be ""."""
+class SolutionStep:
+    """One step. `question` and `solution` may be ""."""
 
     question: str
     solution: str
 
     @cached_property
     def equations(self) -> list[Equation]:
-        """Return the annotations `<<3*4=12>>`; where there is none, the plain calculations `3*4 = 12`."""
-        annotated = [Equation(*found.groups()) for found in _ANNOTATION.finditer(self.solution)]
+        """Return the annotated calculations (`<<3*4=12>>`), or the plain ones (`3*4 = 12`) if none is annotated."""
+        annotated = [Equation(*groups) for groups in _ANNOTATION.findall(self.solution)]
         return annotated or [
             Equation(left.replace("$", "").replace("x", "*"), right)
             for left, right in _PLAIN.findall(self.solution)
@@ -59,57 +60,57 @@ class StepText:
     @property
     def computed(self) -> list[bool]:
         """Return for each annotation whether its result equals the calculator's, character by character."""
-        found = _ANNOTATION.findall(self.solution)
-        return [calculator.evaluate(expression) == result for expression, result in found]
+        annotations = _ANNOTATION.findall(self.solution)
+        return [calculator.evaluate(expression) == result for expression, result in annotations]
 
     @cached_property
     def value(self) -> Fraction | None:
-        """Return the result of the last equation, else the last number; None without any."""
+        """Return the last equation's result. If there is no equation, return the solution's last number, or None."""
         if self.equations:
             return self.equations[-1].stated
-        found = answers.extract_answer(self.solution, "flexible", "number")
-        return None if found is None else answers.parse_number(found)
+        number = answers.extract_answer(self.solution, "flexible", "number")
+        return None if number is None else answers.parse_number(number)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A text in steps; `ending` is its last line with the delimiter, "" if there is none."""
+    """Steps of a text. `ending`: the last `####` and the rest of its line; "" if the text has no `####`."""
 
-    steps: tuple[StepText, ...]
+    steps: tuple[SolutionStep, ...]
     ending: str
 
 
 def parse(text: str, mode: str) -> Solution:
-    """Split a generated text into steps, up to its first delimiter.
+    """Split a generated text into steps. The steps end at the first delimiter.
 
-    In a `mode` with sub-questions, lines alternate between sub-question and solution, except that a line with an
-    annotation and without a question mark is a solution, and a line that ends with a question mark and has no
-    annotation is a sub-question. So a missing line does not swap all later ones. A few-shot answer has
-    sub-questions if any of its lines is one.
+    In a `mode` with sub-questions, lines alternate between sub-question and solution. If a line is missing, two rules
+    restore the order: a line that ends with a question mark and has no annotation is a sub-question, and a line with an
+    annotation and no question mark at its end is a solution. A few-shot answer is split in the same way if the first
+    rule holds for one of its lines.
     """
     head, mark, _ = text.partition(DELIMITER)
     lines = [line.strip() for line in head.split("\n") if line.strip()]
     ending = DELIMITER + text.rpartition(DELIMITER)[2].partition("\n")[0] if mark else ""
     with_questions = mode in WITH_QUESTIONS or (mode == "few_shot" and any(map(_is_question, lines)))
     return Solution(
-        tuple(_alternating(lines) if with_questions else (StepText("", s) for s in lines)), ending
+        tuple(_alternating(lines) if with_questions else (SolutionStep("", s) for s in lines)), ending
     )
 
 
-def _alternating(lines: Iterable[str]) -> list[StepText]:
+def _alternating(lines: Iterable[str]) -> list[SolutionStep]:
     steps = []
     question = ""
     for line in lines:
         if question and not _is_question(line):
-            steps.append(StepText(question, line))
+            steps.append(SolutionStep(question, line))
             question = ""
         elif not question and "<<" in line and not line.endswith("?"):
-            steps.append(StepText("", line))
+            steps.append(SolutionStep("", line))
         else:
             if question:
-                steps.append(StepText(question, ""))
+                steps.append(SolutionStep(question, ""))
             question = line
-    return [*steps, StepText(question, "")] if question else steps
+    return [*steps, SolutionStep(question, "")] if question else steps
 
 
 def _is_question(line: str) -> bool:

@@ -1,7 +1,5 @@
 """Intervals, tests and means over seeds, from scipy and statsmodels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +19,7 @@ def wilson_interval(correct: ArrayLike, n: ArrayLike) -> tuple[Floats, Floats]:
     """
     correct, n = np.asarray(correct, dtype=np.float64), np.asarray(n, dtype=np.float64)
     low, high = proportion_confint(correct, n, alpha=0.05, method="wilson")
-    # Rounding errors would leave 1e-17 instead of the ends 0 and 1.
+    # Rounding errors would give 1e-17 instead of 0, and a little less than 1 instead of 1.
     return np.where(correct == 0, 0.0, low), np.where(correct == n, 1.0, high)
 
 
@@ -32,15 +30,12 @@ def half_width(accuracy: float, n: int) -> float:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p-value of the hypothesis that two methods are equally good on the same problems.
-
-    `only_first` and `only_second`: numbers of problems that only this method solved.
-    """
+    """Return McNemar's exact two-sided p-value from the numbers of problems that only one of two methods solved."""
     return float(contingency_mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue)
 
 
 def holm(p_values: Sequence[float] | pd.Series) -> Floats:
-    """Return Holm's adjusted p-values in the order given. NaN (not tested) is not counted and stays NaN."""
+    """Return p-values adjusted by Holm, in the same order. A NaN (not tested) is not counted and stays NaN."""
     adjusted = np.array(p_values, dtype=np.float64)
     tested = ~np.isnan(adjusted)
     if tested.any():
@@ -49,22 +44,16 @@ def holm(p_values: Sequence[float] | pd.Series) -> Floats:
 
 
 def estimates(scores: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Return the accuracy over seeds of each group, in the order of first appearance.
+    """Group the rows of `scores` by the columns in `by`. Return each group's accuracy, in the order of first appearance.
 
-    `scores` has a row per seed with `correct` and `n`. Columns added to `by`: mean, low, high (95 % Wilson interval),
-    standard_error (of the mean between seeds, NaN for one seed), n, num_seeds, accuracies (list, one per seed).
-    Seeds answer the same problems, so n is not multiplied by the number of seeds: the interval is that of one model
-    with the mean accuracy. If n differs between seeds, the smallest counts.
+    Each row of `scores` is a seed with `correct` right answers to `n` problems. The result has the columns in `by`, and
+    mean, low, high (95 % Wilson interval), standard_error (of the mean; NaN for one seed), n, num_seeds, accuracies (a list
+    with one accuracy per seed). All seeds answer the same problems, so the interval is that of one model with the mean
+    accuracy on n problems. If n differs between seeds, the smallest n is used.
     """
     grouped = scores.assign(accuracy=scores["correct"] / scores["n"]).groupby(by, sort=False)
-    found = grouped.agg(
-        mean=("accuracy", "mean"),
-        standard_error=("accuracy", "sem"),
-        n=("n", "min"),
-        num_seeds=("n", "size"),
-        accuracies=("accuracy", list),
-    )
-    low, high = wilson_interval(np.clip(found["mean"] * found["n"], 0, found["n"]), found["n"])
-    found.insert(1, "low", low)
-    found.insert(2, "high", high)
-    return found.astype({"n": "int64"}).reset_index()
+    mean, n = grouped["accuracy"].mean(), grouped["n"].min().astype("int64")
+    low, high = wilson_interval(np.clip(mean * n, 0, n), n)
+    columns = {"mean": mean, "low": low, "high": high, "standard_error": grouped["accuracy"].sem(), "n": n}
+    columns |= {"num_seeds": grouped.size(), "accuracies": grouped["accuracy"].agg(list)}
+    return pd.DataFrame(columns).reset_index()

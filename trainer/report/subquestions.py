@@ -1,11 +1,9 @@
-"""Quality of a decomposer's sub-questions by their words: BLEU, share of right numbers of questions, BERTScore.
+"""Scores of sub-questions: BLEU, BERTScore, and the share of problems with the right number of sub-questions.
 
-Shridhar et al. report these three for generated sub-questions ("Automatic Generation of Socratic
-Subquestions for Teaching Math Word Problems", EMNLP 2022). The sub-questions of a problem are one text, joined by
-spaces. None of the scores measures whether a sub-question in other words would be as good.
+Shridhar et al. report these three scores for generated sub-questions ("Automatic Generation of Socratic
+Subquestions for Teaching Math Word Problems", EMNLP 2022). The sub-questions of a problem are joined by spaces and
+scored as one text. No score measures whether a differently worded sub-question is as good as the gold one.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Sequence
@@ -18,10 +16,10 @@ from trainer.errors import UserError
 
 
 class Scorer:
-    """BERTScore (Zhang et al. 2020) with a local model; without a model all scores are None."""
+    """BERTScore (Zhang et al. 2020) with a local model. Without a model, all scores are None."""
 
     def __init__(self, model: str = "") -> None:
-        """Load the model of a local folder. Raises UserError if folder or package is missing."""
+        """Load the model of the local folder `model`, if given. Raises UserError if the folder or bert-score is missing."""
         self.name = Path(model).name if model else ""
         self._scorer: Any = None
         if not model:
@@ -33,22 +31,22 @@ class Scorer:
                 f"bertscore_model {model!r} is not a local model folder ({error}); models are not downloaded"
             ) from None
         try:
-            # Imports torch, so it is imported only for BERTScore.
+            # bert_score imports torch, so this import is here and not at the top.
             from bert_score import BERTScorer
             from bert_score.utils import model2layers
         except ImportError:
             raise UserError(
                 "bertscore_model needs the package bert-score: pip install 'socratic-trainer[bertscore]'"
             ) from None
-        # The layer that the authors found best for a model of this name, else the last one.
+        # The layer that the authors of BERTScore recommend for a model of this name, or else the last layer.
         self.num_layers = model2layers.get(self.name, config.get("num_hidden_layers"))
         self._scorer = BERTScorer(model_type=model, num_layers=self.num_layers, device="cpu")
-        # bert-score 0.3.13 fails if the tokenizer has no maximum length; RoBERTa reserves 2 positions.
+        # bert-score 0.3.13 fails if the tokenizer has no maximum length. RoBERTa reserves 2 of its positions.
         tokenizer, positions = self._scorer._tokenizer, config.get("max_position_embeddings", 512) - 2
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
     def mean_f1(self, ours: Sequence[str], gold: Sequence[str]) -> float | None:
-        """Return the mean F1; an empty text has 0 (the package cannot score one with transformers 5)."""
+        """Return the mean F1. An empty text has F1 0, because bert-score fails on empty texts with transformers 5."""
         if self._scorer is None:
             return None
         pairs = [(text, reference) for text, reference in zip(ours, gold, strict=True) if text]
@@ -59,24 +57,23 @@ class Scorer:
 
 
 def score_questions(pairs: Sequence[tuple[list[str], list[str]]], scorer: Scorer) -> dict[str, Any] | None:
-    """Return the quality of (our sub-questions, gold sub-questions) of each problem, None if gold has none.
+    """Return the scores of sub-questions, or None if no problem has gold sub-questions.
 
-    n: problems with gold sub-questions, whether the answer is right or wrong. right_number: of these, with as many
-    sub-questions as gold. ours_mean, gold_mean: sub-questions per problem. bleu: 0 to 100, over the whole set.
-    signature: sacrebleu's. bertscore: mean F1 in [0, 1], None without a model.
+    `pairs` has (generated sub-questions, gold sub-questions) of each problem. Keys: n, the number of problems with gold
+    sub-questions; right_number, the number of these problems for which both lists have the same length; ours_mean and
+    gold_mean, the mean numbers of generated and of gold sub-questions; bleu, the corpus BLEU, 0 to 100; signature, the
+    settings of BLEU as sacrebleu prints them; bertscore, the mean F1 in [0, 1], or None without a model.
     """
-    counted = [(ours, gold) for ours, gold in pairs if gold]
-    if not counted:
+    pairs = [(ours, gold) for ours, gold in pairs if gold]
+    if not pairs:
         return None
-    texts = [" ".join(ours) for ours, _ in counted]
-    references = [" ".join(gold) for _, gold in counted]
-    metric = BLEU()
-    n = len(counted)
+    texts, references = ([" ".join(questions) for questions in side] for side in zip(*pairs, strict=True))
+    metric, n = BLEU(), len(pairs)
     return {
         "n": n,
-        "right_number": sum(len(ours) == len(gold) for ours, gold in counted),
-        "ours_mean": sum(len(ours) for ours, _ in counted) / n,
-        "gold_mean": sum(len(gold) for _, gold in counted) / n,
+        "right_number": sum(len(ours) == len(gold) for ours, gold in pairs),
+        "ours_mean": sum(len(ours) for ours, _ in pairs) / n,
+        "gold_mean": sum(len(gold) for _, gold in pairs) / n,
         "bleu": float(metric.corpus_score(texts, [references]).score),
         "signature": str(metric.get_signature()),
         "bertscore": scorer.mean_f1(texts, references),

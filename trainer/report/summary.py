@@ -1,6 +1,4 @@
-"""Accuracies over seeds, error types, sub-question quality, and the findings in words."""
-
-from __future__ import annotations
+"""Summaries of a study: accuracies over seeds, error types, quality of sub-questions, uncertainty, headlines."""
 
 import itertools
 from typing import Any
@@ -12,79 +10,73 @@ from trainer.report.error_types import ERROR_TYPES, RIGHT
 from trainer.report.methods import label
 from trainer.report.statistics import estimates, half_width, wilson_interval
 
-CELL = ["panel", "model", "parameters", "method"]  # one method with one model on one panel: a row per seed
-EVALUATED = [
+CELL_KEYS = [
     "panel",
     "model",
     "parameters",
-    "total_parameters",
     "method",
-    "seed",
-]  # `seed` of the evaluated model
-LEVEL = 0.05
-_MANY_PROBLEMS = 1000  # from this number on, accuracies have a digit after the point
-_MAX_NAMED = 3  # pairs of methods
+]  # a cell is the set of evaluations of a model and method in a panel, one per seed
+EVALUATION_KEYS = ["panel", "model", "parameters", "total_parameters", "method", "seed"]  # seed: train_seed
+SIGNIFICANCE_LEVEL = 0.05
+_MANY_PROBLEMS = 1000  # with at least this many problems, headlines show one decimal
+_MAX_NAMED = 3  # maximum number of pairs of overlapping intervals that a headline names
 
 
 def summarise(evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Return the strict accuracy over seeds of each CELL, ordered by panel, size, model and method.
+    """Return one row per cell with its strict accuracy over seeds, ordered by panel, size, model and method.
 
-    Columns: CELL, total_parameters (of all models that answer together), and those of statistics.estimates.
+    Columns: CELL_KEYS, total_parameters (see columns.RUNS), and the columns of statistics.estimates.
     """
-    found = estimates(evaluations.rename(columns={"strict_correct": "correct"}), CELL)
-    largest = evaluations.groupby(CELL, sort=False)["total_parameters"].max()
-    found.insert(3, "total_parameters", largest.to_numpy())
-    return found
+    cells = estimates(evaluations.rename(columns={"strict_correct": "correct"}), CELL_KEYS)
+    largest = evaluations.groupby(CELL_KEYS, sort=False)["total_parameters"].max()
+    cells.insert(3, "total_parameters", largest.to_numpy())
+    return cells
 
 
 def summarise_by_num_steps(evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Return the strict accuracy over seeds by CELL and num_steps, the steps of the gold solution (from 1 on)."""
+    """Return a row per cell and num_steps (the number of gold steps, at least 1) with the strict accuracy over seeds."""
     rows = [
         (*cell, num, correct, n)
-        for *cell, by_num_steps in evaluations[[*CELL, "by_num_steps"]].itertuples(index=False)
+        for *cell, by_num_steps in evaluations[[*CELL_KEYS, "by_num_steps"]].itertuples(index=False)
         for num, (correct, n) in by_num_steps.items()
         if num > 0 and n
     ]
-    scores = pd.DataFrame(rows, columns=[*CELL, "num_steps", "correct", "n"])
-    order = scores.assign(cell=scores.groupby(CELL, sort=False).ngroup()).sort_values(
-        ["cell", "num_steps"], kind="stable"
-    )
-    return estimates(scores.loc[order.index], [*CELL, "num_steps"])
+    scores = pd.DataFrame(rows, columns=[*CELL_KEYS, "num_steps", "correct", "n"])
+    scores["cell"] = scores.groupby(CELL_KEYS, sort=False).ngroup()
+    return estimates(scores.sort_values(["cell", "num_steps"], kind="stable"), [*CELL_KEYS, "num_steps"])
 
 
 def count_error_types(evaluations: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per evaluation with gold steps: EVALUATED, the number of right answers and of each error type, n."""
+    """Return a row per evaluation with gold steps. Columns: EVALUATION_KEYS, RIGHT and ERROR_TYPES (counts), n (their sum)."""
     counts = predictions.groupby(["evaluation", "error_type"]).size().unstack(fill_value=0)
     counts = counts.reindex(columns=[RIGHT, *ERROR_TYPES], fill_value=0)
-    return _evaluated(evaluations)[EVALUATED].join(counts.assign(n=counts.sum(axis=1)), how="inner")
+    keys = evaluations.assign(seed=evaluations["train_seed"])[EVALUATION_KEYS]
+    return keys.join(counts.assign(n=counts.sum(axis=1)), how="inner")
 
 
 def question_quality(evaluations: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per evaluation of models that write sub-questions.
+    """Return one row per evaluation whose models write sub-questions.
 
-    Columns: EVALUATED, asking_model (that writes them), those of subquestions.score_questions, right_number_share, low,
-    high (its 95 % Wilson interval).
+    Columns: EVALUATION_KEYS, asking_model (the model that writes the sub-questions), the keys of
+    subquestions.score_questions, right_number_share, and low and high (the 95 % Wilson interval of this share).
     """
     if quality.empty:
         return quality
-    found = _evaluated(evaluations)[[*EVALUATED, "asking_model"]]
-    found = found.join(quality.set_index("evaluation"), how="inner")
-    low, high = wilson_interval(found["right_number"], found["n"])
-    return found.assign(right_number_share=found["right_number"] / found["n"], low=low, high=high)
-
-
-def _evaluated(evaluations: pd.DataFrame) -> pd.DataFrame:
     asking = [
         next((member["model_name"] for member in row.members if member["role"] == "decomposer"), row.model)
         for row in evaluations.itertuples()
     ]
-    return evaluations.assign(seed=evaluations["train_seed"], asking_model=pd.Series(asking, dtype=object))
+    rows = evaluations.assign(seed=evaluations["train_seed"], asking_model=asking)
+    rows = rows[[*EVALUATION_KEYS, "asking_model"]].join(quality.set_index("evaluation"), how="inner")
+    low, high = wilson_interval(rows["right_number"], rows["n"])
+    return rows.assign(right_number_share=rows["right_number"] / rows["n"], low=low, high=high)
 
 
-def headline(panel: pd.DataFrame) -> dict[str, Any]:
-    """Return the result of one panel's summary in words: lead, findings (method, accuracy, interval), tail, verdict.
+def headline_parts(panel: pd.DataFrame) -> dict[str, Any]:
+    """Return a panel's headline as texts: lead, findings (a list of method, accuracy, interval), tail, verdict.
 
-    The findings are those of the largest model that has several methods, or else of the largest model.
+    `panel`: rows of summarise(). The findings are about the largest model that has results for several
+    methods. If no model has, the findings are about the largest model.
     """
     models = panel.groupby(["parameters", "model"])["method"].size()
     size, model = (models[models > 1] if (models > 1).any() else models).index[-1]
@@ -105,7 +97,7 @@ def headline(panel: pd.DataFrame) -> dict[str, Any]:
 
 
 def headline_text(parts: dict[str, Any]) -> str:
-    """Return a headline as one line."""
+    """Return the result of headline_parts() as one line."""
     findings = ", ".join(
         f"{label(method)} {accuracy} {low_high}" for method, accuracy, low_high in parts["findings"]
     )
@@ -131,11 +123,12 @@ def _verdict(cells: pd.DataFrame) -> str:
     return f"The 95 % intervals of {named} overlap; no others do."
 
 
-def significance(summary: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per panel: the uncertainty of its best accuracy, and the pairs whose difference is not significant.
+def uncertainty(summary: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per panel: the uncertainty of the best accuracy, and the differences that are not significant.
 
-    Columns: panel, n, accuracy (the best), half_width and worst_half_width (at 50 %; both fractions, of 95 % Wilson
-    intervals), not_significant (list of text, pairs of methods with p (Holm) of at least LEVEL), num_pairs (tested).
+    Columns: panel, n and accuracy (of the best cell), half_width (of this accuracy's 95 % Wilson interval, as a
+    fraction), worst_half_width (the half-width for an accuracy of 50 %), not_significant (list of texts about pairs of
+    methods whose p (Holm) is at least SIGNIFICANCE_LEVEL), num_pairs (number of tested pairs).
     """
     rows = []
     for title, cells in summary.groupby("panel", sort=False):
@@ -146,9 +139,9 @@ def significance(summary: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFra
         p_values = pairs.agg(["min", "max"])
         means = cells.set_index(["parameters", "model", "method"])["mean"]
         not_significant = [
-            _in_words(means, pair, low, high)
+            _describe_pair(means, pair, low, high)
             for pair, (low, high) in zip(p_values.index, p_values.to_numpy(), strict=True)
-            if high >= LEVEL
+            if high >= SIGNIFICANCE_LEVEL
         ]
         widths = half_width(accuracy, n), half_width(0.5, n)
         rows.append((title, n, accuracy, *widths, not_significant, len(p_values)))
@@ -156,15 +149,15 @@ def significance(summary: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFra
     return pd.DataFrame(rows, columns=names)
 
 
-def significance_text(row: dict[str, Any]) -> str:
-    """Return the half-widths of one row of significance() as a sentence."""
+def uncertainty_text(row: dict[str, Any]) -> str:
+    """Return a sentence with the half-widths of one row of uncertainty()."""
     return (
         f"{row['panel']}: with {row['n']} problems {format.percent(row['accuracy'], 0)} means ± "
         f"{100 * row['half_width']:.1f} points at 95 % (± {100 * row['worst_half_width']:.1f} at 50 %)."
     )
 
 
-def _in_words(means: pd.Series, pair: tuple[int, str, str, str], low: float, high: float) -> str:
+def _describe_pair(means: pd.Series, pair: tuple[int, str, str, str], low: float, high: float) -> str:
     size, model, first, second = pair
     difference = f"{100 * abs(means[size, model, first] - means[size, model, second]):.1f} points"
     texts = [format.p_value(low), format.p_value(high)]

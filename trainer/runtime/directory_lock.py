@@ -1,16 +1,15 @@
-"""Exclusive locks on run, study and annotation directories, without `flock`, which is a silent no-op on Lustre and GPFS.
+"""Exclusive locks on run, study and annotation directories. `flock` is not used: it may do nothing on Lustre and GPFS.
 
-The lock is a directory that contains owner.json, written under a staging name and renamed into place. A rename onto a
-directory that is not empty fails, so exactly one of several takers succeeds, and a lock always has its owner file.
-A stale lock is renamed to a name derived from its owner's token and kept for a while: a second process that judged the
-same owner finds that name in use and cannot move the first one's new lock away.
+The lock is a directory that contains owner.json. The directory is written under a staging name and renamed to its final
+name. The rename fails if the final name is a directory with content. So exactly one process acquires the lock, and a
+lock always contains owner.json. A stale lock is renamed to a name derived from its owner's token and kept for a while.
+If a second process also considers the old lock stale, its rename to this name fails. So the new lock stays.
 
-An owner is gone if its process has ended (where visible from here), if its Slurm job is not running, if it is an earlier
-start of this Slurm job, or if its heartbeats have stopped: the mtime of owner.json is compared with that of a new file
-on the same file system, and then watched for a while, because clocks jump.
+If the owner runs on this machine (same boot and pid namespace), the owner is gone if its process has ended.
+Otherwise the owner is gone if its Slurm job is not running, if this process is a restart of that job, or if its
+heartbeats have stopped. To detect stopped heartbeats, the mtime of owner.json is compared with the mtime of a new file
+on the same file system. Clocks may jump, so an old mtime is watched for a while before the lock is taken.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -18,6 +17,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ class LockOwner:
 
 
 class DirectoryLock:
-    """An acquired lock. Without an owner (ranks other than 0) every method is a no-op."""
+    """An acquired lock. On ranks other than 0, `owner` is None and every method is a no-op."""
 
     def __init__(self, path: Path, owner: LockOwner | None):
         self._path, self._owner = path, owner
@@ -56,7 +56,7 @@ class DirectoryLock:
         """Update the mtime of owner.json."""
         if self._owner:
             with contextlib.suppress(OSError):
-                os.utime(self._path / _OWNER)  # without a time: the file server's clock
+                os.utime(self._path / _OWNER)  # without an explicit time, the file server's clock is used
 
     def taken_over_by(self) -> str | None:
         """Return an error message if this process no longer holds the lock, else None."""
@@ -66,7 +66,7 @@ class DirectoryLock:
         if now is not None and now.token == self._owner.token:
             return None
         by = f"by {now.process} at {now.since}" if now else "(the lock is missing)"
-        return f"{self._path} was taken from this job {by}; this job stops, as it could overwrite the other's files"
+        return f"{self._path} was taken from this job {by}; this job stops, else it could overwrite files of the new job"
 
     def release(self) -> None:
         """Remove the lock if this process still holds it."""
@@ -79,7 +79,7 @@ class DirectoryLock:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Context manager that holds the lock; a thread sends heartbeats. Raises UserError naming the owner if it is held."""
+    """Context manager that holds the lock and sends heartbeats in a thread. Raises UserError if the lock is taken."""
     lock, released = acquire(path), threading.Event()
 
     def send_heartbeats() -> None:
@@ -95,104 +95,95 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def current_owner(path: Path) -> LockOwner | None:
-    """Return the owner, None if the lock is free or its process has ended. Raises UserError if owner.json is invalid."""
-    found = _read(path)
-    return None if found is None or found.process.is_alive() is False else found
+    """Return the owner, or None if the lock is free or its owner has ended. Raises UserError for an invalid owner.json."""
+    owner = _read(path)
+    return None if owner is None or owner.process.is_alive() is False else owner
 
 
 def acquire(path: Path) -> DirectoryLock:
-    """Acquire the lock, also from an owner that is gone. Raises UserError naming a live owner, or OSError."""
+    """Acquire the lock. Take it over from an owner that is gone. Raises UserError if the owner may be alive."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    owner = LockOwner(
-        ProcessIdentity.of_this_process(), secrets.token_hex(8), time.strftime("%Y-%m-%d %H:%M:%S %z")
-    )
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    owner = LockOwner(ProcessIdentity.of_this_process(), secrets.token_hex(8), since)
     for _ in range(_MAX_ATTEMPTS):
         if _install(path, owner):
             _remove_stale_locks(path)
             return DirectoryLock(path, owner)
-        other = _read(path)
-        if other is None:  # released after _install failed
+        holder = _read(path)
+        if holder is None:  # the lock was released after _install failed
             continue
-        reason = _reason_owner_is_gone(path, other, owner)
+        reason, text = _reason_owner_is_gone(path, holder, owner), f"{holder.process}, since {holder.since}"
         if reason is None:
             raise UserError(
-                f"{path.parent} is in use: {other.process}, since {other.since}; wait for it, end it, or give another "
-                f"output_dir (if it is surely gone, remove {path})"
+                f"{path.parent} is in use: {text}; wait for this process, end it, or give another output_dir "
+                f"(if the process is surely gone, remove {path})"
             )
-        stale = path.with_name(f".{path.name}.{other.token}.gone.tmp")
-        with contextlib.suppress(FileNotFoundError):  # another process renamed it first
+        stale = path.with_name(f".{path.name}.{holder.token}.gone.tmp")
+        with contextlib.suppress(FileNotFoundError):  # another process renamed the lock first
             if atomic_dir.rename_unless_exists(path, stale):
-                terminal.warning(
-                    f"{path.parent}: took over from {other.process}, since {other.since}: {reason}"
-                )
+                terminal.warning(f"{path.parent}: took over from {text}: {reason}")
     raise UserError(
-        f"{path}: acquired by other processes {_MAX_ATTEMPTS} times in a row; start one job per directory"
+        f"{path}: other processes acquired it {_MAX_ATTEMPTS} times in a row; start one job per directory"
     )
 
 
 def _install(path: Path, owner: LockOwner) -> bool:
-    """Publish the lock directory; return False if there is one."""
+    """Publish the lock directory. Return False if there is already a lock."""
     staging = path.with_name(f".{path.name}.{owner.token}.tmp")
     staging.mkdir(exist_ok=True)
     atomic_dir.write_text(staging / _OWNER, json.dumps(asdict(owner), indent=1) + "\n")
     try:
         return atomic_dir.rename_unless_exists(staging, path)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)  # it is still there unless it was renamed
+        shutil.rmtree(staging, ignore_errors=True)  # staging exists only if the rename failed
 
 
 def _read(path: Path) -> LockOwner | None:
-    """Return the owner; None without a lock. Raises UserError if owner.json is invalid."""
+    """Return the owner, or None if there is no lock. Raises UserError if owner.json is invalid."""
     try:
-        found = json.loads((path / _OWNER).read_text(encoding="utf-8"))
-        return LockOwner(ProcessIdentity(**found["process"]), found["token"], found["since"])
+        record = json.loads((path / _OWNER).read_text(encoding="utf-8"))
+        return LockOwner(ProcessIdentity(**record["process"]), record["token"], record["since"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path / _OWNER} cannot be read ({error}); if no job uses the directory, remove {path}"
-        ) from None
+        remedy = f"if no job uses the directory, remove {path}"
+        raise UserError(f"{path / _OWNER} cannot be read ({error}); {remedy}") from None
 
 
 def _remove_stale_locks(path: Path) -> None:
-    """Remove old stale locks and keep the newest.
-
-    A slow process may still take a dead owner for the current one. Its rename fails while the target, which is named
-    after the dead owner's token, exists; so it cannot remove the new owner's lock.
-    """
+    """Remove stale locks except the newest ones, which protect the new lock (see the module's docstring)."""
     with contextlib.suppress(OSError):
         stale = sorted(path.parent.glob(f".{path.name}.*.gone.tmp"), key=lambda lock: lock.stat().st_ctime)
         for lock in stale[:-_MAX_STALE_LOCKS]:
             shutil.rmtree(lock, ignore_errors=True)
 
 
-def _reason_owner_is_gone(path: Path, other: LockOwner, owner: LockOwner) -> str | None:
-    """Return why `other` is gone, seen by the process of `owner`; None if it may be alive."""
-    is_alive = other.process.is_alive()
+def _reason_owner_is_gone(path: Path, holder: LockOwner, owner: LockOwner) -> str | None:
+    """Return the reason why `holder` is gone, or None if it may be alive. `owner` describes this process."""
+    process, this_process = holder.process, owner.process
+    is_alive = process.is_alive()
     if is_alive is not None:
         return None if is_alive else "its process is gone"
-    if other.process.job and other.process.job == owner.process.job:
-        if other.process.restarts < owner.process.restarts:
+    if process.job and process.job == this_process.job:
+        if process.restarts < this_process.restarts:
             return "this is the same Slurm job, started again"
-    elif other.process.job and _job_is_gone(other.process.job):
+    elif process.job and _job_is_gone(process.job):
         return "its Slurm job is not running any more"
     return _reason_stale(path)
 
 
 def _job_is_gone(job: str) -> bool:
-    """Return whether squeue reports that a job is not running; False if squeue fails."""
+    """Return whether squeue reports that a job is pending, ended or unknown. False if squeue fails."""
     try:
         command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return False
-    if done.returncode:
-        return "Invalid job id" in done.stderr
-    return not done.stdout.strip() or set(done.stdout.split()) <= {"PENDING"}
+    return "Invalid job id" in done.stderr if done.returncode else set(done.stdout.split()) <= {"PENDING"}
 
 
 def _reason_stale(path: Path) -> str | None:
-    """Return a message if the last heartbeat is too old and none comes within _WATCH_SECONDS, else None."""
+    """Return a reason if the heartbeats have stopped or the lock was released during the check, else None."""
     owner = path / _OWNER
     try:
         last, now = owner.stat().st_mtime_ns, _file_system_time_ns(path.parent)
@@ -200,7 +191,7 @@ def _reason_stale(path: Path) -> str | None:
         if age_seconds < _STALE_SECONDS:
             return None
         message = f"no heartbeat for {age_seconds:.0f} s"
-        terminal.info(f"{path}: {message}; watching it for {_WATCH_SECONDS:.0f} s")
+        terminal.info(f"{path}: {message}; watching the lock for {_WATCH_SECONDS:.0f} s")
         time.sleep(_WATCH_SECONDS)
         return message if owner.stat().st_mtime_ns == last else None
     except FileNotFoundError:
@@ -208,10 +199,6 @@ def _reason_stale(path: Path) -> str | None:
 
 
 def _file_system_time_ns(folder: Path) -> int:
-    """Return the time of the clock that stamps files in `folder`, which may be a file server's."""
-    probe = folder / f".clock-{secrets.token_hex(4)}.tmp"
-    probe.touch()
-    try:
-        return probe.stat().st_mtime_ns
-    finally:
-        probe.unlink()
+    """Return the time of the clock that sets the mtime of files in `folder`. It may be a file server's clock."""
+    with tempfile.NamedTemporaryFile(prefix=".clock-", suffix=".tmp", dir=folder) as probe:
+        return Path(probe.name).stat().st_mtime_ns

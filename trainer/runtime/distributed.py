@@ -1,12 +1,10 @@
 """Distributed environment of this process (rank, world size, local rank) and collectives on Python objects.
 
 Supports the deepspeed launcher and torchrun (RANK, ...), mpiexec/mpirun (MPICH, Open MPI), srun, and a single process.
-Other modules must not read RANK, SLURM_*, PMI_* or OMPI_*. RANK, MASTER_ADDR, ... are set *before* DeepSpeed reads them:
-otherwise it uses MPI discovery, whose local rank is wrong with several slurmd on one host, and port 29500, which
-collides as soon as two jobs share a node.
+Other modules must not read RANK, SLURM_*, PMI_* or OMPI_*. RANK, MASTER_ADDR and similar variables must be set before
+DeepSpeed reads them. Otherwise, DeepSpeed uses MPI discovery (wrong local rank if a host runs several slurmd) and port
+29500 (which two jobs on a node cannot share).
 """
-
-from __future__ import annotations
 
 import contextlib
 import os
@@ -26,7 +24,7 @@ from trainer.runtime import malloc, process_group
 
 @dataclass(frozen=True)
 class DistributedEnvironment:
-    """Ranks and world sizes of this process. `launcher`: "env" (RANK is set), "slurm", "mpi" or "single"."""
+    """Global and local rank and world size of a process. `launcher`: "env" (RANK is set), "slurm", "mpi" or "single"."""
 
     rank: int = 0
     world_size: int = 1
@@ -35,7 +33,7 @@ class DistributedEnvironment:
     launcher: str = "single"
 
 
-# Names of rank, world size, local rank and local world size.
+# Environment variables that hold rank, world size, local rank and local world size, in this order.
 _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 
@@ -43,9 +41,10 @@ _environment: DistributedEnvironment | None = None  # set by initialize
 
 
 def initialize(timeout_seconds: int = 1800) -> DistributedEnvironment:
-    """Set RANK, ..., number of threads, malloc and device, open the process group (Gloo for CPU tensors, NCCL for CUDA).
+    """Open the process group: Gloo for CPU tensors, NCCL for CUDA tensors.
 
-    Without a launcher the world size is 1. A second call has no effect. Raises UserError for contradictory variables, a
+    Also set torch's launcher variables (RANK, ...), the number of threads, malloc's options and the CUDA device.
+    Without a launcher, the world size is 1. A second call has no effect. Raises UserError for contradictory variables, a
     port in use, or a failed rendezvous.
     """
     global _environment
@@ -60,14 +59,9 @@ def initialize(timeout_seconds: int = 1800) -> DistributedEnvironment:
         address, port = _master_address_over_mpi()
     else:
         address, port = _master_address(os.environ, _environment)
-    os.environ.update(
-        RANK=str(_environment.rank),
-        WORLD_SIZE=str(_environment.world_size),
-        LOCAL_RANK=str(_environment.local_rank),
-        LOCAL_WORLD_SIZE=str(_environment.local_world_size),
-        MASTER_ADDR=address,
-        MASTER_PORT=str(port),
-    )
+    names = ("rank", "world_size", "local_rank", "local_world_size")
+    os.environ.update({name.upper(): str(getattr(_environment, name)) for name in names})
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     torch.set_num_threads(threads_per_rank(os.environ, _environment))
     malloc.tune_glibc_malloc()
     backend = "gloo"
@@ -82,34 +76,34 @@ def initialize(timeout_seconds: int = 1800) -> DistributedEnvironment:
 
 
 def device_index(local_rank: int, num_visible: int) -> int:
-    """Return the index among the visible GPUs. Sites show a task its own GPU only, some, or all GPUs of the node."""
+    """Return the index of this rank's GPU among the GPUs that are visible to the rank.
+
+    A launcher may make all GPUs of the node visible to each rank, or only one. The index of a single GPU is 0.
+    """
     return local_rank % num_visible
 
 
 def _check_one_gpu_per_rank(gpu_uuid: str) -> None:
-    """Collective. Raises UserError if ranks share a GPU: they would hang in NCCL or run out of memory."""
+    """Collective. Raise UserError if two ranks share a GPU, because they would hang in NCCL or run out of memory."""
     ranks: dict[str, int] = {}
     for rank, gpu in enumerate(gather_objects(gpu_uuid)):
-        if gpu in ranks:
+        if ranks.setdefault(gpu, rank) != rank:
             raise UserError(
                 f"ranks {ranks[gpu]} and {rank} have the same GPU ({gpu}): fewer GPUs than ranks on a node; "
                 "ask for one GPU for each task (Slurm: --gpus-per-task=1, or --gpus-per-node as many as tasks)"
             )
-        ranks[gpu] = rank
 
 
 def environment_from_launcher(variables: Mapping[str, str]) -> DistributedEnvironment:
-    """Return the distributed environment given by environment variables. Raises UserError if they are contradictory."""
+    """Return the distributed environment that `variables` describe. Raises UserError if they are contradictory."""
     if "RANK" in variables and "WORLD_SIZE" in variables:
-        found = _read_environment(variables, "env", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        _check_consistent(variables, found)
-        return found
+        result = _read_environment(variables, "env", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        _check_consistent(variables, result)
+        return result
     if "SLURM_STEP_ID" in variables and "SLURM_PROCID" in variables:
+        variables = {**variables, "_LOCAL": str(_num_tasks_on_this_node(variables))}
         tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in variables else "SLURM_NTASKS"
-        names = ("SLURM_PROCID", tasks, "SLURM_LOCALID", "_LOCAL")
-        return _read_environment(
-            {**variables, "_LOCAL": str(_num_tasks_on_this_node(variables))}, "slurm", *names
-        )
+        return _read_environment(variables, "slurm", "SLURM_PROCID", tasks, "SLURM_LOCALID", "_LOCAL")
     for mpi_names in (_MPICH, _OPEN_MPI):
         if mpi_names[0] in variables:
             return _read_environment(variables, "mpi", *mpi_names)
@@ -117,7 +111,7 @@ def environment_from_launcher(variables: Mapping[str, str]) -> DistributedEnviro
 
 
 def _num_tasks_on_this_node(variables: Mapping[str, str]) -> int:
-    """Return the tasks of this srun step on this node from Slurm's compressed list: node 2 of `4(x2),1` has 1."""
+    """Return the number of tasks that the srun step runs on this node. `4(x2),1` means 4, 4 and 1 tasks on three nodes."""
     counts: list[int] = []
     for item in variables.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
@@ -129,16 +123,16 @@ def _num_tasks_on_this_node(variables: Mapping[str, str]) -> int:
 
 
 def num_job_restarts(variables: Mapping[str, str]) -> int:
-    """Return the number of times Slurm has restarted this job (preempted, requeued, node lost); 0 without Slurm."""
+    """Return the number of times that Slurm has restarted this job after preemption, requeue or node failure."""
     count = variables.get("SLURM_RESTART_COUNT", "")
     return int(count) if count.isdigit() else 0
 
 
 def seconds_left_of_job(variables: Mapping[str, str]) -> float | None:
-    """Return the seconds until the wall-clock limit of the Slurm job; None without a job or if the limit is unknown."""
+    """Return the seconds until the time limit of the Slurm job; None outside a job, or if the limit is not known."""
     if "SLURM_JOB_ID" not in variables:
         return None
-    end = variables.get("SLURM_JOB_END_TIME", "")  # Slurm 23.02 and later
+    end = variables.get("SLURM_JOB_END_TIME", "")  # set by Slurm 23.02 and later
     if end.isdigit():
         return int(end) - time.time()
     output = _scontrol_show("job", variables["SLURM_JOB_ID"])
@@ -146,9 +140,9 @@ def seconds_left_of_job(variables: Mapping[str, str]) -> float | None:
     return datetime.fromisoformat(match[1]).timestamp() - time.time() if match else None
 
 
-def _scontrol_show(kind: str, name: str) -> str:
-    """Return scontrol's description of a job or node; "" without scontrol (a container; --signal works there too)."""
-    command = ["scontrol", "--oneliner", "show", kind, name]
+def _scontrol_show(entity: str, name: str) -> str:
+    """Return scontrol's description of a job or node, or "" if scontrol is missing (in a container) or hangs."""
+    command = ["scontrol", "--oneliner", "show", entity, name]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
@@ -156,9 +150,9 @@ def _scontrol_show(kind: str, name: str) -> str:
 
 
 def threads_per_rank(variables: Mapping[str, str], environment: DistributedEnvironment) -> int:
-    """Return the number of CPU threads of one rank: OMP_NUM_THREADS or Slurm's, else its share of the usable cores.
+    """Return a rank's number of CPU threads: OMP_NUM_THREADS, else SLURM_CPUS_PER_TASK, else a share of the usable cores.
 
-    torch's default, one thread per core in every rank, would oversubscribe the cores.
+    torch's default, one thread per core on every rank, would oversubscribe the cores.
     """
     for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
         if variables.get(name, "").isdigit() and int(variables[name]) > 0:
@@ -168,22 +162,26 @@ def threads_per_rank(variables: Mapping[str, str], environment: DistributedEnvir
 
 
 def without_launcher_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables without those of launchers and Slurm, for starting a separate distributed program.
+    """Return `variables` without the variables of launchers and Slurm, for the start of a separate distributed program.
 
-    Variables of a shell, an allocation or an srun step would give its ranks wrong rank numbers.
+    If the program inherited RANK, SLURM_PROCID etc. from this process, its rank numbers would be wrong.
     """
-    rank_names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-    names = (*rank_names, "MASTER_ADDR", "MASTER_PORT")
-    prefixes = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_")
-    return {
-        name: value
-        for name, value in variables.items()
-        if name not in names and not name.startswith(prefixes)
+    names = {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
     }
+    prefixes = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_")
+    kept_names = [name for name in variables if name not in names and not name.startswith(prefixes)]
+    return {name: variables[name] for name in kept_names}
 
 
 def environment() -> DistributedEnvironment:
-    """Return this process's environment; before `initialize` the launcher's, so that rank 0 alone logs early errors."""
+    """Return this process's environment. Before `initialize`, the launcher's variables define it."""
     return _environment or environment_from_launcher(os.environ)
 
 
@@ -203,7 +201,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Collective. Return rank 0's value, a small picklable object, on every rank."""
+    """Collective. Return rank 0's value on every rank. The value must be small and picklable."""
     if _is_single_process():
         return value
     import torch.distributed as dist
@@ -225,7 +223,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Collective. Return whether the flag is set on any rank; one small all-reduce on the CPU."""
+    """Collective. Return whether the flag is set on any rank. One small all-reduce on the CPU."""
     if _is_single_process():
         return flag
     import torch
@@ -238,15 +236,14 @@ def any_rank(flag: bool) -> bool:
 
 def raise_on_all_ranks(error: str | None) -> None:
     """Collective. Raise UserError on every rank if any rank has an error, so that no rank hangs in a later collective."""
-    errors = [(rank, text) for rank, text in enumerate(gather_objects(error)) if text]
-    if errors:
-        rank, text = errors[0]
-        raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+    for rank, text in enumerate(gather_objects(error)):
+        if text:
+            raise UserError(text if rank == 0 else f"rank {rank}: {text}")
 
 
 @contextlib.contextmanager
 def errors_on_all_ranks(describe: Callable[[OSError], str] = str) -> Iterator[None]:
-    """Collective. Context manager that raises UserError on every rank if its block raises UserError or OSError on any.
+    """Collective. Context manager: if its block raises UserError or OSError on a rank, raise UserError on every rank.
 
     `describe` returns the message for an OSError. The block must contain no collectives.
     """
@@ -261,23 +258,24 @@ def errors_on_all_ranks(describe: Callable[[OSError], str] = str) -> Iterator[No
 
 
 def is_communication_failure(error: Exception) -> bool:
-    """Return whether a collective failed because a rank has exited or timed out (Gloo has no exception class)."""
+    """Return whether a collective failed because a rank has exited or timed out."""
     if "torch.distributed" not in sys.modules:
         return False
     import torch.distributed as dist
 
+    # Gloo has no exception class of its own, but Gloo's messages contain this path.
     return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
 
 
 def shutdown() -> None:
-    """Destroy the process group and finalize MPI, where open. No communication is possible afterwards."""
+    """Destroy the process group and finalize MPI, if they are open. No communication is possible afterwards."""
     global _environment
     if "torch.distributed" in sys.modules:
         import torch.distributed as dist
 
         if dist.is_initialized():
             dist.destroy_process_group()
-    if "mpi4py.MPI" in sys.modules:  # without MPI_Finalize mpiexec reports a failure
+    if "mpi4py.MPI" in sys.modules:  # without MPI_Finalize, mpiexec reports a failure
         from mpi4py import MPI
 
         if MPI.Is_initialized() and not MPI.Is_finalized():
@@ -287,7 +285,7 @@ def shutdown() -> None:
 
 def _read_environment(variables: Mapping[str, str], launcher: str, *names: str) -> DistributedEnvironment:
     rank, size, local_rank, local_size = names
-    # torchrun sets LOCAL_WORLD_SIZE and deepspeed LOCAL_SIZE; without them assume one node.
+    # torchrun sets LOCAL_WORLD_SIZE, deepspeed sets LOCAL_SIZE. If neither is set, assume a single node.
     defaults = {local_size: variables.get("LOCAL_SIZE", variables.get(size)), local_rank: variables.get(rank)}
     values = {}
     for name in names:
@@ -298,71 +296,68 @@ def _read_environment(variables: Mapping[str, str], launcher: str, *names: str) 
             raise UserError(
                 f"{name}={text!r} in the environment is not a number ({launcher} launch)"
             ) from None
-    found = DistributedEnvironment(
+    if not 0 <= values[rank] < values[size]:
+        raise UserError(
+            f"{rank}={values[rank]} but {size}={values[size]}: a rank must be less than the world size"
+        )
+    return DistributedEnvironment(
         values[rank], values[size], values[local_rank], values[local_size], launcher
     )
-    if not 0 <= found.rank < found.world_size:
-        raise UserError(
-            f"{rank}={found.rank} but {size}={found.world_size}: a rank must be less than the world size"
-        )
-    return found
 
 
-def _check_consistent(variables: Mapping[str, str], found: DistributedEnvironment) -> None:
-    """Raise UserError if RANK, set by hand or inherited from a shell, contradicts the srun step.
+def _check_consistent(variables: Mapping[str, str], environment: DistributedEnvironment) -> None:
+    """Raise UserError if RANK or WORLD_SIZE contradicts the srun step, e.g. if they are inherited from a shell.
 
-    Such ranks would form N separate runs or wait forever. Valid are one task per rank with Slurm's numbers, and one
-    launcher task per node.
+    With wrong values, the tasks would form separate runs or wait forever. Two cases are valid: the rank of each task is
+    Slurm's task number, or each node has one task, which is a launcher that starts the ranks of the node.
     """
     tasks_text = variables.get("SLURM_STEP_NUM_TASKS", variables.get("SLURM_NTASKS", ""))
     if "SLURM_STEP_ID" not in variables or not tasks_text.isdigit() or int(tasks_text) == 1:
         return
     num_tasks, task = int(tasks_text), variables.get("SLURM_PROCID", "")
     is_torchrun = "TORCHELASTIC_RUN_ID" in variables
-    by_launcher = is_torchrun or found.world_size == num_tasks * found.local_world_size
-    if found.world_size != num_tasks and not (by_launcher and found.local_world_size > 1):
+    by_launcher = is_torchrun or environment.world_size == num_tasks * environment.local_world_size
+    if environment.world_size != num_tasks and not (by_launcher and environment.local_world_size > 1):
         raise UserError(
-            f"WORLD_SIZE={found.world_size} but SLURM_NTASKS={num_tasks}: unset RANK and WORLD_SIZE, "
+            f"WORLD_SIZE={environment.world_size} but SLURM_NTASKS={num_tasks}: unset RANK and WORLD_SIZE, "
             "or start one launcher task per node"
         )
-    if found.world_size == num_tasks and task != str(found.rank) and not is_torchrun:
+    if environment.world_size == num_tasks and task != str(environment.rank) and not is_torchrun:
         raise UserError(
-            f"RANK={found.rank} but SLURM_PROCID={task}: RANK was left over in the environment; "
+            f"RANK={environment.rank} but SLURM_PROCID={task}: RANK was left over in the environment; "
             "unset RANK and WORLD_SIZE, srun sets what is needed"
         )
 
 
-def _check_started_by_srun(variables: Mapping[str, str], found: DistributedEnvironment) -> None:
-    """Raise UserError for a tool in a batch script without srun: it would use one of the job's tasks only."""
+def _check_started_by_srun(variables: Mapping[str, str], environment: DistributedEnvironment) -> None:
+    """Raise UserError if a job has several tasks, but starts a tool without srun: only one task would run the tool."""
     num_tasks = variables.get("SLURM_NTASKS", "")
-    if found.launcher == "single" and num_tasks.isdigit() and int(num_tasks) > 1:
+    if environment.launcher == "single" and num_tasks.isdigit() and int(num_tasks) > 1:
         raise UserError(
             f"SLURM_NTASKS={num_tasks}, but this process was not started by srun and would run alone; "
             "write srun before the command, or unset SLURM_NTASKS"
         )
 
 
-def _master_address(variables: Mapping[str, str], found: DistributedEnvironment) -> tuple[str, int]:
-    """Return address and port of rank 0. On Slurm the port is derived from the job id to avoid collisions on a node."""
+def _master_address(variables: Mapping[str, str], environment: DistributedEnvironment) -> tuple[str, int]:
+    """Return address and port of rank 0. On Slurm, the port depends on the job id, so that two jobs can share a node."""
     if "MASTER_ADDR" in variables and "MASTER_PORT" in variables:
         return variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
-    if found.launcher == "slurm":
-        # A restarted job uses another port: ranks of the old start that exit slowly may still hold the old one.
+    if environment.launcher == "slurm":
+        # A restarted job uses another port, because slowly exiting ranks of the previous start may still hold its port.
         job = int(variables["SLURM_JOB_ID"]) * 7 + int(variables["SLURM_STEP_ID"])
         port = 20000 + (job + 13 * num_job_restarts(variables)) % 20000
         return _node_address(first_host(variables["SLURM_STEP_NODELIST"])), port
-    if found.world_size > 1:
+    if environment.world_size > 1:
         raise UserError("RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT are not")
     return "127.0.0.1", process_group.free_port()
 
 
 def _node_address(node: str) -> str:
-    """Return the node's name if it resolves, else the address in Slurm's node table. Raises UserError without one."""
-    try:
+    """Return `node` if it resolves, else its address in Slurm's node table. Raises UserError if the table has no address."""
+    with contextlib.suppress(OSError):
         socket.getaddrinfo(node, None)
         return node
-    except OSError:
-        pass
     match = re.search(r"\bNodeAddr=(\S+)", _scontrol_show("node", node))
     if not match:
         raise UserError(f"the node name {node} does not resolve, and scontrol gives no address for it")
@@ -387,7 +382,7 @@ def _master_address_over_mpi() -> tuple[str, int]:
 
 
 def assert_same_on_all_ranks(name: str, values: dict[str, Any]) -> None:
-    """Collective. Raise UserError on all ranks if a value (a file's digest, a version) differs between ranks."""
+    """Collective. Raise UserError on all ranks if one of `values` differs between ranks. The message begins with `name`."""
     values_by_rank = gather_objects(values)
     first = values_by_rank[0]
     for rank, other in enumerate(values_by_rank):

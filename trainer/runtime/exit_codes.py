@@ -1,9 +1,7 @@
 """Exit statuses of the tools."""
 
-from __future__ import annotations
-
 EXIT_FAILURE = 1  # unexpected error; the traceback is in the log
 EXIT_USER_ERROR = 2  # UserError
-EXIT_REQUEUE = 75  # stopped on request, or hung; the same command resumes (EX_TEMPFAIL of sysexits.h)
+EXIT_REQUEUE = 75  # stopped on request, or a rank hung; rerun the command to resume (EX_TEMPFAIL)
 EXIT_PEER_LOST = 76  # communication with another rank failed
 EXIT_INTERRUPTED = 130  # Ctrl-C

@@ -1,8 +1,8 @@
-"""Private attributes of torch, DeepSpeed and transformers, each with the reason why no public one does.
+"""Access to private attributes of torch, DeepSpeed and transformers, where no public attribute does the same.
 
-All were checked with torch 2.13, DeepSpeed 0.19.8 and transformers 5.23; a private attribute may change with any release.
-`tests/runtime/test_library_internals.py` fails for each that the installed library does not have or that works otherwise.
-Libraries are imported inside the functions, so that this module costs nothing to import.
+All attributes were checked with torch 2.13, DeepSpeed 0.19.8 and transformers 5.23. They may change with any release:
+`tests/runtime/test_library_internals.py` fails if an attribute is missing in the installed library or works differently.
+Libraries are imported inside the functions, so importing this module is fast.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def tensor_norms(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return the L2 norm of each tensor, accumulated in `dtype`; one kernel instead of one a tensor.
+    """Return the L2 norm of each tensor, accumulated in `dtype`. One kernel computes all norms.
 
-    `torch.nn.utils.get_total_norm` is public, but sums in the tensors' own dtype.
+    The public `torch.nn.utils.get_total_norm` sums in the tensors' own dtype.
     """
     import torch
 
@@ -29,57 +29,58 @@ def tensor_norms(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[to
 
 
 def offset_in_file(storage: Any) -> int:
-    """Return where the bytes of a storage begin in the file that `torch.load(map_location="meta")` described.
+    """Return the offset of a storage's bytes in the file that was loaded with `torch.load(map_location="meta")`.
 
-    No public function gives the offset of a storage on meta.
+    No public function returns the offset of a storage on the meta device.
     """
     return int(storage._checkpoint_offset)
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """Return a number that tensors on meta share if and only if they share a storage; `data_ptr` is 0 there."""
+    """Return the same number for two meta tensors if and only if they share a storage. (`data_ptr` is always 0.)"""
     return int(tensor.untyped_storage()._cdata)
 
 
 def is_view(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a view of another one. There is no public question for it."""
+    """Return whether a tensor is a view of another tensor. No public function tests this."""
     return tensor._base is not None
 
 
 def replace_parameter(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
-    """Replace a parameter of the same shape without the hooks that `setattr` and `register_parameter` run."""
+    """Replace a parameter by another of the same shape. The hooks of `setattr` and `register_parameter` do not run."""
     before = module._parameters[name]
     assert before is not None and before.shape == parameter.shape
     module._parameters[name] = parameter
 
 
 def end_allocating_to_pool(device: int, pool: Any) -> None:
-    """End what `torch.cuda.graph` leaves begun when its capture fails. Raises RuntimeError if it has ended."""
+    """Stop allocating to a memory pool. After a failed capture, `torch.cuda.graph` does not do this.
+
+    Raises RuntimeError if the allocation has already ended.
+    """
     import torch
 
     torch._C._cuda_endAllocateToPool(device, pool)
 
 
 def reorder_linear_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a weight in oneDNN's blocked order. torch uses it in `torch.compile` only."""
+    """Return a copy of a weight in oneDNN's blocked order. torch itself uses this order in `torch.compile` only."""
     import torch
 
-    reordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return reordered
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def linear_by_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return rows [..., inputs] times `weight`, plain or reordered; `torch.nn.functional.linear` takes MKL in fp32."""
+    """Apply a linear layer to rows [..., inputs] by oneDNN. `weight` may be reordered. In fp32, `F.linear` uses MKL."""
     import torch
 
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return product
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 def set_timeout_of_all_process_groups(seconds: float) -> None:
-    """Set the timeout of every process group. DeepSpeed's have torch's default of 30 minutes.
+    """Set the timeout of every process group. The public API sets a timeout only when a group is created.
 
-    The public API sets it at creation only.
+    DeepSpeed creates its groups with torch's default of 30 minutes.
     """
     import torch.distributed as dist
 
@@ -92,7 +93,7 @@ def set_timeout_of_all_process_groups(seconds: float) -> None:
 
 @contextlib.contextmanager
 def without_weight_broadcast() -> Iterator[None]:
-    """Context manager in which a new engine does not send rank 0's weights to all ranks. No setting turns it off."""
+    """Context manager in which a new engine does not broadcast rank 0's weights. No setting disables the broadcast."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     original = DeepSpeedEngine._broadcast_model
@@ -104,12 +105,12 @@ def without_weight_broadcast() -> Iterator[None]:
 
 
 def leave_out_recovery_script(engine: Any) -> None:
-    """Make `save_checkpoint` write no `zero_to_fp32.py` beside the checkpoint. No setting turns it off."""
+    """Make `save_checkpoint` write no `zero_to_fp32.py` beside the checkpoint. No setting disables this file."""
     engine._copy_recovery_script = lambda save_path: None
 
 
 def update_weights_of_sub_group(optimizer: Any, sub_group: int) -> None:
-    """ZeRO-3: write the masters of a sub-group to the working weights, as `step` does. No public method does it alone."""
+    """Copy the masters of a ZeRO-3 sub-group to the working weights. The public `step` also updates the masters."""
     optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
 
 
@@ -118,9 +119,9 @@ def update_weights_of_sub_group(optimizer: Any, sub_group: int) -> None:
 
 @contextlib.contextmanager
 def without_grouped_products() -> Iterator[None]:
-    """Context manager in which a Mixture of Experts multiplies by an operator that knows its shapes in every dtype.
+    """Context manager in which a Mixture of Experts uses transformers' fallback for `torch.nn.functional.grouped_mm`.
 
-    torch's grouped product knows them in bf16 only; transformers' replacement for it has the same inputs and outputs.
+    torch's operator has a meta kernel in bf16 only. The fallback has a meta kernel in all dtypes.
     """
     from transformers.integrations import moe
 
@@ -133,63 +134,63 @@ def without_grouped_products() -> Iterator[None]:
 
 
 def supports_sdpa(model: Any) -> bool:
-    """Return whether a model or its class has sdpa attention; transformers decides its default by this flag."""
+    """Return whether a model or its class supports sdpa. transformers chooses its default attention by this flag."""
     return bool(model._supports_sdpa)
 
 
 def can_set_attention(model_class: Any) -> bool:
-    """Return whether `set_attn_implementation` has an effect on this class, which otherwise only warns."""
+    """Return whether `set_attn_implementation` has an effect on this class. If not, the method only warns."""
     return bool(model_class._can_set_attn_implementation())
 
 
 def get_attention(config: Any) -> Any:
-    """Return the name of the attention implementation in use; there is no public attribute for it."""
+    """Return the name of a config's attention implementation. No public attribute contains the name."""
     return config._attn_implementation
 
 
 def set_attention(config: Any, name: str) -> None:
-    """Set the attention implementation of a config and its sub-configs, without the checks of `set_attn_implementation`."""
+    """Set the attention of a config and its sub-configs, without the checks of `set_attn_implementation`."""
     config._attn_implementation = name
 
 
 def dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return pattern -> dtype for the tensors that `from_pretrained(dtype=...)` keeps in another one."""
+    """Return {name pattern: dtype} of the tensors that `from_pretrained(dtype=dtype)` loads in another dtype."""
     return dict(model._get_dtype_plan(dtype))
 
 
 def weight_conversions(model: Any) -> list[Any]:
-    """Return the renamings and conversions that loading this model applied; nothing public tells of them."""
+    """Return the renamings and conversions applied when this model was loaded. No public attribute contains them."""
     return list(getattr(model, "_weight_conversions", None) or [])
 
 
 def forget_weight_conversions(model: Any) -> None:
-    """Make `save_pretrained` write the names of the model's class, not those of the files it was loaded from."""
+    """Make `save_pretrained` write the parameter names of the model's class, not the names in the loaded files."""
     model._weight_conversions = None
 
 
 def leave_out_expected_extras(model: Any, info: Any) -> None:
-    """Remove the names from `info` that a model's class says may be missing or unexpected in its files."""
+    """Remove from `info` the missing and unexpected names that match the ignore patterns of the model's class."""
     model._adjust_missing_and_unexpected_keys(info)
 
 
 def keys_not_saved(model: Any) -> list[str]:
-    """Return the names that `save_pretrained` leaves out for this class."""
+    """Return the state dict names that `save_pretrained` does not write for this class."""
     return list(model._keys_to_ignore_on_save or ())
 
 
 def tied_weight_keys(model: Any) -> Any:
-    """Return a class's tied weights, name -> the name that holds the weight; None without any."""
+    """Return {name of tied weight: name of stored weight} for a model class, or None if no weights are tied."""
     return getattr(model, "_tied_weights_keys", None)
 
 
 def copy_origin(config: Any, source: Any) -> None:
-    """Copy the name and the commit that a config was loaded from; the commit has no public attribute."""
+    """Copy the model name and commit of the config `source` to `config`. The commit has no public attribute."""
     config._name_or_path = source._name_or_path
     config._commit_hash = getattr(source, "_commit_hash", None)
 
 
 def prepare_cache(model: Any, cache: dict[str, Any], num_rows: int, capacity: int) -> None:
-    """Put the cache that `generate` would make for this model into `cache`, under the model's own name for it."""
+    """Create the KV cache that `generate` would use, and store it in the dict `cache`, e.g. under past_key_values."""
     from transformers import GenerationConfig
     from transformers.generation.utils import GenerationMode
 
@@ -200,11 +201,9 @@ def prepare_cache(model: Any, cache: dict[str, Any], num_rows: int, capacity: in
 
 def split_bloom_heads(layer: Any, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return query, key and value of BLOOM's attention layer, each [batch, heads, length, width]."""
-    query, key, value = layer._reshape(fused)
-    return query, key, value
+    return layer._reshape(fused)
 
 
 def split_falcon_heads(layer: Any, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return query, key and value of Falcon's attention layer, each [batch, length, heads, width]."""
-    query, key, value = layer._split_heads(fused)
-    return query, key, value
+    return layer._split_heads(fused)

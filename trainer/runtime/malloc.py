@@ -1,38 +1,37 @@
 """glibc malloc settings for training on a CPU, and memory limits of the machine and the control group.
 
-By default glibc maps every tensor above 32 MB and unmaps it when freed, and the kernel clears the pages each time: a
-sixth of a step of a small GPT-2 (measured). `tune_glibc_malloc` keeps freed pages in one heap for all threads; with a
-heap per thread, gloo's threads, which gather all weights after every step, would still map (3 to 4 % of a step on two
-ranks).
+By default, glibc calls mmap for every tensor above 32 MB and munmap when the tensor is freed. The kernel clears the pages
+each time, which takes a sixth of a step of a small GPT-2 (measured). `tune_glibc_malloc` keeps freed pages in one heap
+for all threads. (With one heap per thread, gloo's threads would still map pages when they gather the weights after each
+step. This took 3 to 4 % of a step on two ranks.)
 
-Tensors whose size changes from step to step (logits at the target positions) fragment the heap: a model with a vocabulary
-of 262,144 tokens grew from 8.5 to 17 GB in 20 steps. `HeapLimit` returns the free pages to the kernel.
+Tensors whose size differs between steps (logits at the target positions) fragment the heap: the memory of a model with a
+vocabulary of 262,144 tokens grew from 8.5 to 17 GB in 20 steps. `HeapLimit` returns the free pages to the kernel.
 """
 
-from __future__ import annotations
-
+import contextlib
 import ctypes
 import math
 import os
 from pathlib import Path
 
-_MAX_GROWTH = 1.2  # of the resident size after the first steps
-_MAX_GROWTH_BYTES = 256 << 20  # in addition
-_NUM_FIRST_STEPS = 2  # the first one allocates the optimizer's state
+_MAX_GROWTH, _MAX_GROWTH_BYTES = (
+    1.2,
+    256 << 20,
+)  # limit = 1.2 * (resident bytes after the first steps) + 256 MiB
+_NUM_FIRST_STEPS = 2  # the process grows during the first step, which allocates the optimizer's state
+_CGROUP = Path("/sys/fs/cgroup")
 _CONTROL_GROUP_FILES = [
-    (Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used))
-    for limit, used in (
-        ("memory.max", "memory.current"),  # version 2
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # version 1
-    )
+    (_CGROUP / "memory.max", _CGROUP / "memory.current"),  # cgroup version 2
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),  # cgroup version 1
 ]
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # constants of malloc.h
 
 
 def tune_glibc_malloc() -> None:
     """Keep freed memory in one heap. Must be called before other threads start.
 
-    Does nothing on an accelerator, without glibc, or if a variable MALLOC_* is set.
+    Does nothing if there is a GPU, if the C library is not glibc, or if an environment variable MALLOC_* is set.
     """
     import torch
 
@@ -46,14 +45,14 @@ def tune_glibc_malloc() -> None:
 
 
 def trim_heap() -> None:
-    """Return the free pages of the heap, also those inside it, to the kernel. Does nothing without glibc."""
+    """Return all free pages of the heap, even those between used pages, to the kernel. Does nothing without glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def available_bytes() -> float:
-    """Return the available memory of the machine or of this process's control group, whichever is less."""
+    """Return the available memory of the machine, or of this process's control group if that is less."""
     import psutil
 
     limit, used = control_group_bytes()
@@ -61,19 +60,17 @@ def available_bytes() -> float:
 
 
 def control_group_bytes() -> tuple[float, float]:
-    """Return (memory limit, used memory) of this process's control group; (inf, 0.0) without a limit."""
+    """Return (memory limit, used memory) of this process's control group, or (inf, 0.0) if there is no limit."""
     for limit, used in _CONTROL_GROUP_FILES:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # missing file, or the text "max"
             return float(limit.read_text(encoding="ascii")), float(used.read_text(encoding="ascii"))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
     return math.inf, 0.0
 
 
 class HeapLimit:
-    """Trims the heap when the process has grown since its first steps. Must be called after each step.
+    """Callable that trims the heap if the process has grown too much since its first steps. Must be called after each step.
 
-    The next step maps the pages anew, which costs what `tune_glibc_malloc` saves in a step.
+    The step after a trim must map the pages again, so it loses the time that `tune_glibc_malloc` saves in a step.
     """
 
     def __init__(self) -> None:
@@ -84,12 +81,10 @@ class HeapLimit:
         self._limit_bytes = 0.0
 
     def __call__(self) -> bool:
-        """Return whether the heap was trimmed."""
+        """Trim the heap if the memory of the process exceeds the limit. Return whether the heap was trimmed."""
         self._num_calls += 1
-        if self._num_calls < _NUM_FIRST_STEPS:
-            return False
         resident_bytes = self._process.memory_info().rss
-        if self._num_calls == _NUM_FIRST_STEPS:
+        if self._num_calls <= _NUM_FIRST_STEPS:
             self._limit_bytes = _MAX_GROWTH * resident_bytes + _MAX_GROWTH_BYTES
         if resident_bytes <= self._limit_bytes:
             return False

@@ -12,14 +12,14 @@ from trainer.runtime import distributed
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process, identified by pid and start time (pids are reused) within one boot and pid namespace."""
+    """A process, identified by pid and start time within one boot and pid namespace. (A pid alone may be reused.)"""
 
     host: str
     pid: int
     started: int  # clock ticks since boot, not affected by clock jumps
     space: str  # boot id and pid namespace
     job: str  # Slurm job id, "" without Slurm
-    restarts: int  # of the Slurm job
+    restarts: int  # number of restarts of the Slurm job
 
     @classmethod
     def of_this_process(cls) -> ProcessIdentity:
@@ -33,7 +33,7 @@ class ProcessIdentity:
         )
 
     def is_alive(self) -> bool | None:
-        """Return whether the process is running; None if it is not visible from this boot and pid namespace."""
+        """Return whether the process is running; None if this is unknown (other boot or pid namespace)."""
         if self.space != _pid_space() or not self.started:
             return None
         return _start_ticks(self.pid) == self.started
@@ -44,19 +44,19 @@ class ProcessIdentity:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Return a process's start time in clock ticks since boot; None if it does not exist or is a zombie."""
+    """Return a process's start time in clock ticks since boot, or None if the process does not exist or is a zombie."""
     fields = _stat(pid)
     return None if not fields or fields[0] in "ZX" else int(fields[19])
 
 
 def parent_pid(pid: int) -> int:
-    """Return the pid of a process's parent; 0 if the process or /proc does not exist."""
+    """Return the pid of a process's parent, or 0 if the process or /proc does not exist."""
     fields = _stat(pid)
     return int(fields[1]) if fields else 0
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/<pid>/stat after the command: 0 state, 1 parent, 19 start; [] if it cannot be read."""
+    """Return the fields of /proc/<pid>/stat after the command: 0 state, 1 parent, 19 start. [] if there is no such file."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -68,5 +68,5 @@ def _pid_space() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux: other processes are not visible
+    except OSError:  # without /proc, each process gets its own space, so `is_alive` returns None
         return f"{socket.gethostname()} {os.getpid()}"

@@ -1,9 +1,7 @@
-"""Limit on scheduler restarts without progress, so that a job that fails before each checkpoint is not requeued forever.
+"""Limit on scheduler restarts without progress, so that a job that always fails is not requeued forever.
 
-Must not import heavy libraries: a restart is recorded before anything that can fail.
+This module must not import heavy libraries, because restarts must be counted even if such an import fails.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -17,10 +15,10 @@ from trainer.storage import atomic_dir
 
 
 def record_restart(file: Path, progress: int, max_restarts: int) -> None:
-    """Record this start in `file`; rank 0 only. `progress` must grow with every checkpoint or saved answer.
+    """Record this start of the job in `file` on rank 0. `progress` must grow with every checkpoint or saved answer.
 
     Raises UserError if the scheduler has restarted the job more than `max_restarts` times since `progress` last grew. A
-    manual start resets the count.
+    manual start resets the count of these restarts to 0.
     """
     if not distributed.is_main_process():
         return
@@ -39,18 +37,18 @@ def record_restart(file: Path, progress: int, max_restarts: int) -> None:
     if without_progress > max_restarts:
         raise UserError(
             f"restarted {without_progress} times without getting further than {progress} (max_restarts is {max_restarts}); "
-            f"look at the logs for the cause, then start it again ({file} has the count)"
+            f"look for the cause in the logs, then start the job again ({file} has the number of restarts)"
         )
 
 
 def read_restarts(file: Path) -> dict[str, Any]:
-    """Return the last record of `file`, or zeros if it is missing or invalid.
+    """Return the last record of `file`. If the file is missing or invalid, return zeros and empty strings.
 
-    Keys: restarts (by the scheduler, in total), without_progress (those since `progress` grew), progress, job, time.
+    Keys: restarts (by the scheduler, in total), without_progress (those since `progress` last grew), progress, job, time.
     """
-    record: dict[str, Any] = {"restarts": 0, "without_progress": 0, "progress": 0, "job": "", "time": ""}
+    empty: dict[str, Any] = {"restarts": 0, "without_progress": 0, "progress": 0, "job": "", "time": ""}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {key: type(default)(found[key]) for key, default in record.items()}
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return {key: type(default)(record[key]) for key, default in empty.items()}
     except (OSError, ValueError, KeyError, TypeError):
-        return record
+        return empty

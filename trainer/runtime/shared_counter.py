@@ -1,6 +1,4 @@
-"""Named integer counters shared by all ranks: over one-sided MPI, over a TCP store, or within one process."""
-
-from __future__ import annotations
+"""Named integer counters that all ranks share. They use one-sided MPI, a TCP store, or a dict in a single process."""
 
 import contextlib
 import os
@@ -18,19 +16,17 @@ class SharedCounter:
     """Base class of counters: named integers shared by all ranks, initially 0."""
 
     def add(self, name: str, amount: int) -> int:
-        """Add atomically and return the previous value."""
+        """Add `amount` to the integer `name` atomically. Return the integer's previous value."""
         raise NotImplementedError
 
     def serve(self) -> None:
-        """Make progress on other ranks' requests; must be called often. Only MPI's counter needs it."""
+        """Answer requests of other ranks. Must be called often. Only `MPICounter` needs this method."""
 
     def finish(self) -> None:
-        """Collective. Must be called after the last `add`."""
+        """Collective. End the use of the counter. Must be called after the rank's last `add`."""
 
 
 class ProcessCounter(SharedCounter):
-    """Counter within one process."""
-
     def __init__(self) -> None:
         self._values: defaultdict[str, int] = defaultdict(int)
 
@@ -41,7 +37,7 @@ class ProcessCounter(SharedCounter):
 
 
 class StoreCounter(SharedCounter):
-    """Counter on a TCP store that a thread of rank 0 serves. The constructor is collective."""
+    """Counter on a TCP store that runs in a thread of rank 0. The constructor is collective."""
 
     def __init__(self, environment: DistributedEnvironment) -> None:
         from torch.distributed import TCPStore
@@ -57,14 +53,14 @@ class StoreCounter(SharedCounter):
         return self._store.add(name, amount) - amount
 
     def finish(self) -> None:
-        distributed.barrier()  # rank 0 must serve until the last `add`
+        distributed.barrier()  # the store on rank 0 must exist until the last `add`
 
 
 class MPICounter(SharedCounter):
     """Counter in a window of rank 0's memory, with one-sided MPI operations. The constructor is collective.
 
-    A passive target on another host makes progress only inside MPI calls: rank 0 must call `serve` at every step, and
-    `finish` before it blocks outside MPI, or it deadlocks with a rank inside `add`.
+    Some MPI libraries execute operations of other hosts only while rank 0 is inside an MPI call. So rank 0 must call
+    `serve` often, and `finish` before it blocks outside MPI. Otherwise, rank 0 and a rank inside `add` can deadlock.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -99,17 +95,14 @@ class MPICounter(SharedCounter):
 
 @contextlib.contextmanager
 def shared_counter(names: Sequence[str]) -> Iterator[SharedCounter]:
-    """Context manager that yields a counter for this process's launcher.
+    """Context manager that yields a counter of the class that fits this process's launcher.
 
-    Collective on entry and exit: the block must raise on all ranks or on none.
+    Collective on entry and exit: if the block raises an exception, it must raise one on all ranks.
     """
-    environment = distributed.environment()
-    counter: SharedCounter
+    environment, counter = distributed.environment(), SharedCounter()
     if environment.world_size == 1:
         counter = ProcessCounter()
-    elif environment.launcher == "mpi":
-        counter = MPICounter(names)
     else:
-        counter = StoreCounter(environment)
+        counter = MPICounter(names) if environment.launcher == "mpi" else StoreCounter(environment)
     yield counter
     counter.finish()

@@ -1,10 +1,8 @@
-"""Faster imports of torch, transformers and deepspeed: no garbage collection meanwhile, no torch.compile.
+"""Make the imports of heavy libraries faster: pause garbage collection, and disable torch.compile in DeepSpeed's setup.
 
-The libraries create about a million objects that live until the process ends, and every collection during the imports
-traverses them. Measured CPU seconds of a rank: 4.9 -> 3.8.
+torch, transformers and deepspeed create about a million objects that exist until the process ends. Every collection
+during the imports traverses these objects. Measured on one rank: 3.8 instead of 4.9 CPU seconds.
 """
-
-from __future__ import annotations
 
 import contextlib
 import gc
@@ -18,7 +16,7 @@ def pause_gc() -> None:
 
 
 def freeze_gc() -> None:
-    """Exclude all present objects from garbage collection and enable it. Does nothing without `pause_gc`."""
+    """Enable garbage collection, but exempt all existing objects. Does nothing if collection is already enabled."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
@@ -26,17 +24,16 @@ def freeze_gc() -> None:
 
 @contextlib.contextmanager
 def torch_compile_disabled() -> Iterator[None]:
-    """Context manager in which torch.compile returns functions unchanged. For `deepspeed.initialize`.
+    """Context manager for `deepspeed.initialize`, in which torch.compile returns functions unchanged.
 
-    DeepSpeed (0.19.8) imports its Muon optimizer, whose compiled kernels would load torch's compiler: 0.9 CPU seconds of
-    a rank.
+    DeepSpeed 0.19.8 imports its Muon optimizer, whose functions are decorated with torch.compile. The decorator would
+    load torch's compiler, which takes 0.9 CPU seconds on each rank.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read when a function is decorated, not when it runs
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile reads the variable when it decorates a function
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TORCHDYNAMO_DISABLE"]
-        else:
+        os.environ.pop("TORCHDYNAMO_DISABLE")
+        if before is not None:
             os.environ["TORCHDYNAMO_DISABLE"] = before

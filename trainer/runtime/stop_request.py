@@ -1,17 +1,15 @@
-"""Stop requests by signals, a time limit or a lost launcher; the ranks agree on them at safe points.
+"""Stop requests by signals, a time limit or a lost launcher. All ranks stop together, at a point where they can save.
 
-SIGTERM (scheduler, launcher), SIGUSR1 (Slurm's --signal), SIGHUP (closed terminal), SIGINT (Ctrl-C) and an exited launcher
-request a checkpoint and an exit. They only set a flag, since a rank that saved alone would hang in a collective. Where
-there is nothing to save (before the first step, or in an evaluation, whose answers are already on disk) the process exits
-immediately with EXIT_REQUEUE. Must not import heavy libraries: the handlers are active during imports.
+SIGTERM (scheduler, launcher), SIGUSR1 (Slurm's --signal), SIGHUP (closed terminal), SIGINT (Ctrl-C) and an exited
+launcher request a checkpoint and an exit. During the training steps, they only set a flag, because a rank that saved
+alone would hang in a collective. If there is nothing to save, the process exits immediately with EXIT_REQUEUE: before the
+first step, and in an evaluation, whose answers are already on disk. This module must not import heavy libraries, because
+the signal handlers must be active before a command imports torch and DeepSpeed.
 
-When the `deepspeed` command is terminated or killed, its ranks keep running (0.19.8) and hold the run directory. A rank
-therefore records its ancestor processes up to the topmost launcher (deepspeed, torchrun) and stops when that chain
-changes. Other parents are not watched: srun and mpiexec end their ranks themselves, and a shell may be closed during a
-training.
+If the `deepspeed` command (0.19.8) is terminated or killed, its ranks continue and keep the run directory locked. So each rank
+records its ancestor processes up to the topmost launcher (deepspeed, torchrun), and stops when this list changes.
+Other parents are not watched: srun and mpiexec end their ranks themselves, and a shell may be closed during a training.
 """
-
-from __future__ import annotations
 
 import contextlib
 import os
@@ -28,57 +26,57 @@ _SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _LAUNCHER_COMMANDS = {"deepspeed", "torchrun"}
 _LAUNCHER_MODULES = {"deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"}
 _LAUNCHER_POLL_SECONDS = 1.0
-_MAX_ANCESTORS = 8  # launcher, its helper process, numactl, shells between them
+_MAX_ANCESTORS = 8  # enough for a launcher, its helper process, numactl, and shells between them
 _SLACK_SECONDS = 5.0
 
 
 class StopRequest:
-    """The stop request of this rank: records the first cause, and watches the launcher and the deadline."""
+    """The stop request of this rank. It records the first cause and watches the launcher and the deadline."""
 
     def __init__(self) -> None:
         self.cause = ""
         self.started = time.monotonic()
         self._is_watching = False
         self._is_deferring = False
-        self._deadline: float | None = None  # of time.monotonic()
+        self._deadline: float | None = None  # value of time.monotonic() at the deadline
         self._save_seconds = 0.0
         self._step_seconds = 0.0
 
     def install_signal_handlers(self) -> None:
-        """Make signals and the launcher's exit end the process immediately with EXIT_REQUEUE."""
+        """Exit with EXIT_REQUEUE on a signal, or when the launcher ends, from now until the call of `defer_signals`."""
         for number in _SCHEDULER_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            if (
+                number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+            ):  # under `nohup`, SIGHUP stays ignored
                 signal.signal(number, self._on_signal)
         if not self._is_watching:
             self._is_watching = True
             if pids := _pids_up_to_launcher():
-                threading.Thread(
-                    target=self._watch_launcher, args=(pids,), name="launcher", daemon=True
-                ).start()
+                threading.Thread(target=self._watch_launcher, args=(pids,), daemon=True).start()
 
     def defer_signals(self) -> None:
-        """Make signals, including SIGINT, only set the cause: there is something to save."""
+        """Record only the cause of a stop request from now on, so that a checkpoint can be saved. Also handle SIGINT."""
         self._is_deferring = True
         signal.signal(signal.SIGINT, self._on_signal)
 
     def ignore_signals(self) -> None:
-        """Ignore signals after the last save: they would only change the exit status."""
+        """Ignore signals. Must not be called before the last save. After it, a signal would only change the exit status."""
         for number in (*_SCHEDULER_SIGNALS, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
     def set_deadline(self, seconds_left: float, save_seconds: float) -> None:
-        """Request a stop early enough before the deadline for a save of about `save_seconds`."""
+        """Set the deadline to `seconds_left` from now. A stop is requested in time for a save of about `save_seconds`."""
         self._save_seconds = save_seconds
         self._deadline = time.monotonic() + seconds_left
 
     def record_duration(self, step: float = 0.0, save: float = 0.0) -> None:
-        """Record measured seconds of a step or a save; the longest determine the reserve before the deadline."""
+        """Record the seconds of a step or a save. The longest step and save determine when the stop is requested."""
         self._step_seconds = max(self._step_seconds, step)
         self._save_seconds = max(self._save_seconds, save)
 
     @property
     def reason(self) -> str:
-        """The cause of the stop request of this rank, "" without a request."""
+        """The cause of this rank's stop request, or "" if there is no request."""
         if self.cause or self._deadline is None:
             return self.cause
         reserve_seconds = 2 * self._save_seconds + 2 * self._step_seconds + _SLACK_SECONDS
@@ -93,7 +91,7 @@ class StopRequest:
         return distributed.any_rank(self.is_requested)
 
     def _watch_launcher(self, pids: list[int]) -> None:
-        while _ancestor_pids(len(pids)) == pids:  # the child of a process that has ended has another parent
+        while _ancestor_pids(len(pids)) == pids:  # if a process ends, its children get another parent
             time.sleep(_LAUNCHER_POLL_SECONDS)
         self._stop("the launcher is gone")
 
@@ -109,14 +107,14 @@ class StopRequest:
 
 
 def _pids_up_to_launcher() -> list[int]:
-    """Return the processes from this one's parent up to the topmost launcher; [] without a launcher."""
+    """Return the pids from this process's parent up to the topmost launcher; [] if there is no launcher."""
     pids = _ancestor_pids(_MAX_ANCESTORS)
     launchers = [index for index, pid in enumerate(pids) if _is_launcher(pid)]
     return pids[: launchers[-1] + 1] if launchers else []
 
 
 def _ancestor_pids(limit: int) -> list[int]:
-    """Return the pids of the parent, its parent, ..., as far as they are visible."""
+    """Return the pids of at most `limit` visible ancestors other than pid 1: the parent, its parent, and so on."""
     pids: list[int] = []
     pid = os.getppid()
     while len(pids) < limit and pid > 1:
@@ -130,5 +128,5 @@ def _is_launcher(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
     except OSError:
         return False
-    command = {Path(word).name for word in words[:2]}  # words[1] may be the script that Python runs
+    command = {Path(word).name for word in words[:2]}  # words[1]: the script, if Python runs one
     return bool(command & _LAUNCHER_COMMANDS or _LAUNCHER_MODULES & set(words))

@@ -1,7 +1,7 @@
 """Terminal output of the tools: one line per event, progress bars, errors, and the exit of the process.
 
-Output of DeepSpeed, torch and transformers is redirected to a log file at the level of file descriptors, which includes
-C++ code. Ranks other than 0 print nothing but their own failures.
+Output of DeepSpeed, torch and transformers is redirected to a log file. File descriptors are redirected, so output of C++
+code is included. Ranks other than 0 print only their own failures.
 """
 
 from __future__ import annotations
@@ -17,18 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from trainer.errors import UserError
-from trainer.runtime import distributed
-from trainer.runtime.exit_codes import (
-    EXIT_FAILURE,
-    EXIT_INTERRUPTED,
-    EXIT_PEER_LOST,
-    EXIT_REQUEUE,
-    EXIT_USER_ERROR,
-)
+from trainer.runtime import distributed, exit_codes
 
-_LINE_INTERVAL_SECONDS = 15.0  # between progress lines without a terminal
-# Delay of a failing rank other than 0, so that rank 0 can print its error: launchers kill all ranks when one exits.
+_LINE_INTERVAL_SECONDS = 15.0  # minimum interval between progress lines if the output is not a terminal
+# Launchers kill all ranks when one exits. Failing ranks other than 0 exit after this delay, so rank 0 can print its error.
 _FAILURE_DELAY_SECONDS = 3.0
+_UNUSABLE_PATH_ERRORS = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 _output: TextIO | None = None
 _log: Path | None = None
@@ -37,7 +31,7 @@ _log: Path | None = None
 def redirect_library_output(logs: Path, tool: str) -> None:
     """Redirect stdout and stderr of this process to `logs/<tool>.rank<r>.log`, except this module's output.
 
-    Must be called before the heavy imports, which print.
+    Must be called before heavy libraries are imported, because they print during their import.
     """
     global _output, _log
     rank = distributed.environment_from_launcher(os.environ).rank
@@ -65,49 +59,44 @@ def warning(text: str) -> None:
 
 
 def deprecation(text: str) -> None:
-    """Print a warning to standard error, on rank 0 only; standard output may be JSON."""
+    """Print a warning on rank 0, to stderr because stdout may hold JSON."""
     if distributed.is_main_process():
         _write_line(f"warning: {text}", sys.stderr)
 
 
 def error_on_any_rank(text: str) -> None:
-    """Print one line to stderr on any rank, for errors while other ranks may hang."""
+    """Print one line to stderr, on any rank. This reports an error even if rank 0 hangs."""
     _write_line(text, sys.stderr)
 
 
 class ProgressBars:
-    """Progress of concurrent tasks on rank 0: bars on a terminal, elsewhere a line every few seconds."""
+    """Progress of concurrent tasks on rank 0: bars on a terminal, else a line every few seconds."""
 
     def __init__(self) -> None:
-        self._open: list[ProgressBar] = []
+        self.open_bars: list[ProgressBar] = []
         self._rich: Any = None  # a rich Progress while a bar is open
 
     def add(self, label: str, total: int, done: int = 0) -> ProgressBar:
-        """Open a bar; `total` 0 means unknown."""
-        if not self._open:
+        """Open a bar. `total` is 0 if it is unknown."""
+        if not self.open_bars:
             self._rich = _rich_progress()
         bar = ProgressBar(self, self._rich, label, total, done)
-        self._open.append(bar)
+        self.open_bars.append(bar)
         return bar
 
-    @property
-    def line_interval_seconds(self) -> float:
-        """Interval between the lines of one bar; proportional to the number of bars, so that the total rate is constant."""
-        return _LINE_INTERVAL_SECONDS * len(self._open)
-
     def remove(self, bar: ProgressBar) -> None:
-        if bar in self._open:
-            self._open.remove(bar)
-            if self._rich is not None and not self._open:
+        if bar in self.open_bars:
+            self.open_bars.remove(bar)
+            if self._rich is not None and not self.open_bars:
                 self._rich.stop()
 
     def close(self) -> None:
-        for bar in list(self._open):
+        for bar in list(self.open_bars):
             bar.close()
 
 
 class ProgressBar:
-    """Progress of one task; made by `ProgressBars.add` or `progress`."""
+    """Progress of one task. Must be created by `ProgressBars.add` or `progress_bar`."""
 
     def __init__(self, bars: ProgressBars, rich_progress: Any, label: str, total: int, done: int):
         self._bars, self._rich = bars, rich_progress
@@ -118,11 +107,13 @@ class ProgressBar:
             self._rich.start()
 
     def update(self, done: int, note: str = "", total: int = 0) -> None:
-        """Show `done` completed units, a `note`, and, if it was unknown so far, the `total`."""
+        """Show `done` completed units and a `note`. `total` sets the total if it is not 0."""
         self._done, self._total = done, total or self._total
+        # If several bars are open, each bar prints less often, so that all bars together print as many lines as a single bar.
+        interval_seconds = _LINE_INTERVAL_SECONDS * len(self._bars.open_bars)
         if self._rich is not None:
             self._rich.update(self._task, completed=done, total=self._total or None, note=note)
-        elif time.monotonic() - self._last_line >= self._bars.line_interval_seconds:
+        elif time.monotonic() - self._last_line >= interval_seconds:
             self._last_line = time.monotonic()
             of_total = f"/{self._total}" if self._total else ""
             info(f"{self._label} {done}{of_total}{', ' + note if note else ''}{self._time_left()}")
@@ -141,7 +132,7 @@ class ProgressBar:
 
 
 def _rich_progress() -> Any:
-    """Return an empty rich Progress; None without a terminal and on ranks other than 0."""
+    """Return an empty rich Progress, or None if the output is not a terminal or the rank is not 0."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -166,7 +157,7 @@ def duration_text(seconds: float) -> str:
 
 
 def size_text(num_bytes: float) -> str:
-    """13_900_000_000 -> "13.9 GB"."""
+    """Return a number of bytes as text: 13_900_000_000 -> "13.9 GB"."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
         if num_bytes >= unit:
             return f"{num_bytes / unit:.1f} {name}"
@@ -174,11 +165,12 @@ def size_text(num_bytes: float) -> str:
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
-    """Run a tool's main and exit the process with one of the statuses of exit_codes.py.
+    """Run a tool's main function and exit the process with one of the statuses of exit_codes.py.
 
-    A UserError is printed as one message; other exceptions keep their traceback. Exits with os._exit: a failed rank must
-    not wait for the others in a destructor, and a successful one must not fail at interpreter shutdown, where gloo's
-    threads that release a tensor need the GIL and abort with "terminate called without an active exception".
+    A UserError is printed as one message. For most other exceptions, the traceback is printed too. The process exits with
+    os._exit, for two reasons. A failed rank must not wait for other ranks in a destructor. A successful rank must not abort
+    at interpreter shutdown ("terminate called without an active exception"). Such an abort happens if a gloo thread then
+    needs the GIL to release a tensor.
     """
     status: object = 0
     try:
@@ -186,24 +178,28 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except SystemExit as end:
         status = end.code or 0
     except UserError as error:
-        _fail(f"error: {error}", EXIT_USER_ERROR)
+        _fail(f"error: {error}", exit_codes.EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        _fail("interrupted", EXIT_INTERRUPTED)
+        _fail("interrupted", exit_codes.EXIT_INTERRUPTED)
     except Exception as error:
-        traceback.print_exc()  # to the log, if output is redirected
+        if isinstance(error, _UNUSABLE_PATH_ERRORS) and error.filename:
+            text = f"error: {error.filename}: {error.strerror}; choose another path"
+            _fail(text, exit_codes.EXIT_USER_ERROR)
+        traceback.print_exc()  # goes to the log if output is redirected
         where = f" (traceback in {_log})" if _log else ""
-        is_lost = distributed.is_communication_failure(error)
-        _fail(f"error: {type(error).__name__}: {error}{where}", EXIT_PEER_LOST if is_lost else EXIT_FAILURE)
-    if not isinstance(status, int):  # sys.exit("message")
-        _fail(str(status), EXIT_FAILURE)
+        is_peer_lost = distributed.is_communication_failure(error)
+        exit_status = exit_codes.EXIT_PEER_LOST if is_peer_lost else exit_codes.EXIT_FAILURE
+        _fail(f"error: {type(error).__name__}: {error}{where}", exit_status)
+    if not isinstance(status, int):  # the message of sys.exit("message")
+        _fail(str(status), exit_codes.EXIT_FAILURE)
     distributed.shutdown()
-    atexit._run_exitfuncs()  # libraries' temporary files and child processes
+    atexit._run_exitfuncs()  # libraries delete temporary files and end child processes
     _end(int(status))
 
 
 def exit_for_requeue() -> NoReturn:
-    """Exit the process with EXIT_REQUEUE: stopped on request, and the same command resumes."""
-    _end(EXIT_REQUEUE)
+    """Exit the process with EXIT_REQUEUE after a stop request. The same command resumes the work."""
+    _end(exit_codes.EXIT_REQUEUE)
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -226,9 +222,9 @@ def _end(status: int) -> NoReturn:
 
 
 def _write_line(text: str, file: TextIO) -> None:
-    """Write a line in one call; `print` to an unbuffered file makes two, which interleave with other processes' lines.
+    """Write a line in one call. (With `print`, another process may write between the text and the line break.)
 
-    Ignores OSError: a closed terminal or pipe or a full disk must not end the run.
+    Ignores OSError, because a closed terminal, a closed pipe or a full disk must not end the run.
     """
     with contextlib.suppress(OSError):
         (_output or file).write(f"{text}\n")

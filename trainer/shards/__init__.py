@@ -1,1 +1,1 @@
-"""Tokenised problems on disk, memory-mapped; a training method is a view of them."""
+"""Tokenised problems on disk, memory-mapped. A training method is a view of these problems."""

@@ -1,7 +1,5 @@
 """Print examples in a method's view: inputs, targets and calculator results in different colours."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.text import Text
 
@@ -11,23 +9,19 @@ from trainer.models.tokenizer import load_tokenizer
 from trainer.shards.methods import SegmentRole, view_of
 from trainer.shards.read import Shards
 
-_STYLES = {"read": "dim", "learned": "bold green", "calculator": "magenta"}
+_STYLES = {"input": "dim", "target": "bold green", "calculator": "magenta"}
 
 
 def print_examples(directory: str, method_name: str, count: int) -> None:
-    """Print `count` examples in colour, decoded from the tokens on disk.
-
-    Raises UserError if no problem has an example for the method.
-    """
+    """Print up to `count` examples, decoded from the tokens on disk. Raises UserError if the method has no example."""
     shards = Shards.open(directory, verify=True)
     codec = segment_tokenizer(load_tokenizer(shards.tokenizer_path))
     view = view_of(method_name)
     lengths = shards.lengths(view)
     usable = [index for index in range(len(shards)) if lengths[index]]
     if not usable:
-        raise UserError(
-            f"{directory} has no example for method {method_name}: its problems lack the steps that the method needs"
-        )
+        reason = "its problems lack the steps that the method needs"
+        raise UserError(f"{directory} has no example for method {method_name}: {reason}")
     console = Console()
     legend = Text("method ").append(method_name, "bold").append(": ")
     for name, style in _STYLES.items():
@@ -37,11 +31,10 @@ def print_examples(directory: str, method_name: str, count: int) -> None:
         shown = Text()
         for role, tokens in shards.segments(index):
             if role in view.inputs:
-                kind = "calculator" if role == SegmentRole.CALCULATOR else "read"
-                style = _STYLES["learned" if role in view.targets else kind]
+                input_style = "calculator" if role == SegmentRole.CALCULATOR else "input"
+                style = _STYLES["target" if role in view.targets else input_style]
                 shown.append(codec.decode_next(tokens.tolist()), style)
         num_targets = int(shards.target_lengths(view)[index])
-        console.rule(
-            f"{shards.problem(index).id}: {lengths[index]} tokens, {num_targets} learned", align="left"
-        )
+        title = f"{shards.problem(index).id}: {lengths[index]} tokens, {num_targets} targets"
+        console.rule(title, align="left")
         console.print(shown)

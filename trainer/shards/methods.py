@@ -1,16 +1,14 @@
-"""Training methods as views of stored problems: the roles in the sequence, and those that carry loss.
+"""Training methods as views of stored problems. A view lists the roles in the sequence and the roles with loss.
 
-`decomposer_interleaved` and `solver` are complementary masks over one sequence: training the solver on a problem of n
-steps costs one forward pass, not n, with the gradient of n separate examples (attention is causal, so the loss of step i
-depends on the prefix that a separate example would have). The two models are from Shridhar, Stolfo and Sachan,
-"Distilling Reasoning Capabilities into Smaller Language Models", Findings of ACL 2023.
+`decomposer_interleaved` and `solver` are complementary loss masks over one sequence. A problem of n steps costs one forward
+pass, not n. The gradient is the same as for n separate examples: attention is causal, so the loss of step i depends only on
+the prefix that a separate example would have. The two methods are from Shridhar, Stolfo and Sachan, "Distilling Reasoning
+Capabilities into Smaller Language Models", Findings of ACL 2023.
 
-A guided decomposer also reads a plan of the solution, its operators or its equations, which a planner learns to write:
-Shridhar, Macina, El-Assady, Sinha, Kapur and Sachan, "Automatic Generation of Socratic Subquestions for Teaching Math
-Word Problems", EMNLP 2022. The plan is not in the views of the other methods.
+A guided decomposer also reads a plan of the solution: its operators or its equations. A planner learns to write this plan:
+Shridhar, Macina, El-Assady, Sinha, Kapur and Sachan, "Automatic Generation of Socratic Subquestions for Teaching Math Word
+Problems", EMNLP 2022. The views of all other methods leave the plan out.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -24,20 +22,20 @@ class SegmentRole(IntEnum):
     PROBLEM = 0
     SUBQUESTION = 1
     SOLUTION = 2
-    CALCULATOR = 3  # the result inside <<expression=result>>, which the calculator writes at inference
+    CALCULATOR = 3  # the result in <<expression=result>>; the calculator inserts it at inference
     DELIMITER = 4  # "####", the end of the reasoning
     ANSWER = 5  # the final answer and the end-of-sequence token
-    OPERATORS = 6  # guidance: the operators of the solution's calculator annotations
-    EQUATIONS = 7  # guidance: the expressions of the solution's calculator annotations, without their results
+    OPERATORS = 6  # plan: the operators of the solution's calculator annotations
+    EQUATIONS = 7  # plan: the expressions of the solution's calculator annotations, without results
 
 
 @dataclass(frozen=True)
 class View:
-    """Roles that a training method uses of a problem."""
+    """Roles of the segments that a training method uses."""
 
-    inputs: frozenset[SegmentRole]  # in the sequence, targets included
-    targets: frozenset[SegmentRole]  # with loss
-    required: frozenset[SegmentRole]  # a problem without them has no example
+    inputs: frozenset[SegmentRole]  # roles in the sequence, targets included
+    targets: frozenset[SegmentRole]  # roles with loss
+    required: frozenset[SegmentRole]  # a problem that lacks one of these roles has no example
 
 
 GUIDANCE = (SegmentRole.OPERATORS, SegmentRole.EQUATIONS)
@@ -68,7 +66,7 @@ VIEWS = {
 def view_of(name: str, train_on_calculator_results: bool = False) -> View:
     """Return the view of method `name`. Raises UserError for an unknown name.
 
-    `train_on_calculator_results`: calculator results are targets too, if solutions are.
+    `train_on_calculator_results`: if solutions are targets, calculator results are targets too.
     """
     if name not in VIEWS:
         raise UserError(f"unknown method {name!r}; choose one of {', '.join(VIEWS)}")
@@ -79,7 +77,7 @@ def view_of(name: str, train_on_calculator_results: bool = False) -> View:
 
 
 def guidance_of(name: str) -> SegmentRole | None:
-    """Return the role of the plan that method `name` reads or, for a planner, writes; None for methods without a plan."""
+    """Return the role of the plan that method `name` reads or writes; None for methods without a plan."""
     return next((role for role in GUIDANCE if role in VIEWS[name].inputs), None)
 
 
@@ -94,5 +92,5 @@ def is_decomposer(name: str) -> bool:
 
 
 def is_interleaved(name: str) -> bool:
-    """Return whether method `name` is a decomposer that reads the solution of each sub-question before the next one."""
+    """Return whether method `name` is a decomposer that reads each solution before it writes the next sub-question."""
     return is_decomposer(name) and SegmentRole.SOLUTION in VIEWS[name].inputs

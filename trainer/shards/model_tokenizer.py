@@ -1,4 +1,4 @@
-"""Check, before a model is built, that it fits the shards' tokens."""
+"""Check that a model fits the tokens of a shard directory, before the model is built."""
 
 from __future__ import annotations
 
@@ -15,20 +15,17 @@ from trainer.shards.segments import bos_tokens, tokenise
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-_NUM_COMPARED = 100  # problems
+_NUM_COMPARED = 100  # maximum number of problems that are encoded again with the model's own tokenizer
 
 
 def check_model_fits_shards(
-    config: PreTrainedConfig,
-    name: str,
-    shards: Shards,
-    tokenizer: PreTrainedTokenizerBase,
-    pretrained: bool,
+    config: PreTrainedConfig, name: str, shards: Shards, tokenizer: PreTrainedTokenizerBase, pretrained: bool
 ) -> None:
     """Raise UserError for a model that cannot be trained on these shards.
 
-    That is one with quantised weights, without an embedding for each token, pretrained with another tokenizer, or with a
-    config beside which transformers would change the tokenizer. `tokenizer`: the shards'. `pretrained`: weights are loaded.
+    Reasons: the weights are quantised, a token has no embedding, the model was pretrained with another tokenizer, or
+    a folder with this config and the shards' tokenizer makes transformers load a different tokenizer.
+    `tokenizer`: the tokenizer of the shards. `pretrained`: the weights are loaded, not random.
     """
     if pretrained:
         check_trainable(config, name)
@@ -39,9 +36,9 @@ def check_model_fits_shards(
 
 
 def check_same_tokens(name: str, shards: Shards, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError if the pretrained model's own tokenizer gives the shards' problems other tokens.
+    """Raise UserError if the pretrained model's own tokenizer encodes the shards' problems as other tokens.
 
-    A folder without a tokenizer and a tokenizer with another EOS token are reported in one line.
+    Logs a warning if the model has no tokenizer, or if its tokenizer has another EOS token.
     """
     try:
         own = load_tokenizer(name)
@@ -66,7 +63,7 @@ def check_same_tokens(name: str, shards: Shards, tokenizer: PreTrainedTokenizerB
             )
     if own.eos_token_id != tokenizer.eos_token_id:
         terminal.warning(
-            f"{name} ends texts with {own.eos_token!r}, the shards with {tokenizer.eos_token!r}: the student learns the shards'"
+            f"{name} ends texts with {own.eos_token!r}, the shards with {tokenizer.eos_token!r}: the model learns to write {tokenizer.eos_token!r}"
         )
 
 

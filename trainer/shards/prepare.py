@@ -1,11 +1,9 @@
-"""Build a shard directory: several threads tokenise, one writes in source order, a rename publishes.
+"""Build a shard directory: several threads tokenise, one thread writes in source order, and a rename publishes the result.
 
-Threads suffice, since the compiled tokenizer releases the GIL; each further process would first import transformers
-(4 CPU seconds). The bytes do not depend on the number of threads. Several builders of the same directory may race: each
-writes into its own staging directory, the first rename wins and the others use its result.
+Threads suffice because the compiled tokenizer releases the GIL. Each process would spend 4 CPU seconds on imports.
+The files do not depend on the number of threads. Several builders of the same directory may race: each builder has its own
+staging directory, the first rename wins, and the other builders use the published directory.
 """
-
-from __future__ import annotations
 
 import gc
 import itertools
@@ -33,30 +31,26 @@ from trainer.shards.read import KIND, PROBLEMS, REJECTS, TOKENIZER, Shards
 from trainer.shards.segments import Segment, bos_tokens, example_length, tokenise
 from trainer.storage import atomic_dir
 
-# Version of the segmentation; part of the fingerprint. 2: added guidance segments. 3: segments after the first are
-# tokenised as continuations of the text, which is checked by decoding, and the example starts with all tokens that the
-# tokenizer puts before a text. For most byte-level tokenizers 3 gives the same bytes as 2.
+# Versions of the segmentation. Version 2 tokenises each segment as a text of its own. Version 3 tokenises a segment as the
+# continuation of the text before it, checks the tokens by decoding, and starts the example with all tokens that the
+# tokenizer puts before a text. If both versions give the same tokens, the fingerprint holds 2, so old shards stay valid.
 _SEGMENTATION, _EARLIER_SEGMENTATION = 3, 2
-_MAX_CHANGED_RATIO = 0.5  # of problems whose text the tokenizer changes
-_CHUNK_PROBLEMS = (
-    32  # problems that a thread tokenises at a time: the overhead of a call is that of encoding a problem
-)
-_MAX_PENDING_CHUNKS = 16  # per thread; bounds the memory
+_MAX_CHANGED_RATIO = 0.5  # maximum share of problems whose text changes when it is encoded and decoded
+_CHUNK_PROBLEMS = 32  # problems per tokenizer call; the overhead of a call equals the time for one problem
+_MAX_PENDING_CHUNKS = 16  # chunks per thread that are submitted but not yet written
 _BUFFER_BYTES = 1 << 20
 
 
 def prepare(settings: PrepareSettings) -> Shards:
-    """Tokenise problems into `settings.output_dir` and return the shards; complete shards of the same settings are kept.
+    """Tokenise problems into `settings.output_dir` and return the shards. Existing shards with the same settings are kept.
 
-    Raises UserError if the directory holds shards of other settings, or if no problem is usable.
+    Raises UserError if the directory holds shards with other settings, or if no problem is usable.
     """
     final = Path(settings.output_dir)
     tokenizer = load_tokenizer(settings.tokenizer_name)
     startup.freeze_gc()
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which ends every answer"
-        )
+        raise UserError(f"tokenizer {tokenizer.name_or_path} has no EOS token, which ends every answer")
     recipe = _fingerprint(settings, tokenizer)
     replace = atomic_dir.is_complete(final)
     if replace:
@@ -68,7 +62,6 @@ def prepare(settings: PrepareSettings) -> Shards:
         if not settings.overwrite:
             raise UserError(difference + "; choose another output_dir or give --overwrite")
     facts: dict[str, Any] = {"recipe": recipe, "data": settings.data, "split": settings.split}
-    facts["tokenizer_fingerprint"] = recipe["tokenizer"]
     start = time.monotonic()
     try:
         with atomic_dir.atomic_directory(final, KIND, facts, replace) as staging:
@@ -80,15 +73,13 @@ def prepare(settings: PrepareSettings) -> Shards:
     shards = Shards.open(final)
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(shards.facts["rejects"].items()))
     set_aside = f"; set aside: {rejected}" if rejected else ""
-    duration = terminal.duration_text(time.monotonic() - start)
-    terminal.info(
-        f"{final}: {len(shards)} problems, {shards.facts['num_tokens']} tokens{set_aside} in {duration}"
-    )
+    sizes = f"{len(shards)} problems, {shards.facts['num_tokens']} tokens"
+    terminal.info(f"{final}: {sizes}{set_aside} in {terminal.duration_text(time.monotonic() - start)}")
     return shards
 
 
 def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict[str, Any]) -> None:
-    """Write all files of the directory and add the counts for the manifest to `facts`."""
+    """Write all files of the directory and add the remaining fields of ShardFacts to `facts`."""
     source = settings.data_path or settings.data
     rejects: list[RejectedRecord] = []
     token_dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
@@ -125,12 +116,17 @@ def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict
         raise UserError(f"{source} split {settings.split!r}: no usable problem ({dict(reasons)})")
     with open(staging / REJECTS, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
-    facts.update(writer.close(), token_dtype=token_dtype.name, vocabulary_size=len(tokenizer))
-    facts["rejects"] = dict(reasons)
+    facts.update(
+        writer.close(),
+        tokenizer_fingerprint=facts["recipe"]["tokenizer"],
+        token_dtype=token_dtype.name,
+        vocabulary_size=len(tokenizer),
+        rejects=dict(reasons),
+    )
 
 
 def _options(settings: PrepareSettings) -> dict[str, Any]:
-    """Return the arguments that a data set takes beyond split and path."""
+    """Return the arguments of `read_problems` that depend on the data set."""
     names = {"stories": ("seed", "num_problems", "min_steps", "max_steps"), "svamp": ("seed",)}
     return {name: getattr(settings, name) for name in names.get(settings.data, ())}
 
@@ -146,7 +142,7 @@ def _accepted(
 
 
 def _fingerprint(settings: PrepareSettings, tokenizer: Any) -> dict[str, Any]:
-    """Return all that determines the bytes of the shards; it is stored in the manifest as "recipe"."""
+    """Return the manifest's "recipe": the settings, versions and digests that determine the bytes of the shards."""
     names = ("data", "split", "max_length", "max_problems", "with_facts")
     options = _options(settings)
     return {
@@ -159,14 +155,14 @@ def _fingerprint(settings: PrepareSettings, tokenizer: Any) -> dict[str, Any]:
 
 
 def _has_earlier_segments(tokenizer: Any) -> bool:
-    """Return whether both versions of the segmentation give the same tokens; version 2 tokenised each segment as a text."""
+    """Return whether segmentation versions 2 and 3 (see `_SEGMENTATION`) give the same tokens with this tokenizer."""
     codec, bos = segment_tokenizer(tokenizer), tokenizer.bos_token_id
     prefix = [token for token in tokenizer("")["input_ids"] if token == bos]
     return codec.is_lossless and not codec.continues_differently and prefix == bos_tokens(tokenizer)
 
 
 def _difference(final: Path, recipe: dict[str, Any]) -> str:
-    """Return how the shards in `final` differ from `recipe`, "" if they do not."""
+    """Return a message if `recipe` differs from the recipe of the shards in `final`, else ""."""
     old = atomic_dir.read_manifest(final, KIND)["facts"]["recipe"]
     keys = sorted(key for key in old.keys() | recipe.keys() if old.get(key) != recipe.get(key))
     changes = ", ".join(f"{key}: {old.get(key)!r} there, {recipe.get(key)!r} now" for key in keys)
@@ -176,21 +172,22 @@ def _difference(final: Path, recipe: dict[str, Any]) -> str:
 def tokenise_all(
     problems: Iterator[Problem], tokenizer: Any, with_facts: bool, num_threads: int
 ) -> Iterator[tuple[Problem, list[Segment], str]]:
-    """Yield each problem, its segments, and how its tokens change its text ("": not), in order.
+    """Yield (problem, segments, difference) for every problem in order. See `tokenise` for segments and difference.
 
-    num_threads: 0 for one per usable core.
+    num_threads: number of threads; 0 means one thread per usable core.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads here are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of this function use all cores already
     num_threads = num_threads or len(os.sched_getaffinity(0))
     prefix = bos_tokens(tokenizer)
-    tokenise([], tokenizer, prefix)  # initialises the tokenizer, which is not thread-safe
+    # Initialise the tokenizer before the threads start, because the initialisation is not thread-safe.
+    tokenise([], tokenizer, prefix)
 
     def tokenise_chunk(chunk: list[Problem]) -> list[tuple[Problem, list[Segment], str]]:
-        found = tokenise(chunk, tokenizer, prefix, with_facts)
-        return [(problem, *checked) for problem, checked in zip(chunk, found, strict=True)]
+        results = tokenise(chunk, tokenizer, prefix, with_facts)
+        return [(problem, *result) for problem, result in zip(chunk, results, strict=True)]
 
     pending: deque[Future[list[tuple[Problem, list[Segment], str]]]] = deque()
-    gc.freeze()  # garbage collection skips all existing objects: scanning transformers took 10 % of the time
+    gc.freeze()  # exclude existing objects from garbage collection: scanning them would take 10 % of the time
     try:
         with ThreadPoolExecutor(num_threads) as pool:
             while chunk := list(itertools.islice(problems, _CHUNK_PROBLEMS)):
@@ -208,7 +205,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, token_dtype: np.dtype):
         self._token_dtype = token_dtype
-        # Large buffers: after each write to a file this thread waits for the GIL.
+        # The buffers are large because this thread waits for the GIL after each write to a file.
         self._tokens = open(folder / "tokens.bin", "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115 (closed by close)
         self._problems = open(folder / PROBLEMS, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
         self._folder = folder
@@ -216,7 +213,7 @@ class ShardWriter:
         self._ends: list[int] = []
         self._first_segment = [0]
         self._line_starts = [0]
-        self._present: Counter[frozenset[SegmentRole]] = Counter()  # roles of a problem -> number of problems
+        self._present: Counter[frozenset[SegmentRole]] = Counter()  # set of roles -> number of problems
         self._max_length = 0
 
     @property
@@ -224,7 +221,7 @@ class ShardWriter:
         return len(self._line_starts) - 1
 
     def add(self, problem: Problem, segments: Sequence[Segment], length: int) -> None:
-        """Append a problem; `length`: `example_length` of its segments."""
+        """Append a problem. `length`: `example_length` of the segments."""
         end = self._ends[-1] if self._ends else 0
         joined = list(itertools.chain.from_iterable(segment.tokens for segment in segments))
         self._tokens.write(np.array(joined, dtype=self._token_dtype).tobytes())
@@ -234,7 +231,7 @@ class ShardWriter:
             self._ends.append(end)
         self._first_segment.append(len(self._roles))
         self._max_length = max(self._max_length, length)
-        # vars(): dataclasses.asdict would double the time of this method.
+        # vars(), because dataclasses.asdict would double the time of this method.
         record = {**vars(problem), "steps": [vars(step) for step in problem.steps]}
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         self._problems.write(line)

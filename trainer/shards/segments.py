@@ -1,7 +1,7 @@
-"""Split problems into segments by role and tokenise each segment as inside the text.
+"""Split problems into segments by role and tokenise each segment separately, as a continuation of the text before it.
 
-A prompt at inference therefore ends on the same token boundary as in training, and calculator results have the same
-tokens as in training (see `trainer.models.segment_tokenizer`).
+Segment boundaries are token boundaries. Prompts and calculator results therefore have the same tokens at inference as in
+training (see `trainer.models.segment_tokenizer`).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "x"
-_SHOWN_CHARACTERS = 20  # before and after the first difference
+_SHOWN_CHARACTERS = 20  # an error message shows this many characters on each side of the first difference
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Run of tokens of one role."""
+    """Consecutive tokens of one role."""
 
     role: SegmentRole
     tokens: list[int]
 
 
 def segment_texts(problem: Problem, with_facts: bool = False) -> list[tuple[SegmentRole, str]]:
-    """Return the text of a problem split by role; an example is the segments of a view's inputs, plus BOS and EOS."""
+    """Return (role, text) of every segment of a problem, in order and without BOS and EOS."""
     facts = "".join(f"{fact}\n" for fact in problem.facts) if with_facts else ""
     segments = [(SegmentRole.PROBLEM, f"{facts}{problem.question}\n"), *_guidance(problem)]
     for step in problem.steps:
@@ -47,14 +47,13 @@ def segment_texts(problem: Problem, with_facts: bool = False) -> list[tuple[Segm
 
 
 def _guidance(problem: Problem) -> list[tuple[SegmentRole, str]]:
-    """Return segments like `operators: * +` and `equations: 3*4; 12+5`; none if the solutions have no calculation."""
-    expressions = [
-        expression for step in problem.steps for expression in calculator.annotated_expressions(step.solution)
-    ]
-    operators = [found for found in map(calculator.operators, expressions) if found]
+    """Return segments like `operators: * +` and `equations: 3*4; 12+5`; [] if the solutions have no annotations."""
+    solutions = (step.solution for step in problem.steps)
+    expressions = list(itertools.chain.from_iterable(map(calculator.annotated_expressions, solutions)))
+    operators = " ".join(filter(None, map(calculator.operators, expressions)))
     segments = []
     if operators:
-        segments.append((SegmentRole.OPERATORS, f"operators: {' '.join(operators)}\n"))
+        segments.append((SegmentRole.OPERATORS, f"operators: {operators}\n"))
     if expressions:
         segments.append((SegmentRole.EQUATIONS, f"equations: {'; '.join(expressions)}\n"))
     return segments
@@ -66,9 +65,10 @@ def tokenise(
     prefix: list[int],
     with_facts: bool = False,
 ) -> list[tuple[list[Segment], str]]:
-    """Return, for every problem, its segments and the first difference between its text and the decoded tokens, or "".
+    """Return (segments, difference) for every problem.
 
-    The first segment starts with `prefix` (see `bos_tokens`), the last ends with EOS.
+    difference: the first difference between the problem's text and its decoded tokens, or "" if they are equal. The first
+    segment starts with `prefix` (see `bos_tokens`), and the last segment ends with EOS.
     """
     texts = [segment_texts(problem, with_facts) for problem in problems]
     codec = segment_tokenizer(tokenizer)
@@ -88,33 +88,32 @@ def tokenise(
             _first_difference("".join(text for _, text in split), text)
             for split, text in zip(texts, decoded, strict=True)
         ]
-    checked = []
+    results = []
     for split, token_lists, change in zip(texts, encoded, changes, strict=True):
         segments = [Segment(role, tokens) for (role, _), tokens in zip(split, token_lists, strict=True)]
         segments[0].tokens[:0] = prefix
         segments[-1].tokens.append(tokenizer.eos_token_id)
-        checked.append((segments, change))
-    return checked
+        results.append((segments, change))
+    return results
 
 
 def _first_difference(text: str, decoded: str) -> str:
-    """Return "" for equal texts, else the characters around the first difference."""
+    """Return the characters around the first difference of two texts, or "" if the texts are equal."""
     if text == decoded:
         return ""
     differing = (i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b)
     at = next(differing, min(len(text), len(decoded)))
-    start = max(0, at - _SHOWN_CHARACTERS)
-    end = at + _SHOWN_CHARACTERS
-    return f"{text[start:end]!r} became {decoded[start:end]!r}"
+    around = slice(max(0, at - _SHOWN_CHARACTERS), at + _SHOWN_CHARACTERS)
+    return f"{text[around]!r} became {decoded[around]!r}"
 
 
 def example_length(segments: Sequence[Segment]) -> int:
-    """Return the number of tokens without guidance, so that guidance excludes no problem from the other methods."""
+    """Return the number of tokens outside plans. A long plan must not exclude a problem from methods without plans."""
     return sum(len(segment.tokens) for segment in segments if segment.role not in GUIDANCE)
 
 
 def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that the tokenizer puts before a text: BOS for Llama, two for GLM, none for GPT-2."""
+    """Return the tokens that the tokenizer puts before a text: BOS for Llama, two tokens for GLM, none for GPT-2."""
     plain = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     whole = tokenizer(_PROBE)["input_ids"]
     for start in range(len(whole) - len(plain) + 1):

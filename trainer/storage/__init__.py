@@ -1,1 +1,1 @@
-"""Atomic directories, the layout of run directories, and settings read from YAML or flags."""
+"""Atomic directories, the layout of run directories, JSON Lines, and settings read from YAML or flags."""

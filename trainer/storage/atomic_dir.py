@@ -1,11 +1,9 @@
 """Atomic publication of checkpoints, shards and exports: staging directory, SHA-256 digests, manifest last, rename.
 
-`rename(2)` is atomic on local and parallel file systems, needs no lock (`flock` is a silent no-op on Lustre and GPFS),
-and fails onto a directory that is not empty, so exactly one of several builders succeeds. Readers must reject a
-directory without a manifest.
+`rename(2)` is atomic on local and parallel file systems and needs no lock (`flock` is a silent no-op on Lustre and GPFS).
+The rename fails if the target is a directory that is not empty, so exactly one of several builders succeeds. Readers must
+reject a directory without a manifest.
 """
-
-from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -16,29 +14,38 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.storage.manifest import FileDigest, Manifest
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
-_RENAMED_FACTS = {"learn_calculator_results": "train_on_calculator_results"}  # since version 0.1
+MANIFEST_FORMAT = 1
+_RENAMED_FACTS = {"learn_calculator_results": "train_on_calculator_results"}  # name in 0.1 -> current name
+_EXPECTED = {
+    "shards": "shards made by tools/prepare_shards.py",
+    "checkpoint": "a checkpoint made by tools/train.py",
+    "export": "an export made by tools/convert_checkpoint.py",
+    "annotations": "annotations made by tools/annotate.py",
+}
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
 class ArtifactExistsError(Exception):
-    """Another process published the same directory first; this process's staging directory is removed."""
+    """Another process published the same directory first."""
 
 
 @contextlib.contextmanager
-def atomic_directory(final: Path, kind: str, facts: dict[str, Any], replace: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    final: Path, kind: str, facts: Mapping[str, Any], replace: bool = False
+) -> Iterator[Path]:
     """Context manager that yields a staging directory and publishes it as `final` on a normal exit.
 
-    For directories written by one process. `facts` goes into the manifest and may be filled inside the block. An
-    exception removes the staging directory. `replace` and errors as in `publish`.
+    Only one process may write the directory. The manifest with `facts` is written at the exit, so the `with` block may add
+    to `facts`. An exception removes the staging directory. See `publish` for `replace` and the errors.
     """
     staging = create_staging(final)
     try:
@@ -50,7 +57,9 @@ def atomic_directory(final: Path, kind: str, facts: dict[str, Any], replace: boo
 
 
 def create_staging(final: Path) -> Path:
-    """Create and return a uniquely named staging directory beside `final`."""
+    """Create and return a uniquely named staging directory beside `final`. Removes abandoned staging directories."""
+    if final.is_file():
+        raise UserError(f"{final} is a file; choose another output directory")
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = final.parent / f".{final.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     staging.mkdir()
@@ -58,36 +67,36 @@ def create_staging(final: Path) -> Path:
     return staging
 
 
-def digest_files(staging: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Flush files below `staging` (default: all) to disk and return {relative name: {bytes, sha256}}."""
-    chosen = sorted(names) if names is not None else _files_below(staging)
+def digest_files(staging: Path, names: Iterable[str] | None = None) -> dict[str, FileDigest]:
+    """Flush the named files below `staging` (default: all) to disk and return a dict relative name -> size and digest."""
+    sorted_names = sorted(names) if names is not None else _files_below(staging)
 
-    def flush_and_digest(name: str) -> dict[str, Any]:
+    def flush_and_digest(name: str) -> FileDigest:
         path = staging / name
         _fsync(path)
         return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(chosen, pool.map(flush_and_digest, chosen), strict=True))
+        return dict(zip(sorted_names, pool.map(flush_and_digest, sorted_names), strict=True))
 
 
 def publish(
     staging: Path,
     final: Path,
     kind: str,
-    facts: dict[str, Any],
-    files: dict[str, dict[str, Any]],
+    facts: Mapping[str, Any],
+    files: dict[str, FileDigest],
     replace: bool = False,
 ) -> None:
     """Write the manifest and rename `staging` to `final`.
 
-    `files` comes from `digest_files` and must list exactly the files below `staging`, else RuntimeError. Raises
-    ArtifactExistsError if `final` exists; with `replace` it is replaced when the new directory is complete.
+    `files`: output of `digest_files`. Raises RuntimeError unless it lists exactly the files below `staging`, and
+    ArtifactExistsError if `final` exists and `replace` is False.
     """
     present = set(_files_below(staging))
     if present != set(files):
         raise RuntimeError(f"{staging}: files and digests differ: {sorted(present ^ set(files))}")
-    manifest = {"format": FORMAT, "kind": kind, "facts": facts, "files": files}
+    manifest = {"format": MANIFEST_FORMAT, "kind": kind, "facts": facts, "files": files}
     text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
     _write_and_fsync(staging / MANIFEST, text.encode("utf-8"))
     for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
@@ -101,7 +110,7 @@ def publish(
         try:
             replace_directory(final, target)
         except BaseException:
-            if final.exists():  # else `target` is the only complete directory
+            if final.exists():  # if `final` is missing, `target` is the only complete directory
                 shutil.rmtree(target, ignore_errors=True)
             raise
 
@@ -118,10 +127,10 @@ def rename_unless_exists(source: Path, target: Path) -> bool:
 
 
 def replace_directory(old: Path, new: Path) -> None:
-    """Rename the published directory `new` to `old` and remove the old content.
+    """Put the complete directory `new` in the place of `old`, and remove the old content.
 
-    The names are exchanged atomically. Where the file system cannot do that (NFS, Lustre), `old` is missing between two
-    renames; a kill at that moment loses nothing that cannot be made again.
+    If the file system supports it, one atomic call exchanges the two names. Otherwise (NFS, Lustre) `old` is renamed, then
+    `new`. A process that is killed between these renames leaves no `old`, and `new` under its temporary name.
     """
     replaced = new
     if not _exchange_names(old, new):
@@ -132,56 +141,61 @@ def replace_directory(old: Path, new: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _exchange_names(one: Path, other: Path) -> bool:
-    """Exchange two names with Linux's renameat2; return False where that is not supported."""
+def _exchange_names(left: Path, right: Path) -> bool:
+    """Exchange two names with Linux's renameat2; return False if the system does not support this operation."""
     at_working_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         return False
-    names = (os.fsencode(os.path.abspath(one)), os.fsencode(os.path.abspath(other)))
+    names = [os.fsencode(path.absolute()) for path in (left, right)]
     return bool(rename(at_working_directory, names[0], at_working_directory, names[1], exchange) == 0)
 
 
 def is_complete(path: Path) -> bool:
+    """Return whether `path` is a published directory, i.e. has a manifest."""
     return (path / MANIFEST).is_file()
 
 
-def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
+def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     """Return the manifest of a published directory. Raises UserError if it is missing, invalid or of another kind."""
     file = Path(path) / MANIFEST
+    expected = _EXPECTED.get(str(kind), f"a directory with {MANIFEST}")
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        state = "is not finished (it has no manifest)" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"{path} {state}; expected a directory with {MANIFEST}") from None
+        manifest: Manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        state = "is a file" if Path(path).is_file() else "does not exist"
+        if Path(path).is_dir():
+            state = f"is not finished, or holds something else (it has no {MANIFEST})"
+        raise UserError(f"{path} {state}; expected {expected}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); the directory is damaged, make it again") from None
-    tables = (manifest.get("facts"), manifest.get("files")) if isinstance(manifest, dict) else ()
-    if not tables or not all(isinstance(table, dict) for table in tables) or manifest.get("format") != FORMAT:
-        raise UserError(f"{file} is not a manifest of format {FORMAT}; it was made by another version")
+    fields = manifest if isinstance(manifest, dict) else {}
+    has_tables = isinstance(fields.get("facts"), dict) and isinstance(fields.get("files"), dict)
+    if not has_tables or fields.get("format") != MANIFEST_FORMAT:
+        raise UserError(f"{file} is not a manifest of format {MANIFEST_FORMAT}; another version made it")
     manifest["facts"] = {_RENAMED_FACTS.get(name, name): value for name, value in manifest["facts"].items()}
     if kind is not None and manifest.get("kind") != kind:
-        raise UserError(f"{path} holds a finished {manifest.get('kind')}, expected a {kind}")
+        raise UserError(
+            f"{path} holds {_EXPECTED.get(manifest.get('kind', ''), 'something else')}; expected {expected}"
+        )
     return manifest
 
 
 def verify_digests(path: Path, names: Iterable[str] | None = None) -> None:
-    """Compare sizes, then digests, with the manifest (default: all files). Raises UserError naming the first bad file."""
+    """Raise UserError about the first corrupt file unless the named files (default: all) match the manifest's digests."""
     path = Path(path)
     files = read_manifest(path)["files"]
-    chosen = sorted(files) if names is None else sorted(names)
-    verify_sizes(path, chosen, files)
+    names = sorted(files if names is None else names)
+    verify_sizes(path, names, files)
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for name, digest in zip(chosen, pool.map(lambda n: file_digest(path / n), chosen), strict=True):
+        for name, digest in zip(names, pool.map(lambda name: file_digest(path / name), names), strict=True):
             if digest != files[name]["sha256"]:
-                raise UserError(
-                    f"{path / name} is corrupt: its digest is not the manifest's; restore or rebuild it"
-                )
+                raise UserError(f"{path / name} is corrupt: its digest is not the manifest's; rebuild it")
 
 
-def verify_sizes(path: Path, names: Iterable[str], files: dict[str, dict[str, Any]]) -> None:
-    """Check that every named file exists with the size in `files`, the manifest's table. Raises UserError."""
+def verify_sizes(path: Path, names: Iterable[str], files: dict[str, FileDigest]) -> None:
+    """Raise UserError unless every named file has the size in `files`, the manifest's dict of files."""
     for name in names:
         if name not in files:
             raise UserError(f"{path / name} is not in the manifest of {path}")
@@ -194,7 +208,7 @@ def verify_sizes(path: Path, names: Iterable[str], files: dict[str, dict[str, An
 
 
 def manifest_digest(path: Path) -> str:
-    """Return the SHA-256 of the manifest. It covers all content, since the manifest lists every file's digest."""
+    """Return the SHA-256 of the manifest. It identifies all content, because the manifest has every file's digest."""
     return file_digest(Path(path) / MANIFEST)
 
 
@@ -205,12 +219,12 @@ def file_digest(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write one UTF-8 file atomically, see `write_bytes`."""
+    """Write one UTF-8 file atomically, as `write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write one file atomically: readers see the old or the new content. Creates missing parent folders."""
+    """Write one file atomically: readers see either the old or the new content. Creates missing parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
@@ -226,10 +240,8 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _write_and_fsync(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(content)
+    _fsync(path)
 
 
 def _fsync(path: Path) -> None:
@@ -241,9 +253,9 @@ def _fsync(path: Path) -> None:
 
 
 def _remove_abandoned(final: Path, staging: Path) -> None:
-    """Remove staging directories of killed builders: over 24 h older than `staging` by the file system's clock.
+    """Remove staging directories of `final` whose modification time is over 24 h before that of `staging`.
 
-    A directory whose builder runs on this host is kept, since clocks may jump.
+    Clocks may jump, so a directory is kept if the process that created it still runs on this host.
     """
     now = staging.stat().st_mtime
     for leftover in final.parent.glob(f".{final.name}.*.tmp"):
@@ -253,10 +265,9 @@ def _remove_abandoned(final: Path, staging: Path) -> None:
 
 
 def _builder_is_alive(staging: Path) -> bool:
-    """Return whether host and pid in a staging directory's name are those of a running process of this host."""
+    """Return whether the staging directory's name contains this host's name and the pid of a live process."""
     import psutil
 
-    builder = staging.name.rpartition("-")[0]
-    host, _, pid = builder.rpartition("-")
+    host, _, pid = staging.name.rpartition("-")[0].rpartition("-")
     is_of_this_host = host.endswith(f".{socket.gethostname()}") and pid.isdecimal()
     return is_of_this_host and psutil.pid_exists(int(pid))

@@ -3,8 +3,6 @@
 Imports only the standard library, so that `--help` is fast.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math
@@ -16,13 +14,15 @@ from trainer.errors import UserError
 
 Settings = TypeVar("Settings")
 _BOOLEAN_WORDS = {"yes": "true", "1": "true", "no": "false", "0": "false"}
-_warned: set[str] = set()  # old names that were warned about in this process
+_warned: set[str] = set()  # old names that this process has already warned about
 
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
-    """Return a dataclass field with its help text; `extra` may hold `choices` and `positional` for the command line.
+    """Return a dataclass field. `help`: help text of the flag.
 
-    `old_names=("x",)`: earlier spellings of a renamed setting. They are accepted for one release, with a warning.
+    `extra` may contain constraints for `check_values`: `choices`, `minimum` (a number or the name of another setting),
+    `positive=True`, `probability=True`. `positional=True` makes the setting a positional argument on the command line.
+    `old_names` lists earlier names of the setting, which are accepted with a warning for one release.
     """
     metadata = {"help": help, **extra}
     if isinstance(default, list):
@@ -31,9 +31,9 @@ def setting(default: Any, help: str, **extra: Any) -> Any:
 
 
 def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
-    """Return settings made from parsed YAML or flags. `where` (e.g. a file name) is the prefix of every error message.
+    """Return settings from a dict of parsed YAML or flags. `where` (e.g. a file name) is the prefix of error messages.
 
-    Raises UserError for an unknown key (suggesting the closest known one) and for a value of the wrong type.
+    Raises UserError if a value has the wrong type or a key is unknown; the error suggests the closest known key.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settin
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where}: unknown setting {key!r}{did_you_mean(key, known)}")
-        if "true" in known[key].metadata.get("choices", ()):  # YAML parses true and false as booleans
+        if "true" in known[key].metadata.get("choices", ()):  # YAML parses true as a boolean
             word = str(value).lower()
             value = _BOOLEAN_WORDS.get(word, word)
         coerced[key] = _coerce(value, hints[key], f"{where}: {key}")
@@ -56,10 +56,10 @@ def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settin
 def rename_old_keys(
     cls: type, values: dict[str, Any], where: str, warn: Callable[[str], object] | None = None
 ) -> None:
-    """Replace earlier spellings among the keys of `values`, in place.
+    """Replace earlier names of settings (`old_names`) among the keys of `values` by the current names, in place.
 
-    `warn` is called with a message for the first replacement of each name in a process; None is for files that an
-    earlier release wrote. Raises UserError if a setting is given under both names.
+    `warn` is called with a message, once per old name and process. Use None for files that an earlier release wrote.
+    Raises UserError if `values` has both names of a setting.
     """
     renamed = {old: f.name for f in dataclasses.fields(cls) for old in f.metadata.get("old_names", ())}
     for old, new in [(old, new) for old, new in renamed.items() if old in values]:
@@ -75,62 +75,45 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
-def check_given(settings: Any, *names: str) -> None:
-    """Raise UserError if one of the named settings is empty."""
+def check_not_empty(settings: Any, *names: str) -> None:
     for name in names:
         if not getattr(settings, name):
             raise UserError(f"{name} is required")
 
 
-def check_choices(settings: Any) -> None:
-    """Raise UserError if a setting is not one of its choices."""
+def check_values(settings: Any) -> None:
+    """Raise UserError if a setting violates a constraint of its field."""
     for field in dataclasses.fields(settings):
-        value, choices = getattr(settings, field.name), field.metadata.get("choices")
+        name, value, constraints = field.name, getattr(settings, field.name), field.metadata
+        choices, minimum = constraints.get("choices"), constraints.get("minimum", -math.inf)
         if choices and value not in choices:
-            raise UserError(
-                f"{field.name} is {value!r}; choose one of {', '.join(choices)}{did_you_mean(value, choices)}"
-            )
-
-
-def check_at_least(settings: Any, minimum: float, *names: str) -> None:
-    """Raise UserError if one of the named settings is less than `minimum`."""
-    for name in names:
-        value = getattr(settings, name)
-        if not value >= minimum:  # also catches NaN
+            hint = did_you_mean(value, choices)
+            raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}{hint}")
+        if isinstance(minimum, str):
+            minimum = getattr(settings, minimum)
+        if "minimum" in constraints and not value >= minimum:  # also catches NaN
             raise UserError(f"{name} is {value}; it must be at least {minimum}")
-
-
-def check_positive(settings: Any, name: str) -> None:
-    value = getattr(settings, name)
-    if not 0 < value < math.inf:
-        raise UserError(f"{name} is {value}; it must be a positive number")
-
-
-def check_probability(settings: Any, name: str) -> None:
-    value = getattr(settings, name)
-    if not 0 < value <= 1:
-        raise UserError(f"{name} is {value}; it is a probability above 0 and at most 1")
+        if constraints.get("positive") and not 0 < value < math.inf:
+            raise UserError(f"{name} is {value}; it must be a positive number")
+        if constraints.get("probability") and not 0 < value <= 1:
+            raise UserError(f"{name} is {value}; it is a probability above 0 and at most 1")
 
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the closest known word, "" if none is close."""
+    """Return " (did you mean 'x'?)" for the closest known word, or "" if no word is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Return `value` as the type `hint`. Needed as YAML parses 5e-4 as a string and 1 as an int; flags are strings.
-
-    Raises UserError if the value has another type.
-    """
+    """Convert `value` to the type `hint`. (YAML parses 5e-4 as a string and 1 as an int. Flags are strings.)"""
     if typing.get_origin(hint) is list:
         items = value if isinstance(value, list) else [value]
         return [_coerce(item, typing.get_args(hint)[0], where) for item in items]
     if hint is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in ("true", "yes", "1", "false", "no", "0"):
-            return value.lower() in ("true", "yes", "1")
+        word = str(value).lower() if isinstance(value, (bool, str)) else ""
+        if (word := _BOOLEAN_WORDS.get(word, word)) in ("true", "false"):
+            return word == "true"
     elif hint is float and not isinstance(value, bool):
         try:
             return float(value)
@@ -139,7 +122,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     elif hint is int and not isinstance(value, bool):
         try:
             if float(value) == int(float(value)):
-                return int(value) if not isinstance(value, str) else int(float(value))
+                return int(float(value)) if isinstance(value, str) else int(value)
         except (TypeError, ValueError, OverflowError):
             pass
     elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):

@@ -1,7 +1,5 @@
 """Read JSON Lines files whose writer may have been killed in the middle of a line."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
@@ -12,8 +10,8 @@ from typing import Any
 def read_json_lines(path: Path, tail_bytes: int | None = None) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """Yield (line number, record) for every line that is not blank; the record of an unreadable line is None.
 
-    Unreadable: not valid JSON, not UTF-8, or not an object. A missing file has no lines. With `tail_bytes` only the lines
-    that lie completely in the last bytes are read, and the first of them is line 1.
+    A line is unreadable if it is not UTF-8, not JSON or not an object. A missing file has no lines. `tail_bytes`: read
+    only the lines that lie completely in the last `tail_bytes` bytes. Their line numbers start at 1.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115
@@ -22,7 +20,7 @@ def read_json_lines(path: Path, tail_bytes: int | None = None) -> Iterator[tuple
     with file:
         if tail_bytes is not None and os.fstat(file.fileno()).st_size > tail_bytes:
             file.seek(-tail_bytes - 1, os.SEEK_END)
-            file.readline()  # the rest of a line that begins before the tail, or its newline
+            file.readline()  # skip the rest of a line that begins before the tail
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, _parse(line)

@@ -1,4 +1,4 @@
-"""Paths of the files that runs, evaluations, studies and annotations write. Other modules must not spell these names."""
+"""Paths of the files of runs, evaluations, studies and annotations. Other modules must not repeat the file names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
 def evaluation_name(*parts: str, calculator: bool = True, temperature: float = 0.0, seed: int = 0) -> str:
-    """Return `<data>-<split>-<mode>`, with suffixes for settings other than the default."""
-    name = list(parts)
-    if not calculator:
-        name += ["no_calculator"]
+    """Join `parts` (data, split, mode) with "-", and append a suffix for each setting that is not the default."""
+    suffixes = [] if calculator else ["no_calculator"]
     if temperature:
-        name += [f"t{temperature:g}", f"s{seed}"]
-    return "-".join(name)
+        suffixes += [f"t{temperature:g}", f"s{seed}"]
+    return "-".join([*parts, *suffixes])
 
 
 def parse_run_name(name: str) -> tuple[str, str, str, int | None]:
@@ -31,7 +29,7 @@ def parse_run_name(name: str) -> tuple[str, str, str, int | None]:
 
 
 class _Child:
-    """Class attribute that gives, for a directory, the path of the file or folder `name` in it."""
+    """Descriptor of `_Directory` classes: the path of the file or folder `name` in the directory."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -68,8 +66,7 @@ class RunDirectory(_Directory):
     ds_config = _Child("ds_config.json")
     environment = _Child("environment.json")
     metrics = _Child("metrics.jsonl")
-    # The model's config and tokenizer without weights; every checkpoint contains a copy.
-    model = _Child("model")
+    model = _Child("model")  # config and tokenizer of the model, no weights; every checkpoint has a copy
     restarts = _Child("restarts.json")  # count of scheduler restarts (restarts.py)
     wandb_id = _Child("wandb_id")
     logs = _Child("logs")
@@ -87,7 +84,7 @@ class RunDirectory(_Directory):
         return self.checkpoints / f"step-{step:06d}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Return the steps of the checkpoint directories on disk, ascending, without checking that they are valid."""
+        """Return the steps of all checkpoint directories on disk, valid or not, in ascending order."""
         matches = (_CHECKPOINT.fullmatch(path.name) for path in _folders_in(self.checkpoints))
         return sorted(int(match[1]) for match in matches if match)
 
@@ -105,43 +102,42 @@ class StudyDirectory(_Directory):
     settings = _Child("study.yaml")
     lock = _Child("lock")  # exists while a process runs or submits the study (directory_lock.py)
     report = _Child("report")
-    slurm = _Child("slurm")  # batch scripts, the list of submitted jobs, and their output
+    slurm = _Child("slurm")  # batch scripts, list of submitted jobs, output of the jobs
     logs = _Child("logs")
 
     def run(self, name: str) -> RunDirectory:
         return RunDirectory(self.path / name)
 
     def runs(self) -> list[RunDirectory]:
-        """Return the runs on disk, sorted by name: the folders that contain run settings."""
-        found = (RunDirectory(path) for path in _folders_in(self.path))
-        return [run for run in found if run.settings.is_file()]
+        """Return the runs on disk, sorted by name. A folder is a run if it contains run settings."""
+        return [run for run in map(RunDirectory, _folders_in(self.path)) if run.settings.is_file()]
 
 
 def pair_run(method: str, runs: list[RunDirectory]) -> RunDirectory | None:
-    """Return the run directory for evaluating the models of several runs together by `method`; nothing is trained there.
+    """Return the run directory in which the trained models of `runs` are evaluated together by `method`.
 
-    None if the runs differ in study, data or seed. The name joins the names of different models with "+".
+    The directory's name joins the models' names with "+". Returns None if the runs differ in study, data or seed.
     """
     names = [parse_run_name(run.name) for run in runs]
-    origins = {(run.path.resolve().parent, name[0], name[3]) for run, name in zip(runs, names, strict=True)}
-    if len(origins) != 1:
-        return None
     data, _, _, seed = names[0]
+    studies = {run.path.resolve().parent for run in runs}
+    if len(studies) > 1 or any((name[0], name[3]) != (data, seed) for name in names):
+        return None
     models = "+".join(dict.fromkeys(model for _, _, model, _ in names))
     return RunDirectory(runs[0].path.parent / f"{data}.{method}.{models}.s{seed}") if data else None
 
 
 @dataclass(frozen=True)
 class AnnotationDirectory(_Directory):
-    """Paths in `annotations/<name>/`: a teacher's responses, and the problems with the accepted steps."""
+    """Paths in `annotations/<name>/`: a teacher's responses, and the problems with accepted steps."""
 
-    responses = _Child("responses.jsonl")  # all paid responses, one per line; every run appends
-    corrupt_lines = _Child("responses.damaged.txt")  # half-written lines removed from the end of `responses`
+    responses = _Child("responses.jsonl")  # all responses, one per line; a repeated command appends more
+    corrupt_lines = _Child("responses.damaged.txt")  # partial lines, removed from the end of `responses`
     lock = _Child("lock")  # exists while a process annotates here (directory_lock.py)
     logs = _Child("logs")
-    result = _Child("result")  # the published directory: annotated.jsonl, rejected.jsonl, summary.json, ...
+    result = _Child("result")  # published atomically: annotated.jsonl, rejected.jsonl, summary.json, ...
 
 
 def _folders_in(path: Path) -> list[Path]:
-    """Return the folders in `path`, sorted by name; [] if it does not exist."""
+    """Return the folders in `path`, sorted by name; [] if `path` does not exist."""
     return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []

@@ -1,9 +1,7 @@
-"""Check that a study file still has the settings with which its finished work was made; runs may be added.
+"""Check that existing runs were made with the settings in the study file. New runs may be added to the file.
 
-`study.yaml` in the study's directory keeps the settings with which every run was started.
+`study.yaml` in the study's directory holds the settings with which each run was started.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from trainer.study.status import has_work, is_evaluated
 from trainer.study.study_file import RunSpec, Study
 
 _FORMAT = 1
-# Settings that do not affect the result: paths, intervals, concurrency.
+# Settings that do not affect the result, such as paths, intervals and concurrency.
 _WITHOUT_EFFECT_ON_TRAINING = {
     *("output_dir", "train_shards", "eval_shards", "save_steps", "save_total_limit"),
     *("report_to", "wandb_project", "timeout_seconds"),
@@ -37,27 +35,29 @@ _MAX_LISTED_RUNS = 6
 
 
 def check_unchanged(study: Study) -> None:
-    """Raise UserError naming runs and keys if finished work was made with settings other than the file's."""
+    """Raise UserError if settings of runs with checkpoints or results have changed. The message names runs and keys."""
     snapshot, current = _read(study.directory), _records(study)
     changed = []
     for run in study.runs:
-        old = snapshot.get(run.name)
+        old, new = snapshot.get(run.name), current[run.name]
         if old is None or not has_work(run.directory):
             continue
-        now = current[run.name]
-        differences = _differences("", old["train"], now["train"], _WITHOUT_EFFECT_ON_TRAINING)
+        sections = [("", old["train"], new["train"], _WITHOUT_EFFECT_ON_TRAINING)]
         evaluated = [Path(e.output_dir).name for e in run.evaluations if is_evaluated(e)]
-        # The models' settings affect a pair's results even after their run directories are deleted.
-        for name in now["students"] if evaluated else ():
-            before = old.get("students", {}).get(name, {})
-            differences += _differences(
-                f"{name}: ", before, now["students"][name], _WITHOUT_EFFECT_ON_TRAINING
-            )
+        # Check the training of a pair's models here too: the models' own run directories may already be deleted.
+        for name, training in new["students"].items() if evaluated else ():
+            old_training = old.get("students", {}).get(name, {})
+            sections.append((f"{name}: ", old_training, training, _WITHOUT_EFFECT_ON_TRAINING))
         for name in evaluated:
-            before = old["evaluate"].get(name, {})
-            differences += _differences(
-                f"evaluate {name}: ", before, now["evaluate"][name], _WITHOUT_EFFECT_ON_EVALUATION
-            )
+            old_evaluation, evaluation = old["evaluate"].get(name, {}), new["evaluate"][name]
+            sections.append((f"evaluate {name}: ", old_evaluation, evaluation, _WITHOUT_EFFECT_ON_EVALUATION))
+        # Compare only keys that old and new settings share, because other versions of the trainer have other settings.
+        differences = [
+            f"{prefix}{key} was {before[key]!r}, is now {after[key]!r}"
+            for prefix, before, after, without_effect in sections
+            for key in after
+            if key in before and key not in without_effect and before[key] != after[key]
+        ]
         if differences:
             changed.append(f"  {run.directory.path}: {'; '.join(differences)}")
     if changed:
@@ -69,20 +69,20 @@ def check_unchanged(study: Study) -> None:
 
 
 def save_snapshot(study: Study) -> None:
-    """Write the settings of all runs to study.yaml. Runs that are no longer in the file keep their record."""
+    """Write the settings of all runs in the study file to study.yaml. Settings of other runs stay in study.yaml."""
     records = {**_read(study.directory), **_records(study)}
     record = {"format": _FORMAT, "file": str(study.file), "runs": dict(sorted(records.items()))}
     atomic_dir.write_text(study.directory.settings, yaml.safe_dump(record, sort_keys=False))
 
 
 def unlisted_runs(study: Study) -> list[str]:
-    """Return names of runs on disk that are not in the study file; the report includes them."""
+    """Return the names of runs that are on disk but not in the study file. The report includes these runs."""
     listed = {run.name for run in study.runs}
     return [run.name for run in study.directory.runs() if run.name not in listed]
 
 
 def _records(study: Study) -> dict[str, dict[str, Any]]:
-    """Return, by run, all settings that affect its results, with those of the trained models that it evaluates."""
+    """Return run name -> settings of the run. The key `students` has the training settings of a pair's models."""
     training = {run.name: _training_record(run, study) for run in study.runs}
     return {
         run.name: {
@@ -106,14 +106,6 @@ def _training_record(run: RunSpec, study: Study) -> dict[str, Any]:
     return train
 
 
-def _differences(
-    prefix: str, old: dict[str, Any], now: dict[str, Any], without_effect: set[str]
-) -> list[str]:
-    """Compare keys that both sides have: settings are added and removed between versions of the trainer."""
-    keys = [key for key in now if key in old and key not in without_effect and old[key] != now[key]]
-    return [f"{prefix}{key} was {old[key]!r}, is now {now[key]!r}" for key in keys]
-
-
 def _read(directory: StudyDirectory) -> dict[str, Any]:
     path = directory.settings
     if not path.is_file():
@@ -121,15 +113,11 @@ def _read(directory: StudyDirectory) -> dict[str, Any]:
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
         if record["format"] != _FORMAT:
-            raise UserError(
-                f"{path} has format {record['format']!r}, expected {_FORMAT}: written by another version"
-            )
+            raise UserError(f"{path} has format {record['format']!r}, but this version reads {_FORMAT}")
         runs = dict(record["runs"])
         for run in runs.values():
             for settings in (run["train"], *run.get("students", {}).values()):
                 rename_old_keys(TrainSettings, settings, str(path))
         return runs
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}); delete it to continue without this check"
-        ) from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}); delete it to skip this check") from None

@@ -1,6 +1,4 @@
-"""Checks of the sections of a study file; their errors name the key path of the fault."""
-
-from __future__ import annotations
+"""Checks of the sections of a study file. Error messages contain the key path of the fault."""
 
 import re
 from collections.abc import Iterable
@@ -13,7 +11,7 @@ from trainer.settings import ConvertSettings, EvaluateSettings, PrepareSettings,
 from trainer.storage.configuration import did_you_mean, from_dict, rename_old_keys
 from trainer.teacher.settings import AnnotateSettings
 
-# Settings that the study itself makes, so a study file must not contain them.
+# Settings that the study computes. A study file must not contain them.
 SET_BY_STUDY: dict[type[Any], set[str]] = {
     AnnotateSettings: {"data", "data_path", "split", "seed", "output_dir", "overwrite", "dry_run"},
     PrepareSettings: {"output_dir", "overwrite", "inspect", "method"},
@@ -27,7 +25,7 @@ SET_BY_STUDY: dict[type[Any], set[str]] = {
         *("shards", "output_dir", "overwrite", "allow_unfinished", "model_label"),
     },
 }
-# Values for required settings that another section gives, so that a section can be checked alone.
+# Placeholders for required settings that come from other sections, so that a section can be checked alone.
 _PLACEHOLDERS: dict[type[Any], dict[str, Any]] = {
     AnnotateSettings: {"data_path": "-", "output_dir": "-"},
     PrepareSettings: {"output_dir": "-", "data_path": "-", "tokenizer_name": "-"},
@@ -40,9 +38,9 @@ _LOCAL_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def check_settings(cls: type[Any], values: dict[str, Any], where: str) -> None:
-    """Raise UserError if `values` are not valid settings of `cls`, or include one that the study makes.
+    """Raise UserError if `values` are not valid settings of `cls`, or if the study computes one of them.
 
-    Earlier spellings of settings are replaced in `values`, so that sections can be merged afterwards.
+    Replaces old names of settings in `values`, so that merged sections do not contain a setting under two names.
     """
     rename_old_keys(cls, values, where, terminal.deprecation)
     for key in values:
@@ -54,14 +52,13 @@ def check_settings(cls: type[Any], values: dict[str, Any], where: str) -> None:
     if cls is AnnotateSettings:
         if not {"base_url", "model", "model_name_or_path"} & values.keys():
             placeholders["model_name_or_path"] = "-"
-        placeholders |= (
-            {"base_url": "-"} if "model" in values else {"model": "-"} if "base_url" in values else {}
-        )
+        elif {"base_url", "model"} & values.keys():
+            placeholders |= {"base_url": "-", "model": "-"}
     from_dict(cls, {**placeholders, **values}, where)
 
 
 def section(cls: type[Any], values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    """Return the checked mapping under a key of the file; {} if the key is missing."""
+    """Return the checked settings under `key` of the study file; {} if the key is missing."""
     settings = mapping(values.get(key) or {}, f"{where}: {key}")
     check_settings(cls, settings, f"{where}: {key}")
     return settings
@@ -80,7 +77,7 @@ def mapping(value: Any, where: str) -> dict[Any, Any]:
 
 
 def named_settings(values: dict[str, Any], section: str, where: str) -> dict[str, dict[str, Any]]:
-    """Return {name: settings} of a required section, a mapping or a list of names (with empty settings)."""
+    """Return {name: settings} of a required section. The section is a mapping, or a list of names without settings."""
     value, where = required(values, section, where), f"{where}: {section}"
     if isinstance(value, list):
         if len({str(key) for key in value}) != len(value):
@@ -88,23 +85,27 @@ def named_settings(values: dict[str, Any], section: str, where: str) -> dict[str
         value = {str(key): {} for key in value}
     if not mapping(value, where):
         raise UserError(f"{where}: there are none")
+    return named_mappings(value, where)
+
+
+def named_mappings(value: Any, where: str) -> dict[str, dict[Any, Any]]:
+    """Check a mapping from names to mappings and return a copy, in which null becomes an empty mapping."""
     return {
         checked_name(key, where): dict(mapping(settings or {}, f"{where}.{key}"))
-        for key, settings in value.items()
+        for key, settings in mapping(value, where).items()
     }
 
 
-def select_names(value: Any, known: Iterable[str], where: str) -> list[str]:
-    """Return a checked list of known names; all of them if `value` is None."""
-    known = list(known)
+def select_names(value: Any, known: Iterable[str], where: str) -> tuple[str, ...]:
+    """Return the names in `value`, or all `known` names if `value` is None. Raises UserError if a name is not known."""
+    known = tuple(known)
     if value is None:
         return known
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} is {value!r}, expected a list of names, e.g. [{known[0]}]")
-    names = [str(item) for item in value]
-    for item in names:
-        check_choice(item, known, where)
-    return names
+    for item in value:
+        check_choice(str(item), known, where)
+    return tuple(map(str, value))
 
 
 def check_choice(value: str, known: Iterable[str], where: str) -> None:
@@ -115,7 +116,7 @@ def check_choice(value: str, known: Iterable[str], where: str) -> None:
 
 
 def checked_name(value: Any, where: str) -> str:
-    """Return a name that is safe as a part of a directory name. Raises UserError for any other."""
+    """Return `str(value)`. Raises UserError if the string is not safe as a part of a directory name."""
     if isinstance(value, bool) or not _NAME.fullmatch(str(value)):
         raise UserError(f"{where}: {value!r} is not a name; use letters, digits, '.', '_' and '-'")
     return str(value)
@@ -134,8 +135,7 @@ def check_keys(values: dict[str, Any], known: Iterable[str], where: str) -> None
 
 
 def check_path_exists(path: str, where: str) -> None:
-    """Raise UserError if text that can only be a local path does not exist; any other text may be a Hub name."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    looks_local |= Path(path).suffix in _LOCAL_FILES
-    if path and looks_local and not Path(path).exists():
+    """Raise UserError if `path` is clearly a local path (not a Hub name) and does not exist."""
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in _LOCAL_FILES
+    if is_local and not Path(path).exists():
         raise UserError(f"{where}: there is no file or folder {path}")

@@ -1,7 +1,5 @@
 """The `data` section of a study file: data sets, their problem sets, and the settings of their shards."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,12 @@ from trainer.storage.run_directory import AnnotationDirectory
 from trainer.study import checks
 from trainer.teacher.settings import AnnotateSettings
 
-TRAIN, VALIDATION = "train", "validation"  # every other set is evaluated
+TRAIN, VALIDATION = "train", "validation"  # models are evaluated on all other sets
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """One problem set. With `annotate`, a teacher writes its solution steps first."""
+    """One problem set. If `annotate` is set, a teacher first writes the solution steps of the problems."""
 
     shards: PrepareSettings
     annotate: AnnotateSettings | None = None
@@ -28,69 +26,59 @@ class ProblemSet:
 def read_data_sets(
     values: dict[str, Any], shards_root: Path, annotations_root: Path, where: str
 ) -> dict[str, dict[str, ProblemSet]]:
-    """Return data set -> set name -> problem set. Raises UserError with the key path of the fault."""
+    """Return {data set: {set name: problem set}}. Raises UserError with the key path of an invalid setting."""
     prepare = checks.section(PrepareSettings, values, "prepare", where)
     annotate = checks.section(AnnotateSettings, values, "annotate", where)
-    found: dict[str, dict[str, ProblemSet]] = {}
-    owners: dict[str, str] = {}
+    data_sets: dict[str, dict[str, ProblemSet]] = {}
+    owners: dict[str, str] = {}  # shard directory -> key path of its problem set
     for name, sets in checks.mapping(checks.required(values, "data", where), f"{where}: data").items():
         path = f"{where}: data.{name}"
         if "." in checks.checked_name(name, path):
             raise UserError(f"{path}: a data set's name has no dot; it is the first part of a run's name")
-        given_sets = {
-            checks.checked_name(key, path): dict(checks.mapping(given or {}, f"{path}.{key}"))
-            for key, given in checks.mapping(sets, path).items()
-        }
-        prepared = {}
-        for key, given in given_sets.items():
-            own = {setting: value for setting, value in given.items() if setting != "annotate"}
+        own_settings, prepared = checks.named_mappings(sets, path), {}
+        for key, values_of_set in own_settings.items():
+            own = {setting: value for setting, value in values_of_set.items() if setting != "annotate"}
             folder = shards_root / f"{name}-{key}"
             prepared[key] = _prepare(prepare, own, str(name), key, folder, f"{path}.{key}")
             owner = owners.setdefault(str(folder), f"data.{name}.{key}")
-            if owner != f"data.{name}.{key}":  # set `c` of `a-b` and set `b-c` of `a`
+            if owner != f"data.{name}.{key}":  # e.g. set `c` of `a-b` and set `b-c` of `a`: both in `a-b-c`
                 raise UserError(f"{where}: {owner} and data.{name}.{key} would both be {folder}; rename one")
-        found[str(name)] = {key: ProblemSet(settings) for key, settings in prepared.items()}
-        for key, given in given_sets.items():
-            if "annotate" in given:
-                own, folder = given["annotate"], annotations_root / f"{name}-{key}"
-                found[str(name)][key] = _annotated_set(
-                    prepared, key, annotate, own, folder, f"{path}.{key}.annotate"
-                )
-        if TRAIN not in given_sets:
+        problem_sets = {key: ProblemSet(settings) for key, settings in prepared.items()}
+        for key, own in own_settings.items():
+            if "annotate" in own:
+                folder, set_path = annotations_root / f"{name}-{key}", f"{path}.{key}.annotate"
+                problem_sets[key] = _annotated_set(prepared, key, annotate, own["annotate"], folder, set_path)
+        if TRAIN not in problem_sets:
             raise UserError(f"{path}: there is no set named {TRAIN!r} to learn from")
-        if not given_sets.keys() - {TRAIN, VALIDATION}:
+        if not problem_sets.keys() - {TRAIN, VALIDATION}:
             raise UserError(f"{path}: there is no set to evaluate on; add one, e.g. 'test: {{split: test}}'")
-    return found
+        data_sets[str(name)] = problem_sets
+    return data_sets
 
 
 def _prepare(
     shared: dict[str, Any], own: dict[str, Any], data: str, name: str, folder: Path, path: str
 ) -> PrepareSettings:
-    """Return the shard settings of a set, without annotation."""
+    """Return the shard settings of a problem set. Keys of `own` override keys of `shared`."""
     checks.check_settings(PrepareSettings, own, path)
     values = {"split": name, **({"data": data} if data in DATA else {}), **shared, **own}
     if "data" not in values:
         raise UserError(f"{path}: data is missing; choose one of {', '.join(DATA)}")
     settings = from_dict(PrepareSettings, {**values, "output_dir": str(folder)}, path)
-    if not atomic_dir.is_complete(folder):  # finished shards do not need their source
+    if not atomic_dir.is_complete(folder):  # once the shards exist, source and tokenizer are not needed
         checks.check_path_exists(settings.data_path, f"{path}: data_path")
         checks.check_path_exists(settings.tokenizer_name, f"{path}: tokenizer_name")
     return settings
 
 
 def _annotated_set(
-    prepared: dict[str, PrepareSettings],
-    name: str,
-    shared: dict[str, Any],
-    given: Any,
-    folder: Path,
-    path: str,
+    sets: dict[str, PrepareSettings], name: str, shared: dict[str, Any], section: Any, folder: Path, path: str
 ) -> ProblemSet:
-    """Return a set whose shards are made from the output of a teacher, which reads the set's source."""
-    source, own = prepared[name], checks.mapping(given or {}, path)
+    """Return a problem set that a teacher annotates. `folder`: directory of the annotations that the shards contain."""
+    source, own = sets[name], checks.mapping(section or {}, path)
     checks.check_settings(AnnotateSettings, own, path)
-    # Annotation must leave out training problems that are also in an evaluated set.
-    tests = [other for key, other in prepared.items() if key not in (TRAIN, VALIDATION, name)]
+    # A teacher must not annotate problems that are also in an evaluated set.
+    tests = [shards for key, shards in sets.items() if key not in (TRAIN, VALIDATION, name)]
     settings = {
         "with_facts": source.with_facts,
         "max_problems": source.max_problems,

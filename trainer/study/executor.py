@@ -1,6 +1,4 @@
-"""Run the stages of a study that are not done: one or several at a time, each a process with its own log."""
-
-from __future__ import annotations
+"""Run the stages of a study that are not done, one or several at a time. Each stage is a process with its own log."""
 
 import contextlib
 import os
@@ -12,30 +10,31 @@ from trainer.errors import UserError
 from trainer.runtime import directory_lock, terminal
 from trainer.runtime.exit_codes import EXIT_INTERRUPTED
 from trainer.study import changes, processes, stage_queue, stages, status
+from trainer.study.processes import Interrupts
 from trainer.study.stage_job import StageJob
 from trainer.study.stage_queue import StageQueue
 from trainer.study.stages import Stage
 from trainer.study.study_file import Study
 
-_GRACE_SECONDS = 60.0  # for a training to save after an interrupt
-_CLEAN_UP_SECONDS = 5.0  # for the remaining ranks after a failure
+_GRACE_SECONDS = 60.0  # time between an interrupt and the kill, in which a training can save
+_CLEAN_UP_SECONDS = 5.0  # after a failure, time until the remaining ranks are killed
 _POLL_SECONDS = 0.05
 
 
-def run_study(study: Study, tools: Path | None, keep_going: bool = False) -> int:
-    """Run the study and return the exit status: 0, or EXIT_INTERRUPTED (the same command continues it).
+def run_study(study: Study, scripts_dir: Path | None, keep_going: bool = False) -> int:
+    """Run the study. Return 0, or EXIT_INTERRUPTED after an interrupt. The same command then continues the study.
 
-    `tools`: folder of the command line tools; None: the installed modules. Raises UserError if a stage failed, after the
-    running stages have ended; with `keep_going`, after all stages that do not depend on it.
+    `scripts_dir`: folder of the command-line scripts; None for the installed modules. After a failure, no stage is started
+    (with `keep_going`: no stage that depends on a failed stage). Raises UserError at the end if a stage failed.
     """
     changes.check_unchanged(study)
     todo = stages.study_stages(study)
-    with directory_lock.locked(study.directory.lock), processes.Interrupts() as interrupts:
+    with directory_lock.locked(study.directory.lock), Interrupts() as interrupts:
         changes.save_snapshot(study)
         if leftovers := processes.processes_of_study(study.directory):
-            # Ranks that outlived a killed study: two trainings must not write to one directory.
-            numbers = ", ".join(str(process.pid) for process in leftovers)
-            terminal.info(f"ending processes {numbers}, left over from an earlier start that was killed")
+            # Ranks can outlive a killed study, and two trainings must not write to one directory.
+            pids = ", ".join(str(process.pid) for process in leftovers)
+            terminal.info(f"ending processes {pids}, left over from an earlier start that was killed")
             _end_processes(study, _GRACE_SECONDS, interrupts)
         done = [stage for stage in todo if status.is_done(stage)]
         parallel = f", {study.num_parallel} at a time" if study.num_parallel > 1 else ""
@@ -44,7 +43,7 @@ def run_study(study: Study, tools: Path | None, keep_going: bool = False) -> int
         )
         if unlisted := changes.unlisted_runs(study):
             terminal.info(f"not in {study.file}, but in the report while they exist: {', '.join(unlisted)}")
-        failures = _run_stages(todo, done, study, tools, keep_going, interrupts)
+        failures = _run_stages(todo, done, study, scripts_dir, keep_going, interrupts)
         if interrupts.count:
             terminal.info("interrupted; run the same command to continue")
             return EXIT_INTERRUPTED
@@ -52,9 +51,8 @@ def run_study(study: Study, tools: Path | None, keep_going: bool = False) -> int
             raise UserError("\n".join(failures.values()))
         if failures:
             raise UserError(f"{len(failures)} of {len(todo)} stages failed: {'; '.join(failures)}")
-        for headline in status.headlines(study.directory):
-            terminal.info(headline)
-        terminal.info(f"report: {study.directory.report / 'index.html'}")
+        for line in (*status.headlines(study.directory), f"report: {study.directory.report / 'index.html'}"):
+            terminal.info(line)
     return 0
 
 
@@ -62,18 +60,14 @@ def _run_stages(
     todo: Sequence[Stage],
     done: Sequence[Stage],
     study: Study,
-    tools: Path | None,
+    scripts_dir: Path | None,
     keep_going: bool,
-    interrupts: processes.Interrupts,
+    interrupts: Interrupts,
 ) -> dict[str, str]:
-    """Run all stages that can run, up to `num_parallel` at a time; return failure messages by stage label.
-
-    After an interrupt no process of the study is left alive.
-    """
+    """Run the stages whose dependencies succeed. Return {stage label: failure message}. An interrupt ends all processes."""
     queue = StageQueue(todo, done)
     positions = {stage.label: f"[{number}/{len(todo)}]" for number, stage in enumerate(todo, 1)}
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = num_cores // study.num_parallel
+    cores = len(os.sched_getaffinity(0)) // study.num_parallel
     visible = stage_queue.visible_devices(os.environ) if study.num_parallel > 1 else ()
     running: list[StageJob] = []
     failures: dict[str, str] = {}
@@ -81,20 +75,18 @@ def _run_stages(
         with contextlib.closing(terminal.ProgressBars()) as bars:
             while not interrupts.count:
                 may_start = (keep_going or not failures) and len(running) < study.num_parallel
-                if may_start and (stage := queue.take_ready()):
+                if may_start and (stage := queue.pop_ready()):
                     count = stage.num_ranks if stage.kind in stages.ON_DEVICES else 0
                     used = [job.devices for job in running]
-                    chosen = stage_queue.least_used_devices(visible, used, count)
-                    ports = {job.port for job in running}
-                    running.append(
-                        StageJob(stage, positions[stage.label], study, tools, bars, cores, chosen, ports)
-                    )
+                    devices = stage_queue.least_used_devices(visible, used, count)
+                    ports, position = {job.port for job in running}, positions[stage.label]
+                    running.append(StageJob(stage, position, study, scripts_dir, bars, cores, devices, ports))
                 elif not running:
                     break
                 elif ended := next((job for job in running if job.child.poll() is not None), None):
                     running.remove(ended)
                     ended.close()
-                    if ended.child.returncode != 0:  # end the remaining processes of this stage only
+                    if ended.child.returncode != 0:
                         _end_processes(study, _CLEAN_UP_SECONDS, interrupts, stage=ended.stage.label)
                     failure = "" if interrupts.count else _report_ended(ended, running, keep_going)
                     if failure:
@@ -117,14 +109,11 @@ def _run_stages(
 
 
 def _report_ended(ended: StageJob, running: Sequence[StageJob], keep_going: bool) -> str:
-    """Print the result of a stage that ended and return its failure message, or "".
-
-    A failure is not printed if the study stops with it immediately: the UserError then contains it.
-    """
+    """Print the result of a stage that has ended. Return the failure message, or "" if the stage succeeded."""
     failure = ended.failure()
     if not failure:
         ended.print_result()
-    elif keep_going or running:
+    elif keep_going or running:  # otherwise run_study raises UserError with this message at once
         terminal.info(f"{ended.position} {failure}")
         if not keep_going:
             terminal.info(f"nothing new is started; waiting for {_labels(running)}")
@@ -132,17 +121,12 @@ def _report_ended(ended: StageJob, running: Sequence[StageJob], keep_going: bool
 
 
 def _end_processes(
-    study: Study,
-    grace_seconds: float,
-    interrupts: processes.Interrupts,
-    ignored: int = 0,
-    stage: str | None = None,
+    study: Study, grace_seconds: float, interrupts: Interrupts, ignored: int = 0, stage: str | None = None
 ) -> None:
-    """End the processes of the study, or of one stage; kill them after more interrupts than the `ignored` ones."""
-    survivors = processes.end_processes(
+    """End the study's processes, or those of `stage`. Kill them after `grace_seconds`, or after more than `ignored` interrupts."""
+    for survivor in processes.end_processes(
         study.directory, grace_seconds, lambda: interrupts.count > ignored, stage
-    )
-    for survivor in survivors:
+    ):
         terminal.warning(f"process {survivor.pid} cannot be killed; it hangs in the kernel")
 
 

@@ -1,6 +1,4 @@
-"""Expand a study file to its runs: every model that is trained, and every evaluation of several models together."""
-
-from __future__ import annotations
+"""Expand a study file into runs. A run trains a model, or evaluates a pair of trained models or a pretrained model."""
 
 import dataclasses
 import itertools
@@ -20,10 +18,10 @@ from trainer.study.methods import FEW_SHOT, SINGLE_MODEL_METHODS, SOLVER, Method
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run directory and the settings of its stages. Each of the `evaluations` has its own output_dir.
+    """One run directory and the settings of its stages. Each evaluation has its own output_dir.
 
-    A run either trains and converts a model, and evaluates it unless it belongs to a pair, or only evaluates: the models
-    of `trained_runs` (names of other runs) or a pretrained model.
+    A training run trains, converts and evaluates one model. (A model that only works in a pair is not evaluated.) The run
+    of a pair evaluates the models of `trained_runs` together. A few-shot run evaluates a pretrained model.
     """
 
     directory: RunDirectory
@@ -31,23 +29,17 @@ class RunSpec:
     convert: ConvertSettings | None
     evaluations: tuple[EvaluateSettings, ...]
     num_ranks: int = 1
-    trained_runs: tuple[str, ...] = ()
-    dependent_evaluations: tuple[EvaluateSettings, ...] = ()  # of other runs, with this run's export
+    trained_runs: tuple[str, ...] = ()  # names of the runs whose exports are evaluated
+    dependent_evaluations: tuple[EvaluateSettings, ...] = ()  # of other runs, which use this run's export
 
     @property
     def name(self) -> str:
         return self.directory.name
 
-    @property
-    def shards(self) -> set[str]:
-        """All shard directories that the run reads."""
-        trained_on = {self.train.train_shards, self.train.eval_shards} if self.train else set()
-        return {*trained_on, *(e.shards for e in self.evaluations)} - {""}
-
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """An entry under `models`."""
+    """An entry under `models` of the study file."""
 
     name: str
     settings: dict[str, Any]  # training settings
@@ -56,7 +48,7 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class StudyGrid:
-    """The sections of a checked study file, which `expand` multiplies out."""
+    """Sections of a study file, after their checks. A run is one combination of data set, model, method and seed."""
 
     where: str
     directory: StudyDirectory
@@ -67,7 +59,7 @@ class StudyGrid:
     train: dict[str, Any]
     convert: dict[str, Any]
     evaluate: dict[str, Any]
-    evaluations: list[dict[str, Any]]  # each adds to `evaluate`
+    evaluations: list[dict[str, Any]]  # variants; the keys of a variant override the same keys of `evaluate`
 
 
 def expand(grid: StudyGrid) -> tuple[RunSpec, ...]:
@@ -84,7 +76,7 @@ def expand(grid: StudyGrid) -> tuple[RunSpec, ...]:
             new_runs = _pair_runs(grid, entry, data, model, seed)
         elif entry.name in trained:
             new_runs = [_training_run(grid, entry.name, data, model, seed)]
-        elif entry.name == FEW_SHOT and seed == grid.seeds[0]:  # it does not depend on the seed
+        elif entry.name == FEW_SHOT and seed == grid.seeds[0]:  # few-shot prompts do not depend on the seed
             new_runs = [_few_shot_run(grid, entry, data, model, seed)]
         for run in new_runs:
             runs.setdefault(run.name, run)
@@ -99,7 +91,10 @@ def _training_run(grid: StudyGrid, method: str, data: str, model: ModelEntry, se
     directory = grid.directory.run(f"{data}.{method}.{model.name}.s{seed}")
     own = grid.methods[method].settings if method in grid.methods else {}
     sets = grid.data[data]
-    fixed = {
+    values = {
+        **grid.train,
+        **model.settings,
+        **own,
         "train_shards": sets[TRAIN].shards.output_dir,
         "eval_shards": sets[VALIDATION].shards.output_dir if VALIDATION in sets else "",
         "output_dir": str(directory.path),
@@ -107,7 +102,6 @@ def _training_run(grid: StudyGrid, method: str, data: str, model: ModelEntry, se
         "model_label": model.name,
         "seed": seed,
     }
-    values = {**grid.train, **model.settings, **own, **fixed}
     train = from_dict(TrainSettings, values, f"{grid.where}: run {directory.name}")
     _check_files(train, model, grid.where)
     paths = {"checkpoint_dir": str(directory.path), "output_dir": str(directory.export), "overwrite": True}
@@ -120,15 +114,15 @@ def _training_run(grid: StudyGrid, method: str, data: str, model: ModelEntry, se
 
 
 def _pair_runs(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelEntry, seed: int) -> list[RunSpec]:
-    """Return the run of a pair, after the training runs of its models."""
+    """Return the training runs of a pair's models, and then the run that evaluates the pair."""
     assert entry.pair
-    other = grid.models[entry.decomposer_model or model.name]
+    decomposer = grid.models[entry.decomposer_model or model.name]
     trained = {
-        method: _training_run(grid, method, data, model if method == SOLVER else other, seed)
+        method: _training_run(grid, method, data, model if method == SOLVER else decomposer, seed)
         for method in entry.role_methods
     }
     exports = {method: str(run.directory.export) for method, run in trained.items()}
-    label = model.name if other == model else f"{other.name}+{model.name}"
+    label = model.name if decomposer == model else f"{decomposer.name}+{model.name}"
     directory = grid.directory.run(f"{data}.{entry.name}.{label}.s{seed}")
     models = {
         "solver": exports[SOLVER],
@@ -138,7 +132,7 @@ def _pair_runs(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelEntry
         "mode": "auto",
     }
     evaluations = _evaluations(grid, directory, data, entry.name, models, entry.settings)
-    if not any(settings.planner for settings in evaluations):  # gold guidance: the planner is not needed
+    if not any(settings.planner for settings in evaluations):  # with gold guidance, no planner is needed
         trained.pop(entry.pair.planner, None)
     names = tuple(run.name for run in trained.values())
     return [*trained.values(), RunSpec(directory, None, None, evaluations, model.num_ranks, names)]
@@ -163,8 +157,8 @@ def _few_shot_run(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelEn
 def _evaluations(
     grid: StudyGrid, run: RunDirectory, data: str, method: str, models: dict[str, Any], own: dict[str, Any]
 ) -> tuple[EvaluateSettings, ...]:
-    """Return the evaluations of all sets but training and validation, in every variant of the file."""
-    found: dict[str, EvaluateSettings] = {}
+    """Return one evaluation per combination of an evaluated problem set and a variant of `grid.evaluations`."""
+    evaluations: dict[str, EvaluateSettings] = {}
     for set_name, problems in grid.data[data].items():
         if set_name in (TRAIN, VALIDATION):
             continue
@@ -181,12 +175,12 @@ def _evaluations(
             mode = method if settings.mode in ("auto", FEW_SHOT) else settings.mode
             name = _with_options(settings, data, set_name, mode)
             settings = dataclasses.replace(settings, output_dir=str(run.evaluation(name).path))
-            if found.setdefault(name, settings) != settings:
+            if evaluations.setdefault(name, settings) != settings:
                 raise UserError(
-                    f"{grid.where}: evaluations: two of them would both be {name}; those of one study may differ in "
+                    f"{grid.where}: evaluations: two of them would both be {name}; evaluations of one study may differ in "
                     "calculator, guidance_from, mode, temperature and, with a temperature, seed"
                 )
-    return tuple(found.values())
+    return tuple(evaluations.values())
 
 
 def _check_files(train: TrainSettings, model: ModelEntry, where: str) -> None:
@@ -201,7 +195,7 @@ def _check_files(train: TrainSettings, model: ModelEntry, where: str) -> None:
 
 
 def evaluation_variant(settings: EvaluateSettings) -> str:
-    """Return the problem set and the options without the method, e.g. `gsm8k-test-no_calculator`."""
+    """Return an evaluation's name without its method: problem set and options, e.g. `gsm8k-test-no_calculator`."""
     return _with_options(settings, Path(settings.shards).name)
 
 

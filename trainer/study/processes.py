@@ -1,13 +1,14 @@
 """Start the commands of stages, and find and end all their processes.
 
-The ranks of a launcher cannot be found by process group: mpiexec starts each in its own session, and SIGTERM to the
-`deepspeed` command leaves them running without a parent. So two environment variables, which children inherit, mark
-every process with the directory of its study and the label of its stage, even after the study was killed.
+The ranks of a stage cannot be found by process group or parent: mpiexec starts each rank in its own session, and after
+SIGTERM to the `deepspeed` command its ranks run without a parent. So each stage is started with two environment
+variables that contain the study's directory and the stage's label. All processes of the stage inherit these variables.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -31,14 +32,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
-    """Context manager that counts SIGINT, SIGTERM and SIGHUP; an exception while a stage starts would leave orphans."""
+    """Context manager that counts SIGINT, SIGTERM and SIGHUP, so that these signals do not interrupt the start of a stage."""
 
     count = 0
 
     def __enter__(self) -> Interrupts:
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
         for number, handler in self._previous.items():
-            if handler is not signal.SIG_IGN:  # ignored under nohup
+            if handler is not signal.SIG_IGN:  # nohup sets SIGHUP to SIG_IGN, which must stay in effect
                 signal.signal(number, self._count_signal)
         return self
 
@@ -53,7 +54,7 @@ class Interrupts:
 def start_process(
     command: Sequence[str], study: StudyDirectory, stage: str, log: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    """Start a stage's command in a new session, so that Ctrl-C does not reach it, and append its output to `log`."""
+    """Start the command of a stage in a new session, which Ctrl-C does not reach. Append the command's output to `log`."""
     inherited = distributed.without_launcher_variables(os.environ)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
@@ -69,7 +70,7 @@ def start_process(
 
 def processes_of_study(study: StudyDirectory, stage: str | None = None) -> list[psutil.Process]:
     """Return the live processes of the study, or of one stage, on this machine, without the current process."""
-    return [process for found in _by_stage(study, stage).values() for process in found]
+    return list(itertools.chain.from_iterable(_by_stage(study, stage).values()))
 
 
 def end_processes(
@@ -80,15 +81,15 @@ def end_processes(
 ) -> list[psutil.Process]:
     """End every process of the study, or of one stage, and wait until none is left.
 
-    The ranks get SIGTERM, so that a training can save; a launcher, which would kill its ranks, gets it after they have
-    ended. After the grace time, or when `should_kill()`, the remaining processes are killed. Returns the processes that
-    survive SIGKILL (they hang in the kernel, e.g. in a lost file system).
+    The ranks get SIGTERM, so that training can save a checkpoint. A launcher kills its ranks on SIGTERM, so the launcher gets
+    SIGTERM after the ranks have ended. Remaining processes are killed after the grace time, or when `should_kill()` is true.
+    Returns the processes that survive SIGKILL, because they hang in the kernel (e.g. in a lost file system).
     """
     deadline = time.monotonic() + grace_seconds
     killed_at: float | None = None
     signalled: set[psutil.Process] = set()
     while by_stage := _by_stage(study, stage):
-        alive = [process for found in by_stage.values() for process in found]
+        alive = list(itertools.chain.from_iterable(by_stage.values()))
         now = time.monotonic()
         if killed_at is not None and now - killed_at > _KILL_TIMEOUT_SECONDS:
             return alive
@@ -97,26 +98,25 @@ def end_processes(
             for process in alive:
                 _signal(process, signal.SIGKILL)
         else:
-            receivers = {process for found in by_stage.values() for process in _ranks(found) or found}
+            receivers = {process for members in by_stage.values() for process in _ranks(members) or members}
             for process in receivers - signalled:
                 _signal(process, signal.SIGTERM)
-                signalled.add(process)
+            signalled |= receivers
         time.sleep(_POLL_SECONDS)
     return []
 
 
 def _by_stage(study: StudyDirectory, stage: str | None = None) -> dict[str, list[psutil.Process]]:
-    """Return the live processes by the label of their stage."""
-    study_value, found = _study_value(study), defaultdict(list)
+    study_value, by_stage = _study_value(study), defaultdict(list)
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):  # of another user, or just ended
+        with contextlib.suppress(psutil.Error, OSError):  # skip ended or inaccessible processes
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
             environment = process.environ()
             label = environment.get(STAGE_VARIABLE, "")
             if environment.get(STUDY_VARIABLE) == study_value and stage in (None, label):
-                found[label].append(process)
-    return dict(found)
+                by_stage[label].append(process)
+    return by_stage
 
 
 def _signal(process: psutil.Process, number: int) -> None:
@@ -125,7 +125,7 @@ def _signal(process: psutil.Process, number: int) -> None:
 
 
 def _ranks(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Return the processes with the environment of a launcher, without their children."""
+    """Return the processes that a launcher started as ranks, without child processes of ranks."""
     parents = {}
     for process in processes:
         with contextlib.suppress(psutil.Error, OSError, UserError):

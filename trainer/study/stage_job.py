@@ -1,7 +1,5 @@
 """A running stage: its process, progress bar, log and result."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -26,35 +24,36 @@ _NOISE = re.compile(r"\[(INFO|WARNING)\]|Killing subprocess|exits with return co
 
 
 class StageJob:
-    """A started stage. `position`: "[number/total]"; `cores`, `devices`: for this stage alone.
+    """A started stage. Raises UserError if the stage cannot be started.
 
-    `ports` are reserved for stages that may not listen yet. Raises UserError if the stage cannot be started.
+    `counter_text`: "[number/total]". `num_cores`: number of CPU cores of this stage. `devices`: CUDA devices of this
+    stage. `ports_in_use`: ports of the running stages; this stage must use another port.
     """
 
     def __init__(
         self,
         stage: Stage,
-        position: str,
+        counter_text: str,
         study: Study,
-        tools: Path | None,
+        scripts_dir: Path | None,
         bars: terminal.ProgressBars,
-        cores: int,
+        num_cores: int,
         devices: Sequence[str] = (),
-        ports: Collection[int] = (),
+        ports_in_use: Collection[int] = (),
     ) -> None:
-        self.stage, self.position, self.devices = stage, position, devices
-        # For the deepspeed launcher, whose ranks bind it only seconds later.
-        while (port := process_group.free_port()) in ports:
+        self.stage, self.position, self.devices = stage, counter_text, devices
+        # The port of a stage that has just started still looks free, because its ranks need seconds to bind the port.
+        while (port := process_group.free_port()) in ports_in_use:
             pass
         self.port = port
         self._start = time.monotonic()
-        environment = stages.stage_environment(stage, cores, devices)
-        command = stages.stage_command(stage, tools, study.launcher, self.port, {**os.environ, **environment})
+        environment = stages.stage_environment(stage, num_cores, devices)
+        command = stages.stage_command(stage, scripts_dir, study.launcher, port, os.environ | environment)
         self._log_offset = _begin_log(stage.log, command, devices)
         self.child = processes.start_process(command, study.directory, stage.label, stage.log, environment)
         self._read_progress = _progress_of(stage)
         self._initial = self._read_progress()
-        self._bar = bars.add(f"{position} {stage.label}", self._initial.total, self._initial.done)
+        self._bar = bars.add(f"{counter_text} {stage.label}", self._initial.total, self._initial.done)
         self._updated_at = time.monotonic()
 
     def update(self) -> None:
@@ -69,7 +68,7 @@ class StageJob:
         self._bar.close()
 
     def failure(self) -> str:
-        """Return an error message for a stage whose process has ended; "" if it is done."""
+        """Return an error message, or "" if the stage is done. Must be called after the process has ended."""
         stage, code = self.stage, self.child.returncode
         if code != 0:
             return f"{stage.label} failed with {_exit_text(code)}; log: {stage.log}\n{self._tail()}"
@@ -81,12 +80,11 @@ class StageJob:
         return ""
 
     def print_result(self) -> None:
-        seconds = time.monotonic() - self._start
-        result = f"{_result(self.stage)} ({terminal.duration_text(seconds)})"
-        terminal.info(f"{self.position} {self.stage.label}: {result}")
+        duration = terminal.duration_text(time.monotonic() - self._start)
+        terminal.info(f"{self.position} {self.stage.label}: {_result(self.stage)} ({duration})")
 
     def _tail(self) -> str:
-        """Return the last relevant lines of this start, indented."""
+        """Return the last relevant lines that this process has written to the log, indented."""
         with open(self.stage.log, "rb") as file:
             file.seek(self._log_offset)
             lines = file.read().decode("utf-8", errors="replace").splitlines()
@@ -95,12 +93,12 @@ class StageJob:
 
 
 def _begin_log(log: Path, command: Sequence[str], devices: Sequence[str]) -> int:
-    """Append a header with the command and its devices; return the offset where the output of this start begins."""
+    """Append a header with the command and its devices to the log. Return the offset at which the output begins."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    chosen = f"CUDA_VISIBLE_DEVICES={','.join(devices)} " if devices else ""
+    variable = f"CUDA_VISIBLE_DEVICES={','.join(devices)} " if devices else ""
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     with open(log, "a", encoding="utf-8") as file:
-        file.write(f"=== {now} {chosen}{shlex.join(command)}\n")
+        file.write(f"=== {now} {variable}{shlex.join(command)}\n")
         return file.tell()
 
 
@@ -115,7 +113,7 @@ def _progress_of(stage: Stage) -> Callable[[], status.Progress]:
 
 
 def _result(stage: Stage) -> str:
-    """Return one line about the result of a finished stage: its loss, accuracy, number of problems or size."""
+    """Return the result of a finished stage as text: loss, accuracy, number of problems, or size of the files."""
     if stage.kind == "train":
         loss = status.final_loss(stage.run.directory) if stage.run else None
         return "trained" if loss is None else f"loss {loss:.3f}"
@@ -133,15 +131,14 @@ def _result(stage: Stage) -> str:
 
 
 def _exit_text(code: int | None) -> str:
-    """Return a code with its meaning. Launchers report a rank killed by signal n as 128 + n or as 256 - n."""
+    """Return an exit code and its meaning as text. Launchers report a rank killed by signal n as 128 + n or as 256 - n."""
     code = code or 0
     number = -code if code < 0 else code - 128 if code < 192 else 256 - code if code < 255 else 0
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        meanings = {
-            EXIT_REQUEUE: ": stopped on request, finished work is kept",
-            EXIT_PEER_LOST: ": another rank was lost",
-        }
-        return f"exit code {code}{meanings.get(code, '')}"
-    return f"exit code {code} ({name}{': out of memory?' if number == signal.SIGKILL else ''})"
+    if number in list(signal.Signals):
+        out_of_memory = ": out of memory?" if number == signal.SIGKILL else ""
+        return f"exit code {code} ({signal.Signals(number).name}{out_of_memory})"
+    meanings = {
+        EXIT_REQUEUE: ": stopped on request, finished work is kept",
+        EXIT_PEER_LOST: ": another rank was lost",
+    }
+    return f"exit code {code}{meanings.get(code, '')}"

@@ -1,6 +1,4 @@
-"""The stages of a study in the order they are run, and the command line of each."""
-
-from __future__ import annotations
+"""The stages of a study in the order of execution, and the command line of each stage."""
 
 import dataclasses
 import importlib.util
@@ -25,26 +23,23 @@ SCRIPTS = {
     "evaluate": "evaluate.py",
     "report": "plot_scaling.py",
 }
-RANKED = ("train", "evaluate")  # run on several ranks
-ON_DEVICES = (*RANKED, "annotate")  # each rank uses one CUDA device, if there are any
+MULTI_RANK_KINDS = ("train", "evaluate")  # stages of these kinds can run on several ranks
+ON_DEVICES = (*MULTI_RANK_KINDS, "annotate")  # kinds whose ranks use one CUDA device each, if there is any
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. `subject`: the shard set, run or study that it processes.
-
-    `needs`: labels of the stages that must be done first; labels are unique in a study.
-    """
+    """One command of a study."""
 
     kind: str  # a key of SCRIPTS
-    subject: str
-    settings: Any  # a dataclass of the tool's settings
+    subject: str  # name of the shard set, run or study that the command processes
+    settings: Any  # settings dataclass of the command
     log: Path
     num_ranks: int = 1
     detail: str = ""
     run: RunSpec | None = None
-    needs: tuple[str, ...] = ()
-    shards: str = ""  # annotate only: the shards made from it
+    needs: tuple[str, ...] = ()  # labels of the stages that must be done first; labels are unique in a study
+    shards: str = ""  # annotate only: directory of the shards that are made from the annotations
 
     @property
     def label(self) -> str:
@@ -52,7 +47,7 @@ class Stage:
 
 
 def study_stages(study: Study) -> list[Stage]:
-    """Return all stages, run by run, so that the first run is finished while others still train."""
+    """Return all stages: data first, then the runs one by one (so that the first run is complete early), then the report."""
     stages, logs = [], study.directory.logs
     for problems in study.problem_sets:
         shards = problems.shards.output_dir
@@ -70,14 +65,12 @@ def study_stages(study: Study) -> list[Stage]:
 
 
 def run_stages(run: RunSpec) -> list[Stage]:
-    """Return training, conversion and evaluations of a run, as far as it has them."""
+    """Return the training, the conversion and the evaluations of a run. A run without training has only evaluations."""
     directory, stages = run.directory, []
     if run.train:
         shards = (run.train.train_shards, run.train.eval_shards)
         needs = tuple(prepare_label(path) for path in shards if path)
-        train = Stage(
-            "train", run.name, run.train, directory.log("train"), run.num_ranks, run=run, needs=needs
-        )
+        train = Stage("train", run.name, run.train, directory.log("train"), run.num_ranks, "", run, needs)
         log = directory.log("convert")
         stages = [train, Stage("convert", run.name, run.convert, log, run=run, needs=(train.label,))]
     exports = [f"convert {name}" for name in ((run.name,) if run.train else run.trained_runs)]
@@ -94,57 +87,51 @@ def prepare_label(shards: str) -> str:
     return f"prepare {Path(shards).name}"
 
 
-def program(kind: str, tools: Path | None) -> list[str]:
-    """Return what follows `python`: the script in `tools`, or the installed module if there is no such folder."""
-    if tools is None:
+def python_arguments(kind: str, scripts_dir: Path | None) -> list[str]:
+    """Return the arguments of `python` that start a stage: a script's path, or `-m` and the installed module."""
+    if scripts_dir is None:
         return ["-m", f"trainer.commands.{Path(SCRIPTS[kind]).stem}"]
-    return [str(tools / SCRIPTS[kind])]
+    return [str(scripts_dir / SCRIPTS[kind])]
 
 
 def stage_command(
     stage: Stage,
-    tools: Path | None,
+    scripts_dir: Path | None,
     launcher: str,
     port: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> list[str]:
-    """Return the command line of a stage. Every setting is a flag, so that it can be copied and run by hand.
+    """Return the command line of a stage. Settings are flags, so that a user can copy and run the command line.
 
-    `auto`: several ranks train under the deepspeed launcher, which imports torch and deepspeed twice before the first
-    rank starts (7 s on two cores); evaluation uses mpiexec (0.03 s) if the environment has it.
+    With the launcher `auto`, stages of several ranks run under deepspeed, except that evaluations run under mpiexec if the
+    virtual environment has it. On two cores, deepspeed takes 7 s to start the first rank, mpiexec takes 0.03 s.
     """
-    script = [*program(stage.kind, tools), *to_flags(stage.settings)]
-    if stage.kind not in RANKED or (stage.num_ranks == 1 and launcher == "auto"):
+    script = [*python_arguments(stage.kind, scripts_dir), *to_flags(stage.settings)]
+    if stage.kind not in MULTI_RANK_KINDS or (stage.num_ranks == 1 and launcher == "auto"):
         return [sys.executable, *script]
     if launcher == "mpiexec" or (launcher == "auto" and stage.kind == "evaluate" and _own_mpiexec()):
         mpiexec = _own_mpiexec() or shutil.which("mpiexec")
         if not mpiexec:
-            raise UserError(
-                "launcher is mpiexec, but there is none on the PATH; pip install mpich, or use deepspeed"
-            )
+            raise UserError("launcher: no mpiexec is on the PATH; pip install mpich, or use deepspeed")
         return [mpiexec, "-n", str(stage.num_ranks), sys.executable, *script]
     master_port = [f"--master_port={port}"] if port else []
-    if tools is None:
+    if scripts_dir is None:
         script[0] = "--module"
     return [deepspeed_command(), *_device_flags(stage.num_ranks, environment), *master_port, *script]
 
 
 def stage_environment(stage: Stage, cores: int, devices: Sequence[str] = ()) -> dict[str, str]:
-    """Return variables to add to a stage's environment: its devices, and threads per rank (torch's default: all cores).
-
-    `cores`: number of cores for this stage. Without `devices` it inherits CUDA_VISIBLE_DEVICES.
-    """
+    """Return variables to add to a stage's environment. Without `devices`, the stage inherits CUDA_VISIBLE_DEVICES."""
     variables = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-    if stage.kind in RANKED and "OMP_NUM_THREADS" not in os.environ:
+    if (
+        stage.kind in MULTI_RANK_KINDS and "OMP_NUM_THREADS" not in os.environ
+    ):  # by default, each rank would start one thread per core
         variables["OMP_NUM_THREADS"] = str(max(1, cores // stage.num_ranks))
     return variables
 
 
 def to_flags(settings: Any) -> list[str]:
-    """Return fields that differ from their default as flags, one for each item of a list.
-
-    `--name=value` also works for a value that begins with a dash.
-    """
+    """Return the settings that differ from their default as `--name=value` flags. A list gives one flag per item."""
     flags, positional = [], []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -158,17 +145,18 @@ def to_flags(settings: Any) -> list[str]:
 
 
 def _beside_python(name: str) -> str | None:
-    """Return a command of this Python's virtual environment, even if it is not activated."""
+    """Return the path of a command in this Python's virtual environment (activated or not), or None if it is missing."""
     path = Path(sys.executable).parent / name
     return str(path) if os.access(path, os.X_OK) else None
 
 
 def _own_mpiexec() -> str | None:
-    """Return mpiexec of this virtual environment; under another MPI than mpi4py's every world size would be 1."""
+    """Return the mpiexec beside this Python, or None if mpiexec or mpi4py is missing. With another MPI, world size is 1."""
     return _beside_python("mpiexec") if importlib.util.find_spec("mpi4py") else None
 
 
 def deepspeed_command() -> str:
+    """Return the path of the deepspeed command. Raises UserError if there is none."""
     command = _beside_python("deepspeed") or shutil.which("deepspeed")
     if not command:
         raise UserError(f"there is no deepspeed command beside {sys.executable}; pip install deepspeed")
@@ -176,7 +164,7 @@ def deepspeed_command() -> str:
 
 
 def _device_flags(num_ranks: int, environment: Mapping[str, str]) -> list[str]:
-    """Return the launcher's device flags; with --num_gpus it ignores CUDA_VISIBLE_DEVICES and takes the first ones."""
+    """Return flags that select devices for the deepspeed launcher, whose --num_gpus ignores CUDA_VISIBLE_DEVICES."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     if not visible:
         return ["--num_gpus", str(num_ranks)]
@@ -187,7 +175,5 @@ def _device_flags(num_ranks: int, environment: Mapping[str, str]) -> list[str]:
             "unset it, or set 'launcher: mpiexec' in the study"
         )
     if len(devices) < num_ranks:
-        raise UserError(
-            f"CUDA_VISIBLE_DEVICES={visible} has {len(devices)} devices for num_ranks {num_ranks}"
-        )
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible} has {len(devices)} devices for {num_ranks} ranks")
     return [f"--include=localhost:{','.join(devices[:num_ranks])}"]

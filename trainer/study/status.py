@@ -1,6 +1,4 @@
-"""State of the stages of a study, read only from disk, so that a killed study can be continued."""
-
-from __future__ import annotations
+"""State of a study's stages. The state is derived from files alone, so that a killed study can be continued."""
 
 import contextlib
 import json
@@ -24,18 +22,18 @@ from trainer.study.stages import Stage
 from trainer.teacher.settings import AnnotateSettings
 
 _TAIL_BYTES = 64 << 10
-# Settings that the manifest of an annotation contains.
+# Settings that must equal those in the manifest of an existing annotation.
 _ANNOTATION_SETTINGS = (
     *("data", "split", "seed", "max_problems", "style", "gold_hint", "with_facts", "num_samples", "keep_all"),
     *("min_steps", "max_steps", "require_annotations", "decontaminate_ngram"),
     *("temperature", "top_p", "max_new_tokens"),
 )
-_FINAL_LOSS_STEPS = 20  # the loss of a single step is too noisy
+_FINAL_LOSS_STEPS = 20  # final loss: mean over the last 20 steps, because the loss of one step is too noisy
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` (0: unknown), and a short note such as the loss."""
+    """Progress of a stage: `done` of `total` steps or problems (total 0: unknown), and a short note such as the loss."""
 
     done: int
     total: int
@@ -43,9 +41,10 @@ class Progress:
 
 
 def is_done(stage: Stage) -> bool:
-    """Return whether the stage's result exists, or (checkpoint, export) all evaluations that would use it are done.
+    """Return True if the result of the stage exists.
 
-    A report is done if no evaluation is newer.
+    Annotation is also done if the shards exist. Training and conversion are also done if all evaluations of the model
+    are done. A report is not done if an evaluation's results are newer than the report.
     """
     if stage.kind == "annotate":
         return is_annotated(stage.settings) or atomic_dir.is_complete(Path(stage.shards))
@@ -69,7 +68,7 @@ def is_done(stage: Stage) -> bool:
 
 
 def is_annotated(settings: AnnotateSettings) -> bool:
-    """Return whether the annotations exist. Raises UserError if they were made with other settings."""
+    """Return True if the annotations exist. Raises UserError if they were made with other settings."""
     path = AnnotationDirectory(Path(settings.output_dir)).result
     keys = (*_ANNOTATION_SETTINGS, *(("model",) if settings.model else ()))
     remedy = "another annotations_dir, or delete the result (the teacher's answers are kept beside it)"
@@ -77,13 +76,13 @@ def is_annotated(settings: AnnotateSettings) -> bool:
 
 
 def are_shards_ready(settings: PrepareSettings) -> bool:
-    """Return whether the shards exist. Raises UserError if they were made with other settings."""
+    """Return True if the shards exist. Raises UserError if they were made with other settings."""
     remedy = "another shards_dir, or delete the old shards and every run that used them"
     return _is_made(Path(settings.output_dir), "shards", settings, sorted(vars(settings)), remedy)
 
 
 def _is_made(path: Path, kind: str, settings: Any, keys: Iterable[str], remedy: str) -> bool:
-    """Return whether the artifact is complete. Raises UserError if one of `keys` in its recipe differs."""
+    """Return True if the artifact is complete. Raises UserError if a setting in `keys` differs from its recipe."""
     if not atomic_dir.is_complete(path):
         return False
     recipe = atomic_dir.read_manifest(path, kind)["facts"].get("recipe", {})
@@ -97,17 +96,18 @@ def _is_made(path: Path, kind: str, settings: Any, keys: Iterable[str], remedy: 
 
 
 def is_trained(run: RunDirectory) -> bool:
-    """Return whether there is a complete checkpoint of the last step."""
-    return any(
-        atomic_dir.read_manifest(path, "checkpoint")["facts"].get("finished") is True
-        for path in _complete_checkpoints(run)
-    )
+    """Return True if there is a complete checkpoint of the last step."""
+    return any(_is_of_last_step(run.checkpoint(step), "checkpoint") for step in run.checkpoint_steps())
 
 
 def is_exported(run: RunDirectory) -> bool:
-    """Return whether there is a complete export of the last step."""
-    complete = atomic_dir.is_complete(run.export)
-    return complete and atomic_dir.read_manifest(run.export, "export")["facts"].get("finished") is True
+    """Return True if there is a complete export of the last step."""
+    return _is_of_last_step(run.export, "export")
+
+
+def _is_of_last_step(path: Path, kind: str) -> bool:
+    complete = atomic_dir.is_complete(path)
+    return complete and atomic_dir.read_manifest(path, kind)["facts"].get("finished") is True
 
 
 def is_evaluated(settings: EvaluateSettings) -> bool:
@@ -115,17 +115,13 @@ def is_evaluated(settings: EvaluateSettings) -> bool:
 
 
 def has_work(run: RunDirectory) -> bool:
-    """Return whether there is a complete checkpoint, an export or an evaluation."""
-    return bool(_complete_checkpoints(run) or atomic_dir.is_complete(run.export) or run.evaluation_names())
-
-
-def _complete_checkpoints(run: RunDirectory) -> list[Path]:
-    paths = [run.checkpoint(step) for step in run.checkpoint_steps()]
-    return [path for path in paths if atomic_dir.is_complete(path)]
+    """Return True if there is a complete checkpoint, a complete export or an evaluation's folder."""
+    paths = [run.export, *map(run.checkpoint, run.checkpoint_steps())]
+    return any(map(atomic_dir.is_complete, paths)) or bool(run.evaluation_names())
 
 
 def training_progress(settings: TrainSettings) -> Progress:
-    """Return a training's progress from the end of its metrics.jsonl; the total is max_steps until the first step."""
+    """Return a training's progress from the end of metrics.jsonl. Before the first step, the total is `max_steps`."""
     steps = last_steps(RunDirectory(Path(settings.output_dir)).metrics)
     last = steps[-1] if steps else {}
     step, total, loss = last.get("step", 0), last.get("total_steps", settings.max_steps), last.get("loss")
@@ -134,7 +130,7 @@ def training_progress(settings: TrainSettings) -> Progress:
 
 
 def annotation_progress(settings: AnnotateSettings) -> Progress:
-    """Return the number of the teacher's answers; their total is not known in advance."""
+    """Return how many answers the teacher has written so far. The total is 0, because it is not known in advance."""
     try:
         answers = AnnotationDirectory(Path(settings.output_dir)).responses.read_bytes().count(b"\n")
     except FileNotFoundError:
@@ -143,45 +139,43 @@ def annotation_progress(settings: AnnotateSettings) -> Progress:
 
 
 def final_loss(run: RunDirectory) -> float | None:
-    """Return the mean loss of the last steps in the log, in nats per learned token; None without steps."""
+    """Return the mean loss of the last steps in metrics.jsonl, in nats per target token; None if no loss is finite."""
     losses = [step.get("loss") for step in last_steps(run.metrics)[-_FINAL_LOSS_STEPS:]]
     numbers = [loss for loss in losses if isinstance(loss, (int, float)) and math.isfinite(loss)]
     return sum(numbers) / len(numbers) if numbers else None
 
 
 def accuracy(settings: EvaluateSettings) -> str:
-    """Return strict accuracy with its 95 % interval, "67.0% [61.5, 72.1]". Raises UserError for an unreadable file."""
-    with _readable(EvaluationDirectory(Path(settings.output_dir)).results, "evaluate again") as path:
-        strict = json.loads(path.read_text(encoding="utf-8"))["accuracy"]["strict"]
+    """Return the strict accuracy and its 95 % interval: "67.0% [61.5, 72.1]". Raises UserError for a damaged file."""
+    with _read_json(EvaluationDirectory(Path(settings.output_dir)).results, "evaluate again") as results:
+        strict = results["accuracy"]["strict"]
         return f"{strict['accuracy']:.1%} [{100 * strict['low']:.1f}, {100 * strict['high']:.1f}]"
 
 
 def headlines(study: StudyDirectory) -> list[str]:
-    """Return the report's headline for each problem set. Raises UserError if they cannot be read."""
-    with _readable(study.report / "results.json", "make the report again") as path:
-        return [str(line) for line in json.loads(path.read_text(encoding="utf-8"))["headlines"]]
+    """Return the report's headline for each problem set. Raises UserError if the report's results.json is damaged."""
+    with _read_json(study.report / "results.json", "make the report again") as results:
+        return [str(line) for line in results["headlines"]]
 
 
 @contextlib.contextmanager
-def _readable(path: Path, remedy: str) -> Iterator[Path]:
-    """Context manager that turns errors of a damaged file into a UserError."""
+def _read_json(path: Path, remedy: str) -> Iterator[Any]:
+    """Context manager that yields the content of a JSON file. An error in reading or using it becomes a UserError."""
     try:
-        yield path
+        yield json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete the folder and {remedy}") from None
 
 
 class EvaluationProgress:
-    """Callable that counts finished problems (lines in the rank files), reading only lines added since its last call."""
+    """Callable that counts finished problems, i.e. lines in the rank files. Each call reads only new lines."""
 
     def __init__(self, settings: EvaluateSettings):
         self._rank_files = EvaluationDirectory(Path(settings.output_dir)).rank_files
         self._offsets: dict[Path, int] = {}
         self._done = 0
-        facts = atomic_dir.read_manifest(Path(settings.shards), "shards")["facts"]
-        self._total = facts["num_problems"]
-        if settings.max_problems:
-            self._total = min(self._total, settings.max_problems)
+        num_problems = atomic_dir.read_manifest(Path(settings.shards), "shards")["facts"]["num_problems"]
+        self._total = min(settings.max_problems or num_problems, num_problems)
 
     def __call__(self) -> Progress:
         for path in self._rank_files.glob("*.jsonl") if self._rank_files.is_dir() else ():
@@ -194,12 +188,9 @@ class EvaluationProgress:
 
 
 def last_steps(metrics: Path) -> list[dict[str, Any]]:
-    """Return the records of the last steps, ascending; after a resume, only the last record of a repeated step."""
-    steps: dict[int, dict[str, Any]] = {}
+    """Return the records of the last steps in order. If a step was repeated after a resume, return only its last record."""
+    steps: list[dict[str, Any]] = []
     for _, record in read_json_lines(metrics, _TAIL_BYTES):
-        step = record.get("step") if record else None
-        if record and type(step) is int and "evaluation" not in record:
-            for undone in [known for known in steps if known >= step]:  # by a resume at an earlier checkpoint
-                del steps[undone]
-            steps[step] = record
-    return list(steps.values())
+        if record and type(record.get("step")) is int and "evaluation" not in record:
+            steps = [earlier for earlier in steps if earlier["step"] < record["step"]] + [record]
+    return steps

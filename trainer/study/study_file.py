@@ -1,6 +1,4 @@
-"""Load a study file: make and check the settings of all its runs before anything is started."""
-
-from __future__ import annotations
+"""Load a study file: make and check the settings of all its runs before any stage starts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +7,14 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.settings import ConvertSettings, EvaluateSettings, PrepareSettings, TrainSettings
 from trainer.storage.run_directory import StudyDirectory
-from trainer.study import checks, data_sets, expand, methods
+from trainer.study import checks, data_sets, methods
 from trainer.study.data_sets import ProblemSet
-from trainer.study.expand import RunSpec
+from trainer.study.expand import ModelEntry, RunSpec, StudyGrid, expand
 
 __all__ = ["RunSpec", "Study", "load_study"]
 
 LAUNCHERS = ("auto", "deepspeed", "mpiexec")
-KEYS = (
+STUDY_KEYS = (
     *("study", "output_dir", "shards_dir", "annotations_dir", "num_ranks", "num_parallel", "launcher"),
     *("data", "models", "methods", "seeds"),
     *("annotate", "prepare", "train", "convert", "evaluate", "evaluations"),
@@ -28,7 +26,7 @@ class Study:
     file: Path
     directory: StudyDirectory
     num_ranks: int
-    num_parallel: int  # maximum number of stages at the same time on this machine
+    num_parallel: int  # maximum number of stages that run at the same time on this machine
     launcher: str
     problem_sets: tuple[ProblemSet, ...]
     runs: tuple[RunSpec, ...]
@@ -38,7 +36,7 @@ class Study:
         return self.directory.path.name
 
     @property
-    def shards(self) -> tuple[PrepareSettings, ...]:
+    def prepare_settings(self) -> tuple[PrepareSettings, ...]:
         return tuple(problems.shards for problems in self.problem_sets)
 
 
@@ -50,12 +48,9 @@ def load_study(
     num_ranks: int = 0,
     num_parallel: int = 0,
 ) -> Study:
-    """Return the study of a parsed file; the last four arguments, if given, override it.
-
-    Raises UserError with the file and the key path of the first fault.
-    """
+    """Return the study of a parsed file. Optional arguments replace values unless "" or 0. Raises UserError for a bad value."""
     where = str(file)
-    checks.check_keys(values, KEYS, where)
+    checks.check_keys(values, STUDY_KEYS, where)
     name = checks.checked_name(checks.required(values, "study", where), f"{where}: study")
     launcher = values.get("launcher", "auto")
     if launcher not in LAUNCHERS:
@@ -75,7 +70,7 @@ def load_study(
 
     data = data_sets.read_data_sets(values, shards_root, annotations_root, where)
     models = _models(values, num_ranks, default_ranks, where)
-    grid = expand.StudyGrid(
+    grid = StudyGrid(
         where=where,
         directory=directory,
         seeds=_seeds(values, where),
@@ -90,31 +85,26 @@ def load_study(
         ],
     )
     problem_sets = tuple(problems for sets in data.values() for problems in sets.values())
-    runs = expand.expand(grid)
+    runs = expand(grid)
     if not runs:
         raise UserError(f"{where}: there is no run: no method is for any of the models and data sets")
     return Study(file, directory, default_ranks, num_parallel, launcher, problem_sets, runs)
 
 
-def _models(
-    values: dict[str, Any], num_ranks: int, default_ranks: int, where: str
-) -> dict[str, expand.ModelEntry]:
-    found = {}
-    for name, given in checks.named_settings(values, "models", where).items():
+def _models(values: dict[str, Any], num_ranks: int, default_ranks: int, where: str) -> dict[str, ModelEntry]:
+    models = {}
+    for name, settings in checks.named_settings(values, "models", where).items():
         path = f"{where}: models.{name}"
-        ranks = checks.checked_count(given.pop("num_ranks", default_ranks), f"{path}: num_ranks")
-        checks.check_settings(TrainSettings, given, path)
-        found[name] = expand.ModelEntry(name, given, num_ranks or ranks)
-    return found
+        ranks = checks.checked_count(settings.pop("num_ranks", default_ranks), f"{path}: num_ranks")
+        checks.check_settings(TrainSettings, settings, path)
+        models[name] = ModelEntry(name, settings, num_ranks or ranks)
+    return models
 
 
-def _evaluation(given: Any, where: str) -> dict[str, Any]:
-    """Return checked settings of evaluations."""
-    values = checks.mapping(given or {}, where)
+def _evaluation(section: Any, where: str) -> dict[str, Any]:
+    values = checks.mapping(section or {}, where)
     if values.get("mode") == methods.FEW_SHOT or "exemplars" in values:
-        raise UserError(
-            f"{where}: few_shot is a method of its own; write it, with its exemplars, under methods"
-        )
+        raise UserError(f"{where}: few_shot is a method; write it, with its exemplars, under methods")
     checks.check_settings(EvaluateSettings, values, where)
     return values
 

@@ -1,6 +1,4 @@
-"""Tables of the plan and the progress of a study, read from disk without a network."""
-
-from __future__ import annotations
+"""Tables of a study's plan and progress. The data are read from disk, without a network."""
 
 import io
 import shlex
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from trainer.errors import UserError
 from trainer.models import presets
@@ -27,7 +25,7 @@ _WIDTH_WITHOUT_TERMINAL = 160
 
 
 def show_status(study: Study) -> None:
-    """Print the progress of every run, its loss and its accuracies (strict, 95 % interval)."""
+    """Print the progress of every run, its loss and its strict accuracies with their 95 % intervals."""
     variants = list(dict.fromkeys(evaluation_variant(e) for run in study.runs for e in run.evaluations))
     table = make_table("run", "train", "loss", "convert", *variants)
     for run in study.runs:
@@ -37,26 +35,22 @@ def show_status(study: Study) -> None:
     todo = stages.study_stages(study)
     done = sum(status.is_done(stage) for stage in todo)
     terminal.info(f"study {study.name} ({study.directory.path}): {done} of {len(todo)} stages done")
-    for settings in study.shards:
-        ready = "not prepared"
-        if status.are_shards_ready(settings):
-            facts = atomic_dir.read_manifest(Path(settings.output_dir))["facts"]
-            ready = f"{facts['num_problems']} problems"
-        terminal.info(f"shards {settings.output_dir}: {ready}")
+    for settings in study.prepare_settings:
+        is_ready = status.are_shards_ready(settings)
+        text = f"{_facts(settings.output_dir)['num_problems']} problems" if is_ready else "not prepared"
+        terminal.info(f"shards {settings.output_dir}: {text}")
     terminal.info(table_text(table))
-    if running := directory_lock.current_owner(study.directory.lock):
-        terminal.info(f"in use: {running.process}, since {running.since}")
+    if owner := directory_lock.current_owner(study.directory.lock):
+        terminal.info(f"in use: {owner.process}, since {owner.since}")
     elif leftovers := processes.processes_of_study(study.directory):
-        numbers = ", ".join(str(process.pid) for process in leftovers)
-        terminal.info(
-            f"not running, but processes {numbers} of an earlier start are alive; a run ends them first"
-        )
+        pids = ", ".join(str(process.pid) for process in leftovers)
+        terminal.info(f"not running, but processes {pids} of an earlier start are alive; a run ends them")
     if status.is_done(todo[-1]):
         terminal.info(f"report: {study.directory.report / 'index.html'}")
 
 
-def print_dry_run(study: Study, tools: Path | None) -> None:
-    """Print models, stages and the commands of stages that are not done. Raises UserError if a run would."""
+def print_dry_run(study: Study, scripts_dir: Path | None) -> None:
+    """Print models, stages and the commands of remaining stages. Raises UserError if settings of existing runs changed."""
     changes.check_unchanged(study)
     todo = stages.study_stages(study)
     waiting = [stage for stage in todo if not status.is_done(stage)]
@@ -68,18 +62,18 @@ def print_dry_run(study: Study, tools: Path | None) -> None:
     terminal.info(table_text(table))
     terminal.info(f"study {study.name}: {len(study.runs)} runs, {len(todo)} stages, {len(waiting)} to do")
     for stage in waiting:
-        terminal.info("\n" + shlex.join(stages.stage_command(stage, tools, study.launcher)))
+        terminal.info("\n" + shlex.join(stages.stage_command(stage, scripts_dir, study.launcher)))
 
 
 def _models(study: Study) -> Table:
-    """Return a table of the models; `?` marks what is not known without a network."""
+    """Return a table of the models. A `?` is a number that cannot be determined from the files on this machine."""
     table = make_table("model", "from", "parameters", "ranks", "deepspeed", "dtype")
-    prepared = {settings.output_dir: settings for settings in study.shards}
-    seen = set()
+    prepared = {settings.output_dir: settings for settings in study.prepare_settings}
+    labels = set()
     for run in study.runs:
-        if run.train and run.train.model_label not in seen:
-            seen.add(run.train.model_label)
-            settings = run.train
+        settings = run.train
+        if settings and settings.model_label not in labels:
+            labels.add(settings.model_label)
             table.add_row(
                 settings.model_label,
                 settings.model_name_or_path or f"{settings.config_name} (random weights)",
@@ -92,18 +86,16 @@ def _models(study: Study) -> Table:
 
 
 def _stage_problems(stage: stages.Stage, study: Study) -> str:
-    """Return the number of problems that a stage prepares, trains on or evaluates; "?" if unknown."""
+    """Return the number of problems that a stage prepares, trains on or evaluates; "?" if unknown, "" for other stages."""
     if stage.kind == "prepare":
         return _number(num_problems(stage.settings))
     if stage.kind == "train":
-        return _number(num_examples(stage.settings, study.shards))
-    if stage.kind == "evaluate":
-        return _number(num_answers(stage.settings, study.shards))
-    return ""
+        return _number(num_examples(stage.settings, study.prepare_settings))
+    return _number(num_answers(stage.settings, study.prepare_settings)) if stage.kind == "evaluate" else ""
 
 
 def num_problems(settings: PrepareSettings) -> int | None:
-    """Return the problems in a set, from its shards or its settings; None if they depend on a source not read yet."""
+    """Return the number of problems in a set, from its shards or, for stories, from its settings; None if unknown."""
     if facts := _facts(settings.output_dir):
         return int(facts["num_problems"])
     if settings.data == "stories":
@@ -112,7 +104,7 @@ def num_problems(settings: PrepareSettings) -> int | None:
 
 
 def num_examples(training: TrainSettings, shards: Iterable[PrepareSettings]) -> int | None:
-    """Return the training problems that have the steps the method requires; None if unknown."""
+    """Return the number of training examples; None if unknown. Before the shards exist, all problems count as examples."""
     facts = _facts(training.train_shards)
     if "problems_per_method" in facts:
         return int(facts["problems_per_method"].get(training.method, 0))
@@ -120,7 +112,7 @@ def num_examples(training: TrainSettings, shards: Iterable[PrepareSettings]) -> 
 
 
 def num_answers(evaluation: EvaluateSettings, shards: Iterable[PrepareSettings]) -> int | None:
-    """Return the problems that an evaluation answers; None if unknown."""
+    """Return the number of problems that an evaluation answers; None if unknown."""
     available = _num_problems_in(evaluation.shards, shards)
     return available and min(evaluation.max_problems or available, available)
 
@@ -130,23 +122,17 @@ def _num_problems_in(path: str, shards: Iterable[PrepareSettings]) -> int | None
 
 
 def num_parameters(settings: TrainSettings, prepared: PrepareSettings) -> int | None:
-    """Return the number of parameters from the config of a preset, a local folder or a model in the Hub's local cache.
-
-    None if it would require the network or a vocabulary that does not exist yet.
-    """
+    """Return the number of parameters; None if the config or the vocabulary size is not on this machine."""
     from trainer.models import load, stories_tokenizer
 
+    vocabulary_size = stories_tokenizer.VOCAB_SIZE if prepared.tokenizer_name == "stories" else 0
+    vocabulary_size = int(_facts(prepared.output_dir).get("vocabulary_size", vocabulary_size))
     name = settings.model_name_or_path or settings.config_name
-    facts, vocabulary_size = _facts(prepared.output_dir), 0
-    if facts:
-        vocabulary_size = int(facts["vocabulary_size"])
-    elif prepared.tokenizer_name == "stories":
-        vocabulary_size = stories_tokenizer.VOCAB_SIZE
     try:
         config = _config(name, settings.config_overrides, vocabulary_size)
         return None if config is None else load.num_parameters(config)
     except (UserError, OSError, ValueError):
-        return None  # the training stage reports the error
+        return None  # the training stage will report this error
 
 
 def _config(name: str, overrides: str, vocabulary_size: int) -> Any:
@@ -175,16 +161,16 @@ def _number(value: int | None) -> str:
 
 
 def _training(run: RunSpec) -> tuple[str, str, str]:
-    """Return the cells of a training: its progress, its loss, and whether its checkpoint is converted."""
+    """Return three cells of the status table: progress of the training, final loss, and "done" if the run is exported."""
     assert run.train
-    loss, training = status.final_loss(run.directory), "-"
+    loss, progress = status.final_loss(run.directory), "-"
     exported = status.is_exported(run.directory)
     if exported or status.is_trained(run.directory):
-        training = "done"
+        progress = "done"
     elif run.directory.metrics.is_file():
-        progress = status.training_progress(run.train)
-        training = f"{progress.done}/{progress.total or '?'}"
-    return training, "-" if loss is None else f"{loss:.3f}", "done" if exported else "-"
+        steps = status.training_progress(run.train)
+        progress = f"{steps.done}/{steps.total or '?'}"
+    return progress, "-" if loss is None else f"{loss:.3f}", "done" if exported else "-"
 
 
 def _evaluation(settings: EvaluateSettings) -> str:
@@ -197,10 +183,8 @@ def _evaluation(settings: EvaluateSettings) -> str:
 
 
 def make_table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+    headers = [Column(name, overflow="fold") for name in columns]
+    return Table(*headers, box=None, pad_edge=False, padding=(0, 2, 0, 0))
 
 
 def table_text(table: Table) -> str:

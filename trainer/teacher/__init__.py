@@ -1,1 +1,1 @@
-"""Annotation of problems with solution steps that a teacher model writes and this package checks."""
+"""Annotation of problems: a teacher model writes the solution steps, and this package checks them."""

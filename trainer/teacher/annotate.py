@@ -1,6 +1,4 @@
-"""Annotate problems with a teacher: read them, send the missing requests, filter the responses, publish the result."""
-
-from __future__ import annotations
+"""Annotate problems with a teacher: read data, send the unanswered requests, filter responses, publish the result."""
 
 import contextlib
 import json
@@ -10,20 +8,21 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.runtime import directory_lock, terminal
 from trainer.storage import atomic_dir
+from trainer.storage.manifest import AnnotationFacts
 from trainer.storage.run_directory import AnnotationDirectory
 from trainer.teacher import result
 from trainer.teacher.job import AnnotationJob, prepare_job
 from trainer.teacher.responses import ResponseLog
 from trainer.teacher.settings import AnnotateSettings
 
-_CHARACTERS_PER_TOKEN = 4  # of English text, about
+_CHARACTERS_PER_TOKEN = 4  # approximately, in English text
 
 
 def annotate(settings: AnnotateSettings) -> None:
-    """Write `<output_dir>/result`. Responses of an earlier or killed run are reused.
+    """Annotate the problems and write `<output_dir>/result`. Responses of earlier runs, even of killed runs, are reused.
 
-    Raises UserError for bad input, for a result made with other settings, for an output_dir in use, and for an endpoint
-    that does not answer.
+    Raises UserError if the input is invalid, a result with other settings exists, another process uses output_dir, or the
+    endpoint does not answer.
     """
     directory = AnnotationDirectory(Path(settings.output_dir))
     with directory_lock.locked(directory.lock):
@@ -44,21 +43,20 @@ def print_dry_run(settings: AnnotateSettings) -> None:
     log = ResponseLog(directory.responses, directory.corrupt_lines, read_only=True)
     queues = job.queues(log)
     missing = [request for queue in queues for request in queue if log.get(request.key) is None]
-    least, most = len(queues), len(missing)
+    num_least, num_most = len(queues), len(missing)
     prompt_tokens = sum(len(request.prompt) for request in missing) / _CHARACTERS_PER_TOKEN
     terminal.info(
         f"{len(job.problems)} problems to annotate; left out: {len(job.contaminated)} like test questions, "
         f"{len(job.bad_records)} bad records"
     )
-    now = f"{most}" if least == most else f"{least} to {most}"
+    num_sent = f"{num_most}" if num_least == num_most else f"{num_least} to {num_most}"
     num_requests = sum(map(len, job.requests.values()))
     terminal.info(
-        f"{num_requests} requests at most, {job.num_answered(log)} of them already answered; a run sends {now}"
+        f"{num_requests} requests at most, {job.num_answered(log)} of them already answered; a run sends {num_sent}"
     )
-    terminal.info(
-        f"about {prompt_tokens:,.0f} prompt tokens and at most {most * settings.max_new_tokens:,} completion tokens"
-    )
-    cost = result.cost_of(prompt_tokens, most * settings.max_new_tokens, settings)
+    completion_tokens = num_most * settings.max_new_tokens
+    terminal.info(f"about {prompt_tokens:,.0f} prompt and at most {completion_tokens:,} completion tokens")
+    cost = result.cost_of(prompt_tokens, completion_tokens, settings)
     if cost is not None:
         terminal.info(f"cost at most about {cost:.2f}")
     first = job.problems[0]
@@ -96,7 +94,7 @@ def _query(job: AnnotationJob, log: ResponseLog) -> None:
 def _publish(final: Path, job: AnnotationJob, log: ResponseLog) -> None:
     results = list(result.problem_results(job, log))
     numbers = result.summarise(job, results, log)
-    facts: dict[str, Any] = {
+    facts: AnnotationFacts = {
         "recipe": job.fingerprint_fields,
         "teacher": job.teacher,
         "gold_hint": job.settings.gold_hint,
@@ -107,27 +105,30 @@ def _publish(final: Path, job: AnnotationJob, log: ResponseLog) -> None:
         result.write(staging, job, results, numbers)
     terminal.info(result.table(numbers))
     if not numbers["problems"]["annotated"]:
-        terminal.warning(f"no chain was kept; see {final / result.REJECTED}")
+        terminal.warning(f"no sample was kept; see {final / result.REJECTED}")
     terminal.info(f"{final / result.ANNOTATED}: {numbers['samples']['kept']} problems with steps")
 
 
 def _is_up_to_date(final: Path, job: AnnotationJob) -> bool:
-    """Return whether `final` is the job's complete result. Raises UserError if it has other settings."""
+    """Return whether `final` holds the job's full result. Unless `overwrite`, raises UserError if it has other settings."""
     if not atomic_dir.is_complete(final):
         return False
     old, new = atomic_dir.read_manifest(final, result.KIND)["facts"]["recipe"], job.fingerprint_fields
     if old == new:
-        return "unanswered" not in _summary(final)["rejected_by_reason"]  # else query them again
+        return "unanswered" not in _summary(final)["rejected_by_reason"]  # unanswered requests are sent again
     if job.settings.overwrite:
         return False
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    values = {key: [repr(recipe.get(key)) for recipe in (old, new)] for key in keys}
-    short = {key: [text if len(text) <= 60 else f"{text[:13]}..." for text in values[key]] for key in keys}
-    changes = ", ".join(f"{key}: {there} there, {now} now" for key, (there, now) in short.items())
+    changes = ", ".join(f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} now" for key in keys)
     raise UserError(
         f"{final} was made with other settings ({changes}); choose another output_dir, or give --overwrite "
         "to replace the result (no response is lost)"
     )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:13]}..."
 
 
 def _summary(final: Path) -> dict[str, Any]:

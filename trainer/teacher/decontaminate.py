@@ -1,14 +1,13 @@
 """Find problems that match test questions.
 
 Two questions match if their normalised texts are equal, or if they share an n-gram of 13 words (as for GPT-3: Brown et
-al. 2020, arXiv:2005.14165, appendix C). A question with fewer words must occur as a whole in the other one.
-Normalised: lower case, Unicode NFKC, no punctuation, whole numbers (`1,080` is 1080, `0.5` is 0.5).
+al. 2020, arXiv:2005.14165, appendix C). A question of fewer than 13 words matches if its word sequence occurs
+in the other question. Normalised texts are in lower case and Unicode NFKC, without punctuation. A number is one word: `0.5`
+stays 0.5, and `1,080` becomes 1080.
 
-A data set that varies its own texts loses many problems: SVAMP's test problems share their stories with training
-problems. `ngram` 0 matches equal questions only.
+In a data set with variants of the same texts, many questions match: SVAMP's training and test problems share stories. With
+`ngram` 0, only equal questions match.
 """
-
-from __future__ import annotations
 
 import re
 import unicodedata
@@ -24,20 +23,20 @@ def words(question: str) -> tuple[str, ...]:
 
 
 class HeldOutQuestions:
-    """Test questions, indexed for matching."""
+    """Index of test questions. `questions`: (name, question) of every test problem."""
 
     def __init__(self, questions: Iterable[tuple[str, str]], ngram: int = 13) -> None:
-        """`questions`: pairs of a test problem's name and its question."""
         self._ngram = ngram
         self._questions = [(name, words(question)) for name, question in questions]
         self._whole: dict[tuple[str, ...], str] = {}
-        self._short: dict[int, dict[tuple[str, ...], str]] = {}  # num words -> questions below `ngram` words
+        self._short: dict[
+            int, dict[tuple[str, ...], str]
+        ] = {}  # number of words -> question -> name, for questions of fewer than `ngram` words
         for name, text in self._questions:
             self._whole.setdefault(text, name)
             if len(text) < ngram:
                 self._short.setdefault(len(text), {}).setdefault(text, name)
-        # n -> n-grams of the questions, filled on demand
-        self._ngrams: dict[int, dict[tuple[str, ...], str]] = {}
+        self._ngrams: dict[int, dict[tuple[str, ...], str]] = {}  # n -> n-gram -> name, computed on demand
 
     def match(self, question: str) -> str | None:
         """Return the name of a test problem that the question matches, or None."""

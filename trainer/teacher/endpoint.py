@@ -1,10 +1,8 @@
 """Client of a teacher behind an OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, `transformers serve`, ...).
 
-The key of the environment (OPENAI_API_KEY) is sent in the request's header only; in an endpoint's error messages it is
-masked. Each sample is one request, because not every server supports `n`.
+The API key (OPENAI_API_KEY in the environment) appears only in the header of requests, and is masked in the endpoint's
+error messages. Each sample is one request, because not every server supports `n`.
 """
-
-from __future__ import annotations
 
 import asyncio
 import email.utils
@@ -27,7 +25,6 @@ API_KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_BACKOFF_SECONDS = 60.0
 MAX_RETRY_AFTER_SECONDS = 600.0
 _PROBE_SECONDS = 10.0
-_NO_KEY = "none"  # the client requires a key; local servers ignore it
 _RETRIED_STATUSES = (408, 409, 425, 429)
 _PERMANENT_STATUSES = {
     401: f"give the right key in {API_KEY_VARIABLE}",
@@ -37,15 +34,18 @@ _PERMANENT_STATUSES = {
 
 
 class RequestFailed(Exception):
-    """A request got no response after all attempts; the message has the reason."""
+    """A request failed and is not retried. The message has the reason."""
 
 
 class _MalformedResponse(Exception):
-    """A response without a completion."""
+    """The server's answer holds no valid completion. The message has the reason."""
 
 
 class Endpoint:
-    """Client that sends requests and retries failed ones. Must be created and used in one event loop."""
+    """Client that sends requests and retries failed requests. Must be created and used in one event loop.
+
+    After `is_stopped` is set to True, requests in flight are completed, and no request is sent or retried.
+    """
 
     def __init__(self, settings: AnnotateSettings) -> None:
         self._settings = settings
@@ -53,40 +53,36 @@ class Endpoint:
         if not key.isascii() or not key.isprintable():
             raise UserError(f"{API_KEY_VARIABLE} holds characters that no key has; set it again")
         self._secret = key
+        # The client requires a key; local servers ignore it.
         self.client = openai.AsyncOpenAI(
-            base_url=settings.base_url,
-            api_key=key or _NO_KEY,
-            max_retries=0,
-            timeout=settings.timeout_seconds,
+            base_url=settings.base_url, api_key=key or "none", max_retries=0, timeout=settings.timeout_seconds
         )
         self._rate_limiter = RateLimiter(settings.requests_per_minute)
-        self.is_stopped = False  # set it to stop retrying; requests in flight are the last
+        self.is_stopped = False
 
     async def probe(self) -> None:
-        """Raise UserError if every request would fail: no server, or a wrong key.
+        """Raise UserError if there is no server or the key is wrong.
 
-        Requests the list of models, which is free of charge; an endpoint need not have one.
+        Requests the list of models, which is free of charge. An endpoint without such a list passes.
         """
         where = self._settings.base_url
         try:
             await self.client.models.list(timeout=_PROBE_SECONDS)
         except openai.APITimeoutError:
-            raise UserError(
-                f"{where} did not answer within {_PROBE_SECONDS:.0f} s; is it still starting?"
-            ) from None
+            limit = f"{_PROBE_SECONDS:.0f} s"
+            raise UserError(f"{where} did not answer within {limit}; is it still starting?") from None
         except openai.APIConnectionError as error:
-            reason = error.__cause__ or error
-            raise UserError(
-                f"no endpoint at {where}: {self._without_key(str(reason))}; start the server, or correct base_url"
-            ) from None
+            reason = self._without_key(str(error.__cause__ or error))
+            remedy = "start the server, or correct base_url"
+            raise UserError(f"no endpoint at {where}: {reason}; {remedy}") from None
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
                 raise self._permanent_error(error) from None
         except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError):
-            pass  # an endpoint need not have a list of models
+            pass  # the endpoint has no list of models
 
     async def complete(self, request: TeacherRequest) -> Response:
-        """Return the response. Raises RequestFailed, or UserError if every other request would fail too."""
+        """Return the response. Raises UserError if all requests would fail, RequestFailed if only this request fails."""
         problem = ""
         for attempt in range(1, self._settings.max_attempts + 1):
             if self.is_stopped:
@@ -114,7 +110,7 @@ class Endpoint:
         raise RequestFailed(f"{problem} (attempt {self._settings.max_attempts})")
 
     async def _request_once(self, request: TeacherRequest) -> Response:
-        """Send the request once. Raises the client's errors and _MalformedResponse."""
+        """Send the request once and return the response. Raises _MalformedResponse or `openai`'s errors on failure."""
         options: dict[str, Any] = {
             "model": self._settings.model,
             "temperature": self._settings.temperature,
@@ -138,42 +134,38 @@ class Endpoint:
 
     def _permanent_error(self, error: openai.APIStatusError) -> UserError:
         remedy = _PERMANENT_STATUSES.get(error.status_code, "fix that, then run the same command again")
-        return UserError(
-            f"{self._settings.base_url} refused the request, {self._error_text(error)}; {remedy}"
-        )
+        refusal = f"{self._settings.base_url} refused the request, {self._error_text(error)}"
+        return UserError(f"{refusal}; {remedy}")
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._secret, "***") if self._secret else text
 
 
 def check_url(url: str) -> None:
-    """Raise UserError unless `url` is an http(s) address without user name, password and query."""
+    """Raise UserError for a URL that is not http(s), or that has a user name, a password or a query."""
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises ValueError if the port is no number
+        parts.port  # noqa: B018 (raises ValueError for a port that is not a number)
     except ValueError as error:
         raise UserError(f"base_url is {url!r}: {error}") from None
     if parts.username or parts.password or parts.query:
-        raise UserError(
-            f"base_url holds a name, a password or a query; give the key in {API_KEY_VARIABLE} only"
-        )
+        raise UserError(f"base_url holds a name, password or query; give the key in {API_KEY_VARIABLE} only")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"base_url is {url!r}; write http://host:port/v1")
 
 
 def _parse_completion(answer: Any) -> Response:
-    """Return the response of an answer with status 200; the client checks no types. Raises _MalformedResponse."""
+    """Convert an object of the `openai` client, which does not check types. Raises _MalformedResponse for wrong types."""
     choices = None if isinstance(answer, str) else getattr(answer, "choices", None)
     if not isinstance(choices, list) or not choices:
         raise _MalformedResponse("it holds no choices")
-    text = (
-        choices[0].message.content if getattr(choices[0], "message", None) else getattr(choices[0], "text", 0)
-    )
+    message = getattr(choices[0], "message", None)
+    text = message.content if message else getattr(choices[0], "text", 0)
     if text is not None and not isinstance(text, str):
         raise _MalformedResponse("its first choice holds no text")
     finish_reason = choices[0].finish_reason
     return Response(
-        text or "",  # a refusal, or reasoning only: charged as well
+        text or "",  # None is not an error: the model refused, or spent all tokens on reasoning
         finish_reason if isinstance(finish_reason, str) else "stop",
         _count(answer.usage, "prompt_tokens"),
         _count(answer.usage, "completion_tokens"),
@@ -186,7 +178,7 @@ def _count(usage: Any, name: str) -> int | None:
 
 
 class RateLimiter:
-    """Limiter that spaces the requests of this process evenly. 0 requests per minute: no limit."""
+    """Rate limiter with a minimum interval between the requests of this process. 0 requests per minute: no limit."""
 
     def __init__(self, requests_per_minute: float) -> None:
         self._spacing = 60.0 / requests_per_minute if requests_per_minute else 0.0
@@ -194,29 +186,25 @@ class RateLimiter:
 
     async def acquire(self) -> None:
         """Wait until one more request may be sent."""
-        while True:
-            now = time.monotonic()
-            if now >= self._next:
-                self._next = now + self._spacing
-                return
+        while (now := time.monotonic()) < self._next:
             await asyncio.sleep(self._next - now)
+        self._next = now + self._spacing
 
     def back_off(self, seconds: float) -> None:
-        """Delay all requests by `seconds`, as the endpoint demands."""
+        """Send no request for at least `seconds`, as the endpoint demands."""
         self._next = max(self._next, time.monotonic() + seconds)
 
 
 def backoff_seconds(attempt: int, first_seconds: float) -> float:
-    """Return the wait after failed attempt number `attempt` (from 1): doubled each time, with jitter.
+    """Return the seconds to wait after attempt number `attempt` (from 1). The wait doubles after each attempt.
 
-    The jitter of half the wait spreads requests that failed together ("equal jitter", M. Brooker, AWS Architecture
-    Blog, 2015).
+    Jitter of up to half the wait spreads requests that failed together ("equal jitter", AWS Architecture Blog, 2015).
     """
     return min(MAX_BACKOFF_SECONDS, first_seconds * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of the header Retry-After, a number or a date (RFC 9110, 10.2.3), or None."""
+    """Return the seconds in the header Retry-After (RFC 9110, 10.2.3); None if the header is absent or malformed."""
     text = headers.get("retry-after", "").strip()
     if not text:
         return None

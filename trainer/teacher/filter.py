@@ -1,27 +1,25 @@
-"""Parse a teacher's chains, and filter them by form, arithmetic and final answer.
+"""Parse the texts of a teacher into steps, and filter them by form, arithmetic and final answer.
 
-Pure functions. The checks run in the order of FILTER_REASONS, and the first that fails gives the reason.
+All functions are pure. The checks run in the order of FILTER_REASONS; the first failed check gives the reason.
 
-An annotation recomputes if its result is the value of its expression, or that value rounded to at least two decimals
-(`<<10/3=3.33>>`). Expressions that the calculator does not accept (percent signs, units, powers) do not recompute,
-because the calculator cannot insert their results when a student generates.
+The result in a calculator annotation must be the value of its expression, exactly or rounded to at least two decimals
+(`<<10/3=3.33>>`). Expressions that the calculator does not accept (percent signs, units, powers) are rejected, because the
+calculator could not insert their results when a trained model generates.
 
-A text has steps line by line, then `#### answer`.
-`cot`: every line is a solution. `socratic`: sub-questions and solutions in turn, starting with a sub-question.
+A text consists of lines of steps and a final line `#### answer`.
+`cot`: every line is a solution. `socratic`: sub-questions and solutions alternate, starting with a sub-question.
 These decorations are recognised and removed:
 
 - blank lines, lines of a code fence (```), and one introduction that ends with a colon ("Here is the solution:");
-- a bullet (`- `, `* `) or a number (`1. `, `2) `, `Step 3: `) before a line, and `**bold**` at its beginning;
-- socratic: the labels `Q:`, `Question 2:`, `Sub-question:` and `A:`, `S:`, `Answer:`, `Solution 2:`. If there
-  are labels, a line without one continues the line above it; else every line is one whole text;
+- a bullet (`- `, `* `) or a number (`1. `, `2) `, `Step 3: `) before a line, and `**bold**` at the start of a line;
+- socratic: the labels `Q:`, `Question 2:`, `Sub-question:` and `A:`, `S:`, `Answer:`, `Solution 2:`. In a text with
+  labels, a line without a label continues the line above. In other texts, no line continues another line;
 - socratic: sub-question and solution on one line, `sub-question ** solution`, as in GSM8K's files;
 - anything after the line of the answer.
 
-Without labels, lines must alternate, sub-questions must end with a question mark and solutions must not; otherwise a
-missing line would pair every later question with the wrong solution.
+In a text without labels, sub-questions must end with a question mark and solutions must not. This detects a missing line,
+which would otherwise pair every later sub-question with the wrong solution.
 """
-
-from __future__ import annotations
 
 import re
 from collections import Counter
@@ -44,12 +42,12 @@ FILTER_REASONS = {
     "too_many_steps": "more than max_steps steps",
     "bad_annotation": "a calculator annotation is not of the form <<a*b=c>>",
     "no_annotation": "no calculator annotation, and require_annotations is set",
-    "wrong_arithmetic": "a calculator annotation does not recompute",
+    "wrong_arithmetic": "the result of a calculator annotation is wrong",
     "wrong_answer": "the final answer is not the gold answer",
-    "duplicate": "an earlier sample of the same problem is the same chain",
+    "duplicate": "an earlier sample of the same problem has the same steps",
 }
 _ANNOTATION = re.compile(r"<<([^<>]*)>>")
-_MIN_DECIMALS = 2  # a rounded result must have at least this many
+_MIN_DECIMALS = 2  # minimum number of decimals of a rounded result
 _BULLET = re.compile(r"(?:[-*•]\s+)?(?:\*\*(?P<bold>[^*]+)\*\*)?")
 _NUMBER = re.compile(r"(?:step\s*)?\(?[0-9]{1,2}\s?[.):]\s+|step\s*[0-9]{1,2}\s*[:.]\s*", re.IGNORECASE)
 _LABEL = re.compile(
@@ -61,7 +59,7 @@ _PAIR = " ** "
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Requirements on a teacher's steps besides a correct answer and correct arithmetic."""
+    """Additional requirements on a teacher's steps. The answer and the arithmetic must always be correct."""
 
     style: str
     min_steps: int = 1
@@ -71,7 +69,10 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class FilterResult:
-    """`steps`: () if the text cannot be parsed. `reason`: "" if the chain is kept, else a key of FILTER_REASONS."""
+    """Result of the filter for one text.
+
+    `steps`: () if the text cannot be parsed. `reason`: "" if the steps are kept, else a key of FILTER_REASONS.
+    """
 
     steps: tuple[Step, ...] = ()
     reason: str = ""
@@ -86,27 +87,26 @@ class FilterResult:
 
 
 def filter_sample(text: str, finish_reason: str, problem: Problem, config: FilterConfig) -> FilterResult:
-    """Filter one text of the teacher. `finish_reason`: the endpoint's "stop", "length" or "content_filter"."""
+    """Parse and check one text of the teacher. `finish_reason`: "stop", "length" or "content_filter"."""
     if finish_reason == "length":
         return FilterResult(reason="truncated", detail=f"cut off after {len(text)} characters")
     if finish_reason == "content_filter":
-        return FilterResult(reason="filtered", detail="")
+        return FilterResult(reason="filtered")
     try:
-        chain = parse_steps(text, config.style)
+        steps = parse_steps(text, config.style)
     except ParseError as error:
         return FilterResult(reason=error.reason, detail=error.detail)
-    reason, detail = _first_defect(chain, text, problem, config)
-    return FilterResult(chain, reason, detail)
+    return FilterResult(steps, *_first_defect(steps, text, problem, config))
 
 
 def _first_defect(
-    chain: Sequence[Step], text: str, problem: Problem, config: FilterConfig
+    steps: Sequence[Step], text: str, problem: Problem, config: FilterConfig
 ) -> tuple[str, str]:
-    if len(chain) < config.min_steps:
-        return "too_few_steps", f"{len(chain)} steps"
-    if len(chain) > config.max_steps:
-        return "too_many_steps", f"{len(chain)} steps"
-    written = " ".join(f"{step.question} {step.solution}" for step in chain)
+    if len(steps) < config.min_steps:
+        return "too_few_steps", f"{len(steps)} steps"
+    if len(steps) > config.max_steps:
+        return "too_many_steps", f"{len(steps)} steps"
+    written = " ".join(f"{step.question} {step.solution}" for step in steps)
     annotations = _ANNOTATION.findall(written)
     signs = Counter(re.findall("<<|>>", written))
     if signs["<<"] != len(annotations) or signs[">>"] != len(annotations):
@@ -118,7 +118,7 @@ def _first_defect(
         return "no_annotation", ""
     for annotation in annotations:
         expression, _, result = annotation.partition("=")
-        if not recomputes(expression, result):
+        if not evaluates_to(expression, result):
             return "wrong_arithmetic", f"<<{annotation[:80]}>>, it is {calculator.evaluate(expression)}"
     answer = answers.extract_answer(text, "strict")
     if not answers.answers_match(answer, problem.answer):
@@ -126,10 +126,10 @@ def _first_defect(
     return "", ""
 
 
-def recomputes(expression: str, result: str) -> bool:
+def evaluates_to(expression: str, result: str) -> bool:
     """Return whether `result` is the value of `expression`, exactly or rounded to at least two decimals."""
     value = calculator.evaluate(expression)
-    written = calculator.evaluate(result)  # accepts 1,080 and -3; the pattern below excludes expressions
+    written = calculator.evaluate(result)  # the calculator also accepts "1+2"; the pattern below rejects it
     if value is None or written is None or not re.fullmatch(r"\s*-?[0-9,]*\.?[0-9]*\s*", result):
         return False
     if value == written:
@@ -140,7 +140,7 @@ def recomputes(expression: str, result: str) -> bool:
 
 
 class ParseError(Exception):
-    """The text is no chain of steps. `reason`: "no_answer", "no_steps", "unpaired" or "bad_step"."""
+    """Raised if a text cannot be parsed into steps. `reason`: "no_answer", "no_steps", "unpaired" or "bad_step"."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -148,13 +148,13 @@ class ParseError(Exception):
 
 
 def parse_steps(text: str, style: str) -> tuple[Step, ...]:
-    """Return the steps before `#### answer` in a text of style "cot" or "socratic". Raises ParseError."""
+    """Return the steps before `#### answer` in a text of style "cot" or "socratic". Raises ParseError for other formats."""
     body, delimiter, answer = text.rpartition(DELIMITER)
     if not delimiter or not answer.partition("\n")[0].strip():
         raise ParseError("no_answer", f"no line '{DELIMITER} answer'")
     stripped = map(str.strip, body.split("\n"))
     lines = [line for line in stripped if line and not line.startswith("```")]
-    # An introduction ends with a colon; with a digit it is a step, with a label or "?" a sub-question.
+    # Remove an introduction ("Here is the solution:"), but not a step (has a digit) or a sub-question (has "?" or a label).
     if lines and lines[0].endswith(":") and not re.search("[0-9?]", lines[0]) and not _label(lines[0])[0]:
         del lines[0]
     if not lines:
@@ -170,29 +170,29 @@ def parse_steps(text: str, style: str) -> tuple[Step, ...]:
 def _pairs(lines: Sequence[str]) -> list[tuple[str, str]]:
     if all(_PAIR in line for line in lines):
         halves = (_strip_decoration(line).split(_PAIR, 1) for line in lines)
-        texts = [(kind, one_line(half)) for pair in halves for kind, half in zip("qs", pair, strict=True)]
+        texts = [(label, one_line(half)) for pair in halves for label, half in zip("qs", pair, strict=True)]
     else:
         plain = (one_line(_strip_decoration(line)) for line in lines)
         texts = _labelled(lines) or [("q" if line.endswith("?") else "s", line) for line in plain]
-    for number, (kind, text) in enumerate(texts):
-        if kind != "qs"[number % 2] or not text:
+    for number, (label, text) in enumerate(texts):
+        if label != "qs"[number % 2] or not text:
             expected = "sub-question" if number % 2 == 0 else "solution"
             raise ParseError("unpaired", f"expected a {expected} as text {number + 1}, found {text[:80]!r}")
     if len(texts) % 2:
         raise ParseError("unpaired", f"the last sub-question has no solution: {texts[-1][1][:80]!r}")
-    questions, solutions = texts[0::2], texts[1::2]
-    return [(question, solution) for (_, question), (_, solution) in zip(questions, solutions, strict=True)]
+    plain_texts = [text for _, text in texts]
+    return list(zip(plain_texts[0::2], plain_texts[1::2], strict=True))
 
 
 def _labelled(lines: Sequence[str]) -> list[tuple[str, str]]:
-    """Return pairs (kind "q" or "s", text) of labelled texts; [] without any label."""
+    """Join each labelled line with the unlabelled lines below it. Return (label "q" or "s", text) pairs; [] without labels."""
     texts: list[tuple[str, str]] = []
     labels = [_label(line) for line in lines]
-    if not any(kind for kind, _ in labels):
+    if not any(label for label, _ in labels):
         return []
-    for kind, text in labels:
-        if kind:
-            texts.append((kind, text))
+    for label, text in labels:
+        if label:
+            texts.append((label, text))
         elif not texts:
             raise ParseError("unpaired", f"text before the first label: {text[:80]!r}")
         else:
@@ -201,7 +201,7 @@ def _labelled(lines: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _label(line: str) -> tuple[str, str]:
-    """Return "q", "s" or "" for no label, and the text without its label."""
+    """Return a line's label ("q", "s", or "" if the line has no label), and the text without the label."""
     plain = _strip_decoration(line)
     match = _LABEL.match(plain)
     if not match:
@@ -211,7 +211,6 @@ def _label(line: str) -> tuple[str, str]:
 
 def _strip_decoration(line: str) -> str:
     match = _BULLET.match(line)
-    assert match  # both parts of the pattern are optional
+    assert match  # always true, because both parts of the pattern are optional
     line = (match["bold"] or "") + line[match.end() :]
-    number = _NUMBER.match(line)
-    return line[number.end() :] if number else line
+    return line[number.end() :] if (number := _NUMBER.match(line)) else line

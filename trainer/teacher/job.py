@@ -1,6 +1,4 @@
-"""Annotation job: problems, prompts, requests, and the fingerprint of everything that decides the result."""
-
-from __future__ import annotations
+"""Annotation job: problems, prompts, requests, and a fingerprint of all inputs that decide the result."""
 
 import hashlib
 import json
@@ -35,24 +33,24 @@ _FINGERPRINT_SETTINGS = (
 
 @dataclass(frozen=True)
 class AnnotationJob:
-    """Annotation job. `contaminated`: problems left out, each with the test problem that it matches."""
+    """Problems to annotate, and everything needed to build their requests and filter the responses."""
 
     settings: AnnotateSettings
     problems: list[Problem]
+    # Problems that are left out, each with the name of the test problem that matches it.
     contaminated: list[tuple[Problem, str]]
     bad_records: list[RejectedRecord]
     prompt_builder: PromptBuilder
-    teacher: dict[str, Any]  # model and all parameters of its requests
-    fingerprint_fields: dict[str, Any]  # equal fields and equal responses give equal files
+    teacher: dict[str, Any]  # the model's name, and all settings that determine its responses
+    fingerprint_fields: dict[str, Any]  # equal fields and equal responses give equal result files
 
     @cached_property
     def requests(self) -> dict[str, list[TeacherRequest]]:
-        """Problem id -> requests for its samples, in order."""
+        """Mapping from problem id to the problem's requests, one per sample, in order."""
+        samples = range(self.settings.num_samples)
         prompts = {problem.id: self.prompt_builder.build(problem) for problem in self.problems}
         return {
-            id: [
-                make_request(id, sample, prompt, self.teacher) for sample in range(self.settings.num_samples)
-            ]
+            id: [make_request(id, sample, prompt, self.teacher) for sample in samples]
             for id, prompt in prompts.items()
         }
 
@@ -61,12 +59,12 @@ class AnnotationJob:
         return {problem.id: problem for problem in self.problems}
 
     def filter(self, request: TeacherRequest, response: Response) -> FilterResult:
-        style, limits = self.settings.style, (self.settings.min_steps, self.settings.max_steps)
-        config = FilterConfig(style, *limits, self.settings.require_annotations)
+        s = self.settings
+        config = FilterConfig(s.style, s.min_steps, s.max_steps, s.require_annotations)
         problem = self._by_id[request.problem_id]
         return filter_sample(response.text, response.finish_reason, problem, config)
 
-    def is_satisfied(self, request: TeacherRequest, response: Response) -> bool:
+    def needs_no_more_samples(self, request: TeacherRequest, response: Response) -> bool:
         """Return whether no further sample of the problem is needed after this response."""
         return not self.settings.keep_all and self.filter(request, response).is_kept
 
@@ -74,7 +72,7 @@ class AnnotationJob:
         return sum(log.get(request.key) is not None for queue in self.requests.values() for request in queue)
 
     def queues(self, log: ResponseLog) -> list[list[TeacherRequest]]:
-        """Return the requests to send, in queues: the next of a queue is needed if the previous is not satisfied."""
+        """Return one list of requests, to send in order, per unfinished problem (with `keep_all`: per missing response)."""
         queues = []
         for requests in self.requests.values():
             if self.settings.keep_all:
@@ -83,15 +81,15 @@ class AnnotationJob:
             for index, request in enumerate(requests):
                 response = log.get(request.key)
                 if response is None:
-                    queues.append(requests[index:])  # later ones may be in the log
+                    queues.append(requests[index:])  # some of these may have a response in the log already
                     break
-                if self.is_satisfied(request, response):
+                if self.needs_no_more_samples(request, response):
                     break
         return queues
 
 
 def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> AnnotationJob:
-    """Read all data and return the job. `model_digest`: of a local model's files. Raises UserError."""
+    """Read all data and return the job. `model_digest`: digest of a local model's files. Raises UserError for bad data."""
     held_out, test_sets = _held_out(settings)
     problems: list[Problem] = []
     contaminated: list[tuple[Problem, str]] = []
@@ -109,19 +107,18 @@ def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> Annotatio
         else:
             contaminated.append((record, match))
     if not problems:
-        raise UserError(
-            f"{settings.data_path}: there is no problem to annotate, {len(contaminated)} match test questions"
-        )
+        matches = f"{len(contaminated)} match test questions"
+        raise UserError(f"{settings.data_path}: there is no problem to annotate, {matches}")
     file = Path(settings.prompt) if settings.prompt else BUILT_IN_PROMPTS / f"{settings.style}.j2"
-    chosen = choose_exemplars(settings, held_out)
-    prompt_builder = PromptBuilder(file, settings.style, chosen, settings.gold_hint, settings.with_facts)
-    shown = "\n".join(json.dumps(record_from_problem(problem), sort_keys=True) for problem in chosen)
+    exemplars = choose_exemplars(settings, held_out)
+    prompt_builder = PromptBuilder(file, settings.style, exemplars, settings.gold_hint, settings.with_facts)
+    exemplar_text = "\n".join(json.dumps(record_from_problem(p), sort_keys=True) for p in exemplars)
     teacher = _teacher(settings, model_digest)
     fingerprint = {name: getattr(settings, name) for name in _FINGERPRINT_SETTINGS}
     fingerprint |= {
         "source": source_digest(settings.data, settings.split, settings.data_path, **options),
         "prompt": prompt_builder.digest,
-        "exemplars": hashlib.sha256(shown.encode()).hexdigest(),
+        "exemplars": hashlib.sha256(exemplar_text.encode()).hexdigest(),
         "decontaminate": test_sets,
         **teacher,
     }
@@ -129,25 +126,19 @@ def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> Annotatio
 
 
 def _teacher(settings: AnnotateSettings, model_digest: str) -> dict[str, Any]:
-    """Return everything besides the prompt that decides a response; the address does not."""
-    names = ("temperature", "top_p", "max_new_tokens")
-    teacher: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    teacher["stop"] = stop_texts(settings)
+    """Return the model's name and all settings that determine its response to a prompt, but not the endpoint's address."""
     if settings.base_url:
-        return {"model": settings.model, "api": settings.api, **teacher}
-    name = Path(settings.model_name_or_path).name
-    sampling_seed = settings.seed if settings.temperature else 0
-    return {
-        "model": name,
-        "model_digest": model_digest,
-        "dtype": settings.dtype,
-        "sampling_seed": sampling_seed,
-        **teacher,
-    }
+        teacher: dict[str, Any] = {"model": settings.model, "api": settings.api}
+    else:
+        teacher = {"model": Path(settings.model_name_or_path).name, "model_digest": model_digest}
+        sampling_seed = settings.seed if settings.temperature else 0
+        teacher |= {"dtype": settings.dtype, "sampling_seed": sampling_seed}
+    names = ("temperature", "top_p", "max_new_tokens")
+    return teacher | {name: getattr(settings, name) for name in names} | {"stop": stop_texts(settings)}
 
 
 def _held_out(settings: AnnotateSettings) -> tuple[HeldOutQuestions, list[list[str]]]:
-    """Return the test questions, and data, split and digest of each test set."""
+    """Return an index of all test questions, and [data, split, digest] of each test set."""
     questions: list[tuple[str, str]] = []
     digests = []
     for text in settings.decontaminate:

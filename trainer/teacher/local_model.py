@@ -1,4 +1,4 @@
-"""Queries of a local teacher: any causal LM that transformers loads."""
+"""Generate responses with a local teacher, which is any causal LM that transformers loads."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 def query_local_model(
     job: AnnotationJob, queues: Sequence[Sequence[TeacherRequest]], log: ResponseLog
 ) -> None:
-    """Process the queues in rounds: the next request of a queue is run unless the previous response satisfies.
+    """Process the queues in rounds and append the responses to the log.
 
-    A sample depends on seed and request only, not on the batch. A prompt that fills the model's context gets an empty
-    response with finish reason "length".
+    Each round runs the next request of every queue as one batch. A queue ends early if the job needs no more samples of
+    the queue's problem. A sample depends only on the seed and the request, not on the batch. The response to a
+    prompt that fills the model's context is empty and has finish reason "length".
     """
     settings = job.settings
     name = model_reference.find_model(settings.model_name_or_path).name
-    load.load_config(name)  # raises for a folder without a model before the tokenizer is loaded
+    load.load_config(name)  # raises UserError for a folder without a model, before the tokenizer is loaded
     tokenizer = load_tokenizer(name)
     model = load.load_model(name, settings.dtype)
     load.check_vocabulary(model.config, max_text_token_id(tokenizer), name)
-    model.to(device=load.device())  # type: ignore[call-arg]
+    model.to(device=load.local_device())  # type: ignore[call-arg]
     backend: BackendChoice | None = None
     waiting = [list(queue) for queue in queues]
     with terminal.progress_bar("annotate", sum(map(len, waiting))) as bar:
@@ -71,12 +72,12 @@ def query_local_model(
             for first, *rest in answered:
                 response = log.get(first.key)
                 assert response is not None
-                if rest and not job.is_satisfied(first, response):
+                if rest and not job.needs_no_more_samples(first, response):
                     waiting.append(rest)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokenize the prompt, as a user message if the tokenizer has a chat template."""
+    """Return the tokens of the prompt, as a user message if the tokenizer has a chat template."""
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
         chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

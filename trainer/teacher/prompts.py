@@ -1,21 +1,16 @@
 """Prompts for the teacher: a template file, filled with one problem and solved exemplars.
 
-Few-shot exemplars are from the user's file, or drawn from a data set that has steps.
+Exemplars are read from the user's file or drawn from a data set with steps. Templates are rendered by Jinja2 in a sandbox.
+They may use these names; any other name is an error:
 
-Templates are Jinja2 in a sandbox, with these names:
-
-| name | |
+| name | value |
 | --- | --- |
 | `question` | the problem |
-| `kind` | type of its answer: `number`, `yes_no` or `text` |
+| `kind` | type of the answer: `number`, `yes_no` or `text` |
 | `facts` | list of texts; empty without `with_facts` |
-| `exemplars` | list of `question`, `solution` (lines and `#### answer`), `answer` and `facts`; empty without exemplars |
-| `answer` | the gold answer; defined only with `gold_hint`, which labels the results |
-
-An undefined name is an error.
+| `exemplars` | list of objects with `question`, `solution` (lines and `#### answer`), `answer` and `facts`; may be empty |
+| `answer` | the gold answer; defined only if the setting `gold_hint` is true |
 """
-
-from __future__ import annotations
 
 import hashlib
 import random
@@ -29,23 +24,26 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from trainer.errors import UserError
 from trainer.problems import answers
 from trainer.problems.problem import DELIMITER, Problem
-from trainer.problems.sources import DATA, read_exemplars, read_problems
+from trainer.problems.sources import read_exemplars, read_problems
+from trainer.settings import DATA
 from trainer.teacher.decontaminate import HeldOutQuestions
 from trainer.teacher.filter import FilterConfig, filter_sample
 from trainer.teacher.settings import AnnotateSettings
 
 BUILT_IN_PROMPTS = Path(__file__).parent / "prompts"
-_NUM_STORIES = 500  # to draw exemplars from
-_NEXT_PROBLEM = "\nProblem:"  # start of another problem in the built-in prompts
+_NUM_STORIES = 500  # number of generated stories from which exemplars are drawn
+_NEXT_PROBLEM = "\nProblem:"  # start of the next problem, in the format of the built-in prompts
 
 
 class PromptBuilder:
-    """Template of prompts. `source` and `digest`: of the template's text."""
+    """Builder of prompts from a template file. `source`: text of the template. `digest`: SHA-256 of this text.
+
+    Raises UserError if the file cannot be read or is not a template.
+    """
 
     def __init__(
         self, file: Path, style: str, exemplars: Sequence[Problem], gold_hint: bool, with_facts: bool
     ) -> None:
-        """Raises UserError if the file cannot be read or is not a template."""
         try:
             self.source = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -58,52 +56,51 @@ class PromptBuilder:
         try:
             self._template = environment.from_string(self.source)
         except TemplateSyntaxError as error:
-            raise UserError(
-                f"{file}, line {error.lineno}: {error.message}; see trainer/teacher/prompts"
-            ) from None
+            place = f"{file}, line {error.lineno}"
+            raise UserError(f"{place}: {error.message}; see trainer/teacher/prompts") from None
 
     def build(self, problem: Problem) -> str:
-        """Return the prompt of one problem. Raises UserError if the template uses an undefined name."""
-        kind = answers.answer_type(problem.answer)
+        """Return the prompt of one problem. Raises UserError if the template cannot be filled with the problem."""
+        answer_type = answers.answer_type(problem.answer)
         values: dict[str, Any] = {
             "question": problem.question,
-            "kind": kind,
+            "kind": answer_type,
             "facts": list(problem.facts) if self._with_facts else [],
-            "exemplars": [self._exemplar_values(exemplar) for exemplar in self._exemplars_for(problem, kind)],
+            "exemplars": self._exemplars_for(problem, answer_type),
         }
         if self._gold_hint:
             values["answer"] = problem.answer
         try:
             return self._template.render(values).strip("\n")
         except UndefinedError as error:
-            remedy = (
-                "give --gold_hint to show the gold answer" if "'answer'" in str(error) else "see its names"
-            )
+            is_answer = "'answer'" in str(error)
+            remedy = "give --gold_hint to show the gold answer" if is_answer else "see the defined names"
             raise UserError(f"{self._file}: {error.message}; {remedy} (trainer/teacher/prompts.py)") from None
         except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"{self._file}: cannot be filled with problem {problem.id}: {error}") from None
 
-    def _exemplars_for(self, problem: Problem, kind: str) -> list[Problem]:
-        """Return the exemplars with the same kind of answer, without the problem itself."""
-        same_kind = [exemplar for exemplar in self.exemplars if answers.answer_type(exemplar.answer) == kind]
-        if self.exemplars and not same_kind:
+    def _exemplars_for(self, problem: Problem, answer_type: str) -> list[dict[str, Any]]:
+        """Return template values for the exemplars with this type of answer, except `problem` itself."""
+        same_type = [e for e in self.exemplars if answers.answer_type(e.answer) == answer_type]
+        if self.exemplars and not same_type:
             raise UserError(
-                f"problem {problem.id} asks for a {kind} but no exemplar answers with one; "
+                f"problem {problem.id} asks for a {answer_type} but no exemplar answers with one; "
                 "choose exemplars of the same kind of problem"
             )
-        return [exemplar for exemplar in same_kind if exemplar.question != problem.question]
-
-    def _exemplar_values(self, exemplar: Problem) -> dict[str, Any]:
-        return {
-            "question": exemplar.question,
-            "solution": solution_text(exemplar, self._style),
-            "answer": exemplar.answer,
-            "facts": list(exemplar.facts) if self._with_facts else [],
-        }
+        return [
+            {
+                "question": exemplar.question,
+                "solution": solution_text(exemplar, self._style),
+                "answer": exemplar.answer,
+                "facts": list(exemplar.facts) if self._with_facts else [],
+            }
+            for exemplar in same_type
+            if exemplar.question != problem.question
+        ]
 
 
 def solution_text(problem: Problem, style: str) -> str:
-    """Return a solved problem in the format required of the teacher: lines, then `#### answer`."""
+    """Return the problem's solution in the format that the teacher must write: lines, then `#### answer`."""
     lines = []
     for step in problem.steps:
         lines += [step.question, step.solution] if style == "socratic" else [step.solution]
@@ -111,20 +108,21 @@ def solution_text(problem: Problem, style: str) -> str:
 
 
 def stop_texts(settings: AnnotateSettings) -> list[str]:
-    """Return the stop strings: the setting, or for completions of a built-in prompt the start of another problem.
+    """Return the stop strings of requests.
 
-    Chat models need none, and not all accept `stop`.
+    By default, completions of a built-in prompt stop at the start of the next problem. Chats have no default stop strings:
+    chat models end their messages themselves, and not all endpoints accept stop strings.
     """
     is_completion = bool(settings.model_name_or_path) or settings.api == "completions"
     return settings.stop or ([_NEXT_PROBLEM] if is_completion and not settings.prompt else [])
 
 
 def choose_exemplars(settings: AnnotateSettings, held_out: HeldOutQuestions) -> list[Problem]:
-    """Return the exemplars of a run; they depend on settings and data only.
+    """Return the exemplars of a run, which depend only on settings and data.
 
-    From a file: all of its problems, in order. From gold: `exemplars_from_gold` problems with complete steps that match
-    no test question, drawn with the seed. Raises UserError for a record that is not a complete solved problem, for an
-    exemplar that is a test question, and if there are too few.
+    `exemplars`: all problems of the file, in order. `exemplars_from_gold`: problems drawn at random from `exemplars_data`.
+    An exemplar must have steps that pass the filter, and must match no test question. Raises UserError if a record of the
+    file does not meet these conditions, or if there are too few problems to draw from.
     """
     config = FilterConfig(settings.style)
     if settings.exemplars:
@@ -132,11 +130,9 @@ def choose_exemplars(settings: AnnotateSettings, held_out: HeldOutQuestions) -> 
         exemplars = read_exemplars(path)
         for exemplar in exemplars:
             if defect := _defect(exemplar, config):
-                raise UserError(f"{path}: exemplar {exemplar.id} {defect}; correct it, or take another one")
+                raise UserError(f"{path}: exemplar {exemplar.id} {defect}; correct or replace it")
             if match := held_out.match(exemplar.question):
-                raise UserError(
-                    f"{path}: exemplar {exemplar.id} is the test question {match}; take another one"
-                )
+                raise UserError(f"{path}: exemplar {exemplar.id} is the test question {match}; replace it")
         return exemplars
     if not settings.exemplars_from_gold:
         return []
@@ -145,8 +141,11 @@ def choose_exemplars(settings: AnnotateSettings, held_out: HeldOutQuestions) -> 
     if data == "stories":
         options["num_problems"] = _NUM_STORIES
     records = read_problems(data, split, path or None, **options)
-    problems = [record for record in records if isinstance(record, Problem)]
-    pool = [p for p in problems if not _defect(p, config) and held_out.match(p.question) is None]
+    pool = [
+        record
+        for record in records
+        if isinstance(record, Problem) and not _defect(record, config) and not held_out.match(record.question)
+    ]
     if len(pool) < settings.exemplars_from_gold:
         parts = "sub-questions and solutions" if settings.style == "socratic" else "solutions"
         raise UserError(
@@ -157,7 +156,7 @@ def choose_exemplars(settings: AnnotateSettings, held_out: HeldOutQuestions) -> 
 
 
 def parse_source(text: str, name: str) -> tuple[str, str, str]:
-    """Split `gsm8k:data/gsm8k:test` into data, path and split; the path may hold colons. Raises UserError."""
+    """Split DATA:PATH:SPLIT, e.g. `gsm8k:data/gsm8k:test`; the path may contain colons. Raises UserError for other texts."""
     data, colon, rest = text.partition(":")
     path, second_colon, split = rest.rpartition(":")
     if not colon or not second_colon or not split or data not in DATA:
@@ -166,12 +165,12 @@ def parse_source(text: str, name: str) -> tuple[str, str, str]:
 
 
 def dataset_options(data: str, seed: int) -> dict[str, Any]:
-    """Return the options of `read_problems`: svamp's seed must be equal for training, test and exemplars."""
+    """Return the options of `read_problems`. All reads of svamp must use the same seed, which decides the split."""
     return {"seed": seed} if data in ("svamp", "stories") else {}
 
 
 def _defect(problem: Problem, config: FilterConfig) -> str:
-    """Return the reason why a problem is no exemplar, or "". An exemplar must pass the filter itself."""
+    """Return the reason why a problem cannot be an exemplar, or "". An exemplar must pass the filter."""
     if not problem.steps:
         return "has no steps"
     if not all(step.solution for step in problem.steps):

@@ -1,9 +1,7 @@
-"""Result directory of a job: kept chains, rejected samples with reasons, problems without steps, and a summary.
+"""Result directory of a job: annotated problems, rejected samples with reasons, problems left out, and a summary.
 
-The files depend on the job and the responses only, byte for byte.
+The bytes of the files depend only on the job and the responses.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import io
@@ -28,12 +26,12 @@ KIND = "annotations"
 ANNOTATED = "annotated.jsonl"
 REJECTED = "rejected.jsonl"
 SUMMARY = "summary.json"
-_WIDTH = 110  # of the tables, in characters
+_WIDTH = 110  # characters per line of the tables
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One request, its response (or None) and the result of the filter."""
+    """A request, its response (None if there is none yet), and the filter's result for this response."""
 
     request: TeacherRequest
     response: Response | None
@@ -42,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """A problem and its samples in order; without keep_all the samples end with the first kept one."""
+    """A problem and its samples in order. Without `keep_all`, `samples` ends at the first kept sample."""
 
     problem: Problem
     samples: tuple[Sample, ...]
@@ -58,10 +56,8 @@ def problem_results(job: AnnotationJob, log: ResponseLog) -> Iterator[ProblemRes
         samples: list[Sample] = []
         for request in job.requests[problem.id]:
             response = log.get(request.key)
-            result = FilterResult(reason="unanswered")
-            if response is not None:
-                result = job.filter(request, response)
-            kept_steps = [other.result.steps for other in samples if other.result.is_kept]
+            result = job.filter(request, response) if response else FilterResult(reason="unanswered")
+            kept_steps = [sample.result.steps for sample in samples if sample.result.is_kept]
             if result.is_kept and result.steps in kept_steps:
                 result = dataclasses.replace(result, reason="duplicate")
             samples.append(Sample(request, response, result))
@@ -73,8 +69,6 @@ def problem_results(job: AnnotationJob, log: ResponseLog) -> Iterator[ProblemRes
 def write(
     folder: Path, job: AnnotationJob, results: Sequence[ProblemResult], summary: dict[str, Any]
 ) -> None:
-    """Write all files of the result directory into `folder`."""
-    unannotated = (result for result in results if not result.kept_samples)
     files: dict[str, Iterable[dict[str, Any]]] = {
         ANNOTATED: (record for result in results for record in _annotated(job, result)),
         REJECTED: (
@@ -91,8 +85,9 @@ def write(
             if not sample.result.is_kept
         ),
         "unannotated.jsonl": (
-            record_from_problem(o.problem, {"reasons": [sample.result.reason for sample in o.samples]})
-            for o in unannotated
+            record_from_problem(r.problem, {"reasons": [sample.result.reason for sample in r.samples]})
+            for r in results
+            if not r.kept_samples
         ),
         "contaminated.jsonl": (
             record_from_problem(problem, {"matches": match}) for problem, match in job.contaminated
@@ -101,7 +96,7 @@ def write(
         "exemplars.jsonl": map(record_from_problem, job.prompt_builder.exemplars),
     }
     for name, records in files.items():
-        # UTF-8 cannot encode a lone surrogate, which a teacher may write; the JSON escape can.
+        # A teacher may write a lone surrogate. UTF-8 cannot encode it; `backslashreplace` writes a JSON escape.
         with open(folder / name, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (folder / "prompt.j2").write_text(job.prompt_builder.source, encoding="utf-8")
@@ -109,7 +104,7 @@ def write(
 
 
 def _annotated(job: AnnotationJob, result: ProblemResult) -> Iterator[dict[str, Any]]:
-    """Yield the problem with the steps of each kept sample; the second is `<id>#2`."""
+    """Yield one record per kept sample of a problem. The second record has the id `<id>#2`, the third `<id>#3`, and so on."""
     for number, sample in enumerate(result.kept_samples, start=1):
         id = result.problem.id if number == 1 else f"{result.problem.id}#{number}"
         problem = dataclasses.replace(result.problem, id=id, steps=sample.result.steps)
@@ -125,7 +120,7 @@ def _annotated(job: AnnotationJob, result: ProblemResult) -> Iterator[dict[str, 
 
 
 def summarise(job: AnnotationJob, results: Sequence[ProblemResult], log: ResponseLog) -> dict[str, Any]:
-    """Return the content of summary.json. Tokens and cost include responses of earlier runs that are used."""
+    """Return the content of summary.json. Tokens and cost also include the responses of earlier runs that this job uses."""
     samples = [(result, sample) for result in results for sample in result.samples]
     kept = sum(sample.result.is_kept for _, sample in samples)
     reasons = Counter(sample.result.reason for _, sample in samples if not sample.result.is_kept)
@@ -146,7 +141,7 @@ def summarise(job: AnnotationJob, results: Sequence[ProblemResult], log: Respons
         "keep_rate": _rate(kept, len(samples)),
         "annotated_rate": _rate(num_annotated, len(results)),
         "rejected_by_reason": {reason: reasons[reason] for reason in FILTER_REASONS if reasons[reason]},
-        # "unread": the text could not be parsed
+        # the key "unread" counts samples without steps: no response, or a response that was not parsed
         "by_steps_written": _by_num_steps(samples, lambda _, sample: len(sample.result.steps)),
         "responses": {"used": len(used), "kept_from_other_prompts_or_models": log.num_unused(used)},
         "tokens": {
@@ -162,13 +157,11 @@ def summarise(job: AnnotationJob, results: Sequence[ProblemResult], log: Respons
 
 
 def cost_of(prompt_tokens: float, completion_tokens: float, settings: AnnotateSettings) -> float | None:
-    """Return the cost in the currency of the prices, or None without prices."""
-    if not settings.price_per_million_input and not settings.price_per_million_output:
+    """Return the cost in the currency of the prices, or None if both prices are 0."""
+    input_price, output_price = settings.price_per_million_input, settings.price_per_million_output
+    if not input_price and not output_price:
         return None
-    return (
-        prompt_tokens * settings.price_per_million_input
-        + completion_tokens * settings.price_per_million_output
-    ) / 1e6
+    return (prompt_tokens * input_price + completion_tokens * output_price) / 1e6
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -181,9 +174,9 @@ def table(summary: dict[str, Any]) -> str:
         f"{samples['kept']} of {samples['kept'] + samples['rejected']} samples kept{hint}",
     ]
     for key, title in (("by_steps_written", "steps written"), ("by_gold_steps", "steps in the data")):
-        rates = summary.get(key, {}).items()
-        rows = [[n, str(r["samples"]), str(r["kept"]), f"{100 * r['keep_rate']:.1f} %"] for n, r in rates]
         if key in summary:
+            rates = summary[key].items()
+            rows = [[n, str(r["samples"]), str(r["kept"]), f"{100 * r['keep_rate']:.1f} %"] for n, r in rates]
             lines.append(_aligned([title, "samples", "kept", "keep rate"], rows))
     if rejected := summary["rejected_by_reason"]:
         rows = [[reason, str(count), FILTER_REASONS[reason]] for reason, count in rejected.items()]
@@ -193,22 +186,16 @@ def table(summary: dict[str, Any]) -> str:
         usage += f" ({tokens['responses_without_usage']} responses came without a count)"
     lines.append(usage + (f", cost {summary['cost']:.4f}" if "cost" in summary else ""))
     if others := summary["responses"]["kept_from_other_prompts_or_models"]:
-        lines.append(
-            f"{others} responses of other prompts, models or samples are kept in the log and not used"
-        )
+        lines.append(f"{others} responses of other prompts, models or samples stay in the log, unused")
     return "\n".join(lines)
 
 
 def _by_num_steps(
     samples: Sequence[tuple[ProblemResult, Sample]], num_steps: Callable[[ProblemResult, Sample], int]
 ) -> dict[str, dict]:
-    """Return kept samples, all samples and the rate by number of steps."""
-    kept: Counter[int] = Counter()
-    total: Counter[int] = Counter()
-    for result, sample in samples:
-        number = num_steps(result, sample)
-        total[number] += 1
-        kept[number] += sample.result.is_kept
+    """Return {number of steps: {"kept", "samples", "keep_rate"}}. The key for 0 steps is "unread"."""
+    total = Counter(num_steps(*pair) for pair in samples)
+    kept = Counter(num_steps(*pair) for pair in samples if pair[1].result.is_kept)
     return {
         str(number) if number else "unread": {
             "kept": kept[number],
@@ -224,10 +211,10 @@ def _rate(part: int, whole: int) -> float | None:
 
 
 def _aligned(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    shown = Table(*titles, box=None)
+    grid = Table(*titles, box=None)
     for row in rows:
-        shown.add_row(*row)
+        grid.add_row(*row)
     console = Console(file=io.StringIO(), width=_WIDTH)
     with console.capture() as captured:
-        console.print(shown)
+        console.print(grid)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -1,7 +1,7 @@
 """Assignment of examples to packs, and of packs to optimizer steps, ranks and micro-batches.
 
-The packs of a run are a pure function of (shards, method, pack length, seed, epoch). The position in the data is one
-number, the count of consumed packs: it does not depend on the number of ranks, on accumulation or on restarts.
+The packs of a run depend only on shards, method, pack length, seed and epoch. The position in the data is the number of
+consumed packs, so it has the same meaning for any number of ranks and accumulation steps, and after a restart.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from trainer.shards.read import Shards
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Examples of one forward pass.
+    """Examples of one micro-batch of a rank.
 
-    first_pack: index of the first pack in the run, which seeds dropout. problem_indices: shard indices of the
-    examples. examples: (tokens [n] int64, loss_mask [n] bool), one per example.
+    first_pack: index of the micro-batch's first pack, counted from the start of the run; it seeds dropout.
+    problem_indices: indices of the examples in the shards. examples: tuples (tokens [n] int64, loss_mask [n] bool).
     """
 
     first_pack: int
@@ -31,7 +31,7 @@ class MicroBatch:
 
 
 class PackedDataset:
-    """The endless sequence of packs of one run; pack p belongs to epoch p // packs_per_epoch."""
+    """The endless sequence of packs of one run. Pack p belongs to epoch p // packs_per_epoch."""
 
     def __init__(self, shards: Shards, method: str, view: View, pack_length: int, seed: int):
         self._shards = shards
@@ -45,7 +45,8 @@ class PackedDataset:
         self._usable = np.flatnonzero((self._all_lengths > 0) & (self._all_lengths <= pack_length))
         if not len(self._usable):
             raise UserError(
-                f"{shards.path}: no example for method {method}: {self.num_without_steps} lack the steps it needs, "
+                f"{shards.path}: no example for method {method}: {self.num_without_steps} lack its segments "
+                f"({', '.join(role.name.lower() for role in sorted(view.required))}), "
                 f"{self.num_too_long} are longer than pack_length {pack_length}"
             )
         self._lengths = self._all_lengths[self._usable]
@@ -55,32 +56,29 @@ class PackedDataset:
         self.packs_per_epoch = len(self._packs_of_epoch(0))
 
     def pack(self, index: int) -> np.ndarray:
-        """Return the shard indices of the examples of pack `index` of the run."""
+        """Return the shard indices of the examples in a pack. `index` counts the packs of all epochs."""
         epoch, within = divmod(index, self.packs_per_epoch)
         return self._packs_of_epoch(epoch)[within]
 
-    def longest(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the longest example of the run: tokens [n] int64, loss_mask [n] bool."""
-        return self._shards.example(int(self._usable[self._lengths.argmax()]), self._view)
-
-    def shortest(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shortest example of the run, in the form of `longest`."""
-        return self._shards.example(int(self._usable[self._lengths.argmin()]), self._view)
+    def shortest_and_longest(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the shortest and the longest example of the run, each as (tokens [n] int64, loss_mask [n] bool)."""
+        indices = self._usable[[self._lengths.argmin(), self._lengths.argmax()]]
+        return self._shards.examples(indices.tolist(), self._view)
 
     def num_target_tokens(self, first: int, end: int) -> int:
-        """Return the number of tokens that carry loss in packs first..end-1."""
+        """Return the number of tokens that carry loss in packs `first` to `end` - 1."""
         return sum(int(self._target_lengths[self.pack(index)].sum()) for index in range(first, end))
 
     def num_tokens(self, first: int, end: int) -> int:
-        """Return the number of tokens, without padding, in packs first..end-1."""
+        """Return the number of tokens, without padding, in packs `first` to `end` - 1."""
         return sum(int(self._all_lengths[self.pack(index)].sum()) for index in range(first, end))
 
     def lengths(self, packs: range, end: int) -> list[int]:
-        """Return the number of tokens of each example that `micro_batch` returns."""
+        """Return the length in tokens of each example that `micro_batch` returns for the same arguments."""
         return [int(n) for index in packs if index < end for n in self._all_lengths[self.pack(index)]]
 
     def micro_batch(self, packs: range, end: int) -> MicroBatch:
-        """Return the examples of some packs; packs from `end` on are empty."""
+        """Return the examples of `packs`. A pack with an index of `end` or more counts as empty."""
         indices = [int(problem) for index in packs if index < end for problem in self.pack(index)]
         return MicroBatch(packs.start, indices, self._shards.examples(indices, self._view))
 
@@ -88,7 +86,7 @@ class PackedDataset:
         if self._epoch is None or self._epoch[0] != epoch:
             digest = hashlib.sha256(f"{self._key}/{epoch}".encode()).digest()
             random = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
-            # Sorted raw 64-bit draws: numpy guarantees the stream of a bit generator, not the results of `permutation`.
+            # `permutation` may differ between numpy versions; the raw draws of a bit generator never change.
             order = np.argsort(random.random_raw(self.num_examples), kind="stable")
             packs = best_fit_decreasing(self._lengths, order, self._pack_length)
             shuffled = np.argsort(random.random_raw(len(packs)), kind="stable")
@@ -97,40 +95,41 @@ class PackedDataset:
 
 
 def best_fit_decreasing(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int]]:
-    """Return the items of each bin of `capacity`: longest item first, each into the fullest bin with enough space.
+    """Put items into bins of size `capacity`, the longest item first, each into the fullest bin with enough space.
 
-    `lengths` [n], each at most `capacity`; `order` [n] is a permutation that decides between equal lengths. The number
-    of bins depends on the lengths alone, so every epoch has the same number of packs.
+    Return the item indices of each bin. `lengths` [n]: length of each item, at most `capacity`. `order` [n]: permutation
+    of the items; items of equal length are placed in this order. The number of bins depends on the lengths alone, so
+    every epoch has the same number of packs.
     """
     bins: list[list[int]] = []
-    with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
-    spaces = 0  # bit s is set if a bin has exactly s tokens left: finding the best fit is one shift
+    bins_by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    space_bits = 0  # bit s is set if a bin has s tokens left; the lowest set bit >= length is the best fit
     for item in order[np.argsort(-lengths[order], kind="stable")].tolist():
         length = int(lengths[item])
-        fitting = spaces >> length
-        if fitting:
-            space = length + (fitting & -fitting).bit_length() - 1
-            chosen = with_space[space].pop()
-            if not with_space[space]:
-                spaces ^= 1 << space
+        sufficient_bits = space_bits >> length
+        if sufficient_bits:
+            space = length + (sufficient_bits & -sufficient_bits).bit_length() - 1
+            index = bins_by_space[space].pop()
+            if not bins_by_space[space]:
+                space_bits ^= 1 << space
         else:
-            space, chosen = capacity, len(bins)
+            space, index = capacity, len(bins)
             bins.append([])
-        bins[chosen].append(item)
-        with_space[space - length].append(chosen)
-        spaces |= 1 << (space - length)
+        bins[index].append(item)
+        bins_by_space[space - length].append(index)
+        space_bits |= 1 << (space - length)
     return bins
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Distribution of packs over steps, ranks and micro-batches: a step takes `packs_per_step` consecutive packs."""
+    """Distribution of packs over steps, ranks and micro-batches. A step takes `packs_per_step` consecutive packs."""
 
     packs_per_micro_batch: int
     accumulation_steps: int
     world_size: int
     total_steps: int
-    total_packs: int  # end of the data; the last step may have fewer packs
+    total_packs: int  # sum over all steps; the last step may have fewer packs than the others
 
     @classmethod
     def make(
@@ -151,14 +150,16 @@ class BatchPlan:
     def packs_per_step(self) -> int:
         return self.packs_per_micro_batch * self.accumulation_steps * self.world_size
 
-    def packs(self, step: int) -> tuple[int, int]:
-        """Return the first pack of a step (counted from 0) and the first one after it."""
+    def pack_range(self, step: int) -> tuple[int, int]:
+        """Return (first pack of a step, first pack after the step). `step` is counted from 0."""
         first = step * self.packs_per_step
         return first, min(first + self.packs_per_step, self.total_packs)
 
     def micro_batches(self, step: int, rank: int) -> list[range]:
-        """Return the packs of each micro-batch of a rank; in the last step some may be beyond `total_packs`."""
-        first = step * self.packs_per_step
-        size = self.packs_per_micro_batch
-        starts = (first + (micro * self.world_size + rank) * size for micro in range(self.accumulation_steps))
+        """Return the packs of each micro-batch of a rank. In the last step, indices >= `total_packs` are empty packs."""
+        first, size = (
+            step * self.packs_per_step + rank * self.packs_per_micro_batch,
+            self.packs_per_micro_batch,
+        )
+        starts = (first + micro * self.world_size * size for micro in range(self.accumulation_steps))
         return [range(start, start + size) for start in starts]

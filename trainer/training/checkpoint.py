@@ -1,18 +1,17 @@
-"""Checkpoints of a run: all ranks write into a staging directory, digests are recorded, a rename publishes it.
+"""Checkpoints of a run. All ranks write into a staging directory; rank 0 adds digests and renames the directory.
 
-DeepSpeed's own protocol is not used: ZeRO-1 publishes `latest` before the other ranks have saved, corrupt bytes load
-without an error, and everything is unpickled with `weights_only=False`. Here DeepSpeed's files are read only after
-their digests were checked, as byte ranges (reshard.py).
+DeepSpeed's `latest` file and loader are not used. With ZeRO-1, `latest` is written before all ranks have saved. The
+loader accepts corrupt bytes, and it unpickles all files with `weights_only=False`. Here the digests are checked first,
+and then the files are read as byte ranges (reshard.py).
 
-No RNG state is saved: dropout is seeded from (seed, pack), see `loop.seed_dropout`, so a resumed run draws the same
-numbers on every rank.
+No RNG state is saved. `loop.seed_dropout` seeds dropout from the run's seed and the pack's index, so a resumed
+run has the same dropout as an uninterrupted run.
 """
-
-from __future__ import annotations
 
 import functools
 import io
 import shutil
+from collections import ChainMap
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -22,26 +21,24 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from trainer.errors import UserError
 from trainer.runtime import distributed, library_internals, terminal
 from trainer.storage import atomic_dir
+from trainer.storage.manifest import CheckpointFacts
 from trainer.storage.run_directory import RunDirectory
 from trainer.training import reshard
 
 KIND = "checkpoint"
-MODEL = "model"  # folder of config and tokenizer, so that a copied checkpoint can be converted
+MODEL = "model"  # subfolder with config and tokenizer, so an export does not need the run directory
 
 
 class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's file access for saving: lists the written files in `written`, and cannot load.
+    """DeepSpeed checkpoint engine that can save but not load. `written`: the files written so far.
 
-    The first error is stored in `error` instead of raised, because the other ranks wait in a collective. After it
-    nothing is written, and `unwritten_bytes` counts the bytes of the files left out.
+    The first error is stored in `error`. It is not raised at once, because the other ranks wait in a collective. After
+    an error, no more files are written. `unwritten_bytes`: total size of the files that are missing because of the error.
     """
 
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.name = "SafeCheckpointEngine"
-        self.written: list[Path] = []
-        self.error: str | None = None
-        self.unwritten_bytes = 0
+    written: list[Path]
+    error: str | None = None
+    unwritten_bytes = 0
 
     def create(self, info: CheckpointCommitInfo) -> None:
         self.written, self.error, self.unwritten_bytes = [], None, 0
@@ -60,7 +57,7 @@ class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self.unwritten_bytes += counter.num_bytes
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        raise AssertionError("checkpoints are read by reshard.py, not by DeepSpeed")
+        raise AssertionError("reshard.py reads checkpoints, DeepSpeed does not")
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return True
@@ -85,16 +82,19 @@ _errors_on_all_ranks = functools.partial(
 )
 
 
-def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model_files: Path) -> None:
-    """Collective. Publish `checkpoints/step-NNNNNN` atomically. Raises UserError on every rank."""
-    final, is_main = run.checkpoint(step), distributed.is_main_process()
-    created = ""
+def save(engine: Any, run: RunDirectory, facts: CheckpointFacts, model_files: Path) -> None:
+    """Collective. Publish `checkpoints/step-NNNNNN` atomically. Raises UserError on every rank if a rank cannot write.
+
+    `model_files`: folder with the model's config and tokenizer, which is copied into the checkpoint.
+    """
+    final, is_main = run.checkpoint(facts["step"]), distributed.is_main_process()
+    staging = final
     with _errors_on_all_ranks():
         if is_main:
-            created = str(atomic_dir.create_staging(final))
-    staging = Path(distributed.broadcast_object(created))
+            staging = atomic_dir.create_staging(final)
+    staging = distributed.broadcast_object(staging)
     writer = engine.checkpoint_engine
-    # DeepSpeed would copy zero_to_fp32.py beside the checkpoints, on rank 0 only, where the disk may be full.
+    # On a full disk, copying zero_to_fp32.py would fail on rank 0 only, and the other ranks would wait in a collective.
     library_internals.leave_out_recovery_script(engine)
     try:
         names = reshard.saved_names(engine)
@@ -106,14 +106,10 @@ def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model
                 writer.written += [path for path in (staging / MODEL).rglob("*") if path.is_file()]
             written = [path.relative_to(staging).as_posix() for path in writer.written]
             digests = atomic_dir.digest_files(staging, written)
-        files = {
-            name: digest
-            for of_rank in distributed.gather_objects(digests)
-            for name, digest in of_rank.items()
-        }
+        files = dict(ChainMap(*distributed.gather_objects(digests)))
         with _errors_on_all_ranks():
             if is_main:
-                # One of the same step that was damaged or not resumed from is replaced.
+                # `replace`: if the run was resumed from an earlier step, an old checkpoint of this step may exist.
                 atomic_dir.publish(staging, final, KIND, facts, files, replace=True)
     except BaseException:
         if is_main:
@@ -122,24 +118,23 @@ def save(engine: Any, run: RunDirectory, step: int, facts: dict[str, Any], model
 
 
 def _check_written(writer: SafeCheckpointEngine, staging: Path) -> None:
-    """Collective. Raise UserError with the missing disk space if a rank could not write one of its files."""
-    errors = distributed.gather_objects((writer.error, writer.unwritten_bytes))
-    failed = [error for error, _ in errors if error]
-    if not failed:
+    """Collective. Raise UserError if a rank could not write a file. The message says how much disk space is missing."""
+    errors, unwritten = zip(*distributed.gather_objects((writer.error, writer.unwritten_bytes)), strict=True)
+    error = next(filter(None, errors), None)
+    if error is None:
         return
-    needed, free = sum(unwritten for _, unwritten in errors), shutil.disk_usage(staging.parent).free
-    missing = max(0, needed - free)
-    distributed.barrier()  # rank 0 must not remove the staging directory before all have read the free space
-    space = f"{needed} more bytes are needed and {free} are free there: {missing} bytes are missing"
+    needed, free = sum(unwritten), shutil.disk_usage(staging.parent).free
+    distributed.barrier()  # rank 0 must not remove the staging directory before all ranks have read the free space
+    if needed <= free:
+        raise UserError(f"{error}; the previous checkpoint is intact")
     raise UserError(
-        f"{failed[0]}; {space}. The previous checkpoint is intact; free disk space and start again"
-        if missing
-        else f"{failed[0]}; the previous checkpoint is intact"
+        f"{error}; {needed} more bytes are needed and {free} are free there: {needed - free} bytes are missing. "
+        "The previous checkpoint is intact; free disk space and start again"
     )
 
 
 def prune(run: RunDirectory, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints (rank 0)."""
+    """On rank 0, remove all complete checkpoints except the newest `keep`."""
     if not distributed.is_main_process():
         return
     complete = [step for step in run.checkpoint_steps() if atomic_dir.is_complete(run.checkpoint(step))]
@@ -156,16 +151,16 @@ def remove_all(run: RunDirectory) -> None:
 
 
 def latest_valid(run: RunDirectory) -> Path | None:
-    """Collective. Return the newest checkpoint whose digests are all right, with a warning for each damaged one.
+    """Collective. Return the newest checkpoint without damage, or None if the run has no checkpoint.
 
-    None without any checkpoint. Raises UserError if there are checkpoints but none is valid.
+    Warns about each newer, damaged checkpoint. Raises UserError if all checkpoints are damaged.
     """
-    steps = distributed.broadcast_object(list(reversed(run.checkpoint_steps())))
-    for step in steps:
+    steps = distributed.broadcast_object(run.checkpoint_steps())
+    for step in reversed(steps):
         problem = _find_damage(run.checkpoint(step))
         if problem is None:
             return run.checkpoint(step)
-        terminal.warning(f"checkpoint passed over: {problem}")
+        terminal.warning(f"checkpoint skipped: {problem}")
     if steps:
         raise UserError(
             f"{run.checkpoints} holds {len(steps)} checkpoint(s) but none is valid; "
@@ -182,13 +177,13 @@ def check_valid(path: Path) -> None:
 
 
 def load(engine: Any, path: Path) -> None:
-    """Collective. Load weights, masters and moments of a valid checkpoint of any world size and ZeRO stage."""
+    """Collective. Load a valid checkpoint, which may be from another world size or ZeRO stage."""
     facts = atomic_dir.read_manifest(path, KIND)["facts"]
     reshard.load(engine, path, facts["zero_stage"], facts["world_size"], facts["dtype"])
 
 
 def _find_damage(path: Path) -> str | None:
-    """Collective. Return the first error of a checkpoint, None if it is valid; each rank digests its share of files."""
+    """Collective. Return the first error of a checkpoint, or None if it is valid. Each rank checks some files."""
     problem = None
     try:
         names = sorted(atomic_dir.read_manifest(path, KIND)["files"])
@@ -196,11 +191,11 @@ def _find_damage(path: Path) -> str | None:
         atomic_dir.verify_digests(path, names[environment.rank :: environment.world_size])
     except UserError as error:
         problem = str(error)
-    return next((text for text in distributed.gather_objects(problem) if text), None)
+    return next(filter(None, distributed.gather_objects(problem)), None)
 
 
 def _remove(path: Path) -> None:
-    """Rename, then remove: a partly removed checkpoint must not be found."""
+    """Rename a checkpoint, then remove it, so that no partly removed directory has the name of a checkpoint."""
     hidden = path.parent / f".{path.name}.removed.tmp"
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)

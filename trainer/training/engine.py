@@ -1,7 +1,5 @@
 """Construction of the DeepSpeed engine, with the same initial weights in every ZeRO stage and on every rank."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import shutil
@@ -21,20 +19,16 @@ from trainer.training import checkpoint, ds_config
 
 
 def build_engine(
-    settings: TrainSettings,
-    run: RunDirectory,
-    config: Any,
-    resolved: dict[str, Any],
-    empty: bool = False,
+    settings: TrainSettings, run: RunDirectory, config: Any, resolved: dict[str, Any], empty: bool
 ) -> Any:
-    """Return a DeepSpeed engine around the pretrained model, or around random weights that follow from the seed.
+    """Return a DeepSpeed engine with the pretrained weights, or with random weights that depend on the seed only.
 
-    `config`: the model's. `resolved`: DeepSpeed's configuration. `empty`: leave the weights uninitialised, because a
-    checkpoint will be loaded.
+    `config`: configuration of the model. `resolved`: configuration of DeepSpeed. `empty`: leave the weights
+    uninitialised, because a checkpoint will be loaded.
     """
     import deepspeed
 
-    # On a CPU DeepSpeed would compile a C++ extension (40 s) for a collective that only inference uses.
+    # Without this line, DeepSpeed on a CPU compiles a C++ extension (40 s) that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
     dtype = "bf16" if settings.bf16 else "fp32"
@@ -45,10 +39,10 @@ def build_engine(
         with _initial_weights(settings, config, run) as weights:
             with _zero3_init(resolved):
                 model = load.load_model(weights, dtype, config=config)
-            distributed.barrier()  # rank 0 removes a temporary folder after all ranks have read it
+            distributed.barrier()  # rank 0 must not remove a temporary folder before all ranks have read the weights
     training_kernels.patch_kernels(model, on_accelerator=torch.cuda.is_available())
-    # ZeRO-3 then gathers a decoder layer in one collective instead of a dozen. With DeepSpeed's hooks at every module of
-    # GPT-2 XL the processor is slower than an H200.
+    # ZeRO-3 gathers the weights of a leaf module in one collective. A decoder layer that is not a leaf needs a dozen
+    # collectives and runs hooks in each submodule. For GPT-2 XL, these take longer on the CPU than the step takes on an H200.
     for layer in load.decoder_layers(model):
         deepspeed.utils.set_z3_leaf_module(layer, True)
     if settings.gradient_checkpointing:
@@ -69,11 +63,11 @@ def build_engine(
 
 @contextlib.contextmanager
 def _zero3_init(resolved: dict[str, Any]) -> Iterator[None]:
-    """Context manager in which, under ZeRO-3, `from_pretrained` loads into shards: no rank holds the whole model."""
+    """Context manager: at ZeRO stage 3, models are partitioned while they are built. No effect at other stages."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    # transformers keeps only a weak reference to it
-    hf_config = HfDeepSpeedConfig(resolved) if ds_config.stage(resolved) == 3 else None
+    # transformers keeps only a weak reference, so this variable must keep the object alive
+    hf_config = HfDeepSpeedConfig(resolved) if ds_config.zero_stage(resolved) == 3 else None
     try:
         yield
     finally:
@@ -83,9 +77,9 @@ def _zero3_init(resolved: dict[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _initial_weights(settings: TrainSettings, config: Any, run: RunDirectory) -> Iterator[str]:
-    """Context manager that yields the pretrained model's name, or a folder with random weights written by rank 0.
+    """Context manager that yields the pretrained model's name, or a folder in which rank 0 has saved random weights.
 
-    Must be entered before `_zero3_init`, under which transformers would save empty shards.
+    Must be entered before `_zero3_init`: inside `_zero3_init`, transformers would save empty tensors.
     """
     if settings.model_name_or_path:
         yield settings.model_name_or_path
@@ -103,42 +97,47 @@ def _initial_weights(settings: TrainSettings, config: Any, run: RunDirectory) ->
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
-    """Return the optimizer's groups: matrices with weight decay, vectors (biases, norms) without.
+    """Return two parameter groups for the optimizer: matrices have weight decay, biases and norms have none.
 
-    Without decay there is one group, which needs fewer collectives.
+    If `weight_decay` is 0, return all parameters in a single group, which needs fewer collectives than two groups.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not weight_decay:
         return parameters
-    # Under ZeRO-3 a parameter is an empty shard here; DeepSpeed keeps its shape in ds_shape.
-    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups: dict[bool, list[Any]] = {True: [], False: []}
+    for parameter in parameters:
+        # Under ZeRO-3, `shape` belongs to an empty placeholder; `ds_shape` is the shape of the whole parameter.
+        groups[len(getattr(parameter, "ds_shape", parameter.shape)) >= 2].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
 
 
 def _patch_gradient_norm(optimizer: Any) -> None:
-    """Replace the norm of a ZeRO optimizer of stage 1, 2 or 3, unless its gradients are offloaded to the host.
+    """Make ZeRO stages 1 to 3 compute the gradient norm with `_gradient_norm`. No effect at stage 0 or with offload.
 
-    DeepSpeed 0.19.8 reads the gradients up to five times: it searches NaN and Inf parameter by parameter (largest and
-    smallest element), then copies each gradient to fp64 and takes its norm. For GPT-2 XL, with 580 parameters, that is
-    thousands of kernel launches a step. Here the gradients are read once: all norms of a group come from one call,
-    accumulated in fp64 as before, and a gradient that is not finite shows in the norm.
+    DeepSpeed 0.19.8 reads the gradients up to five times. It searches each parameter's gradient for NaN and Inf, copies
+    the gradient to fp64 and computes the norm. For the 580 parameters of GPT-2 XL, this takes thousands of kernel launches
+    in each step. `_gradient_norm` reads the gradients once, in one call per group, and also accumulates in fp64. A search
+    is not needed, because a NaN or Inf in the gradients makes the norm NaN or Inf.
     """
     offloaded = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
     if offloaded or not hasattr(optimizer, "get_grad_norm_direct"):
         return
     optimizer.get_grad_norm_direct = functools.partial(_gradient_norm, optimizer.dp_process_group)
-    # `step` treats a norm of -1 as an overflow.
-    optimizer.check_overflow = lambda partition_gradients=True: None
+    optimizer.check_overflow = lambda partition_gradients=True: (
+        None
+    )  # no search for NaN: `_gradient_norm` returns -1 for NaN and Inf, which `step` treats as an overflow
 
 
 @torch.no_grad()
 def _gradient_norm(group: Any, gradients: Sequence[torch.Tensor], params: Sequence[Any]) -> torch.Tensor:
-    """Return the L2 norm (fp32 scalar) over all ranks of `group`; `gradients`: this rank's share, any float dtype.
+    """Return the L2 norm (fp32 scalar) of the gradients of all ranks in `group`, or -1 if an element is not finite.
 
-    -1 if an element is not finite, as in DeepSpeed. Padding at the end of a partition is zeros and adds nothing.
+    `gradients`: this rank's partitions, in any float dtype. The padding at the end of a partition is zero.
     """
-    norms = library_internals.tensor_norms(gradients, torch.float64)
-    total = torch.stack(norms).square_().sum()
+    total = torch.stack(library_internals.tensor_norms(gradients, torch.float64)).square_().sum()
+
     dist.all_reduce(total, group=group)
     return torch.where(total.isfinite(), total.sqrt(), -1.0).float()

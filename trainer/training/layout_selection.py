@@ -1,9 +1,7 @@
-"""Selection of a run's layout: its candidates, the examples of the check, and the record of the result.
+"""Selection of a run's layout: candidates, examples for the check (layout_check.py), and the record of the result.
 
-A resumed run keeps its layout, so that its numbers are those of a run without interruption.
+A resumed run keeps its layout, so that the losses equal those of an uninterrupted run.
 """
-
-from __future__ import annotations
 
 import functools
 import json
@@ -22,13 +20,14 @@ from trainer.settings import TrainSettings
 from trainer.shards.methods import view_of
 from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
+from trainer.storage.manifest import LayoutRecord
 from trainer.storage.run_directory import RunDirectory
 from trainer.training import layouts, model_copy
 from trainer.training.batches import PackedDataset
 from trainer.training.layout_check import Example, LayoutChoice, NoLayout, choose_layout
 from trainer.training.layouts import DESCRIPTIONS, PACKED, PADDED, BatchLayout
 
-_CPU_TOKENS = 128  # of the run's first example; an accelerator takes a whole pack
+_CPU_TOKENS = 128  # on a CPU, the first pack is cut to this many tokens of its first example, to save time
 
 
 def select_layout(
@@ -39,30 +38,32 @@ def select_layout(
     resumed: BatchLayout | None,
     is_untrained: bool,
 ) -> LayoutChoice:
-    """Collective. Check the layouts on the engine's weights and set its attention. Raises UserError on every rank.
+    """Collective. Return the first layout that passes the check on the engine's weights.
 
-    They are checked on a plain copy of the model on rank 0, or without memory for it in the engine itself. `resumed`: the
-    layout of the checkpoint from which the run is resumed. `is_untrained`: the weights are random and no step was made.
+    Sets the engine's attention to that of the layout. Raises UserError on every rank if no layout passes.
+
+    The check uses a plain copy of the model on rank 0. If there is no memory for a copy, the check uses the engine
+    itself. `resumed`: the layout of the checkpoint from which the run is resumed. `is_untrained`: the weights are random
+    and no optimizer step has been made.
     """
     packed_attention.register()
     tried = [resumed] if resumed is not None else layouts.candidates(config, settings.packing)
     examples = check_examples(settings, data)
-    outcome: LayoutChoice | NoLayout | None = None  # None: no memory for a copy
-    model = model_copy.copy_model(engine, config, is_untrained)
-    if model is not None:
-        if distributed.is_main_process():
-            outcome = _check_copy(model, engine, settings, tried, examples)
-            model_copy.free(model)
-        outcome = distributed.broadcast_object(outcome)
-    if outcome is None:
-        try:
-            outcome = choose_layout(
-                engine, tried, examples, load.device(), agree=distributed.broadcast_object
-            )
-        except NoLayout as error:
-            outcome = error
-    if isinstance(outcome, NoLayout):
-        raise UserError(_explain(outcome, settings, resumed))
+    outcome: LayoutChoice | NoLayout | None = None
+    try:
+        model = model_copy.copy_model(engine, config, is_untrained)
+        if model is not None:
+            if distributed.is_main_process():
+                outcome = _check_copy(model, engine, settings, tried, examples)
+                model_copy.free(model)
+            outcome = distributed.broadcast_object(outcome)
+        if outcome is None:  # rank 0 lacks the memory for a copy
+            agree = distributed.broadcast_object
+            outcome = choose_layout(engine, tried, examples, load.local_device(), agree=agree)
+        if isinstance(outcome, NoLayout):
+            raise outcome
+    except NoLayout as error:
+        raise UserError(_explain(error, settings, resumed)) from None
     set_attention(engine.module, outcome.layout.attention)
     return outcome
 
@@ -70,14 +71,13 @@ def select_layout(
 def _check_copy(
     model: Any, engine: Any, settings: TrainSettings, tried: list[BatchLayout], examples: list[Example]
 ) -> LayoutChoice | NoLayout | None:
-    # Accelerators have separate kernels for bf16; on a CPU the functions are those of fp32.
-    compare_bf16 = settings.bf16 and torch.cuda.is_available()
-    in_training_dtype = functools.partial(model_copy.in_training_dtype, model, engine)
-    training_kernels.patch_kernels(model, on_accelerator=torch.cuda.is_available())
+    on_accelerator = torch.cuda.is_available()
+    training_kernels.patch_kernels(model, on_accelerator=on_accelerator)
+    in_training_dtype = None
+    if settings.bf16 and on_accelerator:  # also check in bf16: the check in fp32 runs other kernels
+        in_training_dtype = functools.partial(model_copy.in_training_dtype, model, engine)
     try:
-        return choose_layout(
-            model, tried, examples, load.device(), in_training_dtype if compare_bf16 else None
-        )
+        return choose_layout(model, tried, examples, load.local_device(), in_training_dtype)
     except NoLayout as error:
         return error
     except torch.OutOfMemoryError:
@@ -88,8 +88,8 @@ def _explain(error: NoLayout, settings: TrainSettings, resumed: BatchLayout | No
     name = settings.model_name_or_path or settings.config_name
     if resumed is not None:
         return (
-            f"this run was started with the layout {resumed}, but {error}; resume it with the versions of "
-            "transformers and torch in its environment.json, or start from zero with --overwrite_output_dir"
+            f"this run was started with the layout {resumed}, but {error}; resume it with the versions of transformers "
+            "and torch in the run's environment.json, or start from zero with --overwrite_output_dir"
         )
     if settings.packing == "true" and error.rejected:
         return f"{name} cannot be trained packed: {error}; use --packing auto"
@@ -98,21 +98,21 @@ def _explain(error: NoLayout, settings: TrainSettings, resumed: BatchLayout | No
 
 
 def check_examples(settings: TrainSettings, data: PackedDataset) -> list[Example]:
-    """Return real examples of a run: its first ones, the longest of training and validation, and two short ones.
+    """Return the examples of the first pack, the longest training or validation example, and two short examples.
 
-    The longest covers windows, chunks and LongRoPE. The two short ones, the shortest example and the beginning of the
-    first, have the same length, so that a batch of rows of equal length is checked.
+    The longest example tests attention windows, chunks and LongRoPE. The shortest training example and the beginning of
+    the first example, both cut to the same length, test a batch of rows of equal length.
     """
     first = data.micro_batch(range(1), 1).examples
-    if load.device().type == "cpu":
+    if load.local_device().type == "cpu":
         first = [(tokens[:_CPU_TOKENS], loss_mask[:_CPU_TOKENS]) for tokens, loss_mask in first[:1]]
-    longest, shortest = data.longest(), data.shortest()
+    shortest, longest = data.shortest_and_longest()
     if settings.eval_shards:
         shards = Shards.open(settings.eval_shards)
         view = view_of(settings.method, settings.train_on_calculator_results)
         lengths = shards.lengths(view)
-        fitting = np.where(lengths <= settings.pack_length, lengths, 0)
-        held_out = shards.example(int(fitting.argmax()), view)
+        usable_lengths = np.where(lengths <= settings.pack_length, lengths, 0)
+        held_out = shards.example(int(usable_lengths.argmax()), view)
         longest = max(longest, held_out, key=lambda example: len(example[0]))
     length = min(len(shortest[0]), len(first[0][0]))
     short = [(tokens[:length], loss_mask[:length]) for tokens, loss_mask in (shortest, first[0])]
@@ -120,16 +120,15 @@ def check_examples(settings: TrainSettings, data: PackedDataset) -> list[Example
 
 
 def layout_of_checkpoint(checkpoint: Path, run: RunDirectory) -> BatchLayout | None:
-    """Return the layout recorded in a checkpoint or implied by the run's settings, else None."""
+    """Return the layout that the checkpoint's manifest records or, in old runs, the run's settings imply; None if unknown."""
     recorded = atomic_dir.read_manifest(checkpoint)["facts"].get("layout")
     if recorded:
         return BatchLayout(recorded["rows"], recorded["attention"])
     try:
-        settings = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
-        packing = settings["packing"]
+        packing = yaml.safe_load(run.settings.read_text(encoding="utf-8"))["packing"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return None
-    # Before layouts were recorded, `packing` was true or false, and padded rows always had sdpa.
+    # Old runs recorded no layout: their `packing` is true or false, and their padded rows used sdpa attention.
     layout_of_packing = {True: BatchLayout(PACKED, packed_attention.NAME), False: BatchLayout(PADDED, "sdpa")}
     return layout_of_packing.get(packing)
 
@@ -145,28 +144,26 @@ def check_same_layout(layout: BatchLayout | None, packing: str, checkpoint: Path
 
 
 def report_layout(choice: LayoutChoice) -> None:
-    """Log the layout of the run, with a warning if it is not the fastest."""
     if choice.rejected:
         fastest, reason = choice.rejected[0]
-        terminal.warning(
-            f"not {fastest.arrangement}: {reason}; instead: {DESCRIPTIONS[choice.layout.arrangement]}"
-        )
+        instead = DESCRIPTIONS[choice.layout.arrangement]
+        terminal.warning(f"not {fastest.arrangement}: {reason}; instead: {instead}")
     terminal.info(
         f"  layout: {choice.layout}; logits differ from the model's own by {choice.difference:.0e} of their standard "
         f"deviation (allowed: {choice.tolerance:.0e}, {choice.num_examples} examples, {choice.compared_in})"
     )
 
 
-def record_layout(choice: LayoutChoice, run: RunDirectory) -> dict[str, Any]:
-    """Add the layout to environment.json (rank 0); return its facts for the checkpoints."""
-    record = {
+def record_layout(choice: LayoutChoice, run: RunDirectory) -> LayoutRecord:
+    """Add the layout to environment.json on rank 0. Return the record, which is also part of each checkpoint's facts."""
+    record: LayoutRecord = {
         "rows": choice.layout.arrangement,
         "attention": choice.layout.attention,
         "largest_difference": choice.difference,
         "tolerance": choice.tolerance,
         "compared_examples": choice.num_examples,
         "compared_in": choice.compared_in,
-        "fallback_reason": choice.reason,
+        "fallback_reason": choice.fallback_reason,
     }
     if distributed.is_main_process():
         facts = json.loads(run.environment.read_text(encoding="utf-8"))

@@ -1,12 +1,10 @@
-"""Layouts: ways to arrange the examples of a micro-batch in rows of forward passes.
+"""Layouts: ways to split a micro-batch into forward passes, and to arrange the examples of a forward pass in rows.
 
-All layouts that are right for a model (layout_check.py) give the same loss and gradient. Packed is the fastest. Padded
-rows are for families whose layers mix packed examples. Some families compute other numbers for a padded row than for
-the row alone (sparse attention also chooses padding, recurrent layers read it, LongRoPE depends on the longest row):
-their examples are put in rows of equal length, or one at a time.
+All layouts that pass layout_check.py for a model give the same loss and gradient. The packed layout is the
+fastest. Padded rows are for model families whose layers mix packed examples. In some families, padding changes the logits
+of a row: sparse attention selects padding, recurrent layers read padding, and LongRoPE depends on the longest row. For
+such families, a forward pass takes only examples of equal length, or a single example.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ EQUAL_LENGTH = "equal lengths"
 ONE_BY_ONE = "one example"
 DESCRIPTIONS = {
     PACKED: "whole examples in one row",
-    PADDED: "one example a row, padded",
+    PADDED: "one example in each row, padded",
     EQUAL_LENGTH: "rows of equal length, a forward pass for each length",
     ONE_BY_ONE: "a forward pass for each example",
 }
@@ -35,7 +33,7 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Row arrangement (a key of `DESCRIPTIONS`) and transformers' attention implementation."""
+    """Row arrangement (a key of `DESCRIPTIONS`) and name of an attention implementation of transformers."""
 
     arrangement: str
     attention: str
@@ -49,65 +47,54 @@ class BatchLayout:
 
 
 def candidates(config: Any, packing: str) -> list[BatchLayout]:
-    """Return the layouts to try, the fastest first, without reading weights.
+    """Return the layouts to try, the fastest first. Reads no weights.
 
-    `packing`: "auto", "true" (packed or nothing) or "false" (never packed).
+    `packing`: "auto", "true" (the packed layout only) or "false" (all other layouts).
     """
     default = load.default_attn_implementation(config)
-    found = [] if packing == "false" else [BatchLayout(PACKED, packed_attention.register())]
+    tried = [] if packing == "false" else [BatchLayout(PACKED, packed_attention.register())]
     if packing != "true":
-        found.append(BatchLayout(PADDED, default))
+        tried.append(BatchLayout(PADDED, default))
         if default != "eager" and can_set_attention(model_class(config)):
-            found.append(BatchLayout(PADDED, "eager"))
-        found += [BatchLayout(EQUAL_LENGTH, default), BatchLayout(ONE_BY_ONE, default)]
-    return found
+            tried.append(BatchLayout(PADDED, "eager"))
+        tried += [BatchLayout(EQUAL_LENGTH, default), BatchLayout(ONE_BY_ONE, default)]
+    return tried
 
 
 def group_examples(lengths: Sequence[int], arrangement: str) -> list[list[int]]:
-    """Return the indices of the examples of each forward pass; without examples one empty pass."""
+    """Return the example indices of each forward pass. Without examples, return one pass without indices."""
     indices = list(range(len(lengths)))
     if arrangement in (PACKED, PADDED) or not indices:
         return [indices]
-    if arrangement == ONE_BY_ONE:
-        return [[index] for index in indices]
     groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        groups.setdefault(length, []).append(index)
+    for index in indices:
+        groups.setdefault(index if arrangement == ONE_BY_ONE else lengths[index], []).append(index)
     return list(groups.values())
 
 
 def split_into_batches(
     batch: MicroBatch, layout: BatchLayout, device: torch.device, num_passes: int = 0
 ) -> list[PackedBatch | PaddedBatch]:
-    """Return the rows of each forward pass of a micro-batch, with passes without loss up to `num_passes`."""
+    """Return one batch for each forward pass of a micro-batch, then empty batches until there are `num_passes` batches."""
     groups = group_examples([len(tokens) for tokens, _ in batch.examples], layout.arrangement)
     groups += [[]] * (num_passes - len(groups))
-    return [
-        collate(
-            dataclasses.replace(batch, examples=[batch.examples[index] for index in group]),
-            layout.is_packed,
-            device,
-        )
-        for group in groups
-    ]
+    passes = (dataclasses.replace(batch, examples=[batch.examples[i] for i in group]) for group in groups)
+    return [collate(examples, layout.is_packed, device) for examples in passes]
 
 
-def max_passes(data: PackedDataset, packs_of_ranks: Sequence[range], end: int, rows: str) -> int:
-    """Return the largest number of forward passes that any rank needs for its packs; packs from `end` on are empty.
+def max_passes(data: PackedDataset, packs_of_ranks: Sequence[range], end: int, arrangement: str) -> int:
+    """Return the largest number of forward passes that any rank needs for its packs.
 
-    All ranks must make that many, because ZeRO-3 gathers the weights in each. No communication: every rank can compute
-    the packs of all.
+    All ranks must run this number of passes, because ZeRO-3 gathers the weights in each pass. No communication is
+    needed, because every rank can compute the packs of all ranks. A pack with an index of `end` or more counts as empty.
     """
-    if rows in (PACKED, PADDED):
+    if arrangement in (PACKED, PADDED):
         return 1
-    return max(len(group_examples(data.lengths(packs, end), rows)) for packs in packs_of_ranks)
+    return max(len(group_examples(data.lengths(packs, end), arrangement)) for packs in packs_of_ranks)
 
 
-def passes_of_step(data: PackedDataset, plan: BatchPlan, step: int, rows: str) -> list[int]:
-    """Return the number of forward passes of each micro-batch of a step, the same on every rank."""
-    _, end = plan.packs(step)
+def passes_of_step(data: PackedDataset, plan: BatchPlan, step: int, arrangement: str) -> list[int]:
+    """Return the number of forward passes for each micro-batch of a step. The numbers are equal on all ranks."""
+    _, end = plan.pack_range(step)
     ranks = [plan.micro_batches(step, rank) for rank in range(plan.world_size)]
-    return [
-        max_passes(data, [of_rank[micro] for of_rank in ranks], end, rows)
-        for micro in range(plan.accumulation_steps)
-    ]
+    return [max_passes(data, packs, end, arrangement) for packs in zip(*ranks, strict=True)]

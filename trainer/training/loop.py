@@ -1,7 +1,5 @@
 """The training loop: optimizer steps, metrics, validation, checkpoints and stop requests."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable
@@ -12,12 +10,14 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import UserError
+from trainer.models import load
 from trainer.runtime import distributed, startup, terminal
 from trainer.runtime.distributed import DistributedEnvironment
 from trainer.runtime.malloc import HeapLimit
 from trainer.runtime.stop_request import StopRequest
 from trainer.settings import TrainSettings
 from trainer.storage.configuration import to_dict
+from trainer.storage.manifest import CheckpointFacts, StepMetrics, ValidationResult
 from trainer.storage.run_directory import RunDirectory
 from trainer.training import checkpoint, throughput
 from trainer.training.layout_selection import report_layout
@@ -27,24 +27,24 @@ from trainer.training.metrics_log import MetricsLog
 from trainer.training.setup import TrainState, setup_training
 from trainer.training.watchdog import Watchdog, run_guard
 
-# Collective. Returns the values to log, or None if a stop request interrupted it.
-ValidationCallback = Callable[[TrainState, StopRequest], dict[str, Any] | None]
+# Collective function that returns the values to log, or None if a stop request interrupted the validation.
+ValidationCallback = Callable[[TrainState, StopRequest], ValidationResult | None]
 
 
 def train(
     settings: TrainSettings, evaluate: ValidationCallback | None = None, stop: StopRequest | None = None
 ) -> bool:
-    """Train until the last step of the plan, from the newest valid checkpoint if there is one. Collective.
+    """Collective. Train until the last step of the plan. Resumes from the checkpoint that the settings select, if any.
 
-    `evaluate` is called every `eval_steps` steps. Returns True if the run is finished, False if it saved a checkpoint
-    and stopped on request. Raises UserError on every rank.
+    `evaluate` is called every `eval_steps` steps. Returns True if the run is finished, and False if a stop request
+    (signal, time limit, end of the launcher) ended it. Raises UserError on every rank, e.g. if a loss is not finite.
     """
     stop = stop or StopRequest()
     stop.install_signal_handlers()
     environment = distributed.initialize(settings.timeout_seconds)
-    # Paths of the shards may differ between nodes; `setup_training` compares their content.
-    same = {key: value for key, value in to_dict(settings).items() if not key.endswith("_shards")}
-    distributed.assert_same_on_all_ranks("settings", same)
+    # Paths of the shards may differ between nodes; `setup_training` compares the content of the shards.
+    common_settings = {key: value for key, value in to_dict(settings).items() if not key.endswith("_shards")}
+    distributed.assert_same_on_all_ranks("settings", common_settings)
     run = RunDirectory(Path(settings.output_dir))
     with run_guard(run, settings) as watchdog:
         try:
@@ -76,10 +76,10 @@ def _train(
     plan, step = state.batch_plan, state.first_step
     watchdog.report_step(step)
     stop.defer_signals()
-    distributed.barrier()  # from here on, stopping is a collective decision
+    distributed.barrier()  # now every rank defers signals, so a stop request ends all ranks after the same step
     limit_heap = HeapLimit()
     with terminal.progress_bar("train", plan.total_steps, step) as bar:
-        # An interrupted validation of the first step is repeated.
+        # Run the validation of the last saved step again if a stop request interrupted it.
         stopping = not validate_if_due(state, step, evaluate, log, stop)
         while step < plan.total_steps and not stopping:
             metrics, stopping = optimizer_step(state, step, stop)
@@ -87,37 +87,35 @@ def _train(
             watchdog.report_step(step)
             stop.record_duration(step=metrics["seconds"])
             limit_heap()
-            log.write({"step": step, "total_steps": plan.total_steps, **metrics})
+            log.write(metrics)
             bar.update(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s")
             stopping = stopping or not validate_if_due(state, step, evaluate, log, stop)
             if stopping or step == plan.total_steps or every(step, settings.save_steps):
                 watchdog.check_lock()
                 save(state, step, stop)
-                stopping = stopping or stop.should_stop_on_any_rank()  # saving takes long
+                stopping = stopping or stop.should_stop_on_any_rank()  # a request may arrive during the save
     reason = stop.reason or "another rank was asked to stop"
     stop.ignore_signals()
     finished = step == plan.total_steps
     log.close(finished)
-    progress = f"step {step}/{plan.total_steps}"
-    if finished:
-        terminal.info(f"{run.path}: finished at {progress}")
-    else:
-        terminal.info(f"{run.path}: stopped as asked ({reason}) at {progress}, start it again to resume")
-    distributed.barrier()  # the launcher kills the other ranks when one exits: all must have closed their files
+    outcome = "finished" if finished else f"stopped as asked ({reason})"
+    remedy = "" if finished else ", start it again to resume"
+    terminal.info(f"{run.path}: {outcome} at step {step}/{plan.total_steps}{remedy}")
+    distributed.barrier()  # when one rank exits, the launcher kills the others, so all must have closed their files
     return finished
 
 
 def every(step: int, interval: int) -> bool:
-    """Return whether something done every `interval` steps (0: never) is due after `step` steps."""
+    """Return whether `step` is a positive multiple of `interval`; False if `interval` is 0."""
     return interval > 0 and step > 0 and step % interval == 0
 
 
 def validate_if_due(
     state: TrainState, step: int, evaluate: ValidationCallback | None, log: MetricsLog, stop: StopRequest
 ) -> bool:
-    """Collective. Run and log the validation of this step if it is due and not logged yet.
+    """Collective. Run and log the validation after `step` steps if it is due and not yet logged.
 
-    Returns False if a stop request interrupted it.
+    Returns False if a stop request interrupted the validation.
     """
     if evaluate is None or not every(step, state.settings.eval_steps):
         return True
@@ -129,37 +127,37 @@ def validate_if_due(
     return result is not None
 
 
-def optimizer_step(state: TrainState, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
-    """Do optimizer step `step` (counted from 0): forward and backward of every micro-batch, one update. Collective.
+def optimizer_step(state: TrainState, step: int, stop: StopRequest) -> tuple[StepMetrics, bool]:
+    """Collective. Run the forward and backward passes of every micro-batch, then one optimizer update.
 
-    Returns the metrics to log, and whether any rank was asked to stop.
+    `step` is counted from 0. Returns the metrics to log, and whether any rank was asked to stop.
     """
     start = time.perf_counter()
     engine, plan, data, environment = state.engine, state.batch_plan, state.data, state.environment
-    first, end = plan.packs(step)
+    first, end = plan.pack_range(step)
     num_targets = data.num_target_tokens(first, end)
     learning_rate = learning_rate_of_step(state.settings, step, plan.total_steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
 
-    loss_sum = torch.zeros((), dtype=torch.float64, device=state.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=load.local_device())
     problem_indices: list[int] = []
-    num_passes = passes_of_step(data, plan, step, state.layout.arrangement)
+    num_passes = passes_of_step(data, plan, step, state.layout_choice.layout.arrangement)
     for micro, packs in enumerate(plan.micro_batches(step, environment.rank)):
         batch = data.micro_batch(packs, end)
         problem_indices += batch.problem_indices
         seed_dropout(state.settings.seed, batch.first_pack)
-        passes = split_into_batches(batch, state.layout, state.device, num_passes[micro])
+        passes = split_into_batches(batch, state.layout_choice.layout, load.local_device(), num_passes[micro])
         for number, rows in enumerate(passes):
             is_last = (micro + 1, number + 1) == (plan.accumulation_steps, len(passes))
-            engine.set_gradient_accumulation_boundary(is_last)  # a layout may need several passes
+            engine.set_gradient_accumulation_boundary(is_last)  # DeepSpeed would expect a fixed pass count
             losses = summed_token_loss(engine, rows)
             engine.backward(losses * (environment.world_size / num_targets), scale_wrt_gas=False)
             loss_sum += losses.detach()
             if not is_last:
-                engine.step()  # only counts the pass
+                engine.step()  # before the last pass, this call only increments counters
 
-    loss, asked_to_stop = all_reduce_loss_and_stop(loss_sum, stop.is_requested, environment.world_size)
+    loss, is_stopping = all_reduce_loss_and_stop(loss_sum, stop.is_requested, environment.world_size)
     check_finite(state, step, loss, float(loss_sum), problem_indices)
     grad_norm, skipped = global_grad_norm(engine), engine.skipped_steps
     if grad_norm is None or math.isfinite(grad_norm):
@@ -167,12 +165,12 @@ def optimizer_step(state: TrainState, step: int, stop: StopRequest) -> tuple[dic
         grad_norm = engine.get_global_grad_norm() if grad_norm is None else grad_norm
     if not math.isfinite(grad_norm) or engine.skipped_steps != skipped:
         ids = problem_ids(state, problem_indices)
-        raise UserError(
-            f"step {step + 1}: the gradient is not finite (the loss is {loss / num_targets}); {ids}"
-        )
-    seconds = time.perf_counter() - start
-    num_tokens = data.num_tokens(first, end)
-    metrics = {
+        mean_loss = loss / num_targets
+        raise UserError(f"step {step + 1}: the gradient is not finite (the loss is {mean_loss}); {ids}")
+    seconds, num_tokens = time.perf_counter() - start, data.num_tokens(first, end)
+    metrics: StepMetrics = {
+        "step": step + 1,
+        "total_steps": plan.total_steps,
         "epoch": end / data.packs_per_epoch,
         "loss": loss / num_targets,
         "learned_tokens": num_targets,
@@ -185,35 +183,32 @@ def optimizer_step(state: TrainState, step: int, stop: StopRequest) -> tuple[dic
         "memory_bytes": throughput.peak_memory_bytes(),
         "packs_consumed": end,
     }
-    return metrics, asked_to_stop
+    return metrics, is_stopping
 
 
 def learning_rate_of_step(settings: TrainSettings, step: int, total_steps: int) -> float:
-    """Return the learning rate of a step, counted from 0. It needs no state, so a checkpoint holds no scheduler.
+    """Return the learning rate of a step. `step` is counted from 0.
 
-    Linear warm-up to the peak, then constant, linear to 0, or half a cosine to 0 (transformers' definitions).
+    The rate rises linearly to its peak. Then it is constant, or it falls to 0, either linearly or as half a cosine wave.
     """
-    peak, kind = settings.learning_rate, settings.lr_scheduler_type
     warmup_steps = settings.warmup_steps or math.ceil(settings.warmup_ratio * total_steps)
     if step < warmup_steps:
-        return peak * step / warmup_steps
-    if kind == "constant":
-        return peak
+        return settings.learning_rate * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if kind == "linear":
-        return peak * max(0.0, 1.0 - progress)
-    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": cosine}
+    return settings.learning_rate * max(0.0, factors[settings.lr_scheduler_type])
 
 
 def seed_dropout(seed: int, first_pack: int) -> None:
-    """Seed dropout from the position in the data, so that it is the same after a resume and on any number of ranks."""
+    """Seed dropout from the position in the data, so that resuming does not change the dropout."""
     torch.manual_seed((seed << 40) + first_pack)
 
 
 def all_reduce_loss_and_stop(
     loss_sum: torch.Tensor, stop_requested: bool, world_size: int
 ) -> tuple[float, bool]:
-    """Return the step's loss over all ranks, and whether any rank was asked to stop, in one small collective."""
+    """Collective. Return the sum of `loss_sum` over all ranks, and whether any rank was asked to stop."""
     both = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop_requested))])
     if world_size > 1:
         dist.all_reduce(both)
@@ -222,20 +217,18 @@ def all_reduce_loss_and_stop(
 
 
 def check_finite(
-    state: TrainState, step: int, loss: float, own_loss: float, problem_indices: list[int]
+    state: TrainState, step: int, loss: float, rank_loss: float, problem_indices: list[int]
 ) -> None:
-    """Raise UserError if the loss over all ranks is NaN or Inf, before the step (DeepSpeed would skip it silently).
+    """Collective. Raise UserError if `loss`, the sum over all ranks, is NaN or Inf.
 
-    The message names the rank and its problems. Collective if the loss is not finite.
+    The message names a rank with a non-finite loss and that rank's problems. Without this check, DeepSpeed skips the step.
     """
     if math.isfinite(loss):
         return
-    error = None
-    if not math.isfinite(own_loss):
-        ids = problem_ids(state, problem_indices)
-        error = f"step {step + 1}: the loss on rank {state.environment.rank} is {own_loss}; {ids}"
-    distributed.raise_on_all_ranks(error)
-    raise UserError(f"step {step + 1}: the loss is {loss}, although it is finite on every rank")
+    ids = problem_ids(state, problem_indices)
+    error = f"step {step + 1}: the loss on rank {state.environment.rank} is {rank_loss}; {ids}"
+    distributed.raise_on_all_ranks(None if math.isfinite(rank_loss) else error)
+    raise UserError(f"step {step + 1}: the loss is {loss}, although the loss of every rank is finite")
 
 
 def problem_ids(state: TrainState, indices: list[int]) -> str:
@@ -243,7 +236,7 @@ def problem_ids(state: TrainState, indices: list[int]) -> str:
 
 
 def global_grad_norm(engine: Any) -> float | None:
-    """Return the gradient norm before clipping at ZeRO stage 0, where DeepSpeed does not store it, else None."""
+    """Return the gradient norm at ZeRO stage 0, else None. At other stages, `engine.step` computes the norm."""
     if engine.zero_optimization():
         return None
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
@@ -263,21 +256,21 @@ def model_flops_utilization(
 
 
 def save(state: TrainState, step: int, stop: StopRequest) -> None:
-    """Save the checkpoint of `step` steps and remove old ones. Collective."""
+    """Collective. Save a checkpoint after `step` steps and remove old checkpoints."""
     start = time.perf_counter()
-    _, packs_consumed = state.batch_plan.packs(step - 1)
-    progress = {
+    _, packs_consumed = state.batch_plan.pack_range(step - 1)
+    facts: CheckpointFacts = {
+        **state.facts,
         "step": step,
         "packs_consumed": packs_consumed,
         "finished": step == state.batch_plan.total_steps,
     }
-    checkpoint.save(state.engine, state.run, step, {**state.facts, **progress}, state.run.model)
+    checkpoint.save(state.engine, state.run, facts, state.run.model)
     checkpoint.prune(state.run, state.settings.save_total_limit)
     stop.record_duration(save=time.perf_counter() - start)
 
 
 def log_run_header(state: TrainState) -> None:
-    """Log model, method, ranks, data and layout of the run."""
     facts, plan, data = state.facts, state.batch_plan, state.data
     terminal.info(
         f"{state.run.path}: {facts['model_name']} ({facts['num_parameters']:,} parameters, {facts['dtype']}), "
@@ -289,7 +282,7 @@ def log_run_header(state: TrainState) -> None:
     )
     if data.num_without_steps or data.num_too_long:
         terminal.warning(
-            f"not trained on: {data.num_without_steps} problems without the steps {facts['method']} needs, "
-            f"{data.num_too_long} longer than a pack"
+            f"not trained on: {data.num_without_steps} problems without the steps that {facts['method']} needs, "
+            f"{data.num_too_long} problems longer than a pack"
         )
     report_layout(state.layout_choice)

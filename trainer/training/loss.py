@@ -1,12 +1,10 @@
 """The loss of one forward pass over packed or padded rows.
 
-The loss of a step is the sum of the token losses over all ranks divided by the number of target tokens of the whole
-step, counted before the forward passes. DeepSpeed averages gradients over ranks, so `loop.optimizer_step` multiplies by
-the world size. (The mean over ranks of per-rank means is wrong when answers differ in length: 122 % gradient error on a
-two-rank case.)
+The loss of a step is the sum of the token losses of all ranks, divided by the number of target tokens of all ranks. The
+target tokens are counted before the forward passes. DeepSpeed averages gradients over ranks, so `loop.optimizer_step`
+multiplies the loss by the world size. (The mean of per-rank means would be wrong if ranks have different numbers of
+target tokens: the gradient was 122 % off in a measured case with two ranks.)
 """
-
-from __future__ import annotations
 
 import functools
 import inspect
@@ -20,15 +18,16 @@ from trainer.models import packed_attention
 from trainer.training.batches import MicroBatch
 from trainer.training.cross_entropy import summed_cross_entropy
 
-IGNORED = -100  # a label that carries no loss (torch's and transformers' convention)
+IGNORED = -100  # label of a position without loss (torch's and transformers' convention)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One row of whole examples: tokens [1, T]; positions [1, T], from 0 in each example; lengths of the examples.
+    """One row of whole examples.
 
-    cu_seqlens [examples + 1]: cumulative lengths, int32. target_positions [L]: positions that predict a target token.
-    labels [L]: the target tokens. has_targets: False if there is none; L is then 1, with a dummy label.
+    tokens, positions [1, T]: positions start at 0 in each example. lengths: example lengths. cu_seqlens [examples + 1]:
+    cumulative lengths, int32. target_positions [L]: positions that predict a target token. labels [L]: target tokens.
+    has_targets: False if there is no target token; then L is 1 and the label is a dummy.
     """
 
     tokens: torch.Tensor
@@ -44,8 +43,8 @@ class PackedBatch:
 class PaddedBatch:
     """One row per example: tokens [B, T], attention_mask [B, T] (None if all rows are full).
 
-    columns [C]: positions at which any row predicts a target token. rows [L], column_indices [L]: row and index into `columns`
-    of each target token. labels [L]: the target tokens. has_targets: as in `PackedBatch`.
+    columns [C]: positions that predict a target token in any row. labels [L]: the target tokens. Logits for label i are
+    at row rows[i] and position columns[column_indices[i]]. has_targets: as in `PackedBatch`.
     """
 
     tokens: torch.Tensor
@@ -58,15 +57,14 @@ class PaddedBatch:
 
 
 def collate(batch: MicroBatch, packing: bool, device: torch.device) -> PackedBatch | PaddedBatch:
-    """Return the examples as tensors on the device. An empty batch becomes two tokens without loss.
+    """Return the examples as tensors on `device`. An empty batch becomes one example of two tokens without loss.
 
-    (A rank without data in the last step still takes part in every collective of the forward and backward pass.)
+    A rank may have no examples in the last step, but it must take part in the collectives of forward and backward.
     """
     examples = batch.examples or [(np.zeros(2, np.int64), np.zeros(2, bool))]
-    targets = [np.where(loss_mask[1:], tokens[1:], IGNORED) for tokens, loss_mask in examples]
-    if packing:
-        return _pack([tokens for tokens, _ in examples], targets, device)
-    return _pad([tokens for tokens, _ in examples], targets, device)
+    # Labels are shifted: a position predicts the next token, and an example's last position predicts nothing.
+    labels = [np.append(np.where(mask[1:], tokens[1:], IGNORED), IGNORED) for tokens, mask in examples]
+    return (_pack if packing else _pad)([tokens for tokens, _ in examples], labels, device)
 
 
 def summed_token_loss(model: torch.nn.Module, batch: PackedBatch | PaddedBatch) -> torch.Tensor:
@@ -87,28 +85,28 @@ def target_logits(model: torch.nn.Module, batch: PackedBatch | PaddedBatch) -> t
     arguments: dict[str, Any] = {"use_cache": False, "logits_to_keep": batch.columns}
     arguments = {name: value for name, value in arguments.items() if name in accepted or not accepted}
     logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask, **arguments).logits
-    if logits.shape[1] != len(batch.columns):  # the family computes all
+    if logits.shape[1] != len(batch.columns):  # the model has no `logits_to_keep`, so it computed all logits
         logits = logits[:, batch.columns]
     return logits[batch.rows, batch.column_indices]  # type: ignore[no-any-return]
 
 
 @functools.cache
 def _accepted_arguments(model_class: type[Any]) -> frozenset[str]:
-    """Return the argument names of a model's `forward`; empty if it takes any keyword."""
+    """Return the argument names of a model's `forward`, or an empty set if `forward` takes **kwargs."""
     parameters = inspect.signature(model_class.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return frozenset() if takes_any else frozenset(parameters)
 
 
 def _boundaries(model: torch.nn.Module, batch: PackedBatch) -> dict[str, torch.Tensor]:
-    """Return the arguments with which kernels of recurrent and convolutional layers separate the examples of a pack.
+    """Return the arguments that separate the examples of a pack in kernels of recurrent and convolutional layers.
 
-    `seq_idx` (int32 [1, T]: the example of each token) for causal_conv1d and mamba_ssm, `cu_seq_lens_q` for
-    flash-linear-attention, as in transformers' DataCollatorWithFlattening. Empty unless the kernels are installed:
-    transformers' torch versions of these layers raise an exception for either. Never run with the kernels: the check
-    before the first step (layout_check.py) decides whether the result is right.
+    causal_conv1d and mamba_ssm need `seq_idx` (int32 [1, T]: the example of each token); flash-linear-attention needs
+    `cu_seq_lens_q`, as in transformers' DataCollatorWithFlattening. Without these kernels the result is empty, because
+    transformers' torch versions of the layers raise an exception for both arguments. The tests do not run the kernels,
+    but layout_check.py checks the logits before the first step.
     """
-    # All hybrids whose kernels take boundaries have short convolutions.
+    # Every model whose kernels take these arguments has a Conv1d.
     if not _has_recurrent_kernels() or not any(isinstance(m, torch.nn.Conv1d) for m in model.modules()):
         return {}
     lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
@@ -128,8 +126,8 @@ def _has_recurrent_kernels() -> bool:
 
 
 def packed_logits(model: torch.nn.Module, batch: PackedBatch, **others: torch.Tensor) -> torch.Tensor:
-    """Return the logits [L, vocabulary] of a pack at the target positions; `others`: arguments for recurrent layers."""
-    # A mask of ones keeps transformers from searching the positions for packs.
+    """Return the logits [L, vocabulary] of a pack at the target positions. `others`: result of `_boundaries`."""
+    # Pass a mask of ones: without a mask, transformers would derive example boundaries from the positions.
     with packed_attention.use_pack(model, batch.lengths, batch.cu_seqlens):
         logits: torch.Tensor = model(
             input_ids=batch.tokens,
@@ -138,14 +136,13 @@ def packed_logits(model: torch.nn.Module, batch: PackedBatch, **others: torch.Te
             use_cache=False,
             logits_to_keep=batch.target_positions,
             **others,
-        ).logits.squeeze(0)  # backward of [0] would allocate zeros of the full shape
+        ).logits.squeeze(0)  # with `[0]`, the backward pass would allocate a tensor of zeros
     return logits if len(logits) == len(batch.target_positions) else logits[batch.target_positions]
 
 
-def _pack(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.device) -> PackedBatch:
+def _pack(examples: list[np.ndarray], example_labels: list[np.ndarray], device: torch.device) -> PackedBatch:
     lengths = [len(tokens) for tokens in examples]
-    # The last position of an example predicts nothing.
-    labels = np.concatenate([np.append(target, IGNORED) for target in targets])
+    labels = np.concatenate(example_labels)
     target_positions = np.flatnonzero(labels != IGNORED)
     has_targets = bool(len(target_positions))
     if not has_targets:
@@ -161,26 +158,23 @@ def _pack(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.d
     )
 
 
-def _pad(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.device) -> PaddedBatch:
-    width = max(len(tokens) for tokens in examples)
-    tokens = np.zeros((len(examples), width), np.int64)
-    mask = np.zeros((len(examples), width), np.int64)
-    labels = np.full((len(examples), width), IGNORED)
-    for row, (example, target) in enumerate(zip(examples, targets, strict=True)):
-        tokens[row, : len(example)] = example
-        mask[row, : len(example)] = 1
-        labels[row, : len(target)] = target
+def _pad(examples: list[np.ndarray], example_labels: list[np.ndarray], device: torch.device) -> PaddedBatch:
+    shape = (len(examples), max(len(tokens) for tokens in examples))
+    tokens, mask, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORED)
+    for row, (example, row_labels) in enumerate(zip(examples, example_labels, strict=True)):
+        length = len(example)
+        tokens[row, :length], mask[row, :length], labels[row, :length] = example, 1, row_labels
     has_targets = bool((labels != IGNORED).any())
     if not has_targets:
         labels[0, 0] = 0
     rows, positions = np.nonzero(labels != IGNORED)
-    columns, places = np.unique(positions, return_inverse=True)
+    columns, column_indices = np.unique(positions, return_inverse=True)
     return PaddedBatch(
         tokens=_tensor(tokens, device),
         attention_mask=None if mask.all() else _tensor(mask, device),
         columns=_tensor(columns, device),
         rows=_tensor(rows, device),
-        column_indices=_tensor(places.reshape(-1), device),
+        column_indices=_tensor(column_indices.reshape(-1), device),
         labels=_tensor(labels[rows, positions], device),
         has_targets=has_targets,
     )
@@ -189,5 +183,6 @@ def _pad(examples: list[np.ndarray], targets: list[np.ndarray], device: torch.de
 def _tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     if device.type == "cuda":
-        tensor = tensor.pin_memory()  # copies of 64 KB or more from pageable memory are synchronous
+        tensor = tensor.pin_memory()  # copies of more than 64 KB from unpinned memory are synchronous
+
     return tensor.to(device, non_blocking=True)

@@ -1,11 +1,9 @@
 """Map from a rank's optimizer partitions to parameter elements, in a running DeepSpeed 0.19 engine of any ZeRO stage.
 
-Sources, read in DeepSpeed 0.19.8: `runtime/zero/stage_1_and_2.py`, `runtime/bf16_optimizer.py`, `runtime/zero/
-stage3.py`. DeepSpeed's own map from parameters to elements (`_hp_mapping`) is wrong with `round_robin_gradients` and
-not used: in stages 1 and 2 a parameter's address gives its position in the flat group.
+Sources (DeepSpeed 0.19.8): `runtime/zero/stage_1_and_2.py`, `runtime/bf16_optimizer.py`, `runtime/zero/stage3.py`.
+DeepSpeed's own map from parameters to elements (`_hp_mapping`) is not used, because it is wrong with
+`round_robin_gradients`. In stages 1 and 2, the address of a parameter gives its position in the flat tensor.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +11,11 @@ from typing import Any
 
 import torch
 
-# Attributes of an optimizer: parameters of each group, their flat tensor, and this rank's partition of the fp32 masters.
+# Names of three optimizer attributes. Each attribute is a list with one item per parameter group: the parameters, the
+# flat tensor, this rank's fp32 master partition.
 _FLAT_GROUPS = (
     ("round_robin_bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups"),
-    # stage 1 in bf16 with gradients accumulated in fp32
+    # stage 1 in bf16 with gradient accumulation in fp32
     ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition"),
 )
 
@@ -33,7 +32,7 @@ class ParameterSlice:
 
 @dataclass(frozen=True)
 class Partition:
-    """fp32 tensor `master` [elements] that this rank's optimizer updates; gaps between `slices` are padding."""
+    """The fp32 tensor `master` [elements] that this rank's optimizer updates. Gaps between `slices` are padding."""
 
     master: torch.Tensor
     slices: list[ParameterSlice]
@@ -47,9 +46,8 @@ def partitions(engine: Any) -> list[Partition]:
         return list(_stage_3_partitions(optimizer, names))
     for attributes in _FLAT_GROUPS:
         if all(hasattr(optimizer, name) for name in attributes):
-            parameters, flats, masters = (getattr(optimizer, name) for name in attributes)
-            groups = zip(parameters, flats, masters, strict=True)
-            return [_flat_partition(*group, engine.global_rank, names) for group in groups]
+            groups = zip(*(getattr(optimizer, name) for name in attributes), strict=True)
+            return [_flat_partition(engine.global_rank, names, *group) for group in groups]
     return [  # stage 0
         Partition(parameter, [ParameterSlice(names[parameter], 0, parameter.numel(), 0)])
         for group in optimizer.param_groups
@@ -58,38 +56,33 @@ def partitions(engine: Any) -> list[Partition]:
 
 
 def optimizer_state(engine: Any, master: torch.Tensor, step: int) -> dict[str, Any]:
-    """Return AdamW's state of one partition with `step` set; initialised with zero moments, as in the first step."""
-    optimizer = engine.optimizer
-    plain = getattr(optimizer, "optimizer", optimizer)  # inside DeepSpeed's wrapper
+    """Set the step in AdamW's state of the partition `master`, and return the state. A new state has zero moments."""
+    plain = getattr(engine.optimizer, "optimizer", engine.optimizer)  # the optimizer that DeepSpeed wraps
     state: dict[str, Any] = plain.state[master]
     if not state:
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment] = torch.zeros_like(master, requires_grad=False)
-        group = plain.param_groups[0]
         if isinstance(plain, torch.optim.AdamW | torch.optim.Adam):
+            group = plain.param_groups[0]
             device = master.device if group["fused"] or group["capturable"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
     if isinstance(state.get("step"), torch.Tensor):
         state["step"].fill_(step)
-    else:  # DeepSpeed's CPU Adam counts in an int
+    else:  # in DeepSpeed's CPU Adam, the step is an int
         state["step"] = step
     return state
 
 
 def _flat_partition(
-    parameters: list[torch.nn.Parameter],
-    flat: torch.Tensor,
-    master: torch.Tensor,
-    rank: int,
-    names: dict[Any, str],
+    rank: int, names: dict[Any, str], parameters: Any, flat: torch.Tensor, master: torch.Tensor
 ) -> Partition:
-    """Return this rank's partition in stages 1 and 2, where a group's flat tensor is cut into equal parts."""
+    """Return this rank's partition in stages 1 and 2. A group's flat tensor has one part per rank, all of equal size."""
     begin, end = rank * master.numel(), (rank + 1) * master.numel()
     slices = []
     for parameter in parameters:
         position = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
         assert 0 <= position <= flat.numel() - parameter.numel(), (
-            f"{names[parameter]} is not in its group's flat tensor"
+            f"{names[parameter]} is outside the flat tensor"
         )
         first, last = max(position, begin), min(position + parameter.numel(), end)
         if first < last:
@@ -98,7 +91,7 @@ def _flat_partition(
 
 
 def _stage_3_partitions(optimizer: Any, names: dict[Any, str]) -> Iterator[Partition]:
-    """Yield the sub-groups of stage 3; each concatenates this rank's shards of some parameters."""
+    """Yield the sub-groups of stage 3. A sub-group concatenates this rank's shards of some parameters."""
     for parameters, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
         slices, offset = [], 0
         for parameter in parameters:
@@ -110,7 +103,7 @@ def _stage_3_partitions(optimizer: Any, names: dict[Any, str]) -> Iterator[Parti
 
 
 def local_shard(parameter: Any) -> tuple[int, int]:
-    """Return the first element and the number of elements of this rank's shard in stage 3, without padding."""
+    """Return (first element, number of elements without padding) of this rank's shard of a stage 3 parameter."""
     size = parameter.ds_tensor.ds_numel
     start = torch.distributed.get_rank(parameter.ds_process_group) * size
     return start, max(0, min(size, parameter.ds_numel - start))

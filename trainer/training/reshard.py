@@ -1,14 +1,12 @@
-"""Loading of a checkpoint of any world size and ZeRO stage: each rank reads the byte ranges it needs.
+"""Load a checkpoint of any world size and ZeRO stage. Each rank reads only the byte ranges that it needs.
 
-DeepSpeed loads only checkpoints of the same number of ranks and the same stage (its universal checkpoints are an
-offline conversion), and every rank unpickles whole files. Here a parameter's fp32 master and moments are byte ranges of
-the old ranks' files (trainer/zero), copied into the partitions of the new engine (partitions.py). A run resumed on the
-same ranks and stage takes the same path.
+DeepSpeed loads only checkpoints of the same number of ranks and the same stage, and every rank unpickles whole files.
+(Its universal checkpoints need an offline conversion.) Here the fp32 master and the moments of a parameter are byte
+ranges of the old ranks' files (trainer/zero). The ranges are copied into the partitions of the new engine
+(partitions.py), even if world size and stage are unchanged.
 
-Memory: at most one chunk of 16 MiB beside the engine. The digests of the files must have been checked (checkpoint.py).
+Memory: at most one chunk of 16 MiB besides the engine. The digests of the files must have been checked (checkpoint.py).
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,15 @@ from trainer.runtime import distributed, library_internals
 from trainer.training.partitions import Partition, local_shard, optimizer_state, partitions
 from trainer.zero.checksum_reader import CHUNK_BYTES, ChecksumReader
 from trainer.zero.optimizer_state import MOMENTS, PARAMETER_NAMES, OptimizerState, read_optimizer_state
-from trainer.zero.torch_files import ByteRange, TensorReference
+from trainer.zero.torch_files import TensorReference
 
 
 @torch.no_grad()
 def load(engine: Any, path: Path, zero_stage: int, world_size: int, dtype: str) -> None:
-    """Load masters, moments, step, frozen parameters, buffers and working weights into `engine`. Collective.
+    """Collective. Load masters, moments, step, frozen parameters, buffers and working weights into `engine`.
 
-    `zero_stage`, `world_size`, `dtype`: from the manifest of the checkpoint. Raises UserError if the checkpoint is of
-    another model; parts of it may then have been loaded.
+    `zero_stage`, `world_size`, `dtype`: from the manifest of the checkpoint. Raises UserError if the checkpoint belongs
+    to another model. In this case, some tensors may already be loaded.
     """
     optimizer = engine.optimizer
     if hasattr(optimizer, "checkpoint_event_prologue"):
@@ -46,36 +44,34 @@ def load(engine: Any, path: Path, zero_stage: int, world_size: int, dtype: str) 
 
 
 def saved_names(engine: Any) -> dict[str, list[str]]:
-    """Return what a checkpoint of stage 0 holds besides DeepSpeed's files: the optimizer's parameter names, in order."""
+    """Return {PARAMETER_NAMES: the optimizer's parameter names in order} for a stage 0 checkpoint, {} for other stages."""
     if engine.zero_optimization():
         return {}
-    return {PARAMETER_NAMES: [one.name for partition in partitions(engine) for one in partition.slices]}
+    return {PARAMETER_NAMES: [piece.name for partition in partitions(engine) for piece in partition.slices]}
 
 
 def _load_partition(
     engine: Any, partition: Partition, stored: OptimizerState, reader: ChecksumReader, path: Path
 ) -> None:
     state = optimizer_state(engine, partition.master, stored.step)
-    for one in partition.slices:
-        elements = slice(one.offset, one.offset + one.count)
+    for piece in partition.slices:
+        elements = slice(piece.offset, piece.offset + piece.count)
         master = partition.master.data.view(-1)[elements]
-        _copy(reader, path, one.name, stored.weights.find(one.name), one.start, master)
+        _copy(reader, path, piece.name, stored.weights.find(piece.name), piece.start, master)
         for key in MOMENTS:
-            moment, name = state[key].view(-1)[elements], f"{key} of {one.name}"
-            _copy(reader, path, name, stored.moment(key, one.name), one.start, moment)
+            moment, name = state[key].view(-1)[elements], f"{key} of {piece.name}"
+            _copy(reader, path, name, stored.moment(key, piece.name), piece.start, moment)
 
 
 def _load_untrained(engine: Any, stored: OptimizerState, reader: ChecksumReader, path: Path) -> None:
     """Load frozen parameters and persistent buffers, which are stored in training precision."""
     for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            continue
-        weight = stored.weights.find(name)
-        if hasattr(parameter, "ds_tensor"):
-            start, count = local_shard(parameter)
-            _copy(reader, path, name, weight, start, parameter.ds_tensor.data.view(-1)[:count])
-        else:
-            _copy(reader, path, name, weight, 0, parameter.data.view(-1))
+        if not parameter.requires_grad:
+            start, target = 0, parameter.data.view(-1)
+            if hasattr(parameter, "ds_tensor"):
+                start, count = local_shard(parameter)
+                target = parameter.ds_tensor.data.view(-1)[:count]
+            _copy(reader, path, name, stored.weights.find(name), start, target)
     for name, buffer in engine.module.named_buffers():
         if name in stored.weights.tensors:
             _copy(reader, path, name, stored.weights.tensors[name], 0, buffer.view(-1))
@@ -89,36 +85,31 @@ def _copy(
     start: int,
     target: torch.Tensor,
 ) -> None:
-    """Copy elements [start, start + len(target)) of a stored tensor into `target` [elements] of the same dtype."""
+    """Copy `stored`[start : start + len(target)] into `target`. Raises UserError if `stored` is None, too short or has another dtype."""
     if stored is None:
         raise UserError(f"{path} has no {name}, which this model trains; it is a checkpoint of another model")
     if stored.dtype != target.dtype:
-        raise UserError(f"{path} holds {name} as {stored.dtype}, this run keeps it as {target.dtype}")
+        raise UserError(f"{path} holds {name} as {stored.dtype}, this run keeps {name} as {target.dtype}")
     if len(target) and start + len(target) > stored.num_elements:
         raise UserError(
             f"{path}: {name} has {stored.num_elements} elements, this model's has more; it is a checkpoint of another model"
         )
-    done = 0
-    for byte_range in stored.slice(start, len(target)):
-        for begin in range(0, byte_range.num_elements, CHUNK_BYTES // target.element_size()):
-            chunk = target[done:][
-                : min(CHUNK_BYTES // target.element_size(), byte_range.num_elements - begin)
-            ]
-            _read_into(reader, byte_range, begin, chunk)
-            done += len(chunk)
+    ranges = stored.slice(start, len(target))
+    parts = target.detach().split([byte_range.num_elements for byte_range in ranges])
+    for byte_range, part in zip(ranges, parts, strict=True):
+        begin = 0
 
-
-def _read_into(reader: ChecksumReader, byte_range: ByteRange, start: int, target: torch.Tensor) -> None:
-    """Read elements from `start` on into `target`, without a copy if it is on the CPU."""
-    if target.device.type == "cpu":
-        buffer: Any = target.detach().view(torch.uint8).numpy()
-        reader.read(byte_range, start * byte_range.dtype.itemsize, memoryview(buffer))
-    else:
-        target.copy_(reader.tensor(byte_range, start, len(target)))
+        for chunk in part.split(CHUNK_BYTES // target.element_size()):
+            if target.device.type == "cpu":  # read the bytes directly into the tensor
+                buffer: Any = chunk.view(torch.uint8).numpy()
+                reader.read(byte_range, begin * chunk.element_size(), memoryview(buffer))
+            else:
+                chunk.copy_(reader.tensor(byte_range, begin, len(chunk)))
+            begin += len(chunk)
 
 
 def _check_shapes(engine: Any, stored: OptimizerState, path: Path) -> None:
-    """Raise UserError if the checkpoint has a tensor that the model lacks, or has in another shape."""
+    """Raise UserError if the checkpoint has a tensor that the model lacks or has in another shape."""
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     shapes |= {name: tuple(buffer.shape) for name, buffer in engine.module.named_buffers()}
     tied = {primary for alias, primary in stored.weights.aliases.items() if alias in shapes}
@@ -126,14 +117,14 @@ def _check_shapes(engine: Any, stored: OptimizerState, path: Path) -> None:
         if name not in shapes and name not in tied:
             raise UserError(f"{path} holds {name}, which this model does not have")
         if name in shapes and tensor.shape != shapes[name]:
-            raise UserError(f"{path}: {name} has shape {tensor.shape}, this model's has {shapes[name]}")
+            raise UserError(f"{path}: {name} has shape {tensor.shape}, in this model {shapes[name]}")
 
 
 def _update_working_weights(optimizer: Any) -> None:
-    """Compute the working weights of every rank from the masters, as DeepSpeed does after a step. Collective."""
+    """Collective. Compute the working weights of every rank from the masters, as DeepSpeed does after a step."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for sub_group in range(len(optimizer.fp16_groups)):
             library_internals.update_weights_of_sub_group(optimizer, sub_group)
-        optimizer.checkpoint_event_epilogue()  # gathers the small parameters that are not sharded
+        optimizer.checkpoint_event_epilogue()  # gathers the small parameters that ZeRO-3 does not shard
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()

@@ -1,7 +1,5 @@
 """Small files of a run directory: settings, resolved ds_config, environment, and the model's files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -22,6 +20,7 @@ from trainer.runtime import distributed
 from trainer.settings import TrainSettings
 from trainer.storage import atomic_dir
 from trainer.storage.configuration import to_dict
+from trainer.storage.manifest import RunFacts
 from trainer.storage.run_directory import RunDirectory
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
@@ -31,22 +30,22 @@ def write_run_files(
     settings: TrainSettings,
     run: RunDirectory,
     resolved: dict[str, Any],
-    facts: dict[str, Any],
+    facts: RunFacts,
     config: Any,
     tokenizer: Any,
 ) -> None:
-    """Write settings, resolved ds_config, environment, and the model's config, tokenizer and small files (rank 0)."""
+    """Write settings, resolved ds_config, environment and the model's files without weights. Must be called on rank 0."""
     run.path.mkdir(parents=True, exist_ok=True)
     atomic_dir.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
     atomic_dir.write_text(run.ds_config, json.dumps(resolved, indent=1) + "\n")
-    atomic_dir.write_text(run.environment, json.dumps({**environment(), **facts}, indent=1) + "\n")
+    atomic_dir.write_text(run.environment, json.dumps({**describe_environment(), **facts}, indent=1) + "\n")
     write_model_files(run.model, settings.model_name_or_path, config, tokenizer)
 
 
 def write_model_files(folder: Path, base_model: str, config: Any, tokenizer: Any) -> None:
-    """Replace `folder` with what an export needs besides the weights.
+    """Replace `folder` with the files that an export needs besides the weights.
 
-    `base_model`: the pretrained model (folder or Hub name), "" if there is none; `tokenizer`: that of the shards.
+    `base_model`: folder or Hub name of the pretrained model, "" if there is none. `tokenizer`: the tokenizer of the shards.
     """
     shutil.rmtree(folder, ignore_errors=True)
     base = base_files.base_folder(base_model) if base_model else None
@@ -60,19 +59,19 @@ def write_model_files(folder: Path, base_model: str, config: Any, tokenizer: Any
     atomic_dir.write_text(
         folder / "generation_config.json", json.dumps(generation, indent=2, sort_keys=True) + "\n"
     )
-    # With this record an export needs no transformers for names and shapes.
+    # An export reads the weights' names and shapes from this record instead of importing transformers.
     architecture.record_architecture(folder, base_files.wrapper_type(base, config.model_type))
 
 
 def remove_leftovers(run: RunDirectory) -> None:
-    """Remove temporary files and directories that killed starts of this training left behind.
+    """Remove temporary files and directories that killed training processes left in the run directory.
 
-    For rank 0, while it holds the lock. Those of exports, evaluations and the lock stay.
+    Must be called on rank 0 while it holds the lock. Temporary files of locks, of exports and of evaluations are kept.
     """
     files = (run.settings, run.ds_config, run.environment, run.restarts, run.wandb_id)
     patterns = [".initial-*.tmp", ".probe-*.tmp", *(f".{path.name}.*.tmp" for path in files)]
-    found = [path for pattern in patterns for path in run.path.glob(pattern)]
-    for path in [*found, *run.checkpoints.glob(".step-*.tmp")]:
+    leftovers = [path for pattern in patterns for path in run.path.glob(pattern)]
+    for path in [*leftovers, *run.checkpoints.glob(".step-*.tmp")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -80,7 +79,7 @@ def remove_leftovers(run: RunDirectory) -> None:
 
 
 def code_fingerprint() -> dict[str, str]:
-    """Return versions of packages and Python, and a digest of the trainer's code (a git revision may be dirty)."""
+    """Return versions of packages and Python, and a digest of the trainer's code (including uncommitted changes)."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
@@ -90,19 +89,16 @@ def code_fingerprint() -> dict[str, str]:
     return {**versions, "python": platform.python_version(), "trainer's code": digest.hexdigest()}
 
 
-def environment() -> dict[str, Any]:
-    """Return versions, host, launcher, command and code revision, to explain later why two runs differ."""
-    root = Path(__file__).parents[2]
-    revision = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+def describe_environment() -> dict[str, Any]:
+    """Return versions, host, launcher, command and code revision. These facts help to explain why two runs differ."""
+    command = ["git", "-C", str(Path(__file__).parents[2]), "describe", "--always", "--dirty"]
+    revision = subprocess.run(command, capture_output=True, text=True)
+    processor = platform.processor() or "cpu"
     return {
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
         "threads_per_rank": torch.get_num_threads(),
         "launcher": distributed.environment().launcher,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),

@@ -1,9 +1,9 @@
-"""Floating-point operations of a step, and the peak performance and memory use of the device."""
-
-from __future__ import annotations
+"""FLOPs of training per token, and peak FLOP/s and memory use of the device."""
 
 import contextlib
+import re
 import resource
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,41 +14,34 @@ from trainer.training import gpu_table
 def flops_per_token(
     num_parameters: int, config: Any, mean_length: float, target_fraction: float = 1.0
 ) -> float:
-    """Return the FLOPs of forward and backward, without recomputation: 6 N + 6 L d n for causal attention over n tokens.
+    """Return the FLOPs per token of the forward and backward pass, without recomputation: 6 N + 6 L d n.
 
-    N counts parameters outside the input embedding; a query attends to half of the sequence on average. (Kaplan et al.
-    2020, appendix; Chowdhery et al. 2022, appendix B, halved for the causal mask.) `target_fraction`: share of the
-    tokens that are targets; the head is computed for these alone.
+    N: parameters without the input embedding. L: layers. d: width. n: `mean_length` of the sequences. The formula is
+    from Chowdhery et al. 2022, appendix B (see also Kaplan et al. 2020), but its attention term is halved, because with a
+    causal mask a query attends to n / 2 tokens on average. `target_fraction`: share of tokens that need the output head.
     """
-    width: int = config.hidden_size
-    layers: int = config.num_hidden_layers
-    head: int = config.vocab_size * width
+    layers, width = config.num_hidden_layers, config.hidden_size
+    head = config.vocab_size * width
     tied = getattr(config, "tie_word_embeddings", False)
     inside = num_parameters - (head if tied else 2 * head)
-    return 6.0 * (inside + target_fraction * head) + 6.0 * layers * width * mean_length
+    return float(6.0 * (inside + target_fraction * head) + 6.0 * layers * width * mean_length)
 
 
 def peak_flops(dtype: str = "bf16") -> float | None:
-    """Return the peak of this rank's GPU in `dtype` (bf16 or fp32), in FLOP/s.
-
-    None on a CPU and for a GPU that is not in the table: MFU is unknown there.
-    """
+    """Return the peak FLOP/s of this rank's GPU in `dtype` (bf16 or fp32), or None on a CPU or an unknown GPU."""
     if not torch.cuda.is_available():
         return None
-    gpu = gpu_table.by_device_name(torch.cuda.get_device_name())
+    gpu = gpu_table.gpu_by_device_name(torch.cuda.get_device_name())
     return None if gpu is None else gpu.peak_flops(dtype)
 
 
 def peak_memory_bytes() -> int:
-    """Return the peak memory of this rank: allocated on the GPU, or resident on the CPU."""
+    """Return the peak memory of this rank: memory allocated on the GPU, or resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    # ru_maxrss is only the fallback: it starts with the peak of the parent process.
-    with (
-        contextlib.suppress(OSError),
-        open("/proc/self/status", encoding="ascii", errors="replace") as status,
-    ):
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        if match := re.search(r"^VmHWM:\s*(\d+)", status, re.MULTILINE):
+            return int(match[1]) * 1024
+    # ru_maxrss is only the fallback, because it starts with the peak of the parent process.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,73 +1,63 @@
-"""Deadline of a run, from Slurm's time limit and `time_limit_seconds`, and the estimated time of a checkpoint."""
-
-from __future__ import annotations
+"""Deadline of a run, from Slurm's time limit and `time_limit_seconds`, and the estimated time of a save."""
 
 import hashlib
 import os
 import secrets
 import time
-from typing import Any
 
 from trainer.errors import UserError
 from trainer.runtime import distributed
 from trainer.runtime.stop_request import StopRequest
+from trainer.storage.manifest import RunFacts
 from trainer.storage.run_directory import RunDirectory
 
 _PROBE_BYTES = 16 << 20
-# Bytes per parameter in a checkpoint. Rank 0 writes the weights (fp32; half in bf16); all ranks together write the fp32
-# master weights and Adam's two moments.
+# Bytes per parameter in a checkpoint. Rank 0 writes the weights (fp32; bf16 weights take half). All ranks together write
+# the fp32 master weights and Adam's two moments.
 _WEIGHT_BYTES, _OPTIMIZER_BYTES = 4, 12
 
 
-def set_deadline(
-    stop: StopRequest, time_limit_seconds: float, run: RunDirectory, facts: dict[str, Any]
-) -> None:
-    """Collective. Set the deadline of `stop` to the earlier of Slurm's limit of the job and `time_limit_seconds`.
+def set_deadline(stop: StopRequest, time_limit_seconds: float, run: RunDirectory, facts: RunFacts) -> None:
+    """Collective. Set the deadline of `stop` to the earlier of the Slurm job's limit and `time_limit_seconds`.
 
-    `facts`: of the run. Raises UserError if there is no time for a single checkpoint.
+    Raises UserError if the time is too short to save a single checkpoint.
     """
     job = distributed.seconds_left_of_job(os.environ) if distributed.is_main_process() else None
-    limits = [distributed.broadcast_object(job)]
-    if time_limit_seconds:
-        limits.append(stop.started + time_limit_seconds - time.monotonic())
-    seconds_left = min((limit for limit in limits if limit is not None), default=None)
-    if seconds_left is None:
-        return
-    save_seconds = _estimate_save_seconds(run, facts)
-    if seconds_left < save_seconds:
-        raise UserError(
-            f"the time limit leaves {seconds_left:.1f} s, and one checkpoint takes about {save_seconds:.1f} s here: "
-            "nothing could be saved; ask for more time (Slurm's --time, or time_limit_seconds)"
-        )
-    stop.set_deadline(seconds_left, save_seconds)
+    job_seconds = distributed.broadcast_object(job)
+    own_seconds = stop.started + time_limit_seconds - time.monotonic() if time_limit_seconds else None
+    limits = [seconds for seconds in (job_seconds, own_seconds) if seconds is not None]
+    if limits:
+        save_seconds = _estimate_save_seconds(run, facts)
+        if min(limits) < save_seconds:
+            raise UserError(
+                f"the time limit leaves {min(limits):.1f} s, and one checkpoint takes about {save_seconds:.1f} s here: "
+                "nothing could be saved; ask for more time (Slurm's --time, or time_limit_seconds)"
+            )
+        stop.set_deadline(min(limits), save_seconds)
 
 
-def _estimate_save_seconds(run: RunDirectory, facts: dict[str, Any]) -> float:
-    """Collective. Estimate the time of a save from the speed at which rank 0 writes, flushes and digests 16 MiB.
+def _estimate_save_seconds(run: RunDirectory, facts: RunFacts) -> float:
+    """Collective. Estimate the duration of a save from the speed at which rank 0 writes, flushes and digests 16 MiB.
 
     Raises UserError on every rank if the run directory cannot be written.
     """
-    speed = None
+    speed, remedy = None, "free disk space, or give another output_dir"
     with distributed.errors_on_all_ranks(
-        lambda problem: (
-            f"{run.path} cannot be written: {problem.strerror}; free disk space, or give another output_dir"
-        )
+        lambda problem: f"{run.path} cannot be written: {problem.strerror}; {remedy}"
     ):
         if distributed.is_main_process():
             speed = _measure_bytes_per_second(run)
-    speed = distributed.broadcast_object(speed)
     bytes_per_parameter = _WEIGHT_BYTES + _OPTIMIZER_BYTES / facts["world_size"]
-    return float(facts["num_parameters"] * bytes_per_parameter / speed)
+    return float(facts["num_parameters"] * bytes_per_parameter / distributed.broadcast_object(speed))
 
 
 def _measure_bytes_per_second(run: RunDirectory) -> float:
     run.path.mkdir(parents=True, exist_ok=True)
     probe = run.path / f".probe-{secrets.token_hex(4)}.tmp"
-    content = os.urandom(1 << 20)
+    content, digest = os.urandom(1 << 20), hashlib.sha256()
     start = time.perf_counter()
     try:
         with open(probe, "wb") as file:
-            digest = hashlib.sha256()
             for _ in range(_PROBE_BYTES >> 20):
                 file.write(content)
                 digest.update(content)

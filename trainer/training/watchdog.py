@@ -1,14 +1,15 @@
-"""Detection of hung ranks by heartbeat files: the hung rank is reported with its last step, and all ranks end.
+"""Detection of hung ranks by heartbeat files. The hung rank is reported with its last step, and all ranks end.
 
-A stopped rank leaves the others in a collective until `timeout_seconds`, whose error does not say which rank is missing.
-So a thread of every rank increments a counter in a small file and watches the counter of the next rank; the last rank
-watches the first. Files are used because the process group's store is in rank 0, which may be the one that hangs.
+If a rank hangs, the other ranks wait for `timeout_seconds` in a collective, whose error does not name the hung rank.
+So a thread of every rank increments a counter in a small file and watches the counter of the next rank. The last rank
+watches rank 0. Counters are in files because the process group's store is in rank 0, which may itself hang.
 
-No clocks are compared: a rank hangs if its counter stays the same over several checks and `heartbeat_timeout_seconds` of
-the watching rank. If the file system stalls or the whole job is suspended, no checks are made and none fails.
+Clocks of different hosts are not compared. A rank counts as hung if its counter stays the same during several checks
+and during `heartbeat_timeout_seconds` on the watching rank's clock. If the file system stalls or the whole job is
+suspended, no checks run, so no rank is reported.
 
-Not detected: a rank whose main thread hangs while its other threads run. `timeout_seconds` ends that; then ranks that
-have ended, or have done fewer steps than others, are reported.
+If only the main thread of a rank hangs, the heartbeat continues, so the hang is not detected. After `timeout_seconds`,
+the collective of the other ranks fails. Then the watchdog reports ranks that have ended or are steps behind other ranks.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ from trainer.settings import TrainSettings
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory
 
-_CHECKS = 10  # within heartbeat_timeout_seconds
+_CHECKS = 10  # a counter must be unchanged in this many checks before its rank counts as hung
 _RECORD_BYTES = 1024
-_MIN_WRITE_SECONDS = 1.0  # between two records of steps
+_MIN_WRITE_SECONDS = 1.0  # minimum age of the last heartbeat write before `report_step` writes again
 _VERDICT_NAME = "ended.json"
-_EXIT_SECONDS = 5.0  # for other ranks of this host to end by themselves
+_EXIT_SECONDS = 5.0  # minimum time that other ranks of this host get to end before they are killed
 
 
 @contextlib.contextmanager
 def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
     """Collective. Context manager that holds the run's lock and yields a started watchdog.
 
-    Raises UserError on every rank if another job holds the lock, naming that job.
+    Raises UserError on every rank if another job holds the lock. The message names that job.
     """
     lock = DirectoryLock(run.lock, None)
     with distributed.errors_on_all_ranks(lambda problem: f"{run.lock} cannot be created: {problem}"):
@@ -60,7 +61,7 @@ def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
             yield watchdog
             is_regular = True
         except UserError:
-            is_regular = True  # raised on all ranks
+            is_regular = True  # all ranks raise UserError, so this rank must not be reported
             raise
         except Exception:
             watchdog.report_stragglers()
@@ -72,16 +73,16 @@ def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
 
 
 class Watchdog:
-    """Heartbeat of this rank, and check of the next rank's heartbeat, in a thread."""
+    """Thread that writes this rank's heartbeat and checks the heartbeat of the next rank."""
 
     def __init__(self, run: RunDirectory, heartbeat_timeout_seconds: float, lock: DirectoryLock):
         environment = distributed.environment()
         self._folder, self._lock, self._rank = run.heartbeats, lock, environment.rank
         self._world_size = environment.world_size
         self._timeout_seconds = heartbeat_timeout_seconds
-        self._interval = min(
-            locks.HEARTBEAT_SECONDS, (heartbeat_timeout_seconds or locks.HEARTBEAT_SECONDS) / _CHECKS
-        )
+        longest = locks.HEARTBEAT_SECONDS
+        self._interval = min(longest, (heartbeat_timeout_seconds or longest) / _CHECKS)
+
         self._next_rank = (self._rank + 1) % self._world_size
         self._is_watching = bool(heartbeat_timeout_seconds) and self._world_size > 1
         self._stopped = threading.Event()
@@ -92,7 +93,7 @@ class Watchdog:
     def start(self) -> None:
         """Collective. Start the thread after every rank has written its first heartbeat."""
         if distributed.is_main_process():
-            shutil.rmtree(self._folder, ignore_errors=True)  # left by a killed run
+            shutil.rmtree(self._folder, ignore_errors=True)  # files of a killed run
             self._folder.mkdir(parents=True)
         self._token = distributed.broadcast_object(secrets.token_hex(8))
         self._write_heartbeat()
@@ -101,18 +102,17 @@ class Watchdog:
         self._thread.start()
 
     def report_step(self, step: int) -> None:
-        """Record the number of finished steps."""
         self._step = step
         if time.monotonic() - self._written_at > _MIN_WRITE_SECONDS:
             with contextlib.suppress(OSError):
                 self._write_heartbeat()
 
     def check_lock(self) -> None:
-        """Collective. Raise UserError if another job has taken over the lock; nothing may be written then."""
+        """Collective. Raise UserError if another job has taken over the lock, so that this job writes no more files."""
         distributed.raise_on_all_ranks(self._lock.taken_over_by())
 
     def report_stragglers(self) -> None:
-        """Log, after a failed collective, the ranks that have ended or have done fewer steps than others."""
+        """After a failed collective, log the ranks that have ended or have done fewer steps than other ranks."""
         records = self._read_heartbeats()
         max_step = max((record["step"] for record in records.values()), default=0)
         for rank, record in records.items():
@@ -120,15 +120,14 @@ class Watchdog:
                 terminal.error_on_any_rank(f"rank {self._rank}: {_describe(rank, record)}")
 
     def stop(self, is_regular: bool) -> None:
-        """End the heartbeat. Only a regular end removes its file: after another the next check must fail."""
+        """End the thread. If `is_regular`, remove the heartbeat file; else another rank reports this rank."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(timeout=_EXIT_SECONDS)
-        if not is_regular:
-            return
-        with contextlib.suppress(OSError):
-            (self._folder / _heartbeat_name(self._rank)).unlink(missing_ok=True)
-            self._folder.rmdir()  # succeeds on the last rank
+        if is_regular:
+            with contextlib.suppress(OSError):
+                (self._folder / _heartbeat_name(self._rank)).unlink(missing_ok=True)
+                self._folder.rmdir()  # succeeds only on the last rank that stops
 
     def _run(self) -> None:
         while not self._stopped.wait(self._interval):
@@ -138,23 +137,18 @@ class Watchdog:
                 ended = self._read(_VERDICT_NAME)  # written by another rank
                 verdict = ended["verdict"] if ended else self._check_next_rank()
             except (OSError, ValueError):
-                continue  # a file system error says nothing about a rank
+                continue  # a file system error does not mean that a rank hangs
             if verdict and not self._stopped.is_set():
                 self._end(verdict)
 
     def _write_heartbeat(self) -> None:
-        """Overwrite the record in place with one small write of constant size."""
+        """Overwrite this rank's heartbeat file in place, with one write of constant size."""
         self._beats, self._written_at = self._beats + 1, time.monotonic()
-        record = {
-            "token": self._token, "beats": self._beats, "step": self._step,
-            "process": asdict(ProcessIdentity.of_this_process()),
-        }  # fmt: skip
-        path = self._folder / _heartbeat_name(self._rank)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            os.pwrite(descriptor, json.dumps(record).ljust(_RECORD_BYTES).encode(), 0)
-        finally:
-            os.close(descriptor)
+        process = asdict(ProcessIdentity.of_this_process())
+        record = {"token": self._token, "beats": self._beats, "step": self._step, "process": process}
+        descriptor = os.open(self._folder / _heartbeat_name(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(json.dumps(record).ljust(_RECORD_BYTES).encode())
 
     def _check_next_rank(self) -> str | None:
         """Return a message if the next rank hangs, else None."""
@@ -162,7 +156,7 @@ class Watchdog:
             return None
         record = self._read(_heartbeat_name(self._next_rank))
         beats = record["beats"] if record else -1
-        if beats != self._next_beats or record is None:  # without a record it ended regularly
+        if beats != self._next_beats or record is None:  # no record: the next rank ended regularly
             self._next_beats, self._changed_at, self._unchanged_checks = beats, time.monotonic(), 0
             return None
         self._unchanged_checks += 1
@@ -172,7 +166,7 @@ class Watchdog:
         return f"{_describe(self._next_rank, record)}, {seconds:.0f} s ago; the run ends here (heartbeat_timeout_seconds)"
 
     def _end(self, verdict: str) -> None:
-        """End this process. The rank that detected the hang first writes the verdict and kills hung ranks of its host."""
+        """End this process. The first rank that ends also writes the verdict and kills hung ranks of its host."""
         path = self._folder / _VERDICT_NAME
         if not path.exists():
             terminal.error_on_any_rank(f"error: {verdict}")
@@ -183,32 +177,32 @@ class Watchdog:
         os._exit(EXIT_REQUEUE)
 
     def _kill_ranks_of_host(self) -> None:
-        """Kill (SIGKILL) the ranks of this host that do not end in time: without a launcher nothing else would.
+        """Kill the ranks of this host that do not end in time, because there may be no launcher that kills them.
 
-        A stopped process does not react to SIGTERM.
+        The signal is SIGKILL, because a stopped process does not react to SIGTERM.
         """
-        others = [ProcessIdentity(**record["process"]) for record in self._read_heartbeats().values()]
+        ranks = [ProcessIdentity(**record["process"]) for record in self._read_heartbeats().values()]
         deadline = time.monotonic() + max(_EXIT_SECONDS, 3 * self._interval)
-        while others := [other for other in others if other.pid != os.getpid() and other.is_alive()]:
+        while ranks := [rank for rank in ranks if rank.pid != os.getpid() and rank.is_alive()]:
             if time.monotonic() > deadline:
-                for other in others:
+                for rank in ranks:
                     with contextlib.suppress(OSError):
-                        os.kill(other.pid, signal.SIGKILL)
+                        os.kill(rank.pid, signal.SIGKILL)
                 return
             time.sleep(0.1)
 
     def _read_heartbeats(self) -> dict[int, dict[str, Any]]:
-        """Return the last heartbeats of this run by rank."""
-        found = {rank: self._read(_heartbeat_name(rank)) for rank in range(self._world_size)}
-        return {rank: record for rank, record in found.items() if record}
+        """Return a dict rank -> last heartbeat. Ranks that ended regularly are missing."""
+        ranks = range(self._world_size)
+        return {rank: record for rank in ranks if (record := self._read(_heartbeat_name(rank)))}
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        """Return the content of a file that a rank of this run wrote, else None."""
+        """Return the content of a file, or None if the file is missing or not from this run."""
         try:
-            found: dict[str, Any] = json.loads((self._folder / name).read_text(encoding="utf-8"))
+            record: dict[str, Any] = json.loads((self._folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return found if found.get("token") == self._token else None
+        return record if record.get("token") == self._token else None
 
 
 def _heartbeat_name(rank: int) -> str:

@@ -1,1 +1,1 @@
-"""Reading of DeepSpeed's checkpoint files as named byte ranges, for export and for resuming a training."""
+"""Reading of DeepSpeed's checkpoint files as named byte ranges, for export and for resuming a run."""

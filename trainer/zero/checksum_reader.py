@@ -1,7 +1,7 @@
-"""Reader of byte ranges of torch files that checks the CRC-32 of every storage it reads from.
+"""Reader for byte ranges of torch files. It checks the CRC-32 of every storage from which a range was read.
 
-The zip directory holds a CRC-32 of every storage. Ranges are read in about file order, so the checksum is updated with
-each read; bytes in between (padding between parameters) are read only for the checksum.
+The zip directory holds a CRC-32 of every storage. Ranges are read approximately in file order, so each read can update a
+running checksum of the storage. Bytes between the ranges (padding between parameters) are read for the checksum only.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ CHUNK_BYTES = 16 << 20
 
 
 class ChecksumReader:
-    """Reader of byte ranges of checkpoint files; `verify_checksums` compares their CRC-32 with the files'.
+    """Reader for byte ranges of checkpoint files, for one thread. It is a context manager.
 
-    Without `checksums` only lengths are checked. A context manager, for one thread. Needs CHUNK_BYTES of memory besides
-    the caller's buffers.
+    `verify_checksums` compares the CRC-32 of each storage that was read with the value in the zip directory. If
+    `checksums` is False, only lengths are checked. The reader needs CHUNK_BYTES of memory.
     """
 
     def __init__(self, checksums: bool = True) -> None:
         self._checksums = checksums
         self._descriptors: dict[Path, int] = {}
-        # Storage -> the byte of the file up to which it was read, CRC-32 up to there.
+        # storage -> (file offset of the storage's first unread byte, CRC-32 of the storage's bytes before this offset)
         self._progress: dict[Storage, tuple[int, int]] = {}
 
     def __enter__(self) -> ChecksumReader:
@@ -40,18 +40,15 @@ class ChecksumReader:
         self._descriptors.clear()
 
     def read(self, byte_range: ByteRange, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of `byte_range` from its byte `start` on. Raises UserError on a short file."""
+        """Fill `buffer` with the bytes of `byte_range` from byte `start` on. Raises UserError if the file ends early."""
         storage, offset = byte_range.storage, byte_range.offset + start
         self._read_exactly(storage, offset, buffer)
-        if not self._checksums:
-            return
-        position, crc = self._progress.get(storage, (storage.start, 0))
-        if offset > position:
-            position, crc = self._read_to(storage, position, crc, offset)
-        if offset + len(buffer) > position:
-            crc = zlib.crc32(buffer[position - offset :], crc)
-            position = offset + len(buffer)
-        self._progress[storage] = (position, crc)
+        if self._checksums:
+            position, crc = self._read_to(storage, *self._progress.get(storage, (storage.start, 0)), offset)
+            if offset + len(buffer) > position:
+                crc = zlib.crc32(buffer[position - offset :], crc)
+                position = offset + len(buffer)
+            self._progress[storage] = (position, crc)
 
     def tensor(self, byte_range: ByteRange, start: int, num_elements: int) -> torch.Tensor:
         """Return elements [start, start + num_elements) of `byte_range` as a new tensor."""
@@ -62,17 +59,18 @@ class ChecksumReader:
         return torch.frombuffer(buffer, dtype=byte_range.dtype)
 
     def verify_checksums(self) -> None:
-        """Read the rest of every storage that was read from. Raises UserError naming a corrupt file."""
+        """Read the rest of every storage from which a range was read. Raises UserError if a checksum is wrong."""
         for storage, (position, crc) in self._progress.items():
             _, crc = self._read_to(storage, position, crc, storage.start + storage.num_bytes)
             if crc != storage.crc32:
                 raise UserError(
-                    f"{storage.path} is corrupt: {storage.name} fails its checksum; restore the file"
+                    f"{storage.path} is corrupt: the checksum of {storage.name} differs; restore the file"
                 )
         self._progress.clear()
 
     def _read_to(self, storage: Storage, position: int, crc: int, end: int) -> tuple[int, int]:
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, end - position)))
+        buffer = memoryview(bytearray(max(0, min(CHUNK_BYTES, end - position))))
+
         while position < end:
             chunk = buffer[: min(CHUNK_BYTES, end - position)]
             self._read_exactly(storage, position, chunk)

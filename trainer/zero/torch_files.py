@@ -1,11 +1,11 @@
-"""Byte ranges of the tensors in `torch.save` files, found without reading the tensors.
+"""Byte ranges of the tensors in `torch.save` files. The tensors themselves are not read.
 
-A torch file is a zip archive of uncompressed entries: `data.pkl` describes the objects, `data/<n>` is the storage of
-tensor n. So a tensor is a byte range of the file, and the zip directory holds a CRC-32 of every storage.
-`torch.load(map_location="meta")` reads the description alone and records each storage's offset.
+A torch file is a zip archive of uncompressed entries: `data.pkl` describes the objects, `data/<n>` is the n-th
+storage. So a tensor is a byte range of the file, and the zip directory holds a CRC-32 of every storage.
+`torch.load(map_location="meta")` reads the description alone and records the offset of each storage.
 
-Files cannot run code: `weights_only=True` builds plain containers and tensors, and the classes that DeepSpeed pickles
-by name are replaced by the empty ones below, so DeepSpeed is not imported.
+Files cannot run code, because `weights_only=True` builds plain containers and tensors only. DeepSpeed pickles three
+classes by name; stand-ins replace them, so DeepSpeed is not imported.
 """
 
 from __future__ import annotations
@@ -21,35 +21,25 @@ from typing import Any
 
 import torch
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.runtime import library_internals
 
 
-class _FragmentAddress:
+class _Empty:
     pass
-
-
-class _LossScaler:
-    pass
-
-
-def _zero_stage(value: int) -> int:
-    return int(value)
 
 
 _STAND_INS: list[Any] = [
-    (_FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_zero_stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Empty, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_Empty, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
-
-
 _header_offset = operator.attrgetter("header_offset")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """One storage of a torch file: bytes [start, start + num_bytes), with its CRC-32 from the zip directory."""
+    """A storage of a torch file: bytes [start, start + num_bytes) of the file, and the CRC-32 from the zip directory."""
 
     path: Path
     name: str
@@ -60,16 +50,12 @@ class Storage:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """`num_elements` elements inside a storage, beginning at byte `offset` of the file."""
+    """Part of a storage: `num_elements` elements, of which the first is at byte `offset` of the file."""
 
     storage: Storage
     offset: int
     num_elements: int
     dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_elements * self.dtype.itemsize
 
     def slice(self, start: int, num_elements: int) -> ByteRange:
         """Return elements [start, start + num_elements) of this range. Raises UserError if the range is shorter."""
@@ -83,7 +69,7 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class TensorReference:
-    """A parameter or buffer: its shape, and the ranges that hold its elements in order."""
+    """A parameter or buffer: its shape, and the byte ranges that hold its elements in order."""
 
     shape: tuple[int, ...]
     ranges: tuple[ByteRange, ...]
@@ -93,19 +79,19 @@ class TensorReference:
         return math.prod(self.shape)
 
     def slice(self, start: int, num_elements: int) -> tuple[ByteRange, ...]:
-        """Return the ranges of elements [start, start + num_elements). Raises UserError if there are fewer."""
-        found = []
+        """Return the ranges of elements [start, start + num_elements). Raises UserError if the tensor is shorter."""
+        slices = []
         for byte_range in self.ranges:
             if start >= byte_range.num_elements:
                 start -= byte_range.num_elements
                 continue
             count = min(num_elements, byte_range.num_elements - start)
-            found.append(byte_range.slice(start, count))
+            slices.append(byte_range.slice(start, count))
             start, num_elements = 0, num_elements - count
             if not num_elements:
-                return tuple(found)
+                return tuple(slices)
         last = self.ranges[-1]
-        return (*found, last.slice(last.num_elements, num_elements))  # raises UserError if elements are left
+        return (*slices, last.slice(last.num_elements, num_elements))  # raises if the tensor is too short
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,20 +100,23 @@ class TensorReference:
 
 @dataclass
 class CheckpointTensors:
-    """All tensors of a checkpoint in file order, and the aliases of tied ones."""
+    """All tensors of a checkpoint in file order, and the aliases of tied tensors."""
 
     tensors: dict[str, TensorReference] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # alias -> name in `tensors`
 
     def find(self, name: str) -> TensorReference | None:
+        """Return the tensor with this name or alias, else None."""
         return self.tensors.get(name) or self.tensors.get(self.aliases.get(name, ""))
 
 
 class TorchFile:
-    """A torch file without its tensors: `content` is the saved dict with meta tensors, `byte_range` locates them."""
+    """A torch file without its tensors. `content` is the saved dict with meta tensors; `byte_range` locates a tensor.
+
+    The constructor raises UserError if the file is damaged or names a class that is not allowed.
+    """
 
     def __init__(self, path: Path):
-        """Raise UserError if the file is damaged or names a class that is not allowed."""
         self.path = path
         self._entries = self._zip_entries()
         self.content: dict[str, Any] = load(path, "meta")
@@ -144,7 +133,7 @@ class TorchFile:
         start, num_bytes = library_internals.offset_in_file(untyped), untyped.nbytes()
         entry = self._entries[bisect.bisect_right(self._entries, start, key=_header_offset) - 1]
         if entry.file_size != num_bytes or entry.compress_type != zipfile.ZIP_STORED:
-            raise UserError(f"{self.path}: the zip entry {entry.filename} is not the storage it should be")
+            raise UserError(f"{self.path}: the zip entry {entry.filename} is not the expected storage")
         storage = Storage(self.path, entry.filename, start, num_bytes, entry.CRC)
         whole = ByteRange(storage, start, num_bytes // tensor.dtype.itemsize, tensor.dtype)
         return whole.slice(int(tensor.storage_offset()), math.prod(tensor.shape))
@@ -153,35 +142,33 @@ class TorchFile:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 description = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-                archive.read(description)  # checks its CRC-32
+                archive.read(description)  # raises BadZipFile if the CRC-32 is wrong
                 return sorted(archive.infolist(), key=_header_offset)
         except FileNotFoundError:
             raise UserError(f"{self.path} is missing") from None
-        # zipfile raises NotImplementedError for an unknown compression or version, which here means damaged bytes.
+        # zipfile raises NotImplementedError if damaged bytes look like an unknown compression method or version.
         except (zipfile.BadZipFile, StopIteration, EOFError, OSError, NotImplementedError) as error:
             detail = str(error) or "no data.pkl inside"
             raise UserError(f"{self.path} is corrupt or not a torch file ({detail})") from None
 
 
 def load(path: Path, device: str, mmap: bool = False) -> Any:
-    """Return `torch.load` of a file, restricted to tensors, plain containers and three inert classes of DeepSpeed."""
+    """Load a file that may contain only tensors, plain containers and stand-ins. Raises UserError for other files."""
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is refused: it asks for {_unsafe_names(path) or str(error).splitlines()[0]}, which no DeepSpeed "
-            "checkpoint needs. It was not run. Do not unpickle this file with another program"
+            f"{path} is refused: it asks for {_unsafe_names(path) or first_line(error)}, which no DeepSpeed checkpoint "
+            "needs. No code of the file was run. Do not unpickle this file with another program"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from None
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _unsafe_names(path: Path) -> str:
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
-    except Exception:  # a malicious pickle may break the analysis too; it is refused anyway
+    except Exception:  # a malicious pickle may break torch's analysis; `load` refuses the file in any case
         return ""

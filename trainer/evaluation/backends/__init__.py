@@ -1,10 +1,9 @@
-"""Interface between solving programs (rollout.py) and decoding backends.
+"""Interface of decoding backends.
 
-A request defines the tokens that each model reads and which model chooses the next token; a backend computes the next
-tokens of one model. `generate.py` drives any number of backends through this interface alone.
+A request is a problem that is being solved, e.g. a `Rollout`. It has one token sequence per model, and the index of
+the model that must choose the next token. A backend chooses the next tokens of one model. `generate.py` uses backends only
+through this interface.
 """
-
-from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -31,26 +30,27 @@ class SequenceState:
 
 
 class Request(Protocol):
-    """A problem that is being solved, as backends use it."""
+    """Protocol for a problem that is being solved, with the attributes that backends use."""
 
     @property
     def sequences(self) -> Sequence[SequenceState]:
-        """One sequence per backend."""
+        """One sequence per model."""
 
     @property
     def next_model(self) -> int | None:
-        """Number of the model that chooses the next token; None when the request has ended."""
+        """Index of the model that chooses the next token; None when the request has ended."""
 
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
-Sampler = Callable[[torch.Tensor, list[SequenceState]], list[int]]  # logits [sequences, vocabulary] -> tokens
+# Arguments: logits [sequences, vocabulary], sequences. Result: the next token of each sequence.
+Sampler = Callable[[torch.Tensor, list[SequenceState]], list[int]]
 
 
 @dataclass(eq=False)
 class Backend(ABC, Generic[AnyRequest]):
-    """Computes next tokens of one model for up to `num_slots` requests."""
+    """Backend that computes the next tokens of one model for up to `num_slots` requests."""
 
-    model_number: int  # of this model in requests
+    model_index: int  # index of the model's sequence in `Request.sequences`
     model: PreTrainedModel
     num_slots: int
     capacity: int  # maximum sequence length in tokens
@@ -64,13 +64,13 @@ class Backend(ABC, Generic[AnyRequest]):
 
     @abstractmethod
     def add(self, request: AnyRequest) -> None:
-        """Add a request. It is removed when it has ended or its sequence is done."""
+        """Add a request. The backend removes it when the request ends or this model's sequence is done."""
 
     @abstractmethod
     def step(self) -> list[tuple[AnyRequest, int]]:
-        """Process pending tokens of waiting requests; must be called only if there are any.
+        """Process pending tokens of runnable requests, of which there must be at least one.
 
-        Return the requests without pending tokens left, each with its next token.
+        Return (request, next token) for each request that has no pending tokens left.
         """
 
     @abstractmethod
@@ -78,10 +78,10 @@ class Backend(ABC, Generic[AnyRequest]):
         """Return a context manager that prepares the model for `step` and restores it afterwards."""
 
     def sequence(self, request: AnyRequest) -> SequenceState:
-        return request.sequences[self.model_number]
+        return request.sequences[self.model_index]
 
     def is_waiting(self, request: AnyRequest) -> bool:
-        return request.next_model == self.model_number
+        return request.next_model == self.model_index
 
     def is_released(self, request: AnyRequest) -> bool:
         return request.next_model is None or self.sequence(request).is_done

@@ -1,6 +1,4 @@
-"""Choose a model's backend: the fastest one whose logits equal those of the model's own forward pass."""
-
-from __future__ import annotations
+"""Choose a model's backend: the fastest backend whose logits agree with those of the model's own forward pass."""
 
 import contextlib
 import dataclasses
@@ -12,21 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from trainer.errors import UserError
-from trainer.evaluation.backend_check import (
-    BF16_FACTOR,
-    MIN_TOLERANCE,
-    MIN_TOLERANCE_BF16,
-    BackendError,
-    CheckRequest,
-    CheckText,
-    CheckTexts,
-    LogitRecorder,
-    ReferenceLogits,
-    depends_on_later_tokens,
-    difference,
-    generate_continuation,
-    raise_backend_error,
-)
+from trainer.evaluation import backend_check
+from trainer.evaluation.backend_check import CheckText, CheckTexts
 from trainer.evaluation.backends import AnyRequest, Backend, Sampler
 from trainer.evaluation.backends.slots import SlotBackend
 from trainer.evaluation.backends.transformers import CACHE_USES, CacheUse, TransformersBackend
@@ -35,10 +20,10 @@ from trainer.runtime import malloc
 
 SLOTS, TRANSFORMERS = "slots", "transformers"
 PLAIN, GENERATE = "plain forward pass", "generate"
-_NUM_SLOTS = {SLOTS: 2, TRANSFORMERS: 4}  # in a check
-# Some families compute a decode step by another formula than a whole text (Nemotron-H: 5e-4 in fp32). If no use of the
-# cache is within rounding, a use within this tolerance is chosen: `generate` computes the same, and decoding without a
-# cache is slow.
+_NUM_SLOTS = {SLOTS: 2, TRANSFORMERS: 4}  # number of slots in a check, by backend
+# Some families compute a decode step by another formula than a forward pass over the whole text. For Nemotron-H, the logits
+# of the two differ by 5e-4 in fp32, also in `generate`. Decoding without a cache is slow. Therefore, if no `CacheUse` with
+# a cache passes the check, the first one whose difference is within this larger tolerance is chosen.
 OWN_CACHE_TOLERANCE = 2e-3
 
 
@@ -46,9 +31,9 @@ OWN_CACHE_TOLERANCE = 2e-3
 class BackendChoice:
     """A backend for one model, and the result of its check.
 
-    difference: maximum difference between the backend's logits and those of `compared_with` (PLAIN or GENERATE), in
-    standard deviations of the logits; None if not checked. tolerance: maximum difference that counts as rounding. dtype:
-    that of both computations. reason: why the slot backend was rejected, if it was tried.
+    difference: maximum difference between the backend's logits and the logits of `compared_with` (PLAIN or GENERATE), in
+    standard deviations of the logits; None if not checked. tolerance: maximum accepted `difference`. dtype: the model's
+    dtype in the check, "fp32" or "bf16" (for all 16-bit dtypes). reason: reason why the slot backend was rejected, or "".
     """
 
     name: str
@@ -76,7 +61,7 @@ class BackendChoice:
         return self.difference <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry of results.json."""
+        """Return the fields that results.json stores for this choice."""
         fields = dataclasses.asdict(self)
         cache_use = fields.pop("cache_use")
         return {**fields, "cache_use": cache_use if self.name == TRANSFORMERS else None}
@@ -87,7 +72,7 @@ UNCHECKED = BackendChoice(SLOTS)
 
 def make_backend(
     choice: BackendChoice,
-    model_number: int,
+    model_index: int,
     model: PreTrainedModel,
     num_slots: int,
     capacity: int,
@@ -95,35 +80,34 @@ def make_backend(
     prefix: Sequence[int] = (),
     num_models: int = 1,
 ) -> Backend[AnyRequest]:
-    """Return the chosen backend. `model_number`: number of the model in requests; `num_models`: models per request."""
+    """Return the chosen backend. See `Backend` for the arguments. `num_models`: number of models per request."""
     if choice.name == SLOTS:
-        return SlotBackend[AnyRequest](model_number, model, num_slots, capacity, sampler, prefix)
-    # Sequences that also wait for another model do not keep the same length, which batches require.
+        return SlotBackend[AnyRequest](model_index, model, num_slots, capacity, sampler, prefix)
+    # All rows of a batch advance together, so a request that alternates between models must not be batched.
     use = choice.cache_use if num_models == 1 else dataclasses.replace(choice.cache_use, batch=False)
-    return TransformersBackend[AnyRequest](model_number, model, num_slots, capacity, sampler, prefix, use)
+    return TransformersBackend[AnyRequest](model_index, model, num_slots, capacity, sampler, prefix, use)
 
 
 def choose_backend(
     model: PreTrainedModel, texts: CheckTexts, name: str, requested: str = "auto"
 ) -> BackendChoice:
-    """Check backends on `texts`, the fastest first, and return the first one that passes.
+    """Check backends on `texts`, the fastest first, and return the first backend that passes.
 
-    requested: "auto", "slots" or "transformers". name: the model's name in messages. Raises UserError if no backend, or
-    not the requested one, passes, and for weights that are not finite.
+    requested: "auto", "slots" or "transformers". name: the model's name in messages. Raises UserError if no requested
+    backend passes, or if logits are not finite.
     """
     reasons: list[str] = []
     checks = _BackendChecks(model, texts)
-    candidates = [BackendChoice(SLOTS)] if requested != TRANSFORMERS else []
-    if requested != SLOTS:
-        candidates += [BackendChoice(TRANSFORMERS, use) for use in CACHE_USES]
-    chosen: BackendChoice | None = None
-    nearest: BackendChoice | None = None
+    candidates = [BackendChoice(SLOTS), *(BackendChoice(TRANSFORMERS, use) for use in CACHE_USES)]
+    chosen = within_own_tolerance = None
     for candidate in candidates:
-        if nearest is not None and not candidate.cache_use.cache:
+        if requested not in ("auto", candidate.name):
+            continue
+        if within_own_tolerance is not None and not candidate.cache_use.cache:
             break
         try:
             checked = checks.check(candidate)
-        except BackendError as error:
+        except backend_check.BackendError as error:
             reasons.append(str(error))
             continue
         if checked.is_within_tolerance:
@@ -134,9 +118,9 @@ def choose_backend(
             f"({checked.tolerance:.0e} would be rounding)"
         )
         tolerant = dataclasses.replace(checked, tolerance=OWN_CACHE_TOLERANCE)
-        if nearest is None and candidate.name == TRANSFORMERS and tolerant.is_within_tolerance:
-            nearest = tolerant
-    chosen = chosen or nearest
+        if candidate.name == TRANSFORMERS and tolerant.is_within_tolerance:
+            within_own_tolerance = within_own_tolerance or tolerant
+    chosen = chosen or within_own_tolerance
     if chosen is None and requested != SLOTS:
         chosen = checks.compare_with_generate(reasons)
     if chosen is not None:
@@ -154,69 +138,70 @@ def choose_backend(
 
 
 class _BackendChecks:
-    """Checks of one model, which share the reference logits."""
+    """Checks of backends for one model. All checks use the same reference logits."""
 
     def __init__(self, model: PreTrainedModel, texts: CheckTexts) -> None:
         self._model, self._texts = model, texts
-        self._reference = ReferenceLogits(model)
+        self._reference = backend_check.ReferenceLogits(model)
 
     def compare_with_generate(self, reasons: list[str]) -> BackendChoice | None:
-        """Return the transformers backend without batching, checked against `generate` instead of plain logits.
+        """Return the transformers backend without batching if its logits agree with those of `generate`, else None.
 
-        None if the plain logits do not depend on later tokens, or if the backend differs from `generate`.
+        Append the result of the comparison to `reasons`. Return None without a comparison if the plain logits do not depend
+        on later tokens: the plain logits are then a valid reference, and the backends have already failed against it.
         """
         candidate = BackendChoice(TRANSFORMERS, next(use for use in CACHE_USES if not use.batch))
         texts = self._texts.own_cache
         try:
-            if not any(depends_on_later_tokens(self._model, text) for text in texts):
+            if not any(backend_check.depends_on_later_tokens(self._model, text) for text in texts):
                 return None
-            generated = [generate_continuation(self._model, text) for text in texts]
+            generated = [backend_check.generate_continuation(self._model, text) for text in texts]
             logits = self._decode(candidate, [text for text, _ in generated])
-            found = difference(logits, [expected for _, expected in generated])
-        except BackendError as error:
+            measured = backend_check.difference(logits, [expected for _, expected in generated])
+        except backend_check.BackendError as error:
             reasons.append(str(error))
             return None
-        reasons.append(f"its logits differ from those of generate by {found:.1e} standard deviations")
-        checked = self._checked(candidate, found, MIN_TOLERANCE)
+        reasons.append(f"its logits differ from those of generate by {measured:.1e} standard deviations")
+        checked = self._checked(candidate, measured, backend_check.MIN_TOLERANCE)
         return dataclasses.replace(checked, compared_with=GENERATE) if checked.is_within_tolerance else None
 
     def check(self, candidate: BackendChoice) -> BackendChoice:
-        """Return the candidate with its measured difference. Raises BackendError and UserError."""
+        """Return the candidate with its difference and tolerance. Raises BackendError if a forward pass fails."""
         texts = self._texts.slots if candidate.name == SLOTS else self._texts.own_cache
-        if not _is_16_bit(self._model):
-            return self._check_as_loaded(candidate, texts, MIN_TOLERANCE)
-        if not _fits_in_fp32(self._model):
-            return self._check_as_loaded(candidate, texts, MIN_TOLERANCE_BF16)
+        is_16_bit = _is_16_bit(self._model)
+        if not is_16_bit or not _fits_in_fp32(self._model):
+            min_tolerance = backend_check.MIN_TOLERANCE_BF16 if is_16_bit else backend_check.MIN_TOLERANCE
+            return self._check_as_loaded(candidate, texts, min_tolerance)
         with _in_fp32(self._model):
-            checked = self._check_as_loaded(candidate, texts, MIN_TOLERANCE)
+            checked = self._check_as_loaded(candidate, texts, backend_check.MIN_TOLERANCE)
             if not checked.is_within_tolerance:
                 return checked
             exact = self._reference.logits(texts)
-        # 16-bit kernels differ from fp32 ones: their error must be about that of the plain forward pass.
-        plain_error = difference(self._reference.logits(texts), exact)
-        tolerance = max(MIN_TOLERANCE_BF16, BF16_FACTOR * plain_error)
-        found = difference(self._decode(candidate, texts), exact)
-        return checked if found <= tolerance else self._checked(candidate, found, tolerance)
+        # Check the 16-bit kernels too: the backend's error against fp32 must be similar to the plain forward pass's error.
+        plain_error = backend_check.difference(self._reference.logits(texts), exact)
+        tolerance = max(backend_check.MIN_TOLERANCE_BF16, backend_check.BF16_FACTOR * plain_error)
+        measured = backend_check.difference(self._decode(candidate, texts), exact)
+        return checked if measured <= tolerance else self._checked(candidate, measured, tolerance)
 
     def _check_as_loaded(
-        self, candidate: BackendChoice, texts: Sequence[CheckText], smallest: float
+        self, candidate: BackendChoice, texts: Sequence[CheckText], min_tolerance: float
     ) -> BackendChoice:
-        found = difference(self._decode(candidate, texts), self._reference.logits(texts))
-        return self._checked(candidate, found, self._reference.tolerance(texts, found, smallest))
+        measured = backend_check.difference(self._decode(candidate, texts), self._reference.logits(texts))
+        tolerance = self._reference.tolerance(texts, measured, min_tolerance)
+        return self._checked(candidate, measured, tolerance)
 
-    def _checked(self, candidate: BackendChoice, found: float, tolerance: float) -> BackendChoice:
+    def _checked(self, candidate: BackendChoice, measured: float, tolerance: float) -> BackendChoice:
         dtype = "bf16" if _is_16_bit(self._model) else "fp32"
-        return dataclasses.replace(candidate, difference=found, tolerance=tolerance, dtype=dtype)
+        return dataclasses.replace(candidate, difference=measured, tolerance=tolerance, dtype=dtype)
 
     def _decode(self, candidate: BackendChoice, texts: Sequence[CheckText]) -> list[torch.Tensor]:
-        """Return for each text the backend's logits [choices, vocabulary], fp32 on the CPU. Raises BackendError."""
-        recorder, num_slots = LogitRecorder(texts), _NUM_SLOTS[candidate.name]
-        with raise_backend_error():
-            backend: Backend[CheckRequest] = make_backend(
+        """Return the backend's logits [chosen tokens, vocabulary] of each text. Raises BackendError if decoding fails."""
+        recorder, num_slots = backend_check.LogitRecorder(texts), _NUM_SLOTS[candidate.name]
+        with backend_check.raise_backend_error():
+            backend: Backend[backend_check.CheckRequest] = make_backend(
                 candidate, 0, self._model, num_slots, self._texts.capacity, recorder, self._texts.prefix
             )
-            for _ in generate([backend], iter(recorder.requests), CheckRequest.on_token, num_slots):
-                pass
+            list(generate([backend], iter(recorder.requests), backend_check.CheckRequest.on_token, num_slots))
         return [torch.stack(request.logits) for request in recorder.requests]
 
 
@@ -226,7 +211,7 @@ def _is_16_bit(model: PreTrainedModel) -> bool:
 
 @contextlib.contextmanager
 def _in_fp32(model: PreTrainedModel) -> Iterator[None]:
-    """Context manager that replaces the weights and buffers of a model by fp32 copies."""
+    """Context manager that replaces the weights and buffers of a model with fp32 copies until exit."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     before = [tensor.data for tensor in tensors]
     try:
@@ -239,7 +224,7 @@ def _in_fp32(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _fits_in_fp32(model: PreTrainedModel) -> bool:
-    """Return whether the device has memory for fp32 copies of the weights (two on a CPU, with the prepacked one)."""
+    """Return whether an fp32 copy of the weights fits into the free memory. On a CPU, a prepacked fp32 copy must fit too."""
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     if model.device.type == "cuda":
         reserved = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)

@@ -1,6 +1,4 @@
-"""Slot backend: one KV-cache slot per request, and one forward pass over all waiting slots per step."""
-
-from __future__ import annotations
+"""Slot backend. Each request has a KV-cache slot. A step is one forward pass over slots that wait for their next token."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -15,24 +13,23 @@ from trainer.models.kv_cache import KVCache, prepare_prefill
 from trainer.models.prepacked_weights import prepacked_weights
 from trainer.models.slot_attention import last_token_logits, use_slot_attention
 
-MAX_PREFILL_TOKENS = 16384  # per prefill step, which bounds the activations
-# GPU: sequences with at most this many pending tokens go through CUDA-graph decode steps
-MAX_PENDING_FOR_DECODE = 16
-PREFILL_ONE_IN = 8  # GPU: prefill when one in this many waiting slots has more pending tokens
+MAX_PREFILL_TOKENS = 16384  # maximum number of tokens in a prefill step with several slots, to limit memory
+MAX_PENDING_FOR_DECODE = 16  # on a GPU, a decode step skips slots that have more pending tokens than this
+PREFILL_ONE_IN = 8  # on a GPU, prefill if a decode step would skip at least max(1, waiting slots // 8) slots
 
 
 def uses_cuda_graphs(device: torch.device) -> bool:
-    """Return whether decode steps are captured in CUDA graphs, which saves the kernel launches."""
+    """Return whether decode steps run as CUDA graphs, which saves the time of kernel launches."""
     return device.type == "cuda"
 
 
 def next_step_is_decode(num_pending: Sequence[int]) -> bool:
-    """Return whether the next step on a GPU is a CUDA-graph decode step, else a prefill step.
+    """Return True if the next step on a GPU is a CUDA-graph decode step, False if it is a prefill step.
 
     num_pending: number of pending tokens of each waiting slot. A decode step processes one token per slot and skips slots
-    with many pending tokens. A prefill step processes all pending tokens but may take as long as several decode steps, so
-    it runs when enough slots need it, or when no slot would choose a token in a decode step. No slot is skipped forever:
-    the number of skipped slots only grows until the next prefill step, and the other slots have finitely many tokens left.
+    with many pending tokens. A prefill step processes all pending tokens but may take as long as several decode steps. The
+    next step is a prefill step if a decode step would skip too many slots, or would produce no new token. No slot is skipped
+    forever: other sequences end, so the share of skipped slots grows until a prefill step runs.
     """
     num_skipped = sum(number > MAX_PENDING_FOR_DECODE for number in num_pending)
     return 1 in num_pending and num_skipped < max(1, len(num_pending) // PREFILL_ONE_IN)
@@ -40,11 +37,11 @@ def next_step_is_decode(num_pending: Sequence[int]) -> bool:
 
 @dataclass(eq=False)
 class SlotBackend(Backend[AnyRequest]):
-    """Decodes one model with one KV-cache slot per request; requests that wait for another model keep their slot.
+    """Backend with one KV-cache slot per request. A request that waits for another model keeps its slot.
 
-    Used slots are always the first ones, so that attention reads them as one block of the cache: the slot of an ended
-    request is refilled, or the last slot's keys and values are copied into it. `prefix` is processed in an extra slot and
-    copied from there. `step` must be called within `active()`.
+    The used slots are always the first slots, so attention reads them as one block of the cache. When a request ends, a new
+    request gets its slot, or the request of the last used slot is moved there. `prefix` is processed once, in an extra slot,
+    and copied from there. `step` must be called within `prepared_model()`.
     """
 
     def __post_init__(self) -> None:
@@ -66,22 +63,18 @@ class SlotBackend(Backend[AnyRequest]):
         return sum(map(self.is_waiting, self.slots))
 
     def add(self, request: AnyRequest) -> None:
-        """Put a request into the slot of an ended request, else into the next free slot."""
-        for slot, other in enumerate(self.slots):
-            if self.is_released(other):
-                self.slots[slot] = request
-                break
-        else:
-            slot = len(self.slots)
-            assert slot < self.num_slots
-            self.slots.append(request)
+        """Put a request into the first slot whose request has ended. If there is no such slot, use the first unused slot."""
+        released = (slot for slot, earlier in enumerate(self.slots) if self.is_released(earlier))
+        slot = next(released, len(self.slots))
+        assert slot < self.num_slots
+        self.slots[slot : slot + 1] = [request]
         self._copy_prefix(slot, self.sequence(request))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[AnyRequest, int]]:
-        """Run one forward pass over the waiting slots; return the requests without pending tokens left, with next tokens.
+        """Run one forward pass over the waiting slots; see `Backend.step`.
 
-        On a CPU every step is a prefill step over all pending tokens; on a GPU see `next_step_is_decode`.
+        On a CPU, every step is a prefill step. On a GPU, `next_step_is_decode` selects a prefill or a decode step.
         """
         self._compact()
         sequences = [self.sequence(request) for request in self.slots]
@@ -107,16 +100,12 @@ class SlotBackend(Backend[AnyRequest]):
             del sequence.pending[:length]
 
     def _prefill(self, active: list[int], sequences: list[SequenceState]) -> torch.Tensor:
-        """Process all pending tokens of these slots; return logits [sequences, vocabulary] of their last tokens."""
-        step = prepare_prefill(
-            self._cache,
-            active,
-            [sequence.length for sequence in sequences],
-            [sequence.pending for sequence in sequences],
-            self.model.dtype,
-            self.model.device,
-        )
-        logits = last_token_logits(self.model, step)
+        """Process all pending tokens of the slots `active`; return logits [sequences, vocabulary] of their last tokens."""
+        lengths = [sequence.length for sequence in sequences]
+        pending = [sequence.pending for sequence in sequences]
+        model = self.model
+        batch = prepare_prefill(self._cache, active, lengths, pending, model.dtype, model.device)
+        logits = last_token_logits(model, batch)
         for sequence in sequences:
             sequence.length += len(sequence.pending)
             sequence.pending = []
@@ -125,28 +114,18 @@ class SlotBackend(Backend[AnyRequest]):
     def _decode(
         self, graphs: CudaGraphRunner, waiting: list[int], sequences: list[SequenceState]
     ) -> tuple[list[int], torch.Tensor]:
-        """Process one token of each waiting slot with few pending tokens.
-
-        `sequences`: those of all used slots. Return the slots without pending tokens left, and their logits [slots,
-        vocabulary].
-        """
+        """Run a decode step. Return the slots that have no pending tokens left, and their logits [slots, vocabulary]."""
         tokens, positions = [0] * len(sequences), [sequence.length for sequence in sequences]
-        longest = 0
-        active: list[int] = []
-        for slot in waiting:
-            sequence = sequences[slot]
-            if len(sequence.pending) > MAX_PENDING_FOR_DECODE:
-                continue
-            tokens[slot] = sequence.pending.pop(0)
-            sequence.length += 1
-            longest = max(longest, sequence.length)
-            if not sequence.pending:
-                active.append(slot)
-        logits = graphs.step(tokens, positions, longest)
+        processed = [slot for slot in waiting if len(sequences[slot].pending) <= MAX_PENDING_FOR_DECODE]
+        for slot in processed:
+            tokens[slot] = sequences[slot].pending.pop(0)
+            sequences[slot].length += 1
+        logits = graphs.step(tokens, positions, max(sequences[slot].length for slot in processed))
+        active = [slot for slot in processed if not sequences[slot].pending]
         return active, logits[: len(active)] if len(active) == len(sequences) else logits[active]
 
     def _compact(self) -> None:
-        """Move the last requests into the slots of ended requests."""
+        """Move requests of the last slots into the slots of ended requests."""
         for slot in reversed(range(len(self.slots))):
             if self.is_released(self.slots[slot]):
                 last = self.slots.pop()

@@ -1,13 +1,11 @@
 """Generated multi-step word problems, so that a study runs without a download.
 
-`read` depends only on its arguments, on every platform and Python version: the generator is seeded with a string and
-uses only `Random.random`.
+The same arguments give the same problems on every platform and Python version, because the generator is seeded with a
+string and uses only `Random.random`.
 
-A story's split is a keyed hash of `canonical(question)`, in which all names and pronouns are replaced by one mark. No
-story occurs in two splits, not even with other people, whatever the seeds and options.
+A story's split is computed from `canonical(question)`, in which `@` replaces names and pronouns. So a story is
+in only one split, even if its people differ between seeds or options.
 """
-
-from __future__ import annotations
 
 import hashlib
 import random
@@ -24,9 +22,8 @@ MAX_STEPS = 10
 
 _KEY = b"stories, format 1"
 _TENTHS = {0: "test", 1: "validation"}
-_PERSON = re.compile(
-    r"\b(?:" + "|".join(person.name for person in PEOPLE) + r"|[Ss]?[Hh]e|[Hh]is|[Hh]im|[Hh]er)\b"
-)
+_NAMES = "|".join(person.name for person in PEOPLE)
+_PERSON = re.compile(rf"\b(?:{_NAMES}|[Ss]?[Hh]e|[Hh]is|[Hh]im|[Hh]er)\b")
 _ATTEMPTS = 10_000
 
 
@@ -36,7 +33,7 @@ def canonical(question: str) -> str:
 
 
 def split_of(question: str) -> str:
-    """Return the split: `test` and `validation` have a tenth of all stories each, `train` the rest."""
+    """Return the split of a story: a tenth of all stories is in `test`, a tenth in `validation`, the rest in `train`."""
     return _TENTHS.get(_digest(question) % 10, "train")
 
 
@@ -45,17 +42,16 @@ def generate_problems(
 ) -> Iterator[Problem]:
     """Yield `num_problems` different stories of one split; the number of steps is uniform in min_steps..max_steps.
 
-    A larger `num_problems` continues the same sequence. Stories that differ only in their people are duplicates. Raises
-    UserError for invalid arguments, or if there are not enough different stories.
+    A larger `num_problems` continues the same sequence. Two stories are considered equal if only the names and pronouns of
+    their people differ. Raises UserError for invalid arguments, or if there are not enough different stories.
     """
     if split not in SPLITS:
         raise UserError(f"stories have no split {split!r}; choose one of {', '.join(SPLITS)}")
     if num_problems < 0:
         raise UserError(f"num_problems is {num_problems}; it must not be negative")
     if not 1 <= min_steps <= max_steps <= MAX_STEPS:
-        raise UserError(
-            f"stories need 1 <= min_steps <= max_steps <= {MAX_STEPS}, got {min_steps} and {max_steps}"
-        )
+        limits = f"1 <= min_steps <= max_steps <= {MAX_STEPS}"
+        raise UserError(f"stories need {limits}, got {min_steps} and {max_steps}")
     rng = random.Random(f"stories {split} {seed}")
     seen: set[int] = set()
     for _ in range(num_problems):
@@ -72,7 +68,7 @@ def generate_problems(
         else:
             raise UserError(
                 f"stories: found only {len(seen)} different {split} stories of {min_steps} to {max_steps} steps; "
-                f"ask for fewer than {num_problems} or for more steps"
+                f"give a num_problems below {num_problems}, or a larger max_steps"
             )
         seen.add(digest)
         answer = story.steps[-1].solution.partition(">>")[2].split()[0]

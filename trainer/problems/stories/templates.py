@@ -1,27 +1,23 @@
-"""Sentence templates of the stories: people, settings, and events with containers, money and goods.
+"""Sentence templates of the stories: people, themes (kinds of items), and phrases about containers, money and goods.
 
-generator.py chooses the phrases and computes the numbers. A phrase is a sentence that describes an event, and a few words
-("after the gull's visit") with which the sub-question refers to its time. Fields in braces:
+generator.py chooses the phrases and computes the numbers. A phrase is a pair: a sentence that describes an event, and a few
+words ("after the gull's visit") that end the sub-question about the new amount. Fields in braces:
 
-    {Name} {he} {He} {his} {him}   the person who owns the running quantity, and the pronouns
+    {Name} {he} {He} {his} {him}   the main person, who owns the counted units, and this person's pronouns
     {Friend}                       a second person
     {units}                        the counted units, in the plural
-    {a} {b} {k}                    numbers: the opening amount; a new amount; a small factor or divisor
+    {a} {b} {k}                    numbers: {a} is the opening amount, {b} another amount, {k} a small factor or divisor
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
-Phrase = tuple[str, str]  # sentence; reference to its time
-# Sentence; sub-question about all groups; its answer with {result}; reference to the sentence's time.
+Phrase = tuple[str, str]  # sentence about an event; end of the sub-question about the new amount
+# Sentence about groups; sub-question about their total; solution with {result}; end of the sub-question as in Phrase.
 Groups = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
 class Person:
-    """A person's name and pronouns."""
-
     name: str
     he: str
     his: str
@@ -35,17 +31,17 @@ PEOPLE = tuple(
 
 @dataclass(frozen=True)
 class Theme:
-    """Phrases about one kind of items."""
+    """Phrases about one kind of item, for example shells."""
 
     units: str
     containers: str
     openings: tuple[str, ...]
-    opening_in_groups: Phrase  # a first sentence with {k} groups of {b}, and its sub-question
+    opening_in_groups: Phrase  # first sentence with {k} groups of {b} items, and a sub-question
     gains: tuple[Phrase, ...]
     losses: tuple[Phrase, ...]
-    growth: Phrase  # the quantity is multiplied by {k}
-    groups_in: Groups  # {k} groups of {b} arrive
-    groups_out: Groups  # {b} go to each of {k} receivers
+    growth: Phrase  # the number of items is multiplied by {k}
+    groups_in: Groups  # the hero gets {k} groups of {b} items
+    groups_out: Groups  # the hero loses {k} groups of {b} items
     packing: str  # all items are put into containers, {b} per container
 
 
@@ -271,7 +267,7 @@ THEMES = (
     ),
 )
 
-# Phrases for every setting, by kind of quantity.
+# Key: kind of quantity in the story. Value: phrases that fit every theme.
 GAINS: dict[str, tuple[Phrase, ...]] = {
     "containers": (
         (
