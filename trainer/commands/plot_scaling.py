@@ -20,8 +20,9 @@ The same run directories give the same bytes. Needs no accelerator, and torch on
 def main(settings: PlotSettings) -> None:
     with needs_extra("report"):
         from trainer.report.build import build_report
-    s = settings
-    page = build_report(s.runs, s.output_dir, s.title, s.max_examples, s.bertscore_model)
+    page = build_report(
+        settings.runs, settings.output_dir, settings.title, settings.max_examples, settings.bertscore_model
+    )
     terminal.info(f"report: {page}")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 from trainer.models import load
-from trainer.models.source import check_source
+from trainer.models.source import check_local, check_source
 from trainer.models.tokenizer import fingerprint, load_tokenizer
 from trainer.runtime import distributed
 from trainer.settings import ConvertSettings
@@ -63,7 +63,9 @@ def find_model(name_or_path: str) -> ModelReference:
         if manifest["kind"] not in ("export", "checkpoint"):
             raise UserError(f"{path} holds {manifest['kind']}; expected an export, a checkpoint or a model")
         return ModelReference(str(path), manifest["kind"], manifest["facts"])
-    check_source(name_or_path)
+    check_local(name_or_path)
+    if path.is_dir():  # a Hub model is checked when its config is loaded, with one request
+        check_source(name_or_path)
     return ModelReference(name_or_path, "model", {})
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from abc import ABC, abstractmethod
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,17 +13,17 @@ from trainer.runtime import distributed
 from trainer.runtime.distributed import DistributedEnvironment
 
 
-class SharedCounter:
+class SharedCounter(ABC):
     """Base class of counters: named integers shared by all ranks, initially 0."""
 
+    @abstractmethod
     def add(self, name: str, amount: int) -> int:
         """Add `amount` to the integer `name` atomically. Return the integer's previous value."""
-        raise NotImplementedError
 
-    def serve(self) -> None:
+    def serve(self) -> None:  # noqa: B027
         """Answer requests of other ranks. Must be called often. Only `MPICounter` needs this method."""
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027
         """Collective. End the use of the counter. Must be called after the rank's last `add`."""
 
 
@@ -99,10 +100,9 @@ def shared_counter(names: Sequence[str]) -> Iterator[SharedCounter]:
 
     Collective on entry and exit: if the block raises an exception, it must raise one on all ranks.
     """
-    environment, counter = distributed.environment(), SharedCounter()
-    if environment.world_size == 1:
-        counter = ProcessCounter()
-    else:
+    environment = distributed.environment()
+    counter: SharedCounter = ProcessCounter()
+    if environment.world_size > 1:
         counter = MPICounter(names) if environment.launcher == "mpi" else StoreCounter(environment)
     yield counter
     counter.finish()

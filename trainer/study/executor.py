@@ -114,7 +114,7 @@ def _report_ended(ended: StageJob, running: Sequence[StageJob], keep_going: bool
     if not failure:
         ended.print_result()
     elif keep_going or running:  # otherwise run_study raises UserError with this message at once
-        terminal.info(f"{ended.position} {failure}")
+        terminal.info(f"{ended.counter_text} {failure}")
         if not keep_going:
             terminal.info(f"nothing new is started; waiting for {_labels(running)}")
     return failure

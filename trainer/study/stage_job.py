@@ -41,7 +41,7 @@ class StageJob:
         devices: Sequence[str] = (),
         ports_in_use: Collection[int] = (),
     ) -> None:
-        self.stage, self.position, self.devices = stage, counter_text, devices
+        self.stage, self.counter_text, self.devices = stage, counter_text, devices
         # The port of a stage that has just started still looks free, because its ranks need seconds to bind the port.
         while (port := process_group.free_port()) in ports_in_use:
             pass
@@ -81,7 +81,7 @@ class StageJob:
 
     def print_result(self) -> None:
         duration = terminal.duration_text(time.monotonic() - self._start)
-        terminal.info(f"{self.position} {self.stage.label}: {_result(self.stage)} ({duration})")
+        terminal.info(f"{self.counter_text} {self.stage.label}: {_result(self.stage)} ({duration})")
 
     def _tail(self) -> str:
         """Return the last relevant lines that this process has written to the log, indented."""
