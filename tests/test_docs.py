@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, is_typeddict
 
 import pytest
 
@@ -301,3 +301,13 @@ def test_the_types_of_records_have_the_fields_of_the_files(run: Path) -> None:
         assert set(read_manifest(path)["facts"]) - record.__optional_keys__ == record.__required_keys__, path
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(set(step) == manifest.StepMetrics.__required_keys__ for step in steps)
+
+
+def test_the_page_names_every_field_of_the_records() -> None:
+    from trainer.storage import manifest
+
+    text = (DOCS / "formats.md").read_text(encoding="utf-8")
+    records = [record for record in vars(manifest).values() if is_typeddict(record)]
+    assert len(records) > 5
+    fields = {field for record in records for field in record.__required_keys__ | record.__optional_keys__}
+    assert {field for field in fields if not re.search(rf'[`"]{field}[`"]', text)} == set()
