@@ -15,7 +15,7 @@ from tests.slurm_cluster import Cluster
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory
 
-STEPS = 40
+STEPS = 160  # enough that the job still runs when Slurm preempts it, a few seconds after the request
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=00:30:00")
 
 
