@@ -17,9 +17,7 @@ REQUEUE_WAIT_SECONDS=${DEV_CLUSTER_REQUEUE_WAIT:-120} # Slurm's default: a reque
 
 main() {
     case ${1:-} in
-    up) up ;;
-    status) status ;;
-    down) down ;;
+    up | status | down) "$1" ;;
     *)
         echo "usage: slurm/dev_cluster.sh up|status|down" >&2
         exit 2

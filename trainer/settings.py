@@ -1,7 +1,7 @@
 """Settings of the tools, as dataclasses that check their values on construction.
 
 Each field is a flag of the tool and a key of its YAML file. A setting that Hugging Face has too keeps Hugging Face's name.
-This module imports only the standard library, so that `--help` is fast.
+This module imports no third-party library, so that `--help` is fast.
 """
 
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ class TrainSettings:
         self.check()
 
     def check(self) -> None:
-        """Raise UserError for an invalid setting. train_shards and output_dir may be empty, as in tools/plan.py."""
+        """Raise UserError for an invalid setting, except for an empty train_shards or output_dir (plan.py needs neither)."""
         check_values(self)
         if not self.model_name_or_path and not self.config_name:
             raise UserError("no model: give model_name_or_path (pretrained) or config_name (random weights)")
@@ -179,13 +179,7 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         check_not_empty(self, "shards")
-        self._check_models()
-        check_values(self)
-        if (self.mode == FEW_SHOT) != bool(self.exemplars):
-            raise UserError("mode few_shot needs exemplars (JSONL of solved problems); other modes take none")
-
-    def _check_models(self) -> None:
-        """Raise UserError unless the settings name either one model, or a solver and one source of sub-questions."""
+        # The settings must name either one model, or a solver and one source of sub-questions.
         if not self.model_name_or_path and not self.solver:
             missing = "a solver as well" if self.decomposer else "model_name_or_path or a pair of models"
             raise UserError(f"there is no model to evaluate; give {missing}")
@@ -198,6 +192,9 @@ class EvaluateSettings:
             )
         if self.planner and (not self.decomposer or self.guidance_from == "gold"):
             raise UserError("a planner needs a decomposer, and no gold sub-questions or gold guidance")
+        check_values(self)
+        if (self.mode == FEW_SHOT) != bool(self.exemplars):
+            raise UserError("mode few_shot needs exemplars (JSONL of solved problems); other modes take none")
 
 
 @dataclass

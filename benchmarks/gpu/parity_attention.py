@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers.masking_utils import causal_mask_function
 
 from trainer.models import load, packed_attention
+from trainer.models.default_attention import MaskPattern
+from trainer.models.packed_attention import PackedSequence, PackMask
 
 LENGTHS = (3, 130, 1, 257, 64)
 SHAPES = ((4, 4, 64), (4, 2, 64), (2, 2, 128), (6, 6, 16))  # heads, key-value heads, head size
@@ -56,9 +60,15 @@ def with_gradients(function: Any, given: list[torch.Tensor], weight: torch.Tenso
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
+def causal_pack_mask(lengths: Sequence[int], cu_seqlens: torch.Tensor) -> PackMask:
+    """Return the mask of plain causal attention over a pack. With this mask, packed attention needs no model."""
+    pattern = MaskPattern(causal_mask_function, math.inf)  # type: ignore[arg-type]
+    return PackMask(PackedSequence(lengths, cu_seqlens, use_sdpa=True), pattern)
+
+
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     ends = torch.tensor([0, *LENGTHS], device=query.device).cumsum(0).int()
-    mask = packed_attention.causal_pack_mask(LENGTHS, ends)
+    mask = causal_pack_mask(LENGTHS, ends)
     out, _ = packed_attention.attend(torch.nn.Module(), query, key, value, mask)
     return out
 

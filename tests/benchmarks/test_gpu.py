@@ -46,12 +46,12 @@ def test_packed_attention_is_that_of_each_example_alone(capsys: pytest.CaptureFi
 def test_attention_that_looks_across_examples_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    causal_mask = packed_attention.causal_pack_mask
+    causal_mask = parity_attention.causal_pack_mask
 
     def of_one_example(lengths: Any, bounds: torch.Tensor) -> Any:
         return causal_mask([sum(lengths)], bounds[[0, -1]])
 
-    monkeypatch.setattr(packed_attention, "causal_pack_mask", of_one_example)
+    monkeypatch.setattr(parity_attention, "causal_pack_mask", of_one_example)
     parity_attention.main()
     found = output(capsys)
     assert len(found["failures"]) == 8

@@ -91,9 +91,10 @@ def test_same_dtype_is_the_one_trained_in(checkpoints: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["gpt2-zero1-fp32-2ranks-buffers", "gpt2-zero3-bf16-2ranks-buffers"])
 def test_buffers_are_written_in_their_dtype(name: str, checkpoints: Path, tmp_path: Path) -> None:
     case = BY_NAME[name]
-    stored = layout.read_tensors(
+    files = layout.open_files(
         checkpoints / name / "checkpoints" / "step-000002", case["stage"], case["world_size"], case["dtype"]
     )
+    stored = layout.locate_weights(files)
     (shard,) = safetensors_writer.split_into_shards(stored.tensors, torch.float32, 10**9, {})
     with ChecksumReader() as reader:
         safetensors_writer.write(shard, tmp_path / shard.name, reader, lambda num_bytes: None)

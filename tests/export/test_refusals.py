@@ -319,7 +319,7 @@ def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split
 folder = Path(sys.argv[1])
 torch.zeros(10).to(torch.bfloat16)
 before = peak()
-stored = layout.read_tensors(folder, 0, 1, "fp32")
+stored = layout.locate_weights(layout.open_files(folder, 0, 1, "fp32"))
 for dtype in (torch.float32, torch.bfloat16):
     (shard,) = safetensors_writer.split_into_shards(stored.tensors, dtype, 10**10, {})
     with ChecksumReader() as reader:

@@ -55,7 +55,8 @@ def test_ranks_with_different_settings_are_refused(make_case: Callable[..., Case
 
 def _setting_names() -> list[str]:
     """Return the settings in the order in which differences are listed."""
-    from trainer.settings import TrainSettings
-    from trainer.storage.configuration import to_dict
+    from dataclasses import asdict
 
-    return list(to_dict(TrainSettings("shards", "run", config_name="stories-0.2m")))
+    from trainer.settings import TrainSettings
+
+    return list(asdict(TrainSettings("shards", "run", config_name="stories-0.2m")))

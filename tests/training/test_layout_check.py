@@ -34,7 +34,7 @@ from trainer.training.layouts import (
     split_into_batches,
 )
 from trainer.training.loss import summed_token_loss
-from trainer.training.model_copy import _amplify, set_parameters
+from trainer.training.model_copy import _amplify
 
 CPU = torch.device("cpu")
 LENGTHS = (40, 57, 23, 23, 9)
@@ -279,12 +279,8 @@ def test_a_kernel_that_is_wrong_in_bf16_only_is_caught(monkeypatch: pytest.Monke
     packed_attention.register()
     model = _llama()
 
-    @contextlib.contextmanager
-    def in_bf16() -> Iterator[None]:
-        before = {name: p.data for name, p in model.named_parameters()}
-        set_parameters(model, {name: data.to(torch.bfloat16) for name, data in before.items()})
-        yield
-        set_parameters(model, before)
+    def in_bf16() -> contextlib.AbstractContextManager[None]:
+        return load.data_in_dtypes([(parameter, torch.bfloat16) for parameter in model.parameters()])
 
     try:
         assert _choose(model).layout.arrangement == PACKED

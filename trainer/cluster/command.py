@@ -1,4 +1,4 @@
-"""The subcommands of tools/study.py that use Slurm."""
+"""Subcommands of tools/study.py except `run`: status, submit, resubmit, logs and cancel."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def run_command(
     run_name: str,
     failed: bool,
 ) -> None:
-    """Run status, submit, resubmit, logs or cancel. Raises UserError if a required flag is missing."""
+    """Run the subcommand `command`. The other arguments are its flags. Raises UserError if a required flag is missing."""
     if command == "status":
         table.show_status(study)
         if submitted_jobs.jobs_file(study.directory).is_file():

@@ -59,7 +59,7 @@ _runtime = partial(_choose, ("apptainer", "singularity", "pyxis"))
 
 
 def _key(default: Any, parse: Callable[[str, str], Any]) -> Any:
-    """Return a dataclass field. `parse(text, where)` returns the value, or raises UserError with a message about `where`."""
+    """Return a dataclass field. `parse(text, where)` converts a value of the file. `where`: location in error messages."""
     return dataclasses.field(default=default, metadata={"parse": parse})
 
 
@@ -111,7 +111,7 @@ CLUSTER_KEYS = {field.name.upper(): field.metadata["parse"] for field in datacla
 
 
 def read_cluster_config(path: Path) -> ClusterConfig:
-    """Read cluster.env. Raises UserError if the file cannot be read, or if a line of it is not valid."""
+    """Return the settings in the file `path`. Raises UserError if the file cannot be read or a setting is not valid."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -124,7 +124,10 @@ def read_cluster_config(path: Path) -> ClusterConfig:
 
 
 def parse_cluster_config(text: str, where: str) -> ClusterConfig:
-    """Parse `KEY=value` lines with `#` comments and optional quotes. Variables and commands are not expanded."""
+    """Return the settings in `KEY=value` lines. Variables and commands are not expanded. `where`: location in messages.
+
+    A value may be quoted. A line that starts with `#` is a comment. ` #` after a value without quotes starts a comment.
+    """
     values: dict[str, Any] = {}
     for number, line in enumerate(text.splitlines(), 1):
         location, line = f"{where}, line {number}", line.strip()

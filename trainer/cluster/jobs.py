@@ -1,15 +1,15 @@
 """Group the stages of a study into Slurm jobs with dependencies.
 
-Runs with the same resources share three job arrays: training, conversion and evaluation. So a study of any size takes
-few submissions, and MAX_RUNNING limits the number of tasks that run at a time. A conversion or evaluation depends only on
-the task of the same index in the previous array (`aftercorr`), not on the slowest run. The evaluation of a pair of models
-depends on several runs, so it is a separate job. Jobs that prepare shards request no accelerator.
+Runs share job arrays if they have the same number of ranks and depend on the same unfinished shards. There is one array for
+training, one for conversion, and one for each evaluation variant. So a study with many runs takes few submissions, and
+MAX_RUNNING limits the number of tasks of an array that run at a time. A conversion or evaluation depends only on the task
+of the same index in the previous array (`aftercorr`), not on the slowest run. An evaluation of models from several runs
+depends on several tasks, so it is a separate job. Only jobs that train or run a local model request accelerators.
 """
-
-from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from trainer.study.stages import SCRIPTS, Stage
 
@@ -29,7 +29,7 @@ class JobId:
         return self.job if self.index is None else f"{self.job}_{self.index}"
 
     @classmethod
-    def parse(cls, text: str) -> JobId:
+    def parse(cls, text: str) -> Self:
         job, _, index = text.partition("_")
         return cls(job, int(index) if index else None)
 
@@ -38,7 +38,7 @@ class JobId:
 class Dependency:
     """A dependency on a job, or on the task `index` of a job array."""
 
-    condition: str  # afterok, aftercorr, afterany
+    condition: str  # afterok, aftercorr or afterany, as in sbatch --dependency
     job: int | str  # position in this submission (int), or the id of a job that was submitted earlier (str)
     index: int | None = None
 

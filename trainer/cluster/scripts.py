@@ -1,4 +1,4 @@
-"""Generate batch scripts without secrets. Job dependencies are arguments of sbatch, so scripts contain no job ids."""
+"""Generate Slurm batch scripts without secrets. Job dependencies are arguments of sbatch, so the scripts contain no job ids."""
 
 import itertools
 import shlex
@@ -16,8 +16,8 @@ from trainer.study.stages import Stage
 class JobPaths:
     """Paths of a job. Relative paths are relative to `directory`."""
 
-    directory: Path  # absolute; all nodes share it
-    scripts_dir: Path | None  # None if the package is installed (no checkout): jobs run the package's modules
+    directory: Path  # absolute path of the working directory, on a file system that all nodes share
+    scripts_dir: Path | None  # folder of tools/*.py in a checkout; None: run modules of the installed package
     slurm: Path  # folder of ranks.sh
     logs: Path  # folder of Slurm's own messages
 
@@ -109,7 +109,7 @@ def _stage_arguments(stage: Stage, indent: str) -> list[str]:
 
 
 def _container_command(config: ClusterConfig, paths: JobPaths) -> str:
-    """Return the prefix with which a command runs in a container (for pyxis: options of srun)."""
+    """Return the prefix that makes a command run in a container (for pyxis: options of srun), or "" without a container."""
     if not config.container:
         return ""
     if config.container_runtime == "pyxis":

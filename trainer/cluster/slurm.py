@@ -1,4 +1,4 @@
-"""Wrappers of Slurm's commands. No other module runs these commands."""
+"""Wrappers of the Slurm commands that submit, list and cancel jobs and list partitions."""
 
 import itertools
 import os
@@ -78,7 +78,10 @@ def jobs(ids: Iterable[str] = ()) -> dict[str, JobState]:
 
 
 def parse_sacct(output: str) -> dict[str, JobState]:
-    """Parse lines like `12_3|CANCELLED by 1000|0:15|n1`. The reason is "by 1000", or "exit code 0:15" if "by" is missing."""
+    """Return {job id: state} from lines like `12_3|CANCELLED by 1000|0:15|n1`.
+
+    The reason is the text after the state ("by 1000"). If this text is missing, the reason is the exit code, unless 0:0.
+    """
     states = {}
     for line in output.splitlines():
         job, state, code, nodes = line.split("|")
@@ -130,9 +133,7 @@ def _run(command: list[str]) -> str:
 
 def _finish(command: list[str]) -> subprocess.CompletedProcess[str]:
     # sbatch passes its environment to the new job, so variables of the current job must be removed.
-    env = distributed.without_launcher_variables(os.environ)
-    if "SLURM_CONF" in os.environ:
-        env["SLURM_CONF"] = os.environ["SLURM_CONF"]
+    env = distributed.without_launcher_variables(os.environ, keep=("SLURM_CONF",))
     try:
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
     except FileNotFoundError:

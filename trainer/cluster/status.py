@@ -1,6 +1,6 @@
 """Status table of a study's jobs, from Slurm and from the files on disk.
 
-Without accounting (sacct), Slurm forgets a job minutes after its end. Then only the run directories show the state.
+Without accounting (sacct), Slurm lists an ended job for a few minutes only. Later, only the run directories show its state.
 """
 
 import re
@@ -18,7 +18,7 @@ from trainer.storage.run_directory import EvaluationDirectory, RunDirectory
 from trainer.study import stages, status
 from trainer.study.stages import Stage
 from trainer.study.study_file import Study
-from trainer.study.table import make_table, table_text
+from trainer.study.table import make_table
 
 _ETA_STEPS = 20
 _TAIL_BYTES = 16 << 10
@@ -48,7 +48,7 @@ def print_status(study: Study) -> None:
     counts_text = ", ".join(f"{count} {name}" for name, count in counts.items())
     terminal.info(f"jobs of study {study.name}: {counts_text}")
     if table.row_count:
-        terminal.info(table_text(table))
+        terminal.info(terminal.table_text(table))
     if counts["failed"]:
         terminal.info(f"submit what failed again: tools/study.py resubmit {study.file} --failed")
 
@@ -70,7 +70,7 @@ def _stage_status(stage: Stage, submitted: SubmittedJob | None, jobs: Mapping[st
 
 
 def progress_text(stage: Stage) -> str:
-    """Return step, loss, tokens/s and remaining time of a training, or the number of solved problems of an evaluation."""
+    """Return progress of a training (step, loss, tokens/s, time left) or evaluation (solved problems), or "" if unknown."""
     if stage.kind == "train":
         progress = status.training_progress(stage.settings)
         if not progress.done:
@@ -91,7 +91,7 @@ def progress_text(stage: Stage) -> str:
 
 
 def _requeued_text(stage: Stage, job: JobState | None) -> str:
-    """Return "requeued N times", or "" if N is 0. N is the larger of two counts: Slurm's and the restart file's."""
+    """Return "requeued N times", or "" if N is 0. N is the larger of Slurm's count and the count in the restart file."""
     count = job.restarts if job is not None and job.restarts is not None else 0
     if stage.kind in ("train", "evaluate"):
         directory = RunDirectory if stage.kind == "train" else EvaluationDirectory
@@ -101,7 +101,10 @@ def _requeued_text(stage: Stage, job: JobState | None) -> str:
 
 
 def _failure_text(stage: Stage, submitted: SubmittedJob, job: JobState | None) -> str:
-    """Return the job's state, reason and exit code, and the last error in the logs (or the log's path if the logs are empty)."""
+    """Return the job's state, reason and exit code, and the last error in the logs.
+
+    If the logs are missing or empty, the path of the stage's log replaces the error.
+    """
     state = "ended without a result"
     if job is not None:
         code = slurm.exit_code(submitted.job)
@@ -114,7 +117,7 @@ def _failure_text(stage: Stage, submitted: SubmittedJob, job: JobState | None) -
 
 
 def last_error(log: Path) -> str:
-    """Return the last `error:` line since the job's last start, else the log's last line; "" if there is no log."""
+    """Return the last `error:` line after the job's last start. If there is no such line, return the last line, or ""."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))

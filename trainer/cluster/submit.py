@@ -1,4 +1,4 @@
-"""Check the settings of a study, and submit its remaining stages as Slurm jobs with dependencies."""
+"""Check cluster.env against the cluster, and submit the remaining stages of a study as Slurm jobs with dependencies."""
 
 import importlib.resources
 import os
@@ -21,9 +21,10 @@ from trainer.study.study_file import Study
 
 
 def submit(study: Study, scripts_dir: Path | None, cluster: Path, dry_run: bool = False) -> None:
-    """Submit every stage that is neither done nor in the queue. With `dry_run`, only print the scripts.
+    """Submit every stage that is not done and has no pending or running job.
 
-    Raises UserError, without submitting a job, if the cluster would reject the settings.
+    With `dry_run`, print the batch scripts of all stages that are not done, and submit no job. Raises UserError if the
+    settings contradict sinfo, or if Slurm rejects a job. In both cases, no job of this submission remains in the queue.
     """
     config = read_cluster_config(cluster)
     changes.check_unchanged(study)
@@ -63,7 +64,7 @@ def live_jobs(study: StudyDirectory) -> dict[str, JobId]:
 def _submit(study: Study, todo: list[Stage], config: ClusterConfig, cluster: Path, paths: JobPaths) -> None:
     slurm.check_installed()
     live = live_jobs(study.directory)
-    # Cancel a queued report: it does not wait for the new jobs, and would write to the new report's directory.
+    # An earlier report job does not depend on the new jobs, but writes to the same directory. It is cancelled below.
     earlier_report = live.pop(todo[-1].label, None)
     done = _done(todo)
     planned = jobs.make_jobs(todo, done, live, study.name)
@@ -80,7 +81,7 @@ def _submit(study: Study, todo: list[Stage], config: ClusterConfig, cluster: Pat
     written: list[Path] = []
     try:
         for slurm_job, text in zip(planned, texts, strict=True):
-            # The path must be new, because jobs of an earlier submission may need their scripts for a restart.
+            # The path must be new, because jobs.json may still name the scripts of earlier submissions.
             number = len(list(study.directory.slurm.glob("*.sbatch")))
             path = study.directory.slurm / f"{number:03d}-{slurm_job.kind}.sbatch"
             atomic_dir.write_text(path, text)
@@ -120,7 +121,7 @@ def _submit(study: Study, todo: list[Stage], config: ClusterConfig, cluster: Pat
 
 
 def _validate(slurm_jobs: Sequence[SlurmJob], config: ClusterConfig, where: str) -> None:
-    """Check partitions, time limits and GPUs against sinfo. Accounts and constraints can be checked only by sbatch."""
+    """Raise UserError if a partition, time limit or GPU request contradicts sinfo. Only sbatch can check the account."""
     partitions = slurm.partitions()
     for slurm_job in slurm_jobs:
         on_accelerator = slurm_job.needs_accelerator
@@ -181,9 +182,8 @@ def _show(planned: Sequence[SlurmJob], config: ClusterConfig, paths: JobPaths) -
     for number, slurm_job in enumerate(planned):
         terminal.info(f"### {number}: {_job_text(slurm_job, names[number], names)}")
         terminal.info(scripts.script_text(slurm_job, config, paths))
-    terminal.info(
-        f"{sum(len(slurm_job.stages) for slurm_job in planned)} stages in {len(planned)} jobs; nothing was submitted"
-    )
+    num_stages = sum(len(slurm_job.stages) for slurm_job in planned)
+    terminal.info(f"{num_stages} stages in {len(planned)} jobs; nothing was submitted")
 
 
 def _job_text(slurm_job: SlurmJob, job: str, submitted: Sequence[str]) -> str:
@@ -207,7 +207,7 @@ def _job_paths(study: Study, scripts_dir: Path | None) -> JobPaths:
 
 
 def _copy_launcher(paths: JobPaths) -> None:
-    """Copy ranks.sh to the study's directory (all nodes can read it), unless the tool runs from a checkout."""
+    """Copy ranks.sh to the study's directory, which all nodes can read. No effect if the tool runs from a checkout."""
     if paths.scripts_dir is None:
         packaged = (importlib.resources.files("trainer.cluster") / "ranks.sh").read_text(encoding="utf-8")
         path = paths.slurm / "ranks.sh"

@@ -47,7 +47,7 @@ def read_jobs(study: StudyDirectory) -> dict[str, SubmittedJob]:
 
 
 def add_jobs(study: StudyDirectory, jobs: Mapping[str, JobId], script: Path, output: str) -> None:
-    """Add the jobs of one submission to the file. `output`: path with the placeholders %j, %A and %a of sbatch."""
+    """Add `jobs` {stage label: job} to jobs.json. `output`: path of the logs, with sbatch's placeholders %j, %A and %a."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     submitted = {}
     for label, job in jobs.items():

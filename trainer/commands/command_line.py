@@ -18,8 +18,8 @@ Settings = TypeVar("Settings")
 def parse(cls: type[Settings], description: str, arguments: list[str] | None = None) -> Settings:
     """Return the settings of a command line. Flags take precedence over the YAML file of `--config`.
 
-    `--local_rank N`, which DeepSpeed's launcher adds, is accepted and ignored: the rank is read from the environment. A
-    wrong value is reported in one message, with exit status 2.
+    `--local_rank N`, which DeepSpeed's launcher adds, is accepted and ignored: the rank is read from the environment. For an
+    invalid flag, value or file, prints one error message and exits with status 2.
     """
     parser = _parser(cls, description)
     flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
@@ -27,7 +27,7 @@ def parse(cls: type[Settings], description: str, arguments: list[str] | None = N
     config = flags.pop("config", None)
     try:
         values = read_yaml(Path(config)) if config else {}
-        # Rename before the merge, so that a flag also takes precedence over an old name in the file.
+        # Rename old names before the merge. A flag then overrides the file's value even if the file has the old name.
         rename_old_keys(cls, values, str(config), terminal.deprecation)
         rename_old_keys(cls, flags, "flags", terminal.deprecation)
         where = f"{config} and flags" if config else "flags"
@@ -40,7 +40,7 @@ def parse(cls: type[Settings], description: str, arguments: list[str] | None = N
 def command(
     cls: type[Settings], description: str
 ) -> Callable[[Callable[[Settings], object]], Callable[[], None]]:
-    """Return a decorator that makes a command. The command parses its flags into `cls` and calls the decorated function."""
+    """Return a decorator for a function with one argument of type `cls`. The decorated function parses it from the flags."""
 
     def decorate(run: Callable[[Settings], object]) -> Callable[[], None]:
         def main() -> None:
@@ -81,7 +81,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser that reports a wrong flag in one line, with the most similar known flag."""
+    """Parser that reports an error in one line. For an unknown flag, the line suggests the most similar known flag."""
 
     def __init__(self, **options: Any) -> None:
         self._flags: list[str] = []
@@ -110,7 +110,7 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
 
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any, name: str) -> None:
-    """Add the flag `name` of a setting. `--help` hides the flag if `name` is an earlier spelling."""
+    """Add the flag `name` of a setting. `--help` hides the flag if `name` is an earlier name of the setting."""
     default = field.default if field.default is not dataclasses.MISSING else ""
     text = field.metadata["help"].replace("%", "%%")
     if default != "":
@@ -125,6 +125,6 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any, n
         parser.add_argument(f"--{name}", nargs="?", const="true", metavar="BOOL", help=text)
     else:
         metavar = "{" + ",".join(choices) + "}" if choices else getattr(hint, "__name__", "value").upper()
-        # A list may be given with one flag or several: a second flag must not replace the values of the first.
+        # Users may repeat the flag of a list: "extend" appends the values of each flag instead of replacing the list.
         listed: dict[str, Any] = {"nargs": "+", "action": "extend"} if is_list else {}
         parser.add_argument(f"--{name}", metavar=metavar, help=text, **listed)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from trainer.errors import UserError
 
-# Importable names of the packages in each extra of pyproject.toml. tests/test_packaging.py compares EXTRAS with that file.
+# Extra of pyproject.toml -> importable names of its packages. tests/test_packaging.py compares EXTRAS with pyproject.toml.
 EXTRAS = {
     "report": ("pandas", "scipy", "statsmodels", "matplotlib", "jinja2", "sacrebleu"),
     "teacher": ("openai", "jinja2"),
@@ -14,7 +14,7 @@ EXTRAS = {
 
 
 def require_extra(extra: str) -> None:
-    """Raise UserError if a package of the extra is not installed. Imports no package."""
+    """Raise UserError if a package of `extra`, a key of EXTRAS, is not installed. The packages are not imported."""
     missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(_message(extra, missing))
@@ -22,7 +22,7 @@ def require_extra(extra: str) -> None:
 
 @contextlib.contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Context manager for imports: a missing package of the extra raises UserError with the remedy."""
+    """Context manager for imports. Raises UserError with the pip command if a package of `extra` is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Compare gradients of the installed DeepSpeed with plain PyTorch at every ZeRO stage, on a tiny model with tied weights.
+"""Compare DeepSpeed's gradients with plain PyTorch's gradients at every ZeRO stage, on a tiny model with tied weights.
 
 Several DeepSpeed releases computed wrong gradients at some stages without an error. Each rank computes its two
 micro-batches in a DeepSpeed engine. Each rank also computes the micro-batches of all ranks without DeepSpeed, with fp32
@@ -22,7 +22,7 @@ _VOCABULARY = 61
 _LEARNING_RATE = 3e-3
 # dtype -> (maximum relative difference of the gradients, maximum relative difference of the losses after a step)
 _TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (3e-2, 3e-3)}
-# DeepSpeed 0.19.8 computes wrong gradients in bf16 at stage 0. Training refuses this case (training/ds_config.py).
+# DeepSpeed 0.19.8 fails this check in bf16 at stage 0. Training refuses this combination (training/ds_config.py).
 _KNOWN_WRONG = {(0, torch.bfloat16)}
 
 
@@ -38,7 +38,7 @@ class ParityCase(NamedTuple):
 
 
 def cases() -> list[ParityCase]:
-    """Return all ZeRO stages in fp32 and bf16, with and without recomputation; those of `_KNOWN_WRONG` only without it."""
+    """Return the cases: each dtype and ZeRO stage without and (except `_KNOWN_WRONG`) with activation checkpointing."""
     return [
         ParityCase(stage, dtype, checkpointing)
         for dtype in (torch.float32, torch.bfloat16)
@@ -139,7 +139,7 @@ def _run_torch(
 def _make_engine(model: Any, case: ParityCase, world_size: int) -> Any:
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles this extension
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # prevents compilation of this extension
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -163,7 +163,7 @@ def _make_engine(model: Any, case: ParityCase, world_size: int) -> Any:
 
 
 def _run_deepspeed(engine: Any, batches: list[list[Tensor]], rank: int) -> tuple[dict[str, Tensor], float]:
-    """Train one step with DeepSpeed, with losses scaled as in training. Return what `_run_torch` returns."""
+    """Train one step with DeepSpeed, with the loss scaling of a training run. Return the same values as `_run_torch`."""
     from deepspeed.utils import safe_get_full_grad
 
     total = sum(tokens.shape[1] - 1 for rank_batches in batches for tokens in rank_batches)

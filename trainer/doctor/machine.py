@@ -72,7 +72,7 @@ def _rename_speed(folder: Path) -> CheckResult:
 
 
 def shared_memory() -> CheckResult:
-    """Check the size of /dev/shm, which NCCL and data loaders use. A container has 64 MB by default."""
+    """Check the size of /dev/shm, which NCCL and data loaders use. In a container, the default size is 64 MB."""
     path = "/dev/shm"
     if not os.path.isdir(path):
         remedy = "NCCL between the GPUs of a machine needs it"

@@ -19,7 +19,7 @@ _MAX_LATENCY_SECONDS, _MIN_BANDWIDTH = 5e-3, 50e6  # bandwidth in bytes/s
 
 
 def check_ranks(groups: list[str]) -> list[CheckResult]:
-    """Collective. Return these groups' results (the same on all ranks). Must be called after `distributed.initialize`."""
+    """Collective. Return the results of the checks in `groups`, equal on all ranks. Requires `distributed.initialize`."""
     results = [check() for group, check in (("clock", clocks), ("network", network)) if group in groups]
     if "parity" in groups:
         from trainer.doctor import gradient_parity
@@ -76,7 +76,7 @@ def network() -> CheckResult:
 
 
 def main(groups: list[str]) -> None:
-    """Run the checks in this rank. Rank 0 prints the results as one line of JSON."""
+    """Run the checks in this rank. Rank 0 prints one line: RESULTS_PREFIX, then the results as JSON."""
     distributed.initialize(timeout_seconds=120)
     results = [dataclasses.asdict(result) for result in check_ranks(groups)]
     if distributed.is_main_process():

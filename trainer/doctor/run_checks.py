@@ -33,10 +33,10 @@ GROUPS = (*_MACHINE_CHECKS, *rank_checks.GROUPS)
 
 
 def run_checks(settings: DoctorSettings) -> list[CheckResult]:
-    """Return the results of all checks. Raises UserError if `settings.skip` has an unknown group.
+    """Return the results of all checks except the groups in `settings.skip`. Raises UserError for an unknown group.
 
-    Without a launcher, two ranks are started for the checks that need several ranks. Under a launcher, the call is
-    collective, and the results are equal on all ranks.
+    In a job of one rank, two ranks are started for the checks that need several ranks. In a job of several ranks, the call
+    is collective, and all ranks return the same results.
     """
     for group in settings.skip:
         if group not in GROUPS:
@@ -81,7 +81,7 @@ def _check_machine(settings: DoctorSettings) -> list[CheckResult]:
 
 
 def _merge(results: list[CheckResult], num_machines: int) -> list[CheckResult]:
-    """Merge equal results of several machines. `host` of a merged result lists its machines; "" if it is OK on all."""
+    """Merge equal results of machines. `host` of a merged result lists these machines; "" if all machines have status OK."""
     groups: dict[tuple[str, str, str], list[CheckResult]] = {}
     for result in results:
         text = OK if result.status == OK else result.detail

@@ -19,7 +19,7 @@ from trainer.runtime import distributed
 
 _TIMEOUT_SECONDS = 60
 _MAX_BUILD_SECONDS = 1800
-# os.write writes the whole line in one call. Under PYTHONUNBUFFERED, `print` would mix the lines of the two ranks.
+# Use os.write, which writes the line in one call: with PYTHONUNBUFFERED, `print` could mix the lines of the two ranks.
 _MPI_PROGRAM = (
     "import os; from mpi4py import MPI; world = MPI.COMM_WORLD; "
     "library = MPI.Get_library_version().split(',')[0].split(chr(10))[0]; "
@@ -28,9 +28,10 @@ _MPI_PROGRAM = (
 
 
 def versions(known_good: str) -> list[CheckResult]:
-    """Compare installed packages with the versions in a file: `known_good`, or known_good.txt if `known_good` is "".
+    """Compare Python and the installed packages with known-good versions. Return one result per package and one for Python.
 
-    An older version is a failure, a newer version a warning. Raises UserError if the file cannot be read.
+    A missing package or an older version fails. A newer version gives a warning. `known_good`: file of `name==version`
+    lines; "": the packaged known_good.txt. Raises UserError if the file cannot be read or has an invalid line.
     """
     if known_good:
         try:
@@ -69,7 +70,7 @@ def _check_version(name: str, good: Version) -> CheckResult:
 
 
 def compiler() -> CheckResult:
-    """Check for g++ and ninja. If the ds_config uses offload, DeepSpeed compiles its CPU AdamW with them."""
+    """Check for g++ and ninja. DeepSpeed needs both to compile its CPU AdamW, which only offload ds_configs use."""
     result = functools.partial(CheckResult, "compiler", "c++")
     remedy = "install g++ (and ninja) before you use an offload ds_config; other ds_configs need no compiler"
     path = shutil.which(os.environ.get("CXX", "g++"))
@@ -84,13 +85,11 @@ def compiler() -> CheckResult:
     return result(OK, detail)
 
 
-def unfinished_builds(root: Path | None = None) -> list[CheckResult]:
-    """Return a warning if killed builds of C++ extensions left lock files. Later starts wait for these files forever.
-
-    `root`: torch's cache of extensions. The default is the cache that torch.utils.cpp_extension uses.
-    """
+def unfinished_builds() -> list[CheckResult]:
+    """Return [a warning] if killed builds of C++ extensions left lock files, else []. These files block later builds."""
+    # The cache that torch.utils.cpp_extension uses.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
     locks = [path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)]
     old = [str(path) for path in locks if time.time() - path.stat().st_mtime > _MAX_BUILD_SECONDS]
     if not old:
@@ -100,7 +99,7 @@ def unfinished_builds(root: Path | None = None) -> list[CheckResult]:
 
 
 def mpi() -> CheckResult:
-    """Check that mpiexec starts one world of size 2. It starts two worlds of size 1 if mpi4py was built with another MPI."""
+    """Check that `mpiexec -n 2` starts one MPI world of size 2. If mpi4py uses another MPI, two worlds of size 1 start."""
     result = functools.partial(CheckResult, "mpi", "mpiexec")
     remedy = "training needs no MPI; for mpiexec: pip install mpich mpi4py, or your cluster's module"
     try:
@@ -147,10 +146,8 @@ def slurm() -> list[CheckResult]:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run `command` without the launcher's variables. Return status 124 after a timeout, 127 if `command` cannot start."""
-    env = distributed.without_launcher_variables(os.environ)
-    if "SLURM_CONF" in os.environ:
-        env["SLURM_CONF"] = os.environ["SLURM_CONF"]
+    """Run `command` without the launcher's variables. The status is 124 after a timeout, 127 if the command cannot start."""
+    env = distributed.without_launcher_variables(os.environ, keep=("SLURM_CONF",))
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, env=env)
     except subprocess.TimeoutExpired:

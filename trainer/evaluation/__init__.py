@@ -1,1 +1,1 @@
-"""Evaluation on held-out problems: decoding backends, solving programs, work queue, scoring."""
+"""Evaluation on held-out problems: decoding backends, programs that control decoding, work queue and scoring."""

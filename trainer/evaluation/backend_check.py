@@ -2,8 +2,8 @@
 
 The plain forward pass processes one text at a time, without padding or cache, with the attention that transformers chooses.
 The backend decodes more texts than it has slots. The texts differ in length. Their tokens are fixed beforehand, so that the
-logits can be compared at every position where the backend chooses a token. The unit of a difference is the standard
-deviation of the plain logits at that position.
+logits can be compared at every position where the backend chooses a token. A difference between logits is divided by the
+standard deviation of the plain logits at the same position.
 """
 
 import contextlib
@@ -84,8 +84,9 @@ def shortest_middle_longest(items: Iterable[T], length: Callable[[T], int]) -> l
 def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequence[int] = ()) -> CheckTexts:
     """Return texts made of the shortest, the middle and the longest of `prompts`. All prompts must start with `prefix`.
 
-    The longest prompt is extended to nearly `capacity` tokens by repeating tokens of `prompts`. This detects attention
-    windows shorter than a prompt with its answer. Raises UserError if `capacity` is less than the prefix plus two tokens.
+    The longest prompt is extended to nearly `capacity` tokens (at most `_MAX_LENGTH`) by repeating tokens of `prompts`. This
+    detects attention windows that are shorter than a prompt with its answer. Raises UserError if `capacity` is less than the
+    length of `prefix` plus two tokens.
     """
     if capacity < len(prefix) + 2:
         raise UserError(f"a text has room for {capacity} tokens, but the prompt alone has {len(prefix) + 1}")
@@ -112,7 +113,7 @@ def check_texts(prompts: Sequence[Sequence[int]], capacity: int, prefix: Sequenc
 
 
 class CheckRequest:
-    """Request that reads the forced tokens of a text. `logits`: the recorded logits [vocabulary], one tensor per choice."""
+    """Request that continues with the forced tokens of a text. `logits`: recorded logits [vocabulary] of each choice."""
 
     def __init__(self, text: CheckText) -> None:
         self.sequences = [SequenceState(list(text.prompt))]
@@ -158,7 +159,8 @@ def plain_logits(
 ) -> torch.Tensor:
     """Return logits [choices, vocabulary] of the plain forward pass over one text, in fp32 on the CPU.
 
-    attention: "sdpa" or "eager"; None: the default of transformers. copies: number of equal rows in the batch.
+    attention: "sdpa" or "eager"; None: the current attention if it is one of these, else the family's default.
+    copies: number of equal rows in the batch.
     """
     ids = torch.tensor([text.tokens] * copies, device=model.device)
     choices = torch.tensor(text.choices, device=model.device)
@@ -176,8 +178,8 @@ def plain_logits(
 def depends_on_later_tokens(model: PreTrainedModel, text: CheckText) -> bool:
     """Return whether the plain logits at a token depend on the tokens after it.
 
-    This is so if the model's attention selects keys from the whole text. In this case, the reference must be the logits
-    of `generate`. Raises BackendError if a forward pass fails.
+    The logits depend on later tokens if the model's attention selects keys from the whole text. A backend must then be
+    compared with `generate`, not with the plain forward pass. Raises BackendError if a forward pass fails.
     """
     with raise_backend_error():
         prefixes = [plain_logits(model, CheckText(text.tokens[: at + 1], [])) for at in text.choices]
@@ -237,10 +239,11 @@ class ReferenceLogits:
         return [self._logits[key] for key in keys]
 
     def tolerance(self, texts: Sequence[CheckText], measured: float, min_tolerance: float) -> float:
-        """Return the maximum difference that counts as rounding: `min_tolerance` if the difference `measured` is not larger.
+        """Return the largest difference that counts as rounding. `measured`: difference of a backend on `texts`.
 
-        If it is larger, return `_NOISE_FACTOR` times the noise (at most `MAX_TOLERANCE`, but at least `min_tolerance`). The
-        noise is the change of the plain logits with eager attention or in a batch of two equal rows (the larger change).
+        If `measured` is at most `min_tolerance`, return `min_tolerance`. Otherwise return `_NOISE_FACTOR` times the noise,
+        clamped to [`min_tolerance`, `MAX_TOLERANCE`]. The noise is the largest difference between the plain logits and the
+        same logits computed with eager attention, or computed in a batch of two equal rows.
         """
         if measured <= min_tolerance:
             return min_tolerance

@@ -29,12 +29,13 @@ def completions(
     batch_size: int = 16,
     backend: BackendChoice | str = "auto",
 ) -> Iterator[tuple[int, str, int, bool]]:
-    """Yield (index of the prompt, text, number of generated tokens, finished) in the order in which texts end.
+    """Yield (index of the prompt, text, number of generated tokens, finished) in the order in which the texts end.
 
-    finished: True if the text ended with an end token or before the first `stop` string, False if it reached
-    `max_new_tokens` or the context length. seeds: one per prompt (default: the prompt's index); a sample depends on prompt
-    and seed alone. For k samples, pass a prompt k times. backend: a choice that passed the check, or a name to check.
-    Raises UserError if logits are not finite, or if no backend passes the check.
+    finished: True if the text ended with an end token or was cut before the first `stop` string, False if it reached
+    `max_new_tokens` or the context length. seeds: one sampling seed per prompt (default: the prompt's index). For k samples
+    of a prompt, pass the prompt k times with different seeds. A sample does not depend on the other prompts. batch_size:
+    maximum number of prompts that are decoded together. backend: a result of `completion_backend`, or "slots",
+    "transformers" or "auto" to run its check now. Raises UserError if logits are not finite, or if no backend passes.
     """
     if not prompts:
         return
@@ -78,9 +79,10 @@ def completion_backend(
     name: str,
     requested: str = "auto",
 ) -> BackendChoice:
-    """Return the backend for `completions` of these prompts, checked on prompts of different lengths.
+    """Return the fastest backend for `completions` that passes the check on prompts of different lengths.
 
-    name: the model's name in messages. requested: a backend, or "auto" for any. Raises UserError if no backend passes.
+    name: the model's name in messages. requested: "slots" or "transformers" to check only this backend, "auto" to check
+    both. Raises UserError if no backend passes.
     """
     texts = check_texts(prompts, _capacity(model, prompts, max_new_tokens))
     return choose_backend(model, texts, name, requested)

@@ -1,17 +1,12 @@
 """Decoding settings, and checks of modes and training methods. This module imports neither torch nor transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from trainer.errors import UserError
+from trainer.evaluation.model_reference import ModelReference
 from trainer.settings import FEW_SHOT
 from trainer.shards.methods import SegmentRole, guidance_of, is_decomposer, is_interleaved, is_planner
-
-if TYPE_CHECKING:
-    from trainer.evaluation.model_reference import ModelReference
 
 UNIFIED = ("answer_only", "cot", "socratic")
 SINGLE_MODEL_MODES = (*UNIFIED, FEW_SHOT)
@@ -58,8 +53,8 @@ def resolve_mode(mode: str, method: str | None) -> tuple[str, bool]:
     """Return the mode of a model that answers alone, and whether its answer must be imposed (see `Decoding`).
 
     method: the model's training method; None: unknown. mode: the requested mode; "auto": the mode named like the method. In
-    `answer_only` the answer is imposed if the model was trained by another or an unknown method. Raises UserError if a model
-    of this method cannot answer in this mode, or if mode is "auto" and the method is unknown.
+    mode `answer_only`, the answer is imposed unless the model's method is `answer_only`. Raises UserError if a model of
+    this method cannot answer in this mode, or if mode is "auto" and the method is unknown.
     """
     if method is not None and method not in UNIFIED:
         raise UserError(
@@ -79,8 +74,9 @@ def resolve_mode(mode: str, method: str | None) -> tuple[str, bool]:
 def resolve_pair(models: Mapping[str, ModelReference], guidance_from: str) -> tuple[str, str]:
     """Return the mode of models that answer together, and the decomposer's guidance ("operators", "equations" or "").
 
-    models: role -> model. Raises UserError if a model's method is unknown or does not fit its role, if a guided decomposer
-    has no plan or a planner for another kind of plan, or if an unguided decomposer has a planner or gold guidance.
+    models: role -> model. guidance_from: source of the plan, "planner" or "gold". Raises UserError if a model's method is
+    unknown or does not fit its role. Raises UserError if a decomposer that reads a plan has no source of plans or a planner
+    for another kind of plan, or if a decomposer that reads no plan has a planner or gold guidance.
     """
     for role, model in models.items():
         method = model.method

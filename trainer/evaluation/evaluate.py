@@ -26,9 +26,9 @@ _PROGRESS_INTERVAL_SECONDS = 0.2
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Evaluate a model or a pair (collective); return the content of results.json on every rank.
+    """Collective. Evaluate a model, or a decomposer and a solver. Return the content of results.json on every rank.
 
-    If an evaluation with the same settings was interrupted, resume it; if it has finished, return its results. Raises
+    An earlier evaluation with the same settings is resumed if it was interrupted, and not repeated if it has finished. Raises
     UserError on every rank if models and shards are incompatible, if the directory holds results of other settings and
     `overwrite` is not set, or if the predictions do not contain every problem exactly once.
     """
@@ -99,7 +99,7 @@ def _prepare(job: EvaluationJob, settings: EvaluateSettings) -> None:
 
 
 def _load_pipeline(job: EvaluationJob) -> Pipeline:
-    """Load each distinct model once onto this rank's device."""
+    """Return a pipeline of the job's models on this rank's device. A model with several roles is loaded once."""
     loaded = {
         name: model_reference.load_model_and_tokenizer(
             job.models[role], job.shards, job.dtype, job.export_scratch_dir(job.models[role])
@@ -166,7 +166,10 @@ def _on_rank_0(function: Callable[[], Any]) -> Any:
 
 
 def _earlier_results(job: EvaluationJob, overwrite: bool) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Return the models' content digests by role, and the results of this job (None if the job has not finished before)."""
+    """Return {role: content digest of the role's model}, and the earlier results of this job, or None if there are none.
+
+    Raises UserError if results.json is damaged, or if it holds results of other settings and `overwrite` is False.
+    """
     by_name = {
         name: model_reference.content_digest(job.models[role]) for name, role in job.first_roles.items()
     }
@@ -195,7 +198,7 @@ def _earlier_results(job: EvaluationJob, overwrite: bool) -> tuple[dict[str, str
 def _write_results(
     job: EvaluationJob, files: list[Path], ids: list[str], description: dict[str, Any]
 ) -> dict[str, Any]:
-    """Merge the rank files into predictions.jsonl, write results.json, then remove temporary files."""
+    """Merge the rank files into predictions.jsonl, write results.json, remove temporary files, and return the results."""
     merged = rank_files.merge_predictions(rank_files.read_rank_files(files), ids)
     results = {"format": RESULTS_FORMAT, **description, **summarise(merged)}
     directory = job.directory

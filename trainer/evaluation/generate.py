@@ -10,7 +10,7 @@ from trainer.evaluation.backends import AnyRequest, Backend, Sampler, SequenceSt
 
 
 def make_sampler(temperature: float, top_p: float) -> Sampler:
-    """Return a sampler: greedy at temperature 0, else with random numbers from each sequence's `sampling_seed`."""
+    """Return a function that chooses next tokens: the most probable at temperature 0, else sampled by `sampling_seed`."""
 
     def sample(logits: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
         if temperature == 0:
@@ -32,9 +32,10 @@ def generate(
 ) -> Iterator[AnyRequest]:
     """Yield requests as they end. Up to `num_slots` requests are decoded at the same time.
 
-    When a slot is free, the next request is taken from `requests`. `on_token` receives a request and its next token.
-    `each_step` is called after each step. The backend with the most runnable requests runs the next step, so that batches
-    are large. Lengths are limited, so no request starves. The backends restore their models when the iterator ends.
+    When a slot is free, the next request is taken from `requests`. `on_token` is called with a request and its next token,
+    and must update `next_model` of the request. `each_step` is called after each step. The backend with the most runnable
+    requests runs the next step, so that batches are large. The requests of the other backends get their turn, because the
+    lengths of sequences are limited. The backends restore their models when the iterator ends.
     """
     with contextlib.ExitStack() as stack:
         for backend in backends:

@@ -32,19 +32,18 @@ from trainer.runtime import distributed
 from trainer.settings import EvaluateSettings
 from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
-from trainer.storage.configuration import to_dict
 from trainer.storage.run_directory import EvaluationDirectory, RunDirectory, evaluation_name, pair_run
 
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """An evaluation after its checks: the models use the tokenizer of the shards and support the decoding mode."""
+    """A checked evaluation. All models support the decoding mode and, as far as recorded, use the shards' tokenizer."""
 
-    models: Mapping[str, ModelReference]  # by role; two roles may have the same model
+    models: Mapping[str, ModelReference]  # role -> model; two roles may have the same model
     shards: Shards
     decoding: Decoding
     dtype: str
-    max_problems: int  # 0: all
+    max_problems: int  # 0: all problems
     directory: EvaluationDirectory
     exemplars: Sequence[Problem] = ()
     model_label: str = ""
@@ -64,7 +63,7 @@ class EvaluationJob:
 
     @property
     def gold_text(self) -> str:
-        """Name of the gold segments, for messages. Valid only if a model reads gold segments."""
+        """Name, in messages, of the gold segments (plan or sub-questions from the data). Valid only if a model reads them."""
         return self.decoding.guidance or "sub-questions"
 
     @property
@@ -105,8 +104,8 @@ class EvaluationJob:
     def result_fields(self, num_parameters: Mapping[str, int], digests: Mapping[str, str]) -> dict[str, Any]:
         """Return the fields of results.json about models and data. Facts that the model's manifest lacks are "" or None.
 
-        num_parameters: by role. digests: content digests of the models, by role. In `total_parameters` a model with two
-        roles is counted once.
+        num_parameters: number of parameters of the model of each role. digests: content digest of the model of each role.
+        The result's `total_parameters` counts a model with two roles once.
         """
         facts, mode = self.models[self.answering_role].facts, self.decoding.mode
         model_names = (_model_name(model) for role, model in self.models.items() if role != PLANNER)
@@ -175,7 +174,7 @@ class EvaluationJob:
 
 
 def resolve_job(settings: EvaluateSettings) -> EvaluationJob:
-    """Return the checked job. Raises UserError for incompatible models, shards or settings, or if a required output_dir is not set."""
+    """Return the checked job. Raises UserError for incompatible models, shards or settings, or if output_dir is missing."""
     shards = Shards.open(settings.shards)
     names = {STUDENT: settings.model_name_or_path, PLANNER: settings.planner}
     names |= {DECOMPOSER: settings.decomposer, SOLVER: settings.solver}
@@ -221,8 +220,9 @@ def _evaluation_directory(
 ) -> EvaluationDirectory:
     """Return `output_dir` if it is set, else an evaluation directory in the run directory of the model or pair.
 
-    The run directory of a pair lies beside those of its two models. Raises UserError if a model is in no run directory, or
-    if the two models differ in study, data set or seed.
+    The run directory of a pair lies beside the run directories of its decomposer and solver. Without `output_dir`, raises
+    UserError if one of these models (or the single model) is in no run directory, or if the two runs differ in study, data
+    set or seed.
     """
     if settings.output_dir:
         return EvaluationDirectory(Path(settings.output_dir))
@@ -267,13 +267,14 @@ def write_settings(settings: EvaluateSettings, directory: EvaluationDirectory) -
             return
         if not isinstance(existing, dict) or "shards" not in existing:
             return
-    atomic_dir.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
+    atomic_dir.write_text(run.settings, yaml.safe_dump(asdict(settings), sort_keys=False))
 
 
 def _method(models: Mapping[str, ModelReference], decoding: Decoding) -> str:
     """Return the method for the name of a run or evaluation, e.g. "iterative_ahead_operators_socratic_solver".
 
-    Parts: mode, guidance, "socratic" if one or both models have this method, and the model's role if only one has this method.
+    Parts: mode; kind of plan, if the decomposer reads a plan; "socratic", if the decomposer or the solver has this method.
+    The last part is the role of this model, if the other model has another method.
     """
     roles = [role for role in (DECOMPOSER, SOLVER) if role in models]
     unified = [role for role in roles if models[role].method == "socratic"]
@@ -282,5 +283,5 @@ def _method(models: Mapping[str, ModelReference], decoding: Decoding) -> str:
 
 
 def job_fingerprint(fields: dict[str, Any]) -> str:
-    """Return a SHA-256 of the result of `fingerprint_fields`. Jobs with equal fingerprints make equal predictions."""
+    """Return the SHA-256 of `fields` in JSON. Jobs with the same digest of `fingerprint_fields` make the same predictions."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

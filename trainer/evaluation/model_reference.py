@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
+from trainer.export.convert import convert
 from trainer.models import load
 from trainer.models.source import check_local, check_source
 from trainer.models.tokenizer import fingerprint, load_tokenizer
@@ -31,7 +32,7 @@ class ModelReference:
     """A model on disk or on the Hub. `facts`: the facts in the model's manifest; {} if there is no manifest."""
 
     name: str
-    kind: str  # "export", "checkpoint" or "model"
+    kind: str  # "export", "checkpoint", or "model" (a local folder or Hub name without a manifest)
     facts: ExportFacts | dict[str, Any]
 
     @property
@@ -48,9 +49,9 @@ class ModelReference:
 
 
 def find_model(name_or_path: str) -> ModelReference:
-    """Return a reference to the model at `name_or_path`, which may be a run directory with an export.
+    """Return a reference to the model at `name_or_path`. For a run directory, this model is the run's export.
 
-    Raises UserError for an incomplete directory, a run directory without an export, and a directory without a model.
+    Raises UserError if a local path or the export of a run is missing, or if a directory is unfinished or has no model.
     """
     path = Path(name_or_path)
     run = RunDirectory(path)
@@ -64,7 +65,7 @@ def find_model(name_or_path: str) -> ModelReference:
             raise UserError(f"{path} holds {manifest['kind']}; expected an export, a checkpoint or a model")
         return ModelReference(str(path), manifest["kind"], manifest["facts"])
     check_local(name_or_path)
-    if path.is_dir():  # a Hub model is checked when its config is loaded, with one request
+    if path.is_dir():  # not for a Hub name: load_config checks it later, with a request
         check_source(name_or_path)
     return ModelReference(name_or_path, "model", {})
 
@@ -85,7 +86,10 @@ def content_digest(reference: ModelReference) -> str:
 def check_models(
     models_by_role: Mapping[str, ModelReference], shards: Shards, allow_unfinished: bool
 ) -> None:
-    """Raise UserError if tokenizers of models and shards differ or, unless `allow_unfinished`, a training is unfinished."""
+    """Raise UserError if the recorded tokenizers of models and shards differ, or if a model's training is unfinished.
+
+    If `allow_unfinished` is true, an unfinished training is not an error.
+    """
     recorded = [
         (f"the {role} {reference.name}", reference.facts["tokenizer_fingerprint"])
         for role, reference in models_by_role.items()
@@ -113,13 +117,13 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model, on this rank's device, and the model's tokenizer.
 
-    Rank 0 must have called `convert_checkpoint` with the same `scratch` before. Raises UserError if an export's files are
-    corrupt, or if the tokenizer differs from the shards' tokenizer.
+    `convert_checkpoint` must have exported a checkpoint into `scratch` before this call. Raises UserError if an export's
+    files are corrupt, if the tokenizer is not that of the shards, or if embeddings for the shards' tokens are missing.
     """
     name = str(scratch / "export") if reference.kind == "checkpoint" else reference.name
     if reference.kind == "export" and distributed.is_main_process():
         atomic_dir.verify_digests(Path(name))  # rank 0 verifies the files for all ranks
-    load.load_config(name)  # its error for a folder without a model is clearer than load_tokenizer's error
+    load.load_config(name)  # raises a clearer error than load_tokenizer for a folder without a model
     tokenizer = load_tokenizer(name)
     if fingerprint(tokenizer) != shards.facts["tokenizer_fingerprint"]:
         raise UserError(_tokenizer_mismatch(reference, shards))
@@ -131,8 +135,6 @@ def load_model_and_tokenizer(
 
 def convert_checkpoint(reference: ModelReference, scratch: Path) -> None:
     """Export a checkpoint into `scratch`, which all ranks must be able to read. Does nothing on ranks other than 0."""
-    from trainer.export.convert import convert
-
     if reference.kind == "checkpoint" and distributed.is_main_process():
         convert(ConvertSettings(checkpoint_dir=reference.name, output_dir=str(scratch / "export")))
 

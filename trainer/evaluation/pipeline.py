@@ -49,7 +49,7 @@ class Pipeline:
         decoding: Decoding,
         exemplars: Sequence[Problem] = (),
     ) -> None:
-        """Create a pipeline. All models must use `tokenizer`. `exemplars` (few-shot) precede every problem."""
+        """Create a pipeline. All models must use `tokenizer`. `exemplars`: few-shot examples that precede every problem."""
         self.role_models, self.shards, self.decoding = role_models, shards, decoding
         self._tokenizer, self._exemplars = tokenizer, exemplar_tokens(exemplars, tokenizer)
         distinct = {id(role_model.model): role_model for role_model in role_models.values()}
@@ -79,9 +79,9 @@ class Pipeline:
         return insert_exemplars(prompt, self._exemplars, self._tokenizer) if self._exemplars else prompt
 
     def choose_backends(self, indices: Sequence[int], requested: str) -> list[BackendChoice]:
-        """Return the backend of each model, checked on prompts of `indices` (at least one problem).
+        """Return a checked backend for each model. The check uses prompts of the problems `indices` (at least one).
 
-        requested: "auto", "slots" or "transformers". Raises UserError if no backend passes the check.
+        requested: "auto", "slots" or "transformers". Raises UserError if no requested backend passes the check of a model.
         """
         checked = shortest_middle_longest(indices, lambda index: len(self.shards.prompt(index)))
         prompts = [self.prompt(index) for index in checked]
@@ -97,7 +97,7 @@ class Pipeline:
 
     @property
     def shared_prefix(self) -> list[int]:
-        """Tokens that all prompts start with: BOS and exemplars; empty if there are no exemplars."""
+        """Tokens that all prompts start with: BOS and exemplars. Without exemplars, the list is empty."""
         if not self._exemplars:
             return []
         return insert_exemplars(bos_tokens(self._tokenizer), self._exemplars, self._tokenizer)
@@ -139,7 +139,7 @@ class Pipeline:
         ]
 
     def _sampling_seeds(self, index: int) -> list[int]:
-        """Return one seed per model (0 for greedy decoding). A solver gets the seed of a model without a pair."""
+        """Return one seed per model (0 for greedy decoding). A pair's solver gets the seed that a single model would get."""
         numbers = range(len(self.models))
         if not self.decoding.temperature:
             return [0] * len(numbers)
@@ -152,12 +152,12 @@ class Pipeline:
 def predictions(pipeline: Pipeline, indices: Sequence[int], counter: SharedCounter) -> Iterator[Prediction]:
     """Solve the problems `indices` together with the other ranks; yield each prediction of this rank once it is complete.
 
-    A prediction has an empty text if its prompt fills the model's context. `pipeline.backends` must hold the chosen backends.
+    No text is generated for a problem whose prompt fills the model's context. The caller must have set `pipeline.backends`.
     """
     if not indices:
         return
     decoding, order = pipeline.decoding, longest_first(pipeline.shards, indices)
-    # If the first rank had more slots than its share of the problems, it would take the problems of other ranks.
+    # Limit the slots to a rank's share of the problems. Otherwise the first rank to start would take other ranks' problems.
     num_slots = min(decoding.batch_size, -(-len(order) // distributed.environment().world_size))
     rollouts = map(pipeline.rollout, take_problems(counter, order, chunk_size(len(order), num_slots)))
     sampler = make_sampler(decoding.temperature, decoding.top_p)
@@ -171,9 +171,9 @@ def predictions(pipeline: Pipeline, indices: Sequence[int], counter: SharedCount
 
 
 def longest_first(shards: Shards, indices: Iterable[int]) -> list[int]:
-    """Return the indices of problems, sorted by descending length of question, steps and answer in the shards.
+    """Return the indices of problems, sorted by descending number of tokens of all segments (question, steps, answer, ...).
 
-    This length predicts the number of generated tokens better than the prompt's length does.
+    This number predicts the number of generated tokens better than the length of the prompt does.
     """
     totals = shards.total_lengths()
     return sorted(indices, key=lambda index: -totals[index])
@@ -196,8 +196,8 @@ def _prediction(pipeline: Pipeline, rollout: Rollout) -> Prediction:
 def exemplar_tokens(exemplars: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens of few-shot exemplars (Brown et al., 2020), which follow BOS and precede the problem.
 
-    An exemplar is the text of the chain-of-thought view (question, solutions, `#### answer`), then an empty line. It is
-    tokenised segment by segment, as training examples are, so base and distilled models read the same format.
+    An exemplar has the format of the training method `cot` (question, solutions, `#### answer`), followed by an empty line.
+    Like training examples, exemplars are tokenised segment by segment, so base and distilled models read the same format.
     """
     segments: list[str] = []
     for problem in exemplars:

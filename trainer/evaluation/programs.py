@@ -1,6 +1,7 @@
 """Solving programs: generators that define which role generates next and which tokens each model reads (see rollout.py).
 
-*Unified*: one model generates everything: an answer, a chain of thought, or sub-questions and their solutions.
+*Unified*: one model generates the whole text: an answer, a chain of thought, or sub-questions and their solutions.
+*Few-shot*: one model reads solved problems and the new problem, and generates a chain of thought.
 *Iterative* (Shridhar, Stolfo and Sachan, Findings of ACL 2023): a decomposer generates sub-questions. A solver solves each
 sub-question immediately (interleaved), or all sub-questions at the end (ahead).
 *Gold*: a solver solves the data's sub-questions.
@@ -11,7 +12,7 @@ sub-question, the decomposer generates `####`; the solver reads `####` and gener
 
 Values of `stop_reason`:
 
-    max_steps       The decomposer generated more than `max_steps` sub-questions. The last one is dropped.
+    max_steps       The decomposer generated more than `max_steps` sub-questions. The last sub-question is dropped.
     ended_early     One of: the decomposer generated an end token or an empty line instead of `####`; a role generated an
                     end token within a line; the solver generated `####` (then the answer) instead of a solution.
     max_new_tokens  The text reached the limit on generated tokens. Overrides the reasons above.
@@ -44,7 +45,7 @@ def unified(rollout: Rollout, opening: str = "") -> Program[None]:
 
 
 def few_shot(rollout: Rollout) -> Program[None]:
-    """Generate until the line `#### answer` ends. A few-shot model would otherwise continue with another problem."""
+    """Generate until an end token or a line break after `####`. Otherwise, the model would continue with another problem."""
     stop_tokens = rollout.context.stop_tokens
 
     def is_done(tokens: list[int]) -> bool:
@@ -129,7 +130,7 @@ def _generate_question(rollout: Rollout, step: int, max_steps: int) -> Program[C
 
 
 def _solve_step(rollout: Rollout, step: int) -> Program[bool]:
-    """Generate the solution of a step; return False if the solver generated the final answer instead."""
+    """Generate the solution of a step and return True. Return False if the solver generated the final answer instead."""
     line = 2 * step + 1
     set_text = partial(_set_line, rollout, line)
     completion = yield from _generate_line(rollout, SOLVER, set_text, calculator=True)
@@ -169,7 +170,7 @@ def _generate_line(
     is_done: Callable[[list[int]], bool] = lambda tokens: False,
     calculator: bool = False,
 ) -> Program[Completion]:
-    """Generate one line. If the model ends its text, a line break is appended to its sequence in place of the end token."""
+    """Generate until a line break, an end token or `is_done(tokens)`. A line break is appended in place of an end token."""
     stop_tokens = rollout.context.stop_tokens
     completion = yield from rollout.generate(
         role, lambda tokens: tokens[-1] in stop_tokens.newlines or is_done(tokens), set_text, calculator

@@ -21,7 +21,8 @@ _MAX_LISTED_IDS = 5
 class RankFile(contextlib.AbstractContextManager["RankFile"]):
     """Prediction file of this process: JSON lines, flushed after every line. Context manager that closes the file on exit.
 
-    The file name contains the start of the job fingerprint, so the files of other jobs are neither read nor removed.
+    The file name contains the first 16 characters of `fingerprint`, which identifies the evaluation job. So
+    `list_rank_files` does not return the files of other jobs.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -96,7 +97,7 @@ def remove_rank_files(paths: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def capture_error() -> Iterator[list[str]]:
-    """Context manager that yields a list. If the block raises an exception, its message is appended to the list.
+    """Context manager that yields a list. If the block raises an exception, the exception's message is appended to the list.
 
     The exception is suppressed. Its traceback is printed, except for a UserError.
     """
@@ -112,7 +113,7 @@ def capture_error() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def any_error_on_all_ranks() -> Iterator[None]:
-    """Collective context manager: if the block fails on any rank, raise UserError on all. Use no collectives in the block."""
+    """Context manager that raises UserError on all ranks if the block fails on any rank. Use no collectives in the block."""
     with capture_error() as messages:
         yield
     distributed.raise_on_all_ranks("".join(messages))

@@ -1,10 +1,8 @@
-"""State of one problem while it is solved: sequences of the models, lines of the text, token counts and limits.
+"""State of one problem while it is solved: sequences of the models, lines of the solution, token counts and limits.
 
 A solving program (programs.py) is a generator. It yields the index of the model that must choose the next token, and
 receives this token through `send`. generate.py decides how many problems are decoded together.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -35,13 +33,13 @@ class RolloutContext:
     stop_tokens: StopTokens
     models: Sequence[RolloutModel]
     roles: Mapping[str, int]  # role -> index in `models`; two roles may share a model
-    max_new_tokens: int  # limit on the tokens of all roles together, per problem
-    calculator: bool = True
+    max_new_tokens: int  # maximum number of generated tokens per problem, summed over all roles
+    calculator: bool = True  # whether results are inserted into calculator annotations
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Tokens that a role generated in one call of `generate`, without the end token."""
+    """Tokens from one call of `Rollout.generate`, with inserted calculator results and without the end token."""
 
     tokens: list[int]
     is_end_of_text: bool  # whether an end token followed
@@ -54,8 +52,8 @@ class LengthLimit(Exception):
 class Rollout:
     """One problem that is being solved.
 
-    next_model: index of the model that chooses the next token; None when the rollout has ended. finished: False if a length
-    limit cut the text. stop_reason: "" after a normal end, else a value that programs.py lists.
+    next_model: index of the model that must choose the next token; None after the end. finished: True if the rollout has
+    ended and no length limit was reached. stop_reason: reason for an irregular end (programs.py lists the values), or "".
     """
 
     def __init__(
@@ -63,7 +61,7 @@ class Rollout:
         index: int,
         prompt: Sequence[int],
         context: RolloutContext,
-        program: Callable[[Rollout], Program[None]],
+        program: Callable[["Rollout"], Program[None]],
         sampling_seeds: Sequence[int],  # one per model
     ) -> None:
         self.index = index
@@ -71,7 +69,8 @@ class Rollout:
         self.sequences = [SequenceState(list(prompt), seed) for seed in sampling_seeds]
         self.lines: list[str] = []
         self.guidance_text = ""  # the plan that the decomposer reads
-        self.generated: Counter[str] = Counter()  # number of tokens by role, calculator results included
+        # Role -> number of tokens, with calculator results and end tokens.
+        self.generated: Counter[str] = Counter()
         self.calculator_results = 0
         self.finished = False
         self.stop_reason = ""
@@ -99,10 +98,11 @@ class Rollout:
         set_text: Callable[[str], None],
         calculator: bool = False,
     ) -> Program[Completion]:
-        """Generate tokens of `role` until an end token or until `is_done(tokens)` is true.
+        """Generate tokens of `role` until the model chooses an end token or `is_done(tokens)` is true.
 
-        The role's model reads all tokens except the end token. `set_text` receives the decoded text, also if LengthLimit is
-        raised. If `calculator` and `context.calculator` are true, results are inserted into calculator annotations.
+        Return a Completion. All tokens except the end token are appended to the sequence of the role's model. If `calculator`
+        and `context.calculator` are True, results are inserted into calculator annotations. Raises LengthLimit at
+        `max_new_tokens` or at the model's context length. `set_text` receives the decoded text, even after LengthLimit.
         """
         stop_tokens, number = self.context.stop_tokens, self.context.roles[role]
         sequence, model = self.sequences[number], self.context.models[number]
@@ -133,13 +133,13 @@ class Rollout:
             set_text(stop_tokens.text(tokens))
 
     def append(self, tokens: Sequence[int], segment_role: SegmentRole, excluding: str = "") -> None:
-        """Append tokens to all unfinished sequences whose model reads `segment_role`, except that of role `excluding`."""
+        """Append tokens to each unfinished sequence whose model reads `segment_role`, except the sequence of role `excluding`."""
         for number, (sequence, model) in enumerate(zip(self.sequences, self.context.models, strict=True)):
             is_excluded = number == self.context.roles.get(excluding)
             if segment_role in model.inputs and not sequence.is_done and not is_excluded:
                 sequence.pending += tokens
 
     def release(self, role: str, unless_shared_with: str) -> None:
-        """End the sequence of `role` and free its slot, unless the role `unless_shared_with` has the same model."""
+        """Mark the sequence of `role` as done, which frees its slot, unless role `unless_shared_with` uses the same sequence."""
         number = self.context.roles[role]
         self.sequences[number].is_done = number != self.context.roles[unless_shared_with]

@@ -1,4 +1,4 @@
-"""Greedy and sampled next tokens.
+"""Choose the next tokens from logits, greedily or by sampling.
 
 The random numbers are a function of seed, problem id, role and position alone. Samples therefore do not depend on the
 batch, the number of ranks or the order of the problems.
@@ -20,7 +20,7 @@ def sampling_seed(seed: int, problem_id: str, role: str = "") -> int:
 
 
 def uniform_random(seed: int, position: int) -> float:
-    """Return the random number in [0, 1) at `position` of stream `seed`, by SplitMix64 (Steele et al., OOPSLA 2014)."""
+    """Return number `position` in [0, 1) of the random sequence of `seed`, by SplitMix64 (Steele et al., OOPSLA 2014)."""
     state = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -28,21 +28,24 @@ def uniform_random(seed: int, position: int) -> float:
 
 
 def greedy(logits: torch.Tensor) -> list[int]:
-    """Return the most probable token of each row of logits [rows, vocabulary]. Raises UserError for NaN or +inf logits."""
+    """Return the most probable token of each row of logits [rows, vocabulary].
+
+    Raises UserError if the largest logit of a row is NaN or infinite.
+    """
     largest, tokens = logits.max(dim=-1)
-    chosen: list[int] = tokens.where(largest.isfinite(), -1).tolist()  # a single transfer from the device
+    chosen: list[int] = tokens.where(largest.isfinite(), -1).tolist()  # one device transfer; -1: not finite
     if -1 in chosen:
         raise non_finite_logits_error()
     return chosen
 
 
 def sampled(logits: torch.Tensor, temperature: float, top_p: float, uniforms: list[float]) -> list[int]:
-    """Return one token per row of logits [rows, vocabulary]. `uniforms`: a random number in [0, 1) per row.
+    """Return one sampled token per row of logits [rows, vocabulary]. `uniforms`: a random number in [0, 1) per row.
 
     top_p < 1 keeps only the smallest set of most probable tokens whose total probability reaches top_p (nucleus sampling:
-    Holtzman et al., ICLR 2020). Raises UserError for NaN or +inf logits.
+    Holtzman et al., ICLR 2020). Raises UserError if the largest logit of a row is NaN or infinite.
     """
-    # In single precision, rounding errors of the cumulative sums could change the chosen token.
+    # Use double precision: in single precision, rounding errors of the cumulative sums could change the chosen token.
     scaled = logits.double() / temperature
     if not scaled.amax(dim=-1).isfinite().all():
         raise non_finite_logits_error()

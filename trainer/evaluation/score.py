@@ -12,7 +12,7 @@ from trainer.storage.manifest import Accuracy, Generation, Prediction
 
 
 def score_prediction(problem: Problem, text: str, generation: Generation) -> Prediction:
-    """Return the prediction with the generated `text`, its answer by each rule, and whether each answer is correct."""
+    """Return the record of a prediction, with the answer in `text` by each extraction rule and the answer's correctness."""
     gold_type = answers.answer_type(problem.answer)
     strict, flexible = (answers.extract_answer(text, rule, gold_type) for rule in ("strict", "flexible"))
     return {
@@ -57,7 +57,7 @@ def _accuracy(predictions: Sequence[Prediction]) -> dict[str, Accuracy]:
 
 
 def accuracy_text(by_rule: dict[str, Accuracy]) -> str:
-    """Return e.g. `strict 67.0 % (201/300, 95 %: 61.5-72.1), flexible ...`."""
+    """Return the accuracies as text, e.g. `strict 67.0 % (201/300, 95 %: 61.5-72.1), flexible ...`."""
     return ", ".join(
         f"{rule} {100 * record['accuracy']:.1f} % ({record['correct']}/{record['n']}, "
         f"95 %: {100 * record['low']:.1f}-{100 * record['high']:.1f})"
@@ -78,5 +78,5 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     proportion, denominator = correct / n, 1 + z * z / n
     centre = (proportion + z * z / (2 * n)) / denominator
     half_width = z / denominator * math.sqrt(proportion * (1 - proportion) / n + z * z / (4 * n * n))
-    # For correct = 0 and correct = n, the exact bound is set: rounding would give e.g. 1e-17 instead of 0.
+    # For correct = 0 and correct = n, one bound is exactly 0 or 1. Rounding errors would give e.g. 1e-17 instead of 0.
     return (0.0 if correct == 0 else centre - half_width), (1.0 if correct == n else centre + half_width)

@@ -1,4 +1,4 @@
-"""Tokens after which a rollout program decodes the text: line breaks, end tokens, `#`, and "=" of calculator annotations."""
+"""Tokens that end a text, and tokens after which an evaluation program decodes the text generated so far."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,10 +10,10 @@ from trainer.problems import calculator
 
 
 class StopTokens:
-    """Conversion between tokens and text, and sets of token ids after which a program must decode its text.
+    """Conversion between tokens and text, and sets of token ids after which a program (programs.py) must decode its text.
 
-    newlines: tokens whose text contains a line break. equals: tokens that can complete `<<48/2=`. hashes: tokens that can
-    complete `####`.
+    newlines: ids of tokens whose text contains a line break. equals: ids of tokens that can complete `<<48/2=`. hashes: ids
+    of tokens that can complete `####`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -24,11 +24,11 @@ class StopTokens:
         self.hashes = frozenset(token for token, text in enumerate(texts) if "#" in text)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return the text of `tokens`, which are the continuation of another text."""
+        """Return the text of `tokens`, decoded as the continuation of another text."""
         return self._codec.decode_next(tokens)
 
     def tokens(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of `text` as the continuation of another text, tokenised as in the shards."""
+        """Return the token ids of `text`, tokenised as the continuation of another text, as in the shards."""
         return _tokens_of(self._codec, text)
 
     def calculator_result(self, tokens: Sequence[int]) -> tuple[int, ...]:

@@ -29,5 +29,5 @@ def exhaust_queue(counter: SharedCounter) -> None:
 
 
 def chunk_size(num_problems: int, num_slots: int) -> int:
-    """Return the number of problems per chunk: at most 8, fewer if a slot would otherwise get less than eight chunks."""
+    """Return the number of problems per chunk, from 1 to 8. Each slot gets eight chunks if there are enough problems."""
     return max(1, min(_MAX_CHUNK, num_problems // (8 * num_slots * distributed.environment().world_size)))

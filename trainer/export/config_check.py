@@ -1,24 +1,23 @@
 """Compare a checkpoint with its config.json, and build the tensors and JSON files of the export."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.errors import UserError
+from trainer.export.rearrange import RearrangedTensor, build_tensor
 from trainer.models import architecture
 from trainer.models.architecture import Architecture
 from trainer.zero.torch_files import CheckpointTensors, TensorReference
 
-if TYPE_CHECKING:
-    from trainer.export.rearrange import RearrangedTensor
-
 
 @dataclass(frozen=True)
 class ExportTensors:
-    """Tensors of an export by name. `kept_dtypes`: dtypes of the tensors that are not written in the export's dtype."""
+    """Tensors of an export by name, and the model's architecture (`expected`).
+
+    kept_dtypes: name -> dtype of each floating-point tensor that is not written in the export's dtype.
+    """
 
     expected: Architecture
     tensors: dict[str, TensorReference | RearrangedTensor]
@@ -30,8 +29,8 @@ def check_against_config(
 ) -> ExportTensors:
     """Return the tensors that `save_pretrained` would write for the config.json in `folder`.
 
-    The tensors are roughly in the order of the checkpoint's files. `dtype`: "fp32" or "bf16". Raises UserError if
-    the checkpoint and the config differ in the names or shapes of the parameters.
+    The tensors are roughly in the order of the checkpoint's files. `dtype`: dtype of the export, "fp32" or "bf16". Raises
+    UserError if the checkpoint and the config differ in the names or shapes of the parameters.
     """
     expected = architecture.read_architecture(folder)
     parameters = _select_tensors(stored, checkpoint, folder / "config.json", expected)
@@ -40,13 +39,11 @@ def check_against_config(
     tensors: dict[str, TensorReference | RearrangedTensor] = dict(parameters)
     kept_dtypes = dict(expected.kept[dtype])
     if expected.moved:
-        from trainer.export import rearrange
-
         for name in set().union(*(view.names for view in expected.moved.values())):
             del tensors[name]
             kept_dtypes.pop(name, None)
         for name, view in expected.moved.items():
-            tensors[name] = rearrange.build_tensor(view, parameters)
+            tensors[name] = build_tensor(view, parameters)
             order[name] = (positions[parameters[view.first_name].ranges], view.offset)
             if view.first_name in expected.kept[dtype]:
                 kept_dtypes[name] = expected.kept[dtype][view.first_name]
@@ -93,7 +90,7 @@ def config_text(folder: Path, expected: Architecture, dtype: str) -> str:
 
 
 def tokenizer_config_text(folder: Path) -> str | None:
-    """Return tokenizer_config.json without `auto_map`, or None if the file needs no change (see `_has_code`)."""
+    """Return tokenizer_config.json without `auto_map`; None if there is no `auto_map`, or if its code is available."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "auto_map" not in config or _has_code(config.pop("auto_map"), folder):

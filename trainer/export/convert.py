@@ -34,8 +34,8 @@ def convert(settings: ConvertSettings) -> Path:
 
     Peak memory is a few chunks of 16 MiB, or twice the largest rearranged tensor if this is more. Only `verify` loads the
     whole model. The CRC-32 of every storage is checked. File sizes must match the manifest; with `verify`, the digests must
-    match too. Raises UserError if the checkpoint is unfinished, is corrupt or does not match its config.json, if
-    `output_dir` has other content, or if the disk is full.
+    match too. Raises UserError if the checkpoint is unfinished, is corrupt or does not match its config.json, if the
+    output folder has other content than this export (`overwrite` replaces any other export), or if the disk is full.
     """
     max_shard_bytes = parse_size(settings.max_shard_size)
     source = open_checkpoint(Path(settings.checkpoint_dir))
@@ -77,15 +77,16 @@ def _stream(
     """Plan, write, verify and publish the export.
 
     architecture.json in the checkpoint usually lists the tensors that the model class saves. Without this file, the list is
-    computed in the background, because importing transformers takes longer than writing a small model. Meanwhile the stored
-    tensors are written under their names in the checkpoint. If the computed list differs, all files are written again.
+    computed in the background, because importing transformers takes longer than writing a small model. Meanwhile, the stored
+    tensors are written under their names in the checkpoint. If the list requires other files, all files are written again.
     """
     import torch
 
     from trainer.export import config_check, safetensors_writer
     from trainer.zero import layout
 
-    stored = layout.read_tensors(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
+    opened = layout.open_files(source.path, facts["zero_stage"], facts["world_size"], facts["dtype"])
+    stored = layout.locate_weights(opened)
     folder = source.model_folder
     check = config_check.check_against_config
     layout_future = background.submit(check, stored, source.path, folder, facts["export_dtype"])
@@ -186,7 +187,7 @@ def _write_weights(
 
 
 class _LayoutMismatch(Exception):
-    """Raised if the export needs other files than those being written."""
+    """Raised if the export needs other files than the files that are being written."""
 
 
 def _write_small_files(

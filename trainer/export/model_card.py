@@ -72,7 +72,7 @@ def text(facts: ExportFacts, class_name: str, export_dtype: str) -> str:
     base_model, pretrained = str(facts.get("base_model", name)), bool(facts.get("pretrained"))
     text_part_of = facts.get("text_part_of")
     front_matter = ["library_name: transformers", "pipeline_tag: text-generation"]
-    if pretrained and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model):  # a Hub name, not a path
+    if pretrained and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model):  # has the form of a Hub name
         front_matter.append(f"base_model: {json.dumps(base_model)}")
     front_matter += ["tags:", "- reasoning", "- distillation", "- deepspeed", "- socratic-trainer"]
     card = _CARD.format(

@@ -1,7 +1,8 @@
-"""Tensors of an export: byte ranges of checkpoint tensors, or tensors that are rearranged in memory.
+"""Tensors of an export: lists of byte ranges of checkpoint tensors, or tensors that are rearranged in memory.
 
-Renamed, split, stacked and row-wise concatenated tensors are byte ranges, so that memory stays bounded. Mixture-of-experts
-models need only these changes. Transposed and permuted tensors have only short contiguous runs, so they are rearranged.
+A tensor that is renamed, split, stacked or concatenated by rows is a list of byte ranges. The ranges are copied in chunks,
+so memory stays bounded. Most mixture-of-experts models need only these operations. A transposed or permuted tensor has only
+short contiguous runs of elements, so it is rearranged in memory.
 """
 
 import itertools
@@ -21,7 +22,7 @@ _Run = tuple[str, int, int]  # name of a parameter, first element, number of ele
 
 @dataclass(frozen=True)
 class RearrangedTensor:
-    """Tensor of an export, described as a strided view of checkpoint tensors. `read` loads them in the order of the view."""
+    """Tensor of an export that is a strided view of checkpoint tensors. `stored`: (name, reference) of each checkpoint tensor."""
 
     view: StridedView
     stored: tuple[tuple[str, TensorReference], ...]
@@ -40,11 +41,11 @@ class RearrangedTensor:
 
     @property
     def ranges(self) -> tuple[ByteRange, ...]:
-        """Byte ranges of the elements, unordered."""
+        """Byte ranges of all elements of the checkpoint tensors, in the order of `stored`."""
         return tuple(byte_range for _, tensor in self.stored for byte_range in tensor.ranges)
 
     def read(self, reader: ChecksumReader) -> torch.Tensor:
-        """Return the elements as a contiguous tensor of the stored dtype. Raises UserError for a corrupt file."""
+        """Return the view as a contiguous tensor of the stored dtype. Raises UserError if a file ends early."""
         return _read(self.view, dict(self.stored), reader).contiguous()
 
 
@@ -90,7 +91,7 @@ def _joined_runs(joined: Concatenation) -> list[_Run] | None:
 
 
 def _slice_runs(runs: list[_Run], start: int, num_elements: int) -> list[_Run]:
-    """Return the runs of elements [start, start + num_elements) of the concatenation of `runs`."""
+    """Return the runs that hold elements [start, start + num_elements) of the concatenation of `runs`."""
     parts = []
     for name, first, count in runs:
         if start < count and num_elements:

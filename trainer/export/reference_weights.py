@@ -1,7 +1,7 @@
 """Reconstruct a checkpoint's weights in memory, as DeepSpeed's zero_to_fp32.py does, to check the streaming conversion.
 
 This module and the conversion share only file names and the call of `torch.load`. Whole tensors are concatenated and
-sliced. In stages 1 and 2, the fp32 weights must round to the model's weights. Memory: the size of the model.
+sliced. Memory: the size of the fp32 weights in stages 1 and 2, and twice this size in stage 3.
 """
 
 import math
@@ -18,7 +18,10 @@ from trainer.zero.torch_files import load
 def reference_weights(
     directory: Path, zero_stage: int, world_size: int, dtype: str
 ) -> dict[str, torch.Tensor]:
-    """Return all parameters and buffers of a checkpoint in their stored dtypes. Include tied tensors only once."""
+    """Return all parameters and buffers of a checkpoint by name, in their stored dtypes. Tied tensors have one name only.
+
+    In stages 1 and 2, raises UserError if the optimizer's fp32 weights do not round to the model's weights.
+    """
     model_names, optimizer_names = layout.file_names(zero_stage, world_size, dtype)
     models = [load(directory / name, "cpu", mmap=True) for name in model_names]
     states = (load(directory / name, "cpu", mmap=True) for name in optimizer_names)

@@ -1,7 +1,7 @@
 """Write safetensors files by copying byte ranges; the layout is planned before the first byte is written.
 
 Format (github.com/huggingface/safetensors): the length of the header (8 bytes, little-endian), the header (JSON padded with
-spaces), then the tensors' bytes without gaps. transformers would write the same tensors into files of the same names.
+spaces), then the tensors' bytes without gaps. File names are as in the `save_pretrained` method of transformers.
 """
 
 import json
@@ -40,7 +40,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputShard:
-    """Output file: the header, then the bytes of the tensors in order."""
+    """Output file: `header` (length and JSON), then the bytes of the tensors in order."""
 
     name: str
     tensors: tuple[OutputTensor, ...]
@@ -57,7 +57,7 @@ def split_into_shards(
     max_shard_bytes: int,
     kept_dtypes: dict[str, torch.dtype],
 ) -> list[OutputShard]:
-    """Distribute tensors in order over files of at most `max_shard_bytes`. A larger tensor has a file of its own.
+    """Return output files with at most `max_shard_bytes` of tensors each, filled in order. A larger tensor has its own file.
 
     Floating-point tensors are converted to `dtype`, or to `kept_dtypes[name]` if it exists. Other tensors keep their dtype.
     """
@@ -96,7 +96,7 @@ def _header(entries: tuple[OutputTensor, ...]) -> bytes:
 
 
 def index_text(shards: list[OutputShard], num_parameters: int) -> str:
-    """Return model.safetensors.index.json, which maps tensors to files."""
+    """Return the text of model.safetensors.index.json, which maps tensor names to file names."""
     total = sum(entry.num_bytes for shard in shards for entry in shard.tensors)
     index = {
         "metadata": {"total_parameters": num_parameters, "total_size": total},

@@ -30,8 +30,9 @@ class CheckpointSource:
 def open_checkpoint(path: Path) -> CheckpointSource:
     """Return the checkpoint at `path`, or the latest valid checkpoint if `path` is a run directory.
 
-    Only the sizes of weight files are compared with the manifest; their checksums are verified later. Raises UserError if
-    there is no checkpoint, if it is unfinished or incomplete, or if a file of its model folder is corrupt.
+    The sizes of all files and the digests of the model folder's files are compared with the manifest. The conversion
+    verifies checksums of the weights while it reads the weights. Raises UserError if there is no finished checkpoint, if a
+    file is missing or has a wrong size, or if a file of the model folder is corrupt.
     """
     run = RunDirectory(path)
     if not run.checkpoints.is_dir() and not run.settings.is_file():
@@ -63,7 +64,7 @@ def _open(path: Path) -> CheckpointSource:
 
 
 def output_directory(source: CheckpointSource, output_dir: str) -> Path:
-    """Return `output_dir`, or the run's export folder if `output_dir` is "" (UserError if the checkpoint is not in a run)."""
+    """Return `output_dir`. If it is "", return the run's export folder, or raise UserError if the checkpoint is not in a run."""
     if output_dir:
         return Path(output_dir)
     run = RunDirectory(source.path.absolute().parent.parent)
@@ -73,10 +74,11 @@ def output_directory(source: CheckpointSource, output_dir: str) -> Path:
 
 
 def is_already_exported(final: Path, facts: Mapping[str, object], overwrite: bool) -> bool:
-    """Return True if `final` is an intact export of the same checkpoint and options, and False if it must be written.
+    """Return True if `final` is an export with the checkpoint and options in `facts`, False if it must be written.
 
-    Raises UserError if `final` has content that is not an export. Without `overwrite`, also raises UserError if `final` is
-    a damaged export, or an export of another checkpoint, dtype or maximum file size.
+    With `overwrite`, the result is False for every export. Without `overwrite`, raises UserError if `final` is an
+    export with a wrong file size, or an export of another checkpoint, dtype or maximum file size. Raises UserError in both
+    cases if `final` has content that is not an export.
     """
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return False

@@ -19,17 +19,18 @@ _NUM_TOKENS = 32
 
 class VerificationResult(NamedTuple):
     num_tensors: int  # number of compared tensors
-    max_logit_difference: float  # between export and checkpoint, both computed in fp32
+    max_logit_difference: float  # maximum absolute difference between logits, computed in fp32
 
 
 def verify(export: Path, checkpoint: Path, facts: CheckpointFacts, dtype: torch.dtype) -> VerificationResult:
     """Load `export` with `from_pretrained` and compare it with the reference weights of `checkpoint`.
 
-    Every tensor must equal the checkpoint's tensor bit for bit after rounding to `dtype`, or to fp32 for tensors that the
-    model class keeps in fp32. (If transformers sets elements to a constant while loading, only a warning is shown.) The files
-    must have the names, shapes, dtypes and bits that `save_pretrained` of the loaded model would write. Logits are computed
-    in fp32 from the export and from the unrounded weights. Their difference is 0 for an fp32 export, and the rounding error
-    for bf16. Memory: up to four times the model's size. Raises UserError that names the first tensor that differs.
+    Every loaded tensor must have the bits of the checkpoint's tensor, rounded to `dtype` (or to fp32 if the model class
+    keeps this tensor in fp32). If transformers sets elements to a constant while loading, only a warning is shown. The
+    tensors in the files must have the names, shapes, dtypes and bits that `save_pretrained` of the loaded model would write.
+    Logits are computed in fp32 from the export and from the unrounded weights. The two results are equal for an fp32 export
+    and differ by the rounding error for a bf16 export. Memory: up to four times the model's size. Raises UserError if the
+    export does not load or a tensor differs. The message names the first such tensor.
     """
     from transformers import AutoModelForCausalLM
 
@@ -77,7 +78,7 @@ def verify(export: Path, checkpoint: Path, facts: CheckpointFacts, dtype: torch.
 
 
 def _compare_names(export: Path, saved: dict[str, torch.Tensor]) -> None:
-    """Raise UserError unless the files' tensors have the names, shapes and dtypes of `saved`, the output of `save_pretrained`."""
+    """Raise UserError if names, shapes or dtypes in the files differ from `saved`, which `save_pretrained` would write."""
     missing = dict(saved)
     for path, name, written in _tensors(export):
         expected = missing.pop(name, None)
@@ -105,7 +106,7 @@ def _tensors(export: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Return whether all bytes are equal: NaN equals NaN, and 0.0 differs from -0.0."""
+    """Return whether two tensors have the same dtype, shape and bytes. NaNs with equal bits are equal. 0.0 and -0.0 differ."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     left_bytes, right_bytes = (t.detach().flatten().contiguous().view(torch.uint8) for t in (left, right))

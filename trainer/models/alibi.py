@@ -30,7 +30,7 @@ def has_replacements(model_class: type) -> bool:
 
 
 def use_attention(model: torch.nn.Module, attention: _Attention | None) -> None:
-    """Make the replaceable layers of `model` call `attention` (transformers' interface). None: undo the replacement."""
+    """Make the replaceable layers of `model` call `attention` (transformers' interface). If `attention` is None, undo this."""
     for layer in replaceable_layers(model):
         vars(layer).pop("forward", None)
         if attention is not None:
@@ -94,7 +94,7 @@ def _mpt(
 
 
 def _own_bias(layer: Any, max_seqlen: int, hidden: Tensor) -> Tensor:
-    """Return the ALiBi bias [heads, max_seqlen]. transformers' own function computes it, so the rounding is the same."""
+    """Return the ALiBi bias [heads, max_seqlen]. transformers' function computes it, so it is rounded as in transformers."""
     mask = torch.ones(1, max_seqlen, dtype=torch.int64, device=hidden.device)
     bias: Tensor = _module_of(layer).build_alibi_tensor(mask, layer.num_heads, dtype=hidden.dtype)
     return bias.squeeze(1)

@@ -2,8 +2,8 @@
 
 The model is built on the meta device, without weights or random numbers. As in `save_pretrained`, transformers removes tied
 aliases from the model's state dict and reverts weight conversions. Training writes the result to architecture.json beside
-config.json. An export that reads this file need not import transformers: on a small machine the import takes longer than
-the conversion of a model of 355M parameters.
+config.json. An export that reads architecture.json does not import transformers. On a small machine, this import takes
+longer than the conversion of a model with 355M parameters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Architecture:
     """Description of a model's weight files; architecture.json holds the fields under the same names."""
 
     class_name: str  # e.g. GPT2LMHeadModel
-    shapes: dict[str, tuple[int, ...]]  # shapes of the model's tensors without tied aliases, in model order
+    shapes: dict[str, tuple[int, ...]]  # tensor name -> shape, without tied aliases, in model order
     tied: tuple[str, ...]  # names of tied aliases, which are not in the files
     num_parameters: int  # tied parameters counted once
     generation_config: str  # JSON of the class's default generation config
@@ -48,17 +48,17 @@ class Architecture:
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Read the architecture from architecture.json. If this file is not of `folder`/config.json, build the architecture."""
+    """Return the recorded architecture, or build it if no architecture.json belongs to `folder`/config.json."""
     return _recorded(folder) or build_architecture(folder)
 
 
 def is_recorded(folder: Path) -> bool:
-    """Return whether architecture.json belongs to `folder`/config.json. If so, transformers need not be imported."""
+    """Return whether architecture.json belongs to config.json. If so, `read_architecture` does not import transformers."""
     return _recorded(folder) is not None
 
 
 def record_architecture(folder: Path, text_part_of: str = "") -> None:
-    """Write architecture.json beside the config.json in `folder`. `text_part_of`: see `Architecture`."""
+    """Write `folder`/architecture.json for config.json. A `text_part_of` other than "" replaces that of the built model."""
     built = build_architecture(folder)
     content = {"config_sha256": atomic_dir.file_digest(folder / "config.json"), **vars(built)}
     content["moved"] = {name: view.to_json() for name, view in built.moved.items()}
@@ -79,7 +79,7 @@ def build_architecture(folder: Path) -> Architecture:
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            # A tensor that is not float16 after the build has a dtype that the model class fixes. (No class fixes float16.)
+            # No model class fixes the dtype float16. So a built tensor that is not float16 has a dtype that the class fixes.
             config.dtype = "float16"
             model: Any = load.build_on_meta(config)
         problem = f"the weights of a {type(model).__name__} cannot be exported under the names of the Hub"

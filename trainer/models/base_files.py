@@ -1,6 +1,7 @@
 """Copy and adapt the files of a pretrained model other than the weights: config, tokenizer, licence, Python files.
 
-A run stores these files beside its config. Checkpoints and exports copy them from there. Copied code is never executed.
+A run stores these files in its model folder. Each checkpoint has a copy of the model folder, from which an export copies
+the files. Copied code is never executed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _CODE = ("*.py",)
 _UPPER_CASE_LICENCE = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # Hub download patterns are case-sensitive
 _ROPE = "rope_parameters"
 _ROPE_NAMES = (("rope_theta", "partial_rotary_factor"), ("rotary_emb_base", "rotary_pct"))
-# Fields of config.json that are not copied, because they do not describe the model or save_pretrained writes them.
+# Fields of config.json that add_old_settings does not copy: they do not describe the model, or save_pretrained writes them.
 _NOT_SETTINGS = {
     "architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype", "transformers_version",
     "use_cache", "_name_or_path",
@@ -65,10 +66,11 @@ def base_folder(name: str) -> Path | None:
 
 
 def copy_tokenizer(base: Path | None, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Write the files of `tokenizer` into `target`, which must contain the config.
+    """Write the files of `tokenizer` into the folder `target`, which must contain config.json.
 
-    The tokenizer files of `base` are copied if transformers then loads an equal tokenizer from `target`. Otherwise,
-    `tokenizer` is saved. If `base` has an equal tokenizer, its other files (e.g. tokenizer.model) stay in `target`.
+    The tokenizer files of `base` are copied to `target`. If transformers then loads a tokenizer with the fingerprint of
+    `tokenizer` from `target`, the copies stay. Otherwise, the copies are deleted and `tokenizer` is saved. Only copies
+    that `save_pretrained` does not write (e.g. tokenizer.model) are kept, if the tokenizer of `base` has this fingerprint.
     """
     from transformers import AutoTokenizer
 
@@ -98,10 +100,11 @@ def copy_licence_and_code(base: Path | None, target: Path) -> None:
 
 
 def generation_config(base: Path | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the content of generation_config.json.
+    """Return the content of generation_config.json for a model that is trained with `tokenizer`.
 
-    Sampling settings come from `base`. BOS and padding tokens come from `base`, else from the tokenizer. `eos_token_id`
-    holds the end tokens of `base` and the tokenizer's EOS token, because the latter ends every training example.
+    Sampling settings come from `base`. BOS and padding tokens come from `base`, or from the tokenizer if `base` does not
+    define them. If neither defines a padding token, EOS is used for padding. `eos_token_id` holds the EOS tokens of `base`
+    and the tokenizer's EOS token, because every training example ends with the tokenizer's EOS token.
     """
     import transformers
 
@@ -134,15 +137,15 @@ def published_settings(base: Path | None) -> dict[str, Any]:
 
 
 def add_old_settings(path: Path, published: dict[str, Any]) -> None:
-    """Add settings to the config.json at `path` under the names of transformers 4.
+    """Add settings to the config.json at `path` under the names that transformers 4 uses.
 
     transformers 5 moves the settings of rotary positions (`rope_theta`, `rope_scaling`, `rotary_pct`, ...) into
     `rope_parameters`, and renames Qwen3-MoE's `num_experts` to `num_local_experts`. Software that reads only the old names
-    would use default values; wrong values for rotary positions raise no error.
+    would use default values. Wrong values for rotary positions raise no error.
 
-    The old settings come from `published`, the base model's config.json. If `published` lacks the rotary settings or the
-    number of experts, they are derived from the new settings. Settings are added only if transformers then reads the same
-    config as before, both from the whole file and from the file without `rope_parameters`.
+    The old settings are copied from `published`, the result of `published_settings`. If `published` lacks the rotary
+    settings or the number of experts, these are derived from the new settings. Settings are added only if transformers
+    then reads the same config as before. This must also hold for the new file without `rope_parameters`.
     """
     from transformers import AutoConfig
 
@@ -180,7 +183,7 @@ def _old_rope(rope: Any) -> Iterator[dict[str, Any]]:
 
 
 def _reads_as(config_class: type[PreTrainedConfig], content: Any, expected: dict[str, Any]) -> bool:
-    """Return whether a config that transformers reads from `content` has all settings in `expected`, with equal values."""
+    """Return whether transformers reads `content` as a config that has every setting of `expected` with an equal value."""
     try:
         settings = config_class.from_dict(json.loads(json.dumps(content))).to_dict()
     except Exception:  # the type of the exception depends on the model family

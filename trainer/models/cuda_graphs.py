@@ -1,21 +1,19 @@
 """Decode steps as CUDA graphs.
 
 The host limits the speed of a small model's decode step. With 30M parameters and 256 slots on an H200, a step without a
-graph takes 9.7 ms, of which the kernels take 2 ms. A graph always runs the same kernels on the same addresses. Therefore,
-every shape needs its own graph, so steps are padded to a few shapes. One tensor holds the token and position of every slot.
+graph takes 9.7 ms, and its kernels take 2 ms of this time. A graph always runs the same kernels on the same addresses. So
+every shape needs its own graph, and one tensor holds the tokens and positions of all slots. Steps are padded to a few shapes.
 
 A graph processes one token in each of the first `num_slots` slots. A slot without a token in this step gets a dummy
 token at the position after its sequence's end, and the dummy's logits are dropped. When the sequence continues, its next
 token overwrites the dummy's cache entry before any attention reads the entry.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -42,19 +40,22 @@ class GraphShape(NamedTuple):
     num_slots: int
     max_seqlen: int
 
-    def covers(self, other: GraphShape) -> bool:
+    def covers(self, other: Self) -> bool:
         return self.num_slots >= other.num_slots and self.max_seqlen >= other.max_seqlen
 
 
 def shape_for(num_occupied: int, num_slots: int, max_seqlen: int, capacity: int) -> GraphShape:
-    """Return a shape with room for `num_occupied` slots: halve `num_slots` repeatedly, and round `max_seqlen` up."""
+    """Return the shape of a step over the first `num_occupied` slots.
+
+    `num_slots` is halved while the result has room for these slots. `max_seqlen` is rounded up, but not above `capacity`.
+    """
     while num_slots // 2 >= max(num_occupied, _SMALLEST_BLOCK):
         num_slots //= 2
     return GraphShape(num_slots, min(-(-max_seqlen // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, capacity))
 
 
 class CudaGraphRunner:
-    """Runner of one model's decode steps over the first `num_slots` slots of `cache`. It owns the graphs and their memory."""
+    """Runner of one model's decode steps over the first `num_slots` slots of `cache`. The runner owns the CUDA graphs."""
 
     def __init__(self, model: PreTrainedModel, cache: KVCache, num_slots: int) -> None:
         self._model, self._cache, self._num_slots = model, cache, num_slots
@@ -71,7 +72,7 @@ class CudaGraphRunner:
     def step(self, tokens: Sequence[int], positions: Sequence[int], max_seqlen: int) -> torch.Tensor:
         """Process `tokens[i]` at `positions[i]` in slot i; return logits [at least len(tokens), vocabulary].
 
-        max_seqlen: length of the longest extended sequence after this step. The next step overwrites the logits.
+        max_seqlen: maximum length, after this step, of the sequences that get a token. The next step overwrites the logits.
         """
         padding = [0] * (self._num_slots - len(tokens))
         # A sequence that fills its slot has ended, so a dummy token may overwrite its last key.

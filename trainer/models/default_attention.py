@@ -1,15 +1,13 @@
 """Attention of one sequence, as transformers' default implementation of a model family computes it.
 
-Packed attention and slot attention split a flat row of tokens into sequences and call `attend` for each sequence. Mask and
-arithmetic come from transformers:
+Packed attention and slot attention split a flat row of tokens into sequences. Where no kernel computes all sequences at
+once, they call `attend`. Mask and arithmetic come from transformers:
 
-- transformers passes the family's mask function (causal, sliding window, chunk) to a registered attention. `MaskPattern`
-  evaluates this function for the positions of one sequence.
-- Families that support sdpa use torch's kernel, as in transformers. All other families (soft caps, attention sinks) use
-  `eager_attention_forward` of their modeling file.
+- transformers passes the family's mask function (causal, sliding window, chunk) to the mask builder that `register` adds.
+  `MaskPattern` evaluates this function for the positions of one sequence.
+- Families that support sdpa or use ALiBi call torch's `scaled_dot_product_attention`. All other families (soft caps,
+  attention sinks) call `eager_attention_forward` of their modeling file.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -48,12 +46,14 @@ class MaskPattern:
         return length <= self._max_causal_length
 
     def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Return the boolean mask for int64 positions `queries` and `keys`, which broadcast to the shape of the mask."""
+        """Return the mask (True: visible) for int64 positions `queries` and `keys`, which broadcast to the mask's shape."""
         first = torch.zeros((), dtype=torch.int64, device=queries.device)
         return self._function(first, first, queries, keys)
 
 
-def register(name: str, attention: Callable[..., Any], make_mask: Callable[[MaskPattern], LayerMask]) -> None:
+def register(
+    name: str, attention: Callable[..., Any], make_mask: Callable[[MaskPattern], "LayerMask"]
+) -> None:
     """Register an attention implementation with transformers. Layers get the result of `make_mask` as `attention_mask`."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
@@ -76,14 +76,14 @@ def register(name: str, attention: Callable[..., Any], make_mask: Callable[[Mask
 def disable_cudnn_sdpa() -> None:
     """Exclude cuDNN's kernel from `scaled_dot_product_attention` in this process.
 
-    On Hopper and Blackwell torch (2.11 to 2.13) prefers cuDNN's kernel, which takes 0.4 s to plan every new shape (B200,
-    modelscope/FunASR #3704). Packed examples and generation slots have a new shape at almost every call.
+    On Hopper and Blackwell GPUs, torch 2.11 to 2.13 prefers cuDNN's kernel. This kernel needs 0.4 s of planning for every
+    new shape (B200, modelscope/FunASR #3704). Packed examples and generation slots have a new shape at almost every call.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def uses_sdpa(model: Any) -> bool:
-    """Return whether transformers chooses sdpa, not eager, for `model` (a model or a DeepSpeed engine)."""
+    """Return whether sdpa, not eager, is transformers' default attention for `model` (a model or a DeepSpeed engine)."""
     return bool(getattr(getattr(model, "module", model), "_supports_sdpa", False))
 
 
@@ -103,7 +103,8 @@ def attend(
 
     query [batch, heads, queries, head_dim], key and value [batch, key-value heads, keys, ...]. visible: boolean mask that
     broadcasts to [batch, heads, queries, keys]; None: causal mask (requires as many queries as keys).
-    alibi_bias [heads, n >= keys]: columns 0 to keys - 1 are added to the scores. kwargs: arguments for the eager function.
+    alibi_bias [heads, at least `keys` columns]: the first `keys` columns are added to the scores. use_sdpa: result of
+    `uses_sdpa`. kwargs: further arguments for the eager function.
     """
     if use_sdpa and alibi_bias is None:
         mask = visible
@@ -129,18 +130,18 @@ def attend(
 
 
 class _MaskIsNoTensor(UnsupportedAttention, AttributeError):
-    """Raised if a layer uses a `LayerMask` as a tensor. It is an AttributeError, so `hasattr` returns False."""
+    """Raised if a layer uses a `LayerMask` as a tensor. Also an AttributeError, so that `hasattr(mask, name)` is False."""
 
     def __init__(self) -> None:
         super().__init__("its layers compute with the attention mask themselves")
 
 
 class LayerMask:
-    """Object that layers receive as `attention_mask`; any use as a tensor raises UnsupportedAttention."""
+    """Base class of the objects that layers receive as `attention_mask`. Use as a tensor raises UnsupportedAttention."""
 
     ndim = 0  # Falcon would add its own bias to a mask with ndim 4
 
-    def to(self, *_: Any) -> LayerMask:
+    def to(self, *_: Any) -> "LayerMask":
         """Return `self`: MPT calls `.to(torch.bool)` on its mask."""
         return self
 
@@ -178,7 +179,7 @@ def set_attention(model: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def evaluation_mode(model: Any, attention: str | None) -> Iterator[None]:
-    """Context manager that sets evaluation mode and an attention implementation, and restores both on exit.
+    """Context manager that sets evaluation mode and an attention implementation, and restores the previous ones on exit.
 
     attention: name of the implementation; None: keep the current one. Raises UnsupportedAttention as `set_attention` does.
     """
@@ -195,7 +196,7 @@ def evaluation_mode(model: Any, attention: str | None) -> Iterator[None]:
 
 
 def attention_of_submodules(model: Any) -> list[tuple[Any, str]]:
-    """Return (config, attention implementation) of `model` and of each submodel, in the order of `model.modules()`."""
+    """Return (config, attention name) for each config of `model` and its submodels, in the order of `model.modules()`."""
     from transformers import PreTrainedModel
 
     submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
@@ -205,7 +206,7 @@ def attention_of_submodules(model: Any) -> list[tuple[Any, str]]:
 
 def _restore_attention(model: Any, before: list[tuple[Any, str]]) -> None:
     alibi.use_attention(model, _registered.get(before[0][1]))
-    for config, name in before:  # `set_attention` also changes sub-configs, which come later in `before`.
+    for config, name in before:  # The setter also changes sub-configs, which come later in `before`.
         if library_internals.get_attention(config) != name:
             library_internals.set_attention(config, name)
 
@@ -225,7 +226,7 @@ def check_keywords(kwargs: dict[str, Any]) -> None:
 
 @functools.cache
 def _eager_function(layer: type) -> Callable[..., Any]:
-    """Return `eager_attention_forward` of the modeling module that defines the class `layer` or one of its bases."""
+    """Return the first `eager_attention_forward` in the modules that define the class `layer` and its base classes."""
     for ancestor in layer.__mro__:
         function = getattr(sys.modules.get(ancestor.__module__), "eager_attention_forward", None)
         if function is not None:

@@ -1,4 +1,4 @@
-"""KV cache of generation slots, with one sequence per slot, and the inputs of a forward pass over the cache.
+"""KV cache with one slot per sequence, and the inputs of a forward pass over this cache.
 
 A forward pass takes one flat row of tokens, shape [1, tokens], from any number of sequences. There is no padding. One pass
 can prefill a prompt while other slots decode (continuous batching: Yu et al., "Orca", OSDI 2022). slot_attention.py computes
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-_LENGTH_MULTIPLE = 8  # CUDA's memory-efficient kernel needs mask rows aligned to 8 elements
+_LENGTH_MULTIPLE = 8  # torch's memory-efficient attention on CUDA needs mask rows aligned to 8 elements
 
 
 class KVCache:
@@ -29,12 +29,12 @@ class KVCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cached keys and values of attention call `index`. The first call allocates both tensors.
+        """Return the cached keys and values of attention call `index`. The first use of an index allocates both tensors.
 
         `key` and `value` [1, key-value heads, tokens, head_dim] determine the shape, dtype and device of the tensors.
         """
         if index not in self._layers:
-            # Not `empty`: positions after a sequence's end are masked by adding -inf to scores, but NaN + -inf is NaN.
+            # Zeros, because `empty` may hold NaN: masking adds -inf to scores after a sequence's end, and NaN + -inf is NaN.
             keys, values = (
                 like.new_zeros(self.num_slots, like.shape[1], self.capacity, like.shape[3])
                 for like in (key, value)
@@ -58,12 +58,12 @@ class PrefillChunk(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Length of the sequence after this chunk."""
+        """Number of cached tokens in the slot after this chunk."""
         return self.num_cached + self.stop - self.start
 
 
 class VarlenBatch(NamedTuple):
-    """Arguments of variable-length attention over the chunks of a pass. A chunk has keys for its cached and its new tokens."""
+    """Arguments of variable-length attention over chunks. New tokens have queries and keys; cached tokens have only keys."""
 
     cu_seqlens: torch.Tensor  # [chunks + 1] int32, cumulative numbers of queries
     cu_seqlens_k: torch.Tensor  # [chunks + 1] int32, cumulative numbers of keys
@@ -77,11 +77,12 @@ class VarlenBatch(NamedTuple):
 class ForwardBatch:
     """Inputs of one forward pass.
 
-    The active slots are those with new tokens; other slots with a sequence are parked. The flat row ends with the last new
-    token of each active slot, in slot order. Before them come all other new tokens of the active slots, as `chunks`.
+    A slot with new tokens is active. Any other slot with a sequence is parked. The flat row has two parts. The first part
+    consists of `chunks`: the new tokens of each active slot without its last new token. The second part consists of the
+    last new token of each active slot. Both parts are in slot order.
 
     The attention of the last tokens runs as one batch over the slots 0 to block - 1. In this batch a parked slot has a zero
-    query, and the slot's result is dropped. Gathering only the keys and values of the active slots would cost more.
+    query, and the slot's result is dropped. To copy only the keys and values of the active slots would take longer.
     """
 
     cache: KVCache
@@ -145,7 +146,7 @@ def prepare_prefill(
 ) -> ForwardBatch:
     """Return a batch that appends `new_tokens[i]` to the `lengths[i]` cached tokens of slot `active[i]`.
 
-    Each slot must have at least one new token. `active` must be ascending and not empty.
+    Each slot in `active` must have at least one new token. `active` must be ascending and not empty.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -189,10 +190,11 @@ def prepare_prefill(
 def prepare_decode(
     cache: KVCache, numbers: torch.Tensor, max_seqlen: int, dtype: torch.dtype
 ) -> ForwardBatch:
-    """Return a batch that appends one token to each of the slots 0 to block - 1. All operations run on the device.
+    """Return a batch that appends one token to each of the slots 0 to block - 1.
 
-    numbers: [2, block] int64 on the device, token and position of each slot. Replays of a CUDA graph (cuda_graphs.py) differ
-    only in these numbers. A slot attends to at most `max_seqlen` positions.
+    numbers: [2, block] int64 on the device, token and position of each slot. A slot attends to at most the first
+    `max_seqlen` positions. All operations run on the device, so that a CUDA graph can contain them (cuda_graphs.py).
+    Replays of the graph differ only in `numbers`.
     """
     block = numbers.shape[1]
     return ForwardBatch(

@@ -1,4 +1,4 @@
-"""Load a causal LM, or initialise one. The weights are the same on every rank and in every ZeRO stage."""
+"""Load or initialise a causal LM. The weights are the same on every rank and in every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 TORCH_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_MAX_LISTED = 3  # number of weights that an error message lists
+_MAX_LISTED = 3  # maximum number of weights that a message lists
 
 
 def load_config(name_or_path: str, overrides: str = "", vocabulary_size: int = 0) -> PreTrainedConfig:
     """Return the config of a causal LM: a preset (`trainer.models.presets`), a local folder or file, or a Hub name.
 
     For a multimodal wrapper, return the config of its text part (`trainer.models.text_part`), which `load_model` loads.
-    overrides: see `apply_overrides`. vocabulary_size: for presets only. Raises UserError if no causal LM has this name.
+    overrides: see `apply_overrides`. vocabulary_size: for presets only. Raises UserError if `name_or_path` is not a causal LM.
     """
     if name_or_path in presets.student_names():
         config = presets.student_config(name_or_path, vocabulary_size)
@@ -112,7 +112,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers of a transformers model that support gradient checkpointing (their activations can be recomputed)."""
+    """Return the layers of `model` whose activations the backward pass can recompute (gradient checkpointing)."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -126,8 +126,8 @@ def num_parameters(config: PreTrainedConfig) -> int:
 def write_random_weights(config: PreTrainedConfig, seed: int, folder: Path) -> None:
     """Initialise a model in fp32 on the CPU from `seed` and save it into `folder`.
 
-    Exactly one process must call this function; all processes load the result. If each process built the model inside
-    `deepspeed.zero.Init`, transformers would compute wrong weights from empty tensors (GPT-2: first loss 85, not 9).
+    Exactly one process must call this function. Then all processes load `folder`. If each process built the model inside
+    `deepspeed.zero.Init`, transformers would compute wrong weights from empty tensors. (GPT-2's first loss was 85, not 9.)
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -142,8 +142,9 @@ def load_model(
     """Return the causal LM of a local folder or Hub name with weights in `dtype` ("fp32" | "bf16").
 
     For a multimodal wrapper, only the text part is loaded. attention: an attention implementation; None: transformers'
-    default. config: a result of `load_config`; None: load the config. Under ZeRO-3 (a live HfDeepSpeedConfig) the call is
-    collective and each rank keeps its partition. Raises UserError if a weight is missing or has another shape.
+    default. config: a result of `load_config`; None: load the config. Under ZeRO-3 (a live HfDeepSpeedConfig), the call is
+    collective and each rank keeps its partition. Raises UserError if the model cannot be loaded, if a weight is missing, or
+    if a weight has another shape than in the config.
     """
     import torch
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -175,7 +176,8 @@ def load_model(
             raise
         traceback.print_exc()
         problem = f"no model at {name} (a local folder or a hub name): {error_reason(error)}"
-        # After all errors except this one, other ranks may still be in a collective of from_pretrained: start no other here.
+        # This error is raised after the last collective of from_pretrained. After any other error, other ranks may still be in
+        # a collective of from_pretrained, so this rank must not start another collective.
         if not str(error).startswith("Error(s) in loading state_dict"):
             raise UserError(problem) from None
     if is_deepspeed_zero3_enabled():
@@ -192,7 +194,7 @@ def _check_weights(
 ) -> None:
     """Raise UserError if a weight is missing or has another shape; log unexpected weights on rank 0.
 
-    info: the loading info of `from_pretrained`, without tied weights and without weights that the model class computes.
+    info: the loading info of `from_pretrained`. It omits tied weights and weights that the model class computes.
     folder_config: the config in the folder, which may belong to a multimodal wrapper.
     """
     problems = []
@@ -227,7 +229,7 @@ def _check_weights(
 
 
 def _unexpected_under_zero3(model: PreTrainedModel, name: str) -> set[str]:
-    """Return the unexpected weights in folder `name` if ZeRO-3 is on (transformers then does not report them), else set()."""
+    """Return the unexpected weights in folder `name` under ZeRO-3, where transformers reports none; else set()."""
     from transformers.core_model_loading import WeightConverter, rename_source_key
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from transformers.utils.loading_report import LoadStateDictInfo
@@ -269,9 +271,8 @@ def _count(names: Sequence[str], singular: str = "", plural: str = "") -> str:
     return f"1 weight{singular}" if len(names) == 1 else f"{len(names)} weights{plural}"
 
 
-@contextlib.contextmanager
-def _keep_loaded_rows() -> Iterator[None]:
-    """Context manager in which transformers' `zeros_` leaves views of tensors unchanged.
+def _keep_loaded_rows() -> contextlib.AbstractContextManager[None]:
+    """Return a context manager in which transformers' `zeros_` leaves views of tensors unchanged.
 
     transformers 5 does not mark views of loaded tensors as initialised. So it would zero the loaded padding row
     (`weight[padding_idx]`) of some model families (Youtu, RecurrentGemma).
@@ -279,11 +280,11 @@ def _keep_loaded_rows() -> Iterator[None]:
     from transformers import initialization
 
     original = initialization.zeros_
-    initialization.zeros_ = lambda tensor: tensor if library_internals.is_view(tensor) else original(tensor)
-    try:
-        yield
-    finally:
-        initialization.zeros_ = original
+
+    def zeros(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if library_internals.is_view(tensor) else original(tensor)
+
+    return library_internals.replaced_attribute(initialization, "zeros_", zeros)
 
 
 def empty_model(config: PreTrainedConfig, dtype: str, attention: str | None = None) -> PreTrainedModel:
@@ -303,9 +304,10 @@ def empty_model(config: PreTrainedConfig, dtype: str, attention: str | None = No
 
 @contextlib.contextmanager
 def _empty_shards() -> Iterator[None]:
-    """Context manager: if a live HfDeepSpeedConfig sets ZeRO-3, new models are partitioned and stay uninitialised.
+    """Context manager in which new models are partitioned by ZeRO-3 but not initialised.
 
-    transformers' own method also gathers and initialises all parameters, which takes half of the time to build the engine.
+    It does nothing unless a live HfDeepSpeedConfig enables ZeRO-3. transformers' own code, which it replaces, would also
+    gather and initialise all parameters; that would take half of the time in which the engine is built.
     """
     from transformers.integrations import deepspeed as integration
     from transformers.modeling_utils import set_zero3_state
@@ -318,6 +320,19 @@ def _empty_shards() -> Iterator[None]:
     shards = deepspeed.zero.Init(config_dict_or_path=integration.deepspeed_config())
     with integration.prevent_arange_dtype_change(), shards, set_zero3_state():
         yield
+
+
+@contextlib.contextmanager
+def data_in_dtypes(tensors: Sequence[tuple[torch.Tensor, torch.dtype]]) -> Iterator[None]:
+    """Context manager in which the data of each tensor is converted to the dtype beside it. On exit, the data is restored."""
+    before = [(tensor, tensor.data) for tensor, _ in tensors]
+    try:
+        for tensor, dtype in tensors:
+            tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
 
 
 def local_device() -> torch.device:

@@ -1,14 +1,14 @@
-"""Causal attention over packs: the tokens of an example attend only to this example.
+"""Causal attention over packs, i.e. rows of several examples. The tokens of an example attend only to this example.
 
 This attention is registered with transformers as "packed". Inside `use_pack`, transformers passes a `PackMask` to all layers
 as `attention_mask`. The mask holds the boundaries of the examples, because some layers drop other keyword arguments. A layer
-that uses the mask as a tensor gets an error. training/layout_check.py compares the result with the model's own forward pass.
+that uses the mask as a tensor raises UnsupportedAttention. training/layout_check.py compares the logits of packs with those
+of a plain forward pass.
 """
 
 import contextlib
 import functools
 import inspect
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,20 +55,12 @@ class PackMask(LayerMask):
         return self._pattern.visible(positions[:, None], positions)
 
 
-def causal_pack_mask(lengths: Sequence[int], cu_seqlens: torch.Tensor) -> PackMask:
-    """Return the mask for plain causal attention over a pack, with which `attend` can be called without a model."""
-    from transformers.masking_utils import causal_mask_function
-
-    pattern = MaskPattern(causal_mask_function, math.inf)  # type: ignore[arg-type]
-    return PackMask(PackedSequence(lengths, cu_seqlens, use_sdpa=True), pattern)
-
-
 _current: PackedSequence | None = None
 
 
 @contextlib.contextmanager
 def use_pack(model: Any, lengths: Sequence[int], cu_seqlens: torch.Tensor) -> Iterator[None]:
-    """Context manager for a forward pass over a pack. `model`: a model with attention "packed", or its engine.
+    """Context manager for a forward pass over a pack. `model`: a model with attention "packed", or its DeepSpeed engine.
 
     The backward pass may run outside this context, even if it recomputes layers.
     """
@@ -104,10 +96,11 @@ def attend(
     alibi_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return the attention output [1, tokens, heads, value head_dim] of a pack; an attention function for transformers.
+    """Return (attention output [1, tokens, heads, value head_dim] of a pack, None), as transformers' interface requires.
 
     query [1, heads, tokens, head_dim], key and value [1, key-value heads, tokens, ...], alibi_bias [heads, at least
-    max_seqlen] (see default_attention.attend). Raises UnsupportedAttention unless the batch size is 1 and the mask a `PackMask`.
+    max_seqlen] (see default_attention.attend). Raises UnsupportedAttention if the batch size is not 1, or if the mask is not
+    a `PackMask`.
     """
     if not isinstance(attention_mask, PackMask) or query.shape[0] != 1:
         raise UnsupportedAttention("its layers do not pass the attention mask on")
@@ -149,10 +142,11 @@ def varlen_attention(
     cu_seqlens_k: torch.Tensor,
     max_seqlen_k: int,
 ) -> torch.Tensor:
-    """Return the causal attention of all examples from one kernel (torch's flash attention), without dropout.
+    """Return the output of causal attention for all examples, computed by one kernel (torch's flash attention).
 
-    Shapes as in `attend`. cu_seqlens, cu_seqlens_k: int32 [examples + 1], cumulated numbers of queries and of keys. If an
-    example has more keys than queries, its last query is aligned with its last key.
+    The shapes are those of `attend`. cu_seqlens, cu_seqlens_k: int32 [examples + 1], cumulated numbers of queries and of
+    keys. max_seqlen, max_seqlen_k: largest numbers of queries and of keys. If an example has more keys than queries, its
+    last query is aligned with its last key. No dropout is applied.
     """
     from torch.nn.attention.varlen import varlen_attn
 

@@ -46,7 +46,7 @@ def prepacked_weights(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _weight(module: Any) -> torch.Tensor | None:
-    """Return the weight [outputs, inputs] of a Linear or Conv1D; None for other classes, subclasses included."""
+    """Return the weight [outputs, inputs] if the class of `module` is exactly Linear or Conv1D, else None."""
     if type(module) is torch.nn.Linear:
         return module.weight.detach()
     if type(module) is Conv1D:

@@ -71,9 +71,9 @@ class StridedView:
 
 
 def saved_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return {name: tensor} of all tensors that `save_pretrained` would write. Tied weights occur once.
+    """Return {name: tensor} for all tensors that `save_pretrained` would write. Tied weights occur once.
 
-    If `model._weight_conversions` is set, the names are those in the loaded files. Else the model class defines the names.
+    If `model._weight_conversions` is set, the names are the names in the loaded files. Else the model class defines the names.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -90,7 +90,7 @@ def deduplicated_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def trace_saved_tensors(model: PreTrainedModel) -> dict[str, StridedView]:
-    """Return {name in the file: view of `model`'s tensors} of all tensors that `save_pretrained` changes or renames.
+    """Return {name in the file: view of `model`'s tensors} for all tensors that `save_pretrained` changes or renames.
 
     Raises NotARearrangementError if transformers does more than rearrange and rename tensors, or omits a tensor.
     """

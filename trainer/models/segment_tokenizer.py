@@ -87,9 +87,7 @@ class SegmentTokenizer:
         return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
 
-@lru_cache(maxsize=8)
-def segment_tokenizer(tokenizer: PreTrainedTokenizerBase) -> SegmentTokenizer:
-    return SegmentTokenizer(tokenizer)
+segment_tokenizer = lru_cache(maxsize=8)(SegmentTokenizer)
 
 
 def _without_prefix_space(rules: dict[str, Any]) -> Tokenizer | None:

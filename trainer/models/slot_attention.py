@@ -1,8 +1,8 @@
-"""Attention over generation slots (kv_cache.py), for any transformers model whose attention can be replaced.
+"""Attention over KV-cache slots (kv_cache.py), for any transformers model whose attention can be replaced.
 
 This attention is registered with transformers as "slots". transformers passes a `SlotMask` to all layers, as
-`attention_mask`. The mask holds the pass's inputs, because some layers drop other keyword arguments. Models with
-recurrent or convolutional layers do not work in slots; evaluation/backend_check.py detects them.
+`attention_mask`. The mask holds the inputs of the forward pass, because some layers drop other keyword arguments. Slots
+do not work for models with recurrent or convolutional layers; evaluation/backend_check.py detects such models.
 """
 
 import functools
@@ -33,7 +33,7 @@ class SlotMask(LayerMask):
 
     @functools.cached_property
     def decode(self) -> torch.Tensor:
-        """Mask [block, 1, 1, max_seqlen] for each slot's last token: 0 and -inf for a causal pattern, else boolean."""
+        """Mask [block, 1, 1, max_seqlen] for each slot's last token: 0 and -inf if causal, boolean otherwise."""
         return self.batch.mask if self.is_causal else self.decode_visible
 
     @functools.cached_property
@@ -43,7 +43,7 @@ class SlotMask(LayerMask):
         return self._pattern.visible(self.batch.last_positions[:, None, None, None], keys)
 
     def of_chunk(self, chunk: PrefillChunk) -> torch.Tensor | None:
-        """Return the boolean mask [tokens of the chunk, tokens of the sequence]; None for a causal, square mask."""
+        """Return the boolean mask [tokens of the chunk, tokens of the sequence]; None if causal and no token is cached."""
         if chunk.num_cached == 0 and self._pattern.is_causal(chunk.end):
             return None
         positions = torch.arange(chunk.end, device=self.batch.slots.device)
@@ -91,9 +91,10 @@ def slot_attention(
     alibi_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention within each slot for transformers; return the output [1, tokens, heads, value head_dim].
+    """Return (attention output [1, tokens, heads, value head_dim], None); an attention function for transformers.
 
-    Arguments as in packed_attention.attend. Raises UnsupportedAttention if `attention_mask` is not a `SlotMask`.
+    The shapes of the arguments are those of packed_attention.attend. Raises UnsupportedAttention if `attention_mask` is
+    not a `SlotMask`, if the batch size is not 1, or if `kwargs` request an attention that slots do not support.
     """
     if not isinstance(attention_mask, SlotMask) or query.shape[0] != 1:
         raise UnsupportedAttention("its layers do not pass the attention mask on")
@@ -135,7 +136,7 @@ def slot_attention(
 
 
 def _biased(mask: torch.Tensor, alibi_bias: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Return the sum [block, groups, heads per group, max_seqlen] of mask [block, 1, 1, max_seqlen] and bias [heads, ...]."""
+    """Return the ALiBi bias [block, groups, heads per group, max_seqlen], with -inf at the keys that `mask` hides."""
     bias = alibi_bias[:, : mask.shape[3]].unflatten(0, (num_groups, -1))
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, float("-inf"))
@@ -145,10 +146,10 @@ def _biased(mask: torch.Tensor, alibi_bias: torch.Tensor, num_groups: int) -> to
 def _varlen_attention(
     batch: ForwardBatch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """Return the attention [tokens of all chunks, heads, head_dim] of the chunks.
+    """Return the attention output [tokens of all chunks, heads, head_dim] of the chunks.
 
-    A layer needs one kernel call and two copies out of the cache. One call per prompt would take about 400 ms on an H200 for
-    256 prompts and 10 layers.
+    Each layer makes one kernel call, for which it copies the keys and values out of the cache. With one call per prompt, 256
+    prompts and 10 layers would take about 400 ms on an H200.
     """
     varlen = batch.varlen_batch
     key, value = (

@@ -66,7 +66,7 @@ def check_trainable(config: PreTrainedConfig, name: str) -> None:
 
 
 def error_reason(error: Exception) -> str:
-    """Return the cause of a failed load in one line, with a remedy if one is known."""
+    """Return the cause of a failed load in one line. For known causes, a remedy follows."""
     text = " ".join(str(error).split())
     lower = text.lower()
     if "custom code" in lower or "trust_remote_code" in lower:
@@ -101,7 +101,10 @@ def _has_adapter(name: str) -> bool:
 
 
 def find_file(name: str, file: str) -> str | None:
-    """Return the local path of `file` in a folder or Hub repository, after a download if needed; None if it is missing."""
+    """Return the local path of `file` in the folder or Hub repository `name`. Downloads the file if needed.
+
+    Returns None if the file is missing, the repository is gated, or the Hub cannot be reached.
+    """
     from transformers.utils import cached_file
 
     conditions = ("gated_repo", "missing_entries", "connection_errors")

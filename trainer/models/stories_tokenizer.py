@@ -1,7 +1,7 @@
 """Small tokenizer for the stories data set: byte-level BPE in which every digit is a token of its own.
 
 The space before a number is a separate token. Therefore "12" is the same two tokens after a space, after `<<` and after `+`,
-and a student need not learn that " 1" and "1" are the same digit. Decoding restores any text exactly.
+and a student model need not learn that " 1" and "1" are the same digit. Decoding restores any text exactly.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ _MAX_TOKENS = 2048  # per example; an example of ten steps has about 700 tokens
 
 
 def train_tokenizer(directory: Path, seed: int = 0) -> None:
-    """Train a tokenizer on training stories of `seed` and save it into `directory`, for `AutoTokenizer.from_pretrained`.
+    """Train a tokenizer on stories that `seed` generates. Save it into `directory`, for `AutoTokenizer.from_pretrained`.
 
-    The same seed gives the same bytes. The tokenizer has at most VOCAB_SIZE tokens and adds no special token to a text.
-    `<|endoftext|>` is token 0 and serves as BOS, EOS and padding.
+    The same seed gives the same files, byte for byte. The tokenizer has at most VOCAB_SIZE tokens and adds no special token
+    to a text. `<|endoftext|>` is token 0 and serves as BOS, EOS and padding.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,7 +1,7 @@
 """Config and class of the text model inside a multimodal wrapper (Qwen3.5, Gemma 3 and 4, Mistral 3).
 
 Only the text part is loaded, trained and exported. It has its own causal LM class and model type (`gemma3_text`), and gives
-the same logits for text as the wrapper. The towers for images and audio would need memory, files and optimizer state.
+the same logits for text as the wrapper. The encoders for images and audio are left out to save memory and disk space.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def key_mapping(model: type[PreTrainedModel]) -> dict[str, str]:
     """Return the `key_mapping` with which `from_pretrained` loads the causal LM `model` from the files of a wrapper.
 
-    In these files the weights of the text part begin with `language_model.model.` (written by transformers 4),
+    In these files, the names of the text part's weights begin with `language_model.model.` (written by transformers 4),
     `model.language_model.` (transformers 5) or `language_model.` (Llama 4 in transformers 5).
     """
-    # `body`: attribute that holds the decoder. In Llama 4 base_model_prefix is wrong, so use the name of a tied weight.
+    # `body`: attribute that holds the decoder. Llama 4 has a wrong base_model_prefix, so use the prefix of a tied weight's name.
     tied, body = library_internals.tied_weight_keys(model), model.base_model_prefix
     if isinstance(tied, dict) and tied:
         body = next(iter(tied.values())).split(".")[0]

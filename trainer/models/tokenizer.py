@@ -29,10 +29,11 @@ _PROBES = (
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a local folder or Hub name. For "stories", train and return the stories tokenizer.
+    """Return the tokenizer of a local folder or Hub name.
 
-    If transformers' tokenizer class would change a tokenizer.json, the file is used unchanged, and rank 0 logs a line.
-    Raises UserError if there is no tokenizer.
+    For the name "stories", train and return the tokenizer of the built-in stories data set. If transformers' tokenizer
+    class gives other tokens than tokenizer.json defines, this file is used unchanged, and rank 0 logs a line. Raises
+    UserError if there is no tokenizer, or if its vocabulary is missing.
     """
     from transformers import AutoTokenizer
 
@@ -76,7 +77,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def max_text_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the largest token id that can occur in a text with BOS and EOS. Other special tokens are ignored.
 
-    Gemma 3's tokenizer, for example, has a special token for images, for which the text model has no embedding.
+    For example, Gemma 3's tokenizer has an image token, but the text model has no embedding of this token.
     """
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     bos_and_eos = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
@@ -84,9 +85,10 @@ def max_text_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_saved_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save `config` and `tokenizer` in a temporary folder; raise UserError if transformers loads a different tokenizer.
+    """Raise UserError if `tokenizer`, saved in one folder with `config`, gives other tokens when transformers loads it again.
 
-    For some model types (qwen2), transformers chooses the tokenizer's class by the config, regardless of the files.
+    For some model types (e.g. qwen2), transformers chooses the tokenizer class by the model type in the config and ignores
+    the class in the tokenizer's files. Only these model types are checked.
     """
     from transformers import AutoTokenizer
     from transformers.models.auto import tokenization_auto
@@ -107,7 +109,7 @@ def check_saved_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokeniz
 
 
 def _as_in_file(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that tokenizer.json defines if the class of `tokenizer` gives other tokens, else `tokenizer`."""
+    """Return `tokenizer` if it gives the tokens that tokenizer.json defines. If not, return the tokenizer of this file."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -134,7 +136,7 @@ def _as_in_file(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToke
 
 
 def _equals_file(path: Path, backend: Tokenizer) -> bool:
-    """Return whether `backend` has the same steps and model as the tokenizer.json at `path`, which is not compiled."""
+    """Return whether `backend` has the normalizer, pre-tokenizer, decoder and model of the tokenizer.json at `path`."""
     in_file, compiled = json.loads(path.read_text(encoding="utf-8")), json.loads(backend.to_str())
     steps = ("normalizer", "pre_tokenizer", "decoder")
     return all(in_file.get(step) == compiled[step] for step in steps) and all(
@@ -144,13 +146,13 @@ def _equals_file(path: Path, backend: Tokenizer) -> bool:
 
 
 def _plain_merges(value: Any) -> Any:
-    """Return merges in the older form, one string "a b" per merge. Other values are returned unchanged."""
+    """Return a list of merge pairs in the older format, one string "a b" per pair. Return any other value unchanged."""
     is_list_of_lists = isinstance(value, list) and value and isinstance(value[0], list)
     return [" ".join(merge) for merge in value] if is_list_of_lists else value
 
 
 def _differences(a: Tokenizer, b: Tokenizer) -> list[str]:
-    """Return the names of the steps in which two compiled tokenizers differ."""
+    """Return the names of the components in which two tokenizers differ, e.g. "pre-tokenizer" or "model"."""
 
     def state(tokenizer: Tokenizer, name: str) -> object:
         step = getattr(tokenizer, name)

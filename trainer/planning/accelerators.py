@@ -112,7 +112,7 @@ def _from_table(gpu: Gpu) -> Accelerator:
 
 
 def _cpu(processes: int) -> Accelerator:
-    """Return one process's share of this machine, with guessed rates. (time.py replaces the guessed FLOP/s.)"""
+    """Return one process's share of this machine, with guessed rates. time.py replaces the FLOP/s by measured FLOP/s."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1.0, cores / processes)
     note = "this machine's memory and cores; 50 GFLOP/s a core (fp32; the peak of AVX2 at 3 GHz is 96)"

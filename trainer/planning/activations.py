@@ -57,7 +57,7 @@ def trace_activations(
 ) -> ActivationTrace:
     """Return the trace of one micro-batch: one pack of examples of `lengths` tokens, with `num_targets` target tokens.
 
-    Models that cannot be packed are traced with one padded row per example. `cuda`: count the tensors of GPU kernels, not
+    Models that cannot be packed are traced with one padded row per example. If `cuda`, count the tensors of GPU kernels, else
     those of CPU kernels. On a GPU, flash attention keeps query, key, value, output and one fp32 number per head and token
     for the backward pass; dropout keeps one byte per element; the RMS norm is fused; the blocks of the loss are large.
     Raises UserError if the model's forward pass reads the values of tensors.
@@ -75,7 +75,7 @@ def trace_activations(
                 model = _make_model(config, packed, dtype, checkpointing, cuda)
                 make_batch = make_packed_batch if packed else make_padded_batch
                 return _trace(model, make_batch(lengths, num_targets), cuda)
-            except Exception as error:  # of any type, if the model cannot be packed or reads tensor values
+            except Exception as error:  # models that cannot be traced raise various types
                 reason = first_line(error)
     raise UserError(
         f"the memory of a {config.model_type} model cannot be planned, because its forward pass does not run on shapes alone "

@@ -18,14 +18,13 @@ from trainer.planning.memory import CONTEXT, FRAGMENTATION, LOADING, PROCESS
 from trainer.planning.plan import RunPlan, make_plan
 from trainer.planning.recommend import Recommendation, recommend, train_command
 from trainer.planning.zero_memory import COMPONENTS
-from trainer.runtime import distributed
+from trainer.runtime import distributed, terminal
 from trainer.runtime.terminal import duration_text, size_text
 from trainer.settings import PlanSettings, TrainSettings
 from trainer.storage import atomic_dir
 from trainer.study.study_file import RunSpec, Study
 
 _BAR_WIDTH = 30
-_WIDTH_WITHOUT_TERMINAL = 160
 _COMPONENT_ORDER = (*COMPONENTS, FRAGMENTATION, LOADING, CONTEXT, PROCESS)
 
 
@@ -52,7 +51,7 @@ def dry_run(settings: TrainSettings) -> bool:
 
 
 def print_study_plan(settings: PlanSettings, study: Study) -> bool:
-    """Print one line per run and the totals; return whether all runs fit. Estimate the tokens of shards that do not exist."""
+    """Print the plans of a study's trainings; return whether all fit. The size of shards that do not exist is estimated."""
     logging.disable(logging.WARNING)
     plans: list[tuple[RunSpec, RunPlan]] = []
     for run in study.runs:
@@ -82,7 +81,10 @@ def print_study_plan(settings: PlanSettings, study: Study) -> bool:
 def _settings_of_run(
     settings: PlanSettings, train: TrainSettings, num_ranks: int, study: Study
 ) -> PlanSettings:
-    """Return `settings` with the training settings `train` of one run of the study."""
+    """Return the plan settings of one run: `train`, and the settings of `settings` that only a plan has.
+
+    If `settings` describes a single GPU, which is the default, the plan is for `num_ranks` GPUs.
+    """
     values = dict(vars(train))
     plan_only = {name: getattr(settings, name) for name in PlanSettings.__annotations__ if name != "study"}
     if settings.nodes * settings.gpus_per_node == 1:
@@ -90,9 +92,8 @@ def _settings_of_run(
     if not atomic_dir.is_complete(Path(train.train_shards)):
         prepare = next(shards for shards in study.prepare_settings if shards.output_dir == train.train_shards)
         values["train_shards"] = ""
-        plan_only["num_problems"] = settings.num_problems or (
-            prepare.num_problems if prepare.data == "stories" else prepare.max_problems
-        )
+        of_shards = prepare.num_problems if prepare.data == "stories" else prepare.max_problems
+        plan_only["num_problems"] = settings.num_problems or of_shards
     return PlanSettings(**{**values, **plan_only})
 
 
@@ -112,10 +113,8 @@ def print_plan(plan: RunPlan, recommended: Recommendation | None) -> None:
     console.print(_memory_table(title, plan.memory.device, hardware.accelerator.memory_bytes))
     if plan.memory.host:
         title = f"host memory of a machine ({hardware.gpus_per_node} ranks)"
-        per_machine = Counter(
-            {name: size * hardware.gpus_per_node for name, size in plan.memory.host.items()}
-        )
-        console.print(_memory_table(title, per_machine, hardware.host_bytes))
+        sizes = {name: size * hardware.gpus_per_node for name, size in plan.memory.host.items()}
+        console.print(_memory_table(title, Counter(sizes), hardware.host_bytes))
     disk = plan.disk
     console.print(
         f"disk: {size_text(disk.total_bytes)} = {disk.num_checkpoints} x {size_text(disk.checkpoint_bytes)} checkpoints "
@@ -134,8 +133,7 @@ def print_plan(plan: RunPlan, recommended: Recommendation | None) -> None:
             f"recommended needs {size_text(recommended.plan.memory.device_bytes)}"
         )
         lines.append(train_command(recommended.plan.settings, hardware))
-    for line in lines:
-        console.print(line)
+    console.print(*lines, sep="\n")
 
 
 def as_dict(plan: RunPlan, recommended: Recommendation | None = None) -> dict[str, Any]:
@@ -193,7 +191,7 @@ def as_dict(plan: RunPlan, recommended: Recommendation | None = None) -> dict[st
 def _make_console() -> Console:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.width = _WIDTH_WITHOUT_TERMINAL
+        console.width = terminal.WIDTH_WITHOUT_TERMINAL
     return console
 
 
@@ -273,5 +271,4 @@ def _print_study_table(
         lines.append(
             f"note: {totals['unknown']} run(s) are not in the totals: their number of steps or the speed of the GPU is not known"
         )
-    for line in lines:
-        console.print(line)
+    console.print(*lines, sep="\n")

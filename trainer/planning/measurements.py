@@ -7,12 +7,12 @@ from typing import Any, TypedDict
 
 
 class Measurements(TypedDict):
-    """Content of measured.json. Each item of the three lists is one benchmark case with its relative error."""
+    """Content of measured.json. Each list has one item per benchmark case, with the relative error of the planner."""
 
     date: str
     hardware: str
     load_average: float
-    process_bytes: dict[str, int]  # resident memory of a rank with a tiny model, by ZeRO stage
+    process_bytes: dict[str, int]  # ZeRO stage -> resident memory of a rank with a tiny model
     kept_by_glibc: float  # fraction of freed activations that malloc keeps in its heap
     cpu_flops_per_rank: float
     memory: list[dict[str, Any]]
@@ -26,7 +26,10 @@ def read_measurements() -> Measurements:
 
 
 def measured_errors() -> dict[str, Any]:
-    """Return the mean and the largest relative error of the planner against real runs, with date and hardware."""
+    """Return the planner's relative errors against real runs, with date, hardware and load average of the measurement.
+
+    Each kind of error (memory, default_malloc, time) has a dict: number of cases, mean and largest absolute error.
+    """
     measured = read_measurements()
     errors_by_kind = {
         "memory": [case["error"] for case in measured["memory"]],

@@ -1,4 +1,4 @@
-"""Estimate the memory of one rank, in the phase of a training step that needs the most device memory."""
+"""Estimate the memory of one rank in a training step, in the phase with the most device memory."""
 
 import dataclasses
 from collections import Counter
@@ -25,12 +25,12 @@ _FRAGMENTATION = 0.05
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory of one rank by component, in the phase with the largest device memory. On a CPU, all memory is in `device`."""
+    """Bytes of memory of one rank by component, in the phase with the most device memory. On a CPU, `host` is empty."""
 
     phase: str
     device: Counter[str]
     host: Counter[str]  # host memory of one rank
-    transient_bytes: int  # peak of activations and logits over all phases
+    transient_bytes: int  # peak size of activations and logits in the forward and backward pass
 
     @property
     def device_bytes(self) -> int:
@@ -42,7 +42,7 @@ class MemoryEstimate:
 
 
 def trace_micro_batch(workload: Workload, bf16: bool, checkpointing: bool, cuda: bool) -> ActivationTrace:
-    """Trace the micro-batch with the most tokens. The logits' memory is the difference from a trace with one target token."""
+    """Return the trace of the fullest micro-batch. A second trace with one target token gives the size of the logits."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     full, without_logits = (
         trace_activations(workload.config, list(workload.lengths), num_targets, dtype, checkpointing, cuda)

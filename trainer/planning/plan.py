@@ -1,4 +1,4 @@
-"""Plan of a training run: memory, disk space, time, and the reasons why the run does not fit the hardware."""
+"""Plan of a training run: memory, disk space, time, and any reasons why the run does not fit the hardware."""
 
 import os
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class DiskEstimate:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Estimates for one run. `refusals`: reasons why the run does not fit, with remedies; empty if it fits."""
+    """Estimates for one run. `refusals`: reasons why the run does not fit the hardware; empty if the run fits."""
 
     settings: PlanSettings
     hardware: Hardware
@@ -54,7 +54,7 @@ class RunPlan:
 
     @property
     def memory_fits(self) -> bool:
-        """True if no refusal is about memory. Disk space is ignored, because it depends little on the ds_config."""
+        """True if no refusal is about memory. A ds_config is chosen by memory alone: it hardly changes the disk space."""
         return all(refusal.startswith("disk: ") for refusal in self.refusals)
 
     @property
@@ -63,7 +63,7 @@ class RunPlan:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all steps; 0 if the number of steps or the speed of the GPU is not known."""
+        """Duration of all steps in seconds; 0 if the number of steps or the speed of the accelerator is not known."""
         return self.step.seconds * self.workload.total_steps if self.is_speed_known else 0.0
 
     @property
@@ -76,15 +76,14 @@ def make_plan(
 ) -> RunPlan:
     """Return the plan of one training run.
 
-    `process_bytes`: memory of a process with a tiny model; None: the measured value. `ignore_glibc_heap`: do not count
-    freed blocks that glibc keeps in its heap. Raises UserError for an unknown model, file or accelerator, and for
+    `process_bytes`: memory of a rank with a tiny model; None: the value in measured.json. `ignore_glibc_heap`: if True, do
+    not count freed blocks that glibc keeps in its heap. Raises UserError for an unknown model, file or accelerator, and for
     contradictory settings.
     """
     hardware = find_hardware(settings)
     workload = estimate_workload(settings, hardware.world_size)
-    trace = memory.trace_micro_batch(
-        workload, settings.bf16, settings.gradient_checkpointing, cuda=not hardware.accelerator.is_cpu
-    )
+    cuda = not hardware.accelerator.is_cpu
+    trace = memory.trace_micro_batch(workload, settings.bf16, settings.gradient_checkpointing, cuda)
     return plan_with_trace(settings, hardware, workload, trace, process_bytes, ignore_glibc_heap)
 
 
@@ -99,7 +98,7 @@ def plan_with_trace(
     """Return the plan of one training run (see `make_plan`). `trace`: activations of the micro-batch with the most tokens."""
     accelerator, measured = hardware.accelerator, read_measurements()
     config = ds_config.resolve_ds_config(settings, hardware.world_size)
-    if process_bytes is None:  # measured per ZeRO stage: each stage imports other parts of DeepSpeed
+    if process_bytes is None:  # by ZeRO stage: stages import different parts of DeepSpeed
         by_stage = measured["process_bytes"]
         process_bytes = int(by_stage.get(str(ds_config.zero_stage(config)), max(by_stage.values())))
     returns_memory = ignore_glibc_heap or "MALLOC_MMAP_THRESHOLD_" in os.environ
@@ -127,13 +126,12 @@ def plan_with_trace(
 def estimate_disk(workload: Workload, config: dict[str, Any], save_total_limit: int) -> DiskEstimate:
     """Return the disk space of the checkpoints and the export, without metadata. `config`: the resolved ds_config.
 
-    Stage 0 writes weights and AdamW's two fp32 moments. Stages 1 and 2 write weights, fp32 master weights and moments.
-    Stage 3 writes master weights and moments.
+    ZeRO stage 0 writes the weights and AdamW's two fp32 moments. Stages 1 and 2 write the weights, the fp32 master weights
+    and the moments. Stage 3 writes the master weights and the moments.
     """
     element_bytes = 2 if config["bf16"]["enabled"] else 4
-    per_parameter = (element_bytes + 8, element_bytes + 12, element_bytes + 12, 12)[
-        ds_config.zero_stage(config)
-    ]
+    by_stage = (element_bytes + 8, element_bytes + 12, element_bytes + 12, 12)
+    per_parameter = by_stage[ds_config.zero_stage(config)]
     export = element_bytes * workload.num_parameters
     return DiskEstimate(per_parameter * workload.num_parameters, save_total_limit + 1, export)
 

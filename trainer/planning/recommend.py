@@ -1,4 +1,4 @@
-"""Recommend the ds_config with the least communication, and the largest micro-batch, that fit in memory."""
+"""Recommend the ds_config with the least communication that fits in memory, and the largest micro-batch for it."""
 
 import dataclasses
 import itertools
@@ -33,9 +33,11 @@ class Recommendation:
 
 
 def recommend(requested: RunPlan) -> Recommendation | None:
-    """Return a plan that fits in memory, or None. The requested ds_config is kept if it fits; else another is chosen.
+    """Return a recommended plan, or None if no plan fits in memory.
 
-    Activation checkpointing is added only if needed. A step's packs are divided into the largest micro-batches that fit.
+    The requested ds_config is kept if the requested plan fits in memory. Otherwise, the files in `_FILES` are tried in
+    order. Activation checkpointing is added only if needed. A pack is a sequence of whole examples. The packs of a step are
+    divided into equal micro-batches, which are as large as the memory allows.
     """
     settings, hardware = requested.settings, requested.hardware
     if settings.deepspeed and requested.memory_fits:
@@ -93,11 +95,7 @@ def recommend(requested: RunPlan) -> Recommendation | None:
 
 def train_command(settings: PlanSettings, hardware: Hardware) -> str:
     """Return the command line of the planned training."""
-    plan_only: dict[str, Any] = {
-        field.name: field.default
-        for field in dataclasses.fields(settings)
-        if field.name in PlanSettings.__annotations__
-    }
+    plan_only = {name: getattr(PlanSettings, name) for name in PlanSettings.__annotations__}  # the defaults
     flags = to_flags(dataclasses.replace(settings, **plan_only, dry_run=False))
     flags += [f"--{name}=..." for name in ("train_shards", "output_dir") if not getattr(settings, name)]
     if hardware.num_nodes > 1:
@@ -108,7 +106,7 @@ def train_command(settings: PlanSettings, hardware: Hardware) -> str:
 
 
 def _scale_trace(one_pack: ActivationTrace, two_packs: ActivationTrace, packs: int) -> ActivationTrace:
-    """Extrapolate linearly: a tensor's size is constant or proportional to `packs`. Logits are counted as activations."""
+    """Return the trace of `packs` packs, extrapolated linearly from one and two packs. Logits are counted as activations."""
     more = packs - 1
     samples = (
         MemorySample(
@@ -122,9 +120,8 @@ def _scale_trace(one_pack: ActivationTrace, two_packs: ActivationTrace, packs: i
 
 
 def _differences(requested: PlanSettings, recommended: PlanSettings) -> tuple[str, ...]:
-    values = {field.name: getattr(recommended, field.name) for field in dataclasses.fields(PlanSettings)}
     return tuple(
         f"--{name} {value} (asked: {getattr(requested, name) or 'none'})"
-        for name, value in values.items()
+        for name, value in vars(recommended).items()
         if getattr(requested, name) != value
     )

@@ -18,8 +18,8 @@ from trainer.storage.run_directory import RunDirectory
 from trainer.training import ds_config
 from trainer.training.throughput import flops_per_token
 
-# (number of parameters, MFU) from llm-foundry's table for H100s with short sequences and sharding like ZeRO-3; not
-# measured here. The MFU for 100M parameters is assumed.
+# (number of parameters, model FLOPs utilisation). The values were not measured here but taken from llm-foundry's table, for
+# H100s with short sequences and sharding like ZeRO-3. The value for 100M parameters is assumed.
 _MFU = ((100e6, 0.25), (760e6, 0.404), (1e9, 0.432), (3e9, 0.463), (7e9, 0.464))
 _LINK_EFFICIENCY = 0.8  # assumed: fraction of the nominal bandwidth that is reached
 _PCIE_BANDWIDTH = 25e9  # assumed: bytes/s between a GPU and host memory over PCIe 4 x16, for offloading
@@ -40,9 +40,9 @@ class StepTime:
     compute_seconds: float
     communication_seconds: float
     update_seconds: float
-    is_overlapped: bool  # arithmetic and communication run at the same time
+    is_overlapped: bool  # True: computation and communication run at the same time
     rate: Rate
-    is_extrapolated: bool  # the plan has several machines, but only one machine was measured
+    is_extrapolated: bool  # True: the plan has several machines, but all measurements are from one machine
 
     @property
     def seconds(self) -> float:
@@ -51,7 +51,7 @@ class StepTime:
 
 
 def default_flops_rate(num_parameters: int, bf16: bool, accelerator: Accelerator) -> Rate:
-    """Return a rank's rate for plans without `--calibrate`: measured for a CPU, peak rate * MFU for a GPU in the table."""
+    """Return a rank's rate without `--calibrate`: measured for a CPU, peak * MFU for a known GPU, infinite for others."""
     peak = accelerator.bf16_flops if bf16 else accelerator.fp32_flops
     own = "--calibrate RUN for your own"
     if accelerator.is_cpu:
@@ -66,7 +66,7 @@ def default_flops_rate(num_parameters: int, bf16: bool, accelerator: Accelerator
 
 
 def measured_flops_rate(run_path: str, mean_length: float) -> Rate:
-    """Return a rank's rate in a finished run. Raises UserError if the path is no run directory or has fewer than two steps."""
+    """Return a rank's measured rate in a run. Raises UserError if `run_path` is no run or has fewer than two logged steps."""
     run = RunDirectory(Path(run_path))
     try:
         facts = json.loads(run.environment.read_text(encoding="utf-8"))
@@ -87,7 +87,7 @@ def measured_flops_rate(run_path: str, mean_length: float) -> Rate:
 def estimate_step_time(
     workload: Workload, deepspeed_config: dict[str, Any], hardware: Hardware, checkpointing: bool, rate: Rate
 ) -> StepTime:
-    """Return the time of one optimizer step. Activation checkpointing repeats the forward pass (a third more FLOPs)."""
+    """Return the time of one optimizer step. With `checkpointing`, the forward pass runs twice (a third more FLOPs)."""
     accelerator, per_node, world_size = hardware.accelerator, hardware.gpus_per_node, hardware.world_size
     stage = ds_config.zero_stage(deepspeed_config)
     element_bytes = 2 if deepspeed_config["bf16"]["enabled"] else 4
@@ -112,9 +112,10 @@ def estimate_step_time(
 
 
 def communication_volumes(stage: int, accumulation_steps: int) -> int:
-    """Return the communication volume of a step, as a multiple of the size of all parameters.
+    """Return the communication volume of a rank in a step, in units of the size of all parameters.
 
-    An all-reduce has volume 2 (reduce-scatter and all-gather). ZeRO-1 reduces gradients once per step, ZeRO-2 and ZeRO-3
-    after every micro-batch. The volumes of ZeRO-1 and ZeRO-2 were measured.
+    A reduce-scatter or all-gather has volume 1, an all-reduce has volume 2. ZeRO stages 0 and 1 all-reduce the gradients
+    once per step, stage 2 after every micro-batch. Stages 1 and 2 gather the weights once per step. Stage 3 gathers the
+    weights twice per micro-batch and reduce-scatters the gradients. The volumes of stages 1 and 2 were measured.
     """
     return (2, 3, 2 * accumulation_steps + 1, 3 * accumulation_steps)[stage]

@@ -17,17 +17,17 @@ _STORIES_VOCABULARY = 1024  # size of the built-in stories vocabulary; assumed i
 
 @dataclass(frozen=True)
 class Workload:
-    """Model and batches of a training run."""
+    """Model and batches of a training run. The fullest micro-batch is the one with the most tokens."""
 
     model_name: str
     config: Any
     sizes: tuple[int, ...]  # number of elements of each parameter; tied parameters count once
     largest_layer: int  # number of elements of the largest decoder layer
     lengths: tuple[int, ...]  # number of tokens of each example in the fullest micro-batch
-    num_target_tokens: int  # number of targets in the fullest micro-batch
+    num_target_tokens: int  # number of target tokens in the fullest micro-batch
     mean_length: float  # mean number of tokens of an example
-    tokens_per_step: float
-    total_steps: int  # 0: not known
+    tokens_per_step: float  # mean number of tokens of an optimizer step, over all ranks
+    total_steps: int  # number of optimizer steps; 0 if it is not known
     assumptions: tuple[str, ...]
 
     @property
@@ -36,7 +36,7 @@ class Workload:
 
 
 def estimate_workload(settings: PlanSettings, world_size: int) -> Workload:
-    """Return the workload of a plan. Without shards, assume that all packs are full and all tokens are targets.
+    """Return the workload of a training run. Without shards, assume that all packs are full and all tokens are targets.
 
     Raises UserError for an unknown or missing model.
     """

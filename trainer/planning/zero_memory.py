@@ -1,16 +1,14 @@
 """Estimate the memory of one rank in every phase of a step, from the allocations in the source of DeepSpeed 0.19.8.
 
-`k` is the number of bytes per element of the model (bf16: 2, fp32: 4). Functions return bytes of device memory by
-component. `benchmarks/plan_accuracy.py` compares the sums with real runs.
+`k` is the number of bytes per element of the model (bf16: 2, fp32: 4). A returned Counter holds the bytes of device memory
+by component. `benchmarks/plan_accuracy.py` compares the sums with real runs.
 """
-
-from __future__ import annotations
 
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from trainer.planning.activations import ActivationTrace, MemorySample
 
@@ -39,7 +37,7 @@ class ZeroMemoryConfig:
     accumulation_steps: int
     reduce_bucket: int  # elements
     overlap_comm: bool
-    max_gathered_elements: int  # maximum number of elements of gathered weights in ZeRO-3
+    max_gathered_elements: int  # maximum number of elements that are gathered at a time in ZeRO-3
     prefetch_bucket: int  # elements that ZeRO-3 prefetches in one collective
     sub_group: int  # elements of the largest sub-group of a rank; ZeRO-3 updates one sub-group at a time
     persistent_elements: int  # elements of parameters that ZeRO-3 never partitions
@@ -56,7 +54,7 @@ class ZeroMemoryConfig:
         world_size: int,
         on_accelerator: bool,
         largest_layer: int = 0,
-    ) -> ZeroMemoryConfig:
+    ) -> Self:
         """Return the config for a result of `ds_config.resolve_ds_config`. Missing keys have DeepSpeed's defaults.
 
         `sizes`: elements of every parameter; tied parameters count once. `largest_layer`: elements of the largest
@@ -66,8 +64,8 @@ class ZeroMemoryConfig:
         stage = int(zero.get("stage", 0))
         threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
         live = int(zero.get("stage3_max_live_parameters", 1_000_000_000))
-        # ZeRO-3 keeps a gathered weight if fewer than stage3_max_reuse_distance elements are used before its next use.
-        # Weights used in between count twice (forward and backward), so half of this distance is the limit of their size.
+        # ZeRO-3 keeps a gathered weight if fewer than stage3_max_reuse_distance elements are used before its next use, in
+        # the backward pass. Until then, each weight of a later layer is used twice. So at most half the distance stays gathered.
         reuse = int(zero.get("stage3_max_reuse_distance", 1_000_000_000)) // 2
         prefetch = int(zero.get("stage3_prefetch_bucket_size", 50_000_000))
         return cls(
@@ -99,6 +97,15 @@ class ZeroMemoryConfig:
     def partition_elements(self) -> int:
         """Number of parameters divided by the number of ranks, rounded up."""
         return -(-self.num_parameters // self.world_size)
+
+
+@dataclass(frozen=True)
+class BucketFill:
+    """Numbers of gradient elements at one moment of the reduction."""
+
+    written: int  # each buffer's highest fill so far, summed over the buffers
+    copied: int  # elements that are copied to a flat tensor and reduced at this moment
+    reduced: int  # elements reduced so far, including `copied`
 
 
 @dataclass
@@ -157,13 +164,12 @@ def _add_persistent_memory(config: ZeroMemoryConfig, phase: Phase) -> None:
 
 
 def _backward_memory(config: ZeroMemoryConfig, trace: ActivationTrace) -> Iterator[Counter[str]]:
-    """Yield the memory at moments of the last backward pass, in order: activations shrink, gradients grow, buckets fill."""
+    """Yield the memory at successive moments of the last backward pass: activations shrink, gradients grow, buckets fill."""
     k, samples = config.element_bytes, trace.samples
     order = [b.gradient_elements - a.gradient_elements for a, b in itertools.pairwise(samples)]
     reduces = config.stage >= 2 or (config.stage == 1 and config.overlap_comm)
-    fills = _simulate_buckets(
-        order, config.reduce_bucket, 2 if config.overlap_comm and config.stage < 3 else 1
-    )
+    num_buffers = 2 if config.overlap_comm and config.stage < 3 else 1
+    fills = _simulate_buckets(order, config.reduce_bucket, num_buffers)
     held, previous_fill = _held_during_backward(config), BucketFill(0, 0, 0)
     # The last item, of size 0, is DeepSpeed's epilogue: after the last gradient, it reduces the rest of the bucket.
     next_samples, sizes = (*samples[1:], samples[-1]), (*order, 0)
@@ -179,7 +185,7 @@ def _backward_memory(config: ZeroMemoryConfig, trace: ActivationTrace) -> Iterat
 
 
 def _held_during_backward(config: ZeroMemoryConfig) -> Counter[str]:
-    """Return the memory held during the last backward pass: gradients of earlier micro-batches, and gathered weights."""
+    """Return the memory held during the whole last backward pass: gradients of earlier micro-batches, gathered weights."""
     k, memory = config.element_bytes, Counter[str]()
     if config.accumulation_steps > 1 and config.stage == 2 and not config.offload_optimizer:
         memory[GRADIENTS] = k * config.partition_elements
@@ -206,7 +212,7 @@ def _unreduced_gradients(config: ZeroMemoryConfig, sample: MemorySample) -> Coun
 
 
 def _buckets(config: ZeroMemoryConfig, fill: BucketFill) -> Counter[str]:
-    """Return the memory of the bucket buffers and of this rank's partition of the reduced gradients."""
+    """Return the memory of bucket buffers and of this rank's reduced gradients. At stage 3, both are persistent memory."""
     k, memory = config.element_bytes, Counter[str]()
     if config.stage < 3:
         buffers = (2 if config.overlap_comm else 1) * config.reduce_bucket
@@ -215,15 +221,6 @@ def _buckets(config: ZeroMemoryConfig, fill: BucketFill) -> Counter[str]:
         held = 0 if config.offload_optimizer else min(fill.reduced, config.partition_elements)
         memory[GRADIENTS] = k * held
     return memory
-
-
-@dataclass(frozen=True)
-class BucketFill:
-    """Numbers of gradient elements at one moment of the reduction."""
-
-    written: int  # each buffer's highest fill so far, summed over the buffers
-    copied: int  # elements that are copied to a flat tensor and reduced at this moment
-    reduced: int  # elements reduced so far, including `copied`
 
 
 def _simulate_buckets(order: list[int], bucket: int, buffers: int) -> Iterator[BucketFill]:
@@ -262,7 +259,10 @@ def _reduction_memory(config: ZeroMemoryConfig) -> Iterator[Counter[str]]:
 
 
 def _optimizer_step_memory(config: ZeroMemoryConfig) -> Counter[str]:
-    """Return the memory of this rank's gradients and their flat and fp32 copies. Stage 3: only one sub-group's copies."""
+    """Return the memory of the optimizer step beyond the persistent memory: gradients, and their flat and fp32 copies.
+
+    Stage 0: gradients without copies. Stage 3: only the copies, of one sub-group at a time. With offload: none.
+    """
     k, share = config.element_bytes, config.partition_elements
     if config.stage == 0:
         return Counter({GRADIENTS: k * config.num_parameters})

@@ -5,15 +5,15 @@ Two rules are reported side by side, as in lm-evaluation-harness for GSM8K:
 - `strict`: the rest of the line after the last `####`. Measures answer and format.
 - `flexible`: the `strict` answer if it has the type of the gold answer, else the last number, yes/no or line, depending on
   that type. An answer that is right under `strict` is right under `flexible`. lm-evaluation-harness always takes the last
-  number. Its results differ from ours only for texts that continue after `#### answer`.
+  number, so its answer can differ from ours if a text continues after `#### answer`.
 
 Numbers are compared as exact fractions: `18`, `18.`, `18.00`, `$18`, `+18`, `36/2` and `18 dollars` are equal, and `0.33` is
 not `1/3`. (lm-evaluation-harness misses some of these forms, see its issue 2707.) A percent sign is a unit: `18%` is 18,
-not 0.18. A unit of up to four words may follow a number, but not a scale such as million: `18 million` is not 18. A comma
-must group digits (`1,5` is not a number). Other answers are compared as text: Unicode-normalised, case-folded, on one
-line, without quotes or final period.
+not 0.18. In a generated answer, a unit of up to four words may follow a number, but not a scale such as million: `18
+million` is not 18. A comma must group digits (`1,5` is not a number). A yes/no answer may also be `true` or `false`. All
+other answers are compared as text: Unicode-normalised, case-folded, on one line, without quotes and punctuation at the ends.
 
-An extraction takes time linear in the length of the text. A number of over 200 characters is not an answer.
+An extraction takes time linear in the length of the text. A text of over 200 characters is not a number.
 """
 
 import functools
@@ -102,7 +102,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def strip_thousands(answer: str) -> str:
-    """Remove the thousands separators of a number (`1,080` -> `1080`); return other answers unchanged."""
+    """Return a number without its thousands separators (`1,080` -> `1080`). Return other answers unchanged."""
     return answer.replace(",", "") if answer_type(answer) == "number" else answer
 
 

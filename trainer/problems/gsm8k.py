@@ -1,10 +1,10 @@
 """Reader of GSM8K (Cobbe et al. 2021, arXiv:2110.14168): 7473 training and 1319 test problems, grade-school math.
 
-The `answer` of a record has one line per step and a last line `#### 72`. A step is `solution` in the plain files, and
+The `answer` of a record has one line per step and a last line such as `#### 72`. A step is `solution` in the plain files, and
 `sub-question ** solution` in the Socratic files. Blank lines and Socratic lines without a solution are skipped, so that a
 problem has the same solutions in both files.
 
-Splits: `train`, `test`, and `train_socratic`, `test_socratic` with the same problems and ids. The problem with the id
+The splits are `train` and `test`. `train_socratic` and `test_socratic` have the same problems and ids. The problem with the id
 `gsm8k-test-000012` is row 12 of the test split, counted from 0, as in lm-evaluation-harness.
 """
 

@@ -1,4 +1,4 @@
-"""Reader and writer of the user's own problems: one JSON object per line, or one JSON array, with these keys.
+"""Reader and writer of the user's own problems: one JSON object per line, or one JSON array of objects with the keys below.
 
 | key | | value |
 | --- | --- | --- |
@@ -9,9 +9,9 @@
 | `id` | optional | text or integer, unique; default: split and position from 0, e.g. `train-000012` |
 | `meta` | optional | any value, for example other columns of the data; ignored |
 
-A solution may contain calculator annotations, `48/2 = <<48/2=24>>24`. A numeric answer should have no unit, `18` and not
-`18 dollars`: answers with a unit are compared as text. Line breaks in steps and facts become spaces. A record with any
-other key is rejected, because a record with the misspelt key `step` would be read without its steps.
+A solution may contain calculator annotations, `48/2 = <<48/2=24>>24`. Write a numeric answer without a unit (`18`, not
+`18 dollars`), because an answer with a unit is compared as text. Line breaks in steps and facts become spaces. A record with
+any other key is rejected. Otherwise, a record with the misspelt key `step` would be read without its steps.
 
     {"question": "Ann has 3 bags of 4 nuts. How many nuts?", "answer": 12,
      "steps": [{"question": "How many nuts are in 3 bags?", "solution": "3*4 = <<3*4=12>>12 nuts"}]}
@@ -46,7 +46,7 @@ def problem_from_record(record: dict[str, Any], id: str) -> Problem:
 
 
 def record_from_problem(problem: Problem, meta: Any = None) -> dict[str, Any]:
-    """Return the record of a problem; the inverse of `problem_from_record`."""
+    """Return the record of a problem, with the key `meta` if `meta` is not None. Inverse of `problem_from_record`."""
     record: dict[str, Any] = {"id": problem.id, "question": problem.question, "answer": problem.answer}
     if problem.steps:
         record["steps"] = [{"question": step.question, "solution": step.solution} for step in problem.steps]

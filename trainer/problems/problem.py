@@ -1,7 +1,8 @@
-"""Define the common format of all data sets (Problem) and of records that are not valid problems (RejectedRecord).
+"""Define Problem, the common format of all data sets, and RejectedRecord, for records that are not valid problems.
 
-An example is written line by line. Every sub-question, solution and answer must be one line and must not contain the answer
-delimiter `####`. Readers normalise texts with `one_line`; a text that still breaks these rules raises RecordError.
+The text of an example has one line for each sub-question and each solution, and the last line `#### answer`. So every
+sub-question, solution and answer must be one line without the answer delimiter `####`. The readers of the data sets
+normalise these texts with `one_line`. For a text that still breaks the rules, the constructors raise RecordError.
 """
 
 from dataclasses import dataclass
@@ -101,8 +102,8 @@ class Problem:
 class RejectedRecord:
     """Record that is not a valid problem, for rejects.jsonl.
 
-    source: file or Hub name. line: first line of the record (Hub: its row), counted from 1. reason: a key of
-    REJECTION_REASONS. detail: the fault. text: the first 200 characters of the raw record.
+    source: file or Hub name. line: number, from 1, of the record's first line (in Hub data, of the record's row). reason: a
+    key of REJECTION_REASONS. detail: the fault. text: the first 200 characters of the raw record.
     """
 
     source: str

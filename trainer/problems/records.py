@@ -1,6 +1,6 @@
 """Reader of JSON Lines files and JSON arrays (SVAMP, StrategyQA) that continues after invalid records.
 
-Records have line numbers. Invalid records are yielded as RejectedRecord. Decimal numbers are read as Decimal.
+Records have line numbers. An invalid record becomes a RejectedRecord. Numbers with fraction or exponent become Decimal.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.problems.problem import MAX_REJECTED_TEXT, RecordError, RejectedRecord
 
 MAX_RECORD_BYTES = 1 << 20  # the longest record of the supported data sets has 3 kB (StrategyQA)
-_BUFFER_BYTES = 1 << 20  # large, because this thread waits for the GIL after every read
+_BUFFER_BYTES = 1 << 20  # large, because the thread must acquire the GIL again after every read
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
 
@@ -61,7 +61,10 @@ def read_records(path: Path) -> Iterator[JsonRecord | RejectedRecord]:
 
 
 def required_text(record: dict[str, Any], key: str, reason: str) -> str:
-    """Return the stripped text under `key`. Raises RecordError if it is missing or blank (`reason`) or not a string."""
+    """Return the stripped text under `key`. Raises RecordError if the value is not a string or is blank.
+
+    `reason`: reason of the error for a missing or blank value.
+    """
     value = record.get(key)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise RecordError(reason, f"no {key!r}" if value is None else f"{key!r} is blank")
@@ -73,7 +76,7 @@ def required_text(record: dict[str, Any], key: str, reason: str) -> str:
 def answer_text(record: dict[str, Any], key: str) -> str:
     """Return the answer under `key` as text: 1E2 as "100", 2.50 as "2.5", true as "yes", false as "no".
 
-    Raises RecordError if the answer is missing, blank, a list or an object, or if its decimal exponent is beyond +-30.
+    Raises RecordError if the answer is missing, blank, a list, an object or not finite, or its exponent is beyond +-30.
     """
     value = record.get(key)
     if isinstance(value, bool):
@@ -89,7 +92,7 @@ def answer_text(record: dict[str, Any], key: str) -> str:
 
 
 def optional_texts(record: dict[str, Any], key: str) -> list[str]:
-    """Return the list of texts under `key`, or [] if the key is missing or null. Raises RecordError for another type."""
+    """Return the list of strings under `key`, or [] if the key is missing or null. Raises RecordError for other values."""
     value = record.get(key)
     if value is None:
         return []
@@ -99,7 +102,7 @@ def optional_texts(record: dict[str, Any], key: str) -> list[str]:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number, bytes) of every line that is not blank. Lines are cut to MAX_RECORD_BYTES + 1 bytes."""
+    """Yield (line number, bytes) of every line that is not blank, but at most MAX_RECORD_BYTES + 1 bytes of a line."""
     for number in itertools.count(1):
         rest = raw = file.readline(MAX_RECORD_BYTES + 1)
         if not raw:
@@ -136,7 +139,7 @@ def _elements(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    """Return a record's JSON object. Raises RecordError if the record is too long, contains NUL or is not an object."""
+    """Return the JSON object in `raw`. Raises RecordError if `raw` is too long, contains NUL, or is not a JSON object."""
     if len(raw) > MAX_RECORD_BYTES:
         raise RecordError("too_long", f"over {MAX_RECORD_BYTES} bytes")
     if b"\0" in raw:  # the file has a hole, e.g. after a crash or on a full disk
@@ -153,7 +156,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def json_type(value: object) -> str:
-    """Return the JSON name of a value's type, for error messages."""
+    """Return the type of a JSON value in words, for error messages. For a bool, return "true" or "false"."""
     if isinstance(value, bool):
         return "true" if value else "false"
     names = {dict: "an object", list: "a list", str: "text", type(None): "null"}

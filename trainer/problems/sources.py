@@ -1,7 +1,8 @@
 """Read the problems of a data set from a local file or folder, the Hugging Face Hub, or the stories generator.
 
 Only the tools that prepare data read the Hub, in one process with internet or a filled cache. Training and evaluation read
-shards, so that ranks do not race for the cache of `datasets` (its issues 4661, 5412) and compute nodes need no network.
+shards instead. So ranks do not race for the cache of the library `datasets` (its GitHub issues 4661 and 5412), and compute
+nodes need no network.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.problems import gsm8k, jsonl, strategyqa, svamp
+from trainer.problems import gsm8k, jsonl, stories, strategyqa, svamp
 from trainer.problems.problem import MAX_REJECTED_TEXT, Problem, RecordError, RejectedRecord
 from trainer.problems.records import JsonRecord, read_records
 from trainer.settings import DATA
@@ -30,8 +31,8 @@ class DatasetSource:
     """Format and file names of a data set.
 
     from_record: function (record, default id) -> Problem. files: file names in a folder, in order of preference, with {} in
-    place of the split. hub: function split -> (configuration, split) on the Hub; a split None on the Hub means all splits.
-    hub_example: a Hub name. options: accepted options of `read_problems`.
+    place of the split. hub: function from the split to (configuration, split) on the Hub, where split None means all splits.
+    hub_example: a Hub name for error messages. options: names of the `options` that `read_problems` accepts.
     """
 
     name: str
@@ -77,8 +78,6 @@ def read_problems(
         hint = did_you_mean(data, DATA)
         raise UserError(f"unknown data set {data!r}; choose one of {', '.join(DATA)}{hint}")
     if data == "stories":
-        from trainer.problems import stories
-
         if path:
             raise UserError(f"stories are generated, they are not read from {path}; leave the path empty")
         return stories.generate_problems(split, **options)
@@ -110,10 +109,10 @@ def read_exemplars(path: str) -> list[Problem]:
 
 
 def source_digest(data: str, split: str, path: str | None = None, **options: Any) -> str:
-    """Return a digest of the source's content.
+    """Return a string that identifies the source's content.
 
-    SHA-256 of a local file or of the parquet files in a downloaded folder, or `hub:<name>@<revision>` for a Hub name. For
-    stories, SHA-256 of the first 64 problems, so that the digest depends on the generator's code.
+    For a local file, or a folder of .parquet files, the string is the SHA-256 of the content. For a Hub name, it is
+    `hub:<name>@<revision>`. For stories, it is the SHA-256 of the first 64 problems, so it depends on the generator's code.
     """
     if data == "stories":
         first = itertools.islice(read_problems(data, split, path, **options), 64)
@@ -185,7 +184,7 @@ def _open(
 def _read_hub(
     name: str, configuration: str | None, split: str | None, revision: str | None
 ) -> Iterator[JsonRecord]:
-    """Return the rows of a split on the Hub or in a folder from the Hub. Split None: the rows of all splits, in order.
+    """Return the rows of a split, or of all splits in order if `split` is None, on the Hub or in a folder from the Hub.
 
     Raises UserError with the message of `datasets` if the data set, configuration or split is unknown or cannot be loaded.
     """

@@ -1,9 +1,9 @@
 """Reader of StrategyQA (Geva et al. 2021, arXiv:2101.02235): yes/no questions with implicit reasoning steps.
 
-The published files are `train.json` (2061 problems) and `dev.json` (229), one JSON array each; the official test set has
-no answers. The steps are the sub-questions of `decomposition`, without solutions. References to earlier answers stay
-`#1`, `#2`. `facts` become `Problem.facts`. `term`, `description` and `evidence` are ignored. Hub copies without
-`decomposition` give problems without steps.
+The published files are `train.json` (2061 problems) and `dev.json` (229 problems). Each file is one JSON array. The
+official test set has no answers. The steps of a problem are the sub-questions in `decomposition`, without solutions.
+References to earlier answers (`#1`, `#2`) are not replaced. `facts` become `Problem.facts`. `term`, `description` and
+`evidence` are ignored. Hub copies without `decomposition` give problems without steps.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from trainer.problems.records import json_type, optional_texts, required_text
 
 
 def problem_from_record(record: dict[str, Any], id: str) -> Problem:
-    """Return the problem of a record. `id` is used if there is no `qid`. Raises RecordError for an invalid record."""
+    """Return the problem of a record. `id` is used if the record has no `qid`. Raises RecordError for an invalid record."""
     if record.get("qid") is not None:
         id = required_text(record, "qid", "bad_id")
     answer = record.get("answer")

@@ -1,4 +1,4 @@
-"""Reader of SVAMP (Patel et al. 2021, NAACL): 1000 word problems of one or two operations in one file, `SVAMP.json`.
+"""Reader of SVAMP (Patel et al. 2021, NAACL): 1000 word problems with one or two operations, in the file `SVAMP.json`.
 
 A problem has one step, its equation with a calculator annotation: `( 76.0 - 25.0 )` becomes `76 - 25 = <<76-25=51>>51`.
 The question is `Body` and `Question` joined by a space, as in zero-shot CoT (Kojima et al. 2022). In 358 problems `Body`
@@ -8,8 +8,8 @@ There is no official split. `split_of` divides the ids `chal-1` ... `chal-1000` 
 a hash of seed and id. The split depends neither on the order nor on the completeness of the file or Hub copy. Training
 and test problems must be read with the same seed.
 
-The record `chal-680` is rejected: its answer is 1, but its text and its equation give 5. With seed 0, 299 test problems are
-left.
+The record `chal-680` is rejected, because its answer is 1, but its text and its equation give 5. With seed 0, this record is
+in the test split, so 299 test problems are left.
 """
 
 import functools
@@ -27,9 +27,9 @@ NUM_TEST = 300
 
 
 def problem_from_record(record: dict[str, Any], id: str = "") -> Problem:
-    """Return the problem of an element of SVAMP.json or a row of a Hub copy. Raises RecordError for an invalid record.
+    """Convert an element of SVAMP.json or a row of a Hub copy to a problem. Raises RecordError for an invalid record.
 
-    The argument `id` is ignored, because every record has an `ID`.
+    The argument `id` is ignored, because every valid record has an `ID`.
     """
     id = required_text(record, "ID", "bad_id")
     split_of(id)  # raises for an invalid id
@@ -56,7 +56,7 @@ def split_of(id: str, seed: int = 0) -> str:
 
 
 def in_split(record: dict[str, Any], split: str, seed: int = 0) -> bool:
-    """Return whether a record is in the split. A record with an invalid id is in every split, so that the reader rejects it."""
+    """Return whether a record is in `split`. Return True for an invalid id, so that the reader rejects the record."""
     try:
         return split == "all" or split == split_of(required_text(record, "ID", "bad_id"), seed)
     except RecordError:

@@ -16,20 +16,18 @@ from trainer.report.report_data import ReportData, results_table, to_json
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import StudyDirectory
 
-MAX_EXAMPLES = 2000
-
 
 def build_report(
     study_dirs: Sequence[str | Path],
     output_dir: str | Path = "",
     title: str = "",
-    max_examples: int = MAX_EXAMPLES,
+    max_examples: int = 2000,
     bertscore_model: str = "",
 ) -> Path:
     """Write the page, the figures, and the tables as CSV, JSON and LaTeX. Return the path of index.html.
 
-    `study_dirs` are study or run directories. Default of `output_dir`: report/ in the first study, or in the study of the
-    first run. Default of `title`: the names of the studies. The page shows at most `max_examples` predictions in total.
+    `study_dirs` are study or run directories. Default of `output_dir`: report/ in the study of the first directory.
+    Default of `title`: the names of the studies. The page shows at most `max_examples` predictions in total.
     `bertscore_model` is a local folder; "" means no BERTScore. The same input gives the same bytes. Raises UserError if
     results are unreadable or contradictory. If the input has an error, an older report stays unchanged.
     """
@@ -51,7 +49,7 @@ def build_report(
         files["comparison.tex"] = to_latex(data.paper_tables).encode()
     files |= {name: rows.to_csv(index=False, lineterminator="\n").encode() for name, rows in tables.items()}
     files["results.json"] = to_json(data).encode()
-    # The page is written last, so that all files that it links to exist.
+    # The page must be written last, so that its links never point to missing files.
     files["index.html"] = render_page(data, figures, styles).encode()
 
     first_study = StudyDirectory(paths[0].resolve().parent if is_run(paths[0]) else paths[0])

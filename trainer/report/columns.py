@@ -27,21 +27,21 @@ RUNS = {
     "settings_digest": "object",  # SHA-256 of settings.yaml; "" if there is no file
     "missing": "object",  # text about the first stage that is not done; "" if all stages are done
     "training_steps": "int64",
-    "learned_tokens": "int64",
-    "final_loss": "float64",  # nats per learned token, mean over the last STEPS_OF_FINAL_LOSS steps
-    "tokens_per_second": "float64",  # median over the steps
+    "learned_tokens": "int64",  # number of tokens that carry loss, summed over the steps
+    "final_loss": "float64",  # nats per learned token, mean over the last load.STEPS_OF_FINAL_LOSS steps
+    "tokens_per_second": "float64",  # median over the steps; _q1 and _q3: lower and upper quartile
     "tokens_per_second_q1": "float64",
     "tokens_per_second_q3": "float64",
     "training_seconds": "float64",
-    "broken_metrics_lines": "int64",  # lines of metrics.jsonl that were cut when the process was killed
+    "broken_metrics_lines": "int64",  # number of unreadable lines of metrics.jsonl, e.g. cut when the process was killed
     "undone_steps": "int64",  # number of steps that were lost when the run resumed from an earlier checkpoint
-    "non_finite_losses": "int64",
+    "non_finite_losses": "int64",  # number of steps without a finite loss
     # The columns below are about the evaluation.
     "evaluation_name": "object",  # name of the evaluation's directory
     "results_path": "object",  # Path
     "predictions_path": "object",  # Path
     "panel": "object",  # title of the panel; evaluations in the same panel can be compared
-    "panel_rank": "Int64",
+    "panel_rank": "Int64",  # position of the panel in the report, from 0
     # bool: True if training finished, data and mode are those of the training, decoding is greedy, the calculator is on,
     # and the run has no other such evaluation of these problems with the same sampling seed.
     "is_plain": "object",
@@ -52,10 +52,10 @@ RUNS = {
     "calculator": "object",  # bool
     "temperature": "float64",
     "sampling_seed": "Int64",
-    "method": "object",  # training method; for a pair, the mode and the plan that the decomposer reads
+    "method": "object",  # training method; for a pair the mode, e.g. iterative_ahead+operators
     "train_seed": "Int64",  # training seed of the evaluated model; missing for a base model
     "total_parameters": "Int64",  # sum over all models of the evaluation
-    "stopped_at": "Int64",  # last step of the evaluated model if its training is not finished; else missing
+    "stopped_at": "Int64",  # last training step of the evaluated model; missing if its training is finished
     "n": "Int64",  # number of problems
     **{f"{rule}_correct": "Int64" for rule in ANSWER_RULES},
     # Fractions. `low` and `high` are the ends of the 95 % Wilson interval.
@@ -65,9 +65,9 @@ RUNS = {
     "generated_tokens": "Int64",
     "calculator_results_given": "Int64",
     "evaluation_seconds": "float64",
-    "members": "object",  # list with a dict per model of a pair; keys: role, model_name, method
-    # List with a dict per role. Keys: role; name of the backend; difference of its logits from those of the plain forward
-    # pass; reason why it is not the default backend.
+    "members": "object",  # list with a dict per role of a pair; keys: role, model_name, method
+    # List with a dict per role. Keys: role; name (of the backend); difference (between the backend's logits and the logits
+    # of the plain forward pass); reason (why the default backend is not used, or "").
     "backends": "object",
     "warnings": "object",  # list of str
 }
@@ -76,7 +76,7 @@ RUNS = {
 METRICS = {
     "step": "int64",
     "is_validation": "bool",
-    "loss": "float64",  # nats per learned token of the global batch; NaN if the line has no numeric loss
+    "loss": "float64",  # mean over the learned tokens of the global batch, in nats; NaN if the line has no numeric loss
     "learned_tokens": "float64",
     "tokens_per_second": "float64",
     "seconds": "float64",
@@ -92,18 +92,19 @@ PREDICTIONS = {
     "has_answer": "bool",  # whether the strict rule found an answer
     "correct": "bool",  # whether the answer is right under the strict rule
     "generated_tokens": "int64",
-    "finished": "bool",
-    "stopped": "object",  # reason why the rollout of a pair ended early; "" after a normal end
+    "finished": "bool",  # False: a length limit cut the text
+    "stopped": "object",  # reason why the generation of a pair ended early; "" after a normal end or for a single model
 }
 
-# Columns that error_types.analyse adds to PREDICTIONS. If `is_shown` is False, large values are None, to save memory.
+# Columns that error_types.analyse adds to PREDICTIONS. To save memory, a prediction whose `is_shown` is False has None
+# instead of texts and steps.
 ANALYSED = {
     "evaluation": "int64",  # row number in StudyFrames.evaluations
     "problem": "object",  # SHA-256 digest (bytes) of question and gold answer
     "is_shown": "bool",  # whether the page shows the prediction as an example
     "solution": "object",  # solution_steps.Solution
     "error_type": "object",  # RIGHT or one of ERROR_TYPES; None without gold steps
-    "wrong_step": "Int64",  # index of the first step that is not right
+    "wrong_step": "Int64",  # index of the first step that is not right; missing if there is no such step
 }
 
 

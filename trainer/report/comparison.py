@@ -1,6 +1,5 @@
 """Comparison with the paper as a table: a row per model, a column per method, and the paper's values below ours."""
 
-import re
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -20,7 +19,7 @@ _SAME_SIZE = 0.05  # relative tolerance; papers call GPT-2 medium (354,823,168 p
 _HEADERS = {name: method.header for name, method in DISPLAYED_METHODS.items() if method.header}
 _ROW = ["problems", "who", "model", "parameters", "total_parameters", "method"]
 _ROW += ["accuracy", "low", "high", "n", "seeds", "mark", "source", "inside_our_interval"]
-_LATEX = {
+_ESCAPES: dict[str, str | int | None] = {
     **{character: "\\" + character for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
     **{"–": "--", "±": r"$\pm$", "·": r"$\cdot$", "<": r"\textless{}", ">": r"\textgreater{}"},
@@ -34,7 +33,7 @@ def paper_values() -> dict[str, Any]:
 
 
 def same_size(parameters: int, value: dict[str, Any]) -> bool:
-    """Return whether `parameters` differs by at most 5 % from the parameter count of the paper's model in `value`."""
+    """Return whether `parameters` differs by at most 5 % from `value["parameters"]`, the size of the paper's model."""
     return abs(parameters - value["parameters"]) <= _SAME_SIZE * value["parameters"]
 
 
@@ -56,8 +55,8 @@ def paper_tables(evaluations: pd.DataFrame, summary: pd.DataFrame) -> list[dict[
 def comparison_rows(tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one row per accuracy in the tables, for CSV and JSON. Accuracies are fractions.
 
-    In rows of the paper, `inside_our_interval` is True if the value lies within the 95 % interval of our model with the
-    same size and method. None: we have no such model, or the paper does not say whether its method is unified or iterative.
+    In rows of the paper, `inside_our_interval` is True if the paper's value lies within the 95 % interval of a model of ours
+    with the same size and method. It is None in our rows, if we have no such model, and for the method `socratic`.
     """
     return [
         number for table in tables for row in table["rows"] for _, cell in row["cells"] for number in cell
@@ -70,7 +69,7 @@ def _table(summary: pd.DataFrame, data: str) -> dict[str, Any]:
     ours = set(summary["method"])
     methods = [name for name in _HEADERS if name in ours or name not in ("few_shot", *PAIR_METHODS)]
     if not set(methods) & set(PAIR_METHODS):
-        # The paper's table has this column, so our table has it too, even if it is empty.
+        # The paper's table has a column for this method, so our table has the column too, even if we have no value for it.
         methods.insert(methods.index("socratic") + 1, "iterative_interleaved")
     spans = dict.fromkeys(methods, 1)
     spans_of_paper = {name: 1 for name in methods if name not in PAIR_METHODS}
@@ -92,7 +91,7 @@ def _table(summary: pd.DataFrame, data: str) -> dict[str, Any]:
         for (size, model), of_model in numbers.groupby(["parameters", "model"]):
             cells = [(span, to_dicts(of_model[of_model["method"] == name])) for name, span in columns.items()]
             row = {"is_paper": is_paper, "model": model, "parameters": int(size), "cells": cells}
-            # A row of the paper is placed below the row of our model of the same size.
+            # A row of the paper is placed below the row of our model of about the same size (the largest of several).
             near = [ours for ours in sizes if is_paper and same_size(ours, row)]
             rows.append((near[-1] if near else size, is_paper, row))
     rows.sort(key=lambda row: row[:2])
@@ -116,7 +115,7 @@ def _is_inside(value: dict[str, Any], summary: pd.DataFrame) -> bool | None:
 
 def escape_latex(text: str) -> str:
     """Return the text with LaTeX's special characters escaped. Other characters are kept, because LaTeX reads UTF-8."""
-    return re.sub("[" + re.escape("".join(_LATEX)) + "]", lambda match: _LATEX[match[0]], text)
+    return text.translate(str.maketrans(_ESCAPES))
 
 
 def to_latex(tables: list[dict[str, Any]]) -> str:
@@ -128,6 +127,5 @@ def to_latex(tables: list[dict[str, Any]]) -> str:
     environment.filters |= {"latex": escape_latex, "count": format.count}
     source = (resources.files("trainer.report") / "templates" / "comparison.tex.j2").read_text("utf-8")
     ours = [[cell for cell in comparison_rows([table]) if cell["who"] == "ours"] for table in tables]
-    return environment.from_string(source).render(
-        tables=list(zip(tables, ours, strict=True)), paper=paper_values()["paper"]
-    )
+    pairs = list(zip(tables, ours, strict=True))
+    return environment.from_string(source).render(tables=pairs, paper=paper_values()["paper"])

@@ -1,8 +1,8 @@
 """Colours, drawing functions that several figures share, and rendering to SVG and PNG.
 
-The baseline is grey. The methods that are compared most often have colours of Okabe and Ito (2008), which colour-blind
-readers can distinguish. Each method also has a marker. Figures are drawn in the light colours. On the page a CSS
-variable replaces each colour, for dark mode. The same data always give identical files.
+The method `answer_only` is grey. `cot`, `socratic` and `iterative_ahead` have colours of Okabe and Ito (2008), which
+colour-blind readers can distinguish. Each method also has a marker. Figures are drawn in the light colours. On the page,
+CSS variables replace the colours, so that dark mode can change them. The same data always give identical files.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from trainer.report.format import count, shorten
 from trainer.report.methods import DISPLAYED_METHODS, method_order
 from trainer.report.statistics import Floats
 
-# name of the CSS variable -> (light, dark)
+# name of the CSS variable -> (colour in light mode, colour in dark mode)
 NEUTRALS = {
     "ink": ("#1c1f23", "#e6e4df"),
     "muted": ("#666c74", "#9a9da3"),
@@ -46,7 +46,7 @@ _SPARE = (
     ("#661100", "#d48f7e", "*"),
     ("#aa4499", "#d88fcb", "8"),
 )
-# error type -> (light, dark). Right answers are pale, so that errors stand out.
+# error type -> (colour in light mode, colour in dark mode). Right answers are pale, so that errors stand out.
 _ERROR_TYPES = {
     "right": ("#cfd8d3", "#3c4742"),
     "subquestion": ("#7a5fae", "#a78fdb"),
@@ -72,7 +72,7 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 @dataclass(frozen=True)
 class Style:
-    """Colours of a method or error type. `dark` is for dark mode. `variable` is the name of the CSS variable."""
+    """Colours and marker of a method or error type. `dark`: colour in dark mode. `variable`: name of the CSS variable."""
 
     color: str
     dark: str
@@ -102,7 +102,7 @@ def method_styles(methods: Iterable[str]) -> Styles:
 
 
 def error_type_styles() -> Styles:
-    """Return {error type: style}. Right answers count as a type. The styles have no markers."""
+    """Return {error type: style}. Right answers count as an error type. The styles have no markers."""
     return {name: Style(light, dark, "", f"cause-{name}") for name, (light, dark) in _ERROR_TYPES.items()}
 
 
@@ -148,10 +148,9 @@ def _draw(panels: Sequence[Panel], columns: int) -> Figure:
 
 @contextlib.contextmanager
 def _matplotlib(background: str) -> Iterator[None]:
-    """Context manager that applies our settings and hides warnings about glyphs that the font of the figures lacks."""
-    style = matplotlib.rc_params_from_file(
-        str(resources.files("trainer.report") / "templates" / "figures.mplstyle"), use_default_template=False
-    )
+    """Context manager that applies the settings of the figures and hides warnings about glyphs that their font lacks."""
+    path = resources.files("trainer.report") / "templates" / "figures.mplstyle"
+    style = matplotlib.rc_params_from_file(str(path), use_default_template=False)
     settings: Any = {**style, **_COLORS, "figure.facecolor": background, "savefig.facecolor": background}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -163,10 +162,9 @@ def _for_page(svg: bytes, prefix: str, description: str, styles: Styles) -> str:
     variables |= {style.color: f"var(--{style.variable})" for style in styles.values()}
     colors = re.compile("|".join(map(re.escape, variables)))
     root = ElementTree.fromstring(svg)
+    unneeded = (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style")
     for element in root.iter():
-        element[:] = [
-            child for child in element if child.tag not in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style")
-        ]
+        element[:] = [child for child in element if child.tag not in unneeded]
         for name, value in element.items():
             if name == "id":
                 value = f"{prefix}-{value}"
@@ -229,8 +227,9 @@ def value_axis(
 ) -> None:
     """Set limits and ticks of axis `name` ("x" or "y") for values from `low` to `high`.
 
-    The axis is logarithmic if the values are positive and span more than a factor of _LOG_RATIO. Else the axis is
-    linear and has the limits `linear`.
+    The axis is logarithmic if the values are positive and span more than a factor of _LOG_RATIO. Its limits are then
+    low / log_margin and high * log_margin. Otherwise, the axis is linear, with the limits `linear` and at most `bins`
+    intervals between ticks.
     """
     axis = axes.xaxis if name == "x" else axes.yaxis
     if low > 0 and high / low > _LOG_RATIO:
@@ -277,7 +276,7 @@ def select_spaced(positions: Sequence[float], gap: float) -> list[int]:
 
 
 def bin_curve(x: Floats, y: Floats, num_bins: int) -> tuple[Floats, Floats]:
-    """Return at most 2 * num_bins points of a curve: those with the smallest and the largest y of each bin."""
+    """Return at most 2 * num_bins points of a curve: in each bin of consecutive points, those of smallest and largest y."""
     if len(x) <= 2 * num_bins:
         return x, y
     bins = np.array_split(np.arange(len(x)), num_bins)
@@ -290,8 +289,8 @@ def bin_curve(x: Floats, y: Floats, num_bins: int) -> tuple[Floats, Floats]:
 def smooth(y: Floats, window: int) -> Floats:
     """Return the centred moving mean of `y` over `window` values. `window` is odd.
 
-    Near the start the window is narrower and still centred, because the loss falls steeply there. Near the end
-    the window is cut on the right only, because the mean over a narrow window would be noisy.
+    Near the start, the window is narrower but still centred, because a training loss falls steeply there. Near the end,
+    only the right half of the window is cut, because the mean over a narrow window would be noisy.
     """
     total = np.concatenate([[0.0], np.cumsum(y)])
     index = np.arange(len(y))

@@ -9,13 +9,13 @@ Every wrong prediction (under the strict rule) has exactly one type:
   step is right, too. The first step that is not right decides the type:
   - `arithmetic`: the expression evaluates to a value of the gold step, but the written result differs. If the
     calculator writes the results of annotations, only expressions without annotation can have this error. This type
-    is checked before `subquestion`, because a right expression shows that the sub-question was understood.
+    is checked before `subquestion`, because a right expression shows that the sub-question is not the cause.
   - `subquestion`: the sub-question differs from the gold one. Only models that write sub-questions have this type.
   - `operation`: the expression does not evaluate to a value of the gold step: an operation or operand is wrong.
   If the only fault is that steps are missing or superfluous, the type is `subquestion` for models that write
   sub-questions, else `operation`.
-- `other`: the cause cannot be determined, because the answer has no steps or no expression, the gold steps have no
-  values, or every step is right and only the final answer is wrong.
+- `other`: the cause cannot be determined, because the answer has no steps, the wrong step has no expression, the gold
+  step has no value, or every step is right and only the final answer is wrong.
 
 Sub-questions are compared by their words, not by their meaning. Two sub-questions differ if their numbers or names
 differ, or if Dice's coefficient of their content words is below 0.5. So a good but differently worded sub-question
@@ -44,13 +44,8 @@ LABELS = {
     "other": "cannot be told",
 }
 RIGHT, *ERROR_TYPES = LABELS
-_LARGE = [
-    "question",
-    "gold",
-    "gold_steps",
-    "text",
-    "solution",
-]  # columns that are set to None if the page does not show the prediction
+# Columns that are set to None if the page does not show the prediction.
+_LARGE = ["question", "gold", "gold_steps", "text", "solution"]
 _SHARED_WORDS = 0.5  # sub-questions with a smaller Dice coefficient of their words count as different
 _DECIMALS = range(2, 6)  # a result may be rounded to 2, 3, 4 or 5 decimal places
 _OPERATOR = re.compile(r"(?<=[\d) ])[-+*/×÷−]")
@@ -72,7 +67,8 @@ def analyse(
     The first frame has columns.PREDICTIONS and columns.ANALYSED. `is_shown` selects the same number of predictions of each
     evaluation, in total at most `max_examples`. It selects the problem ids with the smallest digests, so that evaluations
     on the same problems show the same ids. The second frame has a row for each evaluation whose models write sub-questions.
-    Its columns are `evaluation` and the keys of score_questions. Raises UserError if a file of predictions is damaged.
+    The columns of the second frame are `evaluation` and the keys of score_questions. An evaluation without gold steps has
+    no error types and no row. Raises UserError if a file of predictions is damaged.
     """
     quota = max_examples // max(len(evaluations), 1)
     scorer = scorer or Scorer()
@@ -92,15 +88,14 @@ def analyse(
             error_type=None,
             wrong_step=pd.NA,
         )
+        method = row["method"]
         if predictions["gold_steps"].notna().all():
             errors = [
-                find_error(
-                    answer.solution, answer.correct, answer.has_answer, row["method"], answer.gold_steps
-                )
+                find_error(answer.solution, answer.correct, answer.has_answer, method, answer.gold_steps)
                 for answer in predictions.itertuples()
             ]
             predictions["error_type"], predictions["wrong_step"] = zip(*errors, strict=True)
-            if without_guidance(row["method"]) in WRITE_QUESTIONS:
+            if without_guidance(method) in WRITE_QUESTIONS:
                 pairs = zip(solutions, predictions["gold_steps"], strict=True)
                 questions = [(_questions(solution.steps), _questions(gold)) for solution, gold in pairs]
                 quality = score_questions(questions, scorer)
@@ -130,9 +125,8 @@ def find_error(
     index, matched = _first_difference(solution.steps, gold)
     if not has_answer:
         return "no_answer", index
-    writes_questions = without_guidance(method) in WRITE_QUESTIONS or (
-        method == "few_shot" and any(step.question for step in solution.steps)
-    )
+    has_questions = any(step.question for step in solution.steps)
+    writes_questions = without_guidance(method) in WRITE_QUESTIONS or (method == "few_shot" and has_questions)
     if not solution.steps or not any(step.value is not None or step.question for step in gold):
         return "other", None
     miscounted = "subquestion" if writes_questions else "operation"
@@ -157,7 +151,7 @@ def same_question(ours: str, gold: str) -> bool:
 
 
 def _first_difference(steps: Sequence[SolutionStep], gold: Sequence[SolutionStep]) -> tuple[int | None, int]:
-    """Return the index of the first step that is not right, and how many gold steps are matched before that step.
+    """Return the index of the first step that is not right, and the number of gold steps that earlier steps match.
 
     The index is None if all steps are right. A gold step without a value is compared by its sub-question.
     """

@@ -1,6 +1,5 @@
 """Data of the page's example viewer: problems, generated answers, and the first wrong step of each answer."""
 
-import json
 from typing import Any
 
 import pandas as pd
@@ -12,13 +11,14 @@ from trainer.report.solution_steps import SolutionStep
 
 
 def viewer_data(evaluations: pd.DataFrame, predictions: pd.DataFrame) -> dict[str, Any]:
-    """Return the object that example_viewer.js reads, with the predictions whose `is_shown` is true.
+    """Return the object that example_viewer.js reads. It contains the predictions whose `is_shown` is true.
 
-    evaluations: [{problems, model, method, label, seed, calculator, given, shown, of}]; problems: title of the panel;
-    given: whether the sub-questions are gold; of: number of predictions; shown: number of predictions on the page.
-    problems: [{id, question, gold, steps or null}], each problem once
+    evaluations: [{problems, model, method, label, seed, calculator, given, shown, of}]. In this list, `problems` is the
+    title of the panel, `given` is true if the model reads gold sub-questions, `of` is the number of all predictions, and
+    `shown` is the number of predictions on the page.
+    problems: [{id, question, gold, steps}], each problem once. gold: the gold answer. steps: the gold steps, or null.
     predictions: [[evaluation index, problem index, steps, ending, correct, error type, wrong step, tokens, stopped]]
-    steps: [[sub-question, solution, [per annotation: 1 if its result equals the calculator's, else 0]]]
+    steps: [[sub-question, solution, results]]. results: for each annotation, 1 if the calculator gives the same result, else 0.
     causes: {error type: label}.
     """
     shown = predictions[predictions["is_shown"]]
@@ -32,6 +32,7 @@ def viewer_data(evaluations: pd.DataFrame, predictions: pd.DataFrame) -> dict[st
     problem = shown.groupby(["id", "problem"], sort=False).ngroup()
     unique = shown.loc[problem.drop_duplicates().index]
     problems = unique[["id", "question", "gold"]].assign(steps=unique["gold_steps"].map(_steps, "ignore"))
+    is_cut = (shown["stopped"] == "") & ~shown["finished"]
     answers = pd.DataFrame(
         {
             "evaluation": shown.groupby("evaluation", sort=False).ngroup(),
@@ -40,9 +41,7 @@ def viewer_data(evaluations: pd.DataFrame, predictions: pd.DataFrame) -> dict[st
             "ending": [solution.ending for solution in shown["solution"]],
             "correct": shown["correct"].astype(int),
             **shown[["error_type", "wrong_step", "generated_tokens"]],
-            "stopped": shown["stopped"].mask(
-                (shown["stopped"] == "") & ~shown["finished"], "cut at its limit of tokens"
-            ),
+            "stopped": shown["stopped"].mask(is_cut, "cut at its limit of tokens"),
         },
         dtype=object,  # texts may contain lone surrogates, which Arrow strings cannot store
     )
@@ -52,14 +51,6 @@ def viewer_data(evaluations: pd.DataFrame, predictions: pd.DataFrame) -> dict[st
         "predictions": [list(answer.values()) for answer in to_dicts(answers)],
         "causes": LABELS,
     }
-
-
-def embedded_json(data: dict[str, Any]) -> str:
-    """Return ASCII JSON without `<`, `>` and `&`, so that model output cannot close the page's script element."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def _steps(steps: tuple[SolutionStep, ...]) -> list[list[Any]]:

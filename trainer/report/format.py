@@ -1,10 +1,10 @@
-"""Format numbers and names for figures and the page."""
+"""Format numbers and names for the figures and the HTML page of a report."""
 
 import math
 
 
 def count(value: float | None) -> str:
-    """Return a number with at most three digits: 1234 as "1.23k", 124439808 as "124M". None and infinity give "–"."""
+    """Return a number with at most three digits, e.g. "1.23k" for 1234; "–" for None, NaN or infinity."""
     if value is None or not math.isfinite(value):
         return "–"
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -14,17 +14,17 @@ def count(value: float | None) -> str:
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """Return 0.8134 as "81.3 %"."""
+    """Return a fraction in percent, e.g. "81.3 %" for 0.8134; "–" for NaN or infinity."""
     return f"{100 * fraction:.{digits}f} %" if math.isfinite(fraction) else "–"
 
 
 def interval(low: float, high: float, digits: int = 1) -> str:
-    """Return two fractions as "[76.2, 85.1]", in percent."""
+    """Return an interval of fractions in percent, e.g. "[76.2, 85.1]" for 0.762 and 0.851."""
     return f"[{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
 
 
 def p_value(p: float | None) -> str:
-    """Return 0.0312 as "0.031". Values below 0.0001 give "< 0.0001", and None gives "–"."""
+    """Return a p-value as text, e.g. "0.031" for 0.0312; "< 0.0001" if `p` is below 0.0001, "–" if `p` is None."""
     if p is None:
         return "–"
     if p < 0.0001:
@@ -33,7 +33,7 @@ def p_value(p: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Return 75 as "1 min 15 s"."""
+    """Return a duration as text, e.g. "1 min 15 s" for 75; "–" for None, NaN or infinity."""
     if value is None or not math.isfinite(value):
         return "–"
     if value < 60:
@@ -43,7 +43,7 @@ def seconds(value: float | None) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Return the text with at most `limit` characters. Cut the middle, because names differ mostly at their start and end."""
+    """Return a text of at most `limit` characters: a longer `text` is cut in the middle, because names differ at both ends."""
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-((limit - 1) // 2) :]}"
 
 

@@ -1,6 +1,6 @@
 """Load studies from disk into pandas frames, from which all tables, figures and texts of the report are made.
 
-columns.py documents the frames. Incomplete runs have rows too. Their column `missing` names what is not done.
+columns.py documents the frames. Incomplete runs have rows too. Their column `missing` names the first unfinished stage.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ STEPS_OF_FINAL_LOSS = 20
 
 @dataclass(frozen=True)
 class StudyFrames:
-    """All runs of a report. `runs` has columns.RUNS. `metrics`: run path -> frame with columns.METRICS."""
+    """All runs of a report. `runs`: frame with the columns in columns.RUNS. `metrics`: run path -> frame (columns.METRICS)."""
 
     runs: pd.DataFrame
     metrics: dict[Path, pd.DataFrame]
@@ -41,10 +41,10 @@ class StudyFrames:
 
 
 def load_frames(directories: list[Path]) -> StudyFrames:
-    """Load each run of the given study or run directories once, including planned runs that have not started.
+    """Return the frames of all runs in the given study or run directories, including planned runs that have not started.
 
-    Rows are ordered by study, size, model, method, seed and name. Raises UserError if a directory has no runs, or if
-    results are unreadable or contradictory.
+    Each run is loaded once. Rows are sorted by study, size of the model, model, method, seed and run name. Raises UserError
+    if a directory has no runs, or if results are unreadable or contradictory.
     """
     metrics: dict[Path, pd.DataFrame] = {}
     rows: list[dict[str, Any]] = []
@@ -68,12 +68,10 @@ def load_frames(directories: list[Path]) -> StudyFrames:
     frame["panel"] = [" · ".join(filter(None, key)) if key else None for key in keys]
     frame["panel_rank"] = pd.array([ranked.index(key) if key else None for key in keys], dtype="Int64")
     frame["is_plain"] = [not any(key[2:]) if key else None for key in keys]
-    sort_keys = frame.fillna({"parameters": 0, "seed": -1}).assign(
-        order=frame["run_method"].map(method_order)
-    )
-    return StudyFrames(
-        _sort(frame, sort_keys, "study", "parameters", "model", "order", "seed", "run"), metrics
-    )
+    order = frame["run_method"].map(method_order)
+    sort_keys = frame.fillna({"parameters": 0, "seed": -1}).assign(order=order)
+    runs = _sort(frame, sort_keys, "study", "parameters", "model", "order", "seed", "run")
+    return StudyFrames(runs, metrics)
 
 
 def _sort(frame: pd.DataFrame, keys: pd.DataFrame, *names: str) -> pd.DataFrame:
@@ -136,7 +134,10 @@ def _planned_evaluations(study: StudyDirectory) -> dict[str, set[str]]:
 
 
 def _load_run(directory: RunDirectory, planned: set[str], training: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per evaluation of a run, or one row if there is no evaluation. Add `training` to all rows."""
+    """Return a row for each finished evaluation of a run, or one row without a result if no evaluation is finished.
+
+    training: columns to add to every row.
+    """
     name = replace_unprintable(directory.name)
     settings = read_settings(directory.settings)
     environment = read_json(directory.environment) if directory.environment.is_file() else {}
@@ -154,13 +155,12 @@ def _load_run(directory: RunDirectory, planned: set[str], training: dict[str, An
     def fact(key: str, otherwise: Any) -> str:
         return replace_unprintable(str(facts.get(key) or otherwise))
 
+    train_data = data or str(facts.get("data") or first.get("evaluated_train_data", ""))
     run = {
         "study": replace_unprintable(directory.path.resolve().parent.name),
         "run": name,
         "run_path": directory.path,
-        "train_data": replace_unprintable(
-            data or str(facts.get("data") or first.get("evaluated_train_data", ""))
-        ),
+        "train_data": replace_unprintable(train_data),
         "run_method": first.get("method") or canonical(fact("method", trained.get("method") or method)),
         "model": first.get("evaluated_model")
         or fact("model_name", trained.get("model_label") or model or name),
@@ -194,7 +194,10 @@ def training_columns(metrics: pd.DataFrame) -> dict[str, Any]:
 
 
 def _manifest_facts(directory: RunDirectory) -> dict[str, Any]:
-    """Return the facts in the manifest of the export, or else of the newest complete checkpoint, or else {}."""
+    """Return the facts in the manifest of the export, or of the newest complete checkpoint if there is no export.
+
+    `is_export` is added to the facts. If there is neither an export nor a complete checkpoint, return {}.
+    """
     checkpoints = [directory.checkpoint(step) for step in reversed(directory.checkpoint_steps())]
     for path in (directory.export, *checkpoints):
         if atomic_dir.is_complete(path):
@@ -218,9 +221,8 @@ def _missing(
     stopped = f"training stopped at step {run['training_steps']}{of_all}"
     if not run["training_steps"] and not facts.get("step") and not evaluations:
         return "not started"
-    if facts.get("finished") is False or (
-        evaluations and all(row["stopped_at"] is not None for row in evaluations)
-    ):
+    all_stopped = bool(evaluations) and all(row["stopped_at"] is not None for row in evaluations)
+    if facts.get("finished") is False or all_stopped:
         return stopped
     if not evaluations and "finished" not in facts:
         return f"{stopped}, no checkpoint"
@@ -232,7 +234,7 @@ def _missing(
 def _check_same_model(
     directory: RunDirectory, evaluations: list[dict[str, Any]], settings: dict[str, Any]
 ) -> None:
-    """Raise UserError if a run's evaluations disagree about the model, or if one contradicts the run's settings."""
+    """Raise UserError if a run's evaluations are of different models, or if an evaluation contradicts the run's settings."""
     for row in evaluations:
         path = row["results_path"]
         for name, expected in (("method", settings.get("method")), ("train_seed", settings.get("seed"))):

@@ -2,17 +2,18 @@
 
 from typing import NamedTuple
 
-# A decomposer writes the sub-questions, and a solver answers them.
+# In these methods, a decomposer writes the sub-questions, and a solver solves them.
 PAIR_METHODS = ("iterative_ahead", "iterative_interleaved")
 WRITE_QUESTIONS = ("socratic", *PAIR_METHODS)  # methods whose models write the sub-questions
 WITH_QUESTIONS = (*WRITE_QUESTIONS, "gold_subquestions")  # methods whose texts contain sub-questions
-GUIDED = "+"  # separates the guidance: in "iterative_ahead+operators", the decomposer reads the operators
+GUIDED = "+"  # separates a pair method from the plan that the decomposer reads: "iterative_ahead+operators"
 
 
 class DisplayedMethod(NamedTuple):
-    """Display of a method in the report. `header`: title of its column in the comparison with the paper, or "".
+    """Display of a method in the report.
 
-    `color` is for light mode, `dark` for dark mode. A method without a colour gets a spare colour.
+    `header`: title of the method's column in the comparison with the paper; "" if there is no such column. `color` is for
+    light mode, `dark` for dark mode. A method without a colour gets a spare colour. `marker`: a Matplotlib marker.
     """
 
     label: str
@@ -22,7 +23,7 @@ class DisplayedMethod(NamedTuple):
     marker: str = ""
 
 
-# In display order. The methods after gold_subquestions train one model of a pair, which is evaluated only with the pair.
+# In display order. A run of a method after gold_subquestions only trains a model. Runs of other methods evaluate this model.
 DISPLAYED_METHODS = {
     "few_shot": DisplayedMethod("few-shot", "few-shot", "#3b3178", "#a9a0ee", "X"),
     "answer_only": DisplayedMethod("answer only", "answer only", "#767b82", "#a2a7ae", "o"),
@@ -61,7 +62,7 @@ def canonical(method: str) -> str:
 
 
 def label(method: str) -> str:
-    """Return the label, e.g. `iterative, ahead + operators`. The label of an unknown method is its name."""
+    """Return the method's label, e.g. `iterative, ahead + operators`. An unknown method is labelled with its name."""
     name, mark, guidance = method.partition(GUIDED)
     known = DISPLAYED_METHODS[name].label if name in DISPLAYED_METHODS else name
     return f"{known} + {guidance}" if mark else known
@@ -74,5 +75,5 @@ def method_order(method: str) -> tuple[int, str]:
 
 
 def is_role_of_pair(method: str) -> bool:
-    """Return whether models of this method are evaluated only as a role of a pair."""
+    """Return whether runs of this method only train a model. Runs of other methods evaluate the model."""
     return method.startswith(("decomposer", "planner_")) or method == "solver"

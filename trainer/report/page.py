@@ -1,4 +1,4 @@
-"""Render index.html from templates. The templates escape all texts of the run directories."""
+"""Render index.html from templates. All texts that come from the run directories are escaped."""
 
 import base64
 import hashlib
@@ -7,6 +7,7 @@ from importlib import resources
 
 import jinja2
 import pandas as pd
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 import trainer
@@ -25,7 +26,9 @@ from trainer.report.summary import CELL_KEYS, uncertainty_text
 def render_page(data: ReportData, figures: dict[str, list[Panel]], styles: Styles) -> str:
     """Return the text of index.html. The page contains style sheet, figures, predictions and script; it loads no other file."""
     runs = data.study.runs.drop_duplicates("run_path")
-    examples = example_viewer.viewer_data(data.evaluations, data.predictions)
+    viewer = example_viewer.viewer_data(data.evaluations, data.predictions)
+    # ASCII JSON without `<`, `>` and `&`, so that model output cannot close the page's script element.
+    examples = htmlsafe_json_dumps(viewer, separators=(",", ":"), allow_nan=False)
     script = _read("example_viewer.js")
     # Method -> CSS variable of its colour, for the script and the templates.
     variables = {method: style.variable for method, style in styles.items()}
@@ -37,7 +40,7 @@ def render_page(data: ReportData, figures: dict[str, list[Panel]], styles: Style
         "style_sheet": Markup(_variables(styles) + _read("page.css")),
         "script": Markup(script),
         "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        **{"viewer": examples, "examples": Markup(example_viewer.embedded_json(examples))},
+        **{"viewer": viewer, "examples": examples},
         **{"variables": variables, "variables_json": json.dumps(variables)},
         "figures": {
             name: list(map(Markup, inline_panels(name, panels, styles | error_type_styles())))

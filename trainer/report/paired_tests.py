@@ -1,4 +1,4 @@
-"""Exact McNemar tests of evaluations on the same problems. Holm's method adjusts the p-values of each table."""
+"""Exact McNemar tests of evaluations on the same problems. Holm's method adjusts all p-values of a table together."""
 
 import pandas as pd
 
@@ -7,7 +7,8 @@ from trainer.report.summary import CELL_KEYS
 
 _COUNTS = ["both", "only_first", "only_second", "neither"]
 _TEST = ["n", *_COUNTS, "p", "p_holm", "refusal"]
-# Row number of the evaluation -> frame with the index `id` and the columns `problem` (a digest) and `correct`.
+# Index of an evaluation in the frame of evaluations -> frame with the index `id` and the columns `problem` (digest of
+# question and gold answer) and `correct`.
 PredictionsByEvaluation = dict[int, pd.DataFrame]
 
 
@@ -18,11 +19,12 @@ def predictions_by_evaluation(predictions: pd.DataFrame) -> PredictionsByEvaluat
 
 
 def compare_methods(evaluations: pd.DataFrame, answers: PredictionsByEvaluation) -> pd.DataFrame:
-    """Return one row per pair of methods with the same panel, model, training seed and sampling seed.
+    """Compare evaluations of two methods that have the same panel, model, training seed and sampling seed.
 
-    Columns: panel, model, parameters, seed; first and second, the two methods; n, the number of problems; both,
-    only_first, only_second and neither, the numbers of problems that these methods solved; p; p_holm; refusal, the
-    reason why there is no test, else "". A base model has no training seed, so it is compared with models of every seed.
+    Return one row per pair of evaluations. Columns: panel, model, parameters, seed; first and second, the two methods; n,
+    the number of problems; both, only_first, only_second and neither, the numbers of problems that both methods, only one
+    method or no method solved; p; p_holm, p adjusted by Holm; refusal, the reason why there is no test, or "" if there is
+    a test. A base model has no training seed, so it is compared with models of every seed.
     """
     rows = evaluations.assign(
         evaluation=evaluations.index, cell=evaluations.groupby(CELL_KEYS, sort=False).ngroup()
@@ -34,16 +36,16 @@ def compare_methods(evaluations: pd.DataFrame, answers: PredictionsByEvaluation)
     pairs = pairs[(pairs["cell"] < pairs["cell_second"]) & same_seed]
     pairs = pairs.sort_values(["cell", "cell_second", "evaluation", "evaluation_second"])
     pairs = pairs.drop(columns="n").rename(columns={"method": "first", "method_second": "second"})
-    return _add_mcnemar_tests(pairs, answers)[
-        ["panel", "model", "parameters", "seed", "first", "second", *_TEST]
-    ]
+    columns = ["panel", "model", "parameters", "seed", "first", "second", *_TEST]
+    return _add_mcnemar_tests(pairs, answers)[columns]
 
 
 def compare_calculators(evaluations: pd.DataFrame, answers: PredictionsByEvaluation) -> pd.DataFrame:
-    """Return one row per evaluation with the calculator that was repeated without the calculator.
+    """Compare evaluations with the calculator and evaluations without the calculator that are otherwise equal.
 
-    The columns are those of compare_methods, but `method` replaces first and second. The columns `on` and `off` each hold
-    a dict of correct, n, accuracy, low and high. `only_first` counts problems solved only with the calculator.
+    Return one row per pair. The columns are those of compare_methods, but `method` replaces `first` and `second`. The added
+    columns `on` and `off` hold the scores with and without the calculator, as dicts with the keys correct, n, accuracy, low
+    and high. `only_first` counts the problems solved only with the calculator.
     """
     scores = evaluations[["strict_correct", "n", "strict_accuracy", "strict_low", "strict_high"]]
     scores = scores.set_axis(["correct", "n", "accuracy", "low", "high"], axis=1).astype(object)
@@ -55,31 +57,27 @@ def compare_calculators(evaluations: pd.DataFrame, answers: PredictionsByEvaluat
     pairs = rows[uses_calculator].merge(without, on=same, suffixes=("", "_second"))
     pairs = pairs.drop(columns=["n", "seed"])
     pairs = pairs.rename(columns={"train_seed": "seed", "score": "on", "score_second": "off"})
-    return _add_mcnemar_tests(pairs, answers)[
-        ["panel", "model", "parameters", "seed", "method", "on", "off", *_TEST]
-    ]
+    columns = ["panel", "model", "parameters", "seed", "method", "on", "off", *_TEST]
+    return _add_mcnemar_tests(pairs, answers)[columns]
 
 
 def why_not_comparable(
     first_predictions: pd.DataFrame | None, second_predictions: pd.DataFrame | None
 ) -> str:
-    """Return the reason why two evaluations cannot be compared problem by problem; "" if they can."""
+    """Return the reason why two evaluations cannot be compared problem by problem, or "" if they can be compared."""
     if first_predictions is None or second_predictions is None:
         return "predictions missing"
-    missing = (
-        len(first_predictions.index.difference(second_predictions.index)),
-        len(second_predictions.index.difference(first_predictions.index)),
-    )
-    if any(missing):
-        return f"different problems: {missing[0]} only in the first, {missing[1]} only in the second"
-    changed = int(
-        (first_predictions["problem"] != second_predictions["problem"].reindex(first_predictions.index)).sum()
-    )
+    only_first = len(first_predictions.index.difference(second_predictions.index))
+    only_second = len(second_predictions.index.difference(first_predictions.index))
+    if only_first or only_second:
+        return f"different problems: {only_first} only in the first, {only_second} only in the second"
+    in_second = second_predictions["problem"].reindex(first_predictions.index)
+    changed = int((first_predictions["problem"] != in_second).sum())
     return f"different problems: {changed} of the same id differ in question or answer" if changed else ""
 
 
 def _add_mcnemar_tests(pairs: pd.DataFrame, answers: PredictionsByEvaluation) -> pd.DataFrame:
-    """Return `pairs` with the columns `_TEST`: a test of the evaluations in columns `evaluation` and `evaluation_second`."""
+    """Return `pairs` with the added columns `_TEST`. Each row is a test of `evaluation` against `evaluation_second`."""
     numbers = zip(pairs["evaluation"], pairs["evaluation_second"], strict=True)
     rows = [_test(answers.get(first), answers.get(second)) for first, second in numbers]
     tests = pd.DataFrame(rows, columns=["n", *_COUNTS, "p", "refusal"])

@@ -1,4 +1,4 @@
-"""Figures of the report. A figure is a list of panels. Figures without panels are left out."""
+"""Figures of the report. A figure is a list of panels. The report omits a figure if its list is empty."""
 
 import math
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from trainer.report.report_data import ReportData
 from trainer.report.summary import CELL_KEYS
 
 _NUM_BINS = 250  # bins of a long loss curve; the smallest and largest loss of each bin are drawn
-_WIDTH = 6.4  # inches, width of figures with a row for each method
-_ROW = 0.21  # inches, height of a row
+_WIDTH = 6.4  # inches, width of a panel with bars (error types, calculator)
+_ROW = 0.21  # inches, height of a row of such a panel
 _CALCULATOR_ROW = 1.8  # height of the two bars of a method, as a multiple of _ROW
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 _COUNT = FuncFormatter(lambda value, _: count(value))
@@ -49,10 +49,11 @@ def _panels(
     styles: Styles,
     height: tuple[float, float] | None = None,
 ) -> list[Panel]:
-    """Return one panel per set of problems. `draw` is called with title, rows, styles and axes of a panel.
+    """Return one panel per set of problems. To draw a panel, `draw` is called with its title, rows, styles and axes.
 
     `description` may contain {title}, {methods} and {bars}. {bars} is replaced by the texts in the column `in_words`.
-    `height`, for panels with a row per method: (inches without the rows, spacing of the rows as a multiple of _ROW).
+    `height` is for panels with a row per model and method. It is a pair: the height of the panel without the rows in inches,
+    and the height of a row as a multiple of _ROW.
     """
     panels = []
     for title, cells in rows.groupby("panel", sort=False):
@@ -71,7 +72,7 @@ def _methods(cells: pd.DataFrame) -> list[str]:
 
 
 def plot_accuracy(summary: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return one panel per set of problems. Each method has intervals, a dot per seed, and a line through its means."""
+    """Return one panel per set of problems. Each method has 95 % intervals, a dot per seed, and a line through the means."""
     text = "Strict accuracy against parameters on {title}, for {methods}"
     return _panels(summary, text, partial(_draw_accuracy, summary["high"].max()), styles)
 
@@ -91,7 +92,7 @@ def _draw_accuracy(highest: float, title: str, cells: pd.DataFrame, styles: Styl
 
 
 def plot_num_steps(summary: pd.DataFrame, by_num_steps: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return one panel per set of problems and model: accuracy by number of gold steps. The smallest model comes first."""
+    """Return one panel per set of problems and model: accuracy by number of gold steps. Smaller models come first in a set."""
     panels = []
     for (panel, size, model), cells in by_num_steps.groupby(["panel", "parameters", "model"], sort=False):
         title = f"{panel}, {model}"
@@ -111,9 +112,8 @@ def _draw_num_steps(
     axes.set_xlim(nums[0] - 0.5, nums[-1] + 0.5)
     shown = drawing.select_spaced(nums, (nums[-1] - nums[0] + 1) * 0.09)
     axes.xaxis.set_major_locator(FixedLocator([nums[index] for index in shown]))
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda num, _: f"{num:g}\n{num_problems.get(round(num), 0)}")
-    )
+    formatter = FuncFormatter(lambda num, _: f"{num:g}\n{num_problems.get(round(num), 0)}")
+    axes.xaxis.set_major_formatter(formatter)
     axes.set_xlabel("steps; below, problems", loc="right")
     cells = cells.assign(x=cells["num_steps"])
     _draw_methods(axes, title, cells, methods, lambda x, shift: x + 0.08 * shift, styles)
@@ -144,7 +144,7 @@ def _draw_methods(
 
 
 def plot_fits(fits: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return one panel per set of problems: fitted curves, their 95 % bands, and the means that the curves were fitted to."""
+    """Return one panel per set of problems: fitted curves with 95 % bands, and the observed mean accuracies."""
     text = "Fitted accuracy against parameters on {title}, for {methods}"
     return _panels(fits[fits["refusal"] == ""], text, _draw_fits, styles)
 
@@ -172,12 +172,11 @@ def plot_loss(study: StudyFrames, styles: Styles) -> list[Panel]:
     runs = study.runs.drop_duplicates("run_path")
     finite = {path: lines[np.isfinite(lines["loss"])] for path, lines in study.metrics.items()}
     has_loss = [bool((~finite[path]["is_validation"]).any()) for path in runs["run_path"]]
-    runs = runs[has_loss].assign(
-        parameters=runs["parameters"].fillna(0), order=runs["run_method"].map(method_order)
-    )
+    order = runs["run_method"].map(method_order)
+    runs = runs[has_loss].assign(parameters=runs["parameters"].fillna(0), order=order)
     panels = []
     for (data, _, model), members in runs.groupby(["train_data", "parameters", "model"]):
-        # All panels of a training set have the same scale, so that curves of different models can be compared.
+        # All panels of a training set have the same vertical scale, so that curves of different models can be compared.
         losses = pd.concat([finite[path]["loss"] for path in runs["run_path"][runs["train_data"] == data]])
         title = f"{data}, {model}" if data else str(model)
         members = members.sort_values(["order", "run"], kind="stable")
@@ -249,7 +248,7 @@ def _draw_throughput(bars: list[pd.DataFrame], styles: Styles, axes: Axes) -> No
 
 
 def plot_error_types(error_types: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return one panel per set of problems, with a stacked bar per model and method. Shares are means over seeds."""
+    """Return one panel per set of problems, with a stacked bar per model and method. A bar counts all seeds together."""
     counts = error_types.groupby(CELL_KEYS, sort=False)[[RIGHT, *ERROR_TYPES]].sum()
     shares = counts.div(counts.sum(axis=1), axis=0).reset_index()
     shares["in_words"] = [
@@ -285,9 +284,8 @@ def plot_calculator(comparisons: pd.DataFrame, styles: Styles) -> list[Panel]:
 
 def _draw_calculator(title: str, pairs: pd.DataFrame, styles: Styles, axes: Axes) -> None:
     highest = 0.0
-    for y_pair, pair in zip(
-        _label_rows(axes, pairs, _CALCULATOR_ROW, styles), pairs.itertuples(), strict=True
-    ):
+    y_pairs = _label_rows(axes, pairs, _CALCULATOR_ROW, styles)
+    for y_pair, pair in zip(y_pairs, pairs.itertuples(), strict=True):
         color = styles[pair.method].color
         for y, score, fill in ((y_pair - 0.36, pair.on, color), (y_pair + 0.36, pair.off, "none")):
             axes.barh([y], [score["accuracy"]], height=0.62, color=fill, edgecolor=color, linewidth=0.9)
@@ -300,7 +298,7 @@ def _draw_calculator(title: str, pairs: pd.DataFrame, styles: Styles, axes: Axes
 
 
 def _label_rows(axes: Axes, cells: pd.DataFrame, step: float, styles: Styles) -> list[float]:
-    """Label the vertical axis: each model, and below it a row per method. `step`: row spacing. Return the y of each row."""
+    """Label the vertical axis with models and, below each, a row per method. `step`: row spacing. Return the y of each row."""
     is_first = (cells["model"] != cells["model"].shift()).to_numpy()
     models_above = np.cumsum(is_first) - 1
     below_model = (1 + step) / 2

@@ -1,4 +1,4 @@
-"""Provenance: settings, versions, and remarks on single runs."""
+"""Provenance of a report: settings and versions of the runs, and remarks on single runs."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from trainer.report.format import replace_unprintable
 from trainer.report.load import StudyFrames
 from trainer.report.report_data import ReportData
 
-Facts = dict[str, str]
-# Keys of environment.json that the report shows. Reports are shared, so hosts, commands and job numbers are left out.
+Facts = dict[str, str]  # name of a setting, a version etc. -> its value as text
+# Keys of environment.json that the report shows. A report may be published, so hosts, commands and job ids are left out.
 _ENVIRONMENT = "versions python device launcher world_size threads_per_rank zero_stage dtype code_revision"
-# Training settings that affect the results and are not in the run's name. False and empty settings are not shown.
+# Training settings that affect the results and are not in the run's name. Settings that are False, 0 or empty are not shown.
 _SETTINGS = """
 per_device_train_batch_size gradient_accumulation_steps pack_length packing learning_rate lr_scheduler_type
 warmup_steps warmup_ratio weight_decay max_grad_norm num_train_epochs max_steps bf16 train_on_calculator_results
@@ -21,7 +21,7 @@ _EVALUATION_SETTINGS = "subquestions guidance_from max_steps max_new_tokens temp
 
 
 def facts_by_run(study: StudyFrames) -> tuple[Facts, list[tuple[dict[str, Any], Facts]]]:
-    """Return the facts that all started trainings share, and a pair per run: its first row, and its facts that are not shared."""
+    """Return (facts that all started trainings share, [(first row of a run, facts of the run that are not shared), ...])."""
     runs = [(rows[0], _facts(rows)) for rows in _rows_by_run(study)]
     trained = [facts for run, facts in runs if run["is_trained"] and (run["settings"] or run["environment"])]
     first = trained[0] if trained else {}
@@ -39,7 +39,7 @@ def _rows_by_run(study: StudyFrames) -> list[list[dict[str, Any]]]:
 
 
 def _facts(rows: list[dict[str, Any]]) -> Facts:
-    """Return the facts of a run: settings, environment, layout of the training examples, generation backends.
+    """Return the facts of a run: settings, environment, layout of the training examples, models of a pair, backends.
 
     `rows` are the rows of the run (columns.RUNS), one per evaluation.
     """
@@ -50,11 +50,10 @@ def _facts(rows: list[dict[str, Any]]) -> Facts:
     if run["is_trained"]:
         if "max_steps" in facts:  # max_steps overrides num_train_epochs
             facts.pop("num_train_epochs", None)
-        if "deepspeed" in facts:  # the facts of `environment` use this key for DeepSpeed's version
+        if "deepspeed" in facts:  # in `environment`, the key "deepspeed" holds DeepSpeed's version
             facts["DeepSpeed config"] = facts.pop("deepspeed")
-        facts = _flatten(facts) | _flatten(
-            {n: environment[n] for n in _ENVIRONMENT.split() if n in environment}
-        )
+        recorded = {name: environment[name] for name in _ENVIRONMENT.split() if name in environment}
+        facts = _flatten(facts | recorded)
         layout = environment.get("layout")
         if isinstance(layout, dict):  # older versions did not record the layout
             facts |= {
@@ -94,7 +93,7 @@ def _flatten(record: dict[str, Any]) -> Facts:
 
 
 def remarks(data: ReportData) -> list[tuple[str, str]]:
-    """Return a list of (run, remark). Remarks are warnings and other facts that help to judge the run's numbers."""
+    """Return a list of (name of a run or evaluation, remark), e.g. warnings and the number of steps without a finite loss."""
     numbers = {path: number for number, path in data.evaluations["results_path"].items()}
     predictions = dict(list(data.predictions.groupby("evaluation")))
     remarks: list[tuple[str, str]] = []
@@ -108,9 +107,8 @@ def remarks(data: ReportData) -> list[tuple[str, str]]:
         remarks += [(run["run"], f"{text}: {number}") for text, number in counted.items() if number]
         reason = (run["environment"].get("layout") or {}).get("fallback_reason")
         if reason:
-            remarks.append(
-                (run["run"], f"trained with a slower layout of examples: {replace_unprintable(reason)}")
-            )
+            text = f"trained with a slower layout of examples: {replace_unprintable(reason)}"
+            remarks.append((run["run"], text))
         for row in rows if run["evaluation_name"] else []:
             notes = row["warnings"] + [
                 f"the {backend['role']} was decoded by the backend {backend['name']}: {backend['reason']}"

@@ -24,9 +24,10 @@ _ESTIMATE = ["mean", "low", "high", "standard_error", "n", "num_seeds"]
 
 
 class ReportData:
-    """All frames of a report. The function that makes a frame documents its columns.
+    """All frames and headlines of a report. The function that computes a frame documents the frame's columns.
 
-    The constructor raises UserError if predictions are damaged or the BERTScore model is missing.
+    `max_examples`: maximum number of predictions that the report shows. `bertscore_model`: local folder; "" means no
+    BERTScore. The constructor raises UserError if predictions are damaged or the BERTScore model is missing.
     """
 
     def __init__(
@@ -62,13 +63,12 @@ def to_json(data: ReportData) -> str:
     """Return the text of results.json. NaN and infinities are null, because JSON does not have them."""
     named, tested = {"panel": "problems"}, {"model": "model_name", "parameters": "num_parameters"}
     cell = ["problems", "model", "parameters"]
+    summarised = [*cell, "total_parameters", "method", *_ESTIMATE, "accuracies"]
     errors = ["problems", *summary.EVALUATION_KEYS[1:], RIGHT, *ERROR_TYPES, "n"]
     is_unfinished = data.study.runs["missing"] != ""
     frames = {
         "runs": results_table(data.study.runs),
-        "summary": data.summary.rename(columns=named)[
-            [*cell, "total_parameters", "method", *_ESTIMATE, "accuracies"]
-        ],
+        "summary": data.summary.rename(columns=named)[summarised],
         "comparison_table": comparison.comparison_rows(data.paper_tables),
         "by_num_steps": data.by_num_steps.rename(columns=named)[[*cell, "method", "num_steps", *_ESTIMATE]],
         "comparisons": data.comparisons.rename(columns=tested),

@@ -1,6 +1,7 @@
 """Read and check single files of a run: settings.yaml, results.json, metrics.jsonl and predictions.jsonl.
 
-Accuracies and intervals are recomputed from the counts. A file that contradicts itself raises UserError.
+The report computes accuracies and intervals from the counts in these files. A file that contradicts itself raises
+UserError.
 """
 
 import functools
@@ -58,7 +59,7 @@ def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
     record |= {key: replace_unprintable(record[key]) for key in _TEXTS}
     run_data, run_method, run_model, _ = parse_run_name(run)
     if record["mode"] == "few_shot" and not record["train_data"]:
-        # Use the model name in the run name, so that the base model has the same name as models trained from it.
+        # Use the model name in the run's name, so that the base model is named like the models trained from it.
         record["model_name"] = replace_unprintable(run_model) or record["model_name"]
     members = [_member(role, record[role], path) for role in _ROLES if record.get(role)]
     method = (record["method"] or record["mode"]) + _guidance(members, record)
@@ -74,12 +75,10 @@ def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
         f"temperature {record['temperature']:g}" if record["temperature"] else "",
         "" if stopped_at is None else f"stopped at step {stopped_at}",
     )
-    warnings = record.get("warnings")
+    warnings = record["warnings"] if isinstance(record.get("warnings"), list) else []
+    copied = ("data", "split", "mode", "calculator", "temperature", "generated_tokens")
     return {
-        **{
-            key: record[key]
-            for key in ("data", "split", "mode", "calculator", "temperature", "generated_tokens")
-        },
+        **{key: record[key] for key in copied},
         "evaluation_name": name,
         "results_path": path,
         "predictions_path": directory.predictions,
@@ -101,16 +100,14 @@ def read_evaluation(directory: EvaluationDirectory, run: str) -> dict[str, Any]:
         "evaluation_seconds": record["seconds"],
         "members": members,
         "backends": _backends(record.get("backends")),
-        "warnings": [replace_unprintable(str(warning)) for warning in warnings]
-        if isinstance(warnings, list)
-        else [],
+        "warnings": [replace_unprintable(str(warning)) for warning in warnings],
     }
 
 
 def _counts(path: Path, record: dict[str, Any]) -> tuple[dict[str, int], dict[int, tuple[int, int]]]:
-    """Return {rule: correct answers}, and for the strict rule {number of gold steps: (correct answers, problems)}.
+    """Return two dicts of counts: {rule: correct answers}, and {number of gold steps: (correct answers, problems)}.
 
-    Raises UserError unless the counts by number of steps add up to the counts of all problems.
+    The second dict is for the strict rule. Raises UserError if the counts contradict each other or if there are no problems.
     """
     for key in record["by_num_steps"]:
         if not key.isdecimal():
@@ -142,10 +139,10 @@ def _count(path: Path, scores: Any, where: str, rule: str) -> tuple[int, int]:
 
 
 def _problems(name: str, run_method: str, record: dict[str, Any]) -> str:
-    """Return the study file's name for the problem set; "<data> <split>" if the study file gives it no name.
+    """Return the name of the problem set in the study file; "<data> <split>" if the problem set has no name there.
 
     `name` is the name of the evaluation: <problem set>-<mode>, followed by the settings that differ from the defaults.
-    For a guided pair, <mode> is the method of the run.
+    For a pair with a planner, <mode> is the method of the run.
     """
     for mode in filter(None, (run_method, record["mode"])):
         match = re.fullmatch(f"(.+)-{re.escape(mode)}(?:-.*)?", name)
@@ -165,10 +162,10 @@ def _member(role: str, record: Any, path: Path) -> dict[str, Any]:
 
 
 def _backends(record: Any) -> list[dict[str, Any]]:
-    """Return a dict per generation backend with keys role, name, difference, reason; [] for results of older versions.
+    """Return a dict per role, with keys role, name, difference, reason; [] for results of older versions.
 
-    difference: the largest difference between the backend's logits and the logits of the plain forward pass, in
-    standard deviations of the logits; None if not measured. reason: why the backend is not the default backend.
+    name: name of the role's generation backend. difference: largest difference of its logits from those of the plain forward
+    pass, in standard deviations; None if not compared. reason: reason why the slot backend was rejected, or "".
     """
     backends = []
     for role, choice in record.items() if isinstance(record, dict) else ():
@@ -178,9 +175,8 @@ def _backends(record: Any) -> list[dict[str, Any]]:
                 difference, name = None, f"{name} (as generate decodes)"
             number = float(difference) if isinstance(difference, (int, float)) else None
             reason = replace_unprintable(str(choice.get("reason") or ""))
-            backends.append(
-                {"role": replace_unprintable(str(role)), "name": name, "difference": number, "reason": reason}
-            )
+            role = replace_unprintable(str(role))
+            backends.append({"role": role, "name": name, "difference": number, "reason": reason})
     return backends
 
 
@@ -195,11 +191,11 @@ def _guidance(members: list[dict[str, Any]], record: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Return a training log as a frame of columns.METRICS, and a dict with keys broken_metrics_lines and undone_steps.
+    """Return a training log as a frame of columns.METRICS, and a dict with counts of dropped lines.
 
-    A missing file gives an empty log. If a step number does not increase, the run resumed from an earlier checkpoint:
-    all earlier lines with the same or a higher step number are dropped. Lines that are not JSON (cut when the process
-    was killed) are dropped and counted. Raises UserError if most lines are not JSON, because the file is then no log.
+    A missing file gives an empty log. If a step number does not increase, the run resumed from an earlier checkpoint: all
+    earlier lines with the same or a higher step number are dropped (undone_steps). Lines that are not JSON with a step
+    (cut when the process was killed) are dropped too (broken_metrics_lines). Raises UserError if they are the majority.
     """
     lines = [record for _, record in read_json_lines(path)]
     rows = [_metrics_row(record) for record in lines if record and type(record.get("step")) is int]
@@ -214,10 +210,8 @@ def read_metrics(path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     is_undone = metrics["step"] >= next_steps
     valid = metrics[~is_undone].drop_duplicates(["step", "is_validation"], keep="last")
     undone_steps = int((is_undone & ~metrics["is_validation"]).sum())
-    return (
-        valid.sort_values("step", kind="stable", ignore_index=True),
-        {"broken_metrics_lines": broken, "undone_steps": undone_steps},
-    )
+    counts = {"broken_metrics_lines": broken, "undone_steps": undone_steps}
+    return valid.sort_values("step", kind="stable", ignore_index=True), counts
 
 
 def _metrics_row(record: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +224,7 @@ def _metrics_row(record: dict[str, Any]) -> dict[str, Any]:
 def read_predictions(path: Path, expected: dict[str, Any]) -> pd.DataFrame | None:
     """Return a frame of columns.PREDICTIONS for one evaluation, or None if there is no predictions.jsonl.
 
-    `expected` holds n, strict_correct and flexible_correct of results.json. Raises UserError if the file is damaged,
+    `expected` holds n, strict_correct and flexible_correct of results.json. Raises UserError if the file is damaged, if it
     contains an id twice, or if its counts differ from `expected`.
     """
     if not path.is_file():
@@ -302,7 +296,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises UserError if the file cannot be read or holds no JSON object."""
+    """Return the dict that `parse` makes of a file's text. Raises UserError if the file cannot be read or holds no dict."""
     try:
         record = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -1,4 +1,4 @@
-"""Fit accuracy as a function of size: a logistic curve over log10(parameters), with a bootstrap over the problems.
+"""Fit accuracy as a function of model size: a logistic curve over log10(parameters), with a bootstrap over the problems.
 
 accuracy = 1 / (1 + exp(-(a + b * log10(parameters)))), fitted by maximum likelihood to the numbers of right answers at
 each size (means over seeds). Unlike a power law, the curve stays between 0 and 1. For small accuracies the curve is
@@ -28,13 +28,14 @@ _WITHOUT_FIT: dict[str, Any] = {
 
 
 def fit_curves(evaluations: pd.DataFrame, answers: PredictionsByEvaluation) -> pd.DataFrame:
-    """Return a row per panel and method.
+    """Return a frame with a row per panel and method.
 
-    Columns: panel; method; sizes, in parameters; refusal, the reason why there is no curve, else ""; n, the number of
-    problems; num_seeds; slope, the increase of the log-odds for ten times the parameters; slope_low; slope_high; half_at,
-    the size at which half of the problems are solved (None if the slope is not positive); largest_residual, the largest
-    difference between an accuracy and the curve; accuracies, the mean accuracy at each size; curve, (size, accuracy, low,
-    high) of each drawn point. All low and high values bound 95 % percentile intervals (resampled problems, not seeds).
+    Columns: panel, method, sizes (numbers of parameters), refusal (reason why there is no curve; "" if there is a curve), n
+    (number of problems), num_seeds, slope (increase of the log-odds for ten times the parameters), slope_low, slope_high,
+    half_at (size at which half of the problems are solved; None if the slope is not positive or nearly 0), largest_residual
+    (largest difference between a mean accuracy and the curve), accuracies (mean accuracy at each size), curve (tuple of drawn
+    points; each point has size, accuracy, low and high). All values named low and high bound 95 % percentile intervals from
+    resampled problems. Seeds are not resampled.
     """
     rows = []
     for title, panel in evaluations.groupby("panel", sort=False):
@@ -49,10 +50,10 @@ def fit_curves(evaluations: pd.DataFrame, answers: PredictionsByEvaluation) -> p
 def fit_logistic(x: Floats, successes: Floats, n: int) -> tuple[Floats, Floats]:
     """Return the maximum-likelihood a and b of successes ~ Binomial(n, expit(a + b x)), by Newton's method.
 
-    x: (S,) float64. successes: (..., S), between 0 and n, perhaps not integer (means over seeds). a and b: (...,). All
-    resamples are fitted at once: 1,000 take 2 ms on one CPU core. With one statsmodels GLM per resample, 1,000 take
-    1.7 s, and the slopes are equal to within 3e-14. The likelihood of separable data (0 % below a size and 100 % above)
-    has no maximum, so log-odds are limited to [-30, 30].
+    x: (S,) float64. successes: (..., S), between 0 and n, perhaps not integer (means over seeds). a and b: (...,). The
+    leading dimensions are bootstrap resamples, which are fitted at once: 1,000 resamples take 2 ms on one CPU core. With one
+    statsmodels GLM per resample, they take 1.7 s, and the slopes differ from ours by at most 3e-14. The likelihood of
+    separable data (0 % below a size and 100 % above) has no maximum, so log-odds are limited to [-30, 30].
     """
     centre, spread = x.mean(), x.std()
     z = (x - centre) / spread
@@ -75,7 +76,7 @@ def fit_logistic(x: Floats, successes: Floats, n: int) -> tuple[Floats, Floats]:
 
 
 def _fit(cells: pd.DataFrame, sizes: tuple[int, ...], answers: PredictionsByEvaluation) -> dict[str, Any]:
-    """Return the values of one row of fit_curves: the columns from `n` to `curve`, or only `refusal`."""
+    """Return the values of one row of fit_curves: the columns from `n` to `curve`, or only `refusal` if there is no curve."""
     if len(sizes) < MIN_SIZES:
         return {"refusal": f"{len(sizes)} of at least {MIN_SIZES} sizes"}
     by_evaluation = [answers.get(number) for number in cells.index]
@@ -84,7 +85,7 @@ def _fit(cells: pd.DataFrame, sizes: tuple[int, ...], answers: PredictionsByEval
             return {"refusal": refusal}
     solved = pd.concat([frame["correct"] for frame in by_evaluation if frame is not None], axis=1)
     solved.columns = cells["parameters"].astype(int)
-    # Shape (sizes, problems): share of the evaluations at this size (all seeds and models) that solve the problem.
+    # correct[size, problem]: share of the evaluations of this size (all seeds and models) that solve the problem.
     correct = np.ascontiguousarray(solved.sort_index().astype(np.float64).T.groupby(level=0).mean())
     means, n = correct.mean(axis=1), correct.shape[1]
     if means.max() == 0 or means.min() == 1:

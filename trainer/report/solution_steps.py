@@ -1,7 +1,7 @@
 """Parse a generated solution into steps. A step has a sub-question, calculations and a value.
 
-Generated texts have the format of the training data, with one segment per line. Sub-questions and solutions alternate,
-or there are only solutions. The last line is `#### answer`.
+A generated text has the format of the training data: one sub-question or one solution per line, then `#### answer` as the
+last line. Sub-questions and solutions alternate, or there are only solutions.
 """
 
 import re
@@ -59,7 +59,7 @@ class SolutionStep:
 
     @property
     def computed(self) -> list[bool]:
-        """Return for each annotation whether its result equals the calculator's, character by character."""
+        """Return for each annotation whether its result equals the calculator's result, character by character."""
         annotations = _ANNOTATION.findall(self.solution)
         return [calculator.evaluate(expression) == result for expression, result in annotations]
 
@@ -92,9 +92,8 @@ def parse(text: str, mode: str) -> Solution:
     lines = [line.strip() for line in head.split("\n") if line.strip()]
     ending = DELIMITER + text.rpartition(DELIMITER)[2].partition("\n")[0] if mark else ""
     with_questions = mode in WITH_QUESTIONS or (mode == "few_shot" and any(map(_is_question, lines)))
-    return Solution(
-        tuple(_alternating(lines) if with_questions else (SolutionStep("", s) for s in lines)), ending
-    )
+    steps = _alternating(lines) if with_questions else [SolutionStep("", line) for line in lines]
+    return Solution(tuple(steps), ending)
 
 
 def _alternating(lines: Iterable[str]) -> list[SolutionStep]:

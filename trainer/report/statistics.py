@@ -35,7 +35,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def holm(p_values: Sequence[float] | pd.Series) -> Floats:
-    """Return p-values adjusted by Holm, in the same order. A NaN (not tested) is not counted and stays NaN."""
+    """Return p-values adjusted by Holm's method, in the same order. A NaN does not count as a test and stays NaN."""
     adjusted = np.array(p_values, dtype=np.float64)
     tested = ~np.isnan(adjusted)
     if tested.any():
@@ -44,12 +44,12 @@ def holm(p_values: Sequence[float] | pd.Series) -> Floats:
 
 
 def estimates(scores: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Group the rows of `scores` by the columns in `by`. Return each group's accuracy, in the order of first appearance.
+    """Group the rows of `scores` by the columns in `by`. Return one row per group, in the order of first appearance.
 
-    Each row of `scores` is a seed with `correct` right answers to `n` problems. The result has the columns in `by`, and
-    mean, low, high (95 % Wilson interval), standard_error (of the mean; NaN for one seed), n, num_seeds, accuracies (a list
-    with one accuracy per seed). All seeds answer the same problems, so the interval is that of one model with the mean
-    accuracy on n problems. If n differs between seeds, the smallest n is used.
+    Each row of `scores` is a seed with `correct` right answers to `n` problems. The columns of the result are those in `by`,
+    then mean (accuracy), low and high (95 % Wilson interval), standard_error (of the mean; NaN for one seed), n, num_seeds,
+    and accuracies (a list with one accuracy per seed). All seeds answer the same problems. Therefore the interval is that of
+    a single model with the mean accuracy on n problems. If n differs between seeds, the smallest n is used.
     """
     grouped = scores.assign(accuracy=scores["correct"] / scores["n"]).groupby(by, sort=False)
     mean, n = grouped["accuracy"].mean(), grouped["n"].min().astype("int64")

@@ -2,7 +2,7 @@
 
 Shridhar et al. report these three scores for generated sub-questions ("Automatic Generation of Socratic
 Subquestions for Teaching Math Word Problems", EMNLP 2022). The sub-questions of a problem are joined by spaces and
-scored as one text. No score measures whether a differently worded sub-question is as good as the gold one.
+scored as one text. No score measures whether a differently worded sub-question is as good as the gold sub-question.
 """
 
 import json
@@ -19,7 +19,7 @@ class Scorer:
     """BERTScore (Zhang et al. 2020) with a local model. Without a model, all scores are None."""
 
     def __init__(self, model: str = "") -> None:
-        """Load the model of the local folder `model`, if given. Raises UserError if the folder or bert-score is missing."""
+        """Load a model from the local folder `model` ("": no model). Raises UserError if folder or bert-score is missing."""
         self.name = Path(model).name if model else ""
         self._scorer: Any = None
         if not model:
@@ -38,7 +38,7 @@ class Scorer:
             raise UserError(
                 "bertscore_model needs the package bert-score: pip install 'socratic-trainer[bertscore]'"
             ) from None
-        # The layer that the authors of BERTScore recommend for a model of this name, or else the last layer.
+        # Use the layer that bert-score recommends for a model of this name. If it recommends none, use the last layer.
         self.num_layers = model2layers.get(self.name, config.get("num_hidden_layers"))
         self._scorer = BERTScorer(model_type=model, num_layers=self.num_layers, device="cpu")
         # bert-score 0.3.13 fails if the tokenizer has no maximum length. RoBERTa reserves 2 of its positions.
@@ -46,7 +46,10 @@ class Scorer:
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
     def mean_f1(self, ours: Sequence[str], gold: Sequence[str]) -> float | None:
-        """Return the mean F1. An empty text has F1 0, because bert-score fails on empty texts with transformers 5."""
+        """Return the mean F1 of `ours` against `gold`; None without a model.
+
+        An empty text counts as F1 0. It is not passed to bert-score, which fails on empty texts with transformers 5.
+        """
         if self._scorer is None:
             return None
         pairs = [(text, reference) for text, reference in zip(ours, gold, strict=True) if text]
@@ -62,7 +65,7 @@ def score_questions(pairs: Sequence[tuple[list[str], list[str]]], scorer: Scorer
     `pairs` has (generated sub-questions, gold sub-questions) of each problem. Keys: n, the number of problems with gold
     sub-questions; right_number, the number of these problems for which both lists have the same length; ours_mean and
     gold_mean, the mean numbers of generated and of gold sub-questions; bleu, the corpus BLEU, 0 to 100; signature, the
-    settings of BLEU as sacrebleu prints them; bertscore, the mean F1 in [0, 1], or None without a model.
+    settings of BLEU as sacrebleu prints them; bertscore, the mean F1 of BERTScore, or None without a model.
     """
     pairs = [(ours, gold) for ours, gold in pairs if gold]
     if not pairs:

@@ -10,20 +10,17 @@ from trainer.report.error_types import ERROR_TYPES, RIGHT
 from trainer.report.methods import label
 from trainer.report.statistics import estimates, half_width, wilson_interval
 
-CELL_KEYS = [
-    "panel",
-    "model",
-    "parameters",
-    "method",
-]  # a cell is the set of evaluations of a model and method in a panel, one per seed
-EVALUATION_KEYS = ["panel", "model", "parameters", "total_parameters", "method", "seed"]  # seed: train_seed
+# A cell: the evaluations with the same panel, model and method. Their seeds differ.
+CELL_KEYS = ["panel", "model", "parameters", "method"]
+# The column `seed` is train_seed of columns.RUNS.
+EVALUATION_KEYS = ["panel", "model", "parameters", "total_parameters", "method", "seed"]
 SIGNIFICANCE_LEVEL = 0.05
 _MANY_PROBLEMS = 1000  # with at least this many problems, headlines show one decimal
 _MAX_NAMED = 3  # maximum number of pairs of overlapping intervals that a headline names
 
 
 def summarise(evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per cell with its strict accuracy over seeds, ordered by panel, size, model and method.
+    """Return one row per cell with the mean strict accuracy over its seeds, ordered by panel, size, model and method.
 
     Columns: CELL_KEYS, total_parameters (see columns.RUNS), and the columns of statistics.estimates.
     """
@@ -34,7 +31,7 @@ def summarise(evaluations: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise_by_num_steps(evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per cell and num_steps (the number of gold steps, at least 1) with the strict accuracy over seeds."""
+    """Return one row per cell and number of gold steps (num_steps, at least 1) with the mean strict accuracy over the seeds."""
     rows = [
         (*cell, num, correct, n)
         for *cell, by_num_steps in evaluations[[*CELL_KEYS, "by_num_steps"]].itertuples(index=False)
@@ -47,7 +44,7 @@ def summarise_by_num_steps(evaluations: pd.DataFrame) -> pd.DataFrame:
 
 
 def count_error_types(evaluations: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per evaluation with gold steps. Columns: EVALUATION_KEYS, RIGHT and ERROR_TYPES (counts), n (their sum)."""
+    """Return one row per evaluation that has gold steps: EVALUATION_KEYS, counts of RIGHT and ERROR_TYPES, n (sum of counts)."""
     counts = predictions.groupby(["evaluation", "error_type"]).size().unstack(fill_value=0)
     counts = counts.reindex(columns=[RIGHT, *ERROR_TYPES], fill_value=0)
     keys = evaluations.assign(seed=evaluations["train_seed"])[EVALUATION_KEYS]
@@ -57,8 +54,8 @@ def count_error_types(evaluations: pd.DataFrame, predictions: pd.DataFrame) -> p
 def question_quality(evaluations: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     """Return one row per evaluation whose models write sub-questions.
 
-    Columns: EVALUATION_KEYS, asking_model (the model that writes the sub-questions), the keys of
-    subquestions.score_questions, right_number_share, and low and high (the 95 % Wilson interval of this share).
+    Columns: EVALUATION_KEYS; asking_model, the model that writes the sub-questions; the keys of subquestions.score_questions;
+    right_number_share, the fraction right_number / n; low and high, the 95 % Wilson interval of this fraction.
     """
     if quality.empty:
         return quality
@@ -73,10 +70,11 @@ def question_quality(evaluations: pd.DataFrame, quality: pd.DataFrame) -> pd.Dat
 
 
 def headline_parts(panel: pd.DataFrame) -> dict[str, Any]:
-    """Return a panel's headline as texts: lead, findings (a list of method, accuracy, interval), tail, verdict.
+    """Return a panel's headline as a dict with the keys lead, findings, tail and verdict.
 
-    `panel`: rows of summarise(). The findings are about the largest model that has results for several
-    methods. If no model has, the findings are about the largest model.
+    lead, tail and verdict are texts. findings is a list of (method, accuracy, interval) for one model of the panel: the
+    largest model that has results for several methods, or the largest model if there is no such model. `panel`: rows of
+    summarise().
     """
     models = panel.groupby(["parameters", "model"])["method"].size()
     size, model = (models[models > 1] if (models > 1).any() else models).index[-1]
@@ -126,9 +124,10 @@ def _verdict(cells: pd.DataFrame) -> str:
 def uncertainty(summary: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFrame:
     """Return a row per panel: the uncertainty of the best accuracy, and the differences that are not significant.
 
-    Columns: panel, n and accuracy (of the best cell), half_width (of this accuracy's 95 % Wilson interval, as a
-    fraction), worst_half_width (the half-width for an accuracy of 50 %), not_significant (list of texts about pairs of
-    methods whose p (Holm) is at least SIGNIFICANCE_LEVEL), num_pairs (number of tested pairs).
+    Columns: panel; n and accuracy of the best cell; half_width, half the width of the 95 % Wilson interval of this
+    accuracy, as a fraction; worst_half_width, the half-width for an accuracy of 50 %; not_significant, a list with a text
+    for each pair of methods whose p-value (Holm; the largest over the seeds) is at least SIGNIFICANCE_LEVEL; num_pairs,
+    the number of tested pairs.
     """
     rows = []
     for title, cells in summary.groupby("panel", sort=False):

@@ -3,12 +3,13 @@
 The lock is a directory that contains owner.json. The directory is written under a staging name and renamed to its final
 name. The rename fails if the final name is a directory with content. So exactly one process acquires the lock, and a
 lock always contains owner.json. A stale lock is renamed to a name derived from its owner's token and kept for a while.
-If a second process also considers the old lock stale, its rename to this name fails. So the new lock stays.
+A second process that considers the same lock stale could rename the new lock by mistake. But this rename has the same
+target name, which already exists. So the rename fails, and the new lock stays.
 
-If the owner runs on this machine (same boot and pid namespace), the owner is gone if its process has ended.
-Otherwise the owner is gone if its Slurm job is not running, if this process is a restart of that job, or if its
-heartbeats have stopped. To detect stopped heartbeats, the mtime of owner.json is compared with the mtime of a new file
-on the same file system. Clocks may jump, so an old mtime is watched for a while before the lock is taken.
+An owner on this machine (same boot and pid namespace) is gone if its process has ended. Any other owner is gone if its
+Slurm job is not running, if this process belongs to a restart of that job, or if the owner's heartbeats have stopped. To
+detect stopped heartbeats, the mtime of owner.json is compared with the mtime of a new file on the same file system. Clocks
+may jump, so a lock with an old mtime is watched for a while before it is taken over.
 """
 
 import contextlib
@@ -79,7 +80,7 @@ class DirectoryLock:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Context manager that holds the lock and sends heartbeats in a thread. Raises UserError if the lock is taken."""
+    """Context manager that holds the lock and sends heartbeats in a thread. See `acquire` for the errors."""
     lock, released = acquire(path), threading.Event()
 
     def send_heartbeats() -> None:
@@ -95,13 +96,13 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def current_owner(path: Path) -> LockOwner | None:
-    """Return the owner, or None if the lock is free or its owner has ended. Raises UserError for an invalid owner.json."""
+    """Return the owner; None if there is no lock or the owner has ended. Raises UserError if owner.json is invalid."""
     owner = _read(path)
     return None if owner is None or owner.process.is_alive() is False else owner
 
 
 def acquire(path: Path) -> DirectoryLock:
-    """Acquire the lock. Take it over from an owner that is gone. Raises UserError if the owner may be alive."""
+    """Acquire the lock and return it. Take it over if its owner is gone. Raises UserError if the owner may be alive."""
     path.parent.mkdir(parents=True, exist_ok=True)
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     owner = LockOwner(ProcessIdentity.of_this_process(), secrets.token_hex(8), since)
@@ -128,7 +129,7 @@ def acquire(path: Path) -> DirectoryLock:
 
 
 def _install(path: Path, owner: LockOwner) -> bool:
-    """Publish the lock directory. Return False if there is already a lock."""
+    """Publish the lock directory and return True. Return False if there is already a lock."""
     staging = path.with_name(f".{path.name}.{owner.token}.tmp")
     staging.mkdir(exist_ok=True)
     atomic_dir.write_text(staging / _OWNER, json.dumps(asdict(owner), indent=1) + "\n")
@@ -151,7 +152,7 @@ def _read(path: Path) -> LockOwner | None:
 
 
 def _remove_stale_locks(path: Path) -> None:
-    """Remove stale locks except the newest ones, which protect the new lock (see the module's docstring)."""
+    """Remove all stale locks except the newest eight, which protect the new lock (see the module's docstring)."""
     with contextlib.suppress(OSError):
         stale = sorted(path.parent.glob(f".{path.name}.*.gone.tmp"), key=lambda lock: lock.stat().st_ctime)
         for lock in stale[:-_MAX_STALE_LOCKS]:

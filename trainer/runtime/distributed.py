@@ -1,9 +1,9 @@
 """Distributed environment of this process (rank, world size, local rank) and collectives on Python objects.
 
 Supports the deepspeed launcher and torchrun (RANK, ...), mpiexec/mpirun (MPICH, Open MPI), srun, and a single process.
-Other modules must not read RANK, SLURM_*, PMI_* or OMPI_*. RANK, MASTER_ADDR and similar variables must be set before
-DeepSpeed reads them. Otherwise, DeepSpeed uses MPI discovery (wrong local rank if a host runs several slurmd) and port
-29500 (which two jobs on a node cannot share).
+Other modules must not derive ranks from RANK, SLURM_*, PMI_* or OMPI_*. `initialize` must set RANK, MASTER_ADDR and similar
+variables before DeepSpeed reads them. Otherwise, DeepSpeed uses MPI discovery (wrong local rank if a host runs several
+slurmd) and port 29500 (which two jobs on a node cannot share).
 """
 
 import contextlib
@@ -41,11 +41,11 @@ _environment: DistributedEnvironment | None = None  # set by initialize
 
 
 def initialize(timeout_seconds: int = 1800) -> DistributedEnvironment:
-    """Open the process group: Gloo for CPU tensors, NCCL for CUDA tensors.
+    """Open the process group (Gloo for CPU tensors, NCCL for CUDA tensors). Return the distributed environment.
 
     Also set torch's launcher variables (RANK, ...), the number of threads, malloc's options and the CUDA device.
-    Without a launcher, the world size is 1. A second call has no effect. Raises UserError for contradictory variables, a
-    port in use, or a failed rendezvous.
+    `timeout_seconds` limits collectives. Without a launcher, the world size is 1. A second call has no effect. Raises UserError
+    for contradictory launcher variables, a missing srun, a port in use, a failed rendezvous, or a GPU that ranks share.
     """
     global _environment
     if _environment is not None:
@@ -150,7 +150,7 @@ def _scontrol_show(entity: str, name: str) -> str:
 
 
 def threads_per_rank(variables: Mapping[str, str], environment: DistributedEnvironment) -> int:
-    """Return a rank's number of CPU threads: OMP_NUM_THREADS, else SLURM_CPUS_PER_TASK, else a share of the usable cores.
+    """Return a rank's number of CPU threads: OMP_NUM_THREADS, else SLURM_CPUS_PER_TASK, else an equal share of the cores.
 
     torch's default, one thread per core on every rank, would oversubscribe the cores.
     """
@@ -161,10 +161,11 @@ def threads_per_rank(variables: Mapping[str, str], environment: DistributedEnvir
     return max(1, cores // environment.local_world_size)
 
 
-def without_launcher_variables(variables: Mapping[str, str]) -> dict[str, str]:
+def without_launcher_variables(variables: Mapping[str, str], keep: tuple[str, ...] = ()) -> dict[str, str]:
     """Return `variables` without the variables of launchers and Slurm, for the start of a separate distributed program.
 
-    If the program inherited RANK, SLURM_PROCID etc. from this process, its rank numbers would be wrong.
+    If the program inherited RANK, SLURM_PROCID etc. from this process, its rank numbers would be wrong. `keep`: names of
+    variables that are kept.
     """
     names = {
         "RANK",
@@ -176,12 +177,12 @@ def without_launcher_variables(variables: Mapping[str, str]) -> dict[str, str]:
         "MASTER_PORT",
     }
     prefixes = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_")
-    kept_names = [name for name in variables if name not in names and not name.startswith(prefixes)]
-    return {name: variables[name] for name in kept_names}
+    removed = {name for name in variables if name in names or name.startswith(prefixes)} - set(keep)
+    return {name: value for name, value in variables.items() if name not in removed}
 
 
 def environment() -> DistributedEnvironment:
-    """Return this process's environment. Before `initialize`, the launcher's variables define it."""
+    """Return this process's distributed environment. Before `initialize`, read it from the launcher's variables."""
     return _environment or environment_from_launcher(os.environ)
 
 
@@ -212,7 +213,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Collective. Return the values of all ranks in rank order on every rank."""
+    """Collective. Return on every rank the list of all ranks' values, in rank order."""
     if _is_single_process():
         return [value]
     import torch.distributed as dist
@@ -223,7 +224,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Collective. Return whether the flag is set on any rank. One small all-reduce on the CPU."""
+    """Collective. Return whether `flag` is True on any rank. Takes one small all-reduce on the CPU."""
     if _is_single_process():
         return flag
     import torch
@@ -235,7 +236,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def raise_on_all_ranks(error: str | None) -> None:
-    """Collective. Raise UserError on every rank if any rank has an error, so that no rank hangs in a later collective."""
+    """Collective. Raise UserError on every rank if any rank passes an `error`, so that no rank hangs in a later collective."""
     for rank, text in enumerate(gather_objects(error)):
         if text:
             raise UserError(text if rank == 0 else f"rank {rank}: {text}")
@@ -243,7 +244,7 @@ def raise_on_all_ranks(error: str | None) -> None:
 
 @contextlib.contextmanager
 def errors_on_all_ranks(describe: Callable[[OSError], str] = str) -> Iterator[None]:
-    """Collective. Context manager: if its block raises UserError or OSError on a rank, raise UserError on every rank.
+    """Collective. Context manager that raises UserError on every rank if its block raises UserError or OSError on any rank.
 
     `describe` returns the message for an OSError. The block must contain no collectives.
     """
@@ -258,7 +259,7 @@ def errors_on_all_ranks(describe: Callable[[OSError], str] = str) -> Iterator[No
 
 
 def is_communication_failure(error: Exception) -> bool:
-    """Return whether a collective failed because a rank has exited or timed out."""
+    """Return whether `error` means that a collective failed because a rank has exited or timed out."""
     if "torch.distributed" not in sys.modules:
         return False
     import torch.distributed as dist
@@ -330,7 +331,7 @@ def _check_consistent(variables: Mapping[str, str], environment: DistributedEnvi
 
 
 def _check_started_by_srun(variables: Mapping[str, str], environment: DistributedEnvironment) -> None:
-    """Raise UserError if a job has several tasks, but starts a tool without srun: only one task would run the tool."""
+    """Raise UserError if a Slurm job with several tasks starts this process without srun, so that only one rank would run."""
     num_tasks = variables.get("SLURM_NTASKS", "")
     if environment.launcher == "single" and num_tasks.isdigit() and int(num_tasks) > 1:
         raise UserError(
@@ -344,7 +345,7 @@ def _master_address(variables: Mapping[str, str], environment: DistributedEnviro
     if "MASTER_ADDR" in variables and "MASTER_PORT" in variables:
         return variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
     if environment.launcher == "slurm":
-        # A restarted job uses another port, because slowly exiting ranks of the previous start may still hold its port.
+        # A restarted job uses another port, because ranks of the previous start that exit slowly may still hold the old port.
         job = int(variables["SLURM_JOB_ID"]) * 7 + int(variables["SLURM_STEP_ID"])
         port = 20000 + (job + 13 * num_job_restarts(variables)) % 20000
         return _node_address(first_host(variables["SLURM_STEP_NODELIST"])), port
@@ -365,7 +366,7 @@ def _node_address(node: str) -> str:
 
 
 def first_host(nodelist: str) -> str:
-    """Return the first host of Slurm's compressed list: `gpu[03-07,12],login` -> `gpu03`."""
+    """Return the first host of a compressed Slurm node list: `gpu[03-07,12],login` -> `gpu03`."""
     match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,]*)", nodelist)
     if not match:
         raise UserError(f"cannot read the node list {nodelist!r}")

@@ -1,4 +1,4 @@
-"""Access to private attributes of torch, DeepSpeed and transformers, where no public attribute does the same.
+"""Access to private attributes of torch, DeepSpeed and transformers that have no public equivalent.
 
 All attributes were checked with torch 2.13, DeepSpeed 0.19.8 and transformers 5.23. They may change with any release:
 `tests/runtime/test_library_internals.py` fails if an attribute is missing in the installed library or works differently.
@@ -14,6 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+@contextlib.contextmanager
+def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context manager in which the attribute `name` of a module or class is `value`."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
 
 # --- torch ---
 
@@ -37,7 +49,7 @@ def offset_in_file(storage: Any) -> int:
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """Return the same number for two meta tensors if and only if they share a storage. (`data_ptr` is always 0.)"""
+    """Return the same number for two meta tensors if and only if they share a storage. (On meta, `data_ptr` is always 0.)"""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -54,9 +66,9 @@ def replace_parameter(module: torch.nn.Module, name: str, parameter: torch.nn.Pa
 
 
 def end_allocating_to_pool(device: int, pool: Any) -> None:
-    """Stop allocating to a memory pool. After a failed capture, `torch.cuda.graph` does not do this.
+    """Stop allocating CUDA memory from a memory pool. `torch.cuda.graph` omits this step after a failed capture.
 
-    Raises RuntimeError if the allocation has already ended.
+    Raises RuntimeError if the allocation from the pool has already stopped.
     """
     import torch
 
@@ -71,7 +83,10 @@ def reorder_linear_weight(weight: torch.Tensor) -> torch.Tensor:
 
 
 def linear_by_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Apply a linear layer to rows [..., inputs] by oneDNN. `weight` may be reordered. In fp32, `F.linear` uses MKL."""
+    """Apply a linear layer to rows [..., inputs] on a CPU with oneDNN. In fp32, `F.linear` uses MKL instead.
+
+    `weight`: a plain weight, or the result of `reorder_linear_weight`.
+    """
     import torch
 
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
@@ -91,17 +106,11 @@ def set_timeout_of_all_process_groups(seconds: float) -> None:
 # --- DeepSpeed ---
 
 
-@contextlib.contextmanager
-def without_weight_broadcast() -> Iterator[None]:
-    """Context manager in which a new engine does not broadcast rank 0's weights. No setting disables the broadcast."""
+def without_weight_broadcast() -> contextlib.AbstractContextManager[None]:
+    """Return a context manager in which a new engine does not broadcast rank 0's weights. No setting disables this."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    original = DeepSpeedEngine._broadcast_model
-    DeepSpeedEngine._broadcast_model = lambda engine: None
-    try:
-        yield
-    finally:
-        DeepSpeedEngine._broadcast_model = original
+    return replaced_attribute(DeepSpeedEngine, "_broadcast_model", lambda engine: None)
 
 
 def leave_out_recovery_script(engine: Any) -> None:
@@ -110,27 +119,21 @@ def leave_out_recovery_script(engine: Any) -> None:
 
 
 def update_weights_of_sub_group(optimizer: Any, sub_group: int) -> None:
-    """Copy the masters of a ZeRO-3 sub-group to the working weights. The public `step` also updates the masters."""
+    """Copy the fp32 master weights of a ZeRO-3 sub-group to the model. The public `step` also updates the master weights."""
     optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
 
 
 # --- transformers ---
 
 
-@contextlib.contextmanager
-def without_grouped_products() -> Iterator[None]:
-    """Context manager in which a Mixture of Experts uses transformers' fallback for `torch.nn.functional.grouped_mm`.
+def without_grouped_products() -> contextlib.AbstractContextManager[None]:
+    """Return a context manager in which Mixtures of Experts use transformers' fallback for `torch.nn.functional.grouped_mm`.
 
     torch's operator has a meta kernel in bf16 only. The fallback has a meta kernel in all dtypes.
     """
     from transformers.integrations import moe
 
-    original = moe._can_use_grouped_mm
-    moe._can_use_grouped_mm = lambda *_: False
-    try:
-        yield
-    finally:
-        moe._can_use_grouped_mm = original
+    return replaced_attribute(moe, "_can_use_grouped_mm", lambda *_: False)
 
 
 def supports_sdpa(model: Any) -> bool:
@@ -139,7 +142,7 @@ def supports_sdpa(model: Any) -> bool:
 
 
 def can_set_attention(model_class: Any) -> bool:
-    """Return whether `set_attn_implementation` has an effect on this class. If not, the method only warns."""
+    """Return whether `set_attn_implementation` has an effect on this class. On other classes, the method only warns."""
     return bool(model_class._can_set_attn_implementation())
 
 
@@ -154,7 +157,7 @@ def set_attention(config: Any, name: str) -> None:
 
 
 def dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return {name pattern: dtype} of the tensors that `from_pretrained(dtype=dtype)` loads in another dtype."""
+    """Return {name pattern: dtype} for the tensors that `from_pretrained(dtype=dtype)` does not load in `dtype`."""
     return dict(model._get_dtype_plan(dtype))
 
 
@@ -169,12 +172,12 @@ def forget_weight_conversions(model: Any) -> None:
 
 
 def leave_out_expected_extras(model: Any, info: Any) -> None:
-    """Remove from `info` the missing and unexpected names that match the ignore patterns of the model's class."""
+    """Remove from `info` (LoadStateDictInfo) the names that match the ignore patterns of the model's class."""
     model._adjust_missing_and_unexpected_keys(info)
 
 
 def keys_not_saved(model: Any) -> list[str]:
-    """Return the state dict names that `save_pretrained` does not write for this class."""
+    """Return the state dict names that `save_pretrained` does not write for this model."""
     return list(model._keys_to_ignore_on_save or ())
 
 
@@ -190,7 +193,7 @@ def copy_origin(config: Any, source: Any) -> None:
 
 
 def prepare_cache(model: Any, cache: dict[str, Any], num_rows: int, capacity: int) -> None:
-    """Create the KV cache that `generate` would use, and store it in the dict `cache`, e.g. under past_key_values."""
+    """Add to the dict `cache` the KV cache that `generate` would use. `capacity`: maximum number of tokens of a row."""
     from transformers import GenerationConfig
     from transformers.generation.utils import GenerationMode
 
@@ -200,10 +203,10 @@ def prepare_cache(model: Any, cache: dict[str, Any], num_rows: int, capacity: in
 
 
 def split_bloom_heads(layer: Any, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return query, key and value of BLOOM's attention layer, each [batch, heads, length, width]."""
+    """Split BLOOM's fused projection. Return query, key and value, each [batch, heads, length, head_dim]."""
     return layer._reshape(fused)
 
 
 def split_falcon_heads(layer: Any, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return query, key and value of Falcon's attention layer, each [batch, length, heads, width]."""
+    """Split Falcon's fused projection. Return query, key and value, each [batch, length, heads, head_dim]."""
     return layer._split_heads(fused)

@@ -15,10 +15,8 @@ import math
 import os
 from pathlib import Path
 
-_MAX_GROWTH, _MAX_GROWTH_BYTES = (
-    1.2,
-    256 << 20,
-)  # limit = 1.2 * (resident bytes after the first steps) + 256 MiB
+# limit = 1.2 * (resident bytes after the first steps) + 256 MiB
+_MAX_GROWTH, _MAX_GROWTH_BYTES = 1.2, 256 << 20
 _NUM_FIRST_STEPS = 2  # the process grows during the first step, which allocates the optimizer's state
 _CGROUP = Path("/sys/fs/cgroup")
 _CONTROL_GROUP_FILES = [
@@ -52,7 +50,7 @@ def trim_heap() -> None:
 
 
 def available_bytes() -> float:
-    """Return the available memory of the machine, or of this process's control group if that is less."""
+    """Return the available bytes of the machine or of the control group (`control_group_bytes`), whichever are fewer."""
     import psutil
 
     limit, used = control_group_bytes()
@@ -60,9 +58,12 @@ def available_bytes() -> float:
 
 
 def control_group_bytes() -> tuple[float, float]:
-    """Return (memory limit, used memory) of this process's control group, or (inf, 0.0) if there is no limit."""
+    """Return (memory limit, used memory) of the control group at /sys/fs/cgroup; (inf, 0.0) if there is no limit.
+
+    In a container, this group is the container's own group.
+    """
     for limit, used in _CONTROL_GROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # missing file, or the text "max"
+        with contextlib.suppress(OSError, ValueError):  # the file is missing or contains the text "max"
             return float(limit.read_text(encoding="ascii")), float(used.read_text(encoding="ascii"))
     return math.inf, 0.0
 

@@ -1,4 +1,4 @@
-"""Rendezvous of the ranks at MASTER_ADDR:MASTER_PORT, and timeouts of process groups."""
+"""Rendezvous of the ranks at MASTER_ADDR:MASTER_PORT with a timeout, and search for a free port."""
 
 import os
 import socket
@@ -8,14 +8,15 @@ from datetime import timedelta
 
 from trainer.errors import UserError, first_line
 
-_SLACK_SECONDS = 2.0  # added to the timeout of torch's rendezvous, so that torch's exception comes first
+_SLACK_SECONDS = 2.0  # extra wait after torch's timeout, so that torch's own exception is raised first
 _RENDEZVOUS_SECONDS = 300  # maximum wait for all ranks; a node may load packages over a slow network
 
 
 def init_process_group(backend: str, rank: int, world_size: int, timeout_seconds: int) -> None:
-    """Open the default process group. `timeout_seconds` limits its collectives. MASTER_ADDR and MASTER_PORT must be set.
+    """Open the default process group. `timeout_seconds` limits each collective. MASTER_ADDR and MASTER_PORT must be set.
 
-    Raises UserError on rank 0 if the port is in use, and on every rank if the ranks do not connect in time.
+    Raises UserError on rank 0 if the port is in use, and on every rank if the ranks do not connect within
+    `timeout_seconds` or _RENDEZVOUS_SECONDS, whichever is shorter.
     """
     import torch.distributed as dist
 

@@ -1,7 +1,5 @@
 """Serialisable process identity for liveness checks."""
 
-from __future__ import annotations
-
 import os
 import socket
 from dataclasses import dataclass
@@ -16,13 +14,13 @@ class ProcessIdentity:
 
     host: str
     pid: int
-    started: int  # clock ticks since boot, not affected by clock jumps
+    started: int  # start time in clock ticks since boot, independent of clock jumps; 0 if unknown
     space: str  # boot id and pid namespace
     job: str  # Slurm job id, "" without Slurm
     restarts: int  # number of restarts of the Slurm job
 
     @classmethod
-    def of_this_process(cls) -> ProcessIdentity:
+    def of_this_process(cls) -> "ProcessIdentity":
         return cls(
             socket.gethostname(),
             os.getpid(),
@@ -33,7 +31,7 @@ class ProcessIdentity:
         )
 
     def is_alive(self) -> bool | None:
-        """Return whether the process is running; None if this is unknown (other boot or pid namespace)."""
+        """Return whether the process is running; None if it started in another boot or pid namespace, or if /proc is missing."""
         if self.space != _pid_space() or not self.started:
             return None
         return _start_ticks(self.pid) == self.started
@@ -56,12 +54,15 @@ def parent_pid(pid: int) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/<pid>/stat after the command: 0 state, 1 parent, 19 start. [] if there is no such file."""
+    """Return the fields after the command name in /proc/<pid>/stat; [] if the file cannot be read.
+
+    Index 0: state, 1: pid of the parent, 19: start time in clock ticks since boot.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    return text.rpartition(")")[2].split()  # the command may contain spaces and parentheses
+    return text.rpartition(")")[2].split()  # the command name may contain spaces and parentheses
 
 
 def _pid_space() -> str:

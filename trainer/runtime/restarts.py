@@ -44,7 +44,8 @@ def record_restart(file: Path, progress: int, max_restarts: int) -> None:
 def read_restarts(file: Path) -> dict[str, Any]:
     """Return the last record of `file`. If the file is missing or invalid, return zeros and empty strings.
 
-    Keys: restarts (by the scheduler, in total), without_progress (those since `progress` last grew), progress, job, time.
+    Keys: restarts (number of all restarts by the scheduler), without_progress (number of restarts since `progress` last
+    grew), progress, job (Slurm job id), time (of the record).
     """
     empty: dict[str, Any] = {"restarts": 0, "without_progress": 0, "progress": 0, "job": "", "time": ""}
     try:

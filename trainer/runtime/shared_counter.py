@@ -1,4 +1,4 @@
-"""Named integer counters that all ranks share. They use one-sided MPI, a TCP store, or a dict in a single process."""
+"""Named integer counters that all ranks share, over one-sided MPI or a TCP store. A single process uses a dict."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ class SharedCounter(ABC):
         """Add `amount` to the integer `name` atomically. Return the integer's previous value."""
 
     def serve(self) -> None:  # noqa: B027
-        """Answer requests of other ranks. Must be called often. Only `MPICounter` needs this method."""
+        """Let MPI execute the operations of other ranks. Must be called often. A no-op in all classes except `MPICounter`."""
 
     def finish(self) -> None:  # noqa: B027
         """Collective. End the use of the counter. Must be called after the rank's last `add`."""
@@ -54,7 +54,7 @@ class StoreCounter(SharedCounter):
         return self._store.add(name, amount) - amount
 
     def finish(self) -> None:
-        distributed.barrier()  # the store on rank 0 must exist until the last `add`
+        distributed.barrier()  # the store on rank 0 must exist until the last `add` of every rank
 
 
 class MPICounter(SharedCounter):
@@ -98,7 +98,8 @@ class MPICounter(SharedCounter):
 def shared_counter(names: Sequence[str]) -> Iterator[SharedCounter]:
     """Context manager that yields a counter of the class that fits this process's launcher.
 
-    Collective on entry and exit: if the block raises an exception, it must raise one on all ranks.
+    Collective on entry and exit. If the block raises an exception on one rank, it must raise an exception on every rank.
+    Otherwise the other ranks hang at the exit.
     """
     environment = distributed.environment()
     counter: SharedCounter = ProcessCounter()

@@ -1,9 +1,9 @@
 """Stop requests by signals, a time limit or a lost launcher. All ranks stop together, at a point where they can save.
 
 SIGTERM (scheduler, launcher), SIGUSR1 (Slurm's --signal), SIGHUP (closed terminal), SIGINT (Ctrl-C) and an exited
-launcher request a checkpoint and an exit. During the training steps, they only set a flag, because a rank that saved
-alone would hang in a collective. If there is nothing to save, the process exits immediately with EXIT_REQUEUE: before the
-first step, and in an evaluation, whose answers are already on disk. This module must not import heavy libraries, because
+launcher request a checkpoint and an exit. During the training steps, a request only sets a flag, because a rank that saved
+alone would hang in a collective. Before the first step and in an evaluation, there is nothing to save, so the process exits
+immediately with EXIT_REQUEUE (after SIGINT, with EXIT_INTERRUPTED). This module must not import heavy libraries, because
 the signal handlers must be active before a command imports torch and DeepSpeed.
 
 If the `deepspeed` command (0.19.8) is terminated or killed, its ranks continue and keep the run directory locked. So each rank
@@ -43,11 +43,10 @@ class StopRequest:
         self._step_seconds = 0.0
 
     def install_signal_handlers(self) -> None:
-        """Exit with EXIT_REQUEUE on a signal, or when the launcher ends, from now until the call of `defer_signals`."""
+        """Exit with EXIT_REQUEUE on SIGTERM, SIGUSR1, SIGHUP or the end of the launcher, until `defer_signals` is called."""
         for number in _SCHEDULER_SIGNALS:
-            if (
-                number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-            ):  # under `nohup`, SIGHUP stays ignored
+            # Under `nohup`, SIGHUP stays ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
         if not self._is_watching:
             self._is_watching = True
@@ -55,22 +54,22 @@ class StopRequest:
                 threading.Thread(target=self._watch_launcher, args=(pids,), daemon=True).start()
 
     def defer_signals(self) -> None:
-        """Record only the cause of a stop request from now on, so that a checkpoint can be saved. Also handle SIGINT."""
+        """From now on, record stop requests instead of exiting, so that a checkpoint can be saved. Also handle SIGINT."""
         self._is_deferring = True
         signal.signal(signal.SIGINT, self._on_signal)
 
     def ignore_signals(self) -> None:
-        """Ignore signals. Must not be called before the last save. After it, a signal would only change the exit status."""
+        """Ignore signals. Must be called after the last save, because from then on a signal would only change the exit status."""
         for number in (*_SCHEDULER_SIGNALS, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
     def set_deadline(self, seconds_left: float, save_seconds: float) -> None:
-        """Set the deadline to `seconds_left` from now. A stop is requested in time for a save of about `save_seconds`."""
+        """Set the deadline `seconds_left` seconds from now. A stop is requested early enough for a save that takes `save_seconds`."""
         self._save_seconds = save_seconds
         self._deadline = time.monotonic() + seconds_left
 
     def record_duration(self, step: float = 0.0, save: float = 0.0) -> None:
-        """Record the seconds of a step or a save. The longest step and save determine when the stop is requested."""
+        """Record the seconds of a step or a save. The maxima determine how long before the deadline a stop is requested."""
         self._step_seconds = max(self._step_seconds, step)
         self._save_seconds = max(self._save_seconds, save)
 
@@ -128,5 +127,5 @@ def _is_launcher(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
     except OSError:
         return False
-    command = {Path(word).name for word in words[:2]}  # words[1]: the script, if Python runs one
+    command = {Path(word).name for word in words[:2]}  # words[1]: the script of a Python process
     return bool(command & _LAUNCHER_COMMANDS or _LAUNCHER_MODULES & set(words))

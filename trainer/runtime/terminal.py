@@ -1,14 +1,14 @@
-"""Terminal output of the tools: one line per event, progress bars, errors, and the exit of the process.
+"""Terminal output of the tools (one line per event, progress bars, errors) and the exit of the process.
 
 Output of DeepSpeed, torch and transformers is redirected to a log file. File descriptors are redirected, so output of C++
 code is included. Ranks other than 0 print only their own failures.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
+import io
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -19,8 +19,9 @@ from typing import Any, NoReturn, TextIO
 from trainer.errors import UserError
 from trainer.runtime import distributed, exit_codes
 
+WIDTH_WITHOUT_TERMINAL = 160  # characters per line of tables if the output is not a terminal
 _LINE_INTERVAL_SECONDS = 15.0  # minimum interval between progress lines if the output is not a terminal
-# Launchers kill all ranks when one exits. Failing ranks other than 0 exit after this delay, so rank 0 can print its error.
+# Launchers kill all ranks when one rank fails. Failing ranks other than 0 exit after this delay, so rank 0 can print its error.
 _FAILURE_DELAY_SECONDS = 3.0
 _UNUSABLE_PATH_ERRORS = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -65,26 +66,26 @@ def deprecation(text: str) -> None:
 
 
 def error_on_any_rank(text: str) -> None:
-    """Print one line to stderr, on any rank. This reports an error even if rank 0 hangs."""
+    """Print one line on any rank, so that an error is visible even if rank 0 hangs."""
     _write_line(text, sys.stderr)
 
 
 class ProgressBars:
-    """Progress of concurrent tasks on rank 0: bars on a terminal, else a line every few seconds."""
+    """Progress of concurrent tasks on rank 0: bars on a terminal, or a line every 15 seconds if the output is not a terminal."""
 
     def __init__(self) -> None:
         self.open_bars: list[ProgressBar] = []
-        self._rich: Any = None  # a rich Progress while a bar is open
+        self._rich: Any = None  # rich's Progress of the open bars; None if the output is not a terminal
 
-    def add(self, label: str, total: int, done: int = 0) -> ProgressBar:
-        """Open a bar. `total` is 0 if it is unknown."""
+    def add(self, label: str, total: int, done: int = 0) -> "ProgressBar":
+        """Open a bar and return it. `total`: number of units, 0 if unknown. `done`: number of units that are already done."""
         if not self.open_bars:
             self._rich = _rich_progress()
         bar = ProgressBar(self, self._rich, label, total, done)
         self.open_bars.append(bar)
         return bar
 
-    def remove(self, bar: ProgressBar) -> None:
+    def remove(self, bar: "ProgressBar") -> None:
         if bar in self.open_bars:
             self.open_bars.remove(bar)
             if self._rich is not None and not self.open_bars:
@@ -164,13 +165,24 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes / 1000:.0f} kB"
 
 
-def run_main(main: Callable[[], object]) -> NoReturn:
-    """Run a tool's main function and exit the process with one of the statuses of exit_codes.py.
+def table_text(table: Any, width: int | None = None) -> str:
+    """Return a rich Table as plain text. Default width: the terminal's, or 160 columns if stdout is not a terminal."""
+    from rich.console import Console
 
-    A UserError is printed as one message. For most other exceptions, the traceback is printed too. The process exits with
-    os._exit, for two reasons. A failed rank must not wait for other ranks in a destructor. A successful rank must not abort
-    at interpreter shutdown ("terminate called without an active exception"). Such an abort happens if a gloo thread then
-    needs the GIL to release a tensor.
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL
+    buffer = io.StringIO()
+    Console(file=buffer, width=width).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def run_main(main: Callable[[], object]) -> NoReturn:
+    """Run a tool's main function and exit the process with 0, a status of exit_codes.py, or the status of a SystemExit.
+
+    UserError, Ctrl-C and an unusable path are printed as one message. For other exceptions, the traceback is printed too.
+    The process exits with os._exit, for two reasons. A failed rank must not wait for other ranks in a destructor. A
+    successful rank must not abort at interpreter shutdown ("terminate called without an active exception"). Such an abort
+    happens if a gloo thread needs the GIL during the shutdown to release a tensor.
     """
     status: object = 0
     try:

@@ -1,4 +1,4 @@
-"""Print examples in a method's view: inputs, targets and calculator results in different colours."""
+"""Print the examples of a training method, with inputs, targets and calculator results in different colours."""
 
 from rich.console import Console
 from rich.text import Text

@@ -1,11 +1,11 @@
-"""Training methods as views of stored problems. A view lists the roles in the sequence and the roles with loss.
+"""Training methods as views of stored problems. A view lists the roles of all its segments and the roles with loss.
 
-`decomposer_interleaved` and `solver` are complementary loss masks over one sequence. A problem of n steps costs one forward
-pass, not n. The gradient is the same as for n separate examples: attention is causal, so the loss of step i depends only on
-the prefix that a separate example would have. The two methods are from Shridhar, Stolfo and Sachan, "Distilling Reasoning
-Capabilities into Smaller Language Models", Findings of ACL 2023.
+`decomposer_interleaved` and `solver` read the same sub-questions and solutions, and have disjoint loss masks. A problem of
+n steps costs one forward pass, not n. The gradient is the same as that of n separate examples: attention is causal, so the
+loss of step i depends only on the prefix that a separate example would have. The two methods are from Shridhar, Stolfo and
+Sachan, "Distilling Reasoning Capabilities into Smaller Language Models", Findings of ACL 2023.
 
-A guided decomposer also reads a plan of the solution: its operators or its equations. A planner learns to write this plan:
+A guided decomposer also reads a plan: the operators or the equations of the solution. A planner learns to write this plan:
 Shridhar, Macina, El-Assady, Sinha, Kapur and Sachan, "Automatic Generation of Socratic Subquestions for Teaching Math Word
 Problems", EMNLP 2022. The views of all other methods leave the plan out.
 """

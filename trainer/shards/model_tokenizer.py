@@ -21,11 +21,11 @@ _NUM_COMPARED = 100  # maximum number of problems that are encoded again with th
 def check_model_fits_shards(
     config: PreTrainedConfig, name: str, shards: Shards, tokenizer: PreTrainedTokenizerBase, pretrained: bool
 ) -> None:
-    """Raise UserError for a model that cannot be trained on these shards.
+    """Raise UserError if the model `name` cannot be trained on the shards.
 
-    Reasons: the weights are quantised, a token has no embedding, the model was pretrained with another tokenizer, or
-    a folder with this config and the shards' tokenizer makes transformers load a different tokenizer.
-    `tokenizer`: the tokenizer of the shards. `pretrained`: the weights are loaded, not random.
+    This is the case if the weights are quantised, if a token has no embedding, if the model was pretrained with a tokenizer
+    that gives other tokens, or if transformers would load another tokenizer from a folder with `config` and `tokenizer`.
+    `tokenizer`: the tokenizer of the shards. `pretrained`: True if the weights are loaded, False if they are random.
     """
     if pretrained:
         check_trainable(config, name)
@@ -36,9 +36,10 @@ def check_model_fits_shards(
 
 
 def check_same_tokens(name: str, shards: Shards, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError if the pretrained model's own tokenizer encodes the shards' problems as other tokens.
+    """Raise UserError if the tokenizer of the model `name` encodes problems as other tokens than the shards hold.
 
-    Logs a warning if the model has no tokenizer, or if its tokenizer has another EOS token.
+    `tokenizer`: the tokenizer of the shards. At most _NUM_COMPARED problems are compared, without EOS. Logs a warning if
+    the model's tokenizer cannot be loaded, or if its EOS token is not the EOS token of the shards.
     """
     try:
         own = load_tokenizer(name)

@@ -1,8 +1,9 @@
-"""Build a shard directory: several threads tokenise, one thread writes in source order, and a rename publishes the result.
+"""Build a shard directory: tokenise problems in several threads, write them in source order, and publish the directory.
 
-Threads suffice because the compiled tokenizer releases the GIL. Each process would spend 4 CPU seconds on imports.
-The files do not depend on the number of threads. Several builders of the same directory may race: each builder has its own
-staging directory, the first rename wins, and the other builders use the published directory.
+Threads are used instead of processes, because the compiled tokenizer releases the GIL, and each process would spend 4 CPU
+seconds on imports. The files do not depend on the number of threads. Several processes may build the same directory at the
+same time. Each process writes to its own staging directory, and the first rename publishes the shards. The other processes
+then use the published shards, or raise UserError if these shards were made with other settings.
 """
 
 import gc
@@ -31,20 +32,22 @@ from trainer.shards.read import KIND, PROBLEMS, REJECTS, TOKENIZER, Shards
 from trainer.shards.segments import Segment, bos_tokens, example_length, tokenise
 from trainer.storage import atomic_dir
 
-# Versions of the segmentation. Version 2 tokenises each segment as a text of its own. Version 3 tokenises a segment as the
-# continuation of the text before it, checks the tokens by decoding, and starts the example with all tokens that the
-# tokenizer puts before a text. If both versions give the same tokens, the fingerprint holds 2, so old shards stay valid.
+# Versions of the rules by which the segments of a problem are tokenised. Version 2 tokenised each segment as a separate text
+# and started the example with BOS. Version 3 tokenises a segment as the continuation of the text before it, checks the tokens
+# by decoding, and starts the example with all tokens that the tokenizer puts before a text. If both versions give the same
+# tokens, `_fingerprint` records version 2, so that shards of earlier releases stay valid.
 _SEGMENTATION, _EARLIER_SEGMENTATION = 3, 2
 _MAX_CHANGED_RATIO = 0.5  # maximum share of problems whose text changes when it is encoded and decoded
 _CHUNK_PROBLEMS = 32  # problems per tokenizer call; the overhead of a call equals the time for one problem
-_MAX_PENDING_CHUNKS = 16  # chunks per thread that are submitted but not yet written
+_MAX_PENDING_CHUNKS = 16  # maximum number of chunks per thread that are submitted but not yet written
 _BUFFER_BYTES = 1 << 20
 
 
 def prepare(settings: PrepareSettings) -> Shards:
-    """Tokenise problems into `settings.output_dir` and return the shards. Existing shards with the same settings are kept.
+    """Tokenise problems, write them as shards to `settings.output_dir`, and return the shards.
 
-    Raises UserError if the directory holds shards with other settings, or if no problem is usable.
+    If the directory already holds shards with the same recipe (see `_fingerprint`), return these shards unchanged. Raises
+    UserError if the directory holds other shards and `overwrite` is False, or if the tokenizer or all problems are unusable.
     """
     final = Path(settings.output_dir)
     tokenizer = load_tokenizer(settings.tokenizer_name)
@@ -79,7 +82,7 @@ def prepare(settings: PrepareSettings) -> Shards:
 
 
 def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict[str, Any]) -> None:
-    """Write all files of the directory and add the remaining fields of ShardFacts to `facts`."""
+    """Write all files of the shard directory except the tokenizer. Add the remaining fields of ShardFacts to `facts`."""
     source = settings.data_path or settings.data
     rejects: list[RejectedRecord] = []
     token_dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
@@ -213,7 +216,7 @@ class ShardWriter:
         self._ends: list[int] = []
         self._first_segment = [0]
         self._line_starts = [0]
-        self._present: Counter[frozenset[SegmentRole]] = Counter()  # set of roles -> number of problems
+        self._present: Counter[frozenset[SegmentRole]] = Counter()  # roles of a problem -> number of problems
         self._max_length = 0
 
     @property
@@ -221,7 +224,7 @@ class ShardWriter:
         return len(self._line_starts) - 1
 
     def add(self, problem: Problem, segments: Sequence[Segment], length: int) -> None:
-        """Append a problem. `length`: `example_length` of the segments."""
+        """Append a problem. `length` must be `example_length(segments)`."""
         end = self._ends[-1] if self._ends else 0
         joined = list(itertools.chain.from_iterable(segment.tokens for segment in segments))
         self._tokens.write(np.array(joined, dtype=self._token_dtype).tobytes())
@@ -231,7 +234,7 @@ class ShardWriter:
             self._ends.append(end)
         self._first_segment.append(len(self._roles))
         self._max_length = max(self._max_length, length)
-        # vars(), because dataclasses.asdict would double the time of this method.
+        # Use vars(), because dataclasses.asdict would double the time of this method.
         record = {**vars(problem), "steps": [vars(step) for step in problem.steps]}
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         self._problems.write(line)

@@ -1,18 +1,16 @@
 """Read a shard directory through memory maps. Opening a million examples takes milliseconds.
 
-Files (all little-endian, without headers; counts are in the manifest):
+Files (the .bin files are little-endian and have no headers; the manifest has num_tokens, num_segments and num_problems):
 
     tokens.bin       uint16 or uint32 [num_tokens]    all segments of all problems, one after another
     roles.bin        uint8  [num_segments]            role of every segment
     ends.bin         uint64 [num_segments]            end of every segment in tokens.bin; the next segment starts there
     segments.bin     uint64 [num_problems + 1]        index of the first segment of every problem, then num_segments
-    problems.jsonl   one problem per line: text, steps, gold answer, id
+    problems.jsonl   one problem per line: question, steps, gold answer, id, facts
     lines.bin        uint64 [num_problems + 1]        byte offset of every line of problems.jsonl, then the file size
     rejects.jsonl    rejected records: source, line, reason
     tokenizer/       the tokenizer, as saved by transformers
 """
-
-from __future__ import annotations
 
 import functools
 import itertools
@@ -51,7 +49,7 @@ class Shards:
         self._line_starts = self._map("lines.bin", "int64", len(self) + 1)
 
     @classmethod
-    def open(cls, directory: str | Path, verify: bool = False) -> Shards:
+    def open(cls, directory: str | Path, verify: bool = False) -> "Shards":
         """Check the sizes of the files and open a shard directory. `verify`: also check the digests of the files.
 
         Raises UserError if the directory is incomplete, corrupt, or not a shard directory.
@@ -107,7 +105,7 @@ class Shards:
         return self.tokens[start:end]
 
     def example(self, index: int, view: View) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens [n] (int64) of a problem in a view, and the loss mask [n] (bool)."""
+        """Return the tokens [n] (int64) of a problem in a view, and the loss mask [n] (bool, True for target tokens)."""
         return self.examples([index], view)[0]
 
     def examples(self, indices: Sequence[int], view: View) -> list[tuple[np.ndarray, np.ndarray]]:

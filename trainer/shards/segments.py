@@ -47,7 +47,7 @@ def segment_texts(problem: Problem, with_facts: bool = False) -> list[tuple[Segm
 
 
 def _guidance(problem: Problem) -> list[tuple[SegmentRole, str]]:
-    """Return segments like `operators: * +` and `equations: 3*4; 12+5`; [] if the solutions have no annotations."""
+    """Return the plan as segments like `operators: * +` and `equations: 3*4; 12+5`; [] if no solution has annotations."""
     solutions = (step.solution for step in problem.steps)
     expressions = list(itertools.chain.from_iterable(map(calculator.annotated_expressions, solutions)))
     operators = " ".join(filter(None, map(calculator.operators, expressions)))
@@ -67,8 +67,8 @@ def tokenise(
 ) -> list[tuple[list[Segment], str]]:
     """Return (segments, difference) for every problem.
 
-    difference: the first difference between the problem's text and its decoded tokens, or "" if they are equal. The first
-    segment starts with `prefix` (see `bos_tokens`), and the last segment ends with EOS.
+    difference: the first difference between the problem's text and the text decoded from the tokens, or "" if the texts
+    are equal. The first segment starts with `prefix` (see `bos_tokens`), and the last segment ends with EOS.
     """
     texts = [segment_texts(problem, with_facts) for problem in problems]
     codec = segment_tokenizer(tokenizer)
@@ -98,7 +98,7 @@ def tokenise(
 
 
 def _first_difference(text: str, decoded: str) -> str:
-    """Return the characters around the first difference of two texts, or "" if the texts are equal."""
+    """Return "TEXT became DECODED" with the characters around the first difference, or "" if the texts are equal."""
     if text == decoded:
         return ""
     differing = (i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b)
@@ -108,7 +108,10 @@ def _first_difference(text: str, decoded: str) -> str:
 
 
 def example_length(segments: Sequence[Segment]) -> int:
-    """Return the number of tokens outside plans. A long plan must not exclude a problem from methods without plans."""
+    """Return the number of tokens of a problem without its plan segments (GUIDANCE).
+
+    Plans do not count, because a long plan must not exclude a problem from methods that use no plan.
+    """
     return sum(len(segment.tokens) for segment in segments if segment.role not in GUIDANCE)
 
 

@@ -1,8 +1,9 @@
-"""Atomic publication of checkpoints, shards and exports: staging directory, SHA-256 digests, manifest last, rename.
+"""Atomic publication of directories: checkpoints, shards, exports and annotations.
 
-`rename(2)` is atomic on local and parallel file systems and needs no lock (`flock` is a silent no-op on Lustre and GPFS).
-The rename fails if the target is a directory that is not empty, so exactly one of several builders succeeds. Readers must
-reject a directory without a manifest.
+All files are written to a staging directory. The last file is a manifest with the SHA-256 digests of the other files. Then
+the directory is renamed. `rename(2)` is atomic on local and parallel file systems and needs no lock (`flock` is a silent
+no-op on Lustre and GPFS). The rename fails if the target is a directory that is not empty. So if several processes build
+the same directory, exactly one succeeds. Readers must reject a directory without a manifest.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from trainer.storage.manifest import FileDigest, Manifest
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_FORMAT = 1
-_RENAMED_FACTS = {"learn_calculator_results": "train_on_calculator_results"}  # name in 0.1 -> current name
+_RENAMED_FACTS = {"learn_calculator_results": "train_on_calculator_results"}  # name in 0.1.0 -> current name
 _EXPECTED = {
     "shards": "shards made by tools/prepare_shards.py",
     "checkpoint": "a checkpoint made by tools/train.py",
@@ -35,7 +36,7 @@ _ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
 class ArtifactExistsError(Exception):
-    """Another process published the same directory first."""
+    """Raised by `publish` if the directory exists already, e.g. because another process has published it."""
 
 
 @contextlib.contextmanager
@@ -44,8 +45,8 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """Context manager that yields a staging directory and publishes it as `final` on a normal exit.
 
-    Only one process may write the directory. The manifest with `facts` is written at the exit, so the `with` block may add
-    to `facts`. An exception removes the staging directory. See `publish` for `replace` and the errors.
+    Must be used in one process only. The manifest with `facts` is written at the exit, so the `with` block may add entries
+    to `facts`. After an exception, the staging directory is removed. See `publish` for `replace` and the errors.
     """
     staging = create_staging(final)
     try:
@@ -57,7 +58,7 @@ def atomic_directory(
 
 
 def create_staging(final: Path) -> Path:
-    """Create and return a uniquely named staging directory beside `final`. Removes abandoned staging directories."""
+    """Create and return a uniquely named staging directory beside `final`. Remove abandoned directories of `final`."""
     if final.is_file():
         raise UserError(f"{final} is a file; choose another output directory")
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def create_staging(final: Path) -> Path:
 
 
 def digest_files(staging: Path, names: Iterable[str] | None = None) -> dict[str, FileDigest]:
-    """Flush the named files below `staging` (default: all) to disk and return a dict relative name -> size and digest."""
+    """Flush the files `names` below `staging` (None: all files) to disk. Return {relative name: size and digest}."""
     sorted_names = sorted(names) if names is not None else _files_below(staging)
 
     def flush_and_digest(name: str) -> FileDigest:
@@ -88,10 +89,10 @@ def publish(
     files: dict[str, FileDigest],
     replace: bool = False,
 ) -> None:
-    """Write the manifest and rename `staging` to `final`.
+    """Write the manifest and rename `staging` to `final`. If `replace` is true, `final` may exist and is replaced.
 
-    `files`: output of `digest_files`. Raises RuntimeError unless it lists exactly the files below `staging`, and
-    ArtifactExistsError if `final` exists and `replace` is False.
+    `files`: output of `digest_files`. Raises RuntimeError unless `files` lists exactly the files below `staging`, and
+    ArtifactExistsError if `final` is a directory that is not empty and `replace` is false.
     """
     present = set(_files_below(staging))
     if present != set(files):
@@ -110,13 +111,13 @@ def publish(
         try:
             replace_directory(final, target)
         except BaseException:
-            if final.exists():  # if `final` is missing, `target` is the only complete directory
+            if final.exists():  # if `final` is missing, `target` holds the new content and must be kept
                 shutil.rmtree(target, ignore_errors=True)
             raise
 
 
 def rename_unless_exists(source: Path, target: Path) -> bool:
-    """Rename a directory; return False if `target` is a directory that is not empty."""
+    """Rename a directory and return True. If `target` is a directory that is not empty, only return False."""
     try:
         os.rename(source, target)
     except OSError as error:
@@ -129,8 +130,9 @@ def rename_unless_exists(source: Path, target: Path) -> bool:
 def replace_directory(old: Path, new: Path) -> None:
     """Put the complete directory `new` in the place of `old`, and remove the old content.
 
-    If the file system supports it, one atomic call exchanges the two names. Otherwise (NFS, Lustre) `old` is renamed, then
-    `new`. A process that is killed between these renames leaves no `old`, and `new` under its temporary name.
+    If the file system can exchange two names, this is one atomic call. On other file systems (NFS, Lustre), first `old` is
+    renamed to a temporary name, then `new` is renamed to `old`. If the process is killed between these two renames, the path
+    `old` does not exist, and both directories have temporary names.
     """
     replaced = new
     if not _exchange_names(old, new):
@@ -142,7 +144,7 @@ def replace_directory(old: Path, new: Path) -> None:
 
 
 def _exchange_names(left: Path, right: Path) -> bool:
-    """Exchange two names with Linux's renameat2; return False if the system does not support this operation."""
+    """Exchange two names with Linux's `renameat2`. Return False if the call is not available or fails, else True."""
     at_working_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
@@ -158,14 +160,14 @@ def is_complete(path: Path) -> bool:
 
 
 def read_manifest(path: Path, kind: str | None = None) -> Manifest:
-    """Return the manifest of a published directory. Raises UserError if it is missing, invalid or of another kind."""
-    file = Path(path) / MANIFEST
+    """Return a directory's manifest. Raises UserError if the manifest is missing, invalid or not of `kind` (None: any)."""
+    file = path / MANIFEST
     expected = _EXPECTED.get(str(kind), f"a directory with {MANIFEST}")
     try:
         manifest: Manifest = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        state = "is a file" if Path(path).is_file() else "does not exist"
-        if Path(path).is_dir():
+        state = "is a file" if path.is_file() else "does not exist"
+        if path.is_dir():
             state = f"is not finished, or holds something else (it has no {MANIFEST})"
         raise UserError(f"{path} {state}; expected {expected}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -183,8 +185,7 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
 
 
 def verify_digests(path: Path, names: Iterable[str] | None = None) -> None:
-    """Raise UserError about the first corrupt file unless the named files (default: all) match the manifest's digests."""
-    path = Path(path)
+    """Raise UserError if a file in `names` (None: all files) differs from the manifest in size or digest."""
     files = read_manifest(path)["files"]
     names = sorted(files if names is None else names)
     verify_sizes(path, names, files)
@@ -195,7 +196,7 @@ def verify_digests(path: Path, names: Iterable[str] | None = None) -> None:
 
 
 def verify_sizes(path: Path, names: Iterable[str], files: dict[str, FileDigest]) -> None:
-    """Raise UserError unless every named file has the size in `files`, the manifest's dict of files."""
+    """Raise UserError unless every file in `names` has the size stated in `files`, the manifest's dict of files."""
     for name in names:
         if name not in files:
             raise UserError(f"{path / name} is not in the manifest of {path}")
@@ -208,8 +209,8 @@ def verify_sizes(path: Path, names: Iterable[str], files: dict[str, FileDigest])
 
 
 def manifest_digest(path: Path) -> str:
-    """Return the SHA-256 of the manifest. It identifies all content, because the manifest has every file's digest."""
-    return file_digest(Path(path) / MANIFEST)
+    """Return the SHA-256 of the manifest. This digest identifies all content, because the manifest has all files' digests."""
+    return file_digest(path / MANIFEST)
 
 
 def file_digest(path: Path) -> str:
@@ -253,7 +254,7 @@ def _fsync(path: Path) -> None:
 
 
 def _remove_abandoned(final: Path, staging: Path) -> None:
-    """Remove staging directories of `final` whose modification time is over 24 h before that of `staging`.
+    """Remove staging directories of `final` that were last modified more than 24 hours before `staging`.
 
     Clocks may jump, so a directory is kept if the process that created it still runs on this host.
     """

@@ -1,6 +1,6 @@
 """Functions that turn parsed YAML or flags into checked settings dataclasses.
 
-Imports only the standard library, so that `--help` is fast.
+Imports only the standard library and trainer.errors, so that `--help` is fast.
 """
 
 import dataclasses
@@ -33,7 +33,8 @@ def setting(default: Any, help: str, **extra: Any) -> Any:
 def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
     """Return settings from a dict of parsed YAML or flags. `where` (e.g. a file name) is the prefix of error messages.
 
-    Raises UserError if a value has the wrong type or a key is unknown; the error suggests the closest known key.
+    Raises UserError if a key is unknown, if a value has the wrong type, or if the constructor of `cls` rejects the values. For
+    an unknown key, the message suggests the closest known key.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -43,7 +44,7 @@ def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settin
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where}: unknown setting {key!r}{did_you_mean(key, known)}")
-        if "true" in known[key].metadata.get("choices", ()):  # YAML parses true as a boolean
+        if "true" in known[key].metadata.get("choices", ()):  # a string, but YAML parses true as a bool
             word = str(value).lower()
             value = _BOOLEAN_WORDS.get(word, word)
         coerced[key] = _coerce(value, hints[key], f"{where}: {key}")
@@ -69,10 +70,6 @@ def rename_old_keys(
         if warn is not None and old not in _warned:
             _warned.add(old)
             warn(f"{where}: {old} is now called {new}; the old name will be removed in the next release")
-
-
-def to_dict(settings: Any) -> dict[str, Any]:
-    return dataclasses.asdict(settings)
 
 
 def check_not_empty(settings: Any, *names: str) -> None:
@@ -106,7 +103,7 @@ def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Convert `value` to the type `hint`. (YAML parses 5e-4 as a string and 1 as an int. Flags are strings.)"""
+    """Return `value` converted to the type `hint`, or raise UserError. (Flags are strings. YAML parses 5e-4 as a string.)"""
     if typing.get_origin(hint) is list:
         items = value if isinstance(value, list) else [value]
         return [_coerce(item, typing.get_args(hint)[0], where) for item in items]

@@ -22,13 +22,10 @@ def read_json_lines(path: Path, tail_bytes: int | None = None) -> Iterator[tuple
             file.seek(-tail_bytes - 1, os.SEEK_END)
             file.readline()  # skip the rest of a line that begins before the tail
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _parse(line)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:  # JSONDecodeError and UnicodeDecodeError
-        return None
-    return record if isinstance(record, dict) else None
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:  # JSONDecodeError and UnicodeDecodeError
+                record = None
+            yield number, record if isinstance(record, dict) else None

@@ -1,6 +1,6 @@
-"""Types of the records in the files of runs and evaluations. docs/formats.md describes every field.
+"""Types of the JSON objects in manifests and in the result files of runs and evaluations (see docs/formats.md).
 
-Manifests of earlier versions may lack some fields: read these fields with `get`.
+Manifests that an earlier version wrote may lack newer fields. Code must read such fields with `get`.
 """
 
 from typing import Any, NotRequired, TypedDict
@@ -32,7 +32,7 @@ class ShardFacts(TypedDict):
     problems_per_method: dict[str, int]
     token_dtype: str
     vocabulary_size: int
-    rejects: dict[str, int]  # number of rejected records by reason
+    rejects: dict[str, int]  # reason -> number of rejected records
 
 
 class AnnotationFacts(TypedDict):
@@ -44,7 +44,10 @@ class AnnotationFacts(TypedDict):
 
 
 class LayoutRecord(TypedDict):
-    """Batch layout of a run. `largest_difference` and `tolerance` are in standard deviations of the logits."""
+    """Batch layout of a training run, and the result of its check (see layout_check.py).
+
+    `largest_difference`: distance from the logits of a plain forward pass, in standard deviations. `tolerance`: its maximum.
+    """
 
     rows: str
     attention: str
@@ -90,7 +93,7 @@ class ExportFacts(CheckpointFacts):
 
 
 class ValidationResult(TypedDict):
-    loss: float  # nats per learned token
+    loss: float  # mean over the learned tokens (tokens with loss), in nats
     learned_tokens: int
     data: str
 
@@ -98,17 +101,17 @@ class ValidationResult(TypedDict):
 class StepMetrics(TypedDict):
     """A line of metrics.jsonl for one optimizer step."""
 
-    step: int  # number of steps done
+    step: int  # number of completed steps, this step included
     total_steps: int
     epoch: float
-    loss: float  # nats per learned token
+    loss: float  # mean over the learned tokens (tokens with loss), in nats
     learned_tokens: int
     tokens: int
     learning_rate: float
     grad_norm: float  # before clipping
     seconds: float
     tokens_per_second: float
-    mfu: float | None  # model FLOPs utilization; None if the device's peak FLOP/s are not known
+    mfu: float | None  # model FLOP utilisation; None if the device's peak is not known
     memory_bytes: int | None
     packs_consumed: int
 
@@ -127,8 +130,8 @@ class Generation(TypedDict):
     calculator_results_given: int
     finished: bool  # False if a length limit cut the text
     generated_by: NotRequired[dict[str, int]]  # pairs only: model's role -> number of generated tokens
-    stopped: NotRequired[str]  # pairs only: reason for an abnormal end
-    plan: NotRequired[str]  # with guidance only: plan that the decomposer reads
+    stopped: NotRequired[str]  # pairs only: stop reason (see programs.py), "" after a normal end
+    plan: NotRequired[str]  # guided decomposers only: plan that the decomposer reads
 
 
 class Prediction(Generation):
@@ -140,14 +143,14 @@ class Prediction(Generation):
     num_steps: int
     gold_steps: list[dict[str, str]]
     text: str
-    strict: str | None  # answer by the strict extraction rule
-    flexible: str | None
+    strict: str | None  # answer by the strict extraction rule; None if there is no answer
+    flexible: str | None  # answer by the flexible extraction rule
     correct_strict: bool
     correct_flexible: bool
 
 
 class Accuracy(TypedDict):
-    """Accuracy in results.json by one extraction rule. `low` and `high`: 95 % Wilson interval."""
+    """Accuracy under one extraction rule, in results.json. `low` and `high`: bounds of the 95 % Wilson interval."""
 
     correct: int
     n: int

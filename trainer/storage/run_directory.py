@@ -1,7 +1,5 @@
 """Paths of the files of runs, evaluations, studies and annotations. Other modules must not repeat the file names."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +8,10 @@ _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
 def evaluation_name(*parts: str, calculator: bool = True, temperature: float = 0.0, seed: int = 0) -> str:
-    """Join `parts` (data, split, mode) with "-", and append a suffix for each setting that is not the default."""
+    """Return the name of an evaluation: `parts` (data, split, mode) and suffixes, joined with "-".
+
+    Suffixes: "no_calculator" without a calculator; "t<temperature>" and "s<seed>" if the temperature is not 0.
+    """
     suffixes = [] if calculator else ["no_calculator"]
     if temperature:
         suffixes += [f"t{temperature:g}", f"s{seed}"]
@@ -29,12 +30,12 @@ def parse_run_name(name: str) -> tuple[str, str, str, int | None]:
 
 
 class _Child:
-    """Descriptor of `_Directory` classes: the path of the file or folder `name` in the directory."""
+    """Descriptor of `_Directory` classes. Its value is the path of the file or folder `name` in the directory."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __get__(self, directory: _Directory, owner: type) -> Path:
+    def __get__(self, directory: "_Directory", owner: type) -> Path:
         return directory.path / self._name
 
 
@@ -60,7 +61,7 @@ class EvaluationDirectory(_Directory):
 
 @dataclass(frozen=True)
 class RunDirectory(_Directory):
-    """Paths in `runs/<study>/<run>/`, the output of one training run."""
+    """Paths in `runs/<study>/<run>/`, the output of one run: a training, or evaluations without training."""
 
     settings = _Child("settings.yaml")
     ds_config = _Child("ds_config.json")
@@ -116,7 +117,7 @@ class StudyDirectory(_Directory):
 def pair_run(method: str, runs: list[RunDirectory]) -> RunDirectory | None:
     """Return the run directory in which the trained models of `runs` are evaluated together by `method`.
 
-    The directory's name joins the models' names with "+". Returns None if the runs differ in study, data or seed.
+    The directory's name joins the models' names with "+". Returns None if the runs' study, data or seed differ or are unknown.
     """
     names = [parse_run_name(run.name) for run in runs]
     data, _, _, seed = names[0]

@@ -3,6 +3,7 @@
 `study.yaml` in the study's directory holds the settings with which each run was started.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from trainer.errors import UserError
 from trainer.settings import TrainSettings
 from trainer.storage import atomic_dir
-from trainer.storage.configuration import rename_old_keys, to_dict
+from trainer.storage.configuration import rename_old_keys
 from trainer.storage.run_directory import StudyDirectory
 from trainer.study.status import has_work, is_evaluated
 from trainer.study.study_file import RunSpec, Study
@@ -69,7 +70,7 @@ def check_unchanged(study: Study) -> None:
 
 
 def save_snapshot(study: Study) -> None:
-    """Write the settings of all runs in the study file to study.yaml. Settings of other runs stay in study.yaml."""
+    """Write to study.yaml the settings of every run that the study file lists. Records of other runs are kept."""
     records = {**_read(study.directory), **_records(study)}
     record = {"format": _FORMAT, "file": str(study.file), "runs": dict(sorted(records.items()))}
     atomic_dir.write_text(study.directory.settings, yaml.safe_dump(record, sort_keys=False))
@@ -82,13 +83,13 @@ def unlisted_runs(study: Study) -> list[str]:
 
 
 def _records(study: Study) -> dict[str, dict[str, Any]]:
-    """Return run name -> settings of the run. The key `students` has the training settings of a pair's models."""
+    """Return {run name: settings of the run}. Key `students`: training settings of the models in a pair."""
     training = {run.name: _training_record(run, study) for run in study.runs}
     return {
         run.name: {
             "train": training[run.name],
             "students": {name: training[name] for name in run.trained_runs},
-            "evaluate": {Path(e.output_dir).name: to_dict(e) for e in run.evaluations},
+            "evaluate": {Path(e.output_dir).name: asdict(e) for e in run.evaluations},
         }
         for run in study.runs
     }
@@ -97,12 +98,12 @@ def _records(study: Study) -> dict[str, dict[str, Any]]:
 def _training_record(run: RunSpec, study: Study) -> dict[str, Any]:
     if run.train is None:
         return {}
-    train = {**to_dict(run.train), "num_ranks": run.num_ranks}
+    train = {**asdict(run.train), "num_ranks": run.num_ranks}
     if run.train.deepspeed:
         train["deepspeed_digest"] = atomic_dir.file_digest(Path(run.train.deepspeed))
     for problems in study.problem_sets:
         if problems.annotate and problems.shards.output_dir == run.train.train_shards:
-            train |= {f"annotate.{key}": value for key, value in to_dict(problems.annotate).items()}
+            train |= {f"annotate.{key}": value for key, value in asdict(problems.annotate).items()}
     return train
 
 

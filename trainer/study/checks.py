@@ -11,7 +11,7 @@ from trainer.settings import ConvertSettings, EvaluateSettings, PrepareSettings,
 from trainer.storage.configuration import did_you_mean, from_dict, rename_old_keys
 from trainer.teacher.settings import AnnotateSettings
 
-# Settings that the study computes. A study file must not contain them.
+# Settings class -> names of the settings that the study computes. The file's sections of this class must not contain them.
 SET_BY_STUDY: dict[type[Any], set[str]] = {
     AnnotateSettings: {"data", "data_path", "split", "seed", "output_dir", "overwrite", "dry_run"},
     PrepareSettings: {"output_dir", "overwrite", "inspect", "method"},
@@ -89,7 +89,7 @@ def named_settings(values: dict[str, Any], section: str, where: str) -> dict[str
 
 
 def named_mappings(value: Any, where: str) -> dict[str, dict[Any, Any]]:
-    """Check a mapping from names to mappings and return a copy, in which null becomes an empty mapping."""
+    """Return a checked copy of a mapping from names to mappings. In the copy, null is replaced by an empty mapping."""
     return {
         checked_name(key, where): dict(mapping(settings or {}, f"{where}.{key}"))
         for key, settings in mapping(value, where).items()

@@ -1,4 +1,4 @@
-"""The `data` section of a study file: data sets, their problem sets, and the settings of their shards."""
+"""Read the `data` section of a study file: data sets, each with several problem sets (train, validation, test, ...)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ from trainer.storage.run_directory import AnnotationDirectory
 from trainer.study import checks
 from trainer.teacher.settings import AnnotateSettings
 
-TRAIN, VALIDATION = "train", "validation"  # models are evaluated on all other sets
+TRAIN, VALIDATION = "train", "validation"  # models are evaluated on all other problem sets
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """One problem set. If `annotate` is set, a teacher first writes the solution steps of the problems."""
+    """Settings that prepare the shards of a problem set. If `annotate` is set, a teacher first writes the solution steps."""
 
     shards: PrepareSettings
     annotate: AnnotateSettings | None = None
@@ -26,7 +26,7 @@ class ProblemSet:
 def read_data_sets(
     values: dict[str, Any], shards_root: Path, annotations_root: Path, where: str
 ) -> dict[str, dict[str, ProblemSet]]:
-    """Return {data set: {set name: problem set}}. Raises UserError with the key path of an invalid setting."""
+    """Return {data set: {name of the problem set: problem set}}. Raises UserError, with the key path, if a value is invalid."""
     prepare = checks.section(PrepareSettings, values, "prepare", where)
     annotate = checks.section(AnnotateSettings, values, "annotate", where)
     data_sets: dict[str, dict[str, ProblemSet]] = {}
@@ -74,7 +74,7 @@ def _prepare(
 def _annotated_set(
     sets: dict[str, PrepareSettings], name: str, shared: dict[str, Any], section: Any, folder: Path, path: str
 ) -> ProblemSet:
-    """Return a problem set that a teacher annotates. `folder`: directory of the annotations that the shards contain."""
+    """Return a problem set that a teacher annotates. The annotations are written to `folder`; the shards are made from them."""
     source, own = sets[name], checks.mapping(section or {}, path)
     checks.check_settings(AnnotateSettings, own, path)
     # A teacher must not annotate problems that are also in an evaluated set.

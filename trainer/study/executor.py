@@ -16,16 +16,16 @@ from trainer.study.stage_queue import StageQueue
 from trainer.study.stages import Stage
 from trainer.study.study_file import Study
 
-_GRACE_SECONDS = 60.0  # time between an interrupt and the kill, in which a training can save
+_GRACE_SECONDS = 60.0  # time between SIGTERM and SIGKILL, in which a training can save a checkpoint
 _CLEAN_UP_SECONDS = 5.0  # after a failure, time until the remaining ranks are killed
 _POLL_SECONDS = 0.05
 
 
 def run_study(study: Study, scripts_dir: Path | None, keep_going: bool = False) -> int:
-    """Run the study. Return 0, or EXIT_INTERRUPTED after an interrupt. The same command then continues the study.
+    """Run the study. Return 0, or EXIT_INTERRUPTED after an interrupt. Raises UserError at the end if a stage failed.
 
-    `scripts_dir`: folder of the command-line scripts; None for the installed modules. After a failure, no stage is started
-    (with `keep_going`: no stage that depends on a failed stage). Raises UserError at the end if a stage failed.
+    `scripts_dir`: folder of the command-line scripts; None for the installed modules. After a failure, no stage is started.
+    With `keep_going`, the report and all stages that do not depend on a failed stage are still started.
     """
     changes.check_unchanged(study)
     todo = stages.study_stages(study)
@@ -64,7 +64,7 @@ def _run_stages(
     keep_going: bool,
     interrupts: Interrupts,
 ) -> dict[str, str]:
-    """Run the stages whose dependencies succeed. Return {stage label: failure message}. An interrupt ends all processes."""
+    """Run the stages that are not done. Return {label of a failed stage: message}. An interrupt ends all processes."""
     queue = StageQueue(todo, done)
     positions = {stage.label: f"[{number}/{len(todo)}]" for number, stage in enumerate(todo, 1)}
     cores = len(os.sched_getaffinity(0)) // study.num_parallel
@@ -123,7 +123,10 @@ def _report_ended(ended: StageJob, running: Sequence[StageJob], keep_going: bool
 def _end_processes(
     study: Study, grace_seconds: float, interrupts: Interrupts, ignored: int = 0, stage: str | None = None
 ) -> None:
-    """End the study's processes, or those of `stage`. Kill them after `grace_seconds`, or after more than `ignored` interrupts."""
+    """End the processes of the study, or only the processes of `stage` if it is not None.
+
+    Remaining processes are killed after `grace_seconds`, or when there have been more than `ignored` interrupts.
+    """
     for survivor in processes.end_processes(
         study.directory, grace_seconds, lambda: interrupts.count > ignored, stage
     ):

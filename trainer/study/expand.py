@@ -1,4 +1,4 @@
-"""Expand a study file into runs. A run trains a model, or evaluates a pair of trained models or a pretrained model."""
+"""Expand a study file into runs: training runs, runs that evaluate a pair, and few-shot runs (see `RunSpec`)."""
 
 import dataclasses
 import itertools
@@ -18,19 +18,19 @@ from trainer.study.methods import FEW_SHOT, SINGLE_MODEL_METHODS, SOLVER, Method
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run directory and the settings of its stages. Each evaluation has its own output_dir.
+    """Directory of one run, and settings of its training, conversion and evaluations.
 
-    A training run trains, converts and evaluates one model. (A model that only works in a pair is not evaluated.) The run
-    of a pair evaluates the models of `trained_runs` together. A few-shot run evaluates a pretrained model.
+    A training run trains, converts and evaluates one model. (A model that only works in a pair is not evaluated alone.) The
+    run of a pair evaluates the models of `trained_runs` together. A few-shot run evaluates a pretrained model.
     """
 
     directory: RunDirectory
-    train: TrainSettings | None
-    convert: ConvertSettings | None
+    train: TrainSettings | None  # None if the run trains no model
+    convert: ConvertSettings | None  # None if the run trains no model
     evaluations: tuple[EvaluateSettings, ...]
     num_ranks: int = 1
-    trained_runs: tuple[str, ...] = ()  # names of the runs whose exports are evaluated
-    dependent_evaluations: tuple[EvaluateSettings, ...] = ()  # of other runs, which use this run's export
+    trained_runs: tuple[str, ...] = ()  # pairs only: names of the training runs of both models
+    dependent_evaluations: tuple[EvaluateSettings, ...] = ()  # pairs' evaluations that use this run's export
 
     @property
     def name(self) -> str:
@@ -48,27 +48,26 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class StudyGrid:
-    """Sections of a study file, after their checks. A run is one combination of data set, model, method and seed."""
+    """Checked sections of a study file. A run is one combination of data set, model, method and seed."""
 
-    where: str
+    where: str  # prefix of error messages
     directory: StudyDirectory
     seeds: list[int]
-    data: dict[str, dict[str, ProblemSet]]
+    data: dict[str, dict[str, ProblemSet]]  # data set -> name of the problem set -> problem set
     models: dict[str, ModelEntry]
     methods: dict[str, MethodEntry]
     train: dict[str, Any]
     convert: dict[str, Any]
     evaluate: dict[str, Any]
-    evaluations: list[dict[str, Any]]  # variants; the keys of a variant override the same keys of `evaluate`
+    evaluations: list[dict[str, Any]]  # variants; the settings of a variant override `evaluate`
 
 
 def expand(grid: StudyGrid) -> tuple[RunSpec, ...]:
     """Return all runs, each after the runs whose models it evaluates. Raises UserError for contradictory settings."""
     runs: dict[str, RunSpec] = {}
     trained = trained_methods(grid.methods)
-    for seed, data, model, entry in itertools.product(
-        grid.seeds, grid.data, grid.models.values(), grid.methods.values()
-    ):
+    combinations = itertools.product(grid.seeds, grid.data, grid.models.values(), grid.methods.values())
+    for seed, data, model, entry in combinations:
         if model.name not in entry.models or data not in entry.data:
             continue
         new_runs: list[RunSpec] = []
@@ -76,7 +75,7 @@ def expand(grid: StudyGrid) -> tuple[RunSpec, ...]:
             new_runs = _pair_runs(grid, entry, data, model, seed)
         elif entry.name in trained:
             new_runs = [_training_run(grid, entry.name, data, model, seed)]
-        elif entry.name == FEW_SHOT and seed == grid.seeds[0]:  # few-shot prompts do not depend on the seed
+        elif entry.name == FEW_SHOT and seed == grid.seeds[0]:  # prompts do not depend on the seed
             new_runs = [_few_shot_run(grid, entry, data, model, seed)]
         for run in new_runs:
             runs.setdefault(run.name, run)
@@ -132,7 +131,7 @@ def _pair_runs(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelEntry
         "mode": "auto",
     }
     evaluations = _evaluations(grid, directory, data, entry.name, models, entry.settings)
-    if not any(settings.planner for settings in evaluations):  # with gold guidance, no planner is needed
+    if not any(settings.planner for settings in evaluations):  # all plans are gold: no planner is needed
         trained.pop(entry.pair.planner, None)
     names = tuple(run.name for run in trained.values())
     return [*trained.values(), RunSpec(directory, None, None, evaluations, model.num_ranks, names)]
@@ -157,7 +156,10 @@ def _few_shot_run(grid: StudyGrid, entry: MethodEntry, data: str, model: ModelEn
 def _evaluations(
     grid: StudyGrid, run: RunDirectory, data: str, method: str, models: dict[str, Any], own: dict[str, Any]
 ) -> tuple[EvaluateSettings, ...]:
-    """Return one evaluation per combination of an evaluated problem set and a variant of `grid.evaluations`."""
+    """Return the settings of one evaluation per test set (any set but train and validation) and item of `grid.evaluations`.
+
+    `models`: settings of the models. `own`: settings of the method. Raises UserError if two evaluations would have one name.
+    """
     evaluations: dict[str, EvaluateSettings] = {}
     for set_name, problems in grid.data[data].items():
         if set_name in (TRAIN, VALIDATION):
@@ -195,7 +197,7 @@ def _check_files(train: TrainSettings, model: ModelEntry, where: str) -> None:
 
 
 def evaluation_variant(settings: EvaluateSettings) -> str:
-    """Return an evaluation's name without its method: problem set and options, e.g. `gsm8k-test-no_calculator`."""
+    """Return the name of an evaluation without the mode: problem set and options, e.g. `gsm8k-test-no_calculator`."""
     return _with_options(settings, Path(settings.shards).name)
 
 

@@ -1,4 +1,4 @@
-"""The `methods` section of a study file: training methods, and pairs that evaluate several trained models together.
+"""The `methods` section of a study file: training methods, few_shot, and pairs that evaluate trained models together.
 
 A pair adds the training runs of its models to the study. Pairs share training runs: a method is trained once per data
 set, model and seed.
@@ -48,7 +48,7 @@ class MethodEntry:
     data: tuple[str, ...]
     settings: dict[str, Any]  # evaluation settings for a pair or few_shot, else training settings
     decomposer_model: str  # model of the decomposer and planner; "": the solver's model
-    lists_models: bool  # whether the entry in the file has the key `models`
+    lists_models: bool  # True: the entry in the file has the key `models`
 
     @property
     def pair(self) -> Pair | None:

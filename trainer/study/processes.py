@@ -1,11 +1,9 @@
-"""Start the commands of stages, and find and end all their processes.
+"""Start the commands of stages, and find and end all processes of a stage.
 
-The ranks of a stage cannot be found by process group or parent: mpiexec starts each rank in its own session, and after
-SIGTERM to the `deepspeed` command its ranks run without a parent. So each stage is started with two environment
-variables that contain the study's directory and the stage's label. All processes of the stage inherit these variables.
+The ranks of a stage cannot be found by process group or parent: mpiexec starts each rank in its own session, and SIGTERM
+ends the `deepspeed` command but not its child processes. So each stage is started with two environment variables that
+contain the study's directory and the stage's label. All processes of the stage inherit these variables.
 """
-
-from __future__ import annotations
 
 import contextlib
 import itertools
@@ -17,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 import psutil
 
@@ -36,7 +35,7 @@ class Interrupts:
 
     count = 0
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> Self:
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
         for number, handler in self._previous.items():
             if handler is not signal.SIG_IGN:  # nohup sets SIGHUP to SIG_IGN, which must stay in effect
@@ -81,9 +80,9 @@ def end_processes(
 ) -> list[psutil.Process]:
     """End every process of the study, or of one stage, and wait until none is left.
 
-    The ranks get SIGTERM, so that training can save a checkpoint. A launcher kills its ranks on SIGTERM, so the launcher gets
-    SIGTERM after the ranks have ended. Remaining processes are killed after the grace time, or when `should_kill()` is true.
-    Returns the processes that survive SIGKILL, because they hang in the kernel (e.g. in a lost file system).
+    First, the ranks get SIGTERM, so that training can save a checkpoint. A launcher may kill its ranks on SIGTERM, so the
+    launcher gets SIGTERM after the ranks have ended. After `grace_seconds`, or if `should_kill()` returns True, the remaining
+    processes are killed. Returns the processes that survive SIGKILL because they hang in the kernel (lost file system).
     """
     deadline = time.monotonic() + grace_seconds
     killed_at: float | None = None

@@ -19,15 +19,15 @@ from trainer.study.study_file import Study
 
 _UPDATE_SECONDS = 1.0
 _TAIL_LINES = 15
-# Lines that launchers and libraries print around an error.
+# Lines that launchers and libraries print around an error. Error messages of stages leave these lines out.
 _NOISE = re.compile(r"\[(INFO|WARNING)\]|Killing subprocess|exits with return code|^\s*$|^=== ")
 
 
 class StageJob:
     """A started stage. Raises UserError if the stage cannot be started.
 
-    `counter_text`: "[number/total]". `num_cores`: number of CPU cores of this stage. `devices`: CUDA devices of this
-    stage. `ports_in_use`: ports of the running stages; this stage must use another port.
+    `counter_text`: number of the stage in the study, e.g. "[3/12]". `num_cores`: number of CPU cores for this stage.
+    `devices`: CUDA devices for this stage. `ports_in_use`: ports of the running stages; this stage must use another port.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class StageJob:
         terminal.info(f"{self.counter_text} {self.stage.label}: {_result(self.stage)} ({duration})")
 
     def _tail(self) -> str:
-        """Return the last relevant lines that this process has written to the log, indented."""
+        """Return the last lines that the stage's process has written to the log, indented, without lines of `_NOISE`."""
         with open(self.stage.log, "rb") as file:
             file.seek(self._log_offset)
             lines = file.read().decode("utf-8", errors="replace").splitlines()
@@ -130,9 +130,8 @@ def _result(stage: Stage) -> str:
     return terminal.size_text(sum(file["bytes"] for file in manifest["files"].values()))
 
 
-def _exit_text(code: int | None) -> str:
+def _exit_text(code: int) -> str:
     """Return an exit code and its meaning as text. Launchers report a rank killed by signal n as 128 + n or as 256 - n."""
-    code = code or 0
     number = -code if code < 0 else code - 128 if code < 192 else 256 - code if code < 255 else 0
     if number in list(signal.Signals):
         out_of_memory = ": out of memory?" if number == signal.SIGKILL else ""

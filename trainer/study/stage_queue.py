@@ -13,13 +13,16 @@ class StageQueue:
 
     def __init__(self, todo: Sequence[Stage], done: Iterable[Stage]) -> None:
         self._done = {stage.label for stage in done}
-        # The report is queued even if one exists, because it is outdated as soon as another stage ends.
+        # The report is queued even if it is done, because it is outdated as soon as another stage ends.
         self._waiting = [stage for stage in todo if stage.label not in self._done or stage.kind == "report"]
         self._all = {stage.label for stage in todo}
         self._failed: set[str] = set()
 
     def pop_ready(self) -> Stage | None:
-        """Remove and return the first stage whose dependencies are done; None if no stage is ready."""
+        """Remove and return the first stage whose dependencies are done, or return None if there is no such stage.
+
+        Earlier stages that are done already or depend on a failed stage are also removed, and recorded as done or failed.
+        """
         for stage in list(self._waiting):
             needs = self._all - {stage.label} if stage.kind == "report" else set(stage.needs)
             if not needs <= self._done | self._failed:
@@ -27,7 +30,7 @@ class StageQueue:
             self._waiting.remove(stage)
             if status.is_done(stage):
                 self._done.add(stage.label)
-            elif stage.kind != "report" and needs & self._failed:  # a stage fails if a dependency failed
+            elif stage.kind != "report" and needs & self._failed:
                 self._failed.add(stage.label)
             else:
                 return stage

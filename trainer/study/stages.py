@@ -24,7 +24,7 @@ SCRIPTS = {
     "report": "plot_scaling.py",
 }
 MULTI_RANK_KINDS = ("train", "evaluate")  # stages of these kinds can run on several ranks
-ON_DEVICES = (*MULTI_RANK_KINDS, "annotate")  # kinds whose ranks use one CUDA device each, if there is any
+ON_DEVICES = (*MULTI_RANK_KINDS, "annotate")  # each rank uses one CUDA device, if there are any
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def prepare_label(shards: str) -> str:
 
 
 def python_arguments(kind: str, scripts_dir: Path | None) -> list[str]:
-    """Return the arguments of `python` that start a stage: a script's path, or `-m` and the installed module."""
+    """Return the arguments of `python` that start a stage: a script's path, or `-m` and a module if `scripts_dir` is None."""
     if scripts_dir is None:
         return ["-m", f"trainer.commands.{Path(SCRIPTS[kind]).stem}"]
     return [str(scripts_dir / SCRIPTS[kind])]
@@ -104,7 +104,8 @@ def stage_command(
     """Return the command line of a stage. Settings are flags, so that a user can copy and run the command line.
 
     With the launcher `auto`, stages of several ranks run under deepspeed, except that evaluations run under mpiexec if the
-    virtual environment has it. On two cores, deepspeed takes 7 s to start the first rank, mpiexec takes 0.03 s.
+    virtual environment has mpiexec and mpi4py. On two cores, the first rank starts after 7 s with deepspeed and after 0.03 s
+    with mpiexec. Raises UserError if the launcher's command is missing.
     """
     script = [*python_arguments(stage.kind, scripts_dir), *to_flags(stage.settings)]
     if stage.kind not in MULTI_RANK_KINDS or (stage.num_ranks == 1 and launcher == "auto"):
@@ -123,15 +124,17 @@ def stage_command(
 def stage_environment(stage: Stage, cores: int, devices: Sequence[str] = ()) -> dict[str, str]:
     """Return variables to add to a stage's environment. Without `devices`, the stage inherits CUDA_VISIBLE_DEVICES."""
     variables = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-    if (
-        stage.kind in MULTI_RANK_KINDS and "OMP_NUM_THREADS" not in os.environ
-    ):  # by default, each rank would start one thread per core
+    # By default, each rank would start one thread per core.
+    if stage.kind in MULTI_RANK_KINDS and "OMP_NUM_THREADS" not in os.environ:
         variables["OMP_NUM_THREADS"] = str(max(1, cores // stage.num_ranks))
     return variables
 
 
 def to_flags(settings: Any) -> list[str]:
-    """Return the settings that differ from their default as `--name=value` flags. A list gives one flag per item."""
+    """Return the command-line arguments of a settings dataclass: positional fields first, then flags `--name=value`.
+
+    A list gives one flag per item. Any other field gives a flag only if its value is not the default.
+    """
     flags, positional = [], []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -145,13 +148,14 @@ def to_flags(settings: Any) -> list[str]:
 
 
 def _beside_python(name: str) -> str | None:
-    """Return the path of a command in this Python's virtual environment (activated or not), or None if it is missing."""
+    """Return the path of a command in this Python's virtual environment (activated or not); None if the command is missing."""
     path = Path(sys.executable).parent / name
     return str(path) if os.access(path, os.X_OK) else None
 
 
 def _own_mpiexec() -> str | None:
-    """Return the mpiexec beside this Python, or None if mpiexec or mpi4py is missing. With another MPI, world size is 1."""
+    """Return the mpiexec beside this Python, or None if mpiexec or mpi4py is missing."""
+    # Under an mpiexec that is not of mpi4py's MPI library, each process would have world size 1.
     return _beside_python("mpiexec") if importlib.util.find_spec("mpi4py") else None
 
 

@@ -19,15 +19,9 @@ from trainer.storage.run_directory import (
     StudyDirectory,
 )
 from trainer.study.stages import Stage
-from trainer.teacher.settings import AnnotateSettings
+from trainer.teacher.settings import RESULT_SETTINGS, SAMPLING_SETTINGS, AnnotateSettings
 
 _TAIL_BYTES = 64 << 10
-# Settings that must equal those in the manifest of an existing annotation.
-_ANNOTATION_SETTINGS = (
-    *("data", "split", "seed", "max_problems", "style", "gold_hint", "with_facts", "num_samples", "keep_all"),
-    *("min_steps", "max_steps", "require_annotations", "decontaminate_ngram"),
-    *("temperature", "top_p", "max_new_tokens"),
-)
 _FINAL_LOSS_STEPS = 20  # final loss: mean over the last 20 steps, because the loss of one step is too noisy
 
 
@@ -43,8 +37,8 @@ class Progress:
 def is_done(stage: Stage) -> bool:
     """Return True if the result of the stage exists.
 
-    Annotation is also done if the shards exist. Training and conversion are also done if all evaluations of the model
-    are done. A report is not done if an evaluation's results are newer than the report.
+    Annotation is also done if the shards exist. Training is also done if the export exists. Training and conversion are
+    also done if all evaluations of the model are done. A report is not done if newer evaluation results exist.
     """
     if stage.kind == "annotate":
         return is_annotated(stage.settings) or atomic_dir.is_complete(Path(stage.shards))
@@ -70,7 +64,7 @@ def is_done(stage: Stage) -> bool:
 def is_annotated(settings: AnnotateSettings) -> bool:
     """Return True if the annotations exist. Raises UserError if they were made with other settings."""
     path = AnnotationDirectory(Path(settings.output_dir)).result
-    keys = (*_ANNOTATION_SETTINGS, *(("model",) if settings.model else ()))
+    keys = (*RESULT_SETTINGS, *SAMPLING_SETTINGS, *(("model",) if settings.model else ()))
     remedy = "another annotations_dir, or delete the result (the teacher's answers are kept beside it)"
     return _is_made(path, "annotations", settings, keys, remedy)
 
@@ -82,7 +76,7 @@ def are_shards_ready(settings: PrepareSettings) -> bool:
 
 
 def _is_made(path: Path, kind: str, settings: Any, keys: Iterable[str], remedy: str) -> bool:
-    """Return True if the artifact is complete. Raises UserError if a setting in `keys` differs from its recipe."""
+    """Return True if the artifact is complete. Raises UserError if a recorded setting in `keys` differs from `settings`."""
     if not atomic_dir.is_complete(path):
         return False
     recipe = atomic_dir.read_manifest(path, kind)["facts"].get("recipe", {})
@@ -131,10 +125,9 @@ def training_progress(settings: TrainSettings) -> Progress:
 
 def annotation_progress(settings: AnnotateSettings) -> Progress:
     """Return how many answers the teacher has written so far. The total is 0, because it is not known in advance."""
-    try:
+    answers = 0
+    with contextlib.suppress(FileNotFoundError):
         answers = AnnotationDirectory(Path(settings.output_dir)).responses.read_bytes().count(b"\n")
-    except FileNotFoundError:
-        answers = 0
     return Progress(answers, 0, "answers")
 
 
@@ -146,7 +139,7 @@ def final_loss(run: RunDirectory) -> float | None:
 
 
 def accuracy(settings: EvaluateSettings) -> str:
-    """Return the strict accuracy and its 95 % interval: "67.0% [61.5, 72.1]". Raises UserError for a damaged file."""
+    """Return strict accuracy and 95 % interval, e.g. "67.0% [61.5, 72.1]". Raises UserError if results.json is damaged."""
     with _read_json(EvaluationDirectory(Path(settings.output_dir)).results, "evaluate again") as results:
         strict = results["accuracy"]["strict"]
         return f"{strict['accuracy']:.1%} [{100 * strict['low']:.1f}, {100 * strict['high']:.1f}]"
@@ -160,7 +153,7 @@ def headlines(study: StudyDirectory) -> list[str]:
 
 @contextlib.contextmanager
 def _read_json(path: Path, remedy: str) -> Iterator[Any]:
-    """Context manager that yields the content of a JSON file. An error in reading or using it becomes a UserError."""
+    """Context manager that yields the content of a JSON file. Raises UserError if reading or using the content fails."""
     try:
         yield json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -188,7 +181,7 @@ class EvaluationProgress:
 
 
 def last_steps(metrics: Path) -> list[dict[str, Any]]:
-    """Return the records of the last steps in order. If a step was repeated after a resume, return only its last record."""
+    """Return the records of the last steps (last 64 KiB of the file) in order. Of a repeated step, return the last record."""
     steps: list[dict[str, Any]] = []
     for _, record in read_json_lines(metrics, _TAIL_BYTES):
         if record and type(record.get("step")) is int and "evaluation" not in record:

@@ -11,8 +11,6 @@ from trainer.study import checks, data_sets, methods
 from trainer.study.data_sets import ProblemSet
 from trainer.study.expand import ModelEntry, RunSpec, StudyGrid, expand
 
-__all__ = ["RunSpec", "Study", "load_study"]
-
 LAUNCHERS = ("auto", "deepspeed", "mpiexec")
 STUDY_KEYS = (
     *("study", "output_dir", "shards_dir", "annotations_dir", "num_ranks", "num_parallel", "launcher"),
@@ -48,7 +46,10 @@ def load_study(
     num_ranks: int = 0,
     num_parallel: int = 0,
 ) -> Study:
-    """Return the study of a parsed file. Optional arguments replace values unless "" or 0. Raises UserError for a bad value."""
+    """Return the study that the parsed content `values` of `file` describes. Raises UserError if a value is invalid.
+
+    An optional argument that is not "" or 0 replaces the file's value (`num_ranks`: also the values of single models).
+    """
     where = str(file)
     checks.check_keys(values, STUDY_KEYS, where)
     name = checks.checked_name(checks.required(values, "study", where), f"{where}: study")
@@ -56,9 +57,8 @@ def load_study(
     if launcher not in LAUNCHERS:
         raise UserError(f"{where}: launcher is {launcher!r}; choose one of {', '.join(LAUNCHERS)}")
     default_ranks = checks.checked_count(num_ranks or values.get("num_ranks", 1), f"{where}: num_ranks")
-    num_parallel = checks.checked_count(
-        num_parallel or values.get("num_parallel", 1), f"{where}: num_parallel", "stages at the same time"
-    )
+    num_parallel = num_parallel or values.get("num_parallel", 1)
+    checks.checked_count(num_parallel, f"{where}: num_parallel", "stages at the same time")
     directory = StudyDirectory(Path(output_dir or str(values.get("output_dir", "runs"))) / name)
     shards_root = Path(shards_dir or str(values.get("shards_dir", "shards")))
     annotations_root = Path(str(values.get("annotations_dir", "annotations")))

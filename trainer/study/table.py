@@ -1,14 +1,10 @@
 """Tables of a study's plan and progress. The data are read from disk, without a network."""
 
-import io
 import shlex
-import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from trainer.errors import UserError
@@ -20,8 +16,6 @@ from trainer.storage.run_directory import EvaluationDirectory
 from trainer.study import changes, processes, stages, status
 from trainer.study.expand import evaluation_variant
 from trainer.study.study_file import RunSpec, Study
-
-_WIDTH_WITHOUT_TERMINAL = 160
 
 
 def show_status(study: Study) -> None:
@@ -39,7 +33,7 @@ def show_status(study: Study) -> None:
         is_ready = status.are_shards_ready(settings)
         text = f"{_facts(settings.output_dir)['num_problems']} problems" if is_ready else "not prepared"
         terminal.info(f"shards {settings.output_dir}: {text}")
-    terminal.info(table_text(table))
+    terminal.info(terminal.table_text(table))
     if owner := directory_lock.current_owner(study.directory.lock):
         terminal.info(f"in use: {owner.process}, since {owner.since}")
     elif leftovers := processes.processes_of_study(study.directory):
@@ -50,16 +44,19 @@ def show_status(study: Study) -> None:
 
 
 def print_dry_run(study: Study, scripts_dir: Path | None) -> None:
-    """Print models, stages and the commands of remaining stages. Raises UserError if settings of existing runs changed."""
+    """Print the models, all stages, and the commands of the stages that are not done.
+
+    Raises UserError if settings of runs with checkpoints or results have changed.
+    """
     changes.check_unchanged(study)
     todo = stages.study_stages(study)
     waiting = [stage for stage in todo if not status.is_done(stage)]
-    terminal.info(table_text(_models(study)) + "\n")
+    terminal.info(terminal.table_text(_models(study)) + "\n")
     table = make_table("", "stage", "state", "ranks", "problems")
     for number, stage in enumerate(todo, 1):
         ready = "to do" if stage in waiting else "done"
         table.add_row(str(number), stage.label, ready, str(stage.num_ranks), _stage_problems(stage, study))
-    terminal.info(table_text(table))
+    terminal.info(terminal.table_text(table))
     terminal.info(f"study {study.name}: {len(study.runs)} runs, {len(todo)} stages, {len(waiting)} to do")
     for stage in waiting:
         terminal.info("\n" + shlex.join(stages.stage_command(stage, scripts_dir, study.launcher)))
@@ -95,7 +92,7 @@ def _stage_problems(stage: stages.Stage, study: Study) -> str:
 
 
 def num_problems(settings: PrepareSettings) -> int | None:
-    """Return the number of problems in a set, from its shards or, for stories, from its settings; None if unknown."""
+    """Return the number of problems in a shard directory; None if there is no directory and the data are not stories."""
     if facts := _facts(settings.output_dir):
         return int(facts["num_problems"])
     if settings.data == "stories":
@@ -185,11 +182,3 @@ def _evaluation(settings: EvaluateSettings) -> str:
 def make_table(*columns: str) -> Table:
     headers = [Column(name, overflow="fold") for name in columns]
     return Table(*headers, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-
-
-def table_text(table: Table) -> str:
-    """Return the table as plain text, as wide as the terminal."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL
-    buffer = io.StringIO()
-    Console(file=buffer, width=width).print(table)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())

@@ -21,8 +21,8 @@ _CHARACTERS_PER_TOKEN = 4  # approximately, in English text
 def annotate(settings: AnnotateSettings) -> None:
     """Annotate the problems and write `<output_dir>/result`. Responses of earlier runs, even of killed runs, are reused.
 
-    Raises UserError if the input is invalid, a result with other settings exists, another process uses output_dir, or the
-    endpoint does not answer.
+    Raises UserError if the input is invalid, if another process uses `output_dir`, if the endpoint does not answer, or if
+    `output_dir` has a result of other settings and `overwrite` is False.
     """
     directory = AnnotationDirectory(Path(settings.output_dir))
     with directory_lock.locked(directory.lock):
@@ -110,7 +110,10 @@ def _publish(final: Path, job: AnnotationJob, log: ResponseLog) -> None:
 
 
 def _is_up_to_date(final: Path, job: AnnotationJob) -> bool:
-    """Return whether `final` holds the job's full result. Unless `overwrite`, raises UserError if it has other settings."""
+    """Return whether `final` holds the result of `job` and this result has no unanswered requests.
+
+    Raises UserError if `final` holds a result of other settings and `overwrite` is False.
+    """
     if not atomic_dir.is_complete(final):
         return False
     old, new = atomic_dir.read_manifest(final, result.KIND)["facts"]["recipe"], job.fingerprint_fields

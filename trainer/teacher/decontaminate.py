@@ -1,12 +1,12 @@
 """Find problems that match test questions.
 
 Two questions match if their normalised texts are equal, or if they share an n-gram of 13 words (as for GPT-3: Brown et
-al. 2020, arXiv:2005.14165, appendix C). A question of fewer than 13 words matches if its word sequence occurs
-in the other question. Normalised texts are in lower case and Unicode NFKC, without punctuation. A number is one word: `0.5`
+al. 2020, arXiv:2005.14165, appendix C). A question of fewer than 13 words matches another question that contains its
+word sequence. Normalised texts are in lower case and Unicode NFKC, without punctuation. A number is one word: `0.5`
 stays 0.5, and `1,080` becomes 1080.
 
-In a data set with variants of the same texts, many questions match: SVAMP's training and test problems share stories. With
-`ngram` 0, only equal questions match.
+In a data set with variants of the same texts, many questions match. For example, SVAMP's training and test problems share
+stories. With `ngram` 0, two questions match only if their normalised texts are equal.
 """
 
 import re
@@ -23,15 +23,14 @@ def words(question: str) -> tuple[str, ...]:
 
 
 class HeldOutQuestions:
-    """Index of test questions. `questions`: (name, question) of every test problem."""
+    """Index of test questions, given as (name, question). `ngram`: number of words per n-gram; 0: compare whole texts."""
 
     def __init__(self, questions: Iterable[tuple[str, str]], ngram: int = 13) -> None:
         self._ngram = ngram
         self._questions = [(name, words(question)) for name, question in questions]
         self._whole: dict[tuple[str, ...], str] = {}
-        self._short: dict[
-            int, dict[tuple[str, ...], str]
-        ] = {}  # number of words -> question -> name, for questions of fewer than `ngram` words
+        # Number of words -> question -> name, for questions of fewer than `ngram` words.
+        self._short: dict[int, dict[tuple[str, ...], str]] = {}
         for name, text in self._questions:
             self._whole.setdefault(text, name)
             if len(text) < ngram:

@@ -1,7 +1,7 @@
 """Client of a teacher behind an OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, `transformers serve`, ...).
 
 The API key (OPENAI_API_KEY in the environment) appears only in the header of requests, and is masked in the endpoint's
-error messages. Each sample is one request, because not every server supports `n`.
+error messages. Each sample is one request, because not every server supports the parameter `n` (samples per request).
 """
 
 import asyncio
@@ -34,7 +34,7 @@ _PERMANENT_STATUSES = {
 
 
 class RequestFailed(Exception):
-    """A request failed and is not retried. The message has the reason."""
+    """A request has failed and is not retried, or is not sent because the run stops. The message has the reason."""
 
 
 class _MalformedResponse(Exception):
@@ -44,7 +44,8 @@ class _MalformedResponse(Exception):
 class Endpoint:
     """Client that sends requests and retries failed requests. Must be created and used in one event loop.
 
-    After `is_stopped` is set to True, requests in flight are completed, and no request is sent or retried.
+    After `is_stopped` is set to True, no request is retried, and new calls of `complete` send no request. Requests in flight
+    are completed. Requests that wait for the rate limiter are still sent.
     """
 
     def __init__(self, settings: AnnotateSettings) -> None:
@@ -53,7 +54,7 @@ class Endpoint:
         if not key.isascii() or not key.isprintable():
             raise UserError(f"{API_KEY_VARIABLE} holds characters that no key has; set it again")
         self._secret = key
-        # The client requires a key; local servers ignore it.
+        # The client requires a key. Servers without keys ignore the value.
         self.client = openai.AsyncOpenAI(
             base_url=settings.base_url, api_key=key or "none", max_retries=0, timeout=settings.timeout_seconds
         )
@@ -61,9 +62,9 @@ class Endpoint:
         self.is_stopped = False
 
     async def probe(self) -> None:
-        """Raise UserError if there is no server or the key is wrong.
+        """Raise UserError if no server answers or the server rejects the API key.
 
-        Requests the list of models, which is free of charge. An endpoint without such a list passes.
+        Requests the list of models, which is free of charge. An endpoint without a list of models passes the check.
         """
         where = self._settings.base_url
         try:
@@ -155,7 +156,7 @@ def check_url(url: str) -> None:
 
 
 def _parse_completion(answer: Any) -> Response:
-    """Convert an object of the `openai` client, which does not check types. Raises _MalformedResponse for wrong types."""
+    """Convert a completion to a Response. Raises _MalformedResponse for wrong types, which `openai` does not check."""
     choices = None if isinstance(answer, str) else getattr(answer, "choices", None)
     if not isinstance(choices, list) or not choices:
         raise _MalformedResponse("it holds no choices")
@@ -165,7 +166,7 @@ def _parse_completion(answer: Any) -> Response:
         raise _MalformedResponse("its first choice holds no text")
     finish_reason = choices[0].finish_reason
     return Response(
-        text or "",  # None is not an error: the model refused, or spent all tokens on reasoning
+        text or "",  # a missing text is not an error: the model refused, or spent all tokens on reasoning
         finish_reason if isinstance(finish_reason, str) else "stop",
         _count(answer.usage, "prompt_tokens"),
         _count(answer.usage, "completion_tokens"),
@@ -178,7 +179,7 @@ def _count(usage: Any, name: str) -> int | None:
 
 
 class RateLimiter:
-    """Rate limiter with a minimum interval between the requests of this process. 0 requests per minute: no limit."""
+    """Rate limiter with a minimum interval between the requests of this process. A rate of 0 means no limit."""
 
     def __init__(self, requests_per_minute: float) -> None:
         self._spacing = 60.0 / requests_per_minute if requests_per_minute else 0.0
@@ -191,14 +192,15 @@ class RateLimiter:
         self._next = now + self._spacing
 
     def back_off(self, seconds: float) -> None:
-        """Send no request for at least `seconds`, as the endpoint demands."""
+        """Make all calls of `acquire` wait until at least `seconds` from now, as the header Retry-After requires."""
         self._next = max(self._next, time.monotonic() + seconds)
 
 
 def backoff_seconds(attempt: int, first_seconds: float) -> float:
-    """Return the seconds to wait after attempt number `attempt` (from 1). The wait doubles after each attempt.
+    """Return the seconds to wait after attempt number `attempt` (from 1).
 
-    Jitter of up to half the wait spreads requests that failed together ("equal jitter", AWS Architecture Blog, 2015).
+    The wait doubles after each attempt, up to MAX_BACKOFF_SECONDS. Then it is shortened at random by up to half, so that
+    requests that failed together are not repeated together ("equal jitter", AWS Architecture Blog, 2015).
     """
     return min(MAX_BACKOFF_SECONDS, first_seconds * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
@@ -206,8 +208,6 @@ def backoff_seconds(attempt: int, first_seconds: float) -> float:
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """Return the seconds in the header Retry-After (RFC 9110, 10.2.3); None if the header is absent or malformed."""
     text = headers.get("retry-after", "").strip()
-    if not text:
-        return None
     try:
         seconds = float(text)
     except ValueError:

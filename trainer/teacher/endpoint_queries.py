@@ -1,4 +1,4 @@
-"""Send the unanswered requests to an endpoint concurrently. Each response is written to disk as it arrives."""
+"""Send requests to an endpoint concurrently. Each response is written to disk as it arrives."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,9 @@ _MAX_CONSECUTIVE_FAILURES = 5  # after this many failed requests in a row, the r
 
 
 def query_endpoint(job: AnnotationJob, queues: Sequence[Sequence[TeacherRequest]], log: ResponseLog) -> None:
-    """Send the requests of every queue and append the responses to the log.
+    """Send the requests of every queue and append the responses to the log. Requests with a logged response are not sent.
 
-    A queue's requests are for one problem. They are sent one by one until the job needs no more samples. Raises
+    The requests of a queue are for one problem. They are sent one by one until this problem needs no more samples. Raises
     UserError if the endpoint is unreachable, refuses requests or stops answering. Without `allow_unanswered`, also raises
     UserError if a request has no response. After an error, the responses to requests in flight are still logged.
     """
@@ -56,13 +56,13 @@ class _Workers:
                 if response is not None and self.job.needs_no_more_samples(request, response):
                     break
                 if response is None and not self.job.settings.allow_unanswered:
-                    break  # the next run retries this request first; later ones may be unnecessary
+                    break  # the next run retries this request; with its response, later requests may be unnecessary
             self.num_done += 1
             text = f"{self.num_answered} answers, {len(self.unanswered)} unanswered"
             self.bar.update(self.num_done, text)
 
     def report(self) -> None:
-        """Raise UserError after a fatal error. Also raise for unanswered requests, or warn with `allow_unanswered`."""
+        """Raise UserError after a fatal error or failed requests. With `allow_unanswered`, failed requests only cause a warning."""
         if self.error:
             raise UserError(f"{self.error} ({self.num_answered} answers of this run are kept)")
         if not self.unanswered:

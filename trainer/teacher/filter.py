@@ -1,24 +1,24 @@
-"""Parse the texts of a teacher into steps, and filter them by form, arithmetic and final answer.
+"""Parse a teacher's texts into steps, and reject texts with a wrong form, wrong arithmetic or a wrong final answer.
 
-All functions are pure. The checks run in the order of FILTER_REASONS; the first failed check gives the reason.
+All functions are pure. The checks run in the order of FILTER_REASONS. The first failed check determines the reason.
 
 The result in a calculator annotation must be the value of its expression, exactly or rounded to at least two decimals
 (`<<10/3=3.33>>`). Expressions that the calculator does not accept (percent signs, units, powers) are rejected, because the
 calculator could not insert their results when a trained model generates.
 
-A text consists of lines of steps and a final line `#### answer`.
-`cot`: every line is a solution. `socratic`: sub-questions and solutions alternate, starting with a sub-question.
-These decorations are recognised and removed:
+A text consists of lines of steps and a line `#### answer`. In the style `cot`, every line is a solution. In the style
+`socratic`, sub-questions and solutions alternate, starting with a sub-question. These variations are accepted, and
+everything that is not part of a step is removed:
 
-- blank lines, lines of a code fence (```), and one introduction that ends with a colon ("Here is the solution:");
-- a bullet (`- `, `* `) or a number (`1. `, `2) `, `Step 3: `) before a line, and `**bold**` at the start of a line;
+- blank lines, lines that start with ```, and one introduction that ends with a colon ("Here is the solution:");
+- a bullet (`- `, `* `) or a number (`1. `, `2) `, `Step 3: `) before a line, and the asterisks of `**bold**` at its start;
 - socratic: the labels `Q:`, `Question 2:`, `Sub-question:` and `A:`, `S:`, `Answer:`, `Solution 2:`. In a text with
   labels, a line without a label continues the line above. In other texts, no line continues another line;
 - socratic: sub-question and solution on one line, `sub-question ** solution`, as in GSM8K's files;
 - anything after the line of the answer.
 
-In a text without labels, sub-questions must end with a question mark and solutions must not. This detects a missing line,
-which would otherwise pair every later sub-question with the wrong solution.
+In a text without labels and without ` ** `, sub-questions must end with a question mark and solutions must not. Otherwise,
+a missing line would pair every later sub-question with the wrong solution.
 """
 
 import re
@@ -71,7 +71,8 @@ class FilterConfig:
 class FilterResult:
     """Result of the filter for one text.
 
-    `steps`: () if the text cannot be parsed. `reason`: "" if the steps are kept, else a key of FILTER_REASONS.
+    `steps`: steps of the text, kept or not; () if the text was not parsed. `reason`: "" if the steps are kept, else a key of
+    FILTER_REASONS. `detail`: the fault in the text; may be "".
     """
 
     steps: tuple[Step, ...] = ()
@@ -185,7 +186,7 @@ def _pairs(lines: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _labelled(lines: Sequence[str]) -> list[tuple[str, str]]:
-    """Join each labelled line with the unlabelled lines below it. Return (label "q" or "s", text) pairs; [] without labels."""
+    """Join each labelled line with the unlabelled lines below it. Return pairs ("q" or "s", text); [] if no line has a label."""
     texts: list[tuple[str, str]] = []
     labels = [_label(line) for line in lines]
     if not any(label for label, _ in labels):

@@ -23,12 +23,7 @@ from trainer.teacher.prompts import (
     stop_texts,
 )
 from trainer.teacher.responses import Response, ResponseLog, TeacherRequest, make_request
-from trainer.teacher.settings import AnnotateSettings
-
-_FINGERPRINT_SETTINGS = (
-    *("data", "split", "seed", "max_problems", "style", "gold_hint", "with_facts", "num_samples", "keep_all"),
-    *("min_steps", "max_steps", "require_annotations", "decontaminate_ngram"),
-)
+from trainer.teacher.settings import RESULT_SETTINGS, SAMPLING_SETTINGS, AnnotateSettings
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,10 @@ class AnnotationJob:
         return sum(log.get(request.key) is not None for queue in self.requests.values() for request in queue)
 
     def queues(self, log: ResponseLog) -> list[list[TeacherRequest]]:
-        """Return one list of requests, to send in order, per unfinished problem (with `keep_all`: per missing response)."""
+        """Return one list of requests for each problem that needs more samples. The requests of a list are sent in order.
+
+        With `keep_all`, each request without a response is in a list of its own.
+        """
         queues = []
         for requests in self.requests.values():
             if self.settings.keep_all:
@@ -114,7 +112,7 @@ def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> Annotatio
     prompt_builder = PromptBuilder(file, settings.style, exemplars, settings.gold_hint, settings.with_facts)
     exemplar_text = "\n".join(json.dumps(record_from_problem(p), sort_keys=True) for p in exemplars)
     teacher = _teacher(settings, model_digest)
-    fingerprint = {name: getattr(settings, name) for name in _FINGERPRINT_SETTINGS}
+    fingerprint = {name: getattr(settings, name) for name in RESULT_SETTINGS}
     fingerprint |= {
         "source": source_digest(settings.data, settings.split, settings.data_path, **options),
         "prompt": prompt_builder.digest,
@@ -126,15 +124,15 @@ def prepare_job(settings: AnnotateSettings, model_digest: str = "") -> Annotatio
 
 
 def _teacher(settings: AnnotateSettings, model_digest: str) -> dict[str, Any]:
-    """Return the model's name and all settings that determine its response to a prompt, but not the endpoint's address."""
+    """Return the model's name and the settings that determine the response to a prompt. The endpoint's URL is left out."""
     if settings.base_url:
         teacher: dict[str, Any] = {"model": settings.model, "api": settings.api}
     else:
         teacher = {"model": Path(settings.model_name_or_path).name, "model_digest": model_digest}
         sampling_seed = settings.seed if settings.temperature else 0
         teacher |= {"dtype": settings.dtype, "sampling_seed": sampling_seed}
-    names = ("temperature", "top_p", "max_new_tokens")
-    return teacher | {name: getattr(settings, name) for name in names} | {"stop": stop_texts(settings)}
+    sampling = {name: getattr(settings, name) for name in SAMPLING_SETTINGS}
+    return teacher | sampling | {"stop": stop_texts(settings)}
 
 
 def _held_out(settings: AnnotateSettings) -> tuple[HeldOutQuestions, list[list[str]]]:

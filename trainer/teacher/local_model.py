@@ -1,9 +1,8 @@
 """Generate responses with a local teacher, which is any causal LM that transformers loads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from trainer.evaluation import model_reference
 from trainer.evaluation.backends.choice import TRANSFORMERS, BackendChoice
@@ -16,18 +15,16 @@ from trainer.teacher.job import AnnotationJob
 from trainer.teacher.prompts import stop_texts
 from trainer.teacher.responses import Response, ResponseLog, TeacherRequest
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 def query_local_model(
     job: AnnotationJob, queues: Sequence[Sequence[TeacherRequest]], log: ResponseLog
 ) -> None:
     """Process the queues in rounds and append the responses to the log.
 
-    Each round runs the next request of every queue as one batch. A queue ends early if the job needs no more samples of
-    the queue's problem. A sample depends only on the seed and the request, not on the batch. The response to a
-    prompt that fills the model's context is empty and has finish reason "length".
+    A queue holds requests for samples of one problem. Each round runs the next request of every queue, at most
+    `batch_size` requests at a time. A queue ends early if the job needs no more samples of the queue's problem. A sample
+    depends only on the seed and the request, not on the batch. The response to a prompt that fills the model's context is
+    empty and has finish reason "length".
     """
     settings = job.settings
     name = model_reference.find_model(settings.model_name_or_path).name

@@ -1,13 +1,13 @@
 """Prompts for the teacher: a template file, filled with one problem and solved exemplars.
 
 Exemplars are read from the user's file or drawn from a data set with steps. Templates are rendered by Jinja2 in a sandbox.
-They may use these names; any other name is an error:
+A template may use these variables; an undefined variable is an error:
 
-| name | value |
+| variable | value |
 | --- | --- |
 | `question` | the problem |
 | `kind` | type of the answer: `number`, `yes_no` or `text` |
-| `facts` | list of texts; empty without `with_facts` |
+| `facts` | list of the problem's facts as texts; empty if the setting `with_facts` is false |
 | `exemplars` | list of objects with `question`, `solution` (lines and `#### answer`), `answer` and `facts`; may be empty |
 | `answer` | the gold answer; defined only if the setting `gold_hint` is true |
 """
@@ -31,7 +31,7 @@ from trainer.teacher.filter import FilterConfig, filter_sample
 from trainer.teacher.settings import AnnotateSettings
 
 BUILT_IN_PROMPTS = Path(__file__).parent / "prompts"
-_NUM_STORIES = 500  # number of generated stories from which exemplars are drawn
+_NUM_STORIES = 500  # number of problems to generate as the pool of exemplars, if the data set is `stories`
 _NEXT_PROBLEM = "\nProblem:"  # start of the next problem, in the format of the built-in prompts
 
 
@@ -60,7 +60,7 @@ class PromptBuilder:
             raise UserError(f"{place}: {error.message}; see trainer/teacher/prompts") from None
 
     def build(self, problem: Problem) -> str:
-        """Return the prompt of one problem. Raises UserError if the template cannot be filled with the problem."""
+        """Return the prompt of one problem. Raises UserError if the template or the exemplars do not suit the problem."""
         answer_type = answers.answer_type(problem.answer)
         values: dict[str, Any] = {
             "question": problem.question,
@@ -80,7 +80,7 @@ class PromptBuilder:
             raise UserError(f"{self._file}: cannot be filled with problem {problem.id}: {error}") from None
 
     def _exemplars_for(self, problem: Problem, answer_type: str) -> list[dict[str, Any]]:
-        """Return template values for the exemplars with this type of answer, except `problem` itself."""
+        """Return template values of the exemplars with this type of answer, except exemplars with the problem's question."""
         same_type = [e for e in self.exemplars if answers.answer_type(e.answer) == answer_type]
         if self.exemplars and not same_type:
             raise UserError(
@@ -108,21 +108,21 @@ def solution_text(problem: Problem, style: str) -> str:
 
 
 def stop_texts(settings: AnnotateSettings) -> list[str]:
-    """Return the stop strings of requests.
+    """Return the stop strings of requests: the setting `stop`, or the default if this setting is empty.
 
-    By default, completions of a built-in prompt stop at the start of the next problem. Chats have no default stop strings:
-    chat models end their messages themselves, and not all endpoints accept stop strings.
+    The default stop string for completions of a built-in prompt is the start of the next problem. Other prompts and chats
+    have no default. Chat models end their messages themselves, and not all endpoints accept stop strings.
     """
     is_completion = bool(settings.model_name_or_path) or settings.api == "completions"
     return settings.stop or ([_NEXT_PROBLEM] if is_completion and not settings.prompt else [])
 
 
 def choose_exemplars(settings: AnnotateSettings, held_out: HeldOutQuestions) -> list[Problem]:
-    """Return the exemplars of a run, which depend only on settings and data.
+    """Return the exemplars of a run. They depend only on settings and data.
 
-    `exemplars`: all problems of the file, in order. `exemplars_from_gold`: problems drawn at random from `exemplars_data`.
-    An exemplar must have steps that pass the filter, and must match no test question. Raises UserError if a record of the
-    file does not meet these conditions, or if there are too few problems to draw from.
+    Setting `exemplars`: all problems of this file, in order. Setting `exemplars_from_gold`: this many problems, drawn at
+    random from `exemplars_data`. An exemplar must have steps that pass the filter, and must match no held-out question.
+    Raises UserError if a problem of the file violates these conditions, or if too few problems of `exemplars_data` meet them.
     """
     config = FilterConfig(settings.style)
     if settings.exemplars:
@@ -156,7 +156,10 @@ def choose_exemplars(settings: AnnotateSettings, held_out: HeldOutQuestions) -> 
 
 
 def parse_source(text: str, name: str) -> tuple[str, str, str]:
-    """Split DATA:PATH:SPLIT, e.g. `gsm8k:data/gsm8k:test`; the path may contain colons. Raises UserError for other texts."""
+    """Split a text DATA:PATH:SPLIT, e.g. `gsm8k:data/gsm8k:test`, into (data, path, split). The path may contain colons.
+
+    `name`: the setting's name, for the message. Raises UserError for another format or an unknown data set.
+    """
     data, colon, rest = text.partition(":")
     path, second_colon, split = rest.rpartition(":")
     if not colon or not second_colon or not split or data not in DATA:
@@ -165,12 +168,12 @@ def parse_source(text: str, name: str) -> tuple[str, str, str]:
 
 
 def dataset_options(data: str, seed: int) -> dict[str, Any]:
-    """Return the options of `read_problems`. All reads of svamp must use the same seed, which decides the split."""
+    """Return the options of `read_problems`. The seed determines the split of svamp, so all reads must use the same seed."""
     return {"seed": seed} if data in ("svamp", "stories") else {}
 
 
 def _defect(problem: Problem, config: FilterConfig) -> str:
-    """Return the reason why a problem cannot be an exemplar, or "". An exemplar must pass the filter."""
+    """Return the reason why a problem cannot be an exemplar, or "" if its steps are complete and pass the filter."""
     if not problem.steps:
         return "has no steps"
     if not all(step.solution for step in problem.steps):

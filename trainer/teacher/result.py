@@ -1,10 +1,9 @@
 """Result directory of a job: annotated problems, rejected samples with reasons, problems left out, and a summary.
 
-The bytes of the files depend only on the job and the responses.
+The bytes of the files depend only on the job and the content of the response log.
 """
 
 import dataclasses
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from trainer.problems.jsonl import record_from_problem
 from trainer.problems.problem import Problem
+from trainer.runtime import terminal
 from trainer.teacher.filter import FILTER_REASONS, FilterResult
 from trainer.teacher.job import AnnotationJob
 from trainer.teacher.responses import Response, ResponseLog, TeacherRequest
@@ -51,7 +50,7 @@ class ProblemResult:
 
 
 def problem_results(job: AnnotationJob, log: ResponseLog) -> Iterator[ProblemResult]:
-    """Yield the filtered samples of every problem, in the order of the data."""
+    """Yield the result of every problem of the job, in the order of the data."""
     for problem in job.problems:
         samples: list[Sample] = []
         for request in job.requests[problem.id]:
@@ -214,7 +213,4 @@ def _aligned(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     grid = Table(*titles, box=None)
     for row in rows:
         grid.add_row(*row)
-    console = Console(file=io.StringIO(), width=_WIDTH)
-    with console.capture() as captured:
-        console.print(grid)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    return terminal.table_text(grid, _WIDTH)

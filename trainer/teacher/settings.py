@@ -6,6 +6,13 @@ from trainer.errors import UserError
 from trainer.settings import DATA, DTYPES
 from trainer.storage.configuration import check_not_empty, check_values, setting
 
+# Settings that determine which problems are annotated and which samples are kept.
+RESULT_SETTINGS = (
+    *("data", "split", "seed", "max_problems", "style", "gold_hint", "with_facts", "num_samples", "keep_all"),
+    *("min_steps", "max_steps", "require_annotations", "decontaminate_ngram"),
+)
+SAMPLING_SETTINGS = ("temperature", "top_p", "max_new_tokens")
+
 
 @dataclass
 class AnnotateSettings:

@@ -1,10 +1,9 @@
 """Assignment of examples to packs, and of packs to optimizer steps, ranks and micro-batches.
 
-The packs of a run depend only on shards, method, pack length, seed and epoch. The position in the data is the number of
-consumed packs, so it has the same meaning for any number of ranks and accumulation steps, and after a restart.
+A pack consists of whole examples with at most `pack_length` tokens in total. The packs of an epoch depend only on shards,
+method, pack length, seed and epoch. A position in the data is a number of consumed packs, so it does not depend on the
+number of ranks or accumulation steps.
 """
-
-from __future__ import annotations
 
 import hashlib
 import math
@@ -21,7 +20,7 @@ from trainer.shards.read import Shards
 class MicroBatch:
     """Examples of one micro-batch of a rank.
 
-    first_pack: index of the micro-batch's first pack, counted from the start of the run; it seeds dropout.
+    first_pack: index of the micro-batch's first pack, counted from the start of the run. This index seeds dropout.
     problem_indices: indices of the examples in the shards. examples: tuples (tokens [n] int64, loss_mask [n] bool).
     """
 
@@ -95,11 +94,11 @@ class PackedDataset:
 
 
 def best_fit_decreasing(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int]]:
-    """Put items into bins of size `capacity`, the longest item first, each into the fullest bin with enough space.
+    """Pack items into bins of size `capacity`, the longest item first. Return the item indices of each bin.
 
-    Return the item indices of each bin. `lengths` [n]: length of each item, at most `capacity`. `order` [n]: permutation
-    of the items; items of equal length are placed in this order. The number of bins depends on the lengths alone, so
-    every epoch has the same number of packs.
+    Each item goes into the fullest bin that has enough space. `lengths` [n]: length of each item, at most `capacity`.
+    `order` [n]: permutation of the item indices; items of equal length are placed in this order. The number of bins does
+    not depend on `order`, so every epoch has the same number of packs.
     """
     bins: list[list[int]] = []
     bins_by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
@@ -129,7 +128,7 @@ class BatchPlan:
     accumulation_steps: int
     world_size: int
     total_steps: int
-    total_packs: int  # sum over all steps; the last step may have fewer packs than the others
+    total_packs: int  # sum over all steps; the last step may have fewer packs than the other steps
 
     @classmethod
     def make(
@@ -140,7 +139,7 @@ class BatchPlan:
         packs_per_epoch: int,
         epochs: float,
         max_steps: int,
-    ) -> BatchPlan:
+    ) -> "BatchPlan":
         per_step = packs_per_micro_batch * accumulation_steps * world_size
         total_packs = max_steps * per_step if max_steps else math.ceil(epochs * packs_per_epoch)
         total_steps = math.ceil(total_packs / per_step)
@@ -157,9 +156,7 @@ class BatchPlan:
 
     def micro_batches(self, step: int, rank: int) -> list[range]:
         """Return the packs of each micro-batch of a rank. In the last step, indices >= `total_packs` are empty packs."""
-        first, size = (
-            step * self.packs_per_step + rank * self.packs_per_micro_batch,
-            self.packs_per_micro_batch,
-        )
+        size = self.packs_per_micro_batch
+        first = step * self.packs_per_step + rank * size
         starts = (first + micro * self.world_size * size for micro in range(self.accumulation_steps))
         return [range(start, start + size) for start in starts]

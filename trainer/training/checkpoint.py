@@ -4,8 +4,8 @@ DeepSpeed's `latest` file and loader are not used. With ZeRO-1, `latest` is writ
 loader accepts corrupt bytes, and it unpickles all files with `weights_only=False`. Here the digests are checked first,
 and then the files are read as byte ranges (reshard.py).
 
-No RNG state is saved. `loop.seed_dropout` seeds dropout from the run's seed and the pack's index, so a resumed
-run has the same dropout as an uninterrupted run.
+No RNG state is saved. For every micro-batch, `loop.seed_dropout` seeds dropout from the run's seed and the index of the
+micro-batch's first pack, so a resumed run has the same dropout as an uninterrupted run.
 """
 
 import functools
@@ -85,7 +85,7 @@ _errors_on_all_ranks = functools.partial(
 def save(engine: Any, run: RunDirectory, facts: CheckpointFacts, model_files: Path) -> None:
     """Collective. Publish `checkpoints/step-NNNNNN` atomically. Raises UserError on every rank if a rank cannot write.
 
-    `model_files`: folder with the model's config and tokenizer, which is copied into the checkpoint.
+    `model_files`: folder with the model's config and tokenizer. This folder is copied into the checkpoint.
     """
     final, is_main = run.checkpoint(facts["step"]), distributed.is_main_process()
     staging = final
@@ -177,13 +177,13 @@ def check_valid(path: Path) -> None:
 
 
 def load(engine: Any, path: Path) -> None:
-    """Collective. Load a valid checkpoint, which may be from another world size or ZeRO stage."""
+    """Collective. Load a valid checkpoint into `engine`. Checkpoint and engine may differ in world size and ZeRO stage."""
     facts = atomic_dir.read_manifest(path, KIND)["facts"]
     reshard.load(engine, path, facts["zero_stage"], facts["world_size"], facts["dtype"])
 
 
 def _find_damage(path: Path) -> str | None:
-    """Collective. Return the first error of a checkpoint, or None if it is valid. Each rank checks some files."""
+    """Collective. Return a message about damage in a checkpoint, or None if it has no damage. Each rank checks some files."""
     problem = None
     try:
         names = sorted(atomic_dir.read_manifest(path, KIND)["files"])

@@ -19,7 +19,7 @@ ACCELERATOR_BLOCK_BYTES = 256 << 20  # large enough to use all cores of the acce
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the summed loss in nats (fp32). `logits` [L, vocabulary] are overwritten if they need a gradient."""
+    """Return the summed loss in nats (fp32). `logits` [L, vocabulary] are overwritten if they require a gradient."""
     loss: torch.Tensor = _SummedCrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
     return loss
 

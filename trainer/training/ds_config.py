@@ -1,8 +1,8 @@
 """Combine a ds_config file and the settings into a DeepSpeed configuration without "auto".
 
-Hugging Face's Trainer replaces "auto". Without the Trainer, DeepSpeed reads "auto" as its default:
-`"bf16": {"enabled": "auto"}` turns bf16 off. Here every "auto" is replaced by the value of the settings, and a value that
-contradicts the settings raises UserError.
+DeepSpeed ignores "auto" in a section and uses the key's default: `"bf16": {"enabled": "auto"}` turns bf16 off. Hugging
+Face's Trainer replaces "auto", but this package does not use the Trainer. So this module replaces each "auto" by the value
+of the corresponding setting. It raises UserError if there is no such setting, or if a value contradicts its setting.
 """
 
 import json
@@ -36,8 +36,8 @@ OPTIMIZER_KEYS = (
 def resolve_ds_config(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     """Return the complete DeepSpeed configuration of a run.
 
-    Raises UserError if the file contradicts the settings or has an unsupported key. The message names file, key, both
-    values and the remedy.
+    Raises UserError if the file contradicts the settings, has an unsupported key or value, or uses stage 0 with bf16. For a
+    contradiction, the message names the file, the key, both values and the remedy.
     """
     name = settings.deepspeed or "the default ds_config"
     config: dict[str, Any] = {"zero_optimization": {"stage": 1}}
@@ -57,7 +57,7 @@ def resolve_ds_config(settings: TrainSettings, world_size: int) -> dict[str, Any
     _resolve_optimizer(config, settings, name)
     _check_zero(config.setdefault("zero_optimization", {}), name)
     if settings.bf16 and zero_stage(config) == 0:
-        # Measured on one and on two ranks: after one step, stages 1 to 3 have equal losses; stage 0 differs by 0.8 %.
+        # Measured after one step on 1 and 2 ranks: stages 1 to 3 have equal losses, and that of stage 0 differs by 0.8 %.
         raise UserError(
             f"{name}: DeepSpeed 0.19.8 updates the weights wrongly in bf16 at ZeRO stage 0; use ds_configs/zero1.json, "
             "which trains the same model on any number of ranks"
@@ -78,9 +78,10 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
 
 
 def _resolve_optimizer(config: dict[str, Any], settings: TrainSettings, name: str) -> None:
-    """Complete the section `optimizer`. With offload, the default is DeepSpeed's CPU Adam, else torch's fused AdamW.
+    """Complete the section `optimizer`. The default is DeepSpeed's CPU Adam with offload, and torch's fused AdamW without.
 
-    DeepSpeed's FusedAdam compiles C++ at the first start, and on a CPU it is 10 times slower than torch's AdamW.
+    DeepSpeed's FusedAdam is not the default, because it compiles C++ at the first start. On a CPU it is also 10 times
+    slower than torch's AdamW.
     """
     optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {}})
     if optimizer.get("type") != "AdamW":
@@ -111,7 +112,7 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
         if offload.get("device") == "nvme":
             raise UserError(f"{name}: {key} to NVMe cannot be checkpointed here; use the device 'cpu'")
         if offload.get("ratio", 1.0) != 1.0:
-            # If only some parameters are offloaded, DeepSpeed 0.19.8 (stage3.py) does not save the other parameters' moments.
+            # With a ratio below 1, DeepSpeed 0.19.8 (stage3.py) does not save the Adam moments of parameters on the GPU.
             raise UserError(
                 f"{name}: DeepSpeed does not save all moments if {key}.ratio is below 1; set it to 1"
             )

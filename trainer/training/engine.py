@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -26,8 +27,6 @@ def build_engine(
     `config`: configuration of the model. `resolved`: configuration of DeepSpeed. `empty`: leave the weights
     uninitialised, because a checkpoint will be loaded.
     """
-    import deepspeed
-
     # Without this line, DeepSpeed on a CPU compiles a C++ extension (40 s) that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
@@ -42,7 +41,8 @@ def build_engine(
             distributed.barrier()  # rank 0 must not remove a temporary folder before all ranks have read the weights
     training_kernels.patch_kernels(model, on_accelerator=torch.cuda.is_available())
     # ZeRO-3 gathers the weights of a leaf module in one collective. A decoder layer that is not a leaf needs a dozen
-    # collectives and runs hooks in each submodule. For GPT-2 XL, these take longer on the CPU than the step takes on an H200.
+    # collectives and runs hooks in each submodule. For GPT-2 XL, the CPU takes longer to launch these collectives and hooks
+    # than an H200 takes to compute the step.
     for layer in load.decoder_layers(model):
         deepspeed.utils.set_z3_leaf_module(layer, True)
     if settings.gradient_checkpointing:
@@ -63,10 +63,10 @@ def build_engine(
 
 @contextlib.contextmanager
 def _zero3_init(resolved: dict[str, Any]) -> Iterator[None]:
-    """Context manager: at ZeRO stage 3, models are partitioned while they are built. No effect at other stages."""
+    """Context manager in which models are partitioned while they are built, at ZeRO stage 3. No effect at other stages."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    # transformers keeps only a weak reference, so this variable must keep the object alive
+    # transformers keeps only a weak reference to this object, so the variable must keep the object alive
     hf_config = HfDeepSpeedConfig(resolved) if ds_config.zero_stage(resolved) == 3 else None
     try:
         yield
@@ -97,9 +97,10 @@ def _initial_weights(settings: TrainSettings, config: Any, run: RunDirectory) ->
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
-    """Return two parameter groups for the optimizer: matrices have weight decay, biases and norms have none.
+    """Return two parameter groups for the optimizer: matrices with weight decay, and biases and norms without weight decay.
 
-    If `weight_decay` is 0, return all parameters in a single group, which needs fewer collectives than two groups.
+    If `weight_decay` is 0, return a plain list of all parameters. DeepSpeed makes a single group of this list, which needs
+    fewer collectives than two groups.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not weight_decay:
@@ -119,23 +120,23 @@ def _patch_gradient_norm(optimizer: Any) -> None:
 
     DeepSpeed 0.19.8 reads the gradients up to five times. It searches each parameter's gradient for NaN and Inf, copies
     the gradient to fp64 and computes the norm. For the 580 parameters of GPT-2 XL, this takes thousands of kernel launches
-    in each step. `_gradient_norm` reads the gradients once, in one call per group, and also accumulates in fp64. A search
-    is not needed, because a NaN or Inf in the gradients makes the norm NaN or Inf.
+    in each step. `_gradient_norm` reads each gradient once, and also accumulates in fp64. One call computes the norm of a
+    whole parameter group (stage 3: sub-group). A search for NaN and Inf is not needed, because a NaN or Inf in the
+    gradients makes the norm NaN or Inf.
     """
     offloaded = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
     if offloaded or not hasattr(optimizer, "get_grad_norm_direct"):
         return
     optimizer.get_grad_norm_direct = functools.partial(_gradient_norm, optimizer.dp_process_group)
-    optimizer.check_overflow = lambda partition_gradients=True: (
-        None
-    )  # no search for NaN: `_gradient_norm` returns -1 for NaN and Inf, which `step` treats as an overflow
+    # No search: `_gradient_norm` returns -1 for NaN and Inf, and `step` treats the norm -1 as an overflow.
+    optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 @torch.no_grad()
 def _gradient_norm(group: Any, gradients: Sequence[torch.Tensor], params: Sequence[Any]) -> torch.Tensor:
     """Return the L2 norm (fp32 scalar) of the gradients of all ranks in `group`, or -1 if an element is not finite.
 
-    `gradients`: this rank's partitions, in any float dtype. The padding at the end of a partition is zero.
+    `gradients`: this rank's partition of each gradient, in any float dtype. The padding of a partition must be zero.
     """
     total = torch.stack(library_internals.tensor_norms(gradients, torch.float64)).square_().sum()
 

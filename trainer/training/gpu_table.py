@@ -2,7 +2,7 @@
 
 The planner and the MFU of training use this table. NVIDIA's documents print tensor rates with 2:4 sparsity
 from Ada and Hopper on; the dense rate is half of the printed rate. `source` names the vendor's document. On 2026-11-28
-the figures were compared with public pages that quote these documents, not with the originals. Imports no torch.
+the figures were compared with public pages that quote these documents, not with the originals. This module imports no torch.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Gpu:
     `bf16_flops`, `fp16_flops`: FLOP/s of matrix products with fp32 accumulation. `bf16_flops` is None without bf16 units.
     `fp32_flops`: FLOP/s without TF32, which is off by default in torch.
     `memory_bandwidth`: bytes/s. `link_bandwidth`: bytes/s between the GPUs of a machine, in one direction.
-    `network_bandwidth`: assumed bytes/s of a typical machine's network.
+    `network_bandwidth`: assumed bytes/s of a machine's network connection, which all GPUs of the machine share.
     """
 
     name: str
@@ -57,7 +57,7 @@ _ADA = _IMAGES + "aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
 _RTX_BLACKWELL = _IMAGES + "aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"
 _GA102 = _NVIDIA + "content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
 
-# Columns: name, names in torch, memory in MiB, TFLOP/s in bf16 and fp16, TFLOP/s in fp32, GB/s of memory, link, GB/s of
+# Columns: name, names in torch, memory in MiB, TFLOP/s in bf16 or fp16, TFLOP/s in fp32, GB/s of memory, link, GB/s of
 # network, source. The HGX page has totals of eight GPUs: 36 PFLOP/s of sparse bf16 mean 2250 dense TFLOP/s per GPU, and
 # 600 TFLOP/s of fp32 mean 75. Memory bandwidth of B200 and B300: an eighth of the 64 TB/s of a DGX B200 (NVIDIA's HGX
 # tables print 7.7 TB/s). No data sheet of the H20 is public; its figures are from resellers. The H20 with 141 GB is not
@@ -116,7 +116,7 @@ def names() -> list[str]:
 
 
 def gpu_by_name(name: str) -> Gpu | None:
-    """Return the GPU called `name`, e.g. "h100", or None. Case is ignored, and "_" is the same as "-"."""
+    """Return the GPU with a name or alias, e.g. "h100", or None if the table lacks it. "_" equals "-"; case is ignored."""
     canonical_name = name.lower().replace("_", "-")
     canonical_name = _ALIASES.get(canonical_name, canonical_name)
     return next((gpu for gpu in GPUS if gpu.name == canonical_name), None)

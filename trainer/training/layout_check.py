@@ -6,8 +6,8 @@ are right if the layers ignore padding. Wrong logits raise no error, but they ma
 are tried on real examples of the run, from the fastest to the slowest. The first layout with right logits is used.
 
 Rounding errors are accepted (see `_Comparison._rounding`). In a Mixture of Experts, rounding may also change the choice
-between two nearly equal experts. So a layout is rejected only if its logits differ in two comparisons. In the second
-comparison the embeddings are slightly changed.
+between two experts with nearly equal router scores. So a layout is rejected only if its logits differ from the plain logits
+in two comparisons. In the second comparison, the embeddings are slightly changed.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ Example = tuple[np.ndarray, np.ndarray]
 _MIN_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 _MAX_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
 _ROUNDING_FACTOR = 8  # the tolerance is this factor times the estimated rounding error of the plain logits
-_MAX_POSITIONS = 64  # approximate maximum of compared positions in all examples; limits the memory for logits
+_MAX_POSITIONS = 64  # approximate maximum number of compared positions, all examples together; limits the memory for logits
 _PERTURBATION = 1e-3  # relative change of the embeddings in the second comparison of a layout
-_BACKWARD_TOKENS = 16  # tokens of each of two examples; enough to detect that a backward pass fails
+_BACKWARD_TOKENS = 16  # number of tokens per example in `try_backward`; enough to detect a failure
 _MASKED_LOGIT = 1e30  # a larger absolute value marks a logit that the model has masked
 
 
@@ -41,7 +41,7 @@ _MASKED_LOGIT = 1e30  # a larger absolute value marks a logit that the model has
 class LayoutChoice:
     """The layout of a run and the result of the layout's check.
 
-    difference: distance from the plain logits (see `distances`). In fp32 it is the maximum over positions, in bf16 the 90th
+    difference: distance from the plain logits (see `distances`), in fp32 the maximum over positions, in bf16 the 90th
     percentile. tolerance: largest allowed difference. rejected: faster layouts, each with the reason for its rejection.
     compared_in: dtype of the weights in the comparison, "fp32" or "bf16".
     """
@@ -78,12 +78,13 @@ def choose_layout(
     in_training_dtype: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
     agree: Callable[[float], float] = float,
 ) -> LayoutChoice:
-    """Return the first of `layouts` that gives the plain model's logits. Raises NoLayout if none does.
+    """Return the first of `layouts` that gives the plain logits.
 
-    `model`: a causal LM of transformers, or the engine around one (collective under ZeRO-3). Its attention
-    implementation is changed and not restored. `examples`: tuples (tokens [n] int64, loss_mask [n] bool).
-    `in_training_dtype`: returns a context manager that gives the fp32 model its training dtypes. With this argument,
-    the logits are compared in fp32 and in these dtypes. `agree`: collective function that broadcasts rank 0's number.
+    Raises NoLayout if no layout gives the plain logits, or if the model itself fails the check. `model`: a causal LM of
+    transformers, or a DeepSpeed engine that contains the LM. The model's attention implementation is changed and not
+    restored. With an engine, the function is collective, and `agree` must return rank 0's number on all ranks. `examples`:
+    tuples (tokens [n] int64, loss_mask [n] bool). `in_training_dtype`: returns a context manager that gives the fp32 model
+    its training dtypes. With this argument, the logits are compared in fp32 and in these dtypes.
     """
     comparison = _Comparison(model, _subsample(examples), device, agree)
     module = getattr(model, "module", model)
@@ -141,18 +142,6 @@ def distances(logits: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
     return distance
 
 
-def logits_of(
-    model: Any, examples: Sequence[Example], layout: BatchLayout, device: torch.device
-) -> torch.Tensor:
-    """Return the logits that a layout gives at the target positions: fp32 [L, vocabulary], in example order."""
-    by_example: dict[int, torch.Tensor] = {}
-    for group in group_examples([len(tokens) for tokens, _ in examples], layout.arrangement):
-        batch = collate(MicroBatch(0, [], [examples[index] for index in group]), layout.is_packed, device)
-        counts = [int(examples[index][1][1:].sum()) for index in group]
-        by_example |= zip(group, target_logits(model, batch).float().split(counts), strict=True)
-    return torch.cat([by_example[index] for index in range(len(examples))])
-
-
 class _Comparison:
     """Comparison of a layout's logits with the plain logits, for some examples."""
 
@@ -193,10 +182,11 @@ class _Comparison:
     def rounding_in(
         self, dtype: Callable[[], contextlib.AbstractContextManager[None]], layout: BatchLayout
     ) -> tuple[float, float]:
-        """Return the distance between the layout's logits in `dtype` and the plain fp32 logits, and the tolerance.
+        """Return the distance of the layout's logits in training dtypes from the plain fp32 logits, and the tolerance.
 
-        The tolerance is four times the distance between the plain logits in `dtype` and in fp32, but at least 1e-3. Each
-        distance is a 90th percentile, because coarse rounding changes the choice of experts at some positions.
+        `dtype` returns a context manager that gives the model its training dtypes. The tolerance is four times the distance
+        between the plain logits in training dtypes and in fp32, but at least 1e-3. Each distance is a 90th percentile,
+        because coarse rounding changes the choice of experts at some positions.
         """
         with dtype():
             if self._plain_rounding is None:
@@ -264,14 +254,14 @@ class _Comparison:
         Raises NoLayout if a repeated plain forward pass gives other logits.
         """
         is_cpu = self._device.type == "cpu"
-        # On accelerators a repeated pass may differ slightly, because the order of summation may change.
+        # On accelerators, the logits of a repeated pass may differ slightly, because the order of summation may change.
         max_change = _MIN_TOLERANCE[self._dtype] if is_cpu else _MAX_TOLERANCE[self._dtype] / 10
         if not self._distance(self._plain_logits(), plain) <= max_change:
             raise NoLayout("its own forward pass gives other logits when it is repeated")
         with self._perturbed_embeddings(torch.finfo(self._dtype).eps):
             rounding = self._distance(self._plain_logits(), plain)
         if self._default != "eager" and can_set_attention(type(self._module)):
-            # In a few model families eager attention raises an exception.
+            # In a few model families, eager attention raises an exception.
             with contextlib.suppress(Exception), training_kernels.unpatched(self._module):
                 eager = self._logits(BatchLayout(ONE_BY_ONE, "eager"))
                 rounding = max(rounding, self._distance(eager, plain))
@@ -286,8 +276,16 @@ class _Comparison:
         return self._agree(float(values.max() if use_maximum else torch.quantile(values, 0.9)))
 
     def _logits(self, layout: BatchLayout) -> torch.Tensor:
+        """Return the logits that a layout gives at the target positions: fp32 [L, vocabulary], in example order."""
         set_attention(self._module, layout.attention)
-        return logits_of(self._model, self._examples, layout, self._device)
+        examples = self._examples
+        by_example: dict[int, torch.Tensor] = {}
+        for group in group_examples([len(tokens) for tokens, _ in examples], layout.arrangement):
+            micro_batch = MicroBatch(0, [], [examples[index] for index in group])
+            batch = collate(micro_batch, layout.is_packed, self._device)
+            counts = [int(examples[index][1][1:].sum()) for index in group]
+            by_example |= zip(group, target_logits(self._model, batch).float().split(counts), strict=True)
+        return torch.cat([by_example[index] for index in range(len(examples))])
 
     def _plain_logits(self) -> torch.Tensor:
         with training_kernels.unpatched(self._module):
@@ -310,7 +308,7 @@ class _Comparison:
 
 
 def _subsample(examples: Sequence[Example]) -> list[Example]:
-    """Return the examples with fewer targets in the loss mask: evenly spaced, with the first and the last target."""
+    """Return the examples with fewer targets per loss mask: evenly spaced targets, including the first and the last."""
     max_positions = max(4, _MAX_POSITIONS // len(examples))
     subsampled = []
     for tokens, loss_mask in examples:

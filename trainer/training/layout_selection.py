@@ -1,6 +1,7 @@
-"""Selection of a run's layout: candidates, examples for the check (layout_check.py), and the record of the result.
+"""Selection of a run's layout: examples for the check (layout_check.py), choice, and record of the result.
 
-A resumed run keeps its layout, so that the losses equal those of an uninterrupted run.
+A layout is an arrangement of examples in rows, with an attention implementation (see layouts.py). A resumed run keeps its
+layout, so that the losses equal those of an uninterrupted run.
 """
 
 import functools
@@ -38,13 +39,13 @@ def select_layout(
     resumed: BatchLayout | None,
     is_untrained: bool,
 ) -> LayoutChoice:
-    """Collective. Return the first layout that passes the check on the engine's weights.
+    """Collective. Return the first layout that passes the check of layout_check.py, with the results of the check.
 
     Sets the engine's attention to that of the layout. Raises UserError on every rank if no layout passes.
 
-    The check uses a plain copy of the model on rank 0. If there is no memory for a copy, the check uses the engine
-    itself. `resumed`: the layout of the checkpoint from which the run is resumed. `is_untrained`: the weights are random
-    and no optimizer step has been made.
+    The check uses a plain copy of the engine's model on rank 0. If rank 0 lacks the memory for a copy, the check uses the
+    engine itself on all ranks. `resumed`: the layout of the checkpoint from which the run is resumed; None for a new run or
+    an unknown layout. `is_untrained`: the weights are random, and no optimizer step has been made.
     """
     packed_attention.register()
     tried = [resumed] if resumed is not None else layouts.candidates(config, settings.packing)
@@ -74,7 +75,7 @@ def _check_copy(
     on_accelerator = torch.cuda.is_available()
     training_kernels.patch_kernels(model, on_accelerator=on_accelerator)
     in_training_dtype = None
-    if settings.bf16 and on_accelerator:  # also check in bf16: the check in fp32 runs other kernels
+    if settings.bf16 and on_accelerator:  # also check in bf16, which uses other kernels than fp32
         in_training_dtype = functools.partial(model_copy.in_training_dtype, model, engine)
     try:
         return choose_layout(model, tried, examples, load.local_device(), in_training_dtype)
@@ -120,7 +121,7 @@ def check_examples(settings: TrainSettings, data: PackedDataset) -> list[Example
 
 
 def layout_of_checkpoint(checkpoint: Path, run: RunDirectory) -> BatchLayout | None:
-    """Return the layout that the checkpoint's manifest records or, in old runs, the run's settings imply; None if unknown."""
+    """Return the layout in the checkpoint's manifest. For an old manifest, return that of the run's settings, or None."""
     recorded = atomic_dir.read_manifest(checkpoint)["facts"].get("layout")
     if recorded:
         return BatchLayout(recorded["rows"], recorded["attention"])
@@ -155,7 +156,7 @@ def report_layout(choice: LayoutChoice) -> None:
 
 
 def record_layout(choice: LayoutChoice, run: RunDirectory) -> LayoutRecord:
-    """Add the layout to environment.json on rank 0. Return the record, which is also part of each checkpoint's facts."""
+    """Add the layout to environment.json on rank 0. Return the record, which is also in each checkpoint's manifest."""
     record: LayoutRecord = {
         "rows": choice.layout.arrangement,
         "attention": choice.layout.attention,

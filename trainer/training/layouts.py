@@ -1,9 +1,9 @@
 """Layouts: ways to split a micro-batch into forward passes, and to arrange the examples of a forward pass in rows.
 
-All layouts that pass layout_check.py for a model give the same loss and gradient. The packed layout is the
-fastest. Padded rows are for model families whose layers mix packed examples. In some families, padding changes the logits
-of a row: sparse attention selects padding, recurrent layers read padding, and LongRoPE depends on the longest row. For
-such families, a forward pass takes only examples of equal length, or a single example.
+All layouts that pass layout_check.py for a model give the same loss and gradient, except for rounding. The packed layout
+is the fastest. Padded rows are for model families whose layers mix the examples of a pack. In some families, padding changes
+the logits of a row: sparse attention selects padding, recurrent layers read padding, and LongRoPE depends on the longest
+row. For these families, a forward pass takes only examples of equal length, or a single example.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class BatchLayout:
 def candidates(config: Any, packing: str) -> list[BatchLayout]:
     """Return the layouts to try, the fastest first. Reads no weights.
 
-    `packing`: "auto", "true" (the packed layout only) or "false" (all other layouts).
+    `packing`: "auto" (all layouts), "true" (only the packed layout) or "false" (all layouts except the packed layout).
     """
     default = load.default_attn_implementation(config)
     tried = [] if packing == "false" else [BatchLayout(PACKED, packed_attention.register())]
@@ -62,7 +62,7 @@ def candidates(config: Any, packing: str) -> list[BatchLayout]:
 
 
 def group_examples(lengths: Sequence[int], arrangement: str) -> list[list[int]]:
-    """Return the example indices of each forward pass. Without examples, return one pass without indices."""
+    """Return one list of example indices per forward pass. Without examples, return [[]]."""
     indices = list(range(len(lengths)))
     if arrangement in (PACKED, PADDED) or not indices:
         return [indices]
@@ -83,10 +83,11 @@ def split_into_batches(
 
 
 def max_passes(data: PackedDataset, packs_of_ranks: Sequence[range], end: int, arrangement: str) -> int:
-    """Return the largest number of forward passes that any rank needs for its packs.
+    """Return the maximum over the ranks of the number of forward passes that a rank needs for one micro-batch.
 
-    All ranks must run this number of passes, because ZeRO-3 gathers the weights in each pass. No communication is
-    needed, because every rank can compute the packs of all ranks. A pack with an index of `end` or more counts as empty.
+    `packs_of_ranks`: the packs of each rank's micro-batch. A pack with an index of `end` or more counts as empty. All
+    ranks must run the maximum number of passes, because ZeRO-3 gathers the weights in each pass. The ranks need no
+    communication, because every rank can compute which examples are in the packs of all ranks.
     """
     if arrangement in (PACKED, PADDED):
         return 1

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from trainer.runtime.distributed import DistributedEnvironment
 from trainer.runtime.malloc import HeapLimit
 from trainer.runtime.stop_request import StopRequest
 from trainer.settings import TrainSettings
-from trainer.storage.configuration import to_dict
 from trainer.storage.manifest import CheckpointFacts, StepMetrics, ValidationResult
 from trainer.storage.run_directory import RunDirectory
 from trainer.training import checkpoint, throughput
@@ -34,16 +34,17 @@ ValidationCallback = Callable[[TrainState, StopRequest], ValidationResult | None
 def train(
     settings: TrainSettings, evaluate: ValidationCallback | None = None, stop: StopRequest | None = None
 ) -> bool:
-    """Collective. Train until the last step of the plan. Resumes from the checkpoint that the settings select, if any.
+    """Collective. Train until the last step of the batch plan, or until a stop request.
 
-    `evaluate` is called every `eval_steps` steps. Returns True if the run is finished, and False if a stop request
-    (signal, time limit, end of the launcher) ended it. Raises UserError on every rank, e.g. if a loss is not finite.
+    If the settings select a checkpoint, training resumes from this checkpoint. `evaluate` is called every `eval_steps`
+    steps. Returns True if the run is finished, and False if a stop request (signal, time limit, end of the launcher) has
+    ended the training. Errors such as a loss that is not finite raise UserError on every rank.
     """
     stop = stop or StopRequest()
     stop.install_signal_handlers()
     environment = distributed.initialize(settings.timeout_seconds)
     # Paths of the shards may differ between nodes; `setup_training` compares the content of the shards.
-    common_settings = {key: value for key, value in to_dict(settings).items() if not key.endswith("_shards")}
+    common_settings = {key: value for key, value in asdict(settings).items() if not key.endswith("_shards")}
     distributed.assert_same_on_all_ranks("settings", common_settings)
     run = RunDirectory(Path(settings.output_dir))
     with run_guard(run, settings) as watchdog:
@@ -79,7 +80,7 @@ def _train(
     distributed.barrier()  # now every rank defers signals, so a stop request ends all ranks after the same step
     limit_heap = HeapLimit()
     with terminal.progress_bar("train", plan.total_steps, step) as bar:
-        # Run the validation of the last saved step again if a stop request interrupted it.
+        # If a stop request interrupted the validation of the last saved step, run this validation again.
         stopping = not validate_if_due(state, step, evaluate, log, stop)
         while step < plan.total_steps and not stopping:
             metrics, stopping = optimizer_step(state, step, stop)
@@ -101,7 +102,7 @@ def _train(
     outcome = "finished" if finished else f"stopped as asked ({reason})"
     remedy = "" if finished else ", start it again to resume"
     terminal.info(f"{run.path}: {outcome} at step {step}/{plan.total_steps}{remedy}")
-    distributed.barrier()  # when one rank exits, the launcher kills the others, so all must have closed their files
+    distributed.barrier()  # the launcher kills all ranks when one rank exits, so all ranks must have closed their files
     return finished
 
 
@@ -115,7 +116,7 @@ def validate_if_due(
 ) -> bool:
     """Collective. Run and log the validation after `step` steps if it is due and not yet logged.
 
-    Returns False if a stop request interrupted the validation.
+    Returns False if a stop request interrupted the validation, else True.
     """
     if evaluate is None or not every(step, state.settings.eval_steps):
         return True
@@ -150,7 +151,7 @@ def optimizer_step(state: TrainState, step: int, stop: StopRequest) -> tuple[Ste
         passes = split_into_batches(batch, state.layout_choice.layout, load.local_device(), num_passes[micro])
         for number, rows in enumerate(passes):
             is_last = (micro + 1, number + 1) == (plan.accumulation_steps, len(passes))
-            engine.set_gradient_accumulation_boundary(is_last)  # DeepSpeed would expect a fixed pass count
+            engine.set_gradient_accumulation_boundary(is_last)  # the default is a fixed number of passes
             losses = summed_token_loss(engine, rows)
             engine.backward(losses * (environment.world_size / num_targets), scale_wrt_gas=False)
             loss_sum += losses.detach()
@@ -189,7 +190,8 @@ def optimizer_step(state: TrainState, step: int, stop: StopRequest) -> tuple[Ste
 def learning_rate_of_step(settings: TrainSettings, step: int, total_steps: int) -> float:
     """Return the learning rate of a step. `step` is counted from 0.
 
-    The rate rises linearly to its peak. Then it is constant, or it falls to 0, either linearly or as half a cosine wave.
+    During the warm-up steps, the rate rises linearly from 0 to `settings.learning_rate`. Then it is constant, or it falls
+    to 0, either linearly or as half a cosine wave.
     """
     warmup_steps = settings.warmup_steps or math.ceil(settings.warmup_ratio * total_steps)
     if step < warmup_steps:
@@ -221,7 +223,8 @@ def check_finite(
 ) -> None:
     """Collective. Raise UserError if `loss`, the sum over all ranks, is NaN or Inf.
 
-    The message names a rank with a non-finite loss and that rank's problems. Without this check, DeepSpeed skips the step.
+    `rank_loss` and `problem_indices`: loss and problems of the calling rank. The message shows both for a rank whose loss is
+    not finite. The check comes before the optimizer update, so that NaN does not get into the weights.
     """
     if math.isfinite(loss):
         return

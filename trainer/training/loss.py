@@ -23,11 +23,11 @@ IGNORED = -100  # label of a position without loss (torch's and transformers' co
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One row of whole examples.
+    """One row of T tokens that concatenates whole examples. L: number of target tokens.
 
-    tokens, positions [1, T]: positions start at 0 in each example. lengths: example lengths. cu_seqlens [examples + 1]:
-    cumulative lengths, int32. target_positions [L]: positions that predict a target token. labels [L]: target tokens.
-    has_targets: False if there is no target token; then L is 1 and the label is a dummy.
+    tokens [1, T]. positions [1, T]: start at 0 in each example. lengths: number of tokens of each example. cu_seqlens
+    [examples + 1] int32: cumulative lengths. target_positions [L]: indices of the tokens in the row that predict a target
+    token. labels [L]: target tokens. has_targets: False if there is no target token; then L is 1 and the label is a dummy.
     """
 
     tokens: torch.Tensor
@@ -41,10 +41,11 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """One row per example: tokens [B, T], attention_mask [B, T] (None if all rows are full).
+    """B rows of T tokens, with one padded example per row. L: number of target tokens.
 
-    columns [C]: positions that predict a target token in any row. labels [L]: the target tokens. Logits for label i are
-    at row rows[i] and position columns[column_indices[i]]. has_targets: as in `PackedBatch`.
+    tokens [B, T]. attention_mask [B, T]: 1 for tokens, 0 for padding; None without padding. columns [C]: positions that
+    predict a target token in at least one row. labels [L]: target tokens. Label i is predicted in row rows[i] at position
+    columns[column_indices[i]]. has_targets: as in `PackedBatch`.
     """
 
     tokens: torch.Tensor
@@ -76,7 +77,7 @@ def summed_token_loss(model: torch.nn.Module, batch: PackedBatch | PaddedBatch) 
 def target_logits(model: torch.nn.Module, batch: PackedBatch | PaddedBatch) -> torch.Tensor:
     """Return the logits [L, vocabulary] that predict the target tokens, in the order of the examples.
 
-    `model`: a causal LM of transformers, or the engine around it.
+    `model`: a causal LM of transformers, or the DeepSpeed engine that wraps this model.
     """
     if isinstance(batch, PackedBatch):
         return packed_logits(model, batch, **_boundaries(model, batch))
@@ -99,12 +100,12 @@ def _accepted_arguments(model_class: type[Any]) -> frozenset[str]:
 
 
 def _boundaries(model: torch.nn.Module, batch: PackedBatch) -> dict[str, torch.Tensor]:
-    """Return the arguments that separate the examples of a pack in kernels of recurrent and convolutional layers.
+    """Return the arguments with which kernels of recurrent and convolutional layers separate the examples of a pack.
 
-    causal_conv1d and mamba_ssm need `seq_idx` (int32 [1, T]: the example of each token); flash-linear-attention needs
-    `cu_seq_lens_q`, as in transformers' DataCollatorWithFlattening. Without these kernels the result is empty, because
-    transformers' torch versions of the layers raise an exception for both arguments. The tests do not run the kernels,
-    but layout_check.py checks the logits before the first step.
+    The packages causal_conv1d and mamba_ssm need `seq_idx` (int32 [1, T]: index of each token's example). The package
+    flash-linear-attention needs `cu_seq_lens_q`. transformers' DataCollatorWithFlattening gives the same arguments. If none
+    of the packages is installed, return {}, because transformers' torch versions of the layers raise an exception for both
+    arguments. The tests do not run the kernels, but layout_check.py checks the logits before the first step.
     """
     # Every model whose kernels take these arguments has a Conv1d.
     if not _has_recurrent_kernels() or not any(isinstance(m, torch.nn.Conv1d) for m in model.modules()):

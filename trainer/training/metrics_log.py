@@ -1,28 +1,28 @@
-"""Writer of metrics.jsonl on rank 0: one line per step and per validation. W&B gets the same numbers if it is enabled.
+"""Writer of metrics.jsonl on rank 0: one line per step and per validation. The same numbers go to W&B, if it is enabled.
 
-A step that is repeated after a restart has several lines. Readers must use the last line.
+Some steps are repeated after a restart. Such a step has several lines, and readers must use the last line of the step.
 """
 
 import json
 import secrets
+from dataclasses import asdict
 from typing import Any
 
 from trainer.runtime import distributed
 from trainer.settings import TrainSettings
 from trainer.storage import atomic_dir
-from trainer.storage.configuration import to_dict
 from trainer.storage.json_lines import read_json_lines
 from trainer.storage.manifest import RunFacts, StepMetrics, ValidationLine
 from trainer.storage.run_directory import RunDirectory
 
 
 class MetricsLog:
-    """Log that appends to the run's metrics file. Each line reaches the operating system before the next step."""
+    """Log that appends to the run's metrics file on rank 0. Each line reaches the operating system before the next step."""
 
     def __init__(self, run: RunDirectory, settings: TrainSettings, facts: RunFacts):
         self._file = None
         self._wandb: Any = None
-        self.evaluated_steps: set[int] = set()  # filled on rank 0 only
+        self.evaluated_steps: set[int] = set()  # steps with a validation before this start; rank 0 only
         if distributed.is_main_process():
             lines = (line for _, line in read_json_lines(run.metrics) if line)
             self.evaluated_steps = {line["step"] for line in lines if "evaluation" in line}
@@ -58,5 +58,5 @@ def _start_wandb(run: RunDirectory, settings: TrainSettings, facts: RunFacts) ->
         id=run.wandb_id.read_text(encoding="utf-8").strip(),
         resume="allow",
         dir=str(run.logs),
-        config={**to_dict(settings), **facts},
+        config={**asdict(settings), **facts},
     )

@@ -1,8 +1,8 @@
 """Plain fp32 copy of the model inside a DeepSpeed engine, on rank 0, for `layout_check`.
 
-Plain means: transformers builds the model from the config, with the default attention and without replaced kernels. If
-the engine's weights are fp32 and not partitioned (ZeRO stages 0 to 2), the copy shares their memory. It does not if the
-weights are untrained (`_amplify` changes them) or if the model rescales its weights in evaluation mode (RWKV).
+Plain means: transformers builds the model from the config, with the default attention and without replaced kernels. The
+copy shares the memory of weights that are fp32 and not partitioned (ZeRO stages 0 to 2), with two exceptions. Untrained
+weights are copied, because `_amplify` changes them. RWKV weights are copied, because evaluation mode rescales them.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import deepspeed
 import torch
 
 from trainer.models import load
@@ -57,28 +58,18 @@ def copy_model(engine: Any, config: Any, is_untrained: bool) -> Any:
     return model.to(load.local_device()).eval()
 
 
-@contextlib.contextmanager
-def in_training_dtype(model: torch.nn.Module, engine: Any) -> Iterator[None]:
-    """Context manager in which the parameters of the copy have the dtypes of the engine's parameters."""
-    before = {name: parameter.data for name, parameter in model.named_parameters()}
+def in_training_dtype(model: torch.nn.Module, engine: Any) -> contextlib.AbstractContextManager[None]:
+    """Return a context manager in which the parameters of the copy have the dtypes of the engine's parameters."""
     dtypes = {name: parameter.dtype for name, parameter in engine.module.named_parameters()}
-    set_parameters(model, {name: data.to(dtypes.get(name, data.dtype)) for name, data in before.items()})
-    try:
-        yield
-    finally:
-        set_parameters(model, before)
-
-
-def set_parameters(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.data = values[name]
+    named = model.named_parameters()
+    return load.data_in_dtypes([(parameter, dtypes.get(name, parameter.dtype)) for name, parameter in named])
 
 
 def free(model: torch.nn.Module) -> None:
     """Free the memory of the model's tensors, even if reference cycles keep the modules alive."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    malloc.trim_heap()  # else the freed memory may stay in the heap
+    malloc.trim_heap()  # without this call, the freed memory may stay in the heap
 
 
 def _empty_model(config: Any) -> Any:
@@ -108,8 +99,6 @@ def _fits(parameters: list[torch.Tensor], copy_all: bool) -> bool:
 
 def _gathered(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Parameter]:
     """Collective under ZeRO-3. Yield each parameter with its whole value, which is valid until the next iteration."""
-    import deepspeed
-
     group: list[torch.nn.Parameter] = []
     num_bytes = 0
     for index, parameter in enumerate(parameters):
@@ -123,11 +112,11 @@ def _gathered(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Paramet
 
 
 def _amplify(values: torch.Tensor, is_embedding: bool) -> torch.Tensor:
-    """Return a changed copy of initial weights, with which every part of the model affects the logits.
+    """Return an initial weight tensor, changed if necessary so that every part of the model affects the logits.
 
     With the usual initial weights (standard deviation 0.02, gates and biases zero), a model of width 64 has attention
     scores near zero. A wrong soft cap or mask would change logits only after training, so `layout_check` could not detect
-    it. Therefore, matrices are scaled up to unit gain, and noise is added to constant parameters.
+    it. Therefore, matrices are scaled up to unit gain, and noise is added to tensors whose elements are all equal.
     """
     if not values.is_floating_point() or values.numel() < 2:
         return values

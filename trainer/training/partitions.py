@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-# Names of three optimizer attributes. Each attribute is a list with one item per parameter group: the parameters, the
-# flat tensor, this rank's fp32 master partition.
+# Each tuple has the names of three optimizer attributes. An attribute is a list with one item per parameter group. The
+# items are the group's parameters, the group's flat tensor, and this rank's fp32 partition of the group.
 _FLAT_GROUPS = (
     ("round_robin_bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups"),
     # stage 1 in bf16 with gradient accumulation in fp32
@@ -32,14 +32,14 @@ class ParameterSlice:
 
 @dataclass(frozen=True)
 class Partition:
-    """The fp32 tensor `master` [elements] that this rank's optimizer updates. Gaps between `slices` are padding."""
+    """The fp32 tensor `master` that this rank's optimizer updates. Elements of `master` outside all `slices` are padding."""
 
     master: torch.Tensor
     slices: list[ParameterSlice]
 
 
 def partitions(engine: Any) -> list[Partition]:
-    """Return the partitions of this rank's optimizer, in the order of its groups."""
+    """Return the partitions of this rank's optimizer, in the order of the parameter groups (stage 3: of the sub-groups)."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -91,7 +91,7 @@ def _flat_partition(
 
 
 def _stage_3_partitions(optimizer: Any, names: dict[Any, str]) -> Iterator[Partition]:
-    """Yield the sub-groups of stage 3. A sub-group concatenates this rank's shards of some parameters."""
+    """Yield one partition per sub-group of stage 3. A sub-group concatenates this rank's shards of some parameters."""
     for parameters, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
         slices, offset = [], 0
         for parameter in parameters:

@@ -1,11 +1,11 @@
 """Load a checkpoint of any world size and ZeRO stage. Each rank reads only the byte ranges that it needs.
 
-DeepSpeed loads only checkpoints of the same number of ranks and the same stage, and every rank unpickles whole files.
-(Its universal checkpoints need an offline conversion.) Here the fp32 master and the moments of a parameter are byte
-ranges of the old ranks' files (trainer/zero). The ranges are copied into the partitions of the new engine
+DeepSpeed loads a checkpoint only if world size and stage are unchanged, and every rank unpickles whole files. (DeepSpeed's
+universal checkpoints need an offline conversion.) Here the fp32 master weights and the moments of a parameter are byte
+ranges of the checkpoint's files (trainer/zero). The ranges are copied into the partitions of the new engine
 (partitions.py), even if world size and stage are unchanged.
 
-Memory: at most one chunk of 16 MiB besides the engine. The digests of the files must have been checked (checkpoint.py).
+Memory: at most one chunk of 16 MiB besides the engine. checkpoint.py must check the digests of the files before `load`.
 """
 
 from pathlib import Path
@@ -23,10 +23,11 @@ from trainer.zero.torch_files import TensorReference
 
 @torch.no_grad()
 def load(engine: Any, path: Path, zero_stage: int, world_size: int, dtype: str) -> None:
-    """Collective. Load masters, moments, step, frozen parameters, buffers and working weights into `engine`.
+    """Collective. Load fp32 master weights, moments, step, frozen parameters and buffers into `engine`.
 
-    `zero_stage`, `world_size`, `dtype`: from the manifest of the checkpoint. Raises UserError if the checkpoint belongs
-    to another model. In this case, some tensors may already be loaded.
+    The working weights (the weights of the forward pass) are computed from the master weights. `zero_stage`, `world_size`,
+    `dtype`: from the manifest of the checkpoint. Raises UserError if a file is damaged or the checkpoint belongs to
+    another model. Some tensors may already be loaded when the error is raised.
     """
     optimizer = engine.optimizer
     if hasattr(optimizer, "checkpoint_event_prologue"):
@@ -44,7 +45,7 @@ def load(engine: Any, path: Path, zero_stage: int, world_size: int, dtype: str) 
 
 
 def saved_names(engine: Any) -> dict[str, list[str]]:
-    """Return {PARAMETER_NAMES: the optimizer's parameter names in order} for a stage 0 checkpoint, {} for other stages."""
+    """Return the client state to save: {PARAMETER_NAMES: ordered parameter names} in stage 0, {} in other stages."""
     if engine.zero_optimization():
         return {}
     return {PARAMETER_NAMES: [piece.name for partition in partitions(engine) for piece in partition.slices]}
@@ -64,7 +65,7 @@ def _load_partition(
 
 
 def _load_untrained(engine: Any, stored: OptimizerState, reader: ChecksumReader, path: Path) -> None:
-    """Load frozen parameters and persistent buffers, which are stored in training precision."""
+    """Load frozen parameters and persistent buffers. Both must have the same dtype in the checkpoint and in the engine."""
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             start, target = 0, parameter.data.view(-1)
@@ -85,7 +86,7 @@ def _copy(
     start: int,
     target: torch.Tensor,
 ) -> None:
-    """Copy `stored`[start : start + len(target)] into `target`. Raises UserError if `stored` is None, too short or has another dtype."""
+    """Copy `stored`[start : start + len(target)] into `target`. Raises UserError if `stored` is None, too short or of another dtype."""
     if stored is None:
         raise UserError(f"{path} has no {name}, which this model trains; it is a checkpoint of another model")
     if stored.dtype != target.dtype:
@@ -121,10 +122,10 @@ def _check_shapes(engine: Any, stored: OptimizerState, path: Path) -> None:
 
 
 def _update_working_weights(optimizer: Any) -> None:
-    """Collective. Compute the working weights of every rank from the masters, as DeepSpeed does after a step."""
+    """Collective. Compute the working weights of every rank from the master weights, as DeepSpeed does after a step."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for sub_group in range(len(optimizer.fp16_groups)):
             library_internals.update_weights_of_sub_group(optimizer, sub_group)
-        optimizer.checkpoint_event_epilogue()  # gathers the small parameters that ZeRO-3 does not shard
+        optimizer.checkpoint_event_epilogue()  # gathers the small parameters that ZeRO-3 keeps on all ranks
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from trainer.models import architecture, base_files
 from trainer.runtime import distributed
 from trainer.settings import TrainSettings
 from trainer.storage import atomic_dir
-from trainer.storage.configuration import to_dict
 from trainer.storage.manifest import RunFacts
 from trainer.storage.run_directory import RunDirectory
 
@@ -34,9 +34,9 @@ def write_run_files(
     config: Any,
     tokenizer: Any,
 ) -> None:
-    """Write settings, resolved ds_config, environment and the model's files without weights. Must be called on rank 0."""
+    """Write settings, ds_config (`resolved`), environment (with `facts`) and model files (no weights). Call only on rank 0."""
     run.path.mkdir(parents=True, exist_ok=True)
-    atomic_dir.write_text(run.settings, yaml.safe_dump(to_dict(settings), sort_keys=False))
+    atomic_dir.write_text(run.settings, yaml.safe_dump(asdict(settings), sort_keys=False))
     atomic_dir.write_text(run.ds_config, json.dumps(resolved, indent=1) + "\n")
     atomic_dir.write_text(run.environment, json.dumps({**describe_environment(), **facts}, indent=1) + "\n")
     write_model_files(run.model, settings.model_name_or_path, config, tokenizer)
@@ -66,7 +66,8 @@ def write_model_files(folder: Path, base_model: str, config: Any, tokenizer: Any
 def remove_leftovers(run: RunDirectory) -> None:
     """Remove temporary files and directories that killed training processes left in the run directory.
 
-    Must be called on rank 0 while it holds the lock. Temporary files of locks, of exports and of evaluations are kept.
+    Must be called on rank 0 while this process holds the run's lock. Temporary files of locks, exports and evaluations are
+    kept.
     """
     files = (run.settings, run.ds_config, run.environment, run.restarts, run.wandb_id)
     patterns = [".initial-*.tmp", ".probe-*.tmp", *(f".{path.name}.*.tmp" for path in files)]

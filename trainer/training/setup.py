@@ -1,7 +1,7 @@
 """Setup of a run before its first step: data, batch plan, engine, layout, and the checkpoint to resume from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from trainer.shards.methods import view_of
 from trainer.shards.model_tokenizer import check_model_fits_shards
 from trainer.shards.read import Shards
 from trainer.storage import atomic_dir
-from trainer.storage.configuration import rename_old_keys, to_dict
+from trainer.storage.configuration import rename_old_keys
 from trainer.storage.manifest import CheckpointFacts, RunFacts
 from trainer.storage.run_directory import RunDirectory
 from trainer.training import checkpoint, ds_config, layout_selection, time_limit
@@ -27,8 +27,8 @@ from trainer.training.engine import build_engine
 from trainer.training.layout_check import LayoutChoice
 from trainer.training.run_files import code_fingerprint, remove_leftovers, write_run_files
 
-# Settings that may differ when a run is resumed; all others must stay the same. The number of ranks, ZeRO stage, offload
-# and micro-batches may change if each step takes the same number of packs: see `_check_same_batch_plan`.
+# Names of settings that may differ when a run is resumed. All other settings must stay the same. The number of ranks, the
+# ZeRO stage, offload and micro-batches may change if each step takes as many packs as before: `_check_same_batch_plan`.
 _MAY_CHANGE_ON_RESUME = {
     "deepspeed", "output_dir", "train_shards", "eval_shards", "eval_steps", "eval_max_problems", "save_steps", "save_total_limit",
     "resume_from_checkpoint", "overwrite_output_dir", "report_to", "wandb_project", "timeout_seconds", "dry_run",
@@ -39,7 +39,7 @@ _MAY_CHANGE_ON_RESUME = {
 
 @dataclass
 class TrainState:
-    """A run in progress. `facts` are written into the manifest of every checkpoint."""
+    """State of a run in progress. `facts` are written into the manifest of every checkpoint."""
 
     settings: TrainSettings
     environment: DistributedEnvironment
@@ -129,7 +129,7 @@ def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
             f"{shards.path} has examples of up to {longest} tokens but the context of {name} is {context}: "
             f"prepare the shards again with --max_length {context}, or set pack_length to {context}"
         )
-    # GPT-2 also pads with the EOS token. Masks are made from lengths, so an EOS token that ends an example is not masked.
+    # In GPT-2, the EOS token is also the padding token. It is not masked in examples: masks depend on lengths only.
     config.eos_token_id = tokenizer.eos_token_id
     config.use_cache = False
     return config
@@ -138,7 +138,10 @@ def _config(settings: TrainSettings, shards: Shards, tokenizer: Any) -> Any:
 def _find_checkpoint(
     settings: TrainSettings, run: RunDirectory, facts: RunFacts, plan: BatchPlan
 ) -> Path | None:
-    """Collective. Return the valid checkpoint to resume this run from, or None to start from zero."""
+    """Collective. Return the valid checkpoint to resume this run from, or None to start from zero.
+
+    With `overwrite_output_dir`, remove all checkpoints. Raises UserError if the checkpoint is damaged or of another run.
+    """
     if settings.overwrite_output_dir:
         checkpoint.remove_all(run)
         return None
@@ -168,7 +171,7 @@ def _check_same_run(
         ignored = {*names, *_MAY_CHANGE_ON_RESUME}
         pairs += [
             (key, old_settings.get(key), value)
-            for key, value in to_dict(settings).items()
+            for key, value in asdict(settings).items()
             if key not in ignored
         ]
     changes = [f"{key}: {before!r} there, {now!r} now" for key, before, now in pairs if before != now]

@@ -1,4 +1,4 @@
-"""FLOPs of training per token, and peak FLOP/s and memory use of the device."""
+"""Training FLOPs per token, peak FLOP/s of the GPU, and peak memory of this rank."""
 
 import contextlib
 import re
@@ -16,9 +16,10 @@ def flops_per_token(
 ) -> float:
     """Return the FLOPs per token of the forward and backward pass, without recomputation: 6 N + 6 L d n.
 
-    N: parameters without the input embedding. L: layers. d: width. n: `mean_length` of the sequences. The formula is
-    from Chowdhery et al. 2022, appendix B (see also Kaplan et al. 2020), but its attention term is halved, because with a
-    causal mask a query attends to n / 2 tokens on average. `target_fraction`: share of tokens that need the output head.
+    N: parameters without the token embedding. The parameters of the output head are multiplied by `target_fraction`, the
+    fraction of tokens that need the head. L: layers. d: width. n: `mean_length` of the sequences. The formula is from
+    Chowdhery et al. 2022, appendix B (see also Kaplan et al. 2020). The attention term of the paper, 12 L d n, is halved,
+    because with a causal mask a query attends to n / 2 tokens on average.
     """
     layers, width = config.num_hidden_layers, config.hidden_size
     head = config.vocab_size * width

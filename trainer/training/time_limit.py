@@ -1,4 +1,4 @@
-"""Deadline of a run, from Slurm's time limit and `time_limit_seconds`, and the estimated time of a save."""
+"""Set the deadline of a run from Slurm's time limit and `time_limit_seconds`, and estimate the duration of a save."""
 
 import hashlib
 import os
@@ -20,7 +20,8 @@ _WEIGHT_BYTES, _OPTIMIZER_BYTES = 4, 12
 def set_deadline(stop: StopRequest, time_limit_seconds: float, run: RunDirectory, facts: RunFacts) -> None:
     """Collective. Set the deadline of `stop` to the earlier of the Slurm job's limit and `time_limit_seconds`.
 
-    Raises UserError if the time is too short to save a single checkpoint.
+    `time_limit_seconds` counts from `stop.started`; 0: no limit. Without any limit, no deadline is set. Raises UserError if
+    the remaining time is too short to save a single checkpoint.
     """
     job = distributed.seconds_left_of_job(os.environ) if distributed.is_main_process() else None
     job_seconds = distributed.broadcast_object(job)

@@ -15,7 +15,7 @@ from trainer.training.setup import TrainState
 
 
 class ValidationLoss:
-    """Callable for `train(settings, evaluate=...)` that returns the mean loss in nats per target token."""
+    """Callable for `train(settings, evaluate=...)`: mean loss on about `max_problems` problems, in nats per target."""
 
     def __init__(self, shards_path: str, max_problems: int):
         self._shards = Shards.open(shards_path, verify=True)
@@ -25,6 +25,7 @@ class ValidationLoss:
     def __call__(self, state: TrainState, stop: StopRequest) -> ValidationResult | None:
         """Collective. Return the values to log, or None if a stop request interrupted the validation."""
         settings, environment = state.settings, state.environment
+        layout = state.layout_choice.layout
         if self._data is None:
             view = view_of(settings.method, settings.train_on_calculator_results)
             self._data = PackedDataset(self._shards, settings.method, view, settings.pack_length, seed=0)
@@ -40,11 +41,9 @@ class ValidationLoss:
                     return None
                 # Every rank runs the same number of forward passes, because ZeRO-3 gathers weights in each pass.
                 packs = [range(pack, pack + 1) for pack in range(first, first + environment.world_size)]
-                num_passes = max_passes(data, packs, num_packs, state.layout_choice.layout.arrangement)
+                num_passes = max_passes(data, packs, num_packs, layout.arrangement)
                 batch = data.micro_batch(packs[environment.rank], num_packs)
-                for rows in split_into_batches(
-                    batch, state.layout_choice.layout, load.local_device(), num_passes
-                ):
+                for rows in split_into_batches(batch, layout, load.local_device(), num_passes):
                     total += summed_token_loss(state.engine, rows)
         state.engine.train()
         if environment.world_size > 1:

@@ -9,10 +9,8 @@ and during `heartbeat_timeout_seconds` on the watching rank's clock. If the file
 suspended, no checks run, so no rank is reported.
 
 If only the main thread of a rank hangs, the heartbeat continues, so the hang is not detected. After `timeout_seconds`,
-the collective of the other ranks fails. Then the watchdog reports ranks that have ended or are steps behind other ranks.
+the collective of the other ranks fails. Then the watchdog reports ranks that have ended or have done fewer steps than others.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -40,11 +38,11 @@ _CHECKS = 10  # a counter must be unchanged in this many checks before its rank 
 _RECORD_BYTES = 1024
 _MIN_WRITE_SECONDS = 1.0  # minimum age of the last heartbeat write before `report_step` writes again
 _VERDICT_NAME = "ended.json"
-_EXIT_SECONDS = 5.0  # minimum time that other ranks of this host get to end before they are killed
+_EXIT_SECONDS = 5.0  # minimum wait before other ranks are killed; maximum wait for the thread
 
 
 @contextlib.contextmanager
-def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
+def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator["Watchdog"]:
     """Collective. Context manager that holds the run's lock and yields a started watchdog.
 
     Raises UserError on every rank if another job holds the lock. The message names that job.
@@ -61,7 +59,7 @@ def run_guard(run: RunDirectory, settings: TrainSettings) -> Iterator[Watchdog]:
             yield watchdog
             is_regular = True
         except UserError:
-            is_regular = True  # all ranks raise UserError, so this rank must not be reported
+            is_regular = True  # UserError is raised on all ranks together, so no rank may be reported as hung
             raise
         except Exception:
             watchdog.report_stragglers()
@@ -108,7 +106,7 @@ class Watchdog:
                 self._write_heartbeat()
 
     def check_lock(self) -> None:
-        """Collective. Raise UserError if another job has taken over the lock, so that this job writes no more files."""
+        """Collective. Raise UserError if this job no longer holds the lock, because two jobs must not write the same files."""
         distributed.raise_on_all_ranks(self._lock.taken_over_by())
 
     def report_stragglers(self) -> None:
@@ -120,7 +118,7 @@ class Watchdog:
                 terminal.error_on_any_rank(f"rank {self._rank}: {_describe(rank, record)}")
 
     def stop(self, is_regular: bool) -> None:
-        """End the thread. If `is_regular`, remove the heartbeat file; else another rank reports this rank."""
+        """End the thread. If `is_regular`, remove the heartbeat file. If not, the file stays, so another rank reports this rank."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(timeout=_EXIT_SECONDS)
@@ -166,7 +164,7 @@ class Watchdog:
         return f"{_describe(self._next_rank, record)}, {seconds:.0f} s ago; the run ends here (heartbeat_timeout_seconds)"
 
     def _end(self, verdict: str) -> None:
-        """End this process. The first rank that ends also writes the verdict and kills hung ranks of its host."""
+        """End this process. The first rank that ends also writes `verdict` to ended.json and kills hung ranks of its host."""
         path = self._folder / _VERDICT_NAME
         if not path.exists():
             terminal.error_on_any_rank(f"error: {verdict}")
@@ -197,7 +195,7 @@ class Watchdog:
         return {rank: record for rank in ranks if (record := self._read(_heartbeat_name(rank)))}
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        """Return the content of a file, or None if the file is missing or not from this run."""
+        """Return the JSON object in a file, or None if the file is missing or from an earlier start of the run."""
         try:
             record: dict[str, Any] = json.loads((self._folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -1,1 +1,1 @@
-"""Reading of DeepSpeed's checkpoint files as named byte ranges, for export and for resuming a run."""
+"""Locate the tensors in DeepSpeed's checkpoint files by name, and read their bytes, to export a model or resume a run."""

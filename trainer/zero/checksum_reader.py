@@ -1,11 +1,11 @@
 """Reader for byte ranges of torch files. It checks the CRC-32 of every storage from which a range was read.
 
-The zip directory holds a CRC-32 of every storage. Ranges are read approximately in file order, so each read can update a
-running checksum of the storage. Bytes between the ranges (padding between parameters) are read for the checksum only.
+A torch file is a zip archive, whose directory holds a CRC-32 of every storage. Ranges are read approximately in file order,
+so each read can update a running checksum of the storage. Bytes between the ranges (padding between parameters) are read for
+the checksum only.
 """
 
-from __future__ import annotations
-
+import contextlib
 import os
 import zlib
 from pathlib import Path
@@ -18,11 +18,11 @@ from trainer.zero.torch_files import ByteRange, Storage
 CHUNK_BYTES = 16 << 20
 
 
-class ChecksumReader:
-    """Reader for byte ranges of checkpoint files, for one thread. It is a context manager.
+class ChecksumReader(contextlib.AbstractContextManager["ChecksumReader"]):
+    """Reader for byte ranges of checkpoint files. Must be used in one thread, as a context manager.
 
-    `verify_checksums` compares the CRC-32 of each storage that was read with the value in the zip directory. If
-    `checksums` is False, only lengths are checked. The reader needs CHUNK_BYTES of memory.
+    `verify_checksums` compares the CRC-32 of each storage that was read with the value in the zip directory. If the argument
+    `checksums` is False, only the lengths of the files are checked. The reader needs CHUNK_BYTES of memory.
     """
 
     def __init__(self, checksums: bool = True) -> None:
@@ -30,9 +30,6 @@ class ChecksumReader:
         self._descriptors: dict[Path, int] = {}
         # storage -> (file offset of the storage's first unread byte, CRC-32 of the storage's bytes before this offset)
         self._progress: dict[Storage, tuple[int, int]] = {}
-
-    def __enter__(self) -> ChecksumReader:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for descriptor in self._descriptors.values():
@@ -59,7 +56,7 @@ class ChecksumReader:
         return torch.frombuffer(buffer, dtype=byte_range.dtype)
 
     def verify_checksums(self) -> None:
-        """Read the rest of every storage from which a range was read. Raises UserError if a checksum is wrong."""
+        """Complete the checksum of every storage from which a range was read. Raises UserError if a checksum is wrong."""
         for storage, (position, crc) in self._progress.items():
             _, crc = self._read_to(storage, position, crc, storage.start + storage.num_bytes)
             if crc != storage.crc32:

@@ -5,13 +5,15 @@ stage_1_and_2.py`, `runtime/zero/stage3.py`, `runtime/bf16_optimizer.py`.
 
 stage 0     `module` in mp_rank_00_model_states.pt holds the model's tensors, in fp32. Stage 0 in bf16 is refused.
 stage 1, 2  The *_optim_states.pt of a rank holds the rank's partition of each group's flat fp32 parameters.
-            `param_shapes` gives the order of the parameters, `param_alignment_paddings` the gaps. `module` holds all
-            parameters and buffers in training precision. Frozen parameters and buffers are read from `module`. Samples
-            of the trained parameters in `module` must equal the rounded masters. (DeepSpeed's `param_slice_mappings`
-            and `safe_get_full_fp32_param` are wrong if `round_robin_gradients` is on.)
-stage 3     The *_optim_states.pt of a rank holds ceil(n / ranks) elements of every parameter of n elements, in the
-            order of `param_shapes`, in flat sub-groups. The last rank's shard ends in padding. The model states of each
-            rank hold a shard of every frozen parameter, and whole buffers.
+            `param_shapes` gives the order of the parameters. `param_alignment_paddings` gives the number of padding
+            elements after each parameter. `module` holds all parameters and buffers in training precision. Frozen
+            parameters and buffers are read from `module`. Samples of the trained parameters in `module` must equal the
+            rounded fp32 parameters ("masters"). (DeepSpeed's `param_slice_mappings` and `safe_get_full_fp32_param` are
+            wrong if `round_robin_gradients` is on.)
+stage 3     The *_optim_states.pt of a rank holds flat sub-groups. The sub-groups contain a shard of every
+            trained parameter, in the order of `param_shapes`. A parameter of n elements has shards of ceil(n / ranks)
+            elements. The last shards can end in padding. The model states of each rank hold a shard of every frozen
+            parameter, and whole buffers.
 """
 
 import math
@@ -50,7 +52,7 @@ class CheckpointFiles:
 def open_files(directory: Path, zero_stage: int, world_size: int, dtype: str) -> CheckpointFiles:
     """Return the checkpoint's files with their metadata.
 
-    Raises UserError if a rank's file is missing, unexpected, damaged, or written by another number of ranks.
+    Raises UserError if a file is missing, unexpected, damaged or from another number of ranks, and for stage 0 in bf16.
     """
     if zero_stage == 0 and dtype != "fp32":
         raise UserError(
@@ -68,13 +70,8 @@ def open_files(directory: Path, zero_stage: int, world_size: int, dtype: str) ->
     return CheckpointFiles(zero_stage, model_files, optimizer_files)
 
 
-def read_tensors(directory: Path, zero_stage: int, world_size: int, dtype: str) -> CheckpointTensors:
-    """Open a checkpoint and return references to all its weights. Raises UserError for damaged or unsupported files."""
-    return locate_weights(open_files(directory, zero_stage, world_size, dtype))
-
-
 def locate_weights(files: CheckpointFiles) -> CheckpointTensors:
-    """Return references to fp32 masters of trained parameters, and to frozen parameters and buffers."""
+    """Return references to the fp32 masters of the trained parameters, and to all frozen parameters and buffers."""
     first = files.model[0]
     if files.zero_stage == 0:
         return _weights_stage_0(first)
@@ -192,7 +189,7 @@ def _split_stage_3(files: CheckpointFiles, flat: FlatTensor) -> dict[str, Tensor
 
 
 def _join(shape: tuple[int, ...], shards: list[ByteRange]) -> TensorReference:
-    """Concatenate the shards of all ranks and drop the padding at the end."""
+    """Return a reference to the concatenated shards of all ranks, without the padding at the end."""
     joined = TensorReference(shape, tuple(shards))
     return TensorReference(shape, joined.slice(0, joined.num_elements))
 
@@ -205,7 +202,7 @@ class _Cursor:
         self._path, self._flat, self._start = path, TensorReference((num_elements,), tuple(groups)), 0
 
     def take(self, num_elements: int) -> tuple[ByteRange, ...]:
-        """Return the ranges of the next `num_elements` elements. Raises UserError if fewer elements are left."""
+        """Return the ranges of the next `num_elements` elements, and advance. Raises UserError if fewer are left."""
         start, self._start = self._start, self._start + num_elements
         if self._start > self._flat.num_elements:
             raise UserError(

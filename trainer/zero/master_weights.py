@@ -1,4 +1,4 @@
-"""Check that the fp32 master weights of a checkpoint, rounded, equal the model's weights in the same checkpoint."""
+"""Check on samples that the fp32 master weights of a checkpoint round to the model's weights in the same checkpoint."""
 
 from pathlib import Path
 
@@ -15,7 +15,8 @@ def check_samples(path: Path, pairs: dict[str, tuple[TensorReference, ByteRange]
     """Check that the first and last elements of each byte range of the fp32 masters round to the model's weights.
 
     `pairs`: parameter name -> (fp32 master, copy in training precision). Raises UserError if a rounded master differs
-    from its copy. Possible causes: a corrupt file, files of two checkpoints, or a new layout of DeepSpeed.
+    from its copy in a sample, or in the number of elements. Possible causes of a difference are a corrupt file, files of
+    two checkpoints, or a new layout of DeepSpeed.
     """
     with ChecksumReader(checksums=False) as reader:
         for name, (master, low) in pairs.items():
@@ -27,7 +28,9 @@ def check_samples(path: Path, pairs: dict[str, tuple[TensorReference, ByteRange]
                 count = min(_SAMPLE_ELEMENTS, byte_range.num_elements)
                 for offset in {0, byte_range.num_elements - count}:
                     sample = byte_range.slice(offset, count)
-                    if not _rounds_to(reader, sample, low.slice(start + offset, count)):
+                    rounded = reader.tensor(sample, 0, count).to(low.dtype)
+                    stored = reader.tensor(low.slice(start + offset, count), 0, count)
+                    if not torch.equal(rounded.view(torch.uint8), stored.view(torch.uint8)):
                         _check_storages(byte_range, low)
                         raise UserError(
                             f"{path}: the fp32 weights at the position of {name} do not round to {name}; the checkpoint "
@@ -37,14 +40,8 @@ def check_samples(path: Path, pairs: dict[str, tuple[TensorReference, ByteRange]
 
 
 def _check_storages(*ranges: ByteRange) -> None:
-    """Raise UserError if the storage of a range is corrupt. The message names the file."""
+    """Raise UserError if the storage that holds one of the ranges has a wrong checksum. The message names the file."""
     with ChecksumReader() as reader:
         for byte_range in ranges:
             reader.tensor(byte_range, 0, 1)
         reader.verify_checksums()
-
-
-def _rounds_to(reader: ChecksumReader, master: ByteRange, low: ByteRange) -> bool:
-    rounded = reader.tensor(master, 0, master.num_elements).to(low.dtype)
-    stored = reader.tensor(low, 0, low.num_elements)
-    return torch.equal(rounded.view(torch.uint8), stored.view(torch.uint8))

@@ -1,8 +1,8 @@
 """AdamW's state in a DeepSpeed 0.19 checkpoint: the step, and the byte ranges of master weights and moments.
 
-DeepSpeed passes its flat fp32 tensors to torch's optimizer. State k of this optimizer belongs to the k-th flat tensor, so
-moments have the same layout as masters (layout.py). In stage 0, torch's optimizer has the model's own parameters, but the
-saved state has no parameter names. Therefore the trainer saves the names under `optimizer_parameters`.
+In stages 1 to 3, DeepSpeed passes its flat fp32 tensors to AdamW. AdamW's state k belongs to the k-th flat tensor, so the
+moments have the same layout as the master weights (layout.py). In stage 0, AdamW has the model's own parameters, but the
+saved state has no parameter names. Therefore, the trainer saves the names under `optimizer_parameters`.
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,22 @@ from trainer.zero.layout import CheckpointFiles
 from trainer.zero.torch_files import CheckpointTensors, TensorReference, TorchFile
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PARAMETER_NAMES = "optimizer_parameters"  # key of the ordered parameter names in the model states
+PARAMETER_NAMES = "optimizer_parameters"  # key of the parameter names in AdamW's order, in the model states
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """State of AdamW after `step` updates. `weights`: buffers, frozen parameters, fp32 masters of trained parameters."""
+    """AdamW's state after `step` updates. `weights`: buffers, frozen parameters and fp32 masters of trained parameters."""
 
     weights: CheckpointTensors
     moments: dict[str, dict[str, TensorReference]]  # key of MOMENTS -> parameter name -> tensor
     step: int
 
     def moment(self, key: str, name: str) -> TensorReference | None:
-        """Return moment `key` of `name` or of the parameter to which `name` is tied; None if `name` is not trained."""
+        """Return moment `key` of the parameter `name`, or None if the parameter is not trained.
+
+        If `name` is an alias of a tied parameter, return the moment of the stored parameter.
+        """
         moments = self.moments[key]
         return moments.get(name) or moments.get(self.weights.aliases.get(name, ""))
 
@@ -54,16 +57,14 @@ def _moments(files: CheckpointFiles, key: str) -> dict[str, TensorReference]:
 
 
 def _states(file: TorchFile) -> Any:
-    """Return a dict (index of a tensor -> its state) of the optimizer that DeepSpeed wraps."""
+    """Return {index of a tensor in the optimizer: state of the tensor} of the optimizer that DeepSpeed wraps."""
     content = file.content.get("optimizer_state_dict", file.content)
     for key in ("base_optimizer_state", "optimizer_state_dict", "optimizer"):
         if key in content:
-            inner = content[key]  # a list if `elastic_checkpoint` is on in stage 1 or 2
-            return (
-                dict(enumerate(inner))
-                if isinstance(inner, list)
-                else layout.required_value(file, inner, "state")
-            )
+            inner = content[key]
+            if isinstance(inner, list):  # `elastic_checkpoint` is on (stages 1, 2)
+                return dict(enumerate(inner))
+            return layout.required_value(file, inner, "state")
     raise UserError(f"{file.path} has no optimizer state; a run cannot be resumed from weights alone")
 
 
@@ -78,7 +79,7 @@ def _entry(file: TorchFile, index: int, key: str) -> Any:
 
 
 def _step(files: CheckpointFiles) -> int:
-    """Return AdamW's number of updates. Raises UserError if the number differs between parameters."""
+    """Return AdamW's number of updates from the first file. Raises UserError if the number differs between tensors."""
     file = (files.optimizer or files.model)[0]
     steps = set()
     with ChecksumReader(checksums=False) as reader:

@@ -1,14 +1,12 @@
-"""Byte ranges of the tensors in `torch.save` files. The tensors themselves are not read.
+"""Locate the tensors in `torch.save` files as byte ranges, without reading the tensors.
 
 A torch file is a zip archive of uncompressed entries: `data.pkl` describes the objects, `data/<n>` is the n-th
 storage. So a tensor is a byte range of the file, and the zip directory holds a CRC-32 of every storage.
-`torch.load(map_location="meta")` reads the description alone and records the offset of each storage.
+`torch.load(map_location="meta")` reads `data.pkl` but no storage, and records the offset of each storage.
 
-Files cannot run code, because `weights_only=True` builds plain containers and tensors only. DeepSpeed pickles three
-classes by name; stand-ins replace them, so DeepSpeed is not imported.
+Files cannot run code, because `weights_only=True` builds only plain containers, tensors and allowed classes. DeepSpeed's
+files refer to three classes of DeepSpeed. `_STAND_INS` replaces these classes, so that DeepSpeed is not imported.
 """
-
-from __future__ import annotations
 
 import bisect
 import math
@@ -17,7 +15,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -50,15 +48,15 @@ class Storage:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Part of a storage: `num_elements` elements, of which the first is at byte `offset` of the file."""
+    """Consecutive elements of a storage. `offset`: position of the first element in the file, in bytes."""
 
     storage: Storage
     offset: int
     num_elements: int
     dtype: torch.dtype
 
-    def slice(self, start: int, num_elements: int) -> ByteRange:
-        """Return elements [start, start + num_elements) of this range. Raises UserError if the range is shorter."""
+    def slice(self, start: int, num_elements: int) -> Self:
+        """Return elements [start, start + num_elements) of this range. Raises UserError if the range has fewer elements."""
         if start < 0 or num_elements < 0 or start + num_elements > self.num_elements:
             raise UserError(
                 f"{self.storage.path}: elements {start} to {start + num_elements} are expected in a tensor of "
@@ -69,7 +67,7 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class TensorReference:
-    """A parameter or buffer: its shape, and the byte ranges that hold its elements in order."""
+    """Reference to a parameter or buffer. `ranges`: the byte ranges that hold the elements, in order."""
 
     shape: tuple[int, ...]
     ranges: tuple[ByteRange, ...]
@@ -79,7 +77,7 @@ class TensorReference:
         return math.prod(self.shape)
 
     def slice(self, start: int, num_elements: int) -> tuple[ByteRange, ...]:
-        """Return the ranges of elements [start, start + num_elements). Raises UserError if the tensor is shorter."""
+        """Return the byte ranges of elements [start, start + num_elements). Raises UserError if the tensor is shorter."""
         slices = []
         for byte_range in self.ranges:
             if start >= byte_range.num_elements:
@@ -100,20 +98,20 @@ class TensorReference:
 
 @dataclass
 class CheckpointTensors:
-    """All tensors of a checkpoint in file order, and the aliases of tied tensors."""
+    """All tensors of a checkpoint by name, and the other names (aliases) of tied tensors."""
 
     tensors: dict[str, TensorReference] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # alias -> name in `tensors`
 
     def find(self, name: str) -> TensorReference | None:
-        """Return the tensor with this name or alias, else None."""
+        """Return the tensor that has `name` as its name or alias; None if there is no such tensor."""
         return self.tensors.get(name) or self.tensors.get(self.aliases.get(name, ""))
 
 
 class TorchFile:
-    """A torch file without its tensors. `content` is the saved dict with meta tensors; `byte_range` locates a tensor.
+    """A torch file, opened without reading the data of the tensors. `content`: the saved dict, with meta tensors.
 
-    The constructor raises UserError if the file is damaged or names a class that is not allowed.
+    The constructor raises UserError if the file is missing or damaged, has no dict, or refers to a forbidden class.
     """
 
     def __init__(self, path: Path):
@@ -124,7 +122,7 @@ class TorchFile:
             raise UserError(f"{path} holds a {type(self.content).__name__}; expected a DeepSpeed state dict")
 
     def byte_range(self, tensor: torch.Tensor) -> ByteRange:
-        """Return the byte range of a contiguous tensor of `content`."""
+        """Return the byte range of a tensor of `content`. Raises UserError if the tensor is not contiguous."""
         if not tensor.is_contiguous():
             raise UserError(
                 f"{self.path} holds a tensor of shape {tuple(tensor.shape)} that is not contiguous"
@@ -153,7 +151,10 @@ class TorchFile:
 
 
 def load(path: Path, device: str, mmap: bool = False) -> Any:
-    """Load a file that may contain only tensors, plain containers and stand-ins. Raises UserError for other files."""
+    """Load a torch file to `device`. Raises UserError if the file is damaged or refers to a forbidden class.
+
+    All classes except tensors, plain containers and the classes in `_STAND_INS` are forbidden.
+    """
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location=device, weights_only=True, mmap=mmap)

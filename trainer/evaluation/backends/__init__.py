@@ -1,6 +1,6 @@
 """Interface of decoding backends.
 
-A request is a problem that is being solved, e.g. a `Rollout`. It has one token sequence per model, and the index of
+A request is a problem that is being solved, e.g. a `Rollout`. A request has one token sequence per model, and the index of
 the model that must choose the next token. A backend chooses the next tokens of one model. `generate.py` uses backends only
 through this interface.
 """
@@ -20,9 +20,9 @@ class SequenceState:
     """The token sequence of one request in one model."""
 
     pending: list[int]  # tokens that the model has not processed yet
-    sampling_seed: int = 0
+    sampling_seed: int = 0  # seed of the random numbers for this sequence
     length: int = 0  # number of processed tokens, updated by the backend
-    is_done: bool = False  # no more tokens will be added
+    is_done: bool = False  # True if no more tokens will be added
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +55,7 @@ class Backend(ABC, Generic[AnyRequest]):
     num_slots: int
     capacity: int  # maximum sequence length in tokens
     sampler: Sampler
-    prefix: Sequence[int] = ()  # tokens that all sequences start with; they are processed once
+    prefix: Sequence[int] = ()  # first tokens of every sequence, which a backend may process only once
 
     @property
     @abstractmethod
@@ -68,9 +68,9 @@ class Backend(ABC, Generic[AnyRequest]):
 
     @abstractmethod
     def step(self) -> list[tuple[AnyRequest, int]]:
-        """Process pending tokens of runnable requests, of which there must be at least one.
+        """Process pending tokens of runnable requests and choose next tokens. At least one request must be runnable.
 
-        Return (request, next token) for each request that has no pending tokens left.
+        Return (request, next token) for each processed request that has no pending tokens left.
         """
 
     @abstractmethod

@@ -1,8 +1,7 @@
 """Choose a model's backend: the fastest backend whose logits agree with those of the model's own forward pass."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +15,15 @@ from trainer.evaluation.backends import AnyRequest, Backend, Sampler
 from trainer.evaluation.backends.slots import SlotBackend
 from trainer.evaluation.backends.transformers import CACHE_USES, CacheUse, TransformersBackend
 from trainer.evaluation.generate import generate
+from trainer.models import load
 from trainer.runtime import malloc
 
 SLOTS, TRANSFORMERS = "slots", "transformers"
 PLAIN, GENERATE = "plain forward pass", "generate"
 _NUM_SLOTS = {SLOTS: 2, TRANSFORMERS: 4}  # number of slots in a check, by backend
-# Some families compute a decode step by another formula than a forward pass over the whole text. For Nemotron-H, the logits
-# of the two differ by 5e-4 in fp32, also in `generate`. Decoding without a cache is slow. Therefore, if no `CacheUse` with
-# a cache passes the check, the first one whose difference is within this larger tolerance is chosen.
+# If no backend with a cache passes the check, the transformers backend is accepted within this larger tolerance, in standard
+# deviations of the logits. Some model families compute a decode step and a forward pass over the whole text by different
+# formulas: in Nemotron-H, fp32 logits differ by 5e-4, also in `generate`. Without a cache, decoding would be slow.
 OWN_CACHE_TOLERANCE = 2e-3
 
 
@@ -32,8 +32,9 @@ class BackendChoice:
     """A backend for one model, and the result of its check.
 
     difference: maximum difference between the backend's logits and the logits of `compared_with` (PLAIN or GENERATE), in
-    standard deviations of the logits; None if not checked. tolerance: maximum accepted `difference`. dtype: the model's
-    dtype in the check, "fp32" or "bf16" (for all 16-bit dtypes). reason: reason why the slot backend was rejected, or "".
+    standard deviations of the logits; None if the backend was not checked. tolerance: maximum accepted `difference`.
+    dtype: the model's dtype in the check, "fp32" or "bf16" (for all 16-bit dtypes). reason: the reason why the slot backend
+    was rejected; "" if the slot backend was accepted or not checked.
     """
 
     name: str
@@ -80,7 +81,7 @@ def make_backend(
     prefix: Sequence[int] = (),
     num_models: int = 1,
 ) -> Backend[AnyRequest]:
-    """Return the chosen backend. See `Backend` for the arguments. `num_models`: number of models per request."""
+    """Return the chosen backend. `num_models`: number of models per request. `Backend` explains the other arguments."""
     if choice.name == SLOTS:
         return SlotBackend[AnyRequest](model_index, model, num_slots, capacity, sampler, prefix)
     # All rows of a batch advance together, so a request that alternates between models must not be batched.
@@ -93,8 +94,9 @@ def choose_backend(
 ) -> BackendChoice:
     """Check backends on `texts`, the fastest first, and return the first backend that passes.
 
-    requested: "auto", "slots" or "transformers". name: the model's name in messages. Raises UserError if no requested
-    backend passes, or if logits are not finite.
+    requested: "slots", "transformers", or "auto" to check both. name: the model's name in messages. If no backend with
+    a cache passes, the transformers backend within `OWN_CACHE_TOLERANCE` is accepted, then a backend without a cache, then
+    one that agrees with `generate`. Raises UserError if no requested backend is accepted, or if logits are not finite.
     """
     reasons: list[str] = []
     checks = _BackendChecks(model, texts)
@@ -138,7 +140,7 @@ def choose_backend(
 
 
 class _BackendChecks:
-    """Checks of backends for one model. All checks use the same reference logits."""
+    """Checks of backends for one model. The checks share a cache of the plain logits."""
 
     def __init__(self, model: PreTrainedModel, texts: CheckTexts) -> None:
         self._model, self._texts = model, texts
@@ -148,7 +150,7 @@ class _BackendChecks:
         """Return the transformers backend without batching if its logits agree with those of `generate`, else None.
 
         Append the result of the comparison to `reasons`. Return None without a comparison if the plain logits do not depend
-        on later tokens: the plain logits are then a valid reference, and the backends have already failed against it.
+        on later tokens. In this case, the plain logits are a valid reference, which no checked backend has matched.
         """
         candidate = BackendChoice(TRANSFORMERS, next(use for use in CACHE_USES if not use.batch))
         texts = self._texts.own_cache
@@ -166,13 +168,14 @@ class _BackendChecks:
         return dataclasses.replace(checked, compared_with=GENERATE) if checked.is_within_tolerance else None
 
     def check(self, candidate: BackendChoice) -> BackendChoice:
-        """Return the candidate with its difference and tolerance. Raises BackendError if a forward pass fails."""
+        """Return the candidate with its difference, tolerance and dtype. Raises BackendError if a forward pass fails."""
         texts = self._texts.slots if candidate.name == SLOTS else self._texts.own_cache
         is_16_bit = _is_16_bit(self._model)
         if not is_16_bit or not _fits_in_fp32(self._model):
             min_tolerance = backend_check.MIN_TOLERANCE_BF16 if is_16_bit else backend_check.MIN_TOLERANCE
             return self._check_as_loaded(candidate, texts, min_tolerance)
-        with _in_fp32(self._model):
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        with load.data_in_dtypes([(t, torch.float32) for t in tensors if t.is_floating_point()]):
             checked = self._check_as_loaded(candidate, texts, backend_check.MIN_TOLERANCE)
             if not checked.is_within_tolerance:
                 return checked
@@ -195,7 +198,7 @@ class _BackendChecks:
         return dataclasses.replace(candidate, difference=measured, tolerance=tolerance, dtype=dtype)
 
     def _decode(self, candidate: BackendChoice, texts: Sequence[CheckText]) -> list[torch.Tensor]:
-        """Return the backend's logits [chosen tokens, vocabulary] of each text. Raises BackendError if decoding fails."""
+        """Return the backend's logits [choices, vocabulary] of each text. Raises BackendError if decoding fails."""
         recorder, num_slots = backend_check.LogitRecorder(texts), _NUM_SLOTS[candidate.name]
         with backend_check.raise_backend_error():
             backend: Backend[backend_check.CheckRequest] = make_backend(
@@ -207,20 +210,6 @@ class _BackendChecks:
 
 def _is_16_bit(model: PreTrainedModel) -> bool:
     return model.dtype in (torch.bfloat16, torch.float16)
-
-
-@contextlib.contextmanager
-def _in_fp32(model: PreTrainedModel) -> Iterator[None]:
-    """Context manager that replaces the weights and buffers of a model with fp32 copies until exit."""
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
-    before = [tensor.data for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, data in zip(tensors, before, strict=True):
-            tensor.data = data
 
 
 def _fits_in_fp32(model: PreTrainedModel) -> bool:

@@ -1,4 +1,4 @@
-"""Slot backend. Each request has a KV-cache slot. A step is one forward pass over slots that wait for their next token."""
+"""Backend with one KV-cache slot per request. A step is one forward pass over slots that need their next token."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -26,10 +26,10 @@ def uses_cuda_graphs(device: torch.device) -> bool:
 def next_step_is_decode(num_pending: Sequence[int]) -> bool:
     """Return True if the next step on a GPU is a CUDA-graph decode step, False if it is a prefill step.
 
-    num_pending: number of pending tokens of each waiting slot. A decode step processes one token per slot and skips slots
-    with many pending tokens. A prefill step processes all pending tokens but may take as long as several decode steps. The
-    next step is a prefill step if a decode step would skip too many slots, or would produce no new token. No slot is skipped
-    forever: other sequences end, so the share of skipped slots grows until a prefill step runs.
+    num_pending: number of pending (not yet processed) tokens of each waiting slot. A decode step processes one token per slot
+    and skips slots with many pending tokens. A prefill step processes all pending tokens but may take as long as several
+    decode steps. The next step is a prefill step if a decode step would skip too many slots, or would produce no new token.
+    No slot is skipped forever: other sequences end, so the share of skipped slots grows until a prefill step runs.
     """
     num_skipped = sum(number > MAX_PENDING_FOR_DECODE for number in num_pending)
     return 1 in num_pending and num_skipped < max(1, len(num_pending) // PREFILL_ONE_IN)
@@ -40,8 +40,9 @@ class SlotBackend(Backend[AnyRequest]):
     """Backend with one KV-cache slot per request. A request that waits for another model keeps its slot.
 
     The used slots are always the first slots, so attention reads them as one block of the cache. When a request ends, a new
-    request gets its slot, or the request of the last used slot is moved there. `prefix` is processed once, in an extra slot,
-    and copied from there. `step` must be called within `prepared_model()`.
+    request gets its slot, or the request of the last used slot is moved there. The tokens of `prefix` are processed once, in
+    an extra slot. Their keys and values are copied into the slot of each new request. `step` must be called within
+    `prepared_model()`.
     """
 
     def __post_init__(self) -> None:
@@ -62,13 +63,19 @@ class SlotBackend(Backend[AnyRequest]):
     def num_runnable(self) -> int:
         return sum(map(self.is_waiting, self.slots))
 
+    @torch.inference_mode()
     def add(self, request: AnyRequest) -> None:
         """Put a request into the first slot whose request has ended. If there is no such slot, use the first unused slot."""
         released = (slot for slot, earlier in enumerate(self.slots) if self.is_released(earlier))
         slot = next(released, len(self.slots))
         assert slot < self.num_slots
         self.slots[slot : slot + 1] = [request]
-        self._copy_prefix(slot, self.sequence(request))
+        if self._prefix.pending:
+            self._prefill([self.num_slots], [self._prefix])
+        if length := self._prefix.length:  # the sequence starts with a copy of the prefix's keys and values
+            self._cache.copy(self.num_slots, slot, length)
+            self.sequence(request).length = length
+            del self.sequence(request).pending[:length]
 
     @torch.inference_mode()
     def step(self) -> list[tuple[AnyRequest, int]]:
@@ -88,16 +95,6 @@ class SlotBackend(Backend[AnyRequest]):
             logits = self._prefill(active, [sequences[slot] for slot in active])
         tokens = self.sampler(logits, [sequences[slot] for slot in active])
         return list(zip((self.slots[slot] for slot in active), tokens, strict=True))
-
-    @torch.inference_mode()
-    def _copy_prefix(self, slot: int, sequence: SequenceState) -> None:
-        """Start a sequence in `slot` with a copy of the prefix's keys and values."""
-        if self._prefix.pending:
-            self._prefill([self.num_slots], [self._prefix])
-        if length := self._prefix.length:
-            self._cache.copy(self.num_slots, slot, length)
-            sequence.length = length
-            del sequence.pending[:length]
 
     def _prefill(self, active: list[int], sequences: list[SequenceState]) -> torch.Tensor:
         """Process all pending tokens of the slots `active`; return logits [sequences, vocabulary] of their last tokens."""

@@ -2,11 +2,9 @@
 
 Recurrent layers ignore padding masks. Therefore batches have no padding: all rows of a batch have the same length. The first
 forward pass of a batch processes as many tokens per row as the shortest prompt has. Later passes usually process one token
-per row: the newest generated token, or the next token of a longer prompt or of a calculator result. The same methods of the
-model as in `generate` prepare inputs and cache.
+per row: the newest generated token, or the next token of a longer prompt or of a calculator result. Inputs and cache are
+prepared by the methods of the model that `generate` calls.
 """
-
-from __future__ import annotations
 
 import contextlib
 import copy
@@ -14,7 +12,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Generic
+from typing import Any, Generic, Self
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -31,11 +29,11 @@ _MAX_PROMPT_TOKENS = 16384  # maximum sum of prompt lengths in a batch; bounds t
 
 @dataclass(frozen=True)
 class CacheUse:
-    """Options for the use of a model's cache. Some options give wrong logits in some models; backend_check.py detects this.
+    """Options for the use of a model's cache. backend_check.py detects options that give wrong logits in a model.
 
     batch: decode several requests together. select: remove ended rows from the cache; if False, ended rows get dummy tokens
-    until the batch ends. chunks: process several tokens at once if the cache is not empty; if False, one token at a time.
-    cache: if False, every step processes the whole sequence again.
+    until the batch ends. chunks: add several tokens per row to a cache that is not empty; if False, only one token per row.
+    cache: keep the cache between steps; if False, every step processes the whole sequences again.
     """
 
     batch: bool = True
@@ -57,7 +55,7 @@ CACHE_USES = (
 
 @contextlib.contextmanager
 def default_attention(model: PreTrainedModel, attention: str | None = None) -> Iterator[None]:
-    """Context manager that sets evaluation mode and an attention implementation of transformers, and restores both.
+    """Context manager that sets evaluation mode and an attention implementation of transformers. Both are restored on exit.
 
     attention: "sdpa" or "eager"; None: keep the current one if it is "sdpa" or "eager", else set the family's default.
     """
@@ -96,8 +94,7 @@ class _Batch(Generic[AnyRequest]):
         outputs = self._model(**self._inputs(new.shape[1]), return_dict=True)
         caches = [(name, outputs[name]) for name in _CACHE_NAMES if outputs.get(name) is not None]
         self._cache = dict(caches[:1]) if self._use_cache else {}
-        logits: torch.Tensor = outputs.logits[:, -1]
-        return logits
+        return outputs.logits[:, -1]
 
     def _inputs(self, num_new: int) -> dict[str, Any]:
         """Return the arguments of the forward pass over the last `num_new` tokens of the rows."""
@@ -113,7 +110,7 @@ class _Batch(Generic[AnyRequest]):
             library_internals.prepare_cache(self._model, self._cache, num_rows, self._capacity)
         if "position_ids" in accepted:
             extra["position_ids"] = torch.arange(length, device=self.input_ids.device).expand(num_rows, -1)
-        inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
+        return self._model.prepare_inputs_for_generation(
             self.input_ids,
             next_sequence_length=None if is_first or not self._cache else num_new,
             is_first_iteration=is_first,
@@ -121,7 +118,6 @@ class _Batch(Generic[AnyRequest]):
             **extra,
             **self._cache,
         )
-        return inputs
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep `rows` in this order; a row may occur several times. Raises TypeError for an unknown type of cache."""
@@ -130,7 +126,7 @@ class _Batch(Generic[AnyRequest]):
         self.requests = [self.requests[row] for row in rows]
         self._cache = {name: _select(cache, indices) for name, cache in self._cache.items()}
 
-    def copies(self, number: int) -> _Batch[AnyRequest]:
+    def copies(self, number: int) -> Self:
         """Return a batch of `number` copies of this batch's only row."""
         copied = copy.copy(self)
         copied._cache = copy.deepcopy(self._cache)
@@ -141,7 +137,7 @@ class _Batch(Generic[AnyRequest]):
 
 def _select(cache: Any, rows: Any) -> Any:
     if isinstance(cache, Cache):
-        # Recurrent layers have no `batch_select_indices`, or one that ignores the state. `reorder_cache` includes the state.
+        # `batch_select_indices` is missing in recurrent layers or ignores the state. `reorder_cache` includes the state.
         if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
             cache.reorder_cache(rows)
         else:
@@ -194,7 +190,10 @@ class TransformersBackend(Backend[AnyRequest]):
         return next_tokens
 
     def _start_batches(self) -> None:
-        """Start queued requests if no batch exists or if the queue fills half of the slots (without batching: one by one)."""
+        """Start queued requests if no batch exists, or if the queue has at least half as many requests as there are slots.
+
+        Without batching, start one request if no started request is runnable.
+        """
         if not self.cache_use.batch:
             first = next(filter(self.is_waiting, self._new), None)
             if first is not None and not any(map(self._num_waiting_in, self._batches)):

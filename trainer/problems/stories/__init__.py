@@ -3,8 +3,8 @@
 The same arguments give the same problems on every platform and Python version, because the generator is seeded with a
 string and uses only `Random.random`.
 
-A story's split is computed from `canonical(question)`, in which `@` replaces names and pronouns. So a story is
-in only one split, even if its people differ between seeds or options.
+The split of a story depends only on `canonical(question)`, in which `@` replaces names and pronouns. Therefore, stories
+that differ only in their people are in the same split, for all seeds and options.
 """
 
 import hashlib

@@ -3,8 +3,8 @@
 The quantity starts as the items of a theme. In an event the quantity grows, shrinks, is packed into containers, is sold, is
 spent on goods, or is shared with friends (one friend then becomes the hero). The possible events depend on the kind of
 quantity (`items`, `containers`, `money` or `goods`) and on its value, so that every result is an integer from 2 to
-MAX_NUMBER and every division is exact. The second step of an event uses the result of the first step. Some events use the
-opening value, so a step of a long story can need more than the last number.
+MAX_NUMBER and every division is exact. The second step of an event uses the result of the first step. In stories of four or
+more steps, some events use the opening value. Such an event needs more than the result of the previous step.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Retry(Exception):
-    """The chosen event is not possible with the present value, or all phrases of the event have been used."""
+    """Raised if an event is not possible at this point of the story, or if every phrase of the event has been used."""
 
 
 class Story:
@@ -67,7 +67,7 @@ class Story:
     # Random choices.
 
     def _integer(self, low: int, high: int) -> int:
-        """Return a random integer from low to high, both included."""
+        """Return a random integer from low to high, both included. Raises Retry if low > high."""
         if low > high:
             raise Retry
         return low + int(self._random() * (high - low + 1))
@@ -76,7 +76,7 @@ class Story:
         return options[int(self._random() * len(options))]
 
     def _divisor(self, largest: int) -> int:
-        """Return a random divisor d of the value, 2 <= d <= `largest`, for which value / d is at least 2."""
+        """Return a random divisor d of the value, 2 <= d <= `largest`, value / d >= 2. Raises Retry if no such d exists."""
         divisors = [d for d in range(2, min(largest, self._value // 2) + 1) if self._value % d == 0]
         if not divisors:
             raise Retry
@@ -117,7 +117,7 @@ class Story:
         return value
 
     def _change_value(self, question: str, solution: str, sign: str, right: int) -> None:
-        """Add a step whose result is the new value."""
+        """Add the step "value `sign` `right`". Its result becomes the new value."""
         self._value = self._add_step(question, solution, self._value, sign, right)
 
     def _update_value(self, when: str, sign: str, right: int) -> None:
@@ -209,7 +209,7 @@ class Story:
         self._change_value(question, "{He} has {result} more {units}.", "-", self._opening_value)
 
     def _can_look_back(self) -> bool:
-        """Return whether an event may refer to the start: the first hero is still the hero, after enough steps."""
+        """Return whether the hero is the first hero and the story has at least MIN_STEPS_BEFORE_LOOK_BACK steps."""
         return self._hero is self._opening_hero and len(self.steps) >= MIN_STEPS_BEFORE_LOOK_BACK
 
     def pack(self) -> None:

@@ -1,18 +1,20 @@
-"""Sentence templates of the stories: people, themes (kinds of items), and phrases about containers, money and goods.
+"""Sentence templates of generated stories: people, themes (kinds of items), phrases about containers, money and goods.
 
 generator.py chooses the phrases and computes the numbers. A phrase is a pair: a sentence that describes an event, and a few
-words ("after the gull's visit") that end the sub-question about the new amount. Fields in braces:
+words ("after the visit of the gull") that end the sub-question about the new amount. Fields in braces:
 
-    {Name} {he} {He} {his} {him}   the main person, who owns the counted units, and this person's pronouns
+    {Name}                         the main person, who owns the counted units
+    {he} {his} {him} {He} {His}    pronouns of the main person
     {Friend}                       a second person
     {units}                        the counted units, in the plural
     {a} {b} {k}                    numbers: {a} is the opening amount, {b} another amount, {k} a small factor or divisor
+    {result}                       a calculation with its result, e.g. 3*4 = <<3*4=12>>12
 """
 
 from dataclasses import dataclass
 
 Phrase = tuple[str, str]  # sentence about an event; end of the sub-question about the new amount
-# Sentence about groups; sub-question about their total; solution with {result}; end of the sub-question as in Phrase.
+# Sentence about {k} groups of {b}; sub-question about k * b; its solution; end of the sub-question about the new amount.
 Groups = tuple[str, str, str, str]
 
 
@@ -36,12 +38,12 @@ class Theme:
     units: str
     containers: str
     openings: tuple[str, ...]
-    opening_in_groups: Phrase  # first sentence with {k} groups of {b} items, and a sub-question
+    opening_in_groups: Phrase  # first sentence with {k} groups of {b} items; sub-question about k * b
     gains: tuple[Phrase, ...]
     losses: tuple[Phrase, ...]
     growth: Phrase  # the number of items is multiplied by {k}
-    groups_in: Groups  # the hero gets {k} groups of {b} items
-    groups_out: Groups  # the hero loses {k} groups of {b} items
+    groups_in: Groups  # the main person gets {k} groups of {b} items
+    groups_out: Groups  # the main person loses {k} groups of {b} items
     packing: str  # all items are put into containers, {b} per container
 
 
