@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from tests.report.synthetic_study import EVALUATED_ONLY, METHODS, make_run, make_study, write_evaluation
+from tests.report.synthetic_study import (
+    EVALUATED_ONLY,
+    METHODS,
+    make_run,
+    make_scaling_study,
+    make_study,
+    write_evaluation,
+)
 from trainer.report.build import build_report
 from trainer.storage.run_directory import StudyDirectory
 
@@ -38,3 +45,10 @@ def whole_study(tmp_path_factory: pytest.TempPathFactory) -> StudyDirectory:
 @pytest.fixture(scope="session")
 def whole_report(whole_study: StudyDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_report([whole_study.path], tmp_path_factory.mktemp("report"), max_examples=1000).parent
+
+
+@pytest.fixture(scope="session")
+def scaling_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Report of 5 sizes x 4 methods, with fitted curves, three seeds at one size, and accuracies from 0 to 100 %."""
+    study = make_scaling_study(tmp_path_factory.mktemp("runs") / "scaling", num_problems=150)
+    return build_report([study.path], tmp_path_factory.mktemp("scaling"), max_examples=200).parent

@@ -9,14 +9,15 @@ from trainer.problems import calculator, stories
 from trainer.problems.problem import Problem, Step
 from trainer.report.methods import WITH_QUESTIONS, WRITE_QUESTIONS
 
-MISTAKES = ("subquestion", "operation", "arithmetic", "no_answer", "other")
+MISTAKES = ("subquestion", "copying", "operation", "arithmetic", "no_answer", "other")
 _LAST_ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>(?!.*<<)")
 
 
 @functools.cache
-def problems(num: int) -> list[Problem]:
-    """Return stories of 2 to 5 steps."""
-    return list(stories.generate_problems("test", seed=7, num_problems=num, min_steps=2, max_steps=5))
+def problems(num: int, min_steps: int = 2, max_steps: int = 5) -> list[Problem]:
+    """Return stories with a number of steps in this range."""
+    about = {"num_problems": num, "min_steps": min_steps, "max_steps": max_steps}
+    return list(stories.generate_problems("test", seed=7, **about))
 
 
 def possible_mistakes(mode: str) -> tuple[str, ...]:
@@ -32,7 +33,7 @@ def answer(problem: Problem, mode: str, mistake: str = "", at: int = 0) -> str:
     final = problem.answer
     if mistake == "other":
         final = str(int(float(final)) + 1001)
-    elif mistake in ("subquestion", "operation", "arithmetic"):
+    elif mistake in ("subquestion", "copying", "operation", "arithmetic"):
         steps[at] = _spoilt(steps[at], mistake)
         final = str(int(float(final)) + 1000)
     lines = []
@@ -49,8 +50,11 @@ def _spoilt(step: Step, mistake: str) -> Step:
     expression, result = found.groups()
     if mistake == "arithmetic":
         result = str(int(float(result)) + 1000)
-    else:  # another operand
-        expression += "+1000"
+    else:
+        if mistake == "operation":  # the same numbers, and one operator more
+            expression += "*" + expression.rstrip("0123456789").rstrip("+-*/")
+        else:  # a number from nowhere
+            expression = re.sub(r"\d+$", "1003", expression)
         result = calculator.evaluate(expression) or ""
     solution = step.solution[: found.start()] + f"<<{expression}={result}>>{result} in all."
     return Step("How far is the moon from Paris?" if mistake == "subquestion" else step.question, solution)

@@ -24,7 +24,10 @@ NUM_PROBLEMS = 300
 EVALUATED_ONLY = ("iterative_ahead", "iterative_interleaved", "gold_subquestions", "few_shot")
 _SKILL = {"answer_only": -2.4, "cot": 0.7, "socratic": 1.2}
 _SKILL |= {"iterative_ahead": 0.9, "iterative_interleaved": 1.3, "gold_subquestions": 2.0, "few_shot": -1.2}
-_LAST_LOSS = {"answer_only": 1.9, "cot": 0.42, "socratic": 0.31}
+_LAST_LOSS = {"answer_only": 1.9, "cot": 0.42, "socratic": 0.31, "decomposer": 0.22, "solver": 0.5}
+_LEARNED = {"answer_only": 100, "cot": 812, "socratic": 1400, "decomposer": 650, "solver": 800}
+SCALING_SIZES = {"12k": 12_320, "35k": 34_848, "100k": 101_376, "0.25m": 250_752, "0.6m": 602_112}
+_LEVELS = (-5.5, -2.3, -0.6, 0.9, 2.6)
 
 
 def make_study(folder: Path, sizes=SIZES, methods=METHODS, seeds=(0, 1), **evaluation: Any) -> StudyDirectory:
@@ -38,6 +41,23 @@ def make_study(folder: Path, sizes=SIZES, methods=METHODS, seeds=(0, 1), **evalu
                 write_evaluation(
                     run, method, list(sizes)[size], list(sizes.values())[size], seed, size, **evaluation
                 )
+    return StudyDirectory(folder)
+
+
+def make_scaling_study(folder: Path, num_problems: int = 400, model_of_seeds: str = "100k") -> StudyDirectory:
+    """Write 5 sizes x 4 methods on problems of 1 to 4 steps. `model_of_seeds` has 3 seeds, the other sizes have one."""
+    for level, (model, size) in zip(_LEVELS, SCALING_SIZES.items(), strict=True):
+        for method in (*METHODS, "decomposer", "solver", "iterative_ahead"):
+            for seed in range(3 if model == model_of_seeds else 1):
+                if method == "iterative_ahead":
+                    run = make_evaluation_run(folder, method, model, size, seed)
+                else:
+                    num_steps = {"answer_only": 90, "decomposer": 150}.get(method, 240)
+                    run = make_run(folder, method, model, size, seed, num_steps)
+                if method not in ("decomposer", "solver"):
+                    luck = level + 0.25 * (seed - 1) * (seed != 0)
+                    about: dict[str, Any] = {"num_problems": num_problems, "steps": (1, 4)}
+                    write_evaluation(run, method, model, size, seed, luck, **about)
     return StudyDirectory(folder)
 
 
@@ -60,7 +80,13 @@ def make_run(
     )
     run.environment.write_text(
         json.dumps(
-            {"versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"}, "world_size": 2}
+            {
+                "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"},
+                "world_size": 2,
+                "launcher": "env",
+                "processor": "AMD EPYC 7763",
+                "num_resumes": int(stop > 0),
+            }
         )
     )
     with open(run.metrics, "w") as file:
@@ -103,7 +129,7 @@ def metrics(method: str, size: int, seed: int, num_steps: int) -> list[dict[str,
                 "step": step,
                 "epoch": step / 60,
                 "loss": max(loss, 0.05),
-                "learned_tokens": {"answer_only": 100, "cot": 812, "socratic": 1400}[method],
+                "learned_tokens": _LEARNED[method],
                 "tokens": 4096,
                 "learning_rate": 5e-4,
                 "grad_norm": 0.9,
@@ -131,15 +157,16 @@ def write_evaluation(
     calculator: bool = True,
     num_problems: int = NUM_PROBLEMS,
     gold_steps: bool = True,
+    steps: tuple[int, int] = (2, 5),
     **changes: Any,
 ) -> Path:
     """Write predictions.jsonl and results.json that agree; `changes` then replace values of results.json.
 
-    Without `gold_steps` the predictions are those of an older version.
+    Without `gold_steps` the predictions are those of an older version. `steps`: fewest and most steps of a problem.
     """
     evaluation = run.evaluation(f"{data}-{split}-{method}" + ("" if calculator else "-no-calculator"))
     evaluation.path.mkdir(parents=True)
-    predictions = _predictions(method, seed, level - (0 if calculator else 1.3), num_problems)
+    predictions = _predictions(method, seed, level - (0 if calculator else 1.3), num_problems, steps)
     if not gold_steps:
         for line in predictions:
             del line["gold_steps"]
@@ -185,13 +212,15 @@ def write_evaluation(
     return evaluation.path
 
 
-def _predictions(method: str, seed: int, level: float, num_problems: int) -> list[dict[str, Any]]:
+def _predictions(
+    method: str, seed: int, level: float, num_problems: int, steps: tuple[int, int]
+) -> list[dict[str, Any]]:
     difficulty = np.random.default_rng(7).normal(
         0, 1, num_problems
     )  # of the problems, the same in all evaluations
     random = np.random.default_rng([seed, len(method), int(10 * level) + 100])
     lines = []
-    for index, problem in enumerate(problems(num_problems)):
+    for index, problem in enumerate(problems(num_problems, *steps)):
         num_steps = len(problem.steps)
         logit = _SKILL[method] + 1.1 * level - 0.55 * (num_steps - 2) - 1.3 * difficulty[index]
         strict = bool(random.random() < 1 / (1 + math.exp(-logit)))
@@ -214,7 +243,7 @@ def _predictions(method: str, seed: int, level: float, num_problems: int) -> lis
                 "generated_tokens": 4 if method == "answer_only" else 20 * num_steps,
                 "finished": mistake != "no_answer",
             }
-            | ({"stopped": "max_steps" if mistake == "no_answer" else ""} if method in PAIR_METHODS else {})
+            | ({"stopped": "ended_early" if mistake == "no_answer" else ""} if method in PAIR_METHODS else {})
         )
     return lines
 

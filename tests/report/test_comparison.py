@@ -71,12 +71,11 @@ def test_inside_our_interval(whole_report: Path) -> None:
 def test_columns_without_paper_values(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", {"a & b_1": 1000}, ("cot",), seeds=(0,), num_problems=30)
     (table,) = _tables(study.path)
-    assert [method for method, _ in table["columns"]] == [
-        *("answer_only", "cot", "socratic", "iterative_interleaved", "gold_subquestions")
-    ]
+    assert table["columns"] == ["cot"], "no column without a value"
     assert [row["is_paper"] for row in table["rows"]] == [False] and not table["marks"]
     text = to_latex([table])
-    assert r"a \& b\_1 & 1k & -- & " in text and text.count(r"\\") == 2
+    assert r"a \& b\_1 & 1k & " in text and text.count(r"\\") == 2 and "--" not in text
+    assert r"\texttt{cot}" in text
 
 
 def test_no_paper_values_for_other_settings(tmp_path: Path) -> None:
@@ -89,14 +88,17 @@ def test_no_paper_values_for_other_settings(tmp_path: Path) -> None:
     assert not any(row["is_paper"] for row in table["rows"])
 
 
-def test_no_table_without_a_method_that_has_a_column(tmp_path: Path) -> None:
+def test_a_guided_pair_has_a_column_of_its_own(tmp_path: Path) -> None:
     run = make_evaluation_run(tmp_path / "study", "iterative_ahead_operators", "m", 1000, 0)
     path = write_evaluation(run, "iterative_ahead", "m", 1000, 0, 0, num_problems=20) / "results.json"
     results = json.loads(path.read_text())
     results["decomposer"]["method"] = "decomposer_operators"
     path.write_text(json.dumps(results))
     page = build_report([run.path])
-    assert not (page.parent / "comparison.csv").exists() and "comparison.csv" not in page.read_text()
+    (row,) = _rows(page.parent)
+    assert (row["method"], row["total_parameters"]) == ("iterative_ahead+operators", "2000")
+    assert r"\texttt{iterative\_ahead\_operators}" in (page.parent / "comparison.tex").read_text()
+    assert ">iterative_ahead_operators</span>" in page.read_text()
 
 
 def test_latex_has_as_many_cells_in_every_row(whole_report: Path) -> None:
@@ -106,6 +108,8 @@ def test_latex_has_as_many_cells_in_every_row(whole_report: Path) -> None:
     assert len(rows) == 1 + 3 + 1
     for row in rows:
         assert row.count(" & ") + 1 + 2 * row.count(r"\multicolumn{3}") == 2 + 7
+    other = text.split(r"\toprule")[2].split(r"\bottomrule")[0]  # without the calculator: two methods
+    assert all(line.count(" & ") == 3 for line in other.splitlines() if line.endswith(r"\\"))
     assert "14.1$^{q}$" in text and "quoted by a third party" in text
     assert text.count("{") == text.count("}") and r"\usepackage{booktabs}" in text.splitlines()[0]
 

@@ -13,13 +13,19 @@ GOLD = (
     SolutionStep(EATEN, "He has 12-5 = <<12-5=7>>7 apples left."),
 )
 MOON = "How many miles is it to the moon?"
+PROBLEM = "Tom has 3 bags of four apples. He eats 5 of them. How many apples are left?"
 
 
 def _error(
-    text: str, mode: str = "socratic", gold: tuple[SolutionStep, ...] = GOLD, right: str = "7"
+    text: str,
+    mode: str = "socratic",
+    gold: tuple[SolutionStep, ...] = GOLD,
+    right: str = "7",
+    problem: str = PROBLEM,
 ) -> tuple:
     strict = answers.extract_answer(text, "strict")
-    return find_error(parse(text, mode), answers.answers_match(strict, right), bool(strict), mode, gold)
+    is_right = answers.answers_match(strict, right)
+    return find_error(parse(text, mode), is_right, bool(strict), mode, gold, problem)
 
 
 def _socratic(
@@ -32,7 +38,15 @@ def _socratic(
     ("text", "expected"),
     [
         (_socratic(GOLD[0].solution, GOLD[1].solution, "#### 7"), ("right", None)),
-        (_socratic(GOLD[0].solution, "He has 12-6 = <<12-6=6>>6."), ("operation", 1)),
+        (_socratic(GOLD[0].solution, "He has 12-6 = <<12-6=6>>6."), ("copying", 1)),  # 6 is nowhere
+        (_socratic(GOLD[0].solution, "He has 12+6 = <<12+6=18>>18."), ("copying", 1)),  # 6 is checked before +
+        (_socratic(GOLD[0].solution, "He has 12-3 = <<12-3=9>>9."), ("copying", 1)),  # 3 instead of 5
+        (_socratic(GOLD[0].solution, "He has 3-5 = <<3-5=-2>>-2."), ("copying", 1)),  # 3 instead of the result 12
+        (_socratic(GOLD[0].solution, "He has 12+5 = <<12+5=17>>17."), ("operation", 1)),
+        (_socratic(GOLD[0].solution, "He has 5-12 = <<5-12=-7>>-7."), ("operation", 1)),  # another order
+        (_socratic(GOLD[0].solution, "He has 12-5-3 = <<12-5-3=4>>4."), ("operation", 1)),  # an operator more
+        (_socratic("Tom has 3×4 = <<3+4=7>>7.", "<<12-5=9>>9"), ("operation", 0)),  # four is written as a word
+        (_socratic(GOLD[0].solution, "<<12-7=5>>5"), ("copying", 1)),
         (_socratic("Tom has 3+4 = <<3+4=7>>8.", "He has <<8-5=3>>3."), ("operation", 0)),  # before the sum is wrong
         (_socratic(GOLD[0].solution, "He has 12-5 = <<12-5=9>>9."), ("arithmetic", 1)),
         (_socratic("Tom has 3 x 4 = 13 apples.", "He has 13 - 5 = 8."), ("arithmetic", 0)),  # no annotation
@@ -57,7 +71,12 @@ def test_errors_of_socratic_answers(text: str, expected: tuple) -> None:
 def test_errors_of_pairs_include_the_subquestion(mode: str) -> None:
     text = _socratic("Tom has <<3+4=7>>7.", GOLD[1].solution, questions=(MOON, EATEN))
     solution = parse(text, "iterative_ahead")
-    assert find_error(solution, False, True, mode, GOLD)[0] == "subquestion"
+    assert find_error(solution, False, True, mode, GOLD, PROBLEM)[0] == "subquestion"
+    # With the right sub-question, the solver made the first mistake: it copied, chose or computed wrongly.
+    for solved, expected in (("3*7=21", "copying"), ("3+4=7", "operation"), ("3*4=13", "arithmetic")):
+        text = _socratic(f"Tom has <<{solved}>>.", GOLD[1].solution)
+        solution = parse(text, "iterative_ahead")
+        assert find_error(solution, False, True, mode, GOLD, PROBLEM) == (expected, 0)
 
 
 def test_no_subquestion_errors_with_gold_subquestions() -> None:
@@ -67,7 +86,7 @@ def test_no_subquestion_errors_with_gold_subquestions() -> None:
 
 
 def test_chain_of_thought_has_no_subquestions_and_may_take_steps_together() -> None:
-    assert _error(f"{GOLD[0].solution}\n<<12-6=6>>6\n#### 6", "cot") == ("operation", 1)
+    assert _error(f"{GOLD[0].solution}\n<<12-6=6>>6\n#### 6", "cot") == ("copying", 1)
     assert _error(f"{GOLD[0].solution}\n#### 12", "cot") == ("operation", 1)  # a step too few
     assert _error("He has 3*4-5 = <<3*4-5=7>>7.\n#### 8", "cot") == ("other", None)  # both steps in one
     two = (SolutionStep("", "<<3*4=12>>12 and <<12*2=24>>24"),)
@@ -118,8 +137,9 @@ def test_planted_mistakes_are_found_where_they_were_planted(mode: str) -> None:
     for index, problem in enumerate(problems(60)):
         gold = tuple(SolutionStep(step.question, step.solution) for step in problem.steps)
         at = index % len(gold)
-        assert _error(answer(problem, mode), mode, gold, problem.answer) == ("right", None)
+        assert _error(answer(problem, mode), mode, gold, problem.answer, problem.question) == ("right", None)
         for mistake in possible_mistakes(mode):
-            found = _error(answer(problem, mode, mistake, at), mode, gold, problem.answer)
-            where = at if mistake in MISTAKES[:3] else found[1]
+            text = answer(problem, mode, mistake, at)
+            found = _error(text, mode, gold, problem.answer, problem.question)
+            where = at if mistake in MISTAKES[:4] else found[1]
             assert found == (mistake, where), problem

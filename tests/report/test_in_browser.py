@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from tests.report.chromium import browser
 from tests.report.synthetic_study import make_study
 from trainer.report.build import build_report
+from trainer.report.drawing import NEUTRALS, PAPER, method_styles
 from trainer.report.error_types import LABELS
+from trainer.report.methods import DISPLAYED_METHODS
 
 
 @dataclass
@@ -84,10 +87,12 @@ def test_it_opens_and_its_figures_are_there(
     boxes = page.eval_on_selector_all(
         "figure svg", "all => all.map(svg => svg.getBoundingClientRect().toJSON())"
     )
-    assert len(boxes) == 2 + 2 + 6 + 2 + 1 + 3 + 1 and all(
-        b["width"] > 200 and b["height"] > 100 for b in boxes
+    assert len(boxes) == 2 * 2 + 6 + 2 * 2 + 2 * 1 + 3
+    boxes = [box for box in boxes if box["width"]]  # of two forms, one is shown
+    assert len(boxes) == 2 + 6 + 2 + 1 + 3 and all(b["width"] > 200 and b["height"] > 100 for b in boxes)
+    labels = page.eval_on_selector_all(
+        "figure svg", "all => all.filter(svg => svg.clientWidth).map(svg => svg.getAttribute('aria-label'))"
     )
-    labels = page.eval_on_selector_all("figure svg", "all => all.map(svg => svg.getAttribute('aria-label'))")
     assert all(labels) and len(set(labels)) == len(labels)
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out at the side"
     light = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
@@ -95,11 +100,122 @@ def test_it_opens_and_its_figures_are_there(
     anchors = page.eval_on_selector_all(
         ".toc a", "all => all.map(a => document.querySelector(a.hash) !== null)"
     )
-    assert len(anchors) > 10 and all(anchors)
+    assert len(anchors) == 10 and all(anchors)
     links = page.eval_on_selector_all("figcaption a", "all => all.map(a => a.getAttribute('href'))")
-    assert len(links) == 2 * 7 and all((whole_report / name).is_file() for name in links)
+    links = [link for link in links if not link.startswith("#")]
+    assert len(links) == 2 * 6 and all((whole_report / name).is_file() for name in links)
     assert opened.errors == [] and opened.requests == [opened.url]
     page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_first_screen_holds_headline_figure_and_certainty(
+    running: Any, scaling_report: Path, scheme: str
+) -> None:
+    look = {"viewport": {"width": 1400, "height": 900}, "color_scheme": scheme}
+    opened = _open(running, scaling_report / "index.html", **look)
+    boxes = {
+        name: opened.page.locator(name).bounding_box()
+        for name in (".headline", "#overview figure svg:visible", "#certainty", ".key")
+    }
+    for name, box in boxes.items():
+        assert box and box["x"] >= 0 and box["x"] + box["width"] <= 1400, f"{name} sticks out at a side"
+        assert box["y"] >= 0 and box["y"] + box["height"] <= 900, f"{name} is not on the first screen: {box}"
+    figure, certainty = boxes["#overview figure svg:visible"], boxes["#certainty"]
+    assert figure["width"] > 700 and figure["height"] > 400
+    assert certainty["x"] > 900 and certainty["width"] > 300, "the right third is empty"
+    text = opened.page.inner_text("#certainty")
+    assert "cot is significantly better than answer_only at " in text and "3 training seeds" in text
+    # One plot with everything: a curve, a band, and the intervals and means of each of the four methods.
+    curves = opened.page.eval_on_selector(
+        "#overview figure svg:not(.narrow)",
+        """svg => {
+            const style = (e) => e.getAttribute("style") || "";
+            const shapes = [...svg.querySelectorAll("path, use")].map(style);
+            return ["method-0", "method-1", "method-2", "method-3"].map((method) => {
+                const own = shapes.filter((text) => text.includes(`--${method})`));
+                return [own.length, own.filter((text) => text.includes("opacity: 0.13")).length];
+            });
+        }""",
+    )
+    assert all(shapes >= 12 and bands >= 1 for shapes, bands in curves), curves
+    assert "logarithmic" in opened.page.inner_html("#overview figure")
+    assert opened.errors == [] and opened.requests == [opened.url]
+    opened.page.close()
+
+
+@pytest.mark.parametrize("report", ["scaling_report", "whole_report"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_nothing_is_cut_off(
+    running: Any, request: pytest.FixtureRequest, report: str, scheme: str, width: int
+) -> None:
+    look = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
+    opened = _open(running, request.getfixturevalue(report) / "index.html", **look)
+    page = opened.page
+    page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+    outside = page.evaluate(
+        """width => [...document.querySelectorAll("body *")]
+            .filter(e => !e.closest(".scroll") && (!e.closest("svg") || e.tagName === "text"))
+            .map(e => [e.tagName, e.textContent.trim().slice(0, 40), e.getBoundingClientRect()])
+            .filter(([, , box]) => box.width && (box.left < -0.5 || box.right > width + 0.5))
+            .map(([tag, text, box]) => `${tag} ${text} ${box.left} ${box.right}`)""",
+        width,
+    )
+    assert outside == []
+    heights = page.eval_on_selector_all(
+        "figure svg text",
+        "all => all.map(e => e.getBoundingClientRect().height).filter(height => height > 0)",
+    )
+    assert len(heights) > 100 and min(heights) > 8.5, "a text of a figure is too small to read"
+    scrolled = page.eval_on_selector_all(
+        ".scroll",
+        "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => getComputedStyle(e).backgroundImage)",
+    )
+    assert len(scrolled) >= (3 if width == 400 else 0)
+    assert all("linear-gradient" in image for image in scrolled), "no hint that the table scrolls"
+    assert opened.errors == [] and opened.requests == [opened.url]
+    page.close()
+
+
+def _contrast(first: str, second: str) -> float:
+    """Return the contrast ratio of WCAG 2 of two colours like #1b6a8c."""
+    luminances = []
+    for color in (first, second):
+        channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_can_be_told_apart(running: Any, whole_report: Path, scheme: str) -> None:
+    """The ratio of luminances does not depend on hues, so colour-blind readers see the difference, too."""
+    opened = _open(running, whole_report / "index.html", color_scheme=scheme)
+    names = set(re.findall(r"--([\w-]+): #", (whole_report / "index.html").read_text()))
+    color = {
+        name: opened.page.evaluate(
+            "name => getComputedStyle(document.documentElement).getPropertyValue(name)", f"--{name}"
+        )
+        for name in names
+    }
+    methods = [name for name in names if name.startswith("method-")]
+    assert len(methods) == 7
+    assert {name: color[name] for name in methods if _contrast(color[name], color["paper"]) < 3} == {}
+    assert _contrast(color["cause-right"], color["cause-other"]) >= 3
+    assert _contrast(color["cause-right"], color["paper"]) >= 4.5
+    assert _contrast(color["cause-other"], color["paper"]) >= 1.5
+    for name in names:
+        if name.startswith("cause-") and name != "cause-right":
+            assert color[name] != color["cause-right"] and _contrast(color[name], color["paper"]) >= 1.4, name
+    opened.page.close()
+
+
+def test_the_colours_of_unknown_methods_are_visible() -> None:
+    styles = method_styles([*DISPLAYED_METHODS, *(f"method of a user {number}" for number in range(4))])
+    for style in styles.values():
+        assert _contrast(style.color, PAPER) >= 3 and _contrast(style.dark, NEUTRALS["paper"][1]) >= 3, style
 
 
 def test_filters_count_the_matching_predictions(opened: Opened, data: dict[str, Any]) -> None:
@@ -168,11 +284,11 @@ def test_gold_beside_ours_with_steps_and_calculations_marked(opened: Opened) -> 
     assert ours.locator(".wrong-step").count() == 1 and gold.locator(".wrong-step").count() == 0
     assert "How far is the moon from Paris?" in ours.locator(".wrong-step").inner_text()
     assert gold.locator("mark.by-calculator").count() == gold.locator("mark").count() > 1
-    opened.choose(cause="arithmetic")
+    opened.choose(method="", model="", cause="arithmetic")
     assert ours.locator(".wrong-step mark.by-hand").count() == 1, "the calculator would not have written this"
-    opened.choose(other="gpt2-large, Socratic, seed 0")
+    opened.choose(other="gpt2-large, socratic, seed 0")
     assert opened.page.locator("#browser .answer").count() == 3
-    assert "Socratic gpt2-large" in opened.page.locator("#browser .answer").nth(2).inner_text()
+    assert "socratic gpt2-large" in opened.page.locator("#browser .answer").nth(2).inner_text()
 
 
 def test_texts_of_models_are_not_interpreted_as_html(running: Any, tmp_path: Path) -> None:

@@ -48,8 +48,7 @@ def test_the_last_line_of_a_step_counts_and_a_cut_line_is_counted(tmp_path: Path
     assert counts == {"broken_metrics_lines": 2, "undone_steps": 2}
     totals = training_columns(metrics)
     assert totals["learned_tokens"] == 30 and totals["training_seconds"] == 1.5
-    speed = [totals[f"tokens_per_second{quartile}"] for quartile in ("_q1", "", "_q3")]
-    assert speed == [150.0, 200.0, 250.0]
+    assert totals["tokens_per_second"] == 200.0 and np.isnan(totals["late_loss_fall"]), "too few steps"
 
 
 def test_a_resume_undoes_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
@@ -57,6 +56,12 @@ def test_a_resume_undoes_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
     metrics, counts = read_metrics(_write(tmp_path / "metrics.jsonl", *steps, _step(3, 1.5)))
     assert metrics["loss"].tolist() == [4.0, 3.0, 1.5] and counts["undone_steps"] == 2
     assert training_columns(metrics)["training_steps"] == 3
+
+
+def test_the_fall_of_the_loss_in_the_last_tenth(tmp_path: Path) -> None:
+    steps = [_step(step, 4.0 if step <= 80 else 2.0 if step <= 90 else 1.5) for step in range(1, 101)]
+    metrics, _ = read_metrics(_write(tmp_path / "metrics.jsonl", *steps))
+    assert training_columns(metrics)["late_loss_fall"] == pytest.approx(0.25)
 
 
 def test_missing_numbers(tmp_path: Path) -> None:

@@ -6,16 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from tests.report.synthetic_study import make_run, make_study, write_evaluation
+from tests.report.synthetic_study import make_evaluation_run, make_run, make_study, write_evaluation
 from trainer.errors import UserError
 from trainer.report.columns import to_dicts
 from trainer.report.error_types import analyse
 from trainer.report.load import load_frames
 from trainer.report.paired_tests import compare_methods, predictions_by_evaluation
-from trainer.report.statistics import mcnemar
-from trainer.report.summary import headline_parts, headline_text, summarise
+from trainer.report.report_data import ReportData
+from trainer.report.statistics import estimates, mcnemar
+from trainer.report.summary import (
+    CELL_KEYS,
+    best_methods,
+    compared_pairs,
+    contrasts,
+    headline_text,
+    seed_spread,
+    summarise,
+)
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import RunDirectory, StudyDirectory
 
@@ -42,7 +52,35 @@ def _panels(*paths: Path) -> list[str]:
 
 
 def _headline(path: Path) -> str:
-    return headline_text(headline_parts(summarise(load_frames([path]).evaluations)))
+    data = ReportData("", load_frames([path]))
+    return headline_text(data.headlines[0])
+
+
+def _pairs(*rows: tuple[str, int, str, str, list[float]]) -> pd.DataFrame:
+    """Return compared_pairs() of tests: (panel, size, first, second, p per seed; negative if the first method is better)."""
+    tests = [
+        {"panel": panel, "model": f"m{size}", "parameters": size, "first": first, "second": second, "n": 100}
+        | {"p_holm": abs(p), "only_first": 20 if p < 0 else 10, "only_second": 15}
+        for panel, size, first, second, p_values in rows
+        for p in p_values
+    ]
+    return compared_pairs(pd.DataFrame(tests))
+
+
+def _cells(*rows: tuple[int, str, list[float]]) -> pd.DataFrame:
+    scores = [
+        {
+            "panel": "p",
+            "model": f"m{size}",
+            "parameters": size,
+            "method": method,
+            "correct": 100 * a,
+            "n": 100,
+        }
+        for size, method, accuracies in rows
+        for a in accuracies
+    ]
+    return estimates(pd.DataFrame(scores), CELL_KEYS).assign(total_parameters=1)
 
 
 def _change_results(run: RunDirectory, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -209,17 +247,82 @@ def test_the_headline_is_computed_from_the_largest_model(study: StudyDirectory) 
     large = cells[cells["model"] == "stories-13m"]
     best = large.loc[large["mean"].idxmax()]
     said = f"{100 * best['mean']:.0f} % [{100 * best['low']:.0f}, {100 * best['high']:.0f}]"
-    assert text.startswith(f"On stories test, with 13.1M parameters: Socratic {said}, CoT ")
-    assert text.endswith(
-        "(n = 300, mean of 2 seeds). The 95 % intervals of Socratic and CoT overlap; no others do."
+    assert text.startswith(
+        f"On 300 problems of stories test, models of 13.1M parameters: socratic {said}, cot "
     )
+    assert ". Mean of 2 training seeds. " in text
+    weak = [
+        row
+        for row in _comparisons(study.path)
+        if row["model"] == "stories-13m"
+        and row["p_holm"] >= 0.05
+        and "answer_only" in (row["first"], row["second"])
+    ]
+    assert not weak and text.endswith(" All differences are significant.")
 
 
-def test_overlapping_intervals_are_named(tmp_path: Path) -> None:
-    for method, level in (("answer_only", 0.0), ("cot", 0.45), ("socratic", 0.0)):
-        run = make_run(tmp_path / "study", method, "m", 1000, 0)
-        write_evaluation(run, method, "m", 1000, 0, level)
-    assert _headline(tmp_path / "study").endswith("intervals of CoT and Socratic overlap; no others do.")
+def test_the_headline_of_a_pair_names_both_sizes(tmp_path: Path) -> None:
+    run = make_evaluation_run(tmp_path / "study", "iterative_ahead", "m", 5000, 0)
+    write_evaluation(run, "iterative_ahead", "m", 5000, 0, 0)
+    assert "iterative_ahead (two models of 5k) " in _headline(tmp_path / "study")
+    assert "One training seed" in _headline(tmp_path / "study")
+
+
+def test_a_difference_is_significant_if_it_is_with_every_seed() -> None:
+    pairs = _pairs(
+        *(
+            ("p", 1, "a", "b", [0.01, 0.02]),
+            ("p", 1, "a", "c", [0.01, 0.2]),
+            ("p", 1, "b", "c", [-0.01, 0.02]),
+        ),
+        ("p", 2, "a", "b", [-0.03]),
+    )
+    assert pairs["better"].tolist() == ["b", "", "", "a"]
+    assert pairs["difference"].tolist() == pytest.approx([0.05, 0.05, 0.0, -0.05])
+    assert pairs["p_min"].tolist() == [0.01, 0.01, 0.01, 0.03] and pairs["p_max"].tolist()[1] == 0.2
+
+
+def test_the_best_method_of_a_row_beats_all_others() -> None:
+    cells = _cells(
+        (1, "a", [0.1]), (1, "b", [0.5]), (1, "c", [0.5]), (2, "a", [0.1]), (2, "b", [0.5]), (3, "a", [1.0])
+    )
+    pairs = _pairs(
+        *(("p", 1, "a", "b", [0.01]), ("p", 1, "a", "c", [0.01]), ("p", 1, "b", "c", [0.5])),
+        ("p", 2, "a", "b", [0.01]),
+    )
+    assert best_methods(cells, pairs).tolist() == [False, False, False, False, True, False]
+    assert not best_methods(cells, pairs[:0]).any()
+
+
+def test_contrasts_name_the_sizes_at_which_a_method_is_better() -> None:
+    sizes = (12_000, 35_000, 100_000)
+    cells = _cells(
+        *((size, method, [0.5]) for size in sizes for method in ("answer_only", "cot", "socratic"))
+    )
+    p_values = {"cot": ([0.5], [0.01], [0.001]), "socratic": ([0.3], [0.2], [0.9])}
+    rows = [
+        ("p", size, first, second, p_values[second][number])
+        for first, second in (("answer_only", "cot"), ("cot", "socratic"))
+        for number, size in enumerate(sizes)
+    ]
+    assert contrasts(cells, _pairs(*rows)) == [
+        "cot is significantly better than answer_only at 35k and 100k; no significant difference at 12k.",
+        "socratic and cot differ significantly at no size.",
+    ]
+    better = [("p", size, "answer_only", "cot", [-0.01]) for size in sizes]
+    assert contrasts(cells, _pairs(*better)) == [
+        "answer_only is significantly better than cot at every size."
+    ]
+
+
+def test_the_spread_between_seeds_is_named() -> None:
+    cells = _cells(
+        (1000, "cot", [0.4]), (2000, "cot", [0.5, 0.62, 0.55]), (2000, "socratic", [0.7, 0.71, 0.72])
+    )
+    assert seed_spread(cells) == (
+        "At 2k parameters there are 3 training seeds. They differ most for cot: 50 % to 62 %."
+    )
+    assert "one seed" in seed_spread(cells[:1])
 
 
 def test_comparisons_count_problem_by_problem(study: StudyDirectory) -> None:

@@ -78,5 +78,5 @@ def test_gold_solutions_are_right_step_by_step(shared_data: Path) -> None:
         gold = tuple(SolutionStep(question.strip(), solution.strip()) for question, solution in pairs)
         text = "\n".join(f"{step.question}\n{step.solution}" for step in gold) + f"\n{ending}1"
         assert answers.extract_answer(text) == ending.removeprefix("#### ") + "1"
-        found = find_error(parse(text, "socratic"), False, True, "socratic", gold)
+        found = find_error(parse(text, "socratic"), False, True, "socratic", gold, "")
         assert found == ("other", None), text

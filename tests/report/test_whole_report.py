@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from scipy import stats
 
 from tests.report.synthetic_study import make_evaluation_run, make_run, make_study, write_evaluation
 from trainer.errors import UserError
+from trainer.report import format
 from trainer.report.build import build_report
 from trainer.report.columns import to_dicts
 from trainer.report.error_types import ERROR_TYPES, analyse
 from trainer.report.load import load_frames
-from trainer.report.provenance import facts_by_run, remarks
+from trainer.report.provenance import facts_by_run, remarks, totals
 from trainer.report.report_data import ReportData
 from trainer.report.statistics import mcnemar
 from trainer.report.summary import uncertainty_text
@@ -94,7 +97,7 @@ def test_differences_that_are_not_significant_are_listed(
     assert 0 < len(first["not_significant"]) == num_weak < first["num_pairs"] == 63
     assert uncertainty_text(first) in (whole_report / "index.html").read_text()
     assert second["panel"].endswith("no calculator")
-    assert any(text.startswith("gpt2, CoT and Socratic: ") for text in first["not_significant"])
+    assert any(text.startswith("gpt2, cot and socratic: ") for text in first["not_significant"])
 
 
 def test_predictions_of_an_older_version(tmp_path: Path) -> None:
@@ -129,10 +132,13 @@ def test_evaluation_runs_and_roles_of_pairs_are_not_unfinished(tmp_path: Path) -
     )  # seed: 0 in its settings is of the sampling
     runs = {row["run"]: row for row in to_dicts(load_frames([folder]).runs)}
     assert runs[pair.name]["missing"] == "not evaluated" and runs[pair.name]["seed"] == 3
-    assert {runs[name]["missing"] for name in runs if name != pair.name} == {""}
+    assert {runs[name]["missing"] for name in runs if name != pair.name} == {
+        "model of a pair, but no pair with it is evaluated"
+    }
     write_evaluation(pair, "iterative_ahead", "m", 1000, 3, 0, num_problems=20)
+    assert not load_frames([folder]).runs["missing"].any()
     (run,) = to_dicts(load_frames([folder]).evaluations)
-    assert run["run"] == pair.name and run["missing"] == ""
+    assert run["run"] == pair.name
     assert run["max_steps"] is None and not run["is_trained"]
     assert [member["role"] for member in run["members"]] == ["decomposer", "solver"]
     assert (run["parameters"], run["total_parameters"]) == (1000, 2000)
@@ -159,9 +165,52 @@ def test_provenance_names_the_generation_backends(tmp_path: Path) -> None:
         "at most 7e-06 standard deviations"
     )
     assert "answers decoded by" not in facts[other.name]
+    assert facts_by_run(study)[0]["started by"] == "the deepspeed launcher or torchrun"
     notes = [text for name, text in remarks(ReportData("study", study)) if name.startswith(pair.name)]
     assert "the solver was decoded by the backend transformers: in slots it differs" in notes
     assert not any("decomposer was decoded" in text for text in notes)
+
+
+def test_provenance_names_date_cost_processor_and_resumes(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "study", "cot", "m", 1000, seed) for seed in (0, 1)]
+    for run, date in zip(runs, (1_700_000_000, 1_800_000_000), strict=True):
+        results = (
+            write_evaluation(run, "cot", "m", 1000, 0, 0, train_seed=None, num_problems=20) / "results.json"
+        )
+        os.utime(results, (date, date))
+    environment = json.loads(runs[1].environment.read_text())
+    runs[1].environment.write_text(json.dumps({**environment, "num_resumes": 3}))
+    study = load_frames([tmp_path / "study"])
+    facts = totals(study)
+    assert facts["newest results.json"].startswith("2027-01-15 08:00 UTC")
+    assert facts["resumed"] == "1 of 2 runs, 3 times in all"
+    assert facts["evaluation, summed over runs"] == "25 s"  # 12.3 s each
+    seconds = sum(
+        json.loads(line).get("seconds", 0) for run in runs for line in run.metrics.read_text().splitlines()
+    )
+    assert facts["training, summed over runs"] == format.seconds(seconds)
+    assert facts_by_run(study)[0]["processor"] == "AMD EPYC 7763"
+    assert (runs[1].name, "times resumed from a checkpoint: 3") in remarks(ReportData("study", study))
+
+
+def test_no_internal_words_and_one_name_per_method_on_the_page(whole_report: Path) -> None:
+    text = re.sub(
+        r"<style>.*?</style>|<script>.*?</script>",
+        "",
+        (whole_report / "index.html").read_text(),
+        flags=re.DOTALL,
+    )
+    assert "ended before the format was complete" in text
+    for word in (
+        "ended_early",
+        "launcher",
+        "world_size",
+        "Socratic unified",
+        "CoT",
+        "iterative, ahead",
+        "answer only",
+    ):
+        assert word not in text.replace("the deepspeed launcher or torchrun", ""), word
 
 
 def test_provenance_names_the_layout_of_examples(tmp_path: Path) -> None:

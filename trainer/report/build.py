@@ -28,8 +28,9 @@ def build_report(
 
     `study_dirs` are study or run directories. Default of `output_dir`: report/ in the study of the first directory.
     Default of `title`: the names of the studies. The page shows at most `max_examples` predictions in total.
-    `bertscore_model` is a local folder; "" means no BERTScore. The same input gives the same bytes. Raises UserError if
-    results are unreadable or contradictory. If the input has an error, an older report stays unchanged.
+    `bertscore_model` is a local folder; "" means no BERTScore. The same input, with the same time of the newest results.json
+    (which the page shows), gives the same bytes. Raises UserError if results are unreadable or contradictory. If the input has
+    an error, an older report stays unchanged.
     """
     paths = [Path(path) for path in study_dirs]
     if not paths:
@@ -37,7 +38,8 @@ def build_report(
     study = load_frames(paths)
     title = replace_unprintable(title) or ", ".join(study.runs["study"].unique())
     data = ReportData(title, study, max_examples, bertscore_model)
-    styles = drawing.method_styles([*study.runs["run_method"], *data.summary["method"]])
+    in_tables = [method for table in data.paper_tables for method in table["columns"]]
+    styles = drawing.method_styles([*study.runs["run_method"], *data.summary["method"], *in_tables])
     all_panels = all_figures(data, styles)
     figures = {name: panels for name, panels in all_panels.items() if panels}
     files: dict[str, bytes] = {}
@@ -57,7 +59,9 @@ def build_report(
     for name, content in files.items():
         atomic_dir.write_bytes(folder / name, content)
     optional = {"comparison.csv", "comparison.tex"}
-    optional |= {f"{name}.{extension}" for name in all_panels for extension in ("svg", "png")}
+    # The last two names are figures of earlier versions.
+    names = (*all_panels, "scaling_fit", "throughput")
+    optional |= {f"{name}.{extension}" for name in names for extension in ("svg", "png")}
     for name in optional - files.keys():
         (folder / name).unlink(missing_ok=True)  # a file of an older report
     return folder / "index.html"

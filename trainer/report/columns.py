@@ -29,10 +29,10 @@ RUNS = {
     "training_steps": "int64",
     "learned_tokens": "int64",  # number of tokens that carry loss, summed over the steps
     "final_loss": "float64",  # nats per learned token, mean over the last load.STEPS_OF_FINAL_LOSS steps
-    "tokens_per_second": "float64",  # median over the steps; _q1 and _q3: lower and upper quartile
-    "tokens_per_second_q1": "float64",
-    "tokens_per_second_q3": "float64",
-    "training_seconds": "float64",
+    # Relative fall of the loss at the end: 1 - mean loss of the last tenth of the steps / mean loss of the tenth before.
+    "late_loss_fall": "float64",
+    "tokens_per_second": "float64",  # median over the steps
+    "training_seconds": "float64",  # sum over the steps that count, without start-up
     "broken_metrics_lines": "int64",  # number of unreadable lines of metrics.jsonl, e.g. cut when the process was killed
     "undone_steps": "int64",  # number of steps that were lost when the run resumed from an earlier checkpoint
     "non_finite_losses": "int64",  # number of steps without a finite loss

@@ -1,4 +1,4 @@
-"""Comparison with the paper as a table: a row per model, a column per method, and the paper's values below ours."""
+"""Tables of all accuracies: a row per model, a column per method, and the paper's values below ours."""
 
 from functools import cache
 from importlib import resources
@@ -10,13 +10,12 @@ import yaml
 
 from trainer.report import format
 from trainer.report.columns import to_dicts
-from trainer.report.methods import DISPLAYED_METHODS, PAIR_METHODS
+from trainer.report.methods import PAIR_METHODS, label, method_order, without_guidance
 
 # The source of a paper value for `socratic` does not say whether the value is for the unified or the iterative method,
 # so the cell of the value spans both columns.
 _UNIFIED_OR_ITERATIVE = "socratic"
 _SAME_SIZE = 0.05  # relative tolerance; papers call GPT-2 medium (354,823,168 parameters) 345M or 355M
-_HEADERS = {name: method.header for name, method in DISPLAYED_METHODS.items() if method.header}
 _ROW = ["problems", "who", "model", "parameters", "total_parameters", "method"]
 _ROW += ["accuracy", "low", "high", "n", "seeds", "mark", "source", "inside_our_interval"]
 _ESCAPES: dict[str, str | int | None] = {
@@ -38,17 +37,16 @@ def same_size(parameters: int, value: dict[str, Any]) -> bool:
 
 
 def paper_tables(evaluations: pd.DataFrame, summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return a table for each plain panel (see columns.RUNS); if no panel is plain, only a table for the first panel.
+    """Return a table for each panel. Plain panels (see columns.RUNS) also have the paper's values for their data.
 
-    A table is a dict: title; columns, a list of (method, header); headers, a list of (header, CSS class); marks, a dict
-    mark -> meaning; rows, a list of dicts with the keys is_paper, model, parameters and cells. `cells` is a list of
-    (number of spanned columns, rows of comparison_rows). A panel is left out if none of its methods has a column.
+    A table is a dict: title; columns, a list of methods; marks, a dict mark -> meaning; rows, a list of dicts with the keys
+    is_paper, model, parameters and cells. `cells` is a list of (number of spanned columns, rows of comparison_rows
+    with is_best and accuracies of the summary).
     """
-    panels = evaluations[evaluations["method"].isin(_HEADERS)].drop_duplicates("panel")
-    plain = panels[panels["is_plain"].astype(bool)]
+    panels = evaluations.drop_duplicates("panel")
     return [
         _table(summary[summary["panel"] == row.panel], row.data if row.is_plain else "")
-        for row in (panels[:1] if plain.empty else plain).itertuples()
+        for row in panels.itertuples()
     ]
 
 
@@ -59,35 +57,38 @@ def comparison_rows(tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
     with the same size and method. It is None in our rows, if we have no such model, and for the method `socratic`.
     """
     return [
-        number for table in tables for row in table["rows"] for _, cell in row["cells"] for number in cell
+        {name: number[name] for name in _ROW}
+        for table in tables
+        for row in table["rows"]
+        for _, cell in row["cells"]
+        for number in cell
     ]
 
 
 def _table(summary: pd.DataFrame, data: str) -> dict[str, Any]:
     """Return the table of a panel. `data`: data set of the paper values to show; "" to show no paper values."""
     title = summary["panel"].iat[0]
-    ours = set(summary["method"])
-    methods = [name for name in _HEADERS if name in ours or name not in ("few_shot", *PAIR_METHODS)]
-    if not set(methods) & set(PAIR_METHODS):
-        # The paper's table has a column for this method, so our table has the column too, even if we have no value for it.
-        methods.insert(methods.index("socratic") + 1, "iterative_interleaved")
-    spans = dict.fromkeys(methods, 1)
-    spans_of_paper = {name: 1 for name in methods if name not in PAIR_METHODS}
-    spans_of_paper[_UNIFIED_OR_ITERATIVE] += len(methods) - len(spans_of_paper)
-
     values = [
         value | {"accuracy": round(value["accuracy"] / 100, 6), "who": "paper"}
         for value in paper_values()["values"]
         if value["data"] == data
     ]
     values = [value | {"inside_our_interval": _is_inside(value, summary)} for value in values]
+    methods = sorted({*summary["method"], *(value["method"] for value in values)}, key=method_order)
+    spans = dict.fromkeys(methods, 1)
+    # A span covers neighbouring columns: those of the pairs follow `socratic` in display order.
+    spans_of_paper = {name: 1 for name in methods if without_guidance(name) not in PAIR_METHODS}
+    if _UNIFIED_OR_ITERATIVE in spans_of_paper:
+        spans_of_paper[_UNIFIED_OR_ITERATIVE] += len(methods) - len(spans_of_paper)
+    else:
+        spans_of_paper = spans
     ours_long = summary.rename(columns={"mean": "accuracy", "num_seeds": "seeds"})
     ours_long = ours_long.assign(who="ours", mark="", source="", inside_our_interval=None)
     paper = pd.DataFrame(values, columns=_ROW).astype({"inside_our_interval": "object"})
     sizes = sorted(summary["parameters"].unique())
     rows = []
     for is_paper, numbers, columns in ((False, ours_long, spans), (True, paper, spans_of_paper)):
-        numbers = numbers.assign(problems=title).reindex(columns=_ROW)
+        numbers = numbers.assign(problems=title).reindex(columns=[*_ROW, "is_best", "accuracies"])
         for (size, model), of_model in numbers.groupby(["parameters", "model"]):
             cells = [(span, to_dicts(of_model[of_model["method"] == name])) for name, span in columns.items()]
             row = {"is_paper": is_paper, "model": model, "parameters": int(size), "cells": cells}
@@ -98,8 +99,7 @@ def _table(summary: pd.DataFrame, data: str) -> dict[str, Any]:
     used = {value["mark"] for value in values}
     return {
         "title": title,
-        "columns": [(name, _HEADERS[name]) for name in methods],
-        "headers": [(_HEADERS[name], "") for name in methods],
+        "columns": methods,
         "rows": [row for *_, row in rows],
         "marks": {mark: text for mark, text in paper_values()["marks"].items() if mark in used},
     }
@@ -124,7 +124,7 @@ def to_latex(tables: list[dict[str, Any]]) -> str:
         block_start_string="<%", block_end_string="%>", variable_start_string="<<", variable_end_string=">>",
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"latex": escape_latex, "count": format.count}
+    environment.filters |= {"latex": escape_latex, "count": format.count, "label": label}
     source = (resources.files("trainer.report") / "templates" / "comparison.tex.j2").read_text("utf-8")
     ours = [[cell for cell in comparison_rows([table]) if cell["who"] == "ours"] for table in tables]
     pairs = list(zip(tables, ours, strict=True))

@@ -12,7 +12,7 @@ import re
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -24,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from scipy.optimize import isotonic_regression
 
@@ -41,28 +42,32 @@ NEUTRALS = {
 GOOD = ("#1f7a55", "#6cc79c")  # colour of right answers on the page: (light, dark)
 INK, MUTED, GRID, PAPER = (light for light, _ in NEUTRALS.values())
 _SPARE = (
-    ("#6699cc", "#94bce6", "h"),
-    ("#999933", "#cfcf72", "d"),
+    ("#5585b8", "#94bce6", "h"),
+    ("#87872a", "#cfcf72", "d"),
     ("#661100", "#d48f7e", "*"),
     ("#aa4499", "#d88fcb", "8"),
 )
-# error type -> (colour in light mode, colour in dark mode). Right answers are pale, so that errors stand out.
+# error type -> (colour in light mode, colour in dark mode). Colour-blind readers can tell neighbours in a bar apart, too.
 _ERROR_TYPES = {
-    "right": ("#cfd8d3", "#3c4742"),
-    "subquestion": ("#7a5fae", "#a78fdb"),
-    "operation": ("#c2503c", "#e07b66"),
-    "arithmetic": ("#e3a733", "#e8bb5c"),
-    "no_answer": ("#3f4954", "#c5ccd4"),
-    "other": ("#a9b8c6", "#6d7d8d"),
+    "right": ("#1b6a8c", "#5fb6dc"),
+    "subquestion": ("#b084dc", "#7c58c4"),
+    "copying": ("#e2a12c", "#e0a43a"),
+    "operation": ("#c8452f", "#d9573f"),
+    "arithmetic": ("#f0c9a0", "#f3d9a8"),
+    "no_answer": ("#3a3330", "#8f8a85"),
+    "other": ("#c4c7cb", "#50555b"),
 }
 _COLORS = {"text.color": INK, "grid.color": GRID}
 _COLORS |= dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), MUTED)
 _MAX_COLUMNS = 3
 _MAX_WIDTH = 12.0  # inches, width of a whole figure
 _DPI = 200
-_TITLE_LENGTH = 46  # maximum number of characters of a panel's title
 _NAME_LENGTH = 22  # maximum number of characters of a line's name, written to the right of the panel
-_LABEL_GAP = 0.075  # minimum vertical distance between two names, as a fraction of the axes' height
+NAME_FONT = "DejaVu Sans Mono"  # of the names of methods
+_LABEL_GAP = 10.5  # minimum vertical distance between two names, in points
+_FAR_END = (
+    0.8  # a line that ends further left, as a fraction of the axes' width, has its name inside the axes
+)
 _LOG_RATIO = 8  # an axis is logarithmic if the values span more than this factor
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 ElementTree.register_namespace("", _SVG)
@@ -85,16 +90,22 @@ Styles = dict[str, Style]
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of a figure. `description` is a text for screen readers. `size` is (width, height) in inches."""
+    """One panel of a figure. `description` is a text for screen readers. `size` is (width, height) in inches.
+
+    `narrow`: size on narrow screens, if the panel would be too small there. `legend`: (name, style) of the lines or bars, drawn
+    once per file; on the page it is HTML.
+    """
 
     description: str
     draw: Callable[[Axes], None]
-    size: tuple[float, float] = (3.7, 2.75)
+    size: tuple[float, float] = (3.1, 2.5)
+    narrow: tuple[float, float] | None = None
+    legend: tuple[tuple[str, Style], ...] = ()
 
 
 def method_styles(methods: Iterable[str]) -> Styles:
     """Return {method: style} for all figures. Methods without a colour get the spare colours in display order."""
-    looks = {name: method[2:] for name, method in DISPLAYED_METHODS.items() if method.color}
+    looks = {name: method[1:] for name, method in DISPLAYED_METHODS.items() if method.color}
     ordered = sorted(set(methods), key=method_order)
     unknown = [name for name in ordered if name not in looks]
     looks |= {name: _SPARE[index % len(_SPARE)] for index, name in enumerate(unknown)}
@@ -119,12 +130,19 @@ def figure_files(name: str, panels: Sequence[Panel]) -> dict[str, bytes]:
 
 
 def inline_panels(name: str, panels: Sequence[Panel], styles: Styles) -> list[str]:
-    """Return each panel as an SVG element for the page, with CSS variables as colours and with unique ids."""
+    """Return each panel as SVG for the page, with CSS variables as colours and with unique ids.
+
+    A panel with a narrow size is drawn twice, in elements of the classes `wide` and `narrow`.
+    """
+    texts = []
     with _matplotlib("none"):
-        return [
-            _for_page(_svg(_draw([panel], 1)), f"{name}-{index}", panel.description, styles)
-            for index, panel in enumerate(panels)
-        ]
+        for index, panel in enumerate(panels):
+            sizes = {"wide": panel.size, "narrow": panel.narrow} if panel.narrow else {"": panel.size}
+            texts.append("")
+            for kind, size in sizes.items():
+                svg = _svg(_draw([replace(panel, size=size, legend=())], 1))
+                texts[-1] += _for_page(svg, f"{name}-{index}{kind}", panel.description, styles, kind)
+    return texts
 
 
 def _svg(figure: Figure) -> bytes:
@@ -143,6 +161,16 @@ def _draw(panels: Sequence[Panel], columns: int) -> Figure:
     grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
     for index, panel in enumerate(panels):
         panel.draw(figure.add_subplot(grid[divmod(index, columns)]))
+    if legend := list(dict.fromkeys(entry for panel in panels for entry in panel.legend)):
+        names, styles = zip(*legend, strict=True)
+        keys = [
+            Line2D([], [], color=style.color, marker=style.marker or "s", markersize=4.5, linewidth=1.4)
+            for style in styles
+        ]
+        font = {"size": 8, "family": NAME_FONT if styles[0].marker else "DejaVu Sans"}
+        look: dict[str, Any] = {"frameon": False, "handlelength": 1.4, "columnspacing": 1.4, "prop": font}
+        columns = min(len(legend), int(width / 1.45))
+        figure.legend(keys, names, loc="outside lower left", ncols=columns, **look)
     return figure
 
 
@@ -157,7 +185,7 @@ def _matplotlib(background: str) -> Iterator[None]:
         yield
 
 
-def _for_page(svg: bytes, prefix: str, description: str, styles: Styles) -> str:
+def _for_page(svg: bytes, prefix: str, description: str, styles: Styles, kind: str) -> str:
     variables = {light: f"var(--{name})" for name, (light, _) in NEUTRALS.items()}
     variables |= {style.color: f"var(--{style.variable})" for style in styles.values()}
     colors = re.compile("|".join(map(re.escape, variables)))
@@ -176,33 +204,58 @@ def _for_page(svg: bytes, prefix: str, description: str, styles: Styles) -> str:
             element.set(name, value)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
-    root.attrib |= {"role": "img", "aria-label": description}
+    root.attrib |= {"role": "img", "aria-label": description, "class": kind}
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def draw_points(axes: Axes, x: Sequence[float], cells: pd.DataFrame, style: Style) -> None:
-    """Draw a line through the means, a bar per interval, and a dot per seed. `cells`: rows of statistics.estimates."""
-    axes.plot(x, cells["mean"], color=style.color, linewidth=1.5, alpha=0.9, zorder=2)
-    axes.vlines(x, cells["low"], cells["high"], color=style.color, linewidth=1.1, zorder=2)
-    dots = np.concatenate(list(cells["accuracies"]))
-    # A dot at 0 % lies on the axis, and clipping would cut the dot in half.
-    draw_dots(axes, np.repeat(x, cells["num_seeds"]), dots, style, s=17, zorder=3, clip_on=False)
+def draw_points(
+    axes: Axes, x: Sequence[float], cells: pd.DataFrame, style: Style, has_line: bool = True
+) -> None:
+    """Draw a marker per mean, a bar per interval, a ring per seed if there are several, and a line through the means.
+
+    `cells`: rows of statistics.estimates. Markers have no outline in another colour, because it would cut the bars.
+    """
+    if has_line:
+        axes.plot(x, cells["mean"], color=style.color, linewidth=1.4, alpha=0.9, zorder=2)
+    axes.vlines(x, cells["low"], cells["high"], color=style.color, linewidth=1.2, zorder=3)
+    # A marker at 0 % lies on the axis, and clipping would cut the marker in half.
+    look: dict[str, Any] = {"marker": style.marker, "edgecolors": style.color, "clip_on": False}
+    axes.scatter(x, cells["mean"], color=style.color, s=22, linewidths=0, zorder=4, **look)
+    several = (cells["num_seeds"] > 1).to_numpy()
+    if several.any():
+        rings = np.repeat(np.asarray(x)[several], cells["num_seeds"][several])
+        accuracies = np.concatenate(list(cells["accuracies"][several]))
+        axes.scatter(rings, accuracies, color="none", s=26, linewidths=0.8, zorder=4, **look)
 
 
-def draw_dots(axes: Axes, x: Any, y: Any, style: Style, **look: Any) -> None:
-    """Draw a marker at each point (x, y), in the style of a method."""
-    axes.scatter(x, y, marker=style.marker, color=style.color, edgecolors=PAPER, linewidths=0.6, **look)
+def mark_groups(axes: Axes, bounds: Iterable[tuple[float, float]]) -> None:
+    """Shade the part of the horizontal axis between each pair of bounds. Points side by side in it have one position."""
+    for low, high in bounds:
+        axes.axvspan(low, high, color=GRID, alpha=0.4, linewidth=0, zorder=0)
 
 
-def headings(axes: Axes, title: str, quantity: str) -> None:
-    """Write the panel's title and, below it, the quantity of the vertical axis."""
+def headings(axes: Axes, title: str, quantity: str, left: float = 36) -> None:
+    """Write the panel's title and, below it, the quantity of the axis, as long as they fit.
+
+    `left`: width of the labels to the left of the axes, in points.
+    """
     at: dict[str, Any] = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
     at["annotation_clip"] = False
     # This blank reserves height for the title in matplotlib's layout. A long title in the layout would make the axes narrower.
     axes.annotate(" ", xytext=(0, 19), fontsize=9, **at)
-    title = shorten(title, _TITLE_LENGTH)
-    axes.annotate(title, xytext=(0, 19), fontsize=9, fontweight="bold", color=INK, **at).set_in_layout(False)
-    axes.annotate(quantity, xytext=(0, 8), fontsize=7.5, color=MUTED, **at)
+    width = _panel_size(axes)[0] - left
+    upper: dict[str, Any] = {"fontsize": 9, "color": INK, "fontweight": "bold", "xytext": (0, 19)}
+    lower: dict[str, Any] = {"fontsize": 7.5, "color": MUTED, "xytext": (0, 8)}
+    for text, look in ((title, upper), (quantity, lower)):
+        fitting = shorten(text, int(width / (0.62 * look["fontsize"])))
+        axes.annotate(fitting, **look, **at).set_in_layout(False)
+
+
+def _panel_size(axes: Axes) -> Floats:
+    """Return width and height of the panel of these axes, in points."""
+    grid, figure = axes.get_subplotspec(), axes.get_figure(root=True)
+    assert grid is not None and figure is not None
+    return 72 * figure.get_size_inches() / (grid.get_gridspec().ncols, grid.get_gridspec().nrows)
 
 
 def percent_axis(axes: Axes, highest: float) -> None:
@@ -213,45 +266,48 @@ def percent_axis(axes: Axes, highest: float) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
 
 
-def parameters_axis(axes: Axes, sizes: Sequence[int], gap: float, **look: Any) -> None:
+def parameters_axis(axes: Axes, sizes: Sequence[int], gap: float) -> None:
     """Set the ticks of the horizontal axis to model sizes that are at least `gap` apart in log(parameters)."""
     shown = select_spaced([math.log(max(size, 1)) for size in sizes], gap)
     axes.xaxis.set_major_locator(FixedLocator([sizes[index] for index in shown]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("parameters", loc="right", **look)
+    axes.set_xlabel("parameters of a model (logarithmic scale)", loc="right")
 
 
-def value_axis(
-    axes: Axes, name: str, low: float, high: float, linear: tuple[float, float], log_margin: float, bins: int
-) -> None:
-    """Set limits and ticks of axis `name` ("x" or "y") for values from `low` to `high`.
-
-    The axis is logarithmic if the values are positive and span more than a factor of _LOG_RATIO. Its limits are then
-    low / log_margin and high * log_margin. Otherwise, the axis is linear, with the limits `linear` and at most `bins`
-    intervals between ticks.
-    """
-    axis = axes.xaxis if name == "x" else axes.yaxis
+def loss_axis(axes: Axes, low: float, high: float) -> None:
+    """Set limits and ticks of the vertical axis for losses from `low` to `high`: logarithmic beyond a factor of _LOG_RATIO."""
     if low > 0 and high / low > _LOG_RATIO:
-        axes.set(**{f"{name}scale": "log", f"{name}lim": (low / log_margin, high * log_margin)})
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
-        axis.set_minor_locator(NullLocator())
+        axes.set(yscale="log", ylim=(low / 1.15, high * 1.15))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
-        axes.set(**{f"{name}lim": linear})
-        axis.set_major_locator(MaxNLocator(nbins=bins))
+        axes.set_ylim(min(0.0, low), high * 1.05 or 1.0)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def label_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write the names of lines to the right of the axes. Names that would overlap are moved apart.
+def label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write the names of lines at their ends. Names that would overlap are moved apart, and joined to their lines.
 
-    `ends` has (value at the end of the line, name, colour). The limits and scale of the axes must be final.
+    `ends` has (x, y of the line's end, name, colour). The limits and scale of the axes must be final. The name of a line that
+    ends early is written inside the axes.
     """
     to_axes = axes.transScale + axes.transLimits
-    heights = [float(to_axes.transform((1.0, value))[1]) for value, _, _ in ends]
+    places = [tuple(map(float, to_axes.transform(end[:2]))) for end in ends]
+    gap = _LABEL_GAP / (0.75 * _panel_size(axes)[1])  # the axes have about 75 % of the panel's height
     look: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "xytext": (5, 0)}
-    look |= {"annotation_clip": False, "fontsize": 8, "fontweight": "bold", "va": "center"}
-    for height, (_, text, color) in zip(dodge_labels(heights, _LABEL_GAP), ends, strict=True):
-        axes.annotate(shorten(text, _NAME_LENGTH), xy=(1, height), color=color, **look)
+    look |= {"annotation_clip": False, "fontsize": 7.5, "fontweight": "bold", "va": "center", "zorder": 6}
+    look["fontfamily"] = NAME_FONT
+    inside: dict[str, Any] = {"facecolor": PAPER, "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
+    joint: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False, "linewidth": 0.7, "alpha": 0.6}
+    dodged = dodge_labels([y for _, y in places], gap)
+    for y, (end_x, end_y), (*_, text, color) in zip(dodged, places, ends, strict=True):
+        x = end_x if end_x < _FAR_END else 1.0
+        axes.plot([end_x, x + 0.004], [end_y, y], color=color, zorder=1, **joint)
+        name = axes.annotate(shorten(text, _NAME_LENGTH), xy=(x, y), color=color, **look)
+        if x < 1:
+            name.set_bbox(inside)
 
 
 def dodge_labels(heights: Sequence[float], gap: float) -> Floats:

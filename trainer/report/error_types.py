@@ -11,15 +11,21 @@ Every wrong prediction (under the strict rule) has exactly one type:
     calculator writes the results of annotations, only expressions without annotation can have this error. This type
     is checked before `subquestion`, because a right expression shows that the sub-question is not the cause.
   - `subquestion`: the sub-question differs from the gold one. Only models that write sub-questions have this type.
-  - `operation`: the expression does not evaluate to a value of the gold step: an operation or operand is wrong.
+  - `copying`: the expression does not evaluate to a value of the gold step, and a number in it was not copied rightly. Either
+    the number occurs neither in the problem (in digits or as one of a few words, e.g. three, twice, half), nor in an
+    expression or result of an earlier step, nor in the gold step; or the operators are those of the gold step, in the same
+    order, and only the numbers differ.
+  - `operation`: the expression does not evaluate to a value of the gold step, and its numbers were available. The operators
+    differ, or there are more or fewer of them, or the numbers are those of the gold step in another order.
   If the only fault is that steps are missing or superfluous, the type is `subquestion` for models that write
   sub-questions, else `operation`.
-- `other`: the cause cannot be determined, because the answer has no steps, the wrong step has no expression, the gold
+- `other`: the cause cannot be told, because the answer has no steps, the wrong step has no expression, the gold
   step has no value, or every step is right and only the final answer is wrong.
 
 Sub-questions are compared by their words, not by their meaning. Two sub-questions differ if their numbers or names
 differ, or if Dice's coefficient of their content words is below 0.5. So a good but differently worded sub-question
-may count as different. A wrong step with such a sub-question has type `subquestion`, although `operation` would be right.
+may count as different. A wrong step with such a sub-question has type `subquestion`, although `copying` or `operation` would
+be right.
 """
 
 import hashlib
@@ -32,13 +38,14 @@ import pandas as pd
 from trainer.report import columns
 from trainer.report.methods import WRITE_QUESTIONS, without_guidance
 from trainer.report.run_files import read_predictions
-from trainer.report.solution_steps import Solution, SolutionStep, parse
+from trainer.report.solution_steps import Equation, Solution, SolutionStep, parse
 from trainer.report.subquestions import Scorer, score_questions
 
 LABELS = {
     "right": "right",
     "subquestion": "wrong sub-question",
-    "operation": "wrong operation or operand",
+    "copying": "wrong number copied",
+    "operation": "wrong operation",
     "arithmetic": "wrong arithmetic",
     "no_answer": "no answer",
     "other": "cannot be told",
@@ -49,6 +56,25 @@ _LARGE = ["question", "gold", "gold_steps", "text", "solution"]
 _SHARED_WORDS = 0.5  # sub-questions with a smaller Dice coefficient of their words count as different
 _DECIMALS = range(2, 6)  # a result may be rounded to 2, 3, 4 or 5 decimal places
 _OPERATOR = re.compile(r"(?<=[\d) ])[-+*/×÷−]")
+_SAME_OPERATORS = str.maketrans("×÷−", "*/-")
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
+# Numbers that problems write as words.
+_ONE_TO_TWELVE = (
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
+_NUMBER_WORDS = {word: number for number, word in enumerate(_ONE_TO_TWELVE, 1)}
+_NUMBER_WORDS |= {"once": 1, "twice": 2, "double": 2, "half": 2, "triple": 3, "thrice": 3, "quarter": 4, "dozen": 12, "percent": 100}  # fmt: skip
 _WORD = re.compile(r"\d[\d,]*(?:\.\d+)?|[^\W\d_]+(?:['’][^\W\d_]+)?")
 _STOP_WORDS = frozenset((
     "a", "an", "the", "of", "to", "in", "on", "at", "for", "by", "with", "from", "and", "or", "if", "as",
@@ -91,7 +117,14 @@ def analyse(
         method = row["method"]
         if predictions["gold_steps"].notna().all():
             errors = [
-                find_error(answer.solution, answer.correct, answer.has_answer, method, answer.gold_steps)
+                find_error(
+                    answer.solution,
+                    answer.correct,
+                    answer.has_answer,
+                    method,
+                    answer.gold_steps,
+                    answer.question,
+                )
                 for answer in predictions.itertuples()
             ]
             predictions["error_type"], predictions["wrong_step"] = zip(*errors, strict=True)
@@ -114,11 +147,17 @@ def _questions(steps: Sequence[SolutionStep]) -> list[str]:
 
 
 def find_error(
-    solution: Solution, correct: bool, has_answer: bool, method: str, gold: Sequence[SolutionStep]
+    solution: Solution,
+    correct: bool,
+    has_answer: bool,
+    method: str,
+    gold: Sequence[SolutionStep],
+    problem: str,
 ) -> tuple[str, int | None]:
     """Return the error type of a prediction, and the index of the first step that is not right (or None).
 
     If the only fault is missing steps, the index is len(solution.steps). `has_answer`: the strict rule found an answer.
+    `problem`: the text of the problem.
     """
     if correct:
         return RIGHT, None
@@ -134,7 +173,9 @@ def find_error(
         return (miscounted, len(solution.steps)) if matched < len(gold) else ("other", None)
     if matched == len(gold):
         return miscounted, index
-    return _error_of_step(solution.steps[index], gold[matched], writes_questions), index
+    earlier = [equation for step in solution.steps[:index] for equation in step.equations]
+    available = _numbers_in(problem).union(*(_numbers_in(f"{e.expression} {e.result}") for e in earlier))
+    return _error_of_step(solution.steps[index], gold[matched], writes_questions, available), index
 
 
 def same_question(ours: str, gold: str) -> bool:
@@ -189,7 +230,10 @@ def _same(first: Fraction | None, second: Fraction) -> bool:
     return any(first == round(second, digits) or second == round(first, digits) for digits in _DECIMALS)
 
 
-def _error_of_step(step: SolutionStep, gold: SolutionStep, writes_questions: bool) -> str:
+def _error_of_step(
+    step: SolutionStep, gold: SolutionStep, writes_questions: bool, available: set[Fraction]
+) -> str:
+    """Return the type of a wrong step. `available`: the numbers in the problem and in earlier steps."""
     values = {gold.value, *(e.stated for e in gold.equations), *(e.computed for e in gold.equations)}
     for equation in step.equations:
         if equation.computed is None or equation.computed not in values:
@@ -201,7 +245,29 @@ def _error_of_step(step: SolutionStep, gold: SolutionStep, writes_questions: boo
     if gold.value is None:
         return "other"
     # Without an expression, a wrong operation and wrong arithmetic cannot be distinguished.
-    return "operation" if step.equations else "other"
+    if not step.equations:
+        return "other"
+    wrong = next((e for e in step.equations if e.computed not in values), step.equations[-1])
+    available = available.union(*(_numbers_in(e.expression) for e in (*gold.equations, *step.equations[:-1])))
+    if not _numbers_in(wrong.expression) <= available:
+        return "copying"
+    differs_in_numbers = any(
+        _operators(wrong) == _operators(e) and _numbers_in(wrong.expression) != _numbers_in(e.expression)
+        for e in gold.equations
+    )
+    return "copying" if differs_in_numbers else "operation"
+
+
+def _operators(equation: Equation) -> list[str]:
+    return _OPERATOR.findall(equation.expression.translate(_SAME_OPERATORS))
+
+
+def _numbers_in(text: str) -> set[Fraction]:
+    """Return the numbers in a text, without signs."""
+    words = {
+        Fraction(_NUMBER_WORDS[word]) for word in re.findall(r"[a-z]+", text.lower()) if word in _NUMBER_WORDS
+    }
+    return words | {Fraction(number.replace(",", "")) for number in _NUMBER.findall(text)}
 
 
 def _numbers(question: str) -> set[str]:

@@ -6,6 +6,7 @@ import pandas as pd
 
 from trainer.report.columns import to_dicts
 from trainer.report.error_types import LABELS
+from trainer.report.format import stop_text
 from trainer.report.methods import label, without_guidance
 from trainer.report.solution_steps import SolutionStep
 
@@ -32,7 +33,7 @@ def viewer_data(evaluations: pd.DataFrame, predictions: pd.DataFrame) -> dict[st
     problem = shown.groupby(["id", "problem"], sort=False).ngroup()
     unique = shown.loc[problem.drop_duplicates().index]
     problems = unique[["id", "question", "gold"]].assign(steps=unique["gold_steps"].map(_steps, "ignore"))
-    is_cut = (shown["stopped"] == "") & ~shown["finished"]
+    stopped = shown["stopped"].mask((shown["stopped"] == "") & ~shown["finished"], "max_new_tokens")
     answers = pd.DataFrame(
         {
             "evaluation": shown.groupby("evaluation", sort=False).ngroup(),
@@ -41,7 +42,7 @@ def viewer_data(evaluations: pd.DataFrame, predictions: pd.DataFrame) -> dict[st
             "ending": [solution.ending for solution in shown["solution"]],
             "correct": shown["correct"].astype(int),
             **shown[["error_type", "wrong_step", "generated_tokens"]],
-            "stopped": shown["stopped"].mask(is_cut, "cut at its limit of tokens"),
+            "stopped": [stop_text(reason) for reason in stopped],
         },
         dtype=object,  # texts may contain lone surrogates, which Arrow strings cannot store
     )

@@ -15,7 +15,10 @@ def count(value: float | None) -> str:
 
 def percent(fraction: float, digits: int = 1) -> str:
     """Return a fraction in percent, e.g. "81.3 %" for 0.8134; "–" for NaN or infinity."""
-    return f"{100 * fraction:.{digits}f} %" if math.isfinite(fraction) else "–"
+    if not math.isfinite(fraction):
+        return "–"
+    # The sum with 0.0 turns -0.0 into 0.0.
+    return f"{round(100 * fraction, digits) + 0.0:.{digits}f} %".replace("-", "−")
 
 
 def interval(low: float, high: float, digits: int = 1) -> str:
@@ -40,6 +43,16 @@ def seconds(value: float | None) -> str:
         return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def stop_text(reason: str) -> str:
+    """Return a stop reason of trainer/evaluation/programs.py in plain words."""
+    return {
+        "max_steps": "cut at the limit on sub-questions",
+        "ended_early": "ended before the format was complete",
+        "max_new_tokens": "cut at the limit on tokens",
+        "context": "cut at the model's context length",
+    }.get(reason, reason)
 
 
 def shorten(text: str, limit: int) -> str:

@@ -57,6 +57,11 @@ def load_frames(directories: list[Path]) -> StudyFrames:
         # If a run stopped before it recorded its model, take the model's name and size from another run of that model.
         if row["parameters"] is None and same_model is not None:
             row |= {name: same_model[name] for name in ("model", "parameters")}
+    members = {(member["model_name"], member["method"]) for row in rows for member in row.get("members", ())}
+    for row in rows:
+        if is_role_of_pair(row["run_method"]) and not row["missing"] and "members" not in row:
+            is_used = (row["model"], row["run_method"]) in members
+            row["missing"] = "" if is_used else "model of a pair, but no pair with it is evaluated"
     frame = columns.frame(rows, columns.RUNS)
     for rule in ANSWER_RULES:
         correct, n = frame[[f"{rule}_correct", "n"]].to_numpy(np.float64, na_value=np.nan).T
@@ -182,12 +187,14 @@ def training_columns(metrics: pd.DataFrame) -> dict[str, Any]:
     """Return the columns of the runs frame that summarise a training log."""
     steps = metrics[~metrics["is_validation"]]
     finite = steps.replace([np.inf, -np.inf], np.nan)
-    q1, median, q3 = finite["tokens_per_second"].quantile([0.25, 0.5, 0.75])
+    tenth = len(steps) // 10
+    last, before = finite["loss"].tail(tenth), finite["loss"].tail(2 * tenth).head(tenth)
     return {
         "training_steps": steps["step"].iat[-1] if len(steps) else 0,
         "learned_tokens": int(steps["learned_tokens"].sum()),
         "final_loss": finite["loss"].tail(STEPS_OF_FINAL_LOSS).mean(),
-        **{"tokens_per_second_q1": q1, "tokens_per_second": median, "tokens_per_second_q3": q3},
+        "late_loss_fall": 1 - last.mean() / before.mean() if tenth else np.nan,
+        "tokens_per_second": finite["tokens_per_second"].median(),
         "training_seconds": steps["seconds"].sum(),
         "non_finite_losses": int(finite["loss"].isna().sum()),
     }

@@ -1,4 +1,4 @@
-"""Labels, display order and colours of the methods, and groups of methods."""
+"""Names, explanations, display order and colours of the methods, and groups of methods."""
 
 from typing import NamedTuple
 
@@ -6,48 +6,45 @@ from typing import NamedTuple
 PAIR_METHODS = ("iterative_ahead", "iterative_interleaved")
 WRITE_QUESTIONS = ("socratic", *PAIR_METHODS)  # methods whose models write the sub-questions
 WITH_QUESTIONS = (*WRITE_QUESTIONS, "gold_subquestions")  # methods whose texts contain sub-questions
+_GOLD = "gold "  # precedes the kind of a plan that is the data's and not a model's
 GUIDED = "+"  # separates a pair method from the plan that the decomposer reads: "iterative_ahead+operators"
 
 
 class DisplayedMethod(NamedTuple):
-    """Display of a method in the report.
+    """Display of a method in the report: an explanation in a few words, colours for light and dark mode, and a marker.
 
-    `header`: title of the method's column in the comparison with the paper; "" if there is no such column. `color` is for
-    light mode, `dark` for dark mode. A method without a colour gets a spare colour. `marker`: a Matplotlib marker.
+    A method without a colour gets a spare colour. `marker`: a Matplotlib marker.
     """
 
-    label: str
-    header: str = ""
+    explanation: str
     color: str = ""
     dark: str = ""
     marker: str = ""
 
 
+_PLANNER = "model of a guided pair: writes a plan of the solution"
+_GUIDED_DECOMPOSER = "model of a guided pair: reads a plan and writes sub-questions"
+_GUIDED = (
+    "decomposer_operators",
+    "decomposer_equations",
+    "decomposer_interleaved_operators",
+    "decomposer_interleaved_equations",
+)
 # In display order. A run of a method after gold_subquestions only trains a model. Runs of other methods evaluate this model.
-DISPLAYED_METHODS = {
-    "few_shot": DisplayedMethod("few-shot", "few-shot", "#3b3178", "#a9a0ee", "X"),
-    "answer_only": DisplayedMethod("answer only", "answer only", "#767b82", "#a2a7ae", "o"),
-    "cot": DisplayedMethod("CoT", "CoT", "#0072b2", "#5bb4ea", "s"),
-    "socratic": DisplayedMethod("Socratic", "Socratic unified", "#d55e00", "#f28a3c", "D"),
-    "iterative_ahead": DisplayedMethod(
-        "iterative, ahead", "Socratic iterative, ahead", "#009e73", "#3cc69d", "^"
-    ),
-    "iterative_interleaved": DisplayedMethod(
-        "iterative, interleaved", "Socratic iterative, interleaved", "#b8568f", "#e191bf", "v"
-    ),
-    "gold_subquestions": DisplayedMethod(
-        "gold sub-questions", "with gold sub-questions", "#8a6d00", "#d9b93a", "P"
-    ),
-    "solver": DisplayedMethod("solver", "", "#44aa99", "#74d0c1", "p"),
-    "decomposer": DisplayedMethod("decomposer", "", "#882255", "#d97ba6", ">"),
-    "decomposer_operators": DisplayedMethod("decomposer operators"),
-    "decomposer_equations": DisplayedMethod("decomposer equations"),
-    "decomposer_interleaved": DisplayedMethod("decomposer interleaved", "", "#117733", "#5fbf7c", "<"),
-    "decomposer_interleaved_operators": DisplayedMethod("decomposer interleaved operators"),
-    "decomposer_interleaved_equations": DisplayedMethod("decomposer interleaved equations"),
-    "planner_operators": DisplayedMethod("planner operators"),
-    "planner_equations": DisplayedMethod("planner equations"),
-}
+DISPLAYED_METHODS = {name: DisplayedMethod(*display) for name, display in {
+    "few_shot": ("an untrained model reads solved problems first", "#3b3178", "#a9a0ee", "X"),
+    "answer_only": ("writes the answer alone", "#767b82", "#a2a7ae", "o"),
+    "cot": ("writes the solution of each step, then the answer", "#0072b2", "#5bb4ea", "s"),
+    "socratic": ("writes a sub-question before the solution of each step", "#d55e00", "#f28a3c", "D"),
+    "iterative_ahead": ("two models: a decomposer writes all sub-questions, then a solver solves them", "#009e73", "#3cc69d", "^"),
+    "iterative_interleaved": ("two models alternate: a decomposer writes a sub-question, a solver solves it", "#b8568f", "#e191bf", "v"),
+    "gold_subquestions": ("a solver solves the sub-questions of the data set", "#8a6d00", "#d9b93a", "P"),
+    "solver": ("model of a pair: solves sub-questions", "#2f8f80", "#74d0c1", "p"),
+    "decomposer": ("model of a pair: writes all sub-questions at once", "#882255", "#d97ba6", ">"),
+    "decomposer_interleaved": ("model of a pair: writes one sub-question after another", "#117733", "#5fbf7c", "<"),
+    **dict.fromkeys(_GUIDED, (_GUIDED_DECOMPOSER,)),
+    **dict.fromkeys(("planner_operators", "planner_equations"), (_PLANNER,)),
+}.items()}  # fmt: skip
 
 
 def without_guidance(method: str) -> str:
@@ -62,10 +59,17 @@ def canonical(method: str) -> str:
 
 
 def label(method: str) -> str:
-    """Return the method's label, e.g. `iterative, ahead + operators`. An unknown method is labelled with its name."""
+    """Return the only name of a method in the report: as in study files, e.g. iterative_ahead_operators."""
     name, mark, guidance = method.partition(GUIDED)
-    known = DISPLAYED_METHODS[name].label if name in DISPLAYED_METHODS else name
-    return f"{known} + {guidance}" if mark else known
+    plan = guidance.removeprefix(_GOLD)
+    return f"{name}_{plan}{' (gold plan)' if plan != guidance else ''}" if mark else name
+
+
+def explanation(method: str) -> str:
+    """Return the explanation of a method in a few words; "" for an unknown method."""
+    name, mark, _ = method.partition(GUIDED)
+    known = DISPLAYED_METHODS[name].explanation if name in DISPLAYED_METHODS else ""
+    return f"{known}; the decomposer also reads a plan" if known and mark else known
 
 
 def method_order(method: str) -> tuple[int, str]:

@@ -3,12 +3,13 @@
 import base64
 import hashlib
 import json
+import re
 from importlib import resources
 
 import jinja2
 import pandas as pd
 from jinja2.utils import htmlsafe_json_dumps
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import trainer
 from trainer.report import example_viewer, format, scaling
@@ -17,10 +18,13 @@ from trainer.report.comparison import paper_values
 from trainer.report.drawing import GOOD, NEUTRALS, Panel, Styles, error_type_styles, inline_panels
 from trainer.report.error_types import LABELS
 from trainer.report.load import STEPS_OF_FINAL_LOSS
-from trainer.report.methods import PAIR_METHODS, label, without_guidance
-from trainer.report.provenance import facts_by_run, remarks
-from trainer.report.report_data import ReportData, results_table
+from trainer.report.methods import PAIR_METHODS, explanation, label, method_order, without_guidance
+from trainer.report.provenance import facts_by_run, remarks, totals
+from trainer.report.report_data import ReportData
 from trainer.report.summary import CELL_KEYS, uncertainty_text
+
+# Matplotlib marker -> a character of about the same form.
+_MARKERS = dict(zip("osD^vXPphd*8><", "●■◆▲▼✖✚⬟⬢♦★⯃▶◀", strict=True))
 
 
 def render_page(data: ReportData, figures: dict[str, list[Panel]], styles: Styles) -> str:
@@ -46,19 +50,39 @@ def render_page(data: ReportData, figures: dict[str, list[Panel]], styles: Style
             name: list(map(Markup, inline_panels(name, panels, styles | error_type_styles())))
             for name, panels in figures.items()
         },
-        "rows": to_dicts(results_table(data.study.runs)),
+        "trainings": to_dicts(runs[runs["training_steps"] > 0]),
         "num_steps_rows": [{**cells[0], "cells": cells} for cells in by_num_steps],
         "has_pairs": any(without_guidance(method) in PAIR_METHODS for method in data.summary["method"]),
+        "has_seeds": bool((data.summary["num_seeds"] > 1).any()),
+        "has_best": bool(data.summary["is_best"].any()),
+        "markers": {method: _MARKERS[style.marker] for method, style in styles.items()},
+        "methods": sorted(styles, key=method_order),
+        "legends": {name: [entry[0] for entry in panels[0].legend] for name, panels in figures.items()},
         **{"paper": paper_values(), "scaling": scaling, "error_labels": LABELS},
         "has_several_studies": runs["study"].nunique() > 1,
         "unfinished": to_dicts(runs[runs["missing"] != ""]),
-        **{"remarks": remarks(data), "shared_facts": shared, "own_facts": own},
+        **{"remarks": remarks(data), "totals": totals(data.study), "shared_facts": shared},
+        "own_facts": own,
         "steps_of_final_loss": STEPS_OF_FINAL_LOSS,
     }
-    return _environment().get_template("sections.html.j2").render(values)
+    return _environment(list(styles), variables).get_template("sections.html.j2").render(values)
 
 
-def _environment() -> jinja2.Environment:
+def _environment(methods: list[str], variables: dict[str, str]) -> jinja2.Environment:
+    names = {label(method): variables[method] for method in methods}
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    name = re.compile(rf"(?<![\w+])({'|'.join(longest_first)})(?![\w+])")
+
+    def mark_methods(text: str) -> Markup:
+        """Return a text of ours as HTML, in which the names of methods look as everywhere on the page."""
+        spans = [
+            Markup('<span class="method" style="color: var(--{})">{}</span>').format(names[part], part)
+            if index % 2
+            else escape(part)
+            for index, part in enumerate(name.split(text) if methods else [text])
+        ]
+        return Markup("").join(spans)
+
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read),
         autoescape=True,
@@ -69,6 +93,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         **{"count": format.count, "percent": format.percent, "p_value": format.p_value},
         **{"seconds": format.seconds, "label": label, "uncertainty_text": uncertainty_text},
+        **{"mark_methods": mark_methods, "explanation": explanation},
         "interval": lambda row: format.interval(row["low"], row["high"]),
         "points": lambda fraction: f"{100 * fraction:+.1f}".replace("-", "−"),
     }

@@ -4,16 +4,16 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
-from matplotlib.transforms import offset_copy
 
 from trainer.report import drawing
-from trainer.report.drawing import INK, MUTED, PAPER, Panel, Styles
+from trainer.report.drawing import INK, PAPER, Panel, Style, Styles
 from trainer.report.error_types import ERROR_TYPES, LABELS, RIGHT
 from trainer.report.format import count, shorten
 from trainer.report.load import StudyFrames
@@ -22,7 +22,12 @@ from trainer.report.report_data import ReportData
 from trainer.report.summary import CELL_KEYS
 
 _NUM_BINS = 250  # bins of a long loss curve; the smallest and largest loss of each bin are drawn
-_WIDTH = 6.4  # inches, width of a panel with bars (error types, calculator)
+_LARGE = (7.6, 4.7)  # inches, size of a panel of accuracy against parameters
+_WIDTH, _NARROW = (
+    6.4,
+    3.6,
+)  # inches, width of a panel with bars (error types, calculator), and of one on narrow screens
+_LABELS = 95  # points, width of the names to the left of such a panel
 _ROW = 0.21  # inches, height of a row of such a panel
 _CALCULATOR_ROW = 1.8  # height of the two bars of a method, as a multiple of _ROW
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
@@ -32,13 +37,11 @@ _COUNT = FuncFormatter(lambda value, _: count(value))
 def all_figures(data: ReportData, styles: Styles) -> dict[str, list[Panel]]:
     """Return {file name: panels} for all figures, in the order in which the page shows them."""
     return {
-        "accuracy_vs_parameters": plot_accuracy(data.summary, styles),
-        "scaling_fit": plot_fits(data.fits, styles),
+        "accuracy_vs_parameters": plot_accuracy(data.summary, data.fits, styles),
         "accuracy_by_num_steps": plot_num_steps(data.summary, data.by_num_steps, styles),
         "what_went_wrong": plot_error_types(data.error_types, styles),
         "calculator": plot_calculator(data.calculators, styles),
         "loss_curves": plot_loss(data.study, styles),
-        "throughput": plot_throughput(data.study.runs, styles),
     }
 
 
@@ -47,23 +50,19 @@ def _panels(
     description: str,
     draw: Callable[..., None],
     styles: Styles,
-    height: tuple[float, float] | None = None,
+    height: tuple[float, float],
 ) -> list[Panel]:
-    """Return one panel per set of problems. To draw a panel, `draw` is called with its title, rows, styles and axes.
+    """Return one panel of bars per set of problems. `draw` is called with the panel's title, rows, styles and axes.
 
-    `description` may contain {title}, {methods} and {bars}. {bars} is replaced by the texts in the column `in_words`.
-    `height` is for panels with a row per model and method. It is a pair: the height of the panel without the rows in inches,
-    and the height of a row as a multiple of _ROW.
+    `description` may contain {title} and {bars}, which is replaced by the texts in the column `in_words`. `height`: the height
+    of the panel without the rows in inches, and the height of a row (of a model and method) as a multiple of _ROW.
     """
     panels = []
     for title, cells in rows.groupby("panel", sort=False):
-        methods, bars = ", ".join(map(label, _methods(cells))), "; ".join(cells.get("in_words", []))
-        text = description.format(title=title, methods=methods, bars=bars)
-        panel = Panel(text, partial(draw, title, cells, styles))
-        if height:
-            inches = height[0] + _ROW * (height[1] * len(cells) + 1.4 * cells["model"].nunique())
-            panel = replace(panel, size=(_WIDTH, inches))
-        panels.append(panel)
+        text = description.format(title=title, bars="; ".join(cells.get("in_words", [])))
+        inches = height[0] + _ROW * (height[1] * len(cells) + 1.4 * cells["model"].nunique())
+        draw_panel = partial(draw, title, cells, styles)
+        panels.append(Panel(text, draw_panel, (_WIDTH, inches), (_NARROW, inches)))
     return panels
 
 
@@ -71,104 +70,114 @@ def _methods(cells: pd.DataFrame) -> list[str]:
     return sorted(cells["method"].unique(), key=method_order)
 
 
-def plot_accuracy(summary: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return one panel per set of problems. Each method has 95 % intervals, a dot per seed, and a line through the means."""
-    text = "Strict accuracy against parameters on {title}, for {methods}"
-    return _panels(summary, text, partial(_draw_accuracy, summary["high"].max()), styles)
+def plot_accuracy(summary: pd.DataFrame, fits: pd.DataFrame, styles: Styles) -> list[Panel]:
+    """Return one panel per set of problems: means with 95 % intervals, a ring per seed, and a line or a curve per method.
+
+    The curve is the fitted one (scaling.fit_curves) with its 95 % band. Without a fit, straight lines join the means.
+    """
+    panels = []
+    for title, cells in summary.groupby("panel", sort=False):
+        is_fitted = (fits["panel"] == title) & (fits["refusal"] == "")
+        curves = {fit.method: np.array(fit.curve).T for fit in fits[is_fitted].itertuples()}
+        draw = partial(_draw_accuracy, str(title), cells, curves, styles)
+        text = f"Strict accuracy against parameters on {title}, for {', '.join(map(label, _methods(cells)))}"
+        panels.append(Panel(text, draw, _LARGE, (_NARROW, 3.4)))
+    return panels
 
 
-def _draw_accuracy(highest: float, title: str, cells: pd.DataFrame, styles: Styles, axes: Axes) -> None:
+def _draw_accuracy(
+    title: str, cells: pd.DataFrame, curves: dict[str, Any], styles: Styles, axes: Axes
+) -> None:
     sizes = sorted(int(size) for size in cells["parameters"].unique())
-    low, high = (math.log(max(size, 1)) for size in (sizes[0], sizes[-1]))
-    margin = 0.1 * (high - low) if len(sizes) > 1 else 0.7
-    low, high = low - margin, high + margin
+    methods = _methods(cells)
+    logs = [math.log(max(size, 1)) for size in sizes]
+    spread = logs[-1] - logs[0] if len(sizes) > 1 else 2.0
+    closest = min((b - a for a, b in pairwise(logs)), default=spread)
+    gap = min(0.018 * spread, 0.6 * closest / len(methods))  # between the points of neighbouring methods
+    margin = max(0.06 * spread, 0.7 * gap * len(methods))
     axes.set_xscale("log")
-    axes.set_xlim(math.exp(low), math.exp(high))
-    drawing.percent_axis(axes, highest)
-    gap = (high - low) * (0.015 if len(sizes) > 1 else 0.1)
-    drawing.parameters_axis(axes, sizes, (high - low) * 0.11)
-    cells = cells.assign(x=cells["parameters"].astype(int))
-    _draw_methods(axes, title, cells, _methods(cells), lambda x, shift: x * math.exp(gap * shift), styles)
+    axes.set_xlim(math.exp(logs[0] - margin), math.exp(logs[-1] + margin))
+    drawing.percent_axis(axes, cells["high"].max())
+    drawing.parameters_axis(axes, sizes, 0.12 * spread)
+    half = gap * len(methods) / 2
+    drawing.mark_groups(axes, [(size * math.exp(-half), size * math.exp(half)) for size in sizes])
+    for method, (x, mean, low, high) in curves.items():
+        axes.fill_between(x, low, high, color=styles[method].color, alpha=0.13, linewidth=0, zorder=1)
+        axes.plot(x, mean, color=styles[method].color, linewidth=1.5, zorder=2)
+    ends = _draw_methods(
+        axes, cells.assign(x=cells["parameters"].astype(int)), methods, lambda x, n: x * math.exp(gap * n),
+        styles, frozenset(curves),
+    )  # fmt: skip
+    for index, (method, (_, _, *name)) in enumerate(zip(methods, ends, strict=True)):
+        if method in curves:
+            x, mean, *_ = curves[method]
+            ends[index] = (x[-1], mean[-1], *name)
+    drawing.headings(axes, title, "strict accuracy")
+    drawing.label_lines(axes, ends)
 
 
 def plot_num_steps(summary: pd.DataFrame, by_num_steps: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return one panel per set of problems and model: accuracy by number of gold steps. Smaller models come first in a set."""
+    """Return one panel per set of problems and model: accuracy by number of gold steps. Smaller models come first in a set.
+
+    All panels have the same axes.
+    """
     panels = []
+    legend = tuple((label(method), styles[method]) for method in _methods(by_num_steps))
     for (panel, size, model), cells in by_num_steps.groupby(["panel", "parameters", "model"], sort=False):
-        title = f"{panel}, {model}"
+        of_panel = by_num_steps[by_num_steps["panel"] == panel]
         is_model = (summary[["panel", "parameters", "model"]] == [panel, size, model]).all(axis=1)
         methods = list(summary["method"][is_model])
-        draw = partial(_draw_num_steps, title, cells, methods, by_num_steps["high"].max(), styles)
-        panels.append(Panel(f"Strict accuracy by the number of steps of the gold solution: {title}", draw))
+        draw = partial(_draw_num_steps, str(model), cells, methods, of_panel, styles)
+        text = f"Strict accuracy by the number of steps of the gold solution: {model}, {panel}"
+        panels.append(Panel(text, draw, legend=legend))
     return panels
 
 
 def _draw_num_steps(
-    title: str, cells: pd.DataFrame, methods: list[str], highest: float, styles: Styles, axes: Axes
+    title: str, cells: pd.DataFrame, methods: list[str], of_panel: pd.DataFrame, styles: Styles, axes: Axes
 ) -> None:
-    num_problems = cells.groupby("num_steps")["n"].max()
+    num_problems = of_panel.groupby("num_steps")["n"].max()
     nums = [int(num) for num in num_problems.index]
-    drawing.percent_axis(axes, highest)
+    drawing.percent_axis(axes, of_panel["high"].max())
     axes.set_xlim(nums[0] - 0.5, nums[-1] + 0.5)
     shown = drawing.select_spaced(nums, (nums[-1] - nums[0] + 1) * 0.09)
     axes.xaxis.set_major_locator(FixedLocator([nums[index] for index in shown]))
-    formatter = FuncFormatter(lambda num, _: f"{num:g}\n{num_problems.get(round(num), 0)}")
-    axes.xaxis.set_major_formatter(formatter)
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda num, _: f"{num:g}\n{num_problems.get(round(num), 0)}")
+    )
     axes.set_xlabel("steps; below, problems", loc="right")
-    cells = cells.assign(x=cells["num_steps"])
-    _draw_methods(axes, title, cells, methods, lambda x, shift: x + 0.08 * shift, styles)
+    gap = min(0.14, 0.7 / len(methods))
+    half = gap * len(methods) / 2
+    drawing.mark_groups(axes, [(num - half, num + half) for num in nums])
+    _draw_methods(axes, cells.assign(x=cells["num_steps"]), methods, lambda x, n: x + gap * n, styles)
+    drawing.headings(axes, title, f"strict accuracy, {cells['panel'].iat[0]}")
 
 
 def _draw_methods(
     axes: Axes,
-    title: str,
     cells: pd.DataFrame,
     methods: list[str],
     move: Callable[[float, float], float],
     styles: Styles,
-) -> None:
-    """Draw a line per method through the means. The column `x` of `cells` is the horizontal position.
+    without_line: frozenset[str] = frozenset(),
+) -> list[tuple[float, float, str, str]]:
+    """Draw the points of each method, and a line through its means. Return the ends of the lines for drawing.label_lines.
 
-    `move(x, n)` returns x shifted by n small gaps. n differs between methods, so that their intervals do not hide each
-    other. The limits of the axes must be final.
+    `cells["x"]` is the horizontal position. `move(x, n)` returns x shifted by n small gaps. n differs between methods, so that
+    their intervals do not hide each other. The limits of the axes must be final.
     """
     ends = []
     for index, method in enumerate(methods):
         of_method = cells[cells["method"] == method]
         if not of_method.empty:
             x = [move(value, index - (len(methods) - 1) / 2) for value in of_method["x"]]
-            drawing.draw_points(axes, x, of_method, styles[method])
-            ends.append((of_method["mean"].iat[-1], label(method), styles[method].color))
-    drawing.headings(axes, title, "strict accuracy")
-    drawing.label_lines(axes, ends)
-
-
-def plot_fits(fits: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return one panel per set of problems: fitted curves with 95 % bands, and the observed mean accuracies."""
-    text = "Fitted accuracy against parameters on {title}, for {methods}"
-    return _panels(fits[fits["refusal"] == ""], text, _draw_fits, styles)
-
-
-def _draw_fits(title: str, fits: pd.DataFrame, styles: Styles, axes: Axes) -> None:
-    curves = [np.array(curve).T for curve in fits["curve"]]
-    axes.set_xscale("log")
-    drawing.percent_axis(axes, max(high.max() for *_, high in curves))
-    ends = []
-    for fit, (x, mean, low, high) in zip(fits.itertuples(), curves, strict=True):
-        style = styles[fit.method]
-        axes.fill_between(x, low, high, color=style.color, alpha=0.14, linewidth=0)
-        axes.plot(x, mean, color=style.color, linewidth=1.4)
-        drawing.draw_dots(axes, fit.sizes, fit.accuracies, style, s=20, zorder=3, clip_on=False)
-        ends.append((mean[-1], label(fit.method), style.color))
-    sizes = sorted(set().union(*fits["sizes"]))
-    axes.set_xlim(min(curve[0][0] for curve in curves), max(curve[0][-1] for curve in curves))
-    drawing.parameters_axis(axes, sizes, math.log(sizes[-1] / sizes[0]) * 0.11, color=MUTED)
-    drawing.headings(axes, title, "strict accuracy, fitted")
-    drawing.label_lines(axes, ends)
+            drawing.draw_points(axes, x, of_method, styles[method], method not in without_line)
+            ends.append((x[-1], of_method["mean"].iat[-1], label(method), styles[method].color))
+    return ends
 
 
 def plot_loss(study: StudyFrames, styles: Styles) -> list[Panel]:
-    """Return one panel per training set and model, with a loss curve per run."""
+    """Return one panel per training set and model, with a loss curve per run. Each panel has its own scales."""
     runs = study.runs.drop_duplicates("run_path")
     finite = {path: lines[np.isfinite(lines["loss"])] for path, lines in study.metrics.items()}
     has_loss = [bool((~finite[path]["is_validation"]).any()) for path in runs["run_path"]]
@@ -176,22 +185,19 @@ def plot_loss(study: StudyFrames, styles: Styles) -> list[Panel]:
     runs = runs[has_loss].assign(parameters=runs["parameters"].fillna(0), order=order)
     panels = []
     for (data, _, model), members in runs.groupby(["train_data", "parameters", "model"]):
-        # All panels of a training set have the same vertical scale, so that curves of different models can be compared.
-        losses = pd.concat([finite[path]["loss"] for path in runs["run_path"][runs["train_data"] == data]])
-        title = f"{data}, {model}" if data else str(model)
+        title = f"{model}, {data}" if runs["train_data"].nunique() > 1 else str(model)
         members = members.sort_values(["order", "run"], kind="stable")
         curves = [(run.run_method, finite[run.run_path]) for run in members.itertuples()]
-        draw = partial(_draw_loss, title, curves, losses.min(), losses.max(), styles)
-        panels.append(Panel(f"Training loss by step: {title}", draw))
+        panels.append(
+            Panel(f"Training loss by step: {model}, {data}", partial(_draw_loss, title, curves, styles))
+        )
     return panels
 
 
-def _draw_loss(
-    title: str, curves: list[tuple[str, pd.DataFrame]], low: float, high: float, styles: Styles, axes: Axes
-) -> None:
-    drawing.value_axis(axes, "y", low, high, (min(0.0, low), high * 1.05 or 1.0), log_margin=1.15, bins=5)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ends: dict[str, list[float]] = {}
+def _draw_loss(title: str, curves: list[tuple[str, pd.DataFrame]], styles: Styles, axes: Axes) -> None:
+    losses = pd.concat([lines["loss"] for _, lines in curves])
+    drawing.loss_axis(axes, losses.min(), losses.max())
+    ends: dict[str, list[tuple[float, float]]] = {}
     for method, lines in curves:
         training, validation = lines[~lines["is_validation"]], lines[lines["is_validation"]]
         steps, loss = training["step"].to_numpy(np.float64), training["loss"].to_numpy()
@@ -202,49 +208,15 @@ def _draw_loss(
             axes.plot(*points, color=color, linewidth=width, alpha=alpha, zorder=order)
         ring: dict[str, Any] = {"color": PAPER, "edgecolors": color, "linewidths": 0.9, "zorder": 3}
         axes.scatter(validation["step"], validation["loss"], s=12, **ring)
-        ends.setdefault(method, []).append(float(curve[-1]))
+        ends.setdefault(method, []).append((steps[-1], float(curve[-1])))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.xaxis.set_major_formatter(_COUNT)
-    axes.margins(x=0.02)
+    axes.set_xlim(0, 1.02 * max(x for of_method in ends.values() for x, _ in of_method))
     axes.set_xlabel("optimizer steps", loc="right")
-    drawing.headings(axes, title, "loss, nats per learned token")
-    drawing.label_lines(axes, [(float(np.mean(end)), label(m), styles[m].color) for m, end in ends.items()])
-
-
-def plot_throughput(runs: pd.DataFrame, styles: Styles) -> list[Panel]:
-    """Return one panel with a row per model and method.
-
-    Each run has a dot at the median tokens per second of its steps, and a bar between the quartiles.
-    """
-    rows = runs.drop_duplicates("run_path").dropna(subset="tokens_per_second")
-    if rows.empty:
-        return []
-    rows = rows.assign(parameters=rows["parameters"].fillna(0), method=rows["run_method"])
-    rows = rows.assign(order=rows["method"].map(method_order))
-    rows = rows.sort_values(["parameters", "model", "order"], kind="stable")
-    bars = [cells for _, cells in rows.groupby(["parameters", "model", "method"], sort=False)]
-    num_models = rows.groupby(["parameters", "model"]).ngroups
-    size = (6.0, 0.85 + 0.2 * (1.4 * num_models + len(bars)))
-    text = "Training throughput in tokens per second, for each model and method"
-    return [Panel(text, partial(_draw_throughput, bars, styles), size)]
-
-
-def _draw_throughput(bars: list[pd.DataFrame], styles: Styles, axes: Axes) -> None:
-    names = pd.concat([cells.head(1) for cells in bars])
-    for y, cells in zip(_label_rows(axes, names, 1.0, styles), bars, strict=True):
-        style = styles[cells["method"].iat[0]]
-        nudges = drawing.dodge_labels([y] * len(cells), min(0.18, 0.6 / len(cells)))
-        quartiles = cells["tokens_per_second_q1"], cells["tokens_per_second_q3"]
-        axes.hlines(nudges, *quartiles, color=style.color, linewidth=1.2, alpha=0.5)
-        drawing.draw_dots(axes, cells["tokens_per_second"], nudges, style, s=20)
-    low = min(cells["tokens_per_second_q1"].min() for cells in bars)
-    high = max(cells["tokens_per_second_q3"].max() for cells in bars)
-    drawing.value_axis(axes, "x", low, high, (0, 1.08 * high or 1.0), log_margin=1.5, bins=6)
-    axes.xaxis.set_major_formatter(_COUNT)
-    axes.grid(True, axis="both")
-    axes.set_xlabel("tokens per second", loc="right", color=MUTED)
-    quantity = "dot: median over the steps of a run; bar: between the quartiles"
-    drawing.headings(axes, "Training throughput", quantity)
+    scale = " (log scale)" if axes.get_yscale() == "log" else ""
+    drawing.headings(axes, title, f"loss, nats per learned token{scale}")
+    places = {method: np.mean(of_method, axis=0) for method, of_method in ends.items()}
+    drawing.label_lines(axes, [(at[0], at[1], label(m), styles[m].color) for m, at in places.items()])
 
 
 def plot_error_types(error_types: pd.DataFrame, styles: Styles) -> list[Panel]:
@@ -256,24 +228,25 @@ def plot_error_types(error_types: pd.DataFrame, styles: Styles) -> list[Panel]:
         + ", ".join(f"{LABELS[name]} {100 * bar[name]:.0f} %" for name in (RIGHT, *ERROR_TYPES) if bar[name])
         for bar in shares.to_dict("records")
     ]
-    return _panels(shares, "What went wrong on {title}: {bars}", _draw_error_types, styles, height=(1.5, 1.0))
+    names: dict[str, Style] = drawing.error_type_styles()
+    legend = tuple((LABELS[name], names[name]) for name in (RIGHT, *ERROR_TYPES) if counts[name].any())
+    panels = _panels(
+        shares, "What went wrong on {title}: {bars}", _draw_error_types, styles, height=(0.9, 1.0)
+    )
+    return [replace(panel, legend=legend) for panel in panels]
 
 
 def _draw_error_types(title: str, bars: pd.DataFrame, styles: Styles, axes: Axes) -> None:
     y = _label_rows(axes, bars, 1.0, styles)
-    left = bars[list(ERROR_TYPES)].cumsum(axis=1).shift(axis=1, fill_value=0).assign(right=1 - bars[RIGHT])
-    for name in (*ERROR_TYPES, RIGHT):
+    names = [RIGHT, *ERROR_TYPES]
+    left = bars[names].cumsum(axis=1).shift(axis=1, fill_value=0)
+    for name in names:
         look: dict[str, Any] = {"color": drawing.error_type_styles()[name].color, "edgecolor": PAPER}
-        axes.barh(y, bars[name], left=left[name], height=0.72, linewidth=0.6, label=LABELS[name], **look)
+        axes.barh(y, bars[name], left=left[name], height=0.72, linewidth=0.6, **look)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.xaxis.set_major_formatter(_PERCENT)
-    below = offset_copy(axes.transAxes, fig=axes.get_figure(root=True), y=-16, units="points")
-    axes.legend(
-        loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=3, frameon=False, fontsize=7.5,
-        handlelength=1.0, handleheight=0.9, borderaxespad=0, columnspacing=1.4, labelcolor=MUTED,
-    )  # fmt: skip
-    drawing.headings(axes, title, "share of all problems: wrong by cause, then right")
+    drawing.headings(axes, title, "share of problems: right, then wrong", _LABELS)
 
 
 def plot_calculator(comparisons: pd.DataFrame, styles: Styles) -> list[Panel]:
@@ -294,7 +267,7 @@ def _draw_calculator(title: str, pairs: pd.DataFrame, styles: Styles, axes: Axes
     axes.set_xlim(0, min(1.0, 1.06 * highest))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.xaxis.set_major_formatter(_PERCENT)
-    drawing.headings(axes, title, "strict accuracy; filled: with the calculator, outlined: without")
+    drawing.headings(axes, title, "calculator on (filled) and off", _LABELS)
 
 
 def _label_rows(axes: Axes, cells: pd.DataFrame, step: float, styles: Styles) -> list[float]:
@@ -317,7 +290,7 @@ def _label_rows(axes: Axes, cells: pd.DataFrame, step: float, styles: Styles) ->
     axes.yaxis.set_major_locator(FixedLocator(list(y)))
     axes.set_yticklabels([shorten(label(method), 30) for method in cells["method"]])
     for tick, method in zip(axes.get_yticklabels(), cells["method"], strict=True):
-        tick.set_color(styles[method].color)
+        tick.set(color=styles[method].color, fontfamily=drawing.NAME_FONT)
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     return list(y)

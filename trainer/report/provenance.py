@@ -1,15 +1,32 @@
-"""Provenance of a report: settings and versions of the runs, and remarks on single runs."""
+"""Provenance of a report: date, cost, settings and versions of the runs, and remarks on single runs."""
 
+from datetime import UTC, datetime
 from typing import Any
 
+from trainer.report import format
 from trainer.report.columns import to_dicts
-from trainer.report.format import replace_unprintable
+from trainer.report.format import replace_unprintable, stop_text
 from trainer.report.load import StudyFrames
 from trainer.report.report_data import ReportData
+from trainer.report.run_files import first_integer
 
 Facts = dict[str, str]  # name of a setting, a version etc. -> its value as text
-# Keys of environment.json that the report shows. A report may be published, so hosts, commands and job ids are left out.
-_ENVIRONMENT = "versions python device launcher world_size threads_per_rank zero_stage dtype code_revision"
+# Key of environment.json -> name in the report. A report may be published, so hosts, commands and job ids are left out.
+_ENVIRONMENT = {
+    **{
+        "versions": "",
+        "python": "python",
+        "device": "device",
+        "processor": "processor",
+        "launcher": "started by",
+    },
+    **{"world_size": "processes", "threads_per_rank": "threads of a process", "zero_stage": "ZeRO stage"},
+    **{"dtype": "dtype", "code_revision": "code revision"},
+}
+_LAUNCHERS = {
+    **{"env": "the deepspeed launcher or torchrun", "slurm": "srun", "mpi": "mpiexec"},
+    "single": "no launcher, a single process",
+}
 # Training settings that affect the results and are not in the run's name. Settings that are False, 0 or empty are not shown.
 _SETTINGS = """
 per_device_train_batch_size gradient_accumulation_steps pack_length packing learning_rate lr_scheduler_type
@@ -34,8 +51,35 @@ def facts_by_run(study: StudyFrames) -> tuple[Facts, list[tuple[dict[str, Any], 
     return shared, own
 
 
+def totals(study: StudyFrames) -> Facts:
+    """Return date and cost of all runs: the newest results.json, time of training and evaluation, and number of resumes."""
+    runs, evaluations = to_dicts(study.runs.drop_duplicates("run_path")), study.evaluations
+    resumes = [_num_resumes(run) for run in runs if _num_resumes(run)]
+    facts = {
+        "training, summed over runs": format.seconds(sum(run["training_seconds"] for run in runs)),
+        "evaluation, summed over runs": format.seconds(evaluations["evaluation_seconds"].sum()),
+        "resumed": f"{len(resumes)} of {len(runs)} runs, {sum(resumes)} times in all"
+        if resumes
+        else "no run",
+    }
+    if not evaluations.empty:
+        newest = datetime.fromtimestamp(
+            max(path.stat().st_mtime for path in evaluations["results_path"]), UTC
+        )
+        facts = {"newest results.json": f"{newest:%Y-%m-%d %H:%M} UTC, by the file's time", **facts}
+    return facts
+
+
+def _num_resumes(run: dict[str, Any]) -> int:
+    """Return how often a training was resumed from a checkpoint; at least 1 if steps were undone."""
+    return max(first_integer(run["environment"].get("num_resumes"), 0) or 0, int(run["undone_steps"] > 0))
+
+
 def _rows_by_run(study: StudyFrames) -> list[list[dict[str, Any]]]:
-    return [to_dicts(rows) for _, rows in study.runs.groupby("run_path", sort=False)]
+    rows_by_run: dict[Any, list[dict[str, Any]]] = {}
+    for row in to_dicts(study.runs):
+        rows_by_run.setdefault(row["run_path"], []).append(row)
+    return list(rows_by_run.values())
 
 
 def _facts(rows: list[dict[str, Any]]) -> Facts:
@@ -52,7 +96,11 @@ def _facts(rows: list[dict[str, Any]]) -> Facts:
             facts.pop("num_train_epochs", None)
         if "deepspeed" in facts:  # in `environment`, the key "deepspeed" holds DeepSpeed's version
             facts["DeepSpeed config"] = facts.pop("deepspeed")
-        recorded = {name: environment[name] for name in _ENVIRONMENT.split() if name in environment}
+        recorded = {shown: environment[name] for name, shown in _ENVIRONMENT.items() if name in environment}
+        if "started by" in recorded:
+            recorded["started by"] = _LAUNCHERS.get(recorded["started by"], recorded["started by"])
+        if recorded.get("device") in (recorded.get("processor"), "cpu", "x86_64"):
+            recorded.pop("device", None)  # the processor's name says more
         facts = _flatten(facts | recorded)
         layout = environment.get("layout")
         if isinstance(layout, dict):  # older versions did not record the layout
@@ -102,6 +150,7 @@ def remarks(data: ReportData) -> list[tuple[str, str]]:
         counted = {
             "unreadable lines in the training log, cut by a kill and left out": run["broken_metrics_lines"],
             "steps undone and trained again after a resume": run["undone_steps"],
+            "times resumed from a checkpoint": _num_resumes(run),
             "steps without a finite loss": run["non_finite_losses"],
         }
         remarks += [(run["run"], f"{text}: {number}") for text, number in counted.items() if number]
@@ -119,7 +168,7 @@ def remarks(data: ReportData) -> list[tuple[str, str]]:
             if answers is not None:
                 stopped = answers["stopped"][answers["stopped"] != ""].value_counts().sort_index()
                 notes += [
-                    f"answers cut at {replace_unprintable(reason)}: {n}" for reason, n in stopped.items()
+                    f"answers {stop_text(replace_unprintable(reason))}: {n}" for reason, n in stopped.items()
                 ]
                 if answers["error_type"].isna().any():
                     notes.append("predictions without gold steps, of an older version: no causes, no quality")

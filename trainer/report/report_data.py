@@ -17,7 +17,8 @@ _RESULTS = [
     *("problems", "data", "split", "mode", "calculator", "temperature", "stopped_at"),
     *(f"{rule}_{number}" for rule in ANSWER_RULES for number in ("correct", "accuracy", "low", "high")),
     *("n", "unfinished_generations", "generated_tokens", "calculator_results_given", "evaluation_seconds"),
-    *("training_steps", "learned_tokens", "final_loss", "tokens_per_second", "training_seconds"),
+    *("training_steps", "learned_tokens", "final_loss", "late_loss_fall", "tokens_per_second"),
+    "training_seconds",
     *("broken_metrics_lines", "non_finite_losses", "missing"),
 ]
 _ESTIMATE = ["mean", "low", "high", "standard_error", "n", "num_seeds"]
@@ -25,6 +26,8 @@ _ESTIMATE = ["mean", "low", "high", "standard_error", "n", "num_seeds"]
 
 class ReportData:
     """All frames and headlines of a report. The function that computes a frame documents the frame's columns.
+
+    `summary` also has the column is_best (summary.best_methods). `certainty` has a list of sentences for each panel.
 
     `max_examples`: maximum number of predictions that the report shows. `bertscore_model`: local folder; "" means no
     BERTScore. The constructor raises UserError if predictions are damaged or the BERTScore model is missing.
@@ -46,10 +49,16 @@ class ReportData:
         self.subquestions = summary.question_quality(self.evaluations, quality)
         self.comparisons = paired_tests.compare_methods(self.evaluations, answers)
         self.calculators = paired_tests.compare_calculators(self.evaluations, answers)
-        self.uncertainty = summary.uncertainty(self.summary, self.comparisons)
+        self.pairs = pairs = summary.compared_pairs(self.comparisons)
+        self.summary["is_best"] = summary.best_methods(self.summary, pairs)
+        self.uncertainty = summary.uncertainty(self.summary, pairs)
         self.fits = scaling.fit_curves(self.evaluations, answers)
-        panels = self.summary.groupby("panel", sort=False)
-        self.headlines = [summary.headline_parts(cells) for _, cells in panels]
+        panels = [
+            (cells, pairs[pairs["panel"] == title])
+            for title, cells in self.summary.groupby("panel", sort=False)
+        ]
+        self.headlines = [summary.headline_parts(*panel) for panel in panels]
+        self.certainty = [[*summary.contrasts(*panel), summary.seed_spread(panel[0])] for panel in panels]
         self.paper_tables = comparison.paper_tables(self.evaluations, self.summary)
 
 

@@ -1,13 +1,14 @@
 """Summaries of a study: accuracies over seeds, error types, quality of sub-questions, uncertainty, headlines."""
 
 import itertools
+import math
 from typing import Any
 
 import pandas as pd
 
 from trainer.report import format
 from trainer.report.error_types import ERROR_TYPES, RIGHT
-from trainer.report.methods import label
+from trainer.report.methods import label, method_order
 from trainer.report.statistics import estimates, half_width, wilson_interval
 
 # A cell: the evaluations with the same panel, model and method. Their seeds differ.
@@ -16,7 +17,7 @@ CELL_KEYS = ["panel", "model", "parameters", "method"]
 EVALUATION_KEYS = ["panel", "model", "parameters", "total_parameters", "method", "seed"]
 SIGNIFICANCE_LEVEL = 0.05
 _MANY_PROBLEMS = 1000  # with at least this many problems, headlines show one decimal
-_MAX_NAMED = 3  # maximum number of pairs of overlapping intervals that a headline names
+_MAX_NAMED = 2  # maximum number of pairs of methods that a headline names
 
 
 def summarise(evaluations: pd.DataFrame) -> pd.DataFrame:
@@ -69,81 +70,157 @@ def question_quality(evaluations: pd.DataFrame, quality: pd.DataFrame) -> pd.Dat
     return rows.assign(right_number_share=rows["right_number"] / rows["n"], low=low, high=high)
 
 
-def headline_parts(panel: pd.DataFrame) -> dict[str, Any]:
+def compared_pairs(comparisons: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per panel, model and pair of methods that was tested, over all seeds.
+
+    Columns: panel, model, parameters, first, second; names, the pair (first, second); difference, accuracy of the second
+    minus accuracy of the first, mean over the seeds; p_min and p_max, the smallest and largest p-value (Holm) over them;
+    better, the method that is significantly better with every seed (p below SIGNIFICANCE_LEVEL), or "" without one.
+    """
+    keys = ["panel", "model", "parameters", "first", "second"]
+    tested = comparisons[comparisons["p_holm"].notna()]
+    difference = (tested["only_second"] - tested["only_first"]) / tested["n"]
+    winner = tested["second"].where(difference > 0, tested["first"])
+    winner = winner.where(tested["p_holm"] < SIGNIFICANCE_LEVEL, "")
+    tested = tested.assign(winner=winner, difference=difference)
+    groups = tested.groupby(keys, sort=False)
+    pairs = groups.agg(difference=("difference", "mean"), p_min=("p_holm", "min"), p_max=("p_holm", "max"))
+    pairs["better"] = groups["winner"].agg(lambda winners: winners.iat[0] if winners.nunique() == 1 else "")
+    pairs = pairs.reset_index()
+    return pairs.assign(names=list(zip(pairs["first"], pairs["second"], strict=True)))
+
+
+def best_methods(summary: pd.DataFrame, pairs: pd.DataFrame) -> pd.Series:
+    """Return whether each row of summarise() is significantly better than all other methods of its panel and model.
+
+    `pairs`: rows of compared_pairs(). A method that was not compared with every other one is never the best.
+    """
+    wins = pairs.groupby(["panel", "parameters", "model", "better"]).size()
+    cells = ["panel", "parameters", "model"]
+    rivals = summary.groupby(cells)["method"].transform("size") - 1
+    keys = summary[[*cells, "method"]].itertuples(index=False, name=None)
+    return (pd.Series([wins.get(key, 0) for key in keys], summary.index) == rivals) & (rivals > 0)
+
+
+def headline_parts(panel: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, Any]:
     """Return a panel's headline as a dict with the keys lead, findings, tail and verdict.
 
-    lead, tail and verdict are texts. findings is a list of (method, accuracy, interval) for one model of the panel: the
+    lead, tail and verdict are texts. findings is a list of (method, note, accuracy, interval) for one model of the panel: the
     largest model that has results for several methods, or the largest model if there is no such model. `panel`: rows of
-    summarise().
+    summarise(). `pairs`: rows of compared_pairs() of the panel.
     """
     models = panel.groupby(["parameters", "model"])["method"].size()
     size, model = (models[models > 1] if (models > 1).any() else models).index[-1]
     cells = panel[(panel["parameters"] == size) & (panel["model"] == model)]
     cells = cells.sort_values("mean", ascending=False, kind="stable")
-    smallest, largest, seeds = cells["n"].min(), cells["n"].max(), cells["num_seeds"].max()
-    digits = 1 if smallest >= _MANY_PROBLEMS else 0
-    n = f"n = {smallest}" if smallest == largest else f"n = {smallest} to {largest}"
+    digits = 1 if cells["n"].min() >= _MANY_PROBLEMS else 0
+    seeds = _range(cells["num_seeds"])
+    findings = []
+    for cell in cells.itertuples():
+        is_pair = cell.total_parameters == 2 * size
+        note = (
+            f"(two models of {format.count(size)})"
+            if is_pair
+            else f"({format.count(cell.total_parameters)} in all)"
+        )
+        numbers = format.percent(cell.mean, digits), format.interval(cell.low, cell.high, digits)
+        findings.append((cell.method, note if cell.total_parameters != size else "", *numbers))
     return {
-        "lead": f"On {panel['panel'].iat[0]}, with {format.count(size)} parameters:",
-        "findings": [
-            (cell.method, format.percent(cell.mean, digits), format.interval(cell.low, cell.high, digits))
-            for cell in cells.itertuples()
-        ],
-        "tail": f"({n}{f', mean of {seeds} seeds' if seeds > 1 else ''})",
-        "verdict": _verdict(cells),
+        "lead": f"On {_range(cells['n'])} problems of {panel['panel'].iat[0]}, models of {format.count(size)} parameters:",
+        "findings": findings,
+        "tail": "One training seed" if seeds == "1" else f"Mean of {seeds} training seeds",
+        "verdict": _verdict(pairs[(pairs["parameters"] == size) & (pairs["model"] == model)]),
     }
 
 
 def headline_text(parts: dict[str, Any]) -> str:
     """Return the result of headline_parts() as one line."""
-    findings = ", ".join(
-        f"{label(method)} {accuracy} {low_high}" for method, accuracy, low_high in parts["findings"]
+    findings = ", ".join(" ".join(filter(None, (label(name), *texts))) for name, *texts in parts["findings"])
+    return f"{parts['lead']} {findings}. {parts['tail']}. {parts['verdict']}".strip()
+
+
+def _range(numbers: pd.Series) -> str:
+    return " to ".join(map(str, sorted({numbers.min(), numbers.max()})))
+
+
+def _verdict(pairs: pd.DataFrame) -> str:
+    """Return a sentence about the significance of the differences between the methods of one model."""
+    weak = pairs[pairs["better"] == ""]
+    if pairs.empty or len(weak) in (0, len(pairs)):
+        return (
+            ""
+            if pairs.empty
+            else f"{'No difference is' if len(weak) else 'All differences are'} significant."
+        )
+    unclear = set().union(*weak["names"])
+    clear = set().union(*pairs["names"]) - unclear
+    if len(clear) == 1 and len(weak) == math.comb(len(unclear), 2):
+        return f"{label(*clear)} differs significantly from every other method; the others do not differ significantly."
+    if len(weak) > _MAX_NAMED:
+        return f"{len(pairs) - len(weak)} of the {len(pairs)} differences are significant."
+    named = (f"{label(first)} and {label(second)}" for first, second in weak["names"])
+    return f"All differences are significant, except between {', and between '.join(named)}."
+
+
+def contrasts(panel: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
+    """Return a sentence per pair of neighbouring methods: at which sizes one is significantly better than the other.
+
+    Methods are in display order, so the neighbours of answer_only, cot, socratic and a pair of models differ by one thing.
+    `panel`, `pairs`: as in headline_parts().
+    """
+    texts = []
+    for first, second in itertools.pairwise(sorted(panel["method"].unique(), key=method_order)):
+        rows = pairs[(pairs["first"] == first) & (pairs["second"] == second)].sort_values("parameters")
+        sizes = {better: list(of.map(format.count)) for better, of in rows.groupby("better")["parameters"]}
+        named = {
+            better: "every size" if len(of) == len(rows) > 1 else _join(of) for better, of in sizes.items()
+        }
+        parts = [
+            f"{label(better)} is significantly better than {label(other)} at {named[better]}"
+            for better, other in ((second, first), (first, second))
+            if better in named
+        ]
+        if "" in named:
+            at_no_size = f"{label(second)} and {label(first)} differ significantly at no size"
+            parts.append(f"no significant difference at {named['']}" if parts else at_no_size)
+        texts += ["; ".join(parts) + "."] if parts else []
+    return texts
+
+
+def _join(words: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def seed_spread(panel: pd.DataFrame) -> str:
+    """Return a sentence about the largest difference between the seeds of a cell. `panel`: rows of summarise()."""
+    several = panel[panel["num_seeds"] > 1]
+    if several.empty:
+        return "Every training has one seed, so the differences between training seeds are unknown."
+    spreads = several["accuracies"].map(lambda accuracies: 100 * (max(accuracies) - min(accuracies)))
+    widest = several.loc[spreads.idxmax()]
+    low, high = (format.percent(extreme(widest["accuracies"]), 0) for extreme in (min, max))
+    sizes = _join(list(several["parameters"].drop_duplicates().map(format.count)))
+    return (
+        f"At {sizes} parameters there are {_range(several['num_seeds'])} training seeds. They differ most for "
+        f"{label(widest['method'])}: {low} to {high}."
     )
-    return f"{parts['lead']} {findings} {parts['tail']}. {parts['verdict']}".strip()
 
 
-def _verdict(cells: pd.DataFrame) -> str:
-    pairs = list(itertools.combinations(cells.itertuples(), 2))
-    overlapping = [
-        (label(a.method), label(b.method)) for a, b in pairs if a.low <= b.high and b.low <= a.high
-    ]
-    if not pairs:
-        return ""
-    if len(pairs) == 1:
-        return f"The two 95 % intervals {'overlap' if overlapping else 'do not overlap'}."
-    if not overlapping:
-        return "No two of the 95 % intervals overlap."
-    if len(overlapping) == len(pairs):
-        return "All of the 95 % intervals overlap one another."
-    if len(overlapping) > _MAX_NAMED:
-        return f"{len(overlapping)} of the {len(pairs)} pairs of 95 % intervals overlap."
-    named = ", and of ".join(f"{a} and {b}" for a, b in overlapping)
-    return f"The 95 % intervals of {named} overlap; no others do."
-
-
-def uncertainty(summary: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFrame:
+def uncertainty(summary: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     """Return a row per panel: the uncertainty of the best accuracy, and the differences that are not significant.
 
     Columns: panel; n and accuracy of the best cell; half_width, half the width of the 95 % Wilson interval of this
     accuracy, as a fraction; worst_half_width, the half-width for an accuracy of 50 %; not_significant, a list with a text
-    for each pair of methods whose p-value (Holm; the largest over the seeds) is at least SIGNIFICANCE_LEVEL; num_pairs,
-    the number of tested pairs.
+    for each pair of methods of which none is significantly better with every seed; num_pairs, the number of tested pairs.
     """
     rows = []
     for title, cells in summary.groupby("panel", sort=False):
         best = cells.loc[cells["mean"].idxmax()]
         accuracy, n = min(float(best["mean"]), 1.0), int(best["n"])
-        tested = comparisons[(comparisons["panel"] == title) & comparisons["p_holm"].notna()]
-        pairs = tested.groupby(["parameters", "model", "first", "second"], sort=False)["p_holm"]
-        p_values = pairs.agg(["min", "max"])
-        means = cells.set_index(["parameters", "model", "method"])["mean"]
-        not_significant = [
-            _describe_pair(means, pair, low, high)
-            for pair, (low, high) in zip(p_values.index, p_values.to_numpy(), strict=True)
-            if high >= SIGNIFICANCE_LEVEL
-        ]
+        of_panel = pairs[pairs["panel"] == title]
+        not_significant = [_describe_pair(pair) for pair in of_panel.itertuples() if not pair.better]
         widths = half_width(accuracy, n), half_width(0.5, n)
-        rows.append((title, n, accuracy, *widths, not_significant, len(p_values)))
+        rows.append((title, n, accuracy, *widths, not_significant, len(of_panel)))
     names = ["panel", "n", "accuracy", "half_width", "worst_half_width", "not_significant", "num_pairs"]
     return pd.DataFrame(rows, columns=names)
 
@@ -151,14 +228,13 @@ def uncertainty(summary: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFram
 def uncertainty_text(row: dict[str, Any]) -> str:
     """Return a sentence with the half-widths of one row of uncertainty()."""
     return (
-        f"{row['panel']}: with {row['n']} problems {format.percent(row['accuracy'], 0)} means ± "
-        f"{100 * row['half_width']:.1f} points at 95 % (± {100 * row['worst_half_width']:.1f} at 50 %)."
+        f"With {row['n']} problems, {format.percent(row['accuracy'], 0)} means ± "
+        f"{100 * row['half_width']:.1f} points, and 50 % ± {100 * row['worst_half_width']:.1f} (95 % interval)."
     )
 
 
-def _describe_pair(means: pd.Series, pair: tuple[int, str, str, str], low: float, high: float) -> str:
-    size, model, first, second = pair
-    difference = f"{100 * abs(means[size, model, first] - means[size, model, second]):.1f} points"
-    texts = [format.p_value(low), format.p_value(high)]
+def _describe_pair(pair: Any) -> str:
+    difference = f"{100 * abs(pair.difference):.1f} points"
+    texts = [format.p_value(pair.p_min), format.p_value(pair.p_max)]
     p = texts[0] if texts[0] == texts[1] else " to ".join(texts)
-    return f"{model}, {label(first)} and {label(second)}: {difference}, p (Holm) {p}"
+    return f"{pair.model}, {label(pair.first)} and {label(pair.second)}: {difference}, p (Holm) {p}"
