@@ -12,13 +12,15 @@ MINUTES ?= 20
 STUDY := $(VENV)/.study
 READY := $(VENV)/.ready
 PEERS := .venv-peers
+RUN_STUDY = $(BIN)/python tools/study.py run studies/quickstart.yaml
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	echo "Python 3.11 or newer is needed, and $(PYTHON) is not; run make with PYTHON=/path/to/python3.11"; exit 1; }
 
 .PHONY: study bench test unit distributed cluster test-slow test-models docs faults soak lint format types clean
 
+# Ctrl-C reaches the shell, too: with the trap the shell waits until the study has saved, and exit status 130 is no error.
 study: $(STUDY)
-	$(BIN)/python tools/study.py run studies/quickstart.yaml
+	@trap : INT; echo $(RUN_STUDY); $(RUN_STUDY) || test $$? -eq 130
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)

@@ -1,6 +1,6 @@
 """Convert a ZeRO checkpoint to a Hugging Face folder: python tools/convert_checkpoint.py RUN"""
 
-from trainer.commands.convert_checkpoint import main
+from trainer.commands.main import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("convert_checkpoint")

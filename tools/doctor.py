@@ -1,6 +1,6 @@
 """Check that this machine, or every node of a job, can train: python tools/doctor.py (or with srun, mpiexec, deepspeed)."""
 
-from trainer.commands.doctor import main
+from trainer.commands.main import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("doctor")

@@ -1,6 +1,6 @@
 """Write a report of finished runs: python tools/plot_scaling.py runs/quickstart"""
 
-from trainer.commands.plot_scaling import main
+from trainer.commands.main import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("plot_scaling")

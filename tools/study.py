@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from trainer.commands.study import main
+from trainer.commands.main import run_command
 
 if __name__ == "__main__":
-    main(scripts_dir=Path(os.path.relpath(Path(__file__).parent)))
+    run_command("study", scripts_dir=Path(os.path.relpath(Path(__file__).parent)))

@@ -26,7 +26,7 @@ from trainer.training.batches import PackedDataset
 from trainer.zero.checksum_reader import ChecksumReader
 from trainer.zero.optimizer_state import read_optimizer_state
 
-_MEASURED = {"seconds", "tokens_per_second", "mfu", "memory_bytes"}
+_MEASURED = {"seconds", "run_seconds", "tokens_per_second", "mfu", "memory_bytes"}
 
 
 def trajectory(run: RunDirectory) -> tuple[dict[int, dict], dict[int, dict]]:

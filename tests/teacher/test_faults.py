@@ -19,7 +19,9 @@ from tests.teacher.scripted_endpoint import Reply, chat, serving
 from tests.teacher.test_annotate import lines, result_of, settings, summary_of
 from trainer.errors import UserError
 from trainer.problems.problem import Problem
+from trainer.runtime.exit_codes import EXIT_INTERRUPTED
 from trainer.runtime.process_group import free_port
+from trainer.runtime.terminal import INTERRUPTED
 from trainer.storage.run_directory import AnnotationDirectory
 from trainer.teacher.annotate import annotate
 from trainer.teacher.prompts import solution_text
@@ -177,6 +179,31 @@ def test_no_server(data_file: Path, host: str) -> None:
     with pytest.raises(UserError, match=r"no endpoint at .*start the server, or correct base_url"):
         annotate(settings(data_file, f"http://{host}:{free_port()}/v1"))
     assert not responses(data_file) and not result_of(data_file).exists()
+
+
+def test_ctrl_c_ends_a_run_with_one_line(data_file: Path, solved_problems: Solved) -> None:
+    def script(question: str, attempt: int, prompt: str) -> Reply:
+        reply = correct(solved_problems, question)
+        reply.seconds = 0.5
+        return reply
+
+    with serving(script) as endpoint:
+        command = [sys.executable, "tools/annotate.py", "--data", "jsonl", "--data_path", str(data_file)]
+        command += ["--split", "mine", "--output_dir", str(data_file.parent / "out"), "--concurrency", "2"]
+        command += ["--base_url", endpoint.url, "--model", "m"]
+        environment = {**os.environ, "OPENAI_API_KEY": KEY}
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+        deadline = time.monotonic() + 120
+        while len(_whole_lines(data_file)) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output.splitlines()[1:]) == (EXIT_INTERRUPTED, [INTERRUPTED])
+    assert 2 <= len(_whole_lines(data_file)) < 12
 
 
 def test_a_killed_run_requests_no_response_twice(data_file: Path, solved_problems: Solved) -> None:

@@ -19,7 +19,7 @@ from trainer.study import checks
 
 ROOT = Path(__file__).parents[2]
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
-NOT_COMMANDS = {"__init__", "__main__", "main", "command_line", "extras"}
+NOT_COMMANDS = {"__init__", "__main__", "main", "command_line", "extras", "launcher", "next_command"}
 REQUIRED = ["--train_shards", "s", "--output_dir", "o", "--config_name", "c"]
 
 

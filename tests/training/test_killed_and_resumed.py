@@ -74,6 +74,9 @@ def test_losses_are_those_of_the_undisturbed_run(folder: Path, stage: int) -> No
     assert [step["grad_norm"] for step in killed] == [step["grad_norm"] for step in undisturbed]
     lines = RunDirectory(folder / "killed" / str(stage)).metrics.read_text().splitlines()
     assert len(lines) > STEPS  # steps were repeated
+    for name, num_resumes in (("undisturbed", 0), ("killed", 1)):
+        environment = json.loads(RunDirectory(folder / name / str(stage)).environment.read_text())
+        assert environment["num_resumes"] == num_resumes and environment["processor"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from trainer.commands import next_command
 from trainer.commands.command_line import command
 from trainer.commands.extras import needs_extra
 from trainer.runtime import terminal
@@ -29,7 +30,8 @@ def main(settings: AnnotateSettings) -> None:
         print_dry_run(settings)
     else:
         terminal.redirect_library_output(AnnotationDirectory(Path(settings.output_dir)).logs, "annotate")
-        annotate(settings)
+        if annotate(settings):
+            next_command.print_next(next_command.after_annotate(settings.output_dir, settings.split))
 
 
 if __name__ == "__main__":

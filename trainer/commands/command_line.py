@@ -13,6 +13,7 @@ from trainer.runtime import terminal
 from trainer.storage.configuration import did_you_mean, from_dict, rename_old_keys
 
 Settings = TypeVar("Settings")
+_NUM_GPUS_HELP = "start N ranks on this machine with DeepSpeed's launcher (N processes if there are no GPUs)"
 
 
 def parse(cls: type[Settings], description: str, arguments: list[str] | None = None) -> Settings:
@@ -21,9 +22,16 @@ def parse(cls: type[Settings], description: str, arguments: list[str] | None = N
     `--local_rank N`, which DeepSpeed's launcher adds, is accepted and ignored: the rank is read from the environment. For an
     invalid flag, value or file, prints one error message and exits with status 2.
     """
-    parser = _parser(cls, description)
+    return _parse(_parser(cls, description), cls, arguments)[0]
+
+
+def _parse(
+    parser: argparse.ArgumentParser, cls: type[Settings], arguments: list[str] | None = None
+) -> tuple[Settings, int | None]:
+    """Return the settings, and the value of --num_gpus if the parser has this flag and it is set."""
     flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     flags.pop("local_rank", None)
+    num_gpus = flags.pop("num_gpus", None)
     config = flags.pop("config", None)
     try:
         values = read_yaml(Path(config)) if config else {}
@@ -31,21 +39,32 @@ def parse(cls: type[Settings], description: str, arguments: list[str] | None = N
         rename_old_keys(cls, values, str(config), terminal.deprecation)
         rename_old_keys(cls, flags, "flags", terminal.deprecation)
         where = f"{config} and flags" if config else "flags"
-        return from_dict(cls, {**values, **flags}, where)
+        return from_dict(cls, {**values, **flags}, where), num_gpus
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def command(
-    cls: type[Settings], description: str
+    cls: type[Settings], description: str, launches_as: str = ""
 ) -> Callable[[Callable[[Settings], object]], Callable[[], None]]:
-    """Return a decorator for a function with one argument of type `cls`. The decorated function parses it from the flags."""
+    """Return a decorator for a function with one argument of type `cls`. The decorated function parses it from the flags.
+
+    `launches_as`: name of the command if it has the flag --num_gpus, which starts it on several ranks.
+    """
 
     def decorate(run: Callable[[Settings], object]) -> Callable[[], None]:
         def main() -> None:
-            settings = parse(cls, description)
-            terminal.run_main(lambda: run(settings))
+            parser = _parser(cls, description)
+            if launches_as:
+                parser.add_argument("--num_gpus", type=int, metavar="N", help=_NUM_GPUS_HELP)
+            settings, num_gpus = _parse(parser, cls)
+            if num_gpus is None:
+                terminal.run_main(lambda: run(settings))
+            else:
+                from trainer.commands.launcher import launch_ranks
+
+                terminal.run_main(lambda: launch_ranks(launches_as, settings, num_gpus))
 
         return main
 

@@ -1,5 +1,6 @@
 """`socratic convert_checkpoint`: convert a ZeRO checkpoint to a Hugging Face folder."""
 
+from trainer.commands import next_command
 from trainer.commands.command_line import command
 from trainer.runtime import startup
 from trainer.settings import ConvertSettings
@@ -17,7 +18,9 @@ def main(settings: ConvertSettings) -> None:
     startup.pause_gc()
     from trainer.export.convert import convert
 
-    convert(settings)
+    export = convert(settings)
+    if not settings.dry_run:
+        next_command.print_next(next_command.after_convert(export))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`socratic evaluate`: generate answers with one or several models and score them."""
 
+from trainer.commands import next_command
 from trainer.commands.command_line import command
 from trainer.runtime import distributed, restarts, startup, terminal
 from trainer.runtime.stop_request import StopRequest
@@ -31,7 +32,7 @@ are in a run directory of their own, <data>.iterative_interleaved.<model>.s<seed
 same command again after an interruption: finished answers are kept."""
 
 
-@command(EvaluateSettings, DESCRIPTION)
+@command(EvaluateSettings, DESCRIPTION, launches_as="evaluate")
 def main(settings: EvaluateSettings) -> None:
     startup.pause_gc()
     StopRequest().install_signal_handlers()
@@ -45,6 +46,7 @@ def main(settings: EvaluateSettings) -> None:
     from trainer.evaluation.evaluate import evaluate
 
     evaluate(settings)
+    next_command.print_next(next_command.after_evaluate(directory))
 
 
 if __name__ == "__main__":

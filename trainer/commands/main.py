@@ -2,9 +2,9 @@
 
 import importlib
 import sys
+from typing import Any
 
 from trainer import __version__
-from trainer.storage.configuration import did_you_mean
 
 # These summaries are not read from the modules' docstrings, because importing every module would make `--help` slow.
 COMMANDS = {
@@ -31,11 +31,26 @@ def main() -> None:
         return
     name = arguments[0]
     if name not in COMMANDS:
+        from trainer.storage.configuration import did_you_mean
+
         hint = did_you_mean(name, COMMANDS)
         print(f"socratic: error: there is no command {name!r}{hint}; see socratic --help", file=sys.stderr)
         raise SystemExit(2)
     sys.argv = [f"socratic {name}", *arguments[1:]]
-    importlib.import_module(f"trainer.commands.{name}").main()
+    run_command(name)
+
+
+def run_command(name: str, **arguments: Any) -> None:
+    """Import trainer/commands/NAME.py and call its main function with `arguments`.
+
+    Ctrl-C ends the process with one line, even during this import. So this module imports nothing that takes time.
+    """
+    try:
+        importlib.import_module(f"trainer.commands.{name}").main(**arguments)
+    except KeyboardInterrupt:
+        from trainer.runtime import terminal
+
+        terminal.exit_interrupted()
 
 
 def _help() -> str:

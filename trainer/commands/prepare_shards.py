@@ -1,5 +1,6 @@
 """`socratic prepare_shards`: tokenize problems once, for all methods."""
 
+from trainer.commands import next_command
 from trainer.commands.command_line import command
 from trainer.runtime import startup
 from trainer.settings import PrepareSettings
@@ -23,7 +24,8 @@ def main(settings: PrepareSettings) -> None:
         startup.pause_gc()
         from trainer.shards.prepare import prepare
 
-        prepare(settings)
+        shards = prepare(settings)
+        next_command.print_next(next_command.after_prepare(settings, shards.facts))
 
 
 if __name__ == "__main__":

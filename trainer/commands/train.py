@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from trainer.commands import next_command
 from trainer.commands.command_line import command
 from trainer.runtime import restarts, startup, terminal
 from trainer.runtime.stop_request import StopRequest
@@ -14,13 +15,14 @@ DESCRIPTION = """Train one model on one shard directory by one method.
   deepspeed --num_gpus 2 tools/train.py --train_shards shards/gsm8k-train --method socratic \\
       --model_name_or_path gpt2 --deepspeed ds_configs/zero2.json --output_dir runs/mine/gsm8k.socratic.gpt2.s0
   deepspeed --num_gpus 2 --module trainer.commands.train ...    (without the repository)
+  socratic train --num_gpus 2 ...    (starts the deepspeed launcher without its messages)
   socratic train ...    mpiexec -n 2 socratic train ...    srun socratic train ...
 
 Run the same command again to resume from the latest valid checkpoint.
 On a machine without GPUs, --num_gpus is the number of processes."""
 
 
-@command(TrainSettings, DESCRIPTION)
+@command(TrainSettings, DESCRIPTION, launches_as="train")
 def main(settings: TrainSettings) -> None:
     if settings.dry_run:
         from trainer.planning.command import dry_run
@@ -41,6 +43,7 @@ def main(settings: TrainSettings) -> None:
         validation = ValidationLoss(settings.eval_shards, settings.eval_max_problems)
     if not train(settings, validation, stop):
         terminal.exit_for_requeue()
+    next_command.print_next(["convert_checkpoint", settings.output_dir])
 
 
 if __name__ == "__main__":

@@ -84,9 +84,10 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "identity": fingerprint,
     }
     results = _on_rank_0(lambda: _write_results(job, [*files, *new_files], ids, description))
+    since_resumed = " since it was resumed" if solved else ""
     terminal.info(
-        f"{accuracy_text(results['accuracy'])}; {results['generated_tokens']} tokens in "
-        f"{terminal.duration_text(results['seconds'])}; {job.directory.results}"
+        f"{accuracy_text(results['accuracy'])}; {results['generated_tokens']:,} generated tokens; "
+        f"{terminal.duration_text(results['seconds'])}{since_resumed}; {job.directory.results}"
     )
     return results
 

@@ -147,7 +147,8 @@ def _stream(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     size = terminal.size_text(_weight_bytes(shards))
-    terminal.info(f"exported {source.path} to {final} ({size}, {dtype_name})")
+    sizes = f"{facts['num_parameters']:,} parameters, {size}, {dtype_name}"
+    terminal.info(f"exported {source.path} to {final}: {sizes}")
 
 
 def _write_weights(

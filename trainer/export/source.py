@@ -67,10 +67,11 @@ def output_directory(source: CheckpointSource, output_dir: str) -> Path:
     """Return `output_dir`. If it is "", return the run's export folder, or raise UserError if the checkpoint is not in a run."""
     if output_dir:
         return Path(output_dir)
-    run = RunDirectory(source.path.absolute().parent.parent)
-    if run.checkpoints != source.path.absolute().parent:
-        raise UserError(f"{source.path} is not inside a run directory, so it has no export/; give output_dir")
-    return run.export
+    for path in (source.path, source.path.absolute()):  # the path as given, if it is long enough
+        run = RunDirectory(path.parent.parent)
+        if run.checkpoints == path.parent:
+            return run.export
+    raise UserError(f"{source.path} is not inside a run directory, so it has no export/; give output_dir")
 
 
 def is_already_exported(final: Path, facts: Mapping[str, object], overwrite: bool) -> bool:

@@ -374,8 +374,7 @@ def first_host(nodelist: str) -> str:
 
 
 def _master_address_over_mpi() -> tuple[str, int]:
-    from mpi4py import MPI
-
+    MPI = process_group.initialize_mpi()
     address = (socket.gethostname(), process_group.free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
     host, port = MPI.COMM_WORLD.bcast(address, root=0)
     same_host = MPI.COMM_WORLD.allreduce(int(host == socket.gethostname())) == MPI.COMM_WORLD.Get_size()

@@ -1,10 +1,12 @@
-"""Rendezvous of the ranks at MASTER_ADDR:MASTER_PORT with a timeout, and search for a free port."""
+"""Rendezvous of the ranks at MASTER_ADDR:MASTER_PORT with a timeout, start of MPI, and search for a free port."""
 
 import os
+import signal
 import socket
 import threading
 from concurrent.futures import Future, wait
 from datetime import timedelta
+from typing import Any
 
 from trainer.errors import UserError, first_line
 
@@ -49,6 +51,20 @@ def init_process_group(backend: str, rank: int, world_size: int, timeout_seconds
             ) from None
         text = f"the {world_size} ranks did not meet at {where} in {wait_seconds} s"
         raise UserError(f"{text}: {first_line(error)}") from None
+
+
+def initialize_mpi() -> Any:
+    """Return mpi4py's module MPI after MPI_Init, which waits for all ranks.
+
+    MPI_Init holds the GIL, so Python's signal handlers cannot run. During MPI_Init, Ctrl-C ends the process without them.
+    """
+    is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        from mpi4py import MPI
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return MPI
 
 
 def free_port() -> int:

@@ -60,7 +60,7 @@ def prepare(settings: PrepareSettings) -> Shards:
         difference = _difference(final, recipe)
         if not difference:
             shards = Shards.open(final)
-            terminal.info(f"{final}: already prepared, {len(shards)} problems")
+            terminal.info(f"{final}: already prepared: {_summary(shards)}")
             return shards
         if not settings.overwrite:
             raise UserError(difference + "; choose another output_dir or give --overwrite")
@@ -74,11 +74,15 @@ def prepare(settings: PrepareSettings) -> Shards:
         if difference := _difference(final, recipe):
             raise UserError(difference + "; another process built them first") from None
     shards = Shards.open(final)
-    rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(shards.facts["rejects"].items()))
-    set_aside = f"; set aside: {rejected}" if rejected else ""
-    sizes = f"{len(shards)} problems, {shards.facts['num_tokens']} tokens"
-    terminal.info(f"{final}: {sizes}{set_aside} in {terminal.duration_text(time.monotonic() - start)}")
+    terminal.info(f"{final}: {_summary(shards)}; {terminal.duration_text(time.monotonic() - start)}")
     return shards
+
+
+def _summary(shards: Shards) -> str:
+    rejects = shards.facts["rejects"]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
+    rejected = f"{sum(rejects.values())} rejected" + (f" ({reasons}; see {REJECTS})" if rejects else "")
+    return f"{len(shards):,} problems, {rejected}, {shards.facts['num_tokens']:,} tokens"
 
 
 def _build(settings: PrepareSettings, tokenizer: Any, staging: Path, facts: dict[str, Any]) -> None:
@@ -193,12 +197,15 @@ def tokenise_all(
     gc.freeze()  # exclude existing objects from garbage collection: scanning them would take 10 % of the time
     try:
         with ThreadPoolExecutor(num_threads) as pool:
-            while chunk := list(itertools.islice(problems, _CHUNK_PROBLEMS)):
-                pending.append(pool.submit(tokenise_chunk, chunk))
-                if len(pending) > _MAX_PENDING_CHUNKS * num_threads:
+            try:
+                while chunk := list(itertools.islice(problems, _CHUNK_PROBLEMS)):
+                    pending.append(pool.submit(tokenise_chunk, chunk))
+                    if len(pending) > _MAX_PENDING_CHUNKS * num_threads:
+                        yield from pending.popleft().result()
+                while pending:
                     yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, leave the pending chunks
     finally:
         gc.unfreeze()
 

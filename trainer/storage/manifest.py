@@ -114,6 +114,9 @@ class StepMetrics(TypedDict):
     mfu: float | None  # model FLOP utilisation; None if the device's peak is not known
     memory_bytes: int | None
     packs_consumed: int
+    run_seconds: NotRequired[
+        float
+    ]  # time of the run so far over all starts; added by MetricsLog, missing in release 0.1
 
 
 class ValidationLine(TypedDict):

@@ -18,22 +18,24 @@ from trainer.teacher.settings import AnnotateSettings
 _CHARACTERS_PER_TOKEN = 4  # approximately, in English text
 
 
-def annotate(settings: AnnotateSettings) -> None:
-    """Annotate the problems and write `<output_dir>/result`. Responses of earlier runs, even of killed runs, are reused.
+def annotate(settings: AnnotateSettings) -> int:
+    """Annotate the problems, write `<output_dir>/result`, and return the number of kept samples.
 
-    Raises UserError if the input is invalid, if another process uses `output_dir`, if the endpoint does not answer, or if
-    `output_dir` has a result of other settings and `overwrite` is False.
+    Responses of earlier runs, even of killed runs, are reused. Raises UserError if the input is invalid, if another process
+    uses `output_dir`, if the endpoint does not answer, or if `output_dir` has a result of other settings and `overwrite` is
+    False.
     """
     directory = AnnotationDirectory(Path(settings.output_dir))
     with directory_lock.locked(directory.lock):
         job = _prepare(settings)
         if _is_up_to_date(directory.result, job):
-            terminal.info(result.table(_summary(directory.result)))
+            summary = _summary(directory.result)
+            terminal.info(result.table(summary))
             terminal.info(f"{directory.result}: already annotated")
-            return
+            return int(summary["samples"]["kept"])
         with contextlib.closing(ResponseLog(directory.responses, directory.corrupt_lines)) as log:
             _query(job, log)
-            _publish(directory.result, job, log)
+            return _publish(directory.result, job, log)
 
 
 def print_dry_run(settings: AnnotateSettings) -> None:
@@ -91,7 +93,8 @@ def _query(job: AnnotationJob, log: ResponseLog) -> None:
         query_local_model(job, queues, log)
 
 
-def _publish(final: Path, job: AnnotationJob, log: ResponseLog) -> None:
+def _publish(final: Path, job: AnnotationJob, log: ResponseLog) -> int:
+    """Write the result, print a summary, and return the number of kept samples."""
     results = list(result.problem_results(job, log))
     numbers = result.summarise(job, results, log)
     facts: AnnotationFacts = {
@@ -106,7 +109,9 @@ def _publish(final: Path, job: AnnotationJob, log: ResponseLog) -> None:
     terminal.info(result.table(numbers))
     if not numbers["problems"]["annotated"]:
         terminal.warning(f"no sample was kept; see {final / result.REJECTED}")
-    terminal.info(f"{final / result.ANNOTATED}: {numbers['samples']['kept']} problems with steps")
+    num_kept: int = numbers["samples"]["kept"]
+    terminal.info(f"{final / result.ANNOTATED}: {num_kept} problems with steps")
+    return num_kept
 
 
 def _is_up_to_date(final: Path, job: AnnotationJob) -> bool:

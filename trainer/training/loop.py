@@ -15,7 +15,7 @@ from trainer.models import load
 from trainer.runtime import distributed, startup, terminal
 from trainer.runtime.distributed import DistributedEnvironment
 from trainer.runtime.malloc import HeapLimit
-from trainer.runtime.stop_request import StopRequest
+from trainer.runtime.stop_request import INTERRUPT, StopRequest
 from trainer.settings import TrainSettings
 from trainer.storage.manifest import CheckpointFacts, StepMetrics, ValidationResult
 from trainer.storage.run_directory import RunDirectory
@@ -23,7 +23,7 @@ from trainer.training import checkpoint, throughput
 from trainer.training.layout_selection import report_layout
 from trainer.training.layouts import passes_of_step, split_into_batches
 from trainer.training.loss import summed_token_loss
-from trainer.training.metrics_log import MetricsLog
+from trainer.training.metrics_log import MetricsLog, result_text
 from trainer.training.setup import TrainState, setup_training
 from trainer.training.watchdog import Watchdog, run_guard
 
@@ -69,11 +69,12 @@ def _train(
 ) -> bool:
     state = setup_training(settings, environment, run, stop)
     if state is None:
-        terminal.info(f"{run.path}: already finished")
+        if distributed.is_main_process():
+            terminal.info(f"{run.path}: already finished: {result_text(run.metrics)}")
         return True
     log_run_header(state)
     startup.freeze_gc()
-    log = MetricsLog(run, settings, state.facts)
+    log = MetricsLog(run, settings, state.facts, stop.started)
     plan, step = state.batch_plan, state.first_step
     watchdog.report_step(step)
     stop.defer_signals()
@@ -88,7 +89,7 @@ def _train(
             watchdog.report_step(step)
             stop.record_duration(step=metrics["seconds"])
             limit_heap()
-            log.write(metrics)
+            log.write_step(metrics)
             bar.update(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s")
             stopping = stopping or not validate_if_due(state, step, evaluate, log, stop)
             if stopping or step == plan.total_steps or every(step, settings.save_steps):
@@ -99,11 +100,22 @@ def _train(
     stop.ignore_signals()
     finished = step == plan.total_steps
     log.close(finished)
-    outcome = "finished" if finished else f"stopped as asked ({reason})"
-    remedy = "" if finished else ", start it again to resume"
-    terminal.info(f"{run.path}: {outcome} at step {step}/{plan.total_steps}{remedy}")
+    if distributed.is_main_process():
+        _print_outcome(
+            run, f"step {step}/{plan.total_steps}", step, log.run_seconds(), "" if finished else reason
+        )
     distributed.barrier()  # the launcher kills all ranks when one rank exits, so all ranks must have closed their files
     return finished
+
+
+def _print_outcome(run: RunDirectory, position: str, step: int, run_seconds: float, stop_reason: str) -> None:
+    if not stop_reason:
+        result = result_text(run.metrics, run_seconds)
+        terminal.info(f"{run.path}: finished at {position}: {result}; {run.checkpoint(step)}")
+        return
+    outcome = "interrupted" if stop_reason == INTERRUPT else f"stopped as asked ({stop_reason})"
+    remedy = f"checkpoint of step {step} saved; run the same command to resume"
+    terminal.info(f"{run.path}: {outcome} at {position}; {remedy}")
 
 
 def every(step: int, interval: int) -> bool:
@@ -203,8 +215,14 @@ def learning_rate_of_step(settings: TrainSettings, step: int, total_steps: int) 
 
 
 def seed_dropout(seed: int, first_pack: int) -> None:
-    """Seed dropout from the position in the data, so that resuming does not change the dropout."""
-    torch.manual_seed((seed << 40) + first_pack)
+    """Seed dropout from the position in the data, so that resuming does not change the dropout.
+
+    torch.manual_seed is not used, because without CUDA it takes 1 ms and keeps a stack trace of every call.
+    """
+    number = (seed << 40) + first_pack
+    torch.default_generator.manual_seed(number)
+    if load.local_device().type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def all_reduce_loss_and_stop(

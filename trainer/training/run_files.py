@@ -1,5 +1,6 @@
 """Small files of a run directory: settings, resolved ds_config, environment, and the model's files."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,12 +34,15 @@ def write_run_files(
     facts: RunFacts,
     config: Any,
     tokenizer: Any,
+    is_resumed: bool,
 ) -> None:
     """Write settings, ds_config (`resolved`), environment (with `facts`) and model files (no weights). Call only on rank 0."""
     run.path.mkdir(parents=True, exist_ok=True)
+    num_resumes = _num_resumes(run) + 1 if is_resumed else 0
+    environment = {**describe_environment(), "num_resumes": num_resumes, **facts}
     atomic_dir.write_text(run.settings, yaml.safe_dump(asdict(settings), sort_keys=False))
     atomic_dir.write_text(run.ds_config, json.dumps(resolved, indent=1) + "\n")
-    atomic_dir.write_text(run.environment, json.dumps({**describe_environment(), **facts}, indent=1) + "\n")
+    atomic_dir.write_text(run.environment, json.dumps(environment, indent=1) + "\n")
     write_model_files(run.model, settings.model_name_or_path, config, tokenizer)
 
 
@@ -90,16 +94,32 @@ def code_fingerprint() -> dict[str, str]:
     return {**versions, "python": platform.python_version(), "trainer's code": digest.hexdigest()}
 
 
+def processor_name() -> str:
+    """Return the name of the processor, e.g. "AMD EPYC 7763 64-Core Processor"; on an unknown system its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _num_resumes(run: RunDirectory) -> int:
+    """Return the recorded number of resumes; 0 if environment.json is missing or damaged, because it is only a record."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(run.environment.read_text(encoding="utf-8"))["num_resumes"])
+    return 0
+
+
 def describe_environment() -> dict[str, Any]:
-    """Return versions, host, launcher, command and code revision. These facts help to explain why two runs differ."""
+    """Return versions, host, processor, launcher, command and code revision. These facts help to explain why two runs differ."""
     command = ["git", "-C", str(Path(__file__).parents[2]), "describe", "--always", "--dirty"]
     revision = subprocess.run(command, capture_output=True, text=True)
-    processor = platform.processor() or "cpu"
     return {
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processor": processor_name(),
         "threads_per_rank": torch.get_num_threads(),
         "launcher": distributed.environment().launcher,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),

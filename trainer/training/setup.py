@@ -106,7 +106,7 @@ def setup_training(
         layout = layout_selection.layout_of_checkpoint(start, run)
         layout_selection.check_same_layout(layout, settings.packing, start)
     if distributed.is_main_process():
-        write_run_files(settings, run, resolved, facts, config, tokenizer)
+        write_run_files(settings, run, resolved, facts, config, tokenizer, is_resumed=start is not None)
     engine = build_engine(settings, run, config, resolved, empty=start is not None)
     if start is not None:
         checkpoint.load(engine, start)
