@@ -144,8 +144,10 @@ def test_length_limits(tokenizer: PreTrainedTokenizerBase) -> None:
     assert (five.generated, five.stopped, five.finished) == ({STUDENT: 5}, "max_new_tokens", False)
     narrow = solve_alone(tokenizer, "a b c d e f g h", contexts=[num_prompt + 7])  # type: ignore[arg-type]
     assert (narrow.generated, narrow.stopped) == ({STUDENT: 7}, "context")
-    cut = solve_alone(tokenizer, "<<99*99=", max_new_tokens=9)  # 7 generated tokens, 6 of the calculator
-    assert cut.generated == {STUDENT: 9} and cut.text == "<<99*99=98" and cut.stopped == "max_new_tokens"
+    num_written = len(tokenizer("<<99*99=")["input_ids"])
+    limit = num_written + 2  # the first two tokens of the calculator: 9, 80
+    cut = solve_alone(tokenizer, "<<99*99=", max_new_tokens=limit)
+    assert cut.generated == {STUDENT: limit} and cut.text == "<<99*99=980" and cut.stopped == "max_new_tokens"
     ended = solve_alone(tokenizer, "yes|and more")
     assert ended.finished and ended.text == "yes" and ended.unused == {0: "and more"}
     with_opening = solve_alone(tokenizer, " 7|", opening="####")

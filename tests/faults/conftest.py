@@ -20,7 +20,7 @@ from tests.training.conftest import gpt2_config, settings, stories
 from trainer.shards.read import Shards
 from trainer.storage.run_directory import RunDirectory
 
-EPOCHS = 4  # of 19 packs: 38 steps on two ranks
+EPOCHS = 4  # of 13 packs: 26 steps on two ranks
 SAVE_STEPS, EVAL_STEPS = 3, 5
 
 

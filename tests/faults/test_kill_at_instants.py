@@ -35,9 +35,9 @@ DEATHS = [
     ("before the update", 1, 20),
     ("in save: after the rename", 0, 21),
     ("before the pruning", 1, 24),
-    ("after the update", 0, 26),
-    ("in save: before the rename", 0, 38),
-    ("at the end", 0, 38),
+    ("after the update", 0, 25),
+    ("in save: before the rename", 0, 26),
+    ("at the end", 0, 26),
 ]
 # In stage 0 rank 0 alone writes, and an update has no collective.
 DEATHS_OF_REPLICAS = [

@@ -50,11 +50,11 @@ def extract(folder: Path) -> Path:
     return folder
 
 
-def tool(folder: Path, *words: str | Path, **environment: str) -> str:
-    """Run `python tools/<words>` in `folder` and return what it printed; the exit status must be 0."""
+def run_tool(folder: Path, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python tools/<words>` in `folder`."""
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     script, *arguments = map(str, words)
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, REPOSITORY / "tools" / script, *arguments],
         cwd=folder,
         env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment},
@@ -63,6 +63,11 @@ def tool(folder: Path, *words: str | Path, **environment: str) -> str:
         text=True,
         timeout=TIMEOUT_SECONDS,
     )
+
+
+def tool(folder: Path, *words: str | Path, **environment: str) -> str:
+    """Run a tool and return what it printed; the exit status must be 0."""
+    done = run_tool(folder, *words, **environment)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
@@ -152,12 +157,14 @@ def test_one_rank_resumes_a_run_of_two_from_its_settings_file(tmp_path: Path) ->
     assert_same_training(folder, before)
 
 
-def test_prepared_shards_are_accepted_as_they_are(unchanged: Path) -> None:
+def test_shards_of_other_stories_are_kept(unchanged: Path) -> None:
+    """The generated problems have changed since, so the same settings no longer describe the shards: an error, no change."""
     before = contents(unchanged / SHARDS[0])
-    tool(
+    done = run_tool(
         unchanged, "prepare_shards.py", "--tokenizer_name", "tokenizer", "--output_dir", SHARDS[0],
         "--max_length", "512", "--num_problems", "32", "--min_steps", "1", "--max_steps", "2", "--split", "train",
     )  # fmt: skip
+    assert done.returncode == 2 and "holds shards made in another way (source: " in done.stdout
     assert contents(unchanged / SHARDS[0]) == before
 
 

@@ -33,7 +33,7 @@ def test_the_stories_never_change() -> None:
     for split in stories.SPLITS:
         for problem in read(split, 200, seed=7, min_steps=1, max_steps=8):
             digest.update(repr(problem).encode())
-    assert digest.hexdigest() == "51e300c138608f4ba1c001704f3accb48a818b899f5a87e77df91667afacd52b"
+    assert digest.hexdigest() == "8422bf7af1ee8ad47a2e076873fd126f6f1310d35cea42a7d554636bc41a6112"
 
 
 def test_more_problems_continue_the_same_sequence() -> None:
@@ -141,7 +141,7 @@ def test_tokenizer_is_deterministic_and_lossless(tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
-    assert len(tokenizer) <= stories_tokenizer.VOCAB_SIZE
+    assert len(tokenizer) == stories_tokenizer.VOCAB_SIZE
     assert tokenizer.eos_token == tokenizer.bos_token == stories_tokenizer.END_OF_TEXT
     texts = ["Große Straße 9,5 — 日本\n", "#### 42", "12+5 = <<12+5=17>>17 apples.\n", "  two  spaces \n\n"]
     for problem in read("test", 200, min_steps=2, max_steps=8):

@@ -48,7 +48,7 @@ def test_parameters_of_a_preset_a_folder_and_an_unknown_model(tmp_path: Path) ->
     from transformers import GPT2Config
 
     preset = training(config_name="stories-0.2m")
-    assert table.num_parameters(preset, PREPARED) == 160_064
+    assert table.num_parameters(preset, PREPARED) == 190_720
     unknown = PrepareSettings(tokenizer_name="org/tokenizer", output_dir="shards/none")
     assert table.num_parameters(preset, unknown) is None, "its vocabulary is not known"
 

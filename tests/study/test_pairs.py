@@ -42,12 +42,12 @@ def test_pairs_share_the_runs_of_their_models(pairs: dict[str, Any], make_study:
     runs = runs_of(make_study(pairs))
     trained = [name for name, run in runs.items() if run.train]
     assert trained == [
-        *("cot.small.s0", "decomposer.small.s0", "solver.small.s0"),
-        *("decomposer_interleaved.small.s0", "solver.large.s0", "decomposer.large.s0"),
+        *("cot.small.s0", "decomposer_interleaved.small.s0", "solver.large.s0"),
+        *("decomposer.small.s0", "solver.small.s0", "decomposer.large.s0"),
     ]
     assert [name for name, run in runs.items() if not run.train] == [
-        *("iterative_ahead.small.s0", "gold_subquestions.small.s0"),
-        *("iterative_interleaved.small+large.s0", "iterative_ahead.large.s0", "gold_subquestions.large.s0"),
+        *("iterative_interleaved.small+large.s0", "iterative_ahead.small.s0", "iterative_ahead.large.s0"),
+        *("gold_subquestions.small.s0", "gold_subquestions.large.s0"),
     ]
     assert [name for name, run in runs.items() if run.train and run.evaluations] == ["cot.small.s0"]
     train = runs["solver.large.s0"].train
@@ -89,7 +89,7 @@ def test_role_methods_may_have_settings_and_runs_of_their_own(
     pairs["methods"] |= {"solver": {"learning_rate": 1e-3}, "decomposer_interleaved": {"max_steps": 7}}
     runs = runs_of(make_study(pairs))
     rates = {name: run.train.learning_rate for name, run in runs.items() if run.train}
-    assert [name for name, rate in rates.items() if rate == 1e-3] == ["solver.small.s0", "solver.large.s0"]
+    assert [name for name, rate in rates.items() if rate == 1e-3] == ["solver.large.s0", "solver.small.s0"]
     assert "decomposer_interleaved.large.s0" not in runs, (
         "only the small model is a decomposer, and settings alone add no run"
     )

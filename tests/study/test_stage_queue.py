@@ -57,6 +57,20 @@ def test_a_stage_waits_for_all_that_it_needs(todo: list[Stage]) -> None:
     assert labels(startable(queue)) == [f"evaluate {COT} on stories-test"]
 
 
+def test_a_stage_with_too_many_ranks_stays_in_the_queue(
+    values: dict[str, Any], make_study: MakeStudy
+) -> None:
+    values["models"]["alone"] = {**values["models"]["small"], "num_ranks": 1}
+    values["methods"] = ["cot"]
+    todo = stages.study_stages(make_study(values))
+    queue = StageQueue(todo, todo[:2])
+    alone = queue.pop_ready(max_ranks=1)
+    assert alone and alone.label == "train stories.cot.alone.s0"
+    assert queue.pop_ready(max_ranks=1) is None
+    ranks = queue.pop_ready(max_ranks=2)
+    assert ranks and (ranks.label, ranks.num_ranks) == ("train stories.cot.small.s0", 2)
+
+
 def test_a_stage_that_is_done_is_not_started_even_if_its_dependencies_are_not(todo: list[Stage]) -> None:
     trained = [stage for stage in todo if stage.kind == "train"]
     assert labels(startable(StageQueue(todo, trained))) == [

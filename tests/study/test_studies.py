@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,29 @@ def test_larger_models_are_divided_further(monkeypatch: pytest.MonkeyPatch) -> N
         if run.train
     }
     assert packs == {32}, "every size takes the same packs a step"
+
+
+def test_the_quickstarts_learning_rates_were_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tried training is that of the quickstart except for the learning rate, and no test problem is used."""
+    chosen = {
+        run.train.model_label: dataclasses.asdict(run.train) | {"num_ranks": run.num_ranks}
+        for run in study("quickstart", monkeypatch).runs
+        if run.train and (run.train.method, run.train.seed) == ("cot", 0)
+    }
+    tried = study("quickstart_learning_rates", monkeypatch)
+    rates = defaultdict(set)
+    for run in tried.runs:
+        assert run.train
+        model, rate = run.train.model_label.split("-", 1)
+        assert run.train.learning_rate == float(rate)
+        rates[model].add(run.train.learning_rate)
+        for key, value in {**dataclasses.asdict(run.train), "num_ranks": run.num_ranks}.items():
+            if key not in ("output_dir", "model_label", "learning_rate", "train_shards"):
+                assert value == chosen[model][key], (run.name, key)
+    assert rates.keys() == chosen.keys()
+    for model, training in chosen.items():
+        assert training["learning_rate"] in rates[model], model
+    assert {settings.split for settings in tried.prepare_settings} == {"train", "validation"}
 
 
 @pytest.mark.parametrize("path", EXEMPLARS, ids=lambda path: path.stem)

@@ -23,8 +23,8 @@ def test_runs_are_models_by_methods_by_data_by_seeds(values: dict[str, Any], mak
     assert len(names) == len(set(names)) == 16
     assert names[:4] == [
         "stories.answer_only.small.s0",
-        "stories.cot.small.s0",
         "stories.answer_only.large.s0",
+        "stories.cot.small.s0",
         "stories.cot.large.s0",
     ]
     assert names[8] == "stories.answer_only.small.s1", "all runs of a seed come before the next seed"
@@ -65,6 +65,13 @@ def test_flags_win_over_the_file(values: dict[str, Any]) -> None:
     assert study.prepare_settings[0].output_dir == "tokens/stories-train"
 
 
+def test_seeds_of_one_model(values: dict[str, Any], make_study: MakeStudy) -> None:
+    values["models"]["large"] = {"config_name": "stories-3m", "seeds": [2, 0, 1]}
+    values["methods"] = ["cot"]
+    names = [run.name for run in make_study(values).runs]
+    assert names == [f"stories.cot.{name}" for name in ("small.s0", "large.s0", "large.s2", "large.s1")]
+
+
 WRONG = {
     "modles: {}": "tiny.yaml: unknown key 'modles' (did you mean 'models'?)",
     "study: a/b": "tiny.yaml: study: 'a/b' is not a name",
@@ -75,6 +82,7 @@ WRONG = {
     "num_parallel: true": "tiny.yaml: num_parallel is True",
     "launcher: srun": "tiny.yaml: launcher is 'srun'; choose one of auto, deepspeed, mpiexec",
     "seeds: [0, 0]": "tiny.yaml: seeds: [0, 0] names a seed twice",
+    "models: {m: {config_name: stories-0.2m, seeds: 3}}": "tiny.yaml: models.m: seeds is 3, expected a list",
     "seeds: many": "tiny.yaml: seeds is 'many', expected a list",
     "methods: [cott]": "tiny.yaml: methods: 'cott' is not a method; choose from answer_only, cot, socratic, iterative_",
     "methods: [iterativ_ahead]": "(did you mean 'iterative_ahead'?)",

@@ -99,7 +99,7 @@ def test_a_dry_run_shows_commands_and_starts_nothing(command: Command) -> None:
     assert status == 0
     assert "study tiny: 2 runs, 9 stages, 9 to do" in output
     rows = [line.split() for line in output.splitlines()]
-    assert ["small", "stories-0.2m", "(random", "weights)", "160,064", "2", "zero1", "fp32"] in rows
+    assert ["small", "stories-0.2m", "(random", "weights)", "190,720", "2", "zero1", "fp32"] in rows
     assert ["3", "train", "stories.answer_only.small.s0", "to", "do", "2", "300"] in rows
     assert output.count("tools/train.py --train_shards=shards/stories-train") == 2
     assert not (command.folder / "runs").exists() and not (command.folder / "shards").exists()
@@ -259,7 +259,7 @@ def test_a_study_inside_an_allocation_ignores_its_rank_variables(
 
 
 def test_status_needs_no_torch(command: Command) -> None:
-    code = "import sys; sys.argv[1:] = ['status', 'tiny.yaml']; import study; study.main(); assert 'torch' not in sys.modules"
+    code = "import sys; sys.argv[1:] = ['status', 'tiny.yaml']; from trainer.commands import study; study.main(); assert 'torch' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": f"{command.tools}:{os.environ['PYTHONPATH']}"}
     subprocess.run([sys.executable, "-c", code], cwd=command.folder, env=environment, check=True)
 

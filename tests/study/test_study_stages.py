@@ -71,7 +71,7 @@ def test_commands_of_a_study(values: dict[str, Any], make_study: MakeStudy) -> N
     [
         ("auto", 1, "python", "python"),
         ("auto", 2, "deepspeed", "mpiexec"),
-        ("deepspeed", 1, "deepspeed", "deepspeed"),
+        ("deepspeed", 1, "python", "python"),
         ("deepspeed", 2, "deepspeed", "deepspeed"),
         ("mpiexec", 2, "mpiexec", "mpiexec"),
     ],

@@ -19,10 +19,12 @@ from typing import Any, NoReturn, TextIO
 from trainer.errors import UserError
 from trainer.runtime import distributed, exit_codes
 
+INTERRUPTED = "interrupted; run the same command to continue"
 WIDTH_WITHOUT_TERMINAL = 160  # characters per line of tables if the output is not a terminal
 _LINE_INTERVAL_SECONDS = 15.0  # minimum interval between progress lines if the output is not a terminal
 # Launchers kill all ranks when one rank fails. Failing ranks other than 0 exit after this delay, so rank 0 can print its error.
 _FAILURE_DELAY_SECONDS = 3.0
+_RESTORE_TERMINAL = "\r\x1b[K\x1b[?25h"  # to the start of the line, clear it, show the cursor
 _UNUSABLE_PATH_ERRORS = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 _output: TextIO | None = None
@@ -70,6 +72,18 @@ def error_on_any_rank(text: str) -> None:
     _write_line(text, sys.stderr)
 
 
+def write_from_signal_handler(text: str) -> None:
+    """Write one line on rank 0 in a single system call, because the signal may have interrupted another write.
+
+    On a terminal, the line replaces a progress bar, and the cursor, which a bar hides, is shown again.
+    """
+    if _rank() == 0:
+        with contextlib.suppress(OSError):  # the reader of the output may have exited
+            descriptor = (_output or sys.stderr).fileno()
+            restore = _RESTORE_TERMINAL if os.isatty(descriptor) else ""
+            os.write(descriptor, f"{restore}{text}\n".encode())
+
+
 class ProgressBars:
     """Progress of concurrent tasks on rank 0: bars on a terminal, or a line every 15 seconds if the output is not a terminal."""
 
@@ -77,11 +91,14 @@ class ProgressBars:
         self.open_bars: list[ProgressBar] = []
         self._rich: Any = None  # rich's Progress of the open bars; None if the output is not a terminal
 
-    def add(self, label: str, total: int, done: int = 0) -> "ProgressBar":
-        """Open a bar and return it. `total`: number of units, 0 if unknown. `done`: number of units that are already done."""
+    def add(self, label: str, total: int, done: int = 0, prints_lines: bool = True) -> "ProgressBar":
+        """Open a bar and return it. `total`: number of units, 0 if unknown. `done`: number of units that are already done.
+
+        `prints_lines`: whether the bar prints lines if the output is not a terminal.
+        """
         if not self.open_bars:
             self._rich = _rich_progress()
-        bar = ProgressBar(self, self._rich, label, total, done)
+        bar = ProgressBar(self, self._rich, label, total, done, prints_lines)
         self.open_bars.append(bar)
         return bar
 
@@ -99,49 +116,59 @@ class ProgressBars:
 class ProgressBar:
     """Progress of one task. Must be created by `ProgressBars.add` or `progress_bar`."""
 
-    def __init__(self, bars: ProgressBars, rich_progress: Any, label: str, total: int, done: int):
-        self._bars, self._rich = bars, rich_progress
+    def __init__(
+        self, bars: ProgressBars, rich_progress: Any, label: str, total: int, done: int, prints_lines: bool
+    ) -> None:
+        self._bars, self._rich, self.prints_lines = bars, rich_progress, prints_lines
         self._label, self._total, self._done = label, total, done
         self._start, self._start_done, self._last_line = time.monotonic(), done, time.monotonic()
         if self._rich is not None:
-            self._task = self._rich.add_task(label, total=total or None, completed=done, note="")
+            texts = {"counts": self._counts(), "time_left": "", "note": ""}
+            self._task = self._rich.add_task(label, total=total or None, completed=done, **texts)
             self._rich.start()
 
-    def update(self, done: int, note: str = "", total: int = 0) -> None:
-        """Show `done` completed units and a `note`. `total` sets the total if it is not 0."""
+    def update(self, done: int, note: str = "", total: int = 0, time_left: str | None = None) -> None:
+        """Show `done` completed units and a `note`. `total` sets the total if it is not 0.
+
+        `time_left`: text about the remaining time; None for an estimate from the units that were completed so far.
+        """
         self._done, self._total = done, total or self._total
-        # If several bars are open, each bar prints less often, so that all bars together print as many lines as a single bar.
-        interval_seconds = _LINE_INTERVAL_SECONDS * len(self._bars.open_bars)
+        time_left = self._time_left() if time_left is None else time_left
+        # If several bars print lines, each bar prints less often, so that all bars together print as many lines as a single bar.
+        interval_seconds = _LINE_INTERVAL_SECONDS * sum(bar.prints_lines for bar in self._bars.open_bars)
         if self._rich is not None:
-            self._rich.update(self._task, completed=done, total=self._total or None, note=note)
-        elif time.monotonic() - self._last_line >= interval_seconds:
+            texts = {"counts": self._counts(), "time_left": time_left, "note": note}
+            self._rich.update(self._task, completed=done, total=self._total or None, **texts)
+        elif self.prints_lines and time.monotonic() - self._last_line >= interval_seconds:
             self._last_line = time.monotonic()
-            of_total = f"/{self._total}" if self._total else ""
-            info(f"{self._label} {done}{of_total}{', ' + note if note else ''}{self._time_left()}")
+            info(f"{self._label} {', '.join(filter(None, (self._counts(), note, time_left)))}")
 
     def close(self) -> None:
         self._bars.remove(self)
         if self._rich is not None:
             self._rich.remove_task(self._task)
 
+    def _counts(self) -> str:
+        return f"{self._done}/{self._total}" if self._total else str(self._done)
+
     def _time_left(self) -> str:
         num_new = self._done - self._start_done
         if num_new <= 0 or not self._total:
             return ""
         seconds = (time.monotonic() - self._start) / num_new * max(0, self._total - self._done)
-        return f", {duration_text(seconds)} left"
+        return f"{duration_text(seconds)} left"
 
 
 def _rich_progress() -> Any:
     """Return an empty rich Progress, or None if the output is not a terminal or the rank is not 0."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(file=_output or sys.stdout)
     if not distributed.is_main_process() or not console.is_terminal:
         return None
-    label, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
-    columns = (label, BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), note)
+    texts = [TextColumn(f"{{task.fields[{name}]}}") for name in ("counts", "time_left", "note")]
+    columns = (TextColumn("{task.description}"), BarColumn(24), *texts)
     return Progress(*columns, console=console, transient=True)
 
 
@@ -192,7 +219,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except UserError as error:
         _fail(f"error: {error}", exit_codes.EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        _fail("interrupted", exit_codes.EXIT_INTERRUPTED)
+        exit_interrupted()
     except Exception as error:
         if isinstance(error, _UNUSABLE_PATH_ERRORS) and error.filename:
             text = f"error: {error.filename}: {error.strerror}; choose another path"
@@ -209,17 +236,27 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     _end(int(status))
 
 
+def exit_interrupted() -> NoReturn:
+    """Exit the process with EXIT_INTERRUPTED after Ctrl-C. Rank 0 prints one line."""
+    if _rank() == 0:
+        _write_line(INTERRUPTED, sys.stderr)
+    _end(exit_codes.EXIT_INTERRUPTED)
+
+
 def exit_for_requeue() -> NoReturn:
     """Exit the process with EXIT_REQUEUE after a stop request. The same command resumes the work."""
     _end(exit_codes.EXIT_REQUEUE)
 
 
-def _fail(message: str, status: int) -> NoReturn:
+def _rank() -> int:
     try:
-        rank = distributed.environment().rank
+        return distributed.environment().rank
     except UserError:  # contradictory launcher variables
-        rank = 0
-    if rank != 0:
+        return 0
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    if (rank := _rank()) != 0:
         time.sleep(_FAILURE_DELAY_SECONDS)
         message = f"rank {rank}: {message}"
     _write_line(message, sys.stderr)

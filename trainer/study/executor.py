@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.runtime import directory_lock, terminal
 from trainer.runtime.exit_codes import EXIT_INTERRUPTED
-from trainer.study import changes, processes, stage_queue, stages, status
+from trainer.study import changes, fork_server, processes, stage_queue, stages, status
 from trainer.study.processes import Interrupts
+from trainer.study.progress import StudyProgress
 from trainer.study.stage_job import StageJob
 from trainer.study.stage_queue import StageQueue
 from trainer.study.stages import Stage
@@ -66,35 +68,46 @@ def _run_stages(
 ) -> dict[str, str]:
     """Run the stages that are not done. Return {label of a failed stage: message}. An interrupt ends all processes."""
     queue = StageQueue(todo, done)
-    positions = {stage.label: f"[{number}/{len(todo)}]" for number, stage in enumerate(todo, 1)}
-    cores = len(os.sched_getaffinity(0)) // study.num_parallel
-    visible = stage_queue.visible_devices(os.environ) if study.num_parallel > 1 else ()
+    num_cores = len(os.sched_getaffinity(0))
+    visible = stage_queue.visible_devices(os.environ)
+    # Without GPUs, the ranks of all stages that run at the same time share the cores.
+    max_ranks = sys.maxsize if visible else max(num_cores, study.num_parallel)
+    num_forked = sum(stage.kind in stages.FORKED_KINDS and stage.num_ranks == 1 for stage in queue.waiting)
+    server = None
+    if not visible and num_forked >= fork_server.MIN_STAGES:
+        server = fork_server.ForkServer(study.directory, max(1, num_cores // study.num_parallel))
     running: list[StageJob] = []
     failures: dict[str, str] = {}
+    num_done = len(todo) - len(queue.waiting)
+    progress = StudyProgress(len(todo), num_done, study.num_parallel, max_ranks)
     try:
-        with contextlib.closing(terminal.ProgressBars()) as bars:
+        with contextlib.closing(progress):
             while not interrupts.count:
                 may_start = (keep_going or not failures) and len(running) < study.num_parallel
-                if may_start and (stage := queue.pop_ready()):
+                free = max_ranks - sum(job.stage.num_ranks for job in running) if running else sys.maxsize
+                if may_start and (stage := queue.pop_ready(free)):
                     count = stage.num_ranks if stage.kind in stages.ON_DEVICES else 0
-                    used = [job.devices for job in running]
-                    devices = stage_queue.least_used_devices(visible, used, count)
-                    ports, position = {job.port for job in running}, positions[stage.label]
-                    running.append(StageJob(stage, position, study, scripts_dir, bars, cores, devices, ports))
+                    shared = visible if study.num_parallel > 1 else ()
+                    devices = stage_queue.least_used_devices(shared, [job.devices for job in running], count)
+                    ports, cores = {job.port for job in running}, num_cores // study.num_parallel
+                    running.append(
+                        StageJob(stage, study, scripts_dir, progress.bars, cores, server, devices, ports)
+                    )
                 elif not running:
                     break
                 elif ended := next((job for job in running if job.child.poll() is not None), None):
                     running.remove(ended)
                     ended.close()
+                    progress.record(ended)
                     if ended.child.returncode != 0:
                         _end_processes(study, _CLEAN_UP_SECONDS, interrupts, stage=ended.stage.label)
-                    failure = "" if interrupts.count else _report_ended(ended, running, keep_going)
+                    counter = f"[{progress.num_ended}/{len(todo)}]"
+                    failure = "" if interrupts.count else _report_ended(ended, counter, running, keep_going)
                     if failure:
                         failures[ended.stage.label] = failure
                     queue.mark_ended(ended.stage, succeeded=not failure)
                 else:
-                    for job in running:
-                        job.update()
+                    progress.update(queue.waiting, running)
                     time.sleep(_POLL_SECONDS)
         if running:
             them = "it" if len(running) == 1 else "them"
@@ -108,13 +121,16 @@ def _run_stages(
     return failures
 
 
-def _report_ended(ended: StageJob, running: Sequence[StageJob], keep_going: bool) -> str:
-    """Print the result of a stage that has ended. Return the failure message, or "" if the stage succeeded."""
+def _report_ended(ended: StageJob, counter: str, running: Sequence[StageJob], keep_going: bool) -> str:
+    """Print the result of a stage that has ended. Return the failure message, or "" if the stage succeeded.
+
+    `counter`: number of ended stages, e.g. "[3/12]".
+    """
     failure = ended.failure()
     if not failure:
-        ended.print_result()
+        terminal.info(f"{counter} {ended.result()}")
     elif keep_going or running:  # otherwise run_study raises UserError with this message at once
-        terminal.info(f"{ended.counter_text} {failure}")
+        terminal.info(f"{counter} {failure}")
         if not keep_going:
             terminal.info(f"nothing new is started; waiting for {_labels(running)}")
     return failure

@@ -44,6 +44,7 @@ class ModelEntry:
     name: str
     settings: dict[str, Any]  # training settings
     num_ranks: int
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class StudyGrid:
 
     where: str  # prefix of error messages
     directory: StudyDirectory
-    seeds: list[int]
     data: dict[str, dict[str, ProblemSet]]  # data set -> name of the problem set -> problem set
     models: dict[str, ModelEntry]
     methods: dict[str, MethodEntry]
@@ -66,16 +66,18 @@ def expand(grid: StudyGrid) -> tuple[RunSpec, ...]:
     """Return all runs, each after the runs whose models it evaluates. Raises UserError for contradictory settings."""
     runs: dict[str, RunSpec] = {}
     trained = trained_methods(grid.methods)
-    combinations = itertools.product(grid.seeds, grid.data, grid.models.values(), grid.methods.values())
-    for seed, data, model, entry in combinations:
-        if model.name not in entry.models or data not in entry.data:
+    seeds = dict.fromkeys(seed for model in grid.models.values() for seed in model.seeds)
+    # Models vary fastest, so that the durations of all sizes are known early (see estimate.py).
+    combinations = itertools.product(seeds, grid.data, grid.methods.values(), grid.models.values())
+    for seed, data, entry, model in combinations:
+        if model.name not in entry.models or data not in entry.data or seed not in model.seeds:
             continue
         new_runs: list[RunSpec] = []
         if entry.pair:
             new_runs = _pair_runs(grid, entry, data, model, seed)
         elif entry.name in trained:
             new_runs = [_training_run(grid, entry.name, data, model, seed)]
-        elif entry.name == FEW_SHOT and seed == grid.seeds[0]:  # prompts do not depend on the seed
+        elif entry.name == FEW_SHOT and seed == model.seeds[0]:  # prompts do not depend on the seed
             new_runs = [_few_shot_run(grid, entry, data, model, seed)]
         for run in new_runs:
             runs.setdefault(run.name, run)

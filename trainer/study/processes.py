@@ -54,17 +54,22 @@ def start_process(
     command: Sequence[str], study: StudyDirectory, stage: str, log: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     """Start the command of a stage in a new session, which Ctrl-C does not reach. Append the command's output to `log`."""
-    inherited = distributed.without_launcher_variables(os.environ)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         return subprocess.Popen(
             list(command),
-            env={**inherited, **environment, STUDY_VARIABLE: _study_value(study), STAGE_VARIABLE: stage},
+            env=stage_variables(study, stage, environment),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def stage_variables(study: StudyDirectory, stage: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return all environment variables of a stage. `environment`: variables that the stage has besides the inherited ones."""
+    inherited = distributed.without_launcher_variables(os.environ)
+    return {**inherited, **environment, STUDY_VARIABLE: _study_value(study), STAGE_VARIABLE: stage}
 
 
 def processes_of_study(study: StudyDirectory, stage: str | None = None) -> list[psutil.Process]:
@@ -112,8 +117,10 @@ def _by_stage(study: StudyDirectory, stage: str | None = None) -> dict[str, list
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
             environment = process.environ()
-            label = environment.get(STAGE_VARIABLE, "")
-            if environment.get(STUDY_VARIABLE) == study_value and stage in (None, label):
+            label = environment.get(
+                STAGE_VARIABLE, ""
+            ).strip()  # blanks: the fork server, which ends by itself
+            if label and environment.get(STUDY_VARIABLE) == study_value and stage in (None, label):
                 by_stage[label].append(process)
     return by_stage
 

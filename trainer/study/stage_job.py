@@ -4,6 +4,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
@@ -14,10 +16,10 @@ from trainer.runtime.exit_codes import EXIT_PEER_LOST, EXIT_REQUEUE
 from trainer.storage import atomic_dir
 from trainer.storage.run_directory import AnnotationDirectory
 from trainer.study import processes, stages, status
+from trainer.study.fork_server import ForkedStage, ForkServer
 from trainer.study.stages import Stage
 from trainer.study.study_file import Study
 
-_UPDATE_SECONDS = 1.0
 _TAIL_LINES = 15
 # Lines that launchers and libraries print around an error. Error messages of stages leave these lines out.
 _NOISE = re.compile(r"\[(INFO|WARNING)\]|Killing subprocess|exits with return code|^\s*$|^=== ")
@@ -26,22 +28,22 @@ _NOISE = re.compile(r"\[(INFO|WARNING)\]|Killing subprocess|exits with return co
 class StageJob:
     """A started stage. Raises UserError if the stage cannot be started.
 
-    `counter_text`: number of the stage in the study, e.g. "[3/12]". `num_cores`: number of CPU cores for this stage.
-    `devices`: CUDA devices for this stage. `ports_in_use`: ports of the running stages; this stage must use another port.
+    `num_cores`: number of CPU cores for this stage. `server`: server for stages of one process, if there is one. `devices`:
+    CUDA devices for this stage. `ports_in_use`: ports of the running stages; this stage must use another port.
     """
 
     def __init__(
         self,
         stage: Stage,
-        counter_text: str,
         study: Study,
         scripts_dir: Path | None,
         bars: terminal.ProgressBars,
         num_cores: int,
+        server: ForkServer | None = None,
         devices: Sequence[str] = (),
         ports_in_use: Collection[int] = (),
     ) -> None:
-        self.stage, self.counter_text, self.devices = stage, counter_text, devices
+        self.stage, self.devices = stage, devices
         # The port of a stage that has just started still looks free, because its ranks need seconds to bind the port.
         while (port := process_group.free_port()) in ports_in_use:
             pass
@@ -50,26 +52,51 @@ class StageJob:
         environment = stages.stage_environment(stage, num_cores, devices)
         command = stages.stage_command(stage, scripts_dir, study.launcher, port, os.environ | environment)
         self._log_offset = _begin_log(stage.log, command, devices)
-        self.child = processes.start_process(command, study.directory, stage.label, stage.log, environment)
+        self.child: subprocess.Popen[bytes] | ForkedStage
+        if server and stage.kind in stages.FORKED_KINDS and command[0] == sys.executable:
+            self.child = server.start(command[1:], stage.label, stage.log, environment)
+        else:
+            self.child = processes.start_process(
+                command, study.directory, stage.label, stage.log, environment
+            )
         self._read_progress = _progress_of(stage)
-        self._initial = self._read_progress()
-        self._bar = bars.add(f"{counter_text} {stage.label}", self._initial.total, self._initial.done)
-        self._updated_at = time.monotonic()
+        self._initial = self._progress = self._read_progress()
+        self._bar = bars.add(stage.label, self._initial.total, self._initial.done, prints_lines=False)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start of the stage."""
+        return time.monotonic() - self._start
+
+    @property
+    def is_resumed(self) -> bool:
+        return self._initial.done > 0
 
     def update(self) -> None:
-        """Update the bar at most once a second, and only after the stage has made progress."""
-        if time.monotonic() - self._updated_at >= _UPDATE_SECONDS:
-            self._updated_at = time.monotonic()
-            progress = self._read_progress()
-            if progress != self._initial:
-                self._bar.update(progress.done, progress.note, progress.total)
+        """Read the progress of the stage, and update the bar if there was progress."""
+        self._progress = self._read_progress()
+        if self._progress != self._initial:
+            self._bar.update(self._progress.done, self._progress.note, self._progress.total)
+
+    def seconds_left(self, predicted: float | None) -> float | None:
+        """Return the time left: from the progress if a tenth is done, else from the `predicted` duration of the stage."""
+        new, total = self._progress.done - self._initial.done, self._progress.total - self._initial.done
+        if total > 0 and new >= 0.1 * total:
+            return self.seconds * (total - new) / new
+        return None if predicted is None else max(0.0, predicted - self.seconds)
 
     def close(self) -> None:
         self._bar.close()
 
+    def __str__(self) -> str:
+        progress = self._progress
+        counts = f" {progress.done}/{progress.total}" if progress.done and progress.total else ""
+        return f"{self.stage.label}{counts}"
+
     def failure(self) -> str:
         """Return an error message, or "" if the stage is done. Must be called after the process has ended."""
         stage, code = self.stage, self.child.returncode
+        assert code is not None
         if code != 0:
             return f"{stage.label} failed with {_exit_text(code)}; log: {stage.log}\n{self._tail()}"
         if not status.is_done(stage):
@@ -79,9 +106,9 @@ class StageJob:
             )
         return ""
 
-    def print_result(self) -> None:
-        duration = terminal.duration_text(time.monotonic() - self._start)
-        terminal.info(f"{self.counter_text} {self.stage.label}: {_result(self.stage)} ({duration})")
+    def result(self) -> str:
+        """Return the stage's label, result and duration as text. The stage must be done."""
+        return f"{self.stage.label}: {_result(self.stage)} ({terminal.duration_text(self.seconds)})"
 
     def _tail(self) -> str:
         """Return the last lines that the stage's process has written to the log, indented, without lines of `_NOISE`."""

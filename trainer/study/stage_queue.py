@@ -1,5 +1,6 @@
 """Order of a study's stages by their dependencies, and CUDA devices for stages that run in parallel."""
 
+import math
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,20 +15,20 @@ class StageQueue:
     def __init__(self, todo: Sequence[Stage], done: Iterable[Stage]) -> None:
         self._done = {stage.label for stage in done}
         # The report is queued even if it is done, because it is outdated as soon as another stage ends.
-        self._waiting = [stage for stage in todo if stage.label not in self._done or stage.kind == "report"]
+        self.waiting = [stage for stage in todo if stage.label not in self._done or stage.kind == "report"]
         self._all = {stage.label for stage in todo}
         self._failed: set[str] = set()
 
-    def pop_ready(self) -> Stage | None:
-        """Remove and return the first stage whose dependencies are done, or return None if there is no such stage.
+    def pop_ready(self, max_ranks: float = math.inf) -> Stage | None:
+        """Remove and return the first stage of at most `max_ranks` ranks whose dependencies are done; None if there is none.
 
         Earlier stages that are done already or depend on a failed stage are also removed, and recorded as done or failed.
         """
-        for stage in list(self._waiting):
+        for stage in list(self.waiting):
             needs = self._all - {stage.label} if stage.kind == "report" else set(stage.needs)
-            if not needs <= self._done | self._failed:
+            if stage.num_ranks > max_ranks or not needs <= self._done | self._failed:
                 continue
-            self._waiting.remove(stage)
+            self.waiting.remove(stage)
             if status.is_done(stage):
                 self._done.add(stage.label)
             elif stage.kind != "report" and needs & self._failed:

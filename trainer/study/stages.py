@@ -24,6 +24,7 @@ SCRIPTS = {
     "report": "plot_scaling.py",
 }
 MULTI_RANK_KINDS = ("train", "evaluate")  # stages of these kinds can run on several ranks
+FORKED_KINDS = ("train", "convert", "evaluate")  # stages that can run in a fork of a server (fork_server.py)
 ON_DEVICES = (*MULTI_RANK_KINDS, "annotate")  # each rank uses one CUDA device, if there are any
 
 
@@ -103,12 +104,12 @@ def stage_command(
 ) -> list[str]:
     """Return the command line of a stage. Settings are flags, so that a user can copy and run the command line.
 
-    With the launcher `auto`, stages of several ranks run under deepspeed, except that evaluations run under mpiexec if the
-    virtual environment has mpiexec and mpi4py. On two cores, the first rank starts after 7 s with deepspeed and after 0.03 s
-    with mpiexec. Raises UserError if the launcher's command is missing.
+    A stage of one rank needs no launcher. With the launcher `auto`, stages of several ranks run under deepspeed, except that
+    evaluations run under mpiexec if the virtual environment has mpiexec and mpi4py. On two cores, the first rank starts after
+    7 s with deepspeed and after 0.03 s with mpiexec. Raises UserError if the launcher's command is missing.
     """
     script = [*python_arguments(stage.kind, scripts_dir), *to_flags(stage.settings)]
-    if stage.kind not in MULTI_RANK_KINDS or (stage.num_ranks == 1 and launcher == "auto"):
+    if stage.num_ranks == 1:
         return [sys.executable, *script]
     if launcher == "mpiexec" or (launcher == "auto" and stage.kind == "evaluate" and _own_mpiexec()):
         mpiexec = _own_mpiexec() or shutil.which("mpiexec")

@@ -69,11 +69,11 @@ def load_study(
         )
 
     data = data_sets.read_data_sets(values, shards_root, annotations_root, where)
-    models = _models(values, num_ranks, default_ranks, where)
+    seeds = _seeds(values.get("seeds", [0]), f"{where}: seeds")
+    models = _models(values, num_ranks, default_ranks, seeds, where)
     grid = StudyGrid(
         where=where,
         directory=directory,
-        seeds=_seeds(values, where),
         data=data,
         models=models,
         methods=methods.read_methods(values, models, data, where),
@@ -91,13 +91,16 @@ def load_study(
     return Study(file, directory, default_ranks, num_parallel, launcher, problem_sets, runs)
 
 
-def _models(values: dict[str, Any], num_ranks: int, default_ranks: int, where: str) -> dict[str, ModelEntry]:
+def _models(
+    values: dict[str, Any], num_ranks: int, default_ranks: int, default_seeds: list[int], where: str
+) -> dict[str, ModelEntry]:
     models = {}
     for name, settings in checks.named_settings(values, "models", where).items():
         path = f"{where}: models.{name}"
         ranks = checks.checked_count(settings.pop("num_ranks", default_ranks), f"{path}: num_ranks")
+        seeds = _seeds(settings.pop("seeds", default_seeds), f"{path}: seeds")
         checks.check_settings(TrainSettings, settings, path)
-        models[name] = ModelEntry(name, settings, num_ranks or ranks)
+        models[name] = ModelEntry(name, settings, num_ranks or ranks, tuple(seeds))
     return models
 
 
@@ -109,10 +112,9 @@ def _evaluation(section: Any, where: str) -> dict[str, Any]:
     return values
 
 
-def _seeds(values: dict[str, Any], where: str) -> list[int]:
-    seeds = values.get("seeds", [0])
+def _seeds(seeds: Any, where: str) -> list[int]:
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
-        raise UserError(f"{where}: seeds is {seeds!r}, expected a list of numbers, e.g. [0, 1, 2]")
+        raise UserError(f"{where} is {seeds!r}, expected a list of numbers, e.g. [0, 1, 2]")
     if len(set(seeds)) != len(seeds):
-        raise UserError(f"{where}: seeds: {seeds} names a seed twice")
+        raise UserError(f"{where}: {seeds} names a seed twice")
     return seeds

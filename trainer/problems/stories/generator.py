@@ -1,36 +1,32 @@
-"""Generator of a story: a hero owns a quantity, and random events of one or two arithmetic steps change it.
+"""Generator of a story: a person has some items, and random events of one or two arithmetic steps change their number.
 
-The quantity starts as the items of a theme. In an event the quantity grows, shrinks, is packed into containers, is sold, is
-spent on goods, or is shared with friends (one friend then becomes the hero). The possible events depend on the kind of
-quantity (`items`, `containers`, `money` or `goods`) and on its value, so that every result is an integer from 2 to
-MAX_NUMBER and every division is exact. The second step of an event uses the result of the first step. In stories of four or
-more steps, some events use the opening value. Such an event needs more than the result of the previous step.
+Every result is an integer from 2 to MAX_NUMBER, and every division is exact. The first operand of a step is the number of
+items, which is the result of an earlier step. The second operand is in the question, except for the second step of an event
+with two steps (a product) and an event that looks back (the opening number).
 """
 
-import contextlib
 import operator
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 from trainer.problems.problem import Step
-from trainer.problems.stories import templates
-from trainer.problems.stories.templates import Groups, Phrase
+from trainer.problems.stories.templates import EVENTS, OPENING, PEOPLE, UNITS, Event
 
-MAX_NUMBER = 999
-MAX_OPENING = 60
-MAX_CHANGE = 40
-MAX_GROUP = 12
+MAX_NUMBER = 99
+MAX_OPENING = 40
+MAX_CHANGE = 20
 MAX_FACTOR = 9
-MIN_STEPS_BEFORE_LOOK_BACK = 3
+MIN_STEPS_BEFORE_LOOK_BACK = 4  # so that the opening number is not one of the last numbers
 
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+_ATTEMPTS = 20
 
 T = TypeVar("T")
 
 
 class Retry(Exception):
-    """Raised if an event is not possible at this point of the story, or if every phrase of the event has been used."""
+    """Raised if a story cannot be continued."""
 
 
 class Story:
@@ -43,19 +39,13 @@ class Story:
     def __init__(self, rng: random.Random, num_steps: int) -> None:
         self._random = rng.random
         self._num_steps = num_steps
-        self._sentences: list[str] = []
-        self._used_phrases: set[str] = set()
         self.steps: list[Step] = []
-        self._setting = self._choose(templates.THEMES)
-        hero, friend = self._choose(templates.PEOPLE), self._choose(templates.PEOPLE)
-        while friend is hero:
-            friend = self._choose(templates.PEOPLE)
-        self._fields: dict[str, object] = {}
-        self._name_people(hero, friend)
-        self._set_quantity("items", self._setting.units)
-        self._value = 0
-        self._open()
-        self._opening_value, self._opening_hero = self._value, hero
+        person = self._choose(PEOPLE)
+        self._units = self._choose(UNITS)
+        self._opening_value = self._value = self._integer(3, MAX_OPENING)
+        self._fields = {"Name": person.name, "he": person.he, "He": person.he.capitalize()}
+        self._sentences = [OPENING.format(**self._fields, units=self._units, a=self._value)]
+        self._unused = list(EVENTS)  # an event occurs at most once in a story
         while len(self.steps) < num_steps:
             self._next_event()
 
@@ -64,193 +54,52 @@ class Story:
         """Text of the problem on one line; ends with the last sub-question."""
         return " ".join([*self._sentences, self.steps[-1].question])
 
-    # Random choices.
-
     def _integer(self, low: int, high: int) -> int:
-        """Return a random integer from low to high, both included. Raises Retry if low > high."""
-        if low > high:
-            raise Retry
+        """Return a random integer from low to high, both included."""
         return low + int(self._random() * (high - low + 1))
 
     def _choose(self, options: Sequence[T]) -> T:
         return options[int(self._random() * len(options))]
 
-    def _divisor(self, largest: int) -> int:
-        """Return a random divisor d of the value, 2 <= d <= `largest`, value / d >= 2. Raises Retry if no such d exists."""
-        divisors = [d for d in range(2, min(largest, self._value // 2) + 1) if self._value % d == 0]
-        if not divisors:
-            raise Retry
-        return self._choose(divisors)
-
     def _next_event(self) -> None:
-        num_left = self._num_steps - len(self.steps)
-        for _ in range(10):
-            event, num_event_steps = self._choose(_EVENTS[self._kind])
-            if num_event_steps <= num_left:
-                with contextlib.suppress(Retry):
-                    return event(self)
+        """Add a random event that is possible here. Raises Retry if none is found."""
+        for _ in range(_ATTEMPTS):
+            event = self._choose(self._unused)
+            k, b = self._integer(2, MAX_FACTOR), self._integer(2, MAX_FACTOR if event.groups else MAX_CHANGE)
+            if self._is_possible(event, k, b):
+                self._unused.remove(event)
+                self._add(event, k, b)
+                return
         raise Retry
 
-    # Text.
+    def _is_possible(self, event: Event, k: int, b: int) -> bool:
+        num_left = self._num_steps - len(self.steps)
+        if (event.groups and num_left < 2) or (
+            event.looks_back and len(self.steps) < MIN_STEPS_BEFORE_LOOK_BACK
+        ):
+            return False
+        right = self._right_operand(event, k, b)
+        is_exact = event.operation != "/" or self._value % right == 0
+        return is_exact and 2 <= _OPERATIONS[event.operation](self._value, right) <= MAX_NUMBER
 
-    def _name_people(self, hero: templates.Person, friend: templates.Person) -> None:
-        self._hero, self._friend = hero, friend
-        self._fields.update(Name=hero.name, he=hero.he, his=hero.his, him=hero.him, Friend=friend.name)
-        self._fields.update(He=hero.he.capitalize(), His=hero.his.capitalize())
+    def _right_operand(self, event: Event, k: int, b: int) -> int:
+        """Return the second operand of the step that gives the new number of items."""
+        if event.looks_back:
+            return self._opening_value
+        return k * b if event.groups else k if event.operation in "*/" else b
 
-    def _set_quantity(self, kind: str, units: str) -> None:
-        self._kind = kind
-        self._fields["units"] = units
+    def _add(self, event: Event, k: int, b: int) -> None:
+        self._sentences.append(event.sentence.format(**self._fields, k=k, b=b))
+        if event.groups:
+            self._add_step(event.groups, k, "*", b)
+        self._value = self._add_step(
+            event.when, self._value, event.operation, self._right_operand(event, k, b)
+        )
 
-    def _add_sentence(self, sentence: str, **numbers: int) -> None:
-        if sentence in self._used_phrases:
-            raise Retry
-        self._used_phrases.add(sentence)
-        self._sentences.append(sentence.format(**self._fields, **numbers))
-
-    def _add_step(self, question: str, solution: str, left: int, sign: str, right: int) -> int:
-        """Add a step and return its result. `solution`: template with {result} in place of the calculation."""
+    def _add_step(self, when: str, left: int, sign: str, right: int) -> int:
+        """Add a step and return its result."""
         value = _OPERATIONS[sign](left, right)
-        result = f"{left}{sign}{right} = <<{left}{sign}{right}={value}>>{value}"
-        fields = self._fields | {"result": result}
-        self.steps.append(Step(question.format(**fields), solution.format(**fields)))
+        expression = f"{left}{sign}{right}"
+        solution = f"{expression} = <<{expression}={value}>>{value} {self._units}."
+        self.steps.append(Step(f"How many {self._units} {when}?", solution))
         return value
-
-    def _change_value(self, question: str, solution: str, sign: str, right: int) -> None:
-        """Add the step "value `sign` `right`". Its result becomes the new value."""
-        self._value = self._add_step(question, solution, self._value, sign, right)
-
-    def _update_value(self, when: str, sign: str, right: int) -> None:
-        """Add a step that asks for the hero's new amount. Most events end with this step."""
-        question = "How many {units} does {he} have " + when + "?"
-        self._change_value(question, "{He} has {result} {units}.", sign, right)
-
-    # Events.
-
-    def _open(self) -> None:
-        if self._random() < 0.3:
-            sentence, question = self._setting.opening_in_groups
-            k, b = self._integer(2, MAX_FACTOR), self._integer(2, MAX_GROUP)
-            self._add_sentence(sentence, k=k, b=b)
-            self._value = self._add_step(question, "{He} starts with {result} {units}.", k, "*", b)
-        else:
-            self._value = self._integer(5, MAX_OPENING)
-            self._add_sentence(self._choose(self._setting.openings), a=self._value)
-
-    def gain(self) -> None:
-        phrases = self._setting.gains if self._kind == "items" else templates.GAINS[self._kind]
-        self._change_by_phrase(phrases, "+", MAX_NUMBER - self._value)
-
-    def lose(self) -> None:
-        phrases = self._setting.losses if self._kind == "items" else templates.LOSSES[self._kind]
-        self._change_by_phrase(phrases, "-", self._value - 2)
-
-    def _change_by_phrase(self, phrases: Sequence[Phrase], sign: str, largest: int) -> None:
-        unused = [phrase for phrase in phrases if phrase[0] not in self._used_phrases]
-        if not unused:
-            raise Retry
-        sentence, when = self._choose(unused)
-        b = self._integer(2, min(MAX_CHANGE, largest))
-        self._add_sentence(sentence, b=b)
-        self._update_value(when, sign, b)
-
-    def grow(self) -> None:
-        sentence, when = self._setting.growth if self._kind == "items" else templates.MONEY_GROWTH
-        k = self._integer(2, min(5, MAX_NUMBER // self._value))
-        self._add_sentence(sentence, k=k)
-        self._update_value(when, "*", k)
-
-    def groups_arrive(self) -> None:
-        groups = self._setting.groups_in if self._kind == "items" else templates.MONEY_GROUPS_IN
-        k = self._integer(2, MAX_FACTOR)
-        b = self._integer(2, min(MAX_GROUP, (MAX_NUMBER - self._value) // k))
-        self._add_groups(groups, k, b, "+")
-
-    def groups_leave(self) -> None:
-        groups = self._setting.groups_out if self._kind == "items" else templates.MONEY_GROUPS_OUT
-        k = self._integer(2, min(MAX_FACTOR, (self._value - 2) // 2))
-        b = self._integer(2, min(MAX_GROUP, (self._value - 2) // k))
-        self._add_groups(groups, k, b, "-")
-
-    def _add_groups(self, groups: Groups, k: int, b: int, sign: str) -> None:
-        sentence, question, solution, when = groups
-        self._add_sentence(sentence, k=k, b=b)
-        self._update_value(when, sign, self._add_step(question, solution, k, "*", b))
-
-    def friend_gives(self) -> None:
-        """Add two steps: a friend's gift (computed from the hero's amount with *, + or -), and the hero's new amount."""
-        sign = self._choose("*+-")
-        largest = {
-            "*": min(4, MAX_NUMBER // self._value - 1),
-            "+": MAX_CHANGE,
-            "-": min(MAX_CHANGE, self._value - 2),
-        }
-        b = self._integer(2, largest[sign])
-        if 2 * self._value + b > MAX_NUMBER:
-            raise Retry
-        self._add_sentence(templates.FRIEND_GIVES[sign], b=b)
-        question, solution = "How many {units} does {Friend} give?", "{Friend} gives {result} {units}."
-        added = self._add_step(question, solution, self._value, sign, b)
-        self._update_value("with those of {Friend}", "+", added)
-
-    def as_at_the_start(self) -> None:
-        """Add a step in which the hero gets the opening value once more."""
-        if not self._can_look_back() or self._value + self._opening_value > MAX_NUMBER:
-            raise Retry
-        self._add_sentence(templates.AS_AT_THE_START)
-        self._update_value("with the present of {Friend}", "+", self._opening_value)
-
-    def more_than_at_the_start(self) -> None:
-        """Add the last step of a story, which asks how much larger the present value is than the opening value."""
-        is_last = len(self.steps) == self._num_steps - 1
-        if not is_last or not self._can_look_back() or self._value < self._opening_value + 2:
-            raise Retry
-        question = "How many more {units} does {he} have than at the start?"
-        self._change_value(question, "{He} has {result} more {units}.", "-", self._opening_value)
-
-    def _can_look_back(self) -> bool:
-        """Return whether the hero is the first hero and the story has at least MIN_STEPS_BEFORE_LOOK_BACK steps."""
-        return self._hero is self._opening_hero and len(self.steps) >= MIN_STEPS_BEFORE_LOOK_BACK
-
-    def pack(self) -> None:
-        b = self._divisor(MAX_GROUP)
-        self._add_sentence(self._setting.packing, b=b)
-        self._set_quantity("containers", self._setting.containers)
-        self._change_value("How many {units} does {he} fill?", "{He} fills {result} {units}.", "/", b)
-
-    def share(self) -> None:
-        k = self._divisor(MAX_FACTOR)
-        self._name_people(self._friend, self._hero)
-        self._add_sentence(templates.SHARE, k=k)
-        self._change_value("How many {units} does {Name} get?", "{Name} gets {result} {units}.", "/", k)
-
-    def sell(self) -> None:
-        b = self._integer(2, min(MAX_FACTOR, MAX_NUMBER // self._value))
-        self._add_sentence(templates.SELL, b=b)
-        self._set_quantity("money", "dollars")
-        question = "How many {units} does {he} earn at the market?"
-        self._change_value(question, "{He} earns {result} {units}.", "*", b)
-
-    def buy(self) -> None:
-        b = self._divisor(MAX_GROUP)
-        self._set_quantity("goods", self._choose(templates.GOODS))
-        self._add_sentence(templates.BUY, b=b)
-        self._change_value("How many {units} does {he} buy?", "{He} buys {result} {units}.", "/", b)
-
-
-_Event = tuple[Callable[[Story], None], int]  # method and number of steps
-
-_GAIN, _LOSE, _GROW, _SHARE = (Story.gain, 1), (Story.lose, 1), (Story.grow, 1), (Story.share, 1)
-_SELL, _BUY, _PACK = (Story.sell, 1), (Story.buy, 1), (Story.pack, 1)
-_GROUPS = ((Story.groups_arrive, 2), (Story.groups_leave, 2))
-_LOOK_BACK = ((Story.as_at_the_start, 1), (Story.more_than_at_the_start, 1))
-# An event listed twice is twice as likely.
-_EVENTS: dict[str, tuple[_Event, ...]] = {
-    "items": (
-        *(_GAIN, _GAIN, _LOSE, _LOSE, _GROW, _SHARE, _SELL, _PACK),
-        *(*_GROUPS, (Story.friend_gives, 2), *_LOOK_BACK),
-    ),
-    "containers": (_GAIN, _LOSE, _SELL, _SELL),
-    "money": (_GAIN, _LOSE, _GROW, _SHARE, *_GROUPS, _BUY, _BUY),
-    "goods": (_GAIN, _LOSE, _SHARE),
-}
