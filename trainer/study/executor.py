@@ -47,7 +47,7 @@ def run_study(study: Study, scripts_dir: Path | None, keep_going: bool = False) 
             terminal.info(f"not in {study.file}, but in the report while they exist: {', '.join(unlisted)}")
         failures = _run_stages(todo, done, study, scripts_dir, keep_going, interrupts)
         if interrupts.count:
-            terminal.info("interrupted; run the same command to continue")
+            terminal.info(terminal.INTERRUPTED)
             return EXIT_INTERRUPTED
         if failures and not keep_going:
             raise UserError("\n".join(failures.values()))
@@ -69,13 +69,14 @@ def _run_stages(
     """Run the stages that are not done. Return {label of a failed stage: message}. An interrupt ends all processes."""
     queue = StageQueue(todo, done)
     num_cores = len(os.sched_getaffinity(0))
+    cores_per_stage = num_cores // study.num_parallel
     visible = stage_queue.visible_devices(os.environ)
     # Without GPUs, the ranks of all stages that run at the same time share the cores.
     max_ranks = sys.maxsize if visible else max(num_cores, study.num_parallel)
     num_forked = sum(stage.kind in stages.FORKED_KINDS and stage.num_ranks == 1 for stage in queue.waiting)
     server = None
     if not visible and num_forked >= fork_server.MIN_STAGES:
-        server = fork_server.ForkServer(study.directory, max(1, num_cores // study.num_parallel))
+        server = fork_server.ForkServer(study.directory, max(1, cores_per_stage))
     running: list[StageJob] = []
     failures: dict[str, str] = {}
     num_done = len(todo) - len(queue.waiting)
@@ -89,10 +90,11 @@ def _run_stages(
                     count = stage.num_ranks if stage.kind in stages.ON_DEVICES else 0
                     shared = visible if study.num_parallel > 1 else ()
                     devices = stage_queue.least_used_devices(shared, [job.devices for job in running], count)
-                    ports, cores = {job.port for job in running}, num_cores // study.num_parallel
-                    running.append(
-                        StageJob(stage, study, scripts_dir, progress.bars, cores, server, devices, ports)
+                    ports = {job.port for job in running}
+                    job = StageJob(
+                        stage, study, scripts_dir, progress.bars, cores_per_stage, server, devices, ports
                     )
+                    running.append(job)
                 elif not running:
                     break
                 elif ended := next((job for job in running if job.child.poll() is not None), None):
